@@ -1,0 +1,56 @@
+# Every target does its own set-up in .venv, and only when something changed. `make help` explains them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN_READY := .venv/.ready-run
+DEV_READY := .venv/.ready-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format bench demo-models lock clean
+
+help: ## explain the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
+	@$(BIN)/gunicorn --config gunicorn.conf.py
+
+test: $(DEV_READY) browser ## set up and run every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_READY) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(DEV_READY) ## put the code in shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(DEV_READY) ## measure the hot paths; prints the README's table
+	@$(BIN)/python -m bench
+
+demo-models: ## train the demo models again (minutes; torch in its own .venv-train)
+	@test -d .venv-train || $(PYTHON) -m venv .venv-train
+	@.venv-train/bin/pip install --quiet --requirement tools/requirements.txt
+	@.venv-train/bin/python tools/train_demo_models.py
+
+lock: $(DEV_READY) ## pin what requirements*.in name
+	@$(BIN)/pip install --quiet pip-tools
+	@$(BIN)/pip-compile --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --upgrade requirements.in
+	@$(BIN)/pip-compile --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --upgrade requirements-dev.in
+
+clean: ## remove the environment and caches (the state folder stays)
+	@rm -rf .venv .venv-train .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: browser
+browser:
+	@tools/ensure_chromium.sh
+
+$(RUN_READY): requirements.txt
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+$(DEV_READY): requirements-dev.txt $(RUN_READY)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	@touch $@

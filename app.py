@@ -1,0 +1,49 @@
+"""Wires the web onto the services: blueprints, extensions, logging. No behaviour of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Flask
+from flask_limiter import Limiter
+from flask_limiter.util import get_remote_address
+from htmx_flask import Htmx
+
+from blueprints import assets, chat, filters, models, web
+from blueprints.api import openai, operations, scripts, switching
+from services.config import Settings, load_settings
+from services.container import build_services
+from services.logs import configure_logging
+
+
+def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
+    """The app, its services built but not started (`app.extensions["switchyard"].start()`).
+
+    `overrides` win over the settings file and the environment. Raises ConfigError.
+    """
+    settings = settings or load_settings(**overrides)
+    configure_logging(settings.log_level)
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_body_bytes
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.extensions["switchyard"] = build_services(settings)
+    Htmx().init_app(app)
+    web.init_app(app)
+    for module in (filters, assets, chat, models, operations, switching, scripts, openai):
+        app.register_blueprint(module.bp)
+    _limit_switches(app, settings)
+    return app
+
+
+def _limit_switches(app: Flask, settings: Settings) -> None:
+    """Seed 001: rapid switching is limited. Everything else is not: one tab asks thirty times a minute."""
+    limiter = Limiter(
+        key_func=lambda: f"ip:{get_remote_address()}",
+        strategy="moving-window",
+        storage_uri="memory://",
+        headers_enabled=True,
+    )
+    limiter.init_app(app)
+    for endpoint in ("switching.switch", "scripts.switch_model", "models.switch"):
+        app.view_functions[endpoint] = limiter.limit(settings.switch_rate_limit)(app.view_functions[endpoint])

@@ -1,0 +1,1 @@
+"""Pages and HTTP endpoints: parse, call one service, render."""

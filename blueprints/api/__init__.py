@@ -1,0 +1,1 @@
+"""The endpoints that scripts and other programs use."""

@@ -1,0 +1,70 @@
+"""Is it alive, can it serve, what does it offer: health, readiness, the API's description, every change of state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from flask import Blueprint, Response, current_app, jsonify, render_template
+
+from blueprints.api import shapes
+from blueprints.api.spec import Schema, documented, openapi
+from blueprints.web import SSE_HEARTBEAT, services, sse, sse_event
+from services.container import Services
+from version import VERSION
+
+bp = Blueprint("operations", __name__)
+
+EVENT_WAIT_SECONDS = 10.0
+
+
+@bp.get("/healthz")
+@documented()
+def healthz() -> Response:
+    """Whether the process answers."""
+    return jsonify({"status": "ok", "version": VERSION})
+
+
+@bp.get("/readyz")
+@documented(errors=(503,))
+def readyz() -> tuple[Response, int]:
+    """Whether it can serve: the switcher runs and memory has been measured."""
+    found = services()
+    ready = bool(found.devices.readings) and found.switcher.alive
+    return jsonify({"status": "ready" if ready else "starting"}), 200 if ready else 503
+
+
+@bp.get("/openapi.json")
+@documented()
+def openapi_document() -> Response:
+    """This description."""
+    return jsonify(_document())
+
+
+@bp.get("/docs")
+def docs() -> str:
+    """The same for people."""
+    return render_template("pages/docs.html", document=_document())
+
+
+@bp.get("/v1/events")
+@documented(media_type="text/event-stream")
+def events() -> Response:
+    """Every change of state as a server-sent event that holds the whole status, until the client leaves."""
+    return sse(_changes(services()))
+
+
+def _changes(found: Services) -> Iterator[bytes]:
+    version = -1
+    while not found.board.closed:
+        snapshot = found.board.wait_newer(version, EVENT_WAIT_SECONDS)
+        if snapshot.version == version:
+            yield SSE_HEARTBEAT
+            continue
+        version = snapshot.version
+        document = shapes.status_document(found.status.current(), found.router.waiting)
+        yield sse_event("status", json.dumps(document), version)
+
+
+def _document() -> Schema:
+    return openapi(current_app._get_current_object(), VERSION)  # type: ignore[attr-defined]

@@ -1,0 +1,93 @@
+"""Short endpoints for scripts (seeds 000 and 002)."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response, jsonify, request
+from pydantic import BaseModel, Field
+
+from blueprints.api.spec import documented
+from blueprints.web import ApiError, client_name, services, switch_error
+from services.status import ModelStatus, Status
+
+bp = Blueprint("scripts", __name__)
+
+DEFAULT_ESTIMATE_SECONDS = 60
+"""What seed 000 answers when nobody knows how long a load takes."""
+
+
+class SwitchQuery(BaseModel):
+    """What to switch to."""
+
+    model_id: str = Field("", description="id of a model of the catalogue")
+
+
+@bp.post("/api/switch-model")
+@documented(query=SwitchQuery, errors=(409, 502, 503))
+def switch_model() -> Response:
+    """Begin to switch to a model, and answer at once."""
+    model_id = request.args.get("model_id") or _from_form_or_json()
+    if not model_id:
+        raise ApiError(
+            "invalid_value", "model_id is missing: say ?model_id=… with the id of a model.", param="model_id"
+        )
+    found = services()
+    job = found.switcher.switch(model_id, requested_by=client_name())
+    if job.error is not None:
+        raise switch_error(job.error)
+    model = found.status.current().model(model_id)
+    seconds = model.estimated_load_seconds if model else None
+    return jsonify(
+        {
+            "status": "switching",
+            "message": f"Switching to {model_id}",
+            "model_id": model_id,
+            "info": f"{model.engine if model else 'The engine'} is loading the new model. "
+            "Check /api/model-loading-status for progress.",
+            "estimated_time_seconds": DEFAULT_ESTIMATE_SECONDS if seconds is None else round(seconds, 1),
+        }
+    )
+
+
+@bp.get("/api/model-loading-status")
+@documented()
+def model_loading_status() -> Response:
+    """Whether the model of the last switch answers yet."""
+    return jsonify(_loading_status(services().status.current()))
+
+
+def _from_form_or_json() -> str:
+    document = request.get_json(silent=True) if request.is_json else request.form
+    value = document.get("model_id", "") if hasattr(document, "get") else ""
+    return value if isinstance(value, str) else ""
+
+
+def _loading_status(status: Status) -> dict[str, object]:
+    switch, last = status.switch, status.last_switch
+    active = status.model(status.active_model) if status.active_model else None
+    if switch is not None:
+        loading = switch.stage in ("loading", "warming_up")
+        return _document(
+            "loading" if loading else "starting",
+            active,
+            f"Switching to {switch.to_model}",
+            switch.percent,
+            switch.stage,
+        )
+    if last is not None and last.error is not None and last.error != "cancelled":
+        return _document("error", active, last.message or "The switch failed.", last.percent, last.stage)
+    if active is not None:
+        return _document("ready", active, f"{active.engine} is ready", 100, None)
+    return _document("idle", None, "No model is loaded. Switch to one first.", 0, None)
+
+
+def _document(
+    state: str, active: ModelStatus | None, message: str, progress: int, stage: str | None
+) -> dict[str, object]:
+    return {
+        "status": state,
+        "model_loaded": active is not None and state == "ready",
+        "current_model": active.id if active else None,
+        "message": message,
+        "progress": progress,
+        "stage": stage,
+    }

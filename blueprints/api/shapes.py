@@ -1,0 +1,182 @@
+"""The contract's JSON, made from what the services say. Sizes become decimal GB, times ISO 8601 in UTC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from services.memory.ledger import Account
+from services.status import ModelStatus, Status
+from services.switching.events import SwitchView
+from services.switching.jobs import Job
+from services.switching.plan import Plan
+
+Json = dict[str, object]
+MIB = 1_048_576
+
+
+def gb(size: int | None) -> float | None:
+    """Decimal gigabytes with three digits, so that a model of 1 MB isn't 0; None stays None."""
+    return None if size is None else round(size / 1e9, 3)
+
+
+def whole_seconds(seconds: float | None) -> int | None:
+    return None if seconds is None else math.ceil(seconds)
+
+
+def iso_time(at: float | None) -> str | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def status_document(status: Status, waiting: Mapping[str, int]) -> Json:
+    """`GET /v1/models/status`."""
+    return {
+        "models": {m.id: model_document(m) for m in status.models},
+        "gpu": gpu_document(status.devices),
+        "active_model": status.active_model,
+        "switch": switch_document(status.switch, status.queued, waiting) if status.switch else None,
+        "version": status.version,
+    }
+
+
+def model_document(model: ModelStatus) -> Json:
+    load = model.load
+    return {
+        "status": model.state,
+        "health": _HEALTH.get(model.state),
+        "engine": model.engine,
+        "description": model.description,
+        "size_gb": gb(model.size_bytes),
+        "gpu_memory_used_gb": gb(model.used_bytes),
+        "gpu_memory_required_gb": gb(model.required_bytes),
+        "memory_basis": model.memory_basis,
+        "load_progress": 100 if model.state == "running" else load.percent if load else 0,
+        "stage": load.stage if load else None,
+        "detail": load.detail if load else None,
+        "estimated_load_time_seconds": _rounded(model.estimated_load_seconds),
+        "estimated_time_remaining_seconds": whole_seconds(load.eta_seconds) if load else None,
+        "device": model.device,
+        "in_flight": model.in_flight,
+        "pinned": False,
+        "last_used": iso_time(model.last_used),
+        "tags": list(model.tags),
+        "error": model.error,
+    }
+
+
+_HEALTH = {"running": "healthy", "loading": "starting", "unloading": "stopping", "failed": "unhealthy"}
+
+
+def gpu_document(devices: tuple[Account, ...]) -> Json:
+    """The `gpu` block: all GPUs together, or the host's memory when there is no GPU, with each device by itself."""
+    gpus = [d for d in devices if d.kind == "gpu"] or list(devices)
+    total = sum(d.total_bytes for d in gpus)
+    available = sum(d.available_bytes for d in gpus)
+    used = total - available
+    return {
+        "total_memory_gb": gb(total),
+        "used_memory_gb": gb(used),
+        "available_memory_gb": gb(available),
+        "total_gb": gb(total),
+        "used_gb": gb(used),
+        "available_gb": gb(available),
+        "total_mb": total // MIB,
+        "used_mb": used // MIB,
+        "available_mb": available // MIB,
+        "devices": [device_document(d) for d in devices],
+    }
+
+
+def device_document(device: Account) -> Json:
+    return {
+        "id": device.id,
+        "name": device.name,
+        "kind": device.kind,
+        "total_gb": gb(device.total_bytes),
+        "used_gb": gb(device.used_bytes),
+        "available_gb": gb(device.available_bytes),
+        "reserved_gb": gb(device.reserved_bytes),
+        "other_gb": gb(device.other_bytes),
+        "models": {model: gb(size) for model, size in device.ours},
+    }
+
+
+def switch_document(switch: SwitchView | None, queued: tuple[str, ...], waiting: Mapping[str, int]) -> Json:
+    """`GET /v1/models/switch`: the switch under way, and who waits for what."""
+    return {
+        "active": switch is not None,
+        "switch_id": switch.id if switch else None,
+        "fromModel": switch.from_model if switch else None,
+        "toModel": switch.to_model if switch else None,
+        "stage": switch.stage if switch else None,
+        "progress": switch.percent if switch else None,
+        "eta": whole_seconds(switch.eta_seconds) if switch else None,
+        "detail": switch.detail if switch else None,
+        "requested_by": switch.requested_by if switch else None,
+        "queue": _queue(queued, waiting),
+    }
+
+
+def plan_document(plan: Plan) -> Json:
+    """`POST /v1/models/switch/plan`."""
+    return {
+        "feasible": plan.feasible,
+        "target": plan.target,
+        "required_gb": gb(plan.required_bytes),
+        "available_gb": gb(plan.available_bytes),
+        "unload": [
+            {
+                "model": u.model,
+                "frees_gb": gb(u.frees_bytes),
+                "idle_seconds": None if u.idle_seconds is None else round(u.idle_seconds),
+                "reload_seconds": _rounded(u.reload_seconds),
+            }
+            for u in plan.unload
+        ],
+        "blocked_by": [{"model": b.model, "reason": b.reason} for b in plan.blocked_by],
+        "estimated_seconds": _rounded(plan.estimated_seconds),
+        "memory_basis": plan.memory_basis,
+        "after": {"available_gb": gb(plan.after_available_bytes) if plan.feasible else None},
+        "alternatives": list(plan.alternatives),
+    }
+
+
+def job_document(job: Job) -> Json:
+    """What a switch answers once the target has been started, or is ready (seed 003)."""
+    if job.outcome == "already_loaded":
+        return {
+            "status": "already_loaded",
+            "model": job.target,
+            "message": f"Model '{job.target}' is already running and healthy",
+        }
+    plan = job.plan
+    return {
+        "status": "success",
+        "model": job.target,
+        "switch_id": job.id,
+        "unloaded_models": list(job.unloaded),
+        "start_result": {"status": "running" if job.done else "starting", "model": job.target},
+        "estimated_load_time_seconds": _rounded(plan.estimated_seconds) if plan else None,
+        "total_time_seconds": round(job.load_seconds, 3) if job.load_seconds is not None else None,
+        "memory_info": {
+            "required_gb": gb(plan.required_bytes),
+            "available_before_gb": gb(plan.available_bytes),
+            "freed_gb": gb(plan.freed_bytes),
+        }
+        if plan
+        else None,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    """Seconds for a script: whole ones from 10 up, two digits below."""
+    if seconds is None:
+        return None
+    return round(seconds) if seconds >= 10 else round(seconds, 2)
+
+
+def _queue(queued: tuple[str, ...], waiting: Mapping[str, int]) -> list[Json]:
+    """One entry per model that is waited for: whether a switch to it is queued, and how many requests wait."""
+    models = [*queued, *(m for m in waiting if m not in queued)]
+    return [{"model": m, "switch": m in queued, "requests": waiting.get(m, 0)} for m in models]

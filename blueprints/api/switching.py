@@ -1,0 +1,201 @@
+"""Models and switching (seeds 001 and 003): status, switch, plan, start, stop, restart, events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Literal, TypeVar
+
+from flask import Blueprint, Response, jsonify, request
+from pydantic import BaseModel, ConfigDict, Field
+
+from blueprints.api import shapes
+from blueprints.api.spec import documented
+from blueprints.web import (
+    SSE_HEARTBEAT,
+    ApiError,
+    client_name,
+    parse_body,
+    services,
+    sse,
+    sse_event,
+    switch_error,
+    validate,
+    wants_event_stream,
+)
+from services.config import Strategy
+from services.status import Status
+from services.switching.jobs import Job, Replace
+
+bp = Blueprint("switching", __name__, url_prefix="/v1/models")
+
+SWITCH_ERRORS = (409, 502, 503, 504)
+B = TypeVar("B", bound=BaseModel)
+
+
+class SwitchBody(BaseModel):
+    """What to switch to, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target_model: str = Field(min_length=1, max_length=500, description="id of a model of the catalogue")
+    strategy: Strategy | None = Field(None, description="which models to unload first")
+    confirm: bool | None = Field(None, description="go ahead even when models are unloaded and settings ask first")
+    replace: Replace = Field("cancel", description="what to do with a switch that is under way")
+    wait: bool = Field(False, description="answer when the model is ready, not when its load has begun")
+
+
+class PlanBody(BaseModel):
+    """What a switch would be planned for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target_model: str = Field(min_length=1, max_length=500)
+    strategy: Strategy | None = None
+
+
+class ActionAnswer(BaseModel):
+    """How a start, stop or restart ended."""
+
+    status: Literal["success", "already_loaded"]
+    model: str
+
+
+@bp.get("/status")
+@documented()
+def status() -> Response:
+    """Every model's state, the memory of each device, and the switch under way."""
+    found = services()
+    current = found.status.current()
+    return Response(_status_json(current, dict(found.router.waiting)), mimetype="application/json")
+
+
+@bp.post("/switch")
+@documented(body=SwitchBody, query=SwitchBody, errors=SWITCH_ERRORS)
+def switch() -> Response:
+    """Switch to a model.
+
+    With `Accept: text/event-stream` the answer is a stream of its stages; leaving it does not cancel the switch.
+    Else it answers once the target has been started, or with `wait` when it is ready.
+    """
+    body = _from_query_or_body(SwitchBody)
+    job = services().switcher.switch(
+        body.target_model,
+        requested_by=client_name(),
+        replace=body.replace,
+        strategy=body.strategy,
+        confirm=body.confirm,
+    )
+    if wants_event_stream():
+        return sse(_events(job))
+    return _answer(job, wait=body.wait)
+
+
+@bp.get("/switch")
+@documented()
+def current_switch() -> Response:
+    """The switch under way, and what waits for a model."""
+    found = services()
+    snapshot = found.board.current
+    return jsonify(shapes.switch_document(snapshot.switch, snapshot.queued, found.router.waiting))
+
+
+@bp.delete("/switch")
+@documented(errors=(409,))
+def cancel() -> Response:
+    """Cancel the switch under way; what it unloaded is loaded again."""
+    job = services().switcher.cancel("It was cancelled.")
+    if job is None:
+        raise ApiError("no_switch", "No switch is under way.")
+    job.wait_done(services().settings.load_timeout_seconds)
+    message = job.error.message if job.error else f"{job.target} was ready before it could be cancelled."
+    return jsonify({"status": job.outcome, "switch_id": job.id, "model": job.target, "message": message})
+
+
+@bp.get("/switch/events")
+@documented(media_type="text/event-stream")
+def switch_events() -> Response:
+    """Follow the switch under way as server-sent events, from its beginning; one event `idle` when there is none."""
+    job = services().switcher.job()
+    if job is None:
+        return sse([sse_event("idle", json.dumps({"active": False}))])
+    return sse(_events(job, after=_last_event_id()))
+
+
+@bp.post("/switch/plan")
+@documented(body=PlanBody, query=PlanBody, errors=(502,))
+def plan() -> Response:
+    """What a switch would unload, and how long it would take. Changes nothing."""
+    body = _from_query_or_body(PlanBody)
+    return jsonify(shapes.plan_document(services().switcher.plan(body.target_model, body.strategy)))
+
+
+@bp.post("/<path:model_id>/start")
+@documented(errors=SWITCH_ERRORS)
+def start(model_id: str) -> Response:
+    """Load a model, without unloading another for it."""
+    job = services().switcher.switch(
+        model_id, requested_by=client_name(), replace="queue", auto_unload=False, activate=False
+    )
+    return _answer(job, wait=False)
+
+
+@bp.post("/<path:model_id>/stop")
+@documented(answer=ActionAnswer, errors=SWITCH_ERRORS)
+def stop(model_id: str) -> Response:
+    """Unload a model, once it has finished what it is answering."""
+    return _action(services().switcher.stop(model_id, requested_by=client_name()))
+
+
+@bp.post("/<path:model_id>/restart")
+@documented(answer=ActionAnswer, errors=SWITCH_ERRORS)
+def restart(model_id: str) -> Response:
+    """Unload a model and load it again."""
+    return _action(services().switcher.restart(model_id, requested_by=client_name()))
+
+
+def _from_query_or_body(shape: type[B]) -> B:
+    """The target from the query (seed 003) or the JSON body (seed 001)."""
+    return validate(shape, request.args.to_dict()) if "target_model" in request.args else parse_body(shape)
+
+
+def _answer(job: Job, *, wait: bool) -> Response:
+    longest = services().settings.load_timeout_seconds
+    ended = job.wait_done(longest) if wait else job.wait_started(longest)
+    if job.error is not None:
+        raise switch_error(job.error)
+    if not ended:
+        raise ApiError("engine_timeout", f"{job.target} was not ready within {longest:.0f} s.")
+    return jsonify(shapes.job_document(job))
+
+
+def _action(job: Job) -> Response:
+    job.wait_done(services().settings.load_timeout_seconds)
+    if job.error is not None:
+        raise switch_error(job.error)
+    return jsonify({"status": "success", "model": job.target})
+
+
+def _events(job: Job, after: int = 0) -> Iterator[bytes]:
+    for event in job.follow(after):
+        yield SSE_HEARTBEAT if event is None else sse_event(event.name, json.dumps(event.data), event.number)
+    if job.outcome == "already_loaded":
+        done = {"status": "already_loaded", "model": job.target, "total_time_seconds": 0, "unloaded_models": []}
+        yield sse_event("complete", json.dumps(done))
+
+
+def _last_event_id() -> int:
+    value = request.headers.get("Last-Event-ID", "0")
+    return int(value) if value.isdigit() else 0
+
+
+_kept: tuple[Status, dict[str, int], bytes] | None = None
+
+
+def _status_json(current: Status, waiting: dict[str, int]) -> bytes:
+    """The document as bytes, made once for each picture: a hundred tabs ask for the same one."""
+    global _kept
+    if _kept is None or _kept[0] is not current or _kept[1] != waiting:
+        document = shapes.status_document(current, waiting)
+        _kept = (current, waiting, json.dumps(document, separators=(",", ":")).encode())
+    return _kept[2]

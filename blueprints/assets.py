@@ -1,0 +1,91 @@
+"""One script and one stylesheet per page, joined at start, compressed once, and cached for ever by their hash."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from flask import Blueprint, Response, abort, request, url_for
+
+bp = Blueprint("assets", __name__)
+
+STATIC = Path(__file__).parent.parent / "static"
+BUNDLES: dict[str, tuple[str, ...]] = {
+    "switchyard.js": (
+        "vendor/htmx.min.js",
+        "vendor/sse.min.js",
+        "vendor/idiomorph-ext.min.js",
+        "switchyard.js",
+    ),
+    "switchyard.css": (
+        "css/tokens.css",
+        "css/base.css",
+        "css/controls.css",
+        "css/frame.css",
+        "css/status.css",
+        "css/memory.css",
+        "css/chat.css",
+        "css/prose.css",
+        "css/models.css",
+    ),
+    "icon.svg": ("icon.svg",),
+}
+TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+YEAR = 365 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The joined files of one asset, as they are served."""
+
+    name: str
+    digest: str
+    body: bytes
+    packed: bytes
+
+    @property
+    def mimetype(self) -> str:
+        return TYPES[self.name.rpartition(".")[2]]
+
+
+@cache
+def bundle(name: str) -> Bundle:
+    """Join and compress one asset. Raises KeyError when there is none of that name."""
+    body = b"\n".join((STATIC / part).read_bytes() for part in BUNDLES[name])
+    return Bundle(name, hashlib.sha256(body).hexdigest()[:12], body, gzip.compress(body, 9, mtime=0))
+
+
+@bp.record_once
+def _prepare(_state: object) -> None:
+    """Join everything when the app starts, so that the first page doesn't wait for it."""
+    for name in BUNDLES:
+        bundle(name)
+
+
+@bp.app_template_global()
+def asset(name: str) -> str:
+    """The URL of an asset; it changes whenever the asset does."""
+    return url_for("assets.serve", digest=bundle(name).digest, name=name)
+
+
+@bp.get("/assets/<digest>/<name>")
+def serve(digest: str, name: str) -> Response:
+    """An asset. A page older than this process asks for an old hash: it gets today's asset, uncached."""
+    if name not in BUNDLES:
+        abort(404)
+    wanted = bundle(name)
+    gzipped = request.accept_encodings.quality("gzip") > 0
+    response = Response(wanted.packed if gzipped else wanted.body, mimetype=wanted.mimetype)
+    if gzipped:
+        response.content_encoding = "gzip"
+    response.vary.add("Accept-Encoding")
+    if digest == wanted.digest:
+        response.cache_control.public = True
+        response.cache_control.max_age = YEAR
+        response.cache_control.immutable = True
+    else:
+        response.cache_control.no_store = True
+    return response

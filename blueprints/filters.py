@@ -1,0 +1,153 @@
+"""Jinja filters: how figures, times and names are written on every page."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from datetime import datetime
+
+from flask import Blueprint
+from markupsafe import Markup
+
+from blueprints.markdown import render_markdown
+from services.switching.engine import Basis
+
+bp = Blueprint("filters", __name__)
+
+UNKNOWN = "–"
+HUES = 10
+"""How many colours models are told apart by; `static/css/memory.css` defines as many."""
+
+_BASIS_WORDS: dict[str, str] = {
+    "measured": "measured",
+    "learned": "measured last time",
+    "declared": "declared",
+    "estimated": "estimated",
+}
+
+
+@bp.app_template_filter()
+def size(value: float | None) -> str:
+    """Bytes in decimal GB with one digit, in MB below 1 GB."""
+    if value is None:
+        return UNKNOWN
+    if value >= 999_500_000:
+        return f"{value / 1e9:,.1f} GB"
+    megabytes = value / 1e6
+    return f"{megabytes:.1f} MB" if 0 < megabytes < 9.95 else f"{megabytes:.0f} MB"
+
+
+@bp.app_template_filter()
+def sized(value: float | None, basis: Basis | None) -> str:
+    """A size, marked as approximate when nobody ever measured it."""
+    return f"≈ {size(value)}" if value is not None and basis == "estimated" else size(value)
+
+
+@bp.app_template_filter()
+def basis_words(basis: Basis | None) -> str:
+    """Where a figure comes from, in words."""
+    return _BASIS_WORDS.get(basis or "", "")
+
+
+@bp.app_template_filter()
+def duration(seconds: float | None) -> str:
+    """Seconds as "45 s", "1 min 20 s", "2 h 5 min"."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 1:
+        return "under 1 s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return _pair(whole // 60, "min", whole % 60, "s")
+    return _pair(whole // 3600, "h", whole % 3600 // 60, "min")
+
+
+@bp.app_template_filter()
+def about(seconds: float | None) -> str:
+    """A duration that nobody promises: "about 45 s", to the nearest 5 s beyond a minute."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 1:
+        return duration(seconds)
+    return f"about {duration(seconds if seconds < 60 else 5 * round(seconds / 5))}"
+
+
+@bp.app_template_filter()
+def took(seconds: float | None) -> str:
+    """A duration that was measured: one digit below 10 s, "0.8 s"."""
+    return f"{seconds:.1f} s" if seconds is not None and seconds < 9.95 else duration(seconds)
+
+
+@bp.app_template_filter()
+def span(seconds: float | None) -> str:
+    """A duration in its largest unit only: "12 min", "3 days"."""
+    if seconds is None:
+        return UNKNOWN
+    for length, unit in ((86400, "day"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}s" if unit == "day" and count > 1 else f"{count} {unit}"
+    return f"{int(seconds)} s"
+
+
+@bp.app_template_filter()
+def ago(moment: float | datetime | None, now: float | None = None) -> str:
+    """How long something is past: "just now", "5 min ago"; the date after a week."""
+    if moment is None:
+        return UNKNOWN
+    past = (time.time() if now is None else now) - _timestamp(moment)
+    if past < 10:
+        return "just now"
+    return f"{span(past)} ago" if past < 7 * 86400 else f"{_local(moment):%-d %b %Y}"
+
+
+@bp.app_template_filter()
+def moment(value: float | datetime | None) -> str:
+    """A point in time in full, for tooltips."""
+    return UNKNOWN if value is None else f"{_local(value):%-d %b %Y, %H:%M:%S}"
+
+
+@bp.app_template_filter()
+def iso(value: float | datetime) -> str:
+    """A point in time for a `datetime` attribute."""
+    return _local(value).isoformat(timespec="seconds")
+
+
+@bp.app_template_filter()
+def rate(tokens_per_second: float | None) -> str:
+    """Tokens per second, one digit below 100."""
+    if tokens_per_second is None:
+        return UNKNOWN
+    return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tokens/s"
+
+
+@bp.app_template_filter()
+def hue(model_id: str) -> int:
+    """The colour of a model, the same on every page and after every restart."""
+    return zlib.crc32(model_id.encode()) % HUES
+
+
+@bp.app_template_filter()
+def dom_id(model_id: str) -> str:
+    """A model id as part of an HTML id: no slashes, no colons."""
+    return f"{zlib.crc32(model_id.encode()):08x}"
+
+
+@bp.app_template_filter()
+def markdown(text: str) -> Markup:
+    """Markdown as HTML that is safe to show, whatever the text says."""
+    return render_markdown(text)
+
+
+def _pair(large: int, large_unit: str, small: int, small_unit: str) -> str:
+    return f"{large} {large_unit} {small} {small_unit}" if small else f"{large} {large_unit}"
+
+
+def _timestamp(value: float | datetime) -> float:
+    return value.timestamp() if isinstance(value, datetime) else value
+
+
+def _local(value: float | datetime) -> datetime:
+    return datetime.fromtimestamp(_timestamp(value)).astimezone()

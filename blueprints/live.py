@@ -1,0 +1,168 @@
+"""What every page says about models and switches, in words. Pure: a function of the status and the time.
+
+Chat, Models and the header render the same `Live`, so they can't tell different stories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blueprints.filters import about
+from services.status import ModelStatus, Status
+from services.switching.events import SwitchStage, SwitchView
+
+Tone = Literal["moving", "ready", "cancelled", "failed"]
+
+GOOD_NEWS_SECONDS = 4.0
+"""How long the banner says that a switch is done before it goes."""
+LONG_SECONDS = 120.0
+"""From here on a wait deserves a word of reassurance."""
+ASK_FROM_PERCENT = 50
+"""A running switch is not thrown away by one click once it is this far."""
+
+_STAGE_WORDS: dict[SwitchStage, str] = {
+    "requested": "Getting ready",
+    "checking_memory": "Checking memory",
+    "draining": "Letting answers under way finish",
+    "unloading": "Unloading",
+    "waiting_for_memory": "Waiting until the memory is free",
+    "loading": "Loading",
+    "warming_up": "Warming up",
+    "cancelling": "Cancelling",
+    "rolling_back": "Bringing back what was unloaded",
+}
+_LOAD_WORDS = {
+    "downloading": "Downloading",
+    "loading_weights": "Reading the weights",
+    "initializing_gpu": "Preparing the device",
+    "warming_up": "Warming up",
+}
+_TRY = {
+    "insufficient_memory": "Unload a model or choose a smaller one.",
+    "memory_not_freed": "Close the program that holds the memory, then try again.",
+    "pinned": "Unpin a model to make room, or choose a smaller one.",
+    "model_unusable": "Replace the model's file, or choose another model.",
+    "confirmation_required": "Look at what would be unloaded, then confirm.",
+}
+_TRY_ANYWAY = "Try again. If it fails the same way, choose another model and read the engine's log below."
+
+
+@dataclass(frozen=True, slots=True)
+class Banner:
+    """The switch that people should know about now, and how to tell it."""
+
+    tone: Tone
+    switch: SwitchView
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The status together with the words for it, at one moment."""
+
+    status: Status
+    now: float
+
+    @property
+    def active(self) -> ModelStatus | None:
+        """The model that answers now."""
+        return self.status.model(self.status.active_model) if self.status.active_model else None
+
+    @property
+    def loading(self) -> ModelStatus | None:
+        """The model that is on its way, where there is one."""
+        return next((m for m in self.status.models if m.state == "loading"), None)
+
+    @property
+    def banner(self) -> Banner | None:
+        """A switch under way; one that failed, until it is dismissed; one that ended well, for a moment."""
+        if self.status.switch is not None:
+            return Banner("moving", self.status.switch)
+        last = self.status.last_switch
+        if last is None or last.stage not in ("ready", "cancelled", "failed", "refused", "rolled_back"):
+            return None
+        if last.stage not in ("ready", "cancelled"):
+            return Banner("failed", last)
+        fresh = self.now - (last.finished_at or 0.0) < GOOD_NEWS_SECONDS
+        return Banner("ready" if last.stage == "ready" else "cancelled", last) if fresh else None
+
+    @property
+    def poll_seconds(self) -> int:
+        """How soon to look again: at once when good news is to go, often while something moves, else seldom."""
+        if self.banner is not None and self.banner.tone in ("ready", "cancelled"):
+            return 1
+        return 2 if self.status.moving else 10
+
+    @property
+    def stage(self) -> str:
+        """What the switch under way is doing."""
+        switch = self.status.switch
+        if switch is None:
+            return ""
+        target = self.status.model(switch.to_model)
+        if switch.stage == "loading" and target is not None and target.load is not None:
+            return _LOAD_WORDS.get(target.load.stage, _STAGE_WORDS["loading"])
+        return _STAGE_WORDS.get(switch.stage, switch.stage.replace("_", " ").capitalize())
+
+    @property
+    def device(self) -> str | None:
+        """The device that the switch under way loads onto, named only where there is a choice."""
+        target = self.status.model(self.status.switch.to_model) if self.status.switch else None
+        if target is None or len(self.status.devices) < 2:
+            return None
+        return next((d.name for d in self.status.devices if d.id == target.device), None)
+
+    @property
+    def slow(self) -> bool:
+        """Whether the wait is long enough to say that leaving the page is fine."""
+        return self.status.switch is not None and (self.status.switch.eta_seconds or 0) > LONG_SECONDS
+
+    @property
+    def lock(self) -> str | None:
+        """Why no message can be sent now, and until when; None when it can."""
+        switch = self.status.switch
+        if switch is not None:
+            eta = switch.eta_seconds
+            return f"Switching to {switch.to_model}" + (f", {about(eta)}" if eta is not None else "")
+        if self.active is None:
+            return "Choose a model to start" if self.status.models else "Add a model to start"
+        if self.active.state == "running":
+            return None
+        return f"{self.active.id} is {'loading' if self.active.state == 'loading' else 'not ready'}"
+
+    @property
+    def running_now(self) -> str:
+        """What answers after a switch went wrong."""
+        if self.active is None or self.active.state != "running":
+            return "No model is loaded now."
+        last = self.status.last_switch
+        again = last is not None and last.stage == "rolled_back"
+        return f"{self.active.id} is {'running again' if again else 'still running'}."
+
+    @property
+    def what_to_try(self) -> str:
+        last = self.status.last_switch
+        return _TRY.get((last.error or "") if last else "", _TRY_ANYWAY)
+
+    @property
+    def announcement(self) -> str:
+        """What a screen reader says when it changes: steps, never percents."""
+        banner = self.banner
+        if banner is not None:
+            to_model = banner.switch.to_model
+            return {
+                "moving": f"Switching to {to_model}: {self.stage}.",
+                "ready": f"{to_model} is ready.",
+                "cancelled": f"The switch to {to_model} was cancelled. {self.running_now}",
+                "failed": f"{to_model} could not be loaded. {banner.switch.message or ''} {self.running_now}",
+            }[banner.tone]
+        if self.active is not None and self.active.state == "running":
+            return f"{self.active.id} is ready."
+        return "No model is loaded."
+
+    def asks_first(self, target: str) -> SwitchView | None:
+        """The switch under way that a switch to `target` would throw away, once it is more than half done."""
+        switch = self.status.switch
+        if switch is None or switch.to_model == target or switch.percent <= ASK_FROM_PERCENT:
+            return None
+        return switch

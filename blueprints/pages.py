@@ -1,0 +1,43 @@
+"""What the views of all pages share: the picture of this moment, and the answer to a form."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from flask import Response, redirect
+from htmx_flask import make_response, request
+
+from blueprints.live import Live
+from blueprints.web import services
+
+_LOCAL_PATH = re.compile(r"/(?![/\\])[^\x00-\x20\\]*")
+_NOTICE_SECONDS = 0.3
+
+
+def live_now() -> Live:
+    """The status of this moment, with the words for it."""
+    return Live(services().status.current(), time.time())
+
+
+def done(version: int | None = None) -> Response:
+    """The answer to a form that worked: htmx looks again at once, a browser without it goes back to its page.
+
+    With `version`, the one from before the form was acted on, it waits a moment for a newer one: who looks again must
+    see that something began, or would rest for a whole idle interval.
+    """
+    deadline = time.monotonic() + _NOTICE_SECONDS
+    while version is not None and time.monotonic() < deadline and services().status.current().version == version:
+        time.sleep(0.01)
+    if request.htmx:
+        answer: Response = make_response("", 204, trigger="refresh")
+        return answer
+    back = request.form.get("back", "/")
+    return see_other(back if _LOCAL_PATH.fullmatch(back) else "/")
+
+
+def see_other(path: str) -> Response:
+    """A redirect after a form: the browser fetches `path`, and a reload repeats nothing."""
+    answer = redirect(path, code=303)
+    assert isinstance(answer, Response)
+    return answer

@@ -1,0 +1,261 @@
+"""Shared HTTP helpers: services, request bodies, error shapes, SSE, security headers and origin checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+from flask import Flask, Response, current_app, jsonify, render_template, request
+from pydantic import BaseModel, ValidationError
+from services.chats import ChatBusy, ChatError, ConversationNotFound
+from werkzeug.exceptions import HTTPException
+
+from services.catalog import UnknownModel
+from services.container import Services
+from services.gateway.router import GatewayError
+from services.switching.engine import EngineError
+from services.switching.jobs import SwitchError
+from services.switching.narrator import memory_figures
+
+CSP = (
+    "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
+)
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+STATUS_OF_CODE: Mapping[str, int] = {
+    "invalid_json": 400,
+    "invalid_value": 422,
+    "forbidden_host": 403,
+    "cross_origin": 403,
+    "not_found": 404,
+    "model_not_found": 404,
+    "too_large": 413,
+    "rate_limited": 429,
+    "internal_error": 500,
+    "load_failed": 502,
+    "engine_error": 502,
+    "engine_unreachable": 502,
+    "queue_full": 503,
+    "stopping": 503,
+    "queue_timeout": 504,
+    "engine_timeout": 504,
+}
+"""What each error code of the contract answers with; codes that aren't listed mean "can't now": 409."""
+
+OPENAI_SHAPED = ("/v1/", "/chat/completions")
+"""Addresses whose errors have OpenAI's shape."""
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class ApiError(Exception):
+    """A request that can't be answered as asked. `code` decides the status.
+
+    `figures` join the JSON; giving them, even empty, asks for seed 003's flat shape wherever the request came in.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        figures: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.status = status or STATUS_OF_CODE.get(code, 409)
+        self.headers = dict(headers or {})
+        self.figures = figures
+
+
+def services() -> Services:
+    """The services of the running app."""
+    return cast("Services", current_app.extensions["switchyard"])
+
+
+def parse_body(shape: type[B], *, optional: bool = False) -> B:
+    """The JSON body as `shape`. Raises ApiError 400 when it isn't JSON, 422 when its values are wrong."""
+    raw = request.get_data(cache=True)
+    if optional and not raw.strip():
+        return validate(shape, {})
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ApiError("invalid_json", "The body has to be a JSON object.") from None
+    if not isinstance(document, dict):
+        raise ApiError("invalid_json", "The body has to be a JSON object.")
+    return validate(shape, document)
+
+
+def validate(shape: type[B], values: Mapping[str, Any]) -> B:
+    """Values as `shape`. Raises ApiError 422 naming the first wrong one."""
+    try:
+        return shape.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        raise ApiError(
+            "invalid_value", f"{param}: {first['msg']}." if param else str(first["msg"]), param=param
+        ) from None
+
+
+def sse(events: Iterable[bytes]) -> Response:
+    """A response that streams server-sent events."""
+    response = Response(cast("Iterator[bytes]", events), mimetype="text/event-stream")
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Accel-Buffering"] = "no"
+    return response
+
+
+def sse_event(name: str | None, data: str, number: int | str | None = None) -> bytes:
+    """One named event; line breaks in `data` become several data lines."""
+    lines = [] if number is None else [f"id: {number}"]
+    lines += [] if name is None else [f"event: {name}"]
+    lines += [f"data: {line}" for line in data.split("\n")]
+    return ("\n".join(lines) + "\n\n").encode()
+
+
+SSE_HEARTBEAT = b": still here\n\n"
+
+
+def wants_event_stream() -> bool:
+    return "text/event-stream" in request.headers.get("Accept", "")
+
+
+def client_name() -> str:
+    """Who asks, for the switch's record: the page or the API."""
+    return "page" if request.headers.get("HX-Request") or request.mimetype.endswith("form-urlencoded") else "api"
+
+
+def init_app(app: Flask) -> None:
+    """Register origin checks, security headers and error handlers."""
+    app.before_request(_check_host)
+    app.before_request(_check_origin)
+    app.after_request(_secure)
+    app.register_error_handler(ApiError, _answer_error)
+    app.register_error_handler(
+        UnknownModel, lambda e: _answer_error(ApiError("model_not_found", str(e), param="model"))
+    )
+    app.register_error_handler(SwitchError, lambda e: _answer_error(switch_error(e)))
+    app.register_error_handler(EngineError, lambda e: _answer_error(ApiError("engine_error", str(e))))
+    app.register_error_handler(GatewayError, lambda e: _answer_error(gateway_error(e)))
+    app.register_error_handler(ConversationNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
+    app.register_error_handler(ChatBusy, lambda e: _answer_error(ApiError("chat_busy", str(e))))
+    app.register_error_handler(ChatError, lambda e: _answer_error(ApiError("invalid_value", str(e))))
+    app.register_error_handler(HTTPException, _answer_http)
+    app.register_error_handler(Exception, _answer_unforeseen)
+
+
+def switch_error(error: SwitchError) -> ApiError:
+    """A job's error, with the figures that go with it (seed 003)."""
+    return ApiError(error.code, error.message, figures=memory_figures(error))
+
+
+def gateway_error(error: GatewayError) -> ApiError:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return ApiError(error.code, error.message, headers=headers)
+
+
+def _check_host() -> None:
+    """Only names that are ours: a page elsewhere can point its own name at this address (DNS rebinding)."""
+    host = urlsplit(f"//{request.host}").hostname or ""
+    settings = services().settings
+    if host not in LOOPBACK_NAMES and host != settings.host and host not in settings.allowed_hosts:
+        raise ApiError(
+            "forbidden_host", f"This server does not answer for the host {host!r}. See the setting allowed_hosts."
+        )
+
+
+def _check_origin() -> None:
+    """A page of another site must not act here: its browser says where an unsafe request comes from."""
+    if request.method in SAFE_METHODS:
+        return
+    site = request.headers.get("Sec-Fetch-Site")
+    if site is not None:
+        allowed = site in ("same-origin", "none")
+    else:
+        origin = request.headers.get("Origin")
+        allowed = origin is None or urlsplit(origin).netloc == request.host
+    if not allowed:
+        raise ApiError("cross_origin", "This request comes from a page of another site, so it is refused.")
+
+
+def _secure(response: Response) -> Response:
+    headers = response.headers
+    headers.setdefault("Content-Security-Policy", CSP)
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    headers.setdefault("Referrer-Policy", "same-origin")
+    if response.mimetype == "text/html":
+        headers.setdefault("Cache-Control", "no-store")
+        headers.add("Vary", "HX-Request")
+    return response
+
+
+def _answer_error(error: ApiError) -> Response:
+    response = _error_page(error) if _for_people() else jsonify(error_document(error))
+    response.status_code = error.status
+    response.headers.update(error.headers)
+    return response
+
+
+def error_document(error: ApiError) -> dict[str, object]:
+    """The error in the contract's shape: OpenAI's under /v1, the flat one elsewhere.
+
+    What the switcher refuses is flat under /v1 too: seed 003 fixes that shape, figures included.
+    """
+    if error.figures is not None or not request.path.startswith(OPENAI_SHAPED):
+        return {"status": "error", "error": error.code, "message": error.message, **(error.figures or {})}
+    kind = "rate_limit_error" if error.status == 429 else "server_error"
+    if error.status < 500 and error.status != 429:
+        kind = "invalid_request_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def _for_people() -> bool:
+    if request.path.startswith((*OPENAI_SHAPED, "/api/", "/ollama/")):
+        return False
+    return request.headers.get("HX-Request") == "true" or request.accept_mimetypes.best == "text/html"
+
+
+def _error_page(error: ApiError) -> Response:
+    fragment = request.headers.get("HX-Request") == "true"
+    template = "fragments/error.html" if fragment else "pages/error.html"
+    return Response(render_template(template, title=_title(error), message=error.message, status=error.status))
+
+
+def _title(error: ApiError) -> str:
+    return {404: "Not found", 403: "Refused", 413: "Too large", 429: "Too many requests"}.get(
+        error.status, "That did not work" if error.status < 500 else "Switchyard hit a problem"
+    )
+
+
+def _answer_http(error: HTTPException) -> Response:
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 429: "rate_limited"}
+    code = error.code or 500
+    told = ApiError(codes.get(code, "bad_request"), _say_http(error), status=code)
+    if error.response is None:
+        told.headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
+    return _answer_error(told)
+
+
+def _say_http(error: HTTPException) -> str:
+    limit = services().settings.max_body_mb
+    return {
+        404: "There is nothing at this address.",
+        405: "This address does not take that method.",
+        413: f"The body is larger than the {limit:g} MB that are allowed (setting max_body_mb).",
+    }.get(error.code or 500, f"{error.description}")
+
+
+def _answer_unforeseen(error: Exception) -> Response:
+    current_app.logger.exception("unforeseen error", exc_info=error)
+    return _answer_error(ApiError("internal_error", "Switchyard hit a problem of its own; its log has the details."))

@@ -1,0 +1,143 @@
+"""One answer while it is being written: it grows, is saved as it comes, and is watched by any number of readers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Protocol
+
+import structlog
+
+from services.store.records import Message, MessageState
+
+log = structlog.get_logger(__name__)
+
+SAVE_SECONDS = 0.5
+FOLLOW_SECONDS = 0.05
+HEARTBEAT_SECONDS = 10.0
+
+
+class GenerationError(Exception):
+    """An answer could not be given, or broke off. The text is for people."""
+
+
+class ChatStream(Protocol):
+    """An answer as it comes: iterating yields pieces of text, and raises GenerationError when it breaks off."""
+
+    @property
+    def model(self) -> str:
+        """The id of the model that answers."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def cancel(self) -> None:
+        """Make the iteration end, from any thread."""
+
+
+class Generator(Protocol):
+    """Whoever gives answers."""
+
+    def stream_chat(
+        self, model: str | None, messages: Sequence[Mapping[str, str]]
+    ) -> AbstractContextManager[ChatStream]:
+        """Ask `model` (None: the active one). Leaving the context stops the generation. Raises GenerationError."""
+
+
+class Answer:
+    """The one place where an answer's message changes.
+
+    Whoever finishes it first wins; what comes later is dropped. `save` is called with each state that is to be kept,
+    in order; it must not wait for anything but the database.
+    """
+
+    def __init__(self, message: Message, save: Callable[[Message], object], clock: Callable[[], float]) -> None:
+        self._changed = threading.Condition()
+        self._message = message
+        self._save = save
+        self._clock = clock
+        self._stream: ChatStream | None = None
+        self._first_at: float | None = None
+        self._saved_at = time.monotonic()
+
+    @property
+    def message(self) -> Message:
+        return self._message
+
+    def write(self, generator: Generator, model: str | None, history: Sequence[Mapping[str, str]]) -> None:
+        """Write the whole answer. Whatever goes wrong ends up in the message."""
+        try:
+            with generator.stream_chat(model, history) as stream:
+                if self._begin(stream):
+                    self._take_in(stream)
+                self.finish("complete")
+        except GenerationError as error:
+            self.finish("failed", str(error))
+        except Exception as error:
+            log.exception("an answer failed unexpectedly", message=self._message.id)
+            self.finish("failed", f"Something went wrong inside Switchyard ({type(error).__name__}). Try again.")
+
+    def stop(self) -> Message:
+        """End it with what came so far. Doesn't wait for the engine."""
+        message = self.finish("stopped")
+        if self._stream is not None:
+            self._stream.cancel()
+        return message
+
+    def finish(self, state: MessageState, error: str | None = None) -> Message:
+        """Make it final, once; the message as it then is."""
+        with self._changed:
+            if not self._message.final:
+                self._message = replace(self._message, state=state, error=error, finished_at=self._clock())
+                self._changed.notify_all()
+                self._save(self._message)
+            return self._message
+
+    def follow(self) -> Iterator[Message | None]:
+        """The message now, then each time it grew (20 times a second at most); None after 10 s without a change."""
+        seen = self._message
+        yield seen
+        while not seen.final:
+            newer = self._wait(lambda last=seen: self._message is not last, HEARTBEAT_SECONDS)  # type: ignore[misc]
+            yield None if newer is seen else newer
+            seen = newer
+            self._wait(lambda: self._message.final, FOLLOW_SECONDS)
+
+    def _wait(self, ready: Callable[[], bool], timeout: float) -> Message:
+        with self._changed:
+            self._changed.wait_for(ready, timeout)
+            return self._message
+
+    def _begin(self, stream: ChatStream) -> bool:
+        """Take note of who answers. False when it was stopped before that."""
+        with self._changed:
+            self._stream = stream
+            return self._update(model=stream.model)
+
+    def _take_in(self, stream: ChatStream) -> None:
+        for piece in stream:
+            if not self._grow(piece):
+                return
+
+    def _grow(self, piece: str) -> bool:
+        """Add a piece. False when it was stopped before that."""
+        with self._changed:
+            now = time.monotonic()
+            self._first_at = now if self._first_at is None else self._first_at
+            content, tokens = self._message.content + piece, (self._message.tokens or 0) + 1
+            if not self._update(content=content, tokens=tokens, seconds=now - self._first_at):
+                return False
+            self._changed.notify_all()
+            if now - self._saved_at >= SAVE_SECONDS:
+                self._saved_at = now
+                self._save(self._message)
+            return True
+
+    def _update(self, **changes: object) -> bool:
+        """Change the message unless it is final. The caller holds the lock."""
+        if self._message.final:
+            return False
+        self._message = replace(self._message, **changes)  # type: ignore[arg-type]
+        return True

@@ -1,0 +1,99 @@
+"""The models and where they come from: listed in the settings, or found by their engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from services.config import ModelEntry
+from services.switching.engine import Engine, Model
+
+GB = 1_000_000_000
+
+
+class UnknownModel(Exception):
+    """No model has this id. The text names the available ones."""
+
+    def __init__(self, model_id: str, available: Sequence[str]) -> None:
+        shown = ", ".join(available) if available else "none yet"
+        super().__init__(f"There is no model {model_id[:200]!r}. Available: {shown}.")
+        self.model_id = model_id
+
+
+class Catalog:
+    """An immutable view of every model, replaced whole when a look at the engines finds a difference."""
+
+    def __init__(self, entries: Sequence[ModelEntry], engines: Mapping[str, Engine]) -> None:
+        self._listed = tuple(_listed(entry) for entry in entries)
+        self._engines = engines
+        self._models: Mapping[str, Model] = MappingProxyType({})
+        self._listeners: list[Callable[[], object]] = []
+        self.refresh()
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        return self._models
+
+    def get(self, model_id: str) -> Model:
+        """The model of this id. Raises UnknownModel."""
+        try:
+            return self._models[model_id]
+        except (KeyError, TypeError):
+            raise UnknownModel(str(model_id), sorted(self._models)) from None
+
+    def on_change(self, listener: Callable[[], object]) -> None:
+        self._listeners.append(listener)
+
+    def refresh(self) -> bool:
+        """Look again; True when something joined, left or changed."""
+        models = {m.id: m for m in (self._engines[m.engine].describe(m) for m in self._listed)}
+        taken = {(m.engine, m.source) for m in models.values()}
+        for engine in self._engines.values():
+            for found in engine.discover():
+                if found.id not in models and (found.engine, found.source) not in taken:
+                    models[found.id] = found
+        if models == self._models:
+            return False
+        self._models = MappingProxyType(models)
+        for listener in self._listeners:
+            listener()
+        return True
+
+
+class CatalogWatch:
+    """Looks for new, changed and removed models every `interval` seconds."""
+
+    def __init__(self, catalog: Catalog, interval: float = 2.0) -> None:
+        self._catalog = catalog
+        self._interval = interval
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="catalog-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self._catalog.refresh()
+
+
+def _listed(entry: ModelEntry) -> Model:
+    model = Model(
+        id=entry.id,
+        engine=entry.engine,
+        source=entry.source,
+        description=entry.description,
+        load_seconds=entry.load_time_seconds,
+        tags=entry.tags,
+        options=MappingProxyType(dict(entry.options)),
+    )
+    if entry.size_gb is not None:
+        model = replace(model, size_bytes=int(entry.size_gb * GB))
+    if entry.required_gb is not None:
+        model = replace(model, required_bytes=int(entry.required_gb * GB))
+    return model

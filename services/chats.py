@@ -1,0 +1,246 @@
+"""Conversations. Answers are jobs of the server: they go on when the page closes, and are found again after it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from services.answers import Answer, ChatStream, GenerationError, Generator
+from services.store.records import Conversation, Message, Role, new_id
+from services.store.repository import ConversationRepository
+
+__all__ = [
+    "ChatBusy",
+    "ChatError",
+    "ChatStream",
+    "Chats",
+    "Conversation",
+    "ConversationNotFound",
+    "EmptyMessage",
+    "GenerationError",
+    "Generator",
+    "Message",
+    "MessageNotFound",
+    "MessageTooLong",
+    "NotTheLast",
+]
+
+NEW_TITLE = "New chat"
+TITLE_LENGTH = 48
+TITLE_LIMIT = 200
+MESSAGE_LIMIT = 32_000
+CLOSE_SECONDS = 5.0
+
+
+class ChatError(Exception):
+    """A chat can't do what was asked. The text is for people."""
+
+
+class ConversationNotFound(ChatError):
+    """There is no such conversation."""
+
+
+class MessageNotFound(ChatError):
+    """There is no such message."""
+
+
+class ChatBusy(ChatError):
+    """An answer is being written in that conversation."""
+
+
+class EmptyMessage(ChatError):
+    """There is nothing to send."""
+
+
+class MessageTooLong(ChatError):
+    """The message exceeds the limit."""
+
+
+class NotTheLast(ChatError):
+    """Only the last answer of a conversation can be written anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """An answer being written, and the thread that writes it."""
+
+    answer: Answer
+    thread: threading.Thread
+
+
+class Chats:
+    """Every conversation, and the answers being written. At most one at a time in each conversation."""
+
+    def __init__(
+        self, repository: ConversationRepository, generator: Generator, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._repository = repository
+        self._generator = generator
+        self._clock = clock
+        self._lock = threading.RLock()  # held by whoever changes what a conversation consists of
+        self._running: dict[str, _Running] = {}
+        repository.mark_interrupted(clock())
+
+    def conversations(self) -> list[Conversation]:
+        """Every conversation without its messages, the last one written in first."""
+        return self._repository.newest_first()
+
+    def get(self, conversation_id: str) -> Conversation:
+        """One conversation with its messages as they are now. Raises ConversationNotFound."""
+        running = dict(self._running)  # looked up first: an answer that ends meanwhile is then still found here
+        conversation = self._repository.get(conversation_id)
+        if conversation is None:
+            raise ConversationNotFound("This conversation does not exist any more.")
+        live = (running[m.id].answer.message if m.id in running else m for m in conversation.messages)
+        return replace(conversation, messages=tuple(live))
+
+    def create(self) -> Conversation:
+        return self._repository.create(NEW_TITLE, self._clock())
+
+    def rename(self, conversation_id: str, title: str) -> None:
+        """Give it another title, cut to 200 characters. Raises ConversationNotFound, EmptyMessage."""
+        title = " ".join(title.split())[:TITLE_LIMIT]
+        if not title:
+            raise EmptyMessage("A title needs at least one letter.")
+        if not self._repository.rename(conversation_id, title):
+            raise ConversationNotFound("This conversation does not exist any more.")
+
+    def delete(self, conversation_id: str) -> None:
+        """Stop what is being written in it, and delete it. Raises ConversationNotFound."""
+        with self._lock:
+            running = self._writing_in(conversation_id)
+            if running is not None:
+                self._stop(running)
+            if not self._repository.delete(conversation_id):
+                raise ConversationNotFound("This conversation does not exist any more.")
+
+    def send(self, conversation_id: str, text: str, model: str | None = None) -> Message:
+        """Save the user's message and begin the answer by `model` (None: the active one), which is returned.
+
+        Raises ConversationNotFound, ChatBusy, EmptyMessage, MessageTooLong.
+        """
+        text = text.strip()
+        if not text:
+            raise EmptyMessage("Write something first.")
+        if len(text) > MESSAGE_LIMIT:
+            raise MessageTooLong(f"This message has {len(text):,} characters; {MESSAGE_LIMIT:,} is the limit.")
+        with self._lock:
+            conversation = self._idle(conversation_id)
+            if not conversation.messages and conversation.title == NEW_TITLE:
+                self._repository.rename(conversation_id, title_of(text))
+            question = self._append(conversation_id, "user", text)
+            return self._begin(conversation_id, (*conversation.messages, question), model)
+
+    def retry(self, message_id: str, model: str | None = None) -> Message:
+        """Drop the last answer and write it anew; a last question that has no answer gets one.
+
+        Raises MessageNotFound, ChatBusy, NotTheLast.
+        """
+        with self._lock:
+            conversation = self._idle(self.message(message_id).conversation_id)
+            *before, last = conversation.messages
+            if last.id != message_id:
+                raise NotTheLast("Only the last answer can be written anew.")
+            if last.role == "user":
+                before.append(last)
+            else:
+                self._repository.drop(message_id)
+            return self._begin(conversation.id, tuple(before), model)
+
+    def stop(self, message_id: str) -> Message:
+        """End an answer with what came so far; nothing happens to one that is final. Raises MessageNotFound."""
+        running = self._running.get(message_id)
+        return self.message(message_id) if running is None else self._stop(running)
+
+    def message(self, message_id: str) -> Message:
+        """One message as it is now. Raises MessageNotFound."""
+        running = self._running.get(message_id)
+        message = self._repository.message(message_id) if running is None else running.answer.message
+        if message is None:
+            raise MessageNotFound("This message does not exist any more.")
+        return message
+
+    def follow(self, message_id: str) -> Iterator[Message | None]:
+        """A message now, then each time it grew, until it is final; None every 10 s without a change.
+
+        Raises MessageNotFound at once.
+        """
+        running = self._running.get(message_id)
+        return iter((self.message(message_id),)) if running is None else running.answer.follow()
+
+    def close(self) -> None:
+        """Stop every answer, and give those who write them a few seconds to leave."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        all_running = list(self._running.values())
+        for running in all_running:
+            running.answer.stop()
+        for running in all_running:
+            running.thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _idle(self, conversation_id: str) -> Conversation:
+        """The conversation, provided that nothing is being written in it."""
+        if self._writing_in(conversation_id) is not None:
+            raise ChatBusy("An answer is being written in this conversation. Stop it or wait until it is there.")
+        return self.get(conversation_id)
+
+    def _writing_in(self, conversation_id: str) -> _Running | None:
+        of_it = (r for r in list(self._running.values()) if r.answer.message.conversation_id == conversation_id)
+        return next((r for r in of_it if not r.answer.message.final), None)
+
+    def _append(self, conversation_id: str, role: Role, text: str, model: str | None = None) -> Message:
+        """A message at the end: a final one, or an assistant's that is about to grow."""
+        now = self._clock()
+        growing = role == "assistant"
+        message = Message(
+            id=new_id(),
+            conversation_id=conversation_id,
+            role=role,
+            content=text,
+            model=model,
+            state="streaming" if growing else "complete",
+            error=None,
+            created_at=now,
+            finished_at=None if growing else now,
+            tokens=None,
+            seconds=None,
+        )
+        self._repository.append(message)
+        return message
+
+    def _begin(self, conversation_id: str, before: tuple[Message, ...], model: str | None) -> Message:
+        """Start the answer to `before` in a thread of its own. The caller holds the lock."""
+        message = self._append(conversation_id, "assistant", "", model)
+        answer = Answer(message, self._repository.update, self._clock)
+        thread = threading.Thread(
+            target=self._write, args=(answer, before, model), name=f"answer-{message.id[:8]}", daemon=True
+        )
+        self._running[message.id] = _Running(answer, thread)
+        thread.start()
+        return message
+
+    def _write(self, answer: Answer, before: tuple[Message, ...], model: str | None) -> None:
+        try:
+            answer.write(self._generator, model, history_of(before))
+        finally:
+            self._running.pop(answer.message.id, None)
+
+    def _stop(self, running: _Running) -> Message:
+        message = running.answer.stop()
+        self._running.pop(message.id, None)
+        return message
+
+
+def history_of(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+    """What a model is told of a conversation: everything that has words, in order."""
+    return [{"role": m.role, "content": m.content} for m in messages if m.final and m.content]
+
+
+def title_of(text: str) -> str:
+    """A title from a first message: its beginning, cut at a word where there is one."""
+    line = " ".join(text.split())
+    if len(line) <= TITLE_LENGTH:
+        return line
+    beginning, _, rest = line[: TITLE_LENGTH + 1].rpartition(" ")
+    return f"{beginning or rest[:TITLE_LENGTH]}…"

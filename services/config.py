@@ -1,0 +1,196 @@
+"""Typed settings: `switchyard.toml` first, overridden by `SWITCHYARD_*` environment variables.
+
+A wrong key or value stops the start with a message that names the key, where it stands and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PREFIX = "SWITCHYARD_"
+DEFAULT_FILE = "switchyard.toml"
+MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}$"
+
+Strategy = Literal["largest_first", "oldest_first", "preserve_favorites", "cheapest_reload"]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class ConfigError(Exception):
+    """The settings can't be used. The text lists every problem, one a line."""
+
+
+class ModelEntry(BaseModel):
+    """One `[[models]]` table of the settings file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(pattern=MODEL_ID_PATTERN)]
+    engine: Literal["llamacpp"] = "llamacpp"
+    source: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    size_gb: Annotated[float, Field(gt=0)] | None = None
+    required_gb: Annotated[float, Field(gt=0)] | None = None
+    load_time_seconds: Seconds | None = None
+    tags: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
+
+    @field_validator("id")
+    @classmethod
+    def _no_climbing(cls, value: str) -> str:
+        if ".." in value or "//" in value:
+            raise ValueError("a model id can't hold '..' or '//'")
+        return value
+
+
+class Settings(BaseModel):
+    """Every setting, its default and its bounds. Times are seconds, `_gb` figures decimal gigabytes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on; loopback only in this version")
+    port: int = Field(8787, ge=1, le=65_535, description="port to listen on")
+    allowed_hosts: tuple[str, ...] = Field((), description="further host names that requests may ask for")
+    state_dir: Path = Field(Path("state"), description="folder for the database, logs and the lock")
+    models_dir: Path = Field(Path("models"), description="folder whose GGUF files join the catalogue by themselves")
+    memory_budget_gb: float | None = Field(None, gt=0, description="caps the system memory that models may use")
+
+    strategy: Strategy = Field("largest_first", description="which models a switch unloads first")
+    auto_unload: bool = Field(True, description="whether a switch may unload other models to make room")
+    confirm_before_unload: bool = Field(False, description="whether a switch that unloads must be confirmed")
+    preserve_models: tuple[str, ...] = Field((), description="models that preserve_favorites never unloads")
+    preload: str | None = Field(None, description="model to load when the app starts")
+    drain_timeout_seconds: Seconds = Field(30, description="how long requests in flight may finish before an unload")
+    unload_timeout_seconds: Seconds = Field(15, description="how long an engine may take to stop before it is killed")
+    memory_timeout_seconds: Seconds = Field(20, description="how long to wait until freed memory measures free")
+    load_timeout_seconds: Seconds = Field(1800, description="how long a load may take")
+    warm_up_timeout_seconds: Seconds = Field(120, description="how long the first token may take")
+
+    switch_on_request: bool = Field(True, description="whether asking a model that is not loaded switches to it")
+    queue_limit: int = Field(64, ge=0, le=10_000, description="requests that may wait for a model at once")
+    queue_timeout_seconds: Seconds = Field(600, description="how long a request waits for its model")
+    upstream_timeout_seconds: Seconds = Field(600, description="how long an engine may be silent in an answer")
+    max_body_mb: float = Field(8, gt=0, le=1024, description="largest request body")
+    switch_rate_limit: str = Field(
+        "600/minute",
+        pattern=r"^[1-9]\d{0,5} ?(/|per) ?(second|minute|hour|day)$",
+        description="switches allowed per client, such as 60/minute",
+    )
+
+    llamacpp_server: str | None = Field(None, description="a native llama-server to run instead of the embedded one")
+    context_length: int = Field(
+        4096, ge=128, le=1_048_576, description="default context of an embedded model, in tokens"
+    )
+    parallel_requests: int = Field(4, ge=1, le=256, description="requests an embedded model answers at once")
+    standby: bool = Field(True, description="keep one empty engine process ready, so that a switch starts sooner")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+    models: tuple[ModelEntry, ...] = Field((), description="listed models, as [[models]] tables of the file")
+
+    @field_validator("host")
+    @classmethod
+    def _loopback_only(cls, value: str) -> str:
+        if value == "localhost":
+            return value
+        try:
+            loopback = ipaddress.ip_address(value).is_loopback
+        except ValueError:
+            raise ValueError("must be an IP address, such as 127.0.0.1") from None
+        if not loopback:
+            raise ValueError("must be a loopback address: anyone who reaches another one could switch models")
+        return value
+
+    @model_validator(mode="after")
+    def _ids_once(self) -> Settings:
+        ids = [entry.id for entry in self.models]
+        twice = {i for i in ids if ids.count(i) > 1}
+        if twice:
+            raise ValueError(f"models: the id {', '.join(sorted(twice))} is listed more than once")
+        return self
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        return None if self.memory_budget_gb is None else int(self.memory_budget_gb * 1e9)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 1e6)
+
+
+LIST_KEYS = {"allowed_hosts", "preserve_models"}
+FILE_ONLY = {"models"}
+
+
+def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Read the file that `SWITCHYARD_CONFIG` names (else `switchyard.toml`, if there is one), then the environment.
+
+    `overrides` win over both. Raises ConfigError.
+    """
+    environ = os.environ if environ is None else environ
+    named = environ.get(f"{PREFIX}CONFIG")
+    path = Path(named or DEFAULT_FILE)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if named or path.is_file():
+        values = _read_file(path)
+        origin = {key: str(path) for key in values}
+    for key, value in _from_environment(environ).items():
+        values[key] = value
+        origin[key] = f"the environment ({PREFIX}{key.upper()})"
+    values.update(overrides)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"The settings file {path} (named by {PREFIX}CONFIG) does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The settings file {path} can't be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The settings file {path} is not valid TOML: {error}.") from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in environ.items():
+        key = name.removeprefix(PREFIX).lower()
+        if not name.startswith(PREFIX) or key == "config":
+            continue
+        if key in FILE_ONLY:
+            raise ConfigError(f"{name}: models are listed in the settings file, as [[models]] tables.")
+        if key in LIST_KEYS:
+            values[key] = tuple(part.strip() for part in value.split(",") if part.strip())
+        elif value != "":
+            values[key] = value
+    return values
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    lines = ["The settings can't be used:"]
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location) or "settings"
+        where = origin.get(location[0], "the defaults") if location else "the settings file"
+        lines.append(f"  {key}, in {where}: {_say(problem, location)}")
+    return "\n".join(lines)
+
+
+def _say(problem: Any, location: list[str]) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = ModelEntry if location[0] == "models" else Settings
+        return f"there is no such setting. Allowed: {', '.join(sorted(known.model_fields))}."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = "" if isinstance(given, (dict, list, tuple, Settings)) else f" (it is {given!r})"
+    return f"{message[0].lower()}{message[1:]}{shown}."

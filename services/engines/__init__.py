@@ -1,0 +1,1 @@
+"""One adapter per engine, plus the parser of what that engine prints."""

@@ -1,0 +1,161 @@
+"""The bytes of a GGUF header, read forwards in bounded steps: numbers, strings, arrays.
+
+Nothing is allocated on the word of the file: a length is checked against what is left of it first.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+CHUNK = 1 << 18
+MAX_HEADER_BYTES = 256 << 20
+KEPT_TEXT_BYTES = 1 << 16
+KEPT_ITEMS = 4096
+
+STRING, ARRAY = 8, 9
+_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {kind: struct.Struct("<" + code) for kind, code in _CODES.items()}
+_U32, _U64 = _SCALARS[4], _SCALARS[10]
+
+
+class GGUFError(Exception):
+    """A file can't be used as a model. The text is for people: which file, and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An array whose items were not kept: how many there are."""
+
+    count: int
+
+
+Scalar = int | float | bool | str
+Value = Scalar | tuple[Scalar, ...] | Skipped
+
+
+class Cursor:
+    """Reads a little-endian file forwards. Every method raises GGUFError where the file ends too early."""
+
+    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+        self._file = file
+        self._name = name
+        self._size = size
+        self._start = 0
+        self._buffer = b""
+        self._at = 0
+
+    @property
+    def position(self) -> int:
+        return self._start + self._at
+
+    def has(self, count: int) -> bool:
+        return self.position + count <= self._size
+
+    def take(self, count: int) -> bytes:
+        self._need(count)
+        self._at += count
+        return self._buffer[self._at - count : self._at]
+
+    def u32(self) -> int:
+        return int(self._number(_U32))
+
+    def u64(self) -> int:
+        return int(self._number(_U64))
+
+    def text(self) -> str:
+        """A string; what is longer than 64 KiB (some chat templates) is skipped and comes back empty."""
+        length = self.u64()
+        if length > KEPT_TEXT_BYTES:
+            self._skip(length)
+            return ""
+        return self.take(length).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Value:
+        """One metadata value of the given GGUF type."""
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            return self._array()
+        return self._number(self._scalar(kind))
+
+    def damaged(self, what: str) -> GGUFError:
+        return GGUFError(f"{self._name} {what}: the file is damaged.")
+
+    def _array(self) -> tuple[Scalar, ...] | Skipped:
+        kind, count = self.u32(), self.u64()
+        if kind == STRING:
+            self._skip_strings(count)
+            return Skipped(count)
+        item = self._scalar(kind)
+        if count > KEPT_ITEMS:
+            self._skip(count * item.size)
+            return Skipped(count)
+        return tuple(value for (value,) in item.iter_unpack(self.take(count * item.size)))
+
+    def _skip_strings(self, count: int) -> None:
+        # A vocabulary has several 100,000 of them: the inner loop stays in one buffer, without a call per string.
+        self._check(count * _U64.size)
+        done = 0
+        while done < count:
+            self._need(_U64.size)
+            buffer, at, last = self._buffer, self._at, len(self._buffer) - _U64.size
+            while done < count and at <= last:
+                at += _U64.size + _U64.unpack_from(buffer, at)[0]
+                done += 1
+            self._skip(at - self._at)
+
+    def _number(self, item: struct.Struct) -> int | float | bool:
+        self._need(item.size)
+        (value,) = item.unpack_from(self._buffer, self._at)
+        self._at += item.size
+        number: int | float | bool = value
+        return number
+
+    def _scalar(self, kind: int) -> struct.Struct:
+        if kind not in _SCALARS:
+            raise self.damaged(f"holds a value of the unknown kind {kind}")
+        return _SCALARS[kind]
+
+    def _skip(self, count: int) -> None:
+        self._check(count)
+        if self._at + count <= len(self._buffer):
+            self._at += count
+            return
+        self._start, self._buffer, self._at = self.position + count, b"", 0
+        self._file.seek(self._start)
+
+    def _need(self, count: int) -> None:
+        """Have `count` bytes in the buffer from `_at` on."""
+        missing = self._at + count - len(self._buffer)
+        if missing <= 0:
+            return
+        self._check(count)
+        rest = self._buffer[self._at :]
+        self._start, self._at = self.position, 0
+        self._buffer = rest + self._file.read(max(missing, CHUNK))
+        if len(self._buffer) < count:  # cut short while it was being read
+            raise self._ends_early()
+
+    def _check(self, count: int) -> None:
+        if not self.has(count):
+            raise self._ends_early()
+        if self.position + count > MAX_HEADER_BYTES:
+            raise self.damaged(f"has a header of more than {MAX_HEADER_BYTES >> 20} MB")
+
+    def _ends_early(self) -> GGUFError:
+        return GGUFError(
+            f"{self._name} ends within its header, after {say_bytes(self._size)}: the copy may be incomplete."
+        )
+
+
+def say_bytes(count: int) -> str:
+    """A size for people, in decimal units: `1.2 MB`."""
+    if count < 1000:
+        return f"{count} bytes"
+    size, units = count / 1000, ["kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.1f} {units[0]}"

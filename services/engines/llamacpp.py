@@ -1,0 +1,327 @@
+"""The embedded default engine: llama.cpp, one child process per model.
+
+`xllamacpp` (llama.cpp's server in a wheel) runs in `llamacpp_server.py`; a native `llama-server` can be named instead.
+Both answer on a loopback port behind a key that only this process knows.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import requests
+import structlog
+
+from services.engines.gguf import (
+    GGUFError,
+    GGUFHeader,
+    estimate_bytes,
+    is_projector,
+    read_header,
+    split_parts,
+)
+from services.engines.llamacpp_launch import EmbeddedLauncher, Launcher, NativeLauncher, Order, Started
+from services.engines.processes import ProcessRegistry, say_exit
+from services.http import control_session
+from services.offhub import off_hub
+from services.switching.engine import (
+    HOST_DEVICE,
+    Endpoint,
+    Evidence,
+    LoadFailed,
+    Model,
+    Need,
+    OnExit,
+    Report,
+    Usage,
+)
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 0.01
+"""How often a load is looked at; readiness has to be noticed within 50 ms."""
+SLOW_AFTER_SECONDS = 10.0
+PROBE_TIMEOUT = 5.0
+
+GpuBytes = Callable[[str, int], int | None]
+"""(device id, pid) to the bytes that process holds there, None when the driver doesn't say."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What a look at one GGUF file gave; looked at again when its size or time changes."""
+
+    stamp: tuple[int, int]
+    header: GGUFHeader | None
+    size_bytes: int
+    fault: str | None
+
+
+class LlamaCpp:
+    """Engine `llamacpp`. Every GGUF file below `models_dir` is a model by itself, its id the file's stem."""
+
+    name = "llamacpp"
+
+    def __init__(
+        self,
+        models_dir: Path,
+        registry: ProcessRegistry,
+        *,
+        context_length: int,
+        parallel: int,
+        native_server: str | None = None,
+        standby: bool = True,
+        gpu_bytes: GpuBytes = lambda _device, _pid: None,
+    ) -> None:
+        self._models_dir = models_dir
+        self._context_length = context_length
+        self._parallel = parallel
+        self._gpu_bytes = gpu_bytes
+        self._files: dict[Path, _File] = {}
+        self._launcher: Launcher = (
+            NativeLauncher(native_server, registry) if native_server else EmbeddedLauncher(registry, standby=standby)
+        )
+
+    def discover(self) -> Sequence[Model]:
+        found = []
+        for path in _gguf_files(self._models_dir):
+            file = self._look(path)
+            if file.header is not None and is_projector(file.header):
+                continue  # the image half of another model, not one to talk to
+            found.append(self.describe(Model(id=path.stem, engine=self.name, source=str(path))))
+        return found
+
+    def describe(self, model: Model) -> Model:
+        path = self._path(model)
+        file = self._look(path)
+        header = file.header
+        return replace(
+            model,
+            source=str(path),
+            size_bytes=file.size_bytes or model.size_bytes,
+            description=model.description or (header.description if header and header.description else ""),
+            fault=file.fault,
+        )
+
+    def estimate(self, model: Model) -> Need:
+        header = self._look(self._path(model)).header
+        size = estimate_bytes(header, self._context(model), self._slots(model)) if header else 0
+        return Need(device=_device(model), bytes=size, basis="estimated")
+
+    def settings_key(self, model: Model) -> str:
+        options = sorted((key, str(value)) for key, value in model.options.items())
+        return (
+            f"{self._launcher.kind} ctx={self._context(model)} slots={self._slots(model)} {options} {model.size_bytes}"
+        )
+
+    def launch(self, model: Model, on_exit: OnExit) -> LlamaCppInstance:
+        if model.fault:
+            raise LoadFailed(model.fault)
+        key = secrets.token_urlsafe(24)
+        order = Order(
+            path=model.source,
+            alias=model.id,
+            context_length=self._context(model),
+            parallel=self._slots(model),
+            threads=_whole_number(model.options.get("threads"), psutil.cpu_count(logical=False) or os.cpu_count() or 1),
+            device=_device(model),
+            arguments=tuple(str(a) for a in _list(model.options.get("arguments"))),
+        )
+        return LlamaCppInstance(model, key, order, self._launcher, on_exit, self._gpu_bytes)
+
+    def prepare(self) -> None:
+        self._launcher.prepare()
+
+    def close(self) -> None:
+        self._launcher.close()
+
+    def _path(self, model: Model) -> Path:
+        path = Path(model.source).expanduser()
+        return path if path.is_absolute() or path.exists() else self._models_dir / path
+
+    def _look(self, path: Path) -> _File:
+        stamp = _stamp(path)
+        known = self._files.get(path)
+        if known is None or known.stamp != stamp:
+            known = off_hub(_read, path, stamp)
+            self._files[path] = known
+        return known
+
+    def _context(self, model: Model) -> int:
+        asked = _whole_number(model.options.get("context_length"), self._context_length)
+        header = self._look(self._path(model)).header
+        return min(asked, header.context_length) if header and header.context_length else asked
+
+    def _slots(self, model: Model) -> int:
+        return _whole_number(model.options.get("parallel"), self._parallel)
+
+
+class LlamaCppInstance:
+    """One llama.cpp server process and the model in it."""
+
+    def __init__(
+        self, model: Model, key: str, order: Order, launcher: Launcher, on_exit: OnExit, gpu_bytes: GpuBytes
+    ) -> None:
+        self.model = model
+        self._device = order.device
+        self._gpu_bytes = gpu_bytes
+        self._on_exit = on_exit
+        self._stopping = threading.Event()
+        self._http = control_session({"Authorization": f"Bearer {key}"})
+        self._endpoint: Endpoint | None = None
+        self._key = key
+        self._launched_at = time.monotonic()
+        self._started: Started = launcher.start(order, key, self._ended)
+
+    @property
+    def pid(self) -> int:
+        return self._started.process.pid
+
+    def wait_ready(self, report: Report, timeout: float) -> Endpoint:
+        deadline = self._launched_at + timeout
+        seen: Evidence | None = None
+        while not self._answers():
+            self._fail_if_gone()
+            if time.monotonic() > deadline:
+                raise LoadFailed(f"It was not ready after {timeout:.0f} s.", self.log_tail())
+            evidence = self._evidence()
+            if evidence != seen:
+                report(evidence)
+                seen = evidence
+            self._started.process.wait(LOOK_SECONDS)
+        assert self._endpoint is not None
+        return self._endpoint
+
+    def warm_up(self, timeout: float) -> None:
+        assert self._endpoint is not None, "wait_ready comes first"
+        question = {"prompt": "Hello", "max_tokens": 1, "cache_prompt": False}
+        try:
+            answer = self._http.post(f"{self._endpoint.origin}/v1/completions", json=question, timeout=timeout)
+        except requests.RequestException as error:
+            self._fail_if_gone()
+            raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
+        if answer.status_code != 200:
+            raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
+
+    def usage(self) -> Usage | None:
+        if self._device != HOST_DEVICE:
+            held = self._gpu_bytes(self._device, self.pid)
+            return None if held is None else Usage(self._device, held)
+        try:
+            memory = psutil.Process(self.pid).memory_info()
+        except psutil.Error:
+            return None
+        return Usage(HOST_DEVICE, memory.rss, mapped_bytes=min(memory.shared, memory.rss))
+
+    def stop(self, grace: float) -> None:
+        self._stopping.set()
+        self._started.process.stop(grace)
+
+    def log_tail(self) -> str:
+        return self._started.process.log_tail()
+
+    def _ended(self, code: int) -> None:
+        if not self._stopping.is_set():
+            self._on_exit(f"Its process {say_exit(code)}")
+
+    def _fail_if_gone(self) -> None:
+        process = self._started.process
+        if self._stopping.is_set():
+            raise LoadFailed("It was stopped while loading.", self.log_tail())
+        if process.exited:
+            raise LoadFailed(first_cause(self.log_tail(), process.exit_code or 0), self.log_tail())
+
+    def _answers(self) -> bool:
+        """Whether the server is healthy *and* lists a model: its port can be open before either."""
+        origin = self._started.origin()
+        if origin is None:
+            return False
+        try:
+            if self._http.get(f"{origin}/health", timeout=PROBE_TIMEOUT).status_code != 200:
+                return False
+            listed = self._http.get(f"{origin}/v1/models", timeout=PROBE_TIMEOUT)
+            ready = listed.status_code == 200 and bool(listed.json().get("data"))
+        except (requests.RequestException, ValueError):
+            return False
+        if ready:
+            self._endpoint = Endpoint(origin, {"Authorization": f"Bearer {self._key}"})
+        return ready
+
+    def _evidence(self) -> Evidence:
+        total, read = self.model.size_bytes, self._started.bytes_read()
+        if not total or read is None:
+            return Evidence("loading_weights")
+        if read >= total:
+            return Evidence("initializing_gpu")
+        return Evidence("loading_weights", read / total, self._say_bytes(read, total))
+
+    def _say_bytes(self, read: int, total: int) -> str:
+        words = (
+            f"{read / 1e9:.1f} of {total / 1e9:.1f} GB read"
+            if total >= 1e9
+            else (f"{read / 1e6:.0f} of {total / 1e6:.0f} MB read")
+        )
+        elapsed = time.monotonic() - self._launched_at
+        if elapsed > SLOW_AFTER_SECONDS:
+            words += f" at {read / elapsed / 1e6:.0f} MB/s, this may take a while"
+        return words
+
+
+def first_cause(log_tail: str, exit_code: int) -> str:
+    """The most telling line of llama.cpp's log, in words; else how the process ended.
+
+    Log lines of llama.cpp b6000 and later read `0.00.003.604 E llama_model_load: error loading model: …`.
+    """
+    for line in log_tail.splitlines():
+        for mark in ("error loading model:", "llama_init_from_model:", "failed to allocate", "error:"):
+            if mark in line:
+                telling = line[line.index(mark) :] if mark.startswith("failed") else line.split(mark, 1)[1]
+                return f"llama.cpp could not load it: {telling.strip()}"
+    return f"Its process {say_exit(exit_code)} while loading"
+
+
+def _read(path: Path, stamp: tuple[int, int]) -> _File:
+    try:
+        parts = split_parts(path)
+        header = read_header(path)
+        size = sum(part.stat().st_size for part in parts)
+    except FileNotFoundError:
+        return _File(stamp, None, 0, f"The file {path.name} is not there.")
+    except (GGUFError, OSError) as error:
+        return _File(stamp, None, stamp[0], str(error))
+    return _File(stamp, header, size, None)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (0, 0)
+    return (stat.st_size, stat.st_mtime_ns)
+
+
+def _gguf_files(folder: Path) -> list[Path]:
+    try:
+        files = sorted(p for p in folder.rglob("*.gguf") if p.is_file())
+    except OSError as error:
+        log.warning("the models folder can't be read", folder=str(folder), error=str(error))
+        return []
+    return [p for p in files if split_parts(p)[0] == p] if files else []
+
+
+def _device(model: Model) -> str:
+    return str(model.options.get("device", HOST_DEVICE))
+
+
+def _whole_number(value: object, default: int) -> int:
+    return int(value) if isinstance(value, (int, float, str)) and str(value).isdigit() else default
+
+
+def _list(value: object) -> Sequence[object]:
+    return value if isinstance(value, (list, tuple)) else ()

@@ -1,0 +1,211 @@
+"""Bytes through: one request to an instance, its answer passed on unchanged and as it comes.
+
+The data plane's hot path. The parser (llhttp) and the pool are geventhttpclient's; what is ours reads whatever has
+arrived instead of waiting for a full block, which is what a streamed token needs.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from geventhttpclient.connectionpool import ConnectionPool
+from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
+
+from services.gateway.router import GatewayError
+from services.switching.engine import Endpoint
+
+CONNECT_SECONDS = 5.0
+CONNECTIONS_PER_ENGINE = 1024
+BLOCK = 65_536
+POOLS_KEPT = 64
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""RFC 9110 section 7.6.1: these belong to one connection and are never passed on."""
+NOT_FORWARDED = HOP_BY_HOP | {
+    "host",
+    "content-length",
+    "authorization",
+    "x-api-key",
+    "cookie",
+    "accept-encoding",
+    "expect",
+}
+
+
+class Pool(ConnectionPool):  # type: ignore[misc]
+    """Idle connections to one engine."""
+
+    def __init__(self, host: str, port: int, timeout: float) -> None:
+        super().__init__(
+            host,
+            port,
+            host,
+            port,
+            size=CONNECTIONS_PER_ENGINE,
+            connection_timeout=CONNECT_SECONDS,
+            network_timeout=timeout,
+        )
+
+    def after_connect(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _is_socket_alive(self, sock: socket.socket) -> bool:
+        """A healthy idle connection has nothing to read; the library asks `select`, which costs a turn of the hub."""
+        try:
+            sock.settimeout(0.0)
+            sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            sock.settimeout(self.network_timeout)
+            return True
+        except OSError:
+            pass
+        return False
+
+
+class Answer(HTTPSocketPoolResponse):  # type: ignore[misc]
+    """An engine's answer, its body as it arrives."""
+
+    def __init__(self, sock: socket.socket, pool: Pool, method: str) -> None:
+        self._ended_early = False
+        super().__init__(sock, pool=pool, block_size=BLOCK, method=method)
+
+    def arrived(self) -> bytes:
+        """Body bytes that are here, waiting for some if none are; empty at the end. Raises OSError, HTTPParseError."""
+        while not self._body_buffer and not self.message_complete and self._sock is not None:
+            data = self._sock.recv(BLOCK)
+            self.feed(data)
+            if not data and not self.message_complete:
+                self.release()
+                raise HTTPParseError("the engine closed the connection in mid-answer")
+        chunk = bytes(self._body_buffer)
+        self._body_buffer.clear()
+        return chunk
+
+    def abort(self) -> None:
+        """Close the connection, from any greenlet: the engine notices and stops generating."""
+        sock = self._sock
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class Relay:
+    """Sends requests to engines over kept connections."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._pools: dict[str, Pool] = {}
+
+    def send(
+        self, endpoint: Endpoint, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes
+    ) -> Answer:
+        """Pass one request on and return once the answer's headers are here. Raises GatewayError.
+
+        `target` is the path with its query. An idle connection that the engine closed meanwhile is replaced once:
+        nothing of the request can have been looked at then.
+        """
+        request = _head(endpoint, method, target, headers, body) + body
+        pool = self._pool(endpoint.origin)
+        try:
+            try:
+                return self._ask(pool, request, method)
+            except (HTTPConnectionClosed, BrokenPipeError, ConnectionResetError):
+                return self._ask(pool, request, method)
+        except TimeoutError:
+            raise GatewayError("engine_timeout", f"The engine said nothing for {self._timeout:.0f} s.") from None
+        except (OSError, HTTPParseError) as error:
+            raise GatewayError("engine_unreachable", f"The engine did not answer: {error}.") from None
+
+    def forget(self, origin: str) -> None:
+        """Close the idle connections to an engine that is gone."""
+        with self._lock:
+            pool = self._pools.pop(origin, None)
+        if pool is not None:
+            pool.close()
+
+    def _ask(self, pool: Pool, request: bytes, method: str) -> Answer:
+        sock = pool.get_socket()
+        try:
+            sock.sendall(request)
+        except BaseException:
+            pool.release_socket(sock)
+            raise
+        return Answer(sock, pool, method)
+
+    def _pool(self, origin: str) -> Pool:
+        pool = self._pools.get(origin)
+        if pool is None:
+            address = urlsplit(origin)
+            with self._lock:
+                if len(self._pools) >= POOLS_KEPT:
+                    self._pools.pop(next(iter(self._pools))).close()
+                pool = self._pools.setdefault(
+                    origin, Pool(address.hostname or "127.0.0.1", address.port or 80, self._timeout)
+                )
+        return pool
+
+
+class Body:
+    """The body of a relayed answer, for a WSGI server to iterate.
+
+    A class and not a generator: `close` has to run even when nothing was iterated.
+    """
+
+    def __init__(self, answer: Answer, on_close: Callable[[], None], error_tail: Callable[[str], bytes]) -> None:
+        self._answer = answer
+        self._on_close = on_close
+        self._error_tail = error_tail
+        self._over = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._over:
+            raise StopIteration
+        try:
+            chunk = self._answer.arrived()
+        except (OSError, HTTPParseError) as error:
+            self._over = True
+            chunk = self._error_tail(str(error))
+        if not chunk:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Give everything back; an answer that was left in the middle is aborted, which stops the generation."""
+        self._over = True
+        if not self._answer.message_complete:
+            self._answer.abort()
+            self._answer.release()
+        self._on_close()
+
+
+def answer_headers(answer: Answer) -> list[tuple[str, str]]:
+    """The headers of an answer that may be passed on."""
+    return [(name, value) for name, value in answer.headers if name.lower() not in HOP_BY_HOP]
+
+
+def _head(endpoint: Endpoint, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {urlsplit(endpoint.origin).netloc}"]
+    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in NOT_FORWARDED]
+    lines += [f"{name}: {value}" for name, value in endpoint.headers.items()]
+    if body or method in ("POST", "PUT", "PATCH"):
+        lines.append(f"Content-Length: {len(body)}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")

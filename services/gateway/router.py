@@ -1,0 +1,138 @@
+"""From the model a request names to the instance that answers it, switching to it first when that is wanted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from services.catalog import Catalog
+from services.config import Settings
+from services.switching.events import Board, InstanceView
+from services.switching.jobs import SwitchError
+from services.switching.switcher import Switcher
+
+AUTO = "auto"
+LOOK_SECONDS = 0.5
+"""How often a waiting request looks whether its client is still there."""
+
+
+class GatewayError(Exception):
+    """A request can't be passed on. `code` is the contract's; `retry_after` is seconds, where waiting helps."""
+
+    def __init__(self, code: str, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+
+
+class ClientGone(Exception):
+    """Whoever asked has left while waiting."""
+
+
+class Admission:
+    """A place in an instance's traffic. Give it back with `release`, which may be called twice."""
+
+    def __init__(self, instance: InstanceView) -> None:
+        self.instance = instance
+        self._held = True
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self.instance.traffic.leave()
+
+
+class Router:
+    """Admits requests to running instances; keeps the bounded, visible queue of those that wait for one."""
+
+    def __init__(self, settings: Settings, board: Board, catalog: Catalog, switcher: Switcher) -> None:
+        self._settings = settings
+        self._board = board
+        self._catalog = catalog
+        self._switcher = switcher
+        self._lock = threading.Lock()
+        self._waiting: Counter[str] = Counter()
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """Requests that wait, per model."""
+        return {model: count for model, count in self._waiting.items() if count}
+
+    def admit(self, name: str | None, client_left: Callable[[], bool] = lambda: False) -> Admission:
+        """A place at the model called `name` (None or "auto": the active one); release it when answered.
+
+        Blocks while the model is switched to. Raises UnknownModel, GatewayError, and ClientGone once `client_left`
+        says so.
+        """
+        model_id = self._resolve(name)
+        admission = self._enter(model_id)
+        if admission is not None:
+            return admission
+        if not self._settings.switch_on_request and not self._coming(model_id):
+            raise GatewayError(
+                "model_not_loaded",
+                f"{model_id} is not loaded, and switching on request is switched off. "
+                "Switch to it first with POST /v1/models/switch.",
+            )
+        with self._place_in_queue(model_id):
+            return self._wait_for(model_id, client_left)
+
+    def _resolve(self, name: str | None) -> str:
+        if name is not None and name != AUTO:
+            return self._catalog.get(name).id
+        snapshot = self._board.current
+        if snapshot.active_model is not None:
+            return snapshot.active_model
+        if snapshot.switch is not None:
+            return snapshot.switch.to_model
+        raise GatewayError("model_not_loaded", "No model is loaded. Name one, or switch to one first.")
+
+    def _enter(self, model_id: str) -> Admission | None:
+        instance = self._board.current.instances.get(model_id)
+        if instance is not None and instance.state == "running" and instance.traffic.enter():
+            return Admission(instance)
+        return None
+
+    def _coming(self, model_id: str) -> bool:
+        switch = self._board.current.switch
+        return switch is not None and switch.to_model == model_id
+
+    @contextmanager
+    def _place_in_queue(self, model_id: str) -> Iterator[None]:
+        with self._lock:
+            if self._waiting.total() >= self._settings.queue_limit:
+                raise GatewayError(
+                    "queue_full",
+                    f"{self._settings.queue_limit} requests are waiting for a model already. Try again later.",
+                    retry_after=5,
+                )
+            self._waiting[model_id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting[model_id] -= 1
+
+    def _wait_for(self, model_id: str, client_left: Callable[[], bool]) -> Admission:
+        deadline = time.monotonic() + self._settings.queue_timeout_seconds
+        while time.monotonic() < deadline:
+            job = self._switcher.switch(model_id, requested_by="request", replace="queue", activate=False)
+            while not job.wait_done(LOOK_SECONDS):
+                if client_left():
+                    raise ClientGone
+                if time.monotonic() > deadline:
+                    break
+            if isinstance(job.error, SwitchError):
+                raise GatewayError(job.error.code, job.error.message)
+            admission = self._enter(model_id)
+            if admission is not None:
+                return admission
+        raise GatewayError(
+            "queue_timeout",
+            f"{model_id} was not ready within {self._settings.queue_timeout_seconds:.0f} s.",
+            retry_after=30,
+        )

@@ -1,0 +1,160 @@
+"""Watches this machine's memory: its RAM through the kernel, its GPUs through NVIDIA's driver where there is one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import structlog
+
+from services.memory.ledger import Reading
+from services.offhub import off_hub
+from services.switching.engine import HOST_DEVICE
+
+log = structlog.get_logger(__name__)
+
+STOP_SECONDS = 2.0
+
+
+class DeviceMonitor:
+    """Samples every device each `interval` seconds; GPUs come first, the host's RAM last.
+
+    `budget_bytes` caps what the host device offers. `nvml` stands in for the `pynvml` module.
+    """
+
+    def __init__(self, budget_bytes: int | None, interval: float = 1.0, *, nvml: Any = None) -> None:
+        self._budget_bytes = budget_bytes
+        self._interval = interval
+        self._gpus = _Gpus(nvml)
+        self._sampling = threading.Lock()
+        self._readings: tuple[Reading, ...] = ()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """The latest readings; the first use takes them."""
+        return self._readings or self.sample()
+
+    def sample(self) -> tuple[Reading, ...]:
+        """Read every device now."""
+        with self._sampling:
+            self._readings = off_hub(self._read)
+            return self._readings
+
+    def start(self) -> None:
+        """Keep `readings` fresh until `stop`."""
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._watch, name="device-monitor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.sample()
+            except Exception:
+                log.exception("the devices could not be read")
+            self._stopping.wait(self._interval)
+
+    def _read(self) -> tuple[Reading, ...]:
+        return (*self._gpus.read(), _host(self._budget_bytes))
+
+
+def _host(budget_bytes: int | None) -> Reading:
+    memory = psutil.virtual_memory()
+    return Reading(
+        id=HOST_DEVICE,
+        name="System memory",
+        kind="host",
+        total_bytes=memory.total if budget_bytes is None else min(memory.total, budget_bytes),
+        free_bytes=memory.available,
+        budget_bytes=budget_bytes,
+    )
+
+
+class _Gpus:
+    """NVIDIA GPUs through NVML. No driver is normal; trouble with one GPU doesn't hide the others."""
+
+    def __init__(self, nvml: Any = None) -> None:
+        self._nvml = nvml
+        self._initialised = False
+        self._absent = False
+        self._said: set[str] = set()
+
+    def read(self) -> list[Reading]:
+        if not self._connect():
+            return []
+        try:
+            count = self._nvml.nvmlDeviceGetCount()
+        except self._nvml.NVMLError as error:
+            self._initialised = False  # the driver may have been reloaded: begin anew next time
+            self._say("the GPUs can't be counted", error)
+            return []
+        readings = (self._read_one(index) for index in range(count))
+        return [reading for reading in readings if reading is not None]
+
+    def _connect(self) -> bool:
+        """Whether NVML is there; begun here because a process forked afterwards could not use it."""
+        if self._initialised or self._absent:
+            return self._initialised
+        if self._nvml is None:
+            import pynvml
+
+            self._nvml = pynvml
+        try:
+            self._nvml.nvmlInit()
+            self._initialised = True
+        except self._nvml.NVMLError_LibraryNotFound:
+            self._absent = True
+        except self._nvml.NVMLError as error:
+            self._say("NVIDIA's driver doesn't answer", error)
+        return self._initialised
+
+    def _read_one(self, index: int) -> Reading | None:
+        nvml = self._nvml
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            return Reading(
+                id=nvml.nvmlDeviceGetUUID(handle),
+                name=nvml.nvmlDeviceGetName(handle),
+                kind="gpu",
+                total_bytes=memory.total,
+                free_bytes=memory.free,
+                process_bytes=self._process_bytes(handle),
+            )
+        except nvml.NVMLError as error:
+            self._say(f"GPU {index} can't be read", error)
+            return None
+
+    def _process_bytes(self, handle: Any) -> Mapping[int, int]:
+        found: dict[int, int] = {}
+        for process in (*self._compute(handle), *self._graphics(handle)):
+            if process.usedGpuMemory is not None:
+                # A process that does both is listed twice, with the same total.
+                found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory)
+        return found
+
+    def _compute(self, handle: Any) -> Sequence[Any]:
+        with suppress(self._nvml.NVMLError):  # some drivers don't tell
+            return list(self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return ()
+
+    def _graphics(self, handle: Any) -> Sequence[Any]:
+        with suppress(self._nvml.NVMLError):
+            return list(self._nvml.nvmlDeviceGetGraphicsRunningProcesses(handle))
+        return ()
+
+    def _say(self, what: str, error: Exception) -> None:
+        """Log a trouble once, not each second."""
+        if what not in self._said:
+            self._said.add(what)
+            log.warning(what, error=str(error))

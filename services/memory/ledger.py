@@ -1,0 +1,85 @@
+"""The account of each device's memory: ours per instance, reserved by loads under way, other programs', free.
+
+Pure: no I/O, no clock. Figures are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from services.switching.engine import Usage
+
+DeviceKind = Literal["gpu", "host"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One device as its driver (NVML) or the kernel (psutil) reports it.
+
+    `total_bytes` is already capped by the budget where there is one (`budget_bytes`). `free_bytes` is what the
+    driver says could still be allocated. `process_bytes` is use per process id, where the driver tells.
+    """
+
+    id: str
+    name: str
+    kind: DeviceKind
+    total_bytes: int
+    free_bytes: int
+    budget_bytes: int | None = None
+    process_bytes: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one of our instances holds (`usage`, None when unknown) and was promised (`reserved_bytes`)."""
+
+    model: str
+    device: str
+    usage: Usage | None
+    reserved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One device's memory, split so that ours + reserved + other + available = total."""
+
+    id: str
+    name: str
+    kind: DeviceKind
+    total_bytes: int
+    ours: tuple[tuple[str, int], ...]
+    reserved_bytes: int
+    other_bytes: int
+    available_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        return self.total_bytes - self.available_bytes
+
+
+def account(reading: Reading, holdings: Sequence[Holding]) -> Account:
+    """Split one device's memory. Holdings on other devices are ignored."""
+    mine = [h for h in holdings if h.device == reading.id]
+    ours = tuple((h.model, h.usage.bytes if h.usage else 0) for h in mine)
+    ours_bytes = sum(size for _, size in ours)
+    # The kernel counts the mapped pages of our weights as available, though giving them away would
+    # evict a loaded model to disk: they are ours. A GPU has no such pages.
+    mapped_bytes = sum(h.usage.mapped_bytes for h in mine if h.usage) if reading.kind == "host" else 0
+    # What is ours can't be free as well: readings taken at different moments overlap, and a budget is no reading.
+    unclaimed = max(0, reading.total_bytes - ours_bytes)
+    free = max(0, min(reading.free_bytes - mapped_bytes, unclaimed))
+    pending = sum(max(0, h.reserved_bytes - size) for h, (_, size) in zip(mine, ours, strict=True))
+    reserved = min(pending, free)
+    available = free - reserved
+    return Account(
+        id=reading.id,
+        name=reading.name,
+        kind=reading.kind,
+        total_bytes=reading.total_bytes,
+        ours=ours,
+        reserved_bytes=reserved,
+        other_bytes=unclaimed - free,
+        available_bytes=available,
+    )

@@ -1,0 +1,137 @@
+"""The one picture of models, memory and the switch that every page, fragment and endpoint shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from services.catalog import Catalog
+from services.memory.devices import DeviceMonitor
+from services.memory.ledger import Account, Holding, account
+from services.switching.engine import Basis, Model
+from services.switching.events import Board, LoadView, Snapshot, SwitchView
+from services.switching.planner import Planner
+
+KEEP_SECONDS = 0.25
+
+ModelState = Literal["running", "loading", "unloading", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model as people and scripts see it. Sizes are bytes, times seconds, unknown is None."""
+
+    id: str
+    engine: str
+    state: ModelState
+    active: bool
+    description: str
+    tags: tuple[str, ...]
+    size_bytes: int | None
+    used_bytes: int | None
+    required_bytes: int | None
+    memory_basis: Basis | None
+    estimated_load_seconds: float | None
+    load: LoadView | None
+    device: str | None
+    in_flight: int
+    last_used: float | None
+    error: str | None
+    log_tail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Everything at one version: `models` in menu order (running first, then by name), a device account each."""
+
+    version: int
+    models: tuple[ModelStatus, ...]
+    devices: tuple[Account, ...]
+    active_model: str | None
+    switch: SwitchView | None
+    last_switch: SwitchView | None
+    queued: tuple[str, ...]
+
+    @property
+    def moving(self) -> bool:
+        """Whether anything is changing, so that pages should look often."""
+        return self.switch is not None or any(m.state in ("loading", "unloading") for m in self.models)
+
+    def model(self, model_id: str) -> ModelStatus | None:
+        return next((m for m in self.models if m.id == model_id), None)
+
+
+class StatusService:
+    """Makes the picture from what others publish. Cheap enough for a hundred tabs: one is kept until it is outdated."""
+
+    def __init__(
+        self,
+        board: Board,
+        catalog: Catalog,
+        devices: DeviceMonitor,
+        planner: Planner,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._board = board
+        self._catalog = catalog
+        self._devices = devices
+        self._planner = planner
+        self._clock = clock
+        self._kept: Status | None = None
+        self._fresh_until = 0.0
+
+    def current(self) -> Status:
+        """The picture now; figures that move by themselves (free memory, requests) at most 0.25 s old."""
+        kept, version = self._kept, self._board.current.version
+        if kept is not None and kept.version == version and self._clock() < self._fresh_until:
+            return kept
+        self._kept = status = self._look()
+        self._fresh_until = self._clock() + KEEP_SECONDS
+        return status
+
+    def _look(self) -> Status:
+        snapshot = self._board.current
+        views = snapshot.instances.values()
+        holdings = [Holding(v.model, v.device, v.usage, v.reserved_bytes) for v in views]
+        models = [self._model(m, snapshot) for m in self._catalog.models.values()]
+        models.sort(key=lambda m: (_MENU_ORDER[m.state], m.id.casefold()))
+        return Status(
+            version=snapshot.version,
+            models=tuple(models),
+            devices=tuple(account(reading, holdings) for reading in self._devices.readings),
+            active_model=snapshot.active_model,
+            switch=snapshot.switch,
+            last_switch=snapshot.last_switch,
+            queued=snapshot.queued,
+        )
+
+    def _model(self, model: Model, snapshot: Snapshot) -> ModelStatus:
+        view = snapshot.instances.get(model.id)
+        failure = snapshot.failures.get(model.id)
+        need = self._planner.need(model)
+        held = view.usage.bytes if view and view.usage else None
+        error = model.fault or (failure.cause if failure else None)
+        return ModelStatus(
+            id=model.id,
+            engine=model.engine,
+            state=view.state if view else "failed" if error else "stopped",
+            active=model.id == snapshot.active_model,
+            description=model.description,
+            tags=model.tags,
+            size_bytes=model.size_bytes,
+            used_bytes=held,
+            required_bytes=need.bytes or None,
+            memory_basis="measured" if held else need.basis if need.bytes else None,
+            estimated_load_seconds=self._planner.load_seconds(model),
+            load=view.load if view else None,
+            device=view.device if view else None,
+            in_flight=view.traffic.in_flight if view else 0,
+            last_used=view.traffic.last_used if view else None,
+            error=error,
+            log_tail=failure.log_tail if failure else "",
+        )
+
+
+_MENU_ORDER: dict[ModelState, int] = {"running": 0, "loading": 0, "unloading": 0, "stopped": 1, "failed": 2}

@@ -1,0 +1,75 @@
+"""What the repositories take and give: immutable values, free of the database. Times are Unix seconds."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["user", "assistant", "system"]
+MessageState = Literal["streaming", "complete", "stopped", "failed", "interrupted"]
+LoadOutcome = Literal["ready", "failed", "cancelled"]
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation.
+
+    `model` is who wrote it, `error` why it failed. `tokens` counts the pieces an answer came in, `seconds` is the
+    time from the first to the last of them; None for what nobody generated.
+    """
+
+    id: str
+    conversation_id: str
+    role: Role
+    content: str
+    model: str | None
+    state: MessageState
+    error: str | None
+    created_at: float
+    finished_at: float | None
+    tokens: int | None
+    seconds: float | None
+
+    @property
+    def final(self) -> bool:
+        return self.state != "streaming"
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The pace of writing; None before there are two tokens to time."""
+        if not self.seconds or self.tokens is None or self.tokens < 2:
+            return None
+        return (self.tokens - 1) / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation; `messages` in order, empty in a list of conversations."""
+
+    id: str
+    title: str
+    created_at: float
+    updated_at: float
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRecord:
+    """How one load went. Seconds in all and by stage; `memory_bytes` is what it held when ready."""
+
+    model: str
+    engine: str
+    settings_key: str
+    outcome: LoadOutcome
+    total_seconds: float
+    stage_seconds: Mapping[str, float]
+    memory_bytes: int | None
+    device: str
+    at: float
+    id: str = field(default_factory=new_id)

@@ -1,0 +1,62 @@
+"""The tables, as SQLAlchemy sees them. Their history is in `migrations/`."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from services.store.records import LoadOutcome, MessageState, Role
+
+ID_LENGTH = 32
+
+
+class Base(DeclarativeBase):
+    """What all tables share."""
+
+
+class ConversationRow(Base):
+    __tablename__ = "conversations"
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[float]
+    updated_at: Mapped[float] = mapped_column(index=True)
+    messages: Mapped[list[MessageRow]] = relationship(
+        order_by="MessageRow.position", cascade="all, delete-orphan", passive_deletes=True
+    )
+
+
+class MessageRow(Base):
+    __tablename__ = "messages"
+    __table_args__ = (UniqueConstraint("conversation_id", "position", name="uq_messages_position"),)
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    conversation_id: Mapped[str] = mapped_column(
+        String(ID_LENGTH), ForeignKey("conversations.id", ondelete="CASCADE", name="fk_messages_conversation")
+    )
+    position: Mapped[int]
+    role: Mapped[Role] = mapped_column(String(16))
+    content: Mapped[str] = mapped_column(Text)
+    model: Mapped[str | None] = mapped_column(Text)
+    state: Mapped[MessageState] = mapped_column(String(16), index=True)
+    error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float]
+    finished_at: Mapped[float | None]
+    tokens: Mapped[int | None]
+    seconds: Mapped[float | None]
+
+
+class LoadRow(Base):
+    __tablename__ = "loads"
+    __table_args__ = (Index("ix_loads_key", "model", "engine", "settings_key", "at"),)
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    model: Mapped[str] = mapped_column(Text)
+    engine: Mapped[str] = mapped_column(Text)
+    settings_key: Mapped[str] = mapped_column(Text)
+    outcome: Mapped[LoadOutcome] = mapped_column(String(16))
+    total_seconds: Mapped[float]
+    stage_seconds: Mapped[dict[str, float]] = mapped_column(JSON)
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    device: Mapped[str] = mapped_column(Text)
+    at: Mapped[float] = mapped_column(index=True)

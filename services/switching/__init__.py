@@ -1,0 +1,1 @@
+"""The heart: one writer of lifecycle state, and the pure rules it follows."""

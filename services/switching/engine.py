@@ -1,0 +1,156 @@
+"""The port that every engine implements, and the values that cross it.
+
+An adapter is straight-line blocking code: the switcher runs its methods in workers of its own and stays
+responsive. What differs between engines stays behind this port.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Basis = Literal["measured", "learned", "declared", "estimated"]
+"""Where a figure comes from, best first."""
+
+Stage = Literal["downloading", "loading_weights", "initializing_gpu", "warming_up"]
+"""The stages of one load, in order."""
+
+HOST_DEVICE = "host"
+"""The id of the device that stands for this machine's RAM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One catalogue entry.
+
+    `source` is what the engine loads (a file path for llamacpp); sizes are bytes, times seconds, and what
+    nobody knows is None. `fault` says why the model can't be loaded at all (a damaged file), in words.
+    """
+
+    id: str
+    engine: str
+    source: str
+    description: str = ""
+    size_bytes: int | None = None
+    required_bytes: int | None = None
+    load_seconds: float | None = None
+    tags: tuple[str, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a model takes on a device when loaded."""
+
+    device: str
+    bytes: int
+    basis: Basis
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a loaded (or loading) model holds on one device, measured now.
+
+    `mapped_bytes` is the part of `bytes` that the kernel would also call available: pages of a mapped file.
+    """
+
+    device: str
+    bytes: int
+    mapped_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One observation of a load: the stage it is in and, where something was counted, how far it is.
+
+    `fraction` is 0 to 1 of this stage, None when nothing was counted; `detail` is for people ("3 of 4 shards").
+    """
+
+    stage: Stage
+    fraction: float | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a ready instance answers: an origin such as `http://127.0.0.1:40123`, and headers to add."""
+
+    origin: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class EngineError(Exception):
+    """An engine could not do what was asked. The text is for people: what happened, why, what to do."""
+
+
+class LoadFailed(EngineError):
+    """A load ended without a ready model. `cause` is the first cause, `log_tail` the engine's last lines."""
+
+    def __init__(self, cause: str, log_tail: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.log_tail = log_tail
+
+
+Report = Callable[[Evidence], None]
+OnExit = Callable[[str], None]
+"""Called once, from any thread, when an instance ends without having been asked to; takes the cause in words."""
+
+
+class Instance(Protocol):
+    """A model launched on an engine: being loaded, loaded, or being unloaded."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def pid(self) -> int | None:
+        """The process that holds the model, where it is one of ours."""
+
+    def wait_ready(self, report: Report, timeout: float) -> Endpoint:
+        """Block until the engine itself says that the model answers. Raises LoadFailed."""
+
+    def warm_up(self, timeout: float) -> None:
+        """Generate one real token. Raises LoadFailed."""
+
+    def usage(self) -> Usage | None:
+        """What it holds now; None when that can't be known."""
+
+    def stop(self, grace: float) -> None:
+        """Block until it is gone, by force after `grace` seconds.
+
+        Safe to call twice and from another thread: a `wait_ready` or `warm_up` under way then raises LoadFailed.
+        """
+
+    def log_tail(self) -> str:
+        """The last lines of what the engine said about this instance."""
+
+
+class Engine(Protocol):
+    """A thing that serves models."""
+
+    @property
+    def name(self) -> str: ...
+
+    def discover(self) -> Sequence[Model]:
+        """The models that are there by themselves, without being listed in the settings."""
+
+    def describe(self, model: Model) -> Model:
+        """Complete a listed model with what the engine knows (size, fault). Never raises."""
+
+    def estimate(self, model: Model) -> Need:
+        """What loading it takes, before it was ever loaded. Bytes 0 when there is nothing to go by."""
+
+    def settings_key(self, model: Model) -> str:
+        """Whatever changes how long a load takes or how much it holds, as one short string."""
+
+    def launch(self, model: Model, on_exit: OnExit) -> Instance:
+        """Begin loading, and return at once. Raises EngineError when it can't even begin."""
+
+    def prepare(self) -> None:
+        """Do ahead what makes the next load start sooner; called once the app serves. Returns at once."""
+
+    def close(self) -> None:
+        """Let go of everything the engine holds for itself."""

@@ -1,0 +1,150 @@
+"""Publish and subscribe of immutable snapshots.
+
+The switcher publishes; everyone else reads `current`, or waits for a newer version. A reader never locks the writer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from services.switching.engine import Basis, Endpoint, Usage
+from services.switching.traffic import Traffic
+
+InstanceState = Literal["loading", "running", "unloading"]
+SwitchStage = Literal[
+    "requested",
+    "checking_memory",
+    "draining",
+    "unloading",
+    "waiting_for_memory",
+    "loading",
+    "warming_up",
+    "cancelling",
+    "rolling_back",
+    "ready",
+    "failed",
+    "cancelled",
+    "refused",
+    "rolled_back",
+]
+FINAL_STAGES: frozenset[SwitchStage] = frozenset({"ready", "failed", "cancelled", "refused", "rolled_back"})
+
+
+@dataclass(frozen=True, slots=True)
+class LoadView:
+    """How a load stands: percent 0-100 (never falling, 100 only when ready), what was seen, how long it may take."""
+
+    percent: int
+    stage: str
+    detail: str | None = None
+    basis: Basis | None = None
+    eta_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """One instance as the switcher last saw it. Times are Unix seconds; `traffic` alone is live."""
+
+    model: str
+    engine: str
+    state: InstanceState
+    device: str
+    traffic: Traffic
+    pid: int | None = None
+    endpoint: Endpoint | None = None
+    load: LoadView | None = None
+    usage: Usage | None = None
+    reserved_bytes: int = 0
+    loaded_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a model is not running though it was asked to."""
+
+    cause: str
+    log_tail: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unloading:
+    """A model that a switch unloads, and the reason in words."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchView:
+    """A switch as it stands. `error` is a code of the contract, `message` the words for people."""
+
+    id: str
+    to_model: str
+    from_model: str | None
+    requested_by: str
+    started_at: float
+    stage: SwitchStage = "requested"
+    percent: int = 0
+    detail: str | None = None
+    basis: Basis | None = None
+    eta_seconds: float | None = None
+    unloads: tuple[Unloading, ...] = ()
+    finished_at: float | None = None
+    error: str | None = None
+    message: str | None = None
+    log_tail: str = ""
+
+    @property
+    def final(self) -> bool:
+        return self.stage in FINAL_STAGES
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the one before."""
+
+    version: int = 0
+    instances: Mapping[str, InstanceView] = field(default_factory=lambda: MappingProxyType({}))
+    failures: Mapping[str, Failure] = field(default_factory=lambda: MappingProxyType({}))
+    active_model: str | None = None
+    switch: SwitchView | None = None
+    last_switch: SwitchView | None = None
+    queued: tuple[str, ...] = ()
+
+
+class Board:
+    """Holds the current snapshot and wakes those who wait for the next one."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._current = Snapshot()
+        self.closed = False
+        """Whether the app is going away, so that whoever follows along should stop."""
+
+    @property
+    def current(self) -> Snapshot:
+        return self._current
+
+    def publish(self, **changes: Any) -> Snapshot:
+        """Replace the current snapshot by one with `changes` (its fields by name) and the next version."""
+        with self._changed:
+            self._current = replace(self._current, version=self._current.version + 1, **changes)
+            self._changed.notify_all()
+            return self._current
+
+    def wait_newer(self, version: int, timeout: float) -> Snapshot:
+        """The current snapshot, once its version exceeds `version` or `timeout` seconds have passed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._current.version > version or self.closed, timeout)
+            return self._current
+
+    def close(self) -> None:
+        """Send everyone home who waits for a newer snapshot."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()

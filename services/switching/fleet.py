@@ -1,0 +1,111 @@
+"""The instances as the switcher keeps them: mutable, touched by the switcher alone, published as snapshots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from services.memory.ledger import Holding
+from services.switching.engine import Endpoint, Engine, Instance, Model, Usage
+from services.switching.events import Board, Failure, InstanceState, InstanceView, LoadView, SwitchView
+from services.switching.traffic import Traffic
+
+NOTICEABLE_BYTES = 1_000_000
+"""A change of use below this is not worth a new version of the snapshot."""
+
+
+@dataclass(eq=False)
+class Member:
+    """One instance and what is known of it."""
+
+    model: Model
+    engine: Engine
+    instance: Instance
+    device: str
+    reserved_bytes: int
+    state: InstanceState = "loading"
+    traffic: Traffic = field(default_factory=Traffic)
+    load: LoadView | None = None
+    endpoint: Endpoint | None = None
+    usage: Usage | None = None
+    loaded_at: float | None = None
+
+    def measure(self) -> bool:
+        """Take a fresh reading of what it holds; True when that changed noticeably."""
+        before, self.usage = self.usage, self.instance.usage()
+        if before is None or self.usage is None:
+            return before is not self.usage
+        return abs(before.bytes - self.usage.bytes) >= NOTICEABLE_BYTES
+
+    def view(self) -> InstanceView:
+        return InstanceView(
+            model=self.model.id,
+            engine=self.engine.name,
+            state=self.state,
+            device=self.device,
+            traffic=self.traffic,
+            pid=self.instance.pid,
+            endpoint=self.endpoint,
+            load=self.load,
+            usage=self.usage,
+            reserved_bytes=self.reserved_bytes,
+            loaded_at=self.loaded_at,
+        )
+
+
+class Fleet:
+    """Every instance by model id, the failures, and which model is the active one."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._members: dict[str, Member] = {}
+        self._failures: dict[str, Failure] = {}
+        self.active: str | None = None
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._members.values()))
+
+    def get(self, model_id: str) -> Member | None:
+        return self._members.get(model_id)
+
+    def running(self, model_id: str) -> Member | None:
+        member = self._members.get(model_id)
+        return member if member is not None and member.state == "running" else None
+
+    def add(self, member: Member) -> None:
+        self._members[member.model.id] = member
+        self._failures.pop(member.model.id, None)
+
+    def remove(self, member: Member) -> None:
+        """Forget an instance that is gone. If it was the active one, the most recently used other one is now."""
+        if self._members.get(member.model.id) is member:
+            del self._members[member.model.id]
+        if self.active == member.model.id:
+            left = [m for m in self if m.state == "running"]
+            left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
+            self.active = left[-1].model.id if left else None
+
+    def fail(self, model_id: str, cause: str, log_tail: str) -> None:
+        self._failures[model_id] = Failure(cause, log_tail, time.time())
+
+    def forgive(self, model_id: str) -> None:
+        self._failures.pop(model_id, None)
+
+    def holdings(self) -> list[Holding]:
+        return [Holding(m.model.id, m.device, m.usage, m.reserved_bytes) for m in self]
+
+    def measure(self) -> bool:
+        """Fresh readings of all; True when one changed noticeably."""
+        changed = [member.measure() for member in self]
+        return any(changed)
+
+    def publish(self, **more: SwitchView | tuple[str, ...] | None) -> None:
+        """Publish the instances as they are now, with `switch`, `last_switch` or `queued` where given."""
+        self._board.publish(
+            instances=MappingProxyType({m.model.id: m.view() for m in self}),
+            failures=MappingProxyType(dict(self._failures)),
+            active_model=self.active,
+            **more,
+        )

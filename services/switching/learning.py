@@ -1,0 +1,74 @@
+"""What past loads taught: how long a model takes and how much it holds, per (model, engine, settings)."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from services.store.records import LoadRecord
+from services.switching.engine import Basis, Engine, Model, Need, Stage
+from services.switching.progress import History, learn
+
+Key = tuple[str, str, str]
+KEPT_PER_KEY = 20
+_BASIS_RANK: dict[Basis, int] = {"measured": 0, "learned": 1, "declared": 2, "estimated": 3}
+
+
+class LoadStore(Protocol):
+    """Where records of loads are kept."""
+
+    def add(self, record: LoadRecord) -> None: ...
+
+    def recent_all(self, limit: int) -> list[LoadRecord]: ...
+
+
+class Learned:
+    """Past loads in memory, and each new one to the store as well."""
+
+    def __init__(self, store: LoadStore) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._loads: dict[Key, list[LoadRecord]] = {}
+        for record in sorted(store.recent_all(2_000), key=lambda r: r.at):
+            self._remember(record)
+
+    def record(self, load: LoadRecord) -> None:
+        self._remember(load)
+        self._store.add(load)
+
+    def history(self, model: Model, engine: Engine) -> History:
+        """How long loading took before; the declared time when it never was loaded."""
+        ready = self._ready(model, engine)
+        if not ready:
+            return History(model.load_seconds, basis="declared")
+        return learn([cast("dict[Stage, float]", r.stage_seconds) for r in ready])
+
+    def need(self, model: Model, engine: Engine) -> Need:
+        """max(declared, learned p95, the engine's estimate), and which of them decided."""
+        estimate = engine.estimate(model)
+        figures: list[tuple[int, Basis]] = [(estimate.bytes, estimate.basis)]
+        if model.required_bytes:
+            figures.append((model.required_bytes, "declared"))
+        measured = [r.memory_bytes for r in self._ready(model, engine) if r.memory_bytes]
+        if measured:
+            figures.append((percentile_95(measured), "learned"))
+        size, basis = max(figures, key=lambda figure: (figure[0], -_BASIS_RANK[figure[1]]))
+        return Need(estimate.device, size, basis)
+
+    def _ready(self, model: Model, engine: Engine) -> list[LoadRecord]:
+        key = (model.id, model.engine, engine.settings_key(model))
+        with self._lock:
+            return [r for r in self._loads.get(key, ()) if r.outcome == "ready"]
+
+    def _remember(self, record: LoadRecord) -> None:
+        key = (record.model, record.engine, record.settings_key)
+        with self._lock:
+            self._loads[key] = [*self._loads.get(key, ()), record][-KEPT_PER_KEY:]
+
+
+def percentile_95(sizes: Sequence[int]) -> int:
+    """The nearest-rank 95th percentile of a non-empty sequence."""
+    ranked = sorted(sizes)
+    return ranked[math.ceil(0.95 * len(ranked)) - 1]

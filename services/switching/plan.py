@@ -1,0 +1,185 @@
+"""What a switch would do, computed without doing it: what is unloaded, why, the time and memory it takes.
+
+Pure: a function of the target, the ledger and what is loaded. Sizes are bytes, times seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from services.config import Strategy
+from services.switching.engine import Basis, Need
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is loaded, seen as something that could be unloaded.
+
+    `keep` says in words why it must stay (a pin, a load under way), None when it may go.
+    """
+
+    model: str
+    device: str
+    bytes: int
+    idle_seconds: float | None = None
+    in_flight: int = 0
+    reload_seconds: float | None = None
+    favorite: bool = False
+    keep: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """A model that has to go, what that frees and what it costs to bring it back."""
+
+    model: str
+    frees_bytes: int
+    idle_seconds: float | None
+    reload_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A model that could make room but stays, and why."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What switching to `target` takes. Infeasible plans unload nothing; `alternatives` would fit instead."""
+
+    target: str
+    feasible: bool
+    device: str
+    required_bytes: int
+    memory_basis: Basis
+    available_bytes: int
+    total_bytes: int
+    freeable_bytes: int
+    unload: tuple[Unload, ...] = ()
+    blocked_by: tuple[Blocked, ...] = ()
+    estimated_seconds: float | None = None
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def freed_bytes(self) -> int:
+        return sum(u.frees_bytes for u in self.unload)
+
+    @property
+    def after_available_bytes(self) -> int:
+        return self.available_bytes + self.freed_bytes - self.required_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another model that could be switched to instead."""
+
+    model: str
+    need: Need
+
+
+Rank = Callable[[Loaded], tuple[float, ...]]
+
+_RANKS: dict[Strategy, Rank] = {
+    "largest_first": lambda m: (-m.bytes,),
+    "oldest_first": lambda m: (-(m.idle_seconds or 0.0),),
+    "preserve_favorites": lambda m: (-m.bytes,),
+    "cheapest_reload": lambda m: (m.reload_seconds if m.reload_seconds is not None else float("inf"), -m.bytes),
+}
+
+
+def make_plan(
+    target: str,
+    need: Need,
+    *,
+    available_bytes: int,
+    total_bytes: int,
+    loaded: Sequence[Loaded],
+    strategy: Strategy,
+    load_seconds: float | None = None,
+    auto_unload: bool = True,
+    others: Sequence[Alternative] = (),
+) -> Plan:
+    """Choose what to unload so that `need` fits.
+
+    Models that answer somebody right now go last; those that must stay, never. What was chosen first but turned
+    out not to be needed is kept after all, so that no plan unloads more than it has to.
+    """
+    candidates = [m for m in loaded if m.device == need.device and m.model != target]
+    may_go = [m for m in candidates if _keeps(m, strategy, auto_unload) is None]
+    may_go.sort(key=lambda m: (m.in_flight > 0, *_RANKS[strategy](m), m.model))
+    freeable = sum(m.bytes for m in may_go)
+    short = need.bytes - available_bytes
+    feasible = short <= freeable
+    chosen = _enough(may_go, short) if feasible else []
+    return Plan(
+        target=target,
+        feasible=feasible,
+        device=need.device,
+        required_bytes=need.bytes,
+        memory_basis=need.basis,
+        available_bytes=available_bytes,
+        total_bytes=total_bytes,
+        freeable_bytes=freeable,
+        unload=tuple(Unload(m.model, m.bytes, m.idle_seconds, m.reload_seconds) for m in chosen),
+        blocked_by=tuple(_blocked(candidates, strategy, auto_unload)) if not feasible else (),
+        estimated_seconds=load_seconds,
+        alternatives=() if feasible else _alternatives(target, need, available_bytes + freeable, others),
+    )
+
+
+def refusal(plan: Plan) -> str:
+    """Why an infeasible plan can't be carried out, and what to do, for people."""
+    room = plan.available_bytes + plan.freeable_bytes
+    parts = [
+        f"{plan.target} needs {say_gb(plan.required_bytes)} ({plan.memory_basis}), but at most {say_gb(room)} of "
+        f"{say_gb(plan.total_bytes)} can be made available."
+    ]
+    if plan.blocked_by:
+        parts.append("Kept: " + "; ".join(f"{b.model} ({b.reason})" for b in plan.blocked_by) + ".")
+    if plan.alternatives:
+        parts.append(f"The largest model that would fit is {plan.alternatives[0]}.")
+    else:
+        parts.append("Close other programs or raise the memory budget to make room.")
+    return " ".join(parts)
+
+
+def say_gb(size: int) -> str:
+    """Bytes for people: decimal GB with one digit, MB below one GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 999_500_000 else f"{size / 1e6:.0f} MB"
+
+
+def _keeps(model: Loaded, strategy: Strategy, auto_unload: bool) -> str | None:
+    if model.keep is not None:
+        return model.keep
+    if strategy == "preserve_favorites" and model.favorite:
+        return "it is a favorite"
+    return None if auto_unload else "unloading without being asked is switched off"
+
+
+def _blocked(candidates: Sequence[Loaded], strategy: Strategy, auto_unload: bool) -> list[Blocked]:
+    reasons = ((m.model, _keeps(m, strategy, auto_unload)) for m in candidates)
+    return [Blocked(model, reason) for model, reason in reasons if reason is not None]
+
+
+def _enough(ranked: Sequence[Loaded], short: int) -> list[Loaded]:
+    chosen: list[Loaded] = []
+    for model in ranked:
+        if sum(m.bytes for m in chosen) >= short:
+            break
+        chosen.append(model)
+    surplus = sum(m.bytes for m in chosen) - short
+    for model in reversed(list(chosen)):
+        if model.bytes <= surplus:
+            chosen.remove(model)
+            surplus -= model.bytes
+    return chosen
+
+
+def _alternatives(target: str, need: Need, room: int, others: Sequence[Alternative]) -> tuple[str, ...]:
+    fitting = [o for o in others if o.model != target and o.need.device == need.device and o.need.bytes <= room]
+    fitting.sort(key=lambda o: (-o.need.bytes, o.model))
+    return tuple(o.model for o in fitting[:3])

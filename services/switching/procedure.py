@@ -1,0 +1,333 @@
+"""How one job is carried out, step by step: plan, drain, unload, wait for memory, load, warm up, or undo.
+
+Straight-line code that runs in the switcher's greenlet. Everything that blocks goes through `Hub.await_worker`, where
+a cancel is noticed; so each step can be left by `Cancelled`, and what it had begun is undone on the way out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from services.config import Settings
+from services.store.records import LoadRecord
+from services.switching.engine import Engine, EngineError, Evidence, LoadFailed, Model
+from services.switching.fleet import Fleet, Member
+from services.switching.jobs import Cancelled, Job, SwitchError
+from services.switching.learning import Learned
+from services.switching.narrator import Narrator, memory_figures
+from services.switching.plan import Plan, refusal, say_gb
+from services.switching.planner import Planner
+from services.switching.progress import Progress
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+OBSERVE_SECONDS = 0.2
+"""How often a load's figures are refreshed while nothing new is reported."""
+MEMORY_LOOK_SECONDS = 0.05
+
+
+class Hub(Protocol):
+    """What the procedure needs of the switcher that runs it."""
+
+    def await_worker(
+        self,
+        function: Callable[[], T],
+        *,
+        cancellable: bool = True,
+        interval: float | None = None,
+        on_tick: Callable[[], None] = ...,
+    ) -> T: ...
+
+    def check_cancelled(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def report_exit(self, model_id: str, pid: int | None, cause: str) -> None: ...
+
+
+class Procedure:
+    """Carries out jobs, one after another."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        planner: Planner,
+        learned: Learned,
+        engines: Mapping[str, Engine],
+        hub: Hub,
+    ) -> None:
+        self._settings = settings
+        self._fleet = fleet
+        self._planner = planner
+        self._learned = learned
+        self._engines = engines
+        self._hub = hub
+
+    def carry_out(self, job: Job) -> None:
+        """Do what the job asks and finish it, whatever happens."""
+        story = Narrator(job, self._fleet)
+        try:
+            if job.request.kind == "stop":
+                self._stop(job)
+            else:
+                self._switch(job, story)
+        except Cancelled:
+            self._undo(job, story, SwitchError("cancelled", job.cancel_reason or "It was cancelled."))
+        except SwitchError as error:
+            self._undo(job, story, error)
+        except LoadFailed as error:
+            self._undo(job, story, SwitchError("load_failed", str(error), log_tail=error.log_tail))
+        except EngineError as error:
+            self._undo(job, story, SwitchError("engine_error", str(error)))
+
+    def refuses(self, job: Job) -> bool:
+        """Whether the target can't be made ready even if the load under way gave way; the job is finished then.
+
+        Asked before a running switch is called off for it: a target that is refused must not cost the one that works.
+        """
+        try:
+            model = self._usable(job.target)
+            plan = self._planner.plan(model, job.request.strategy, job.request.auto_unload, loads_give_way=True)
+            if plan.feasible:
+                return False
+            raise SwitchError("insufficient_memory", refusal(plan), plan=plan)
+        except EngineError as error:
+            reason = SwitchError("engine_error", str(error))
+        except SwitchError as error:
+            reason = error
+        job.tell("error", error=reason.code, message=reason.message, **memory_figures(reason))
+        job.finish("failed", reason)
+        return True
+
+    def abandon(self, job: Job) -> None:
+        """End a job after an error nobody foresaw, and put away what it was loading."""
+        error = SwitchError("internal_error", "Switchyard failed to carry this out; its log has the details.")
+        for member in [m for m in self._fleet if m.state != "running"]:
+            self._put_away(member)
+        Narrator(job, self._fleet).end("failed", error)
+
+    def stop_all(self) -> None:
+        """Stop every instance: the app is going away."""
+        for member in self._fleet:
+            self._put_away(member)
+
+    def _switch(self, job: Job, story: Narrator) -> None:
+        activate = job.request.activate
+        if job.request.kind == "restart":
+            activate = self._fleet.active == job.target
+            self._unload_for_restart(job)
+        elif self._already_there(job):
+            return
+        story.begin()
+        model = self._usable(job.target)
+        plan = self._make_plan(job, model)
+        story.planned(plan)
+        for unload in plan.unload:
+            self._unload(job, story, unload.model)
+        if plan.unload:
+            self._wait_for_memory(story, plan)
+        member = self._load(model, plan, story, job)
+        if activate or self._fleet.active is None:
+            self._fleet.active = member.model.id
+        story.ready()
+
+    def _already_there(self, job: Job) -> bool:
+        member = self._fleet.running(job.target)
+        if member is None:
+            return False
+        if job.request.activate:
+            self._fleet.active = job.target
+        self._fleet.publish()
+        job.finish("already_loaded")
+        return True
+
+    def _usable(self, model_id: str) -> Model:
+        model = self._planner.model(model_id)
+        if model.fault:
+            raise SwitchError("model_unusable", f"{model.id} can't be loaded: {model.fault}")
+        return model
+
+    def _make_plan(self, job: Job, model: Model) -> Plan:
+        self._fleet.measure()
+        self._fleet.publish()
+        plan = self._planner.plan(model, job.request.strategy, job.request.auto_unload)
+        job.plan = plan
+        if not plan.feasible:
+            raise SwitchError("insufficient_memory", refusal(plan), plan=plan)
+        if plan.unload and self._settings.confirm_before_unload and not job.request.confirm:
+            names = ", ".join(u.model for u in plan.unload)
+            raise SwitchError(
+                "confirmation_required", f"Loading {model.id} would unload {names}. Confirm it.", plan=plan
+            )
+        return plan
+
+    def _unload(self, job: Job, story: Narrator, model_id: str) -> None:
+        """Drain one instance, then stop it. Called off while draining, it goes on serving."""
+        self._hub.check_cancelled()
+        member = self._fleet.running(model_id)
+        if member is None:
+            return  # it ended by itself meanwhile
+        story.step("draining", model_id)
+        try:
+            self._hub.await_worker(lambda: member.traffic.drain(self._settings.drain_timeout_seconds))
+        except Cancelled:
+            member.traffic.reopen()
+            raise
+        story.step("unloading", model_id)
+        job.unloaded.append(model_id)
+        self._put_away(member)
+
+    def _put_away(self, member: Member) -> None:
+        """Stop an instance whatever it is doing; when this returns it is gone."""
+        member.state = "unloading"
+        member.traffic.drain(0)
+        self._fleet.publish()
+        self._hub.await_worker(lambda: member.instance.stop(self._settings.unload_timeout_seconds), cancellable=False)
+        self._fleet.remove(member)
+        self._fleet.publish()
+
+    def _wait_for_memory(self, story: Narrator, plan: Plan) -> None:
+        """Until the device *measures* free: an engine's exit and the driver's account of it can lie apart."""
+        story.step("waiting_for_memory", plan.target)
+        deadline = time.monotonic() + self._settings.memory_timeout_seconds
+        while (
+            ledger := self._planner.account(plan.device, self._fleet.holdings())
+        ).available_bytes < plan.required_bytes:
+            if time.monotonic() > deadline:
+                raise SwitchError(
+                    "memory_not_freed",
+                    f"{say_gb(plan.required_bytes)} should be free on {ledger.name} by now, but only "
+                    f"{say_gb(ledger.available_bytes)} are: other programs hold {say_gb(ledger.other_bytes)}.",
+                    plan=plan,
+                )
+            self._hub.await_worker(lambda: time.sleep(MEMORY_LOOK_SECONDS))
+
+    def _load(self, model: Model, plan: Plan, story: Narrator, job: Job | None = None) -> Member:
+        """Launch a model and see it through its first token; then, and only then, requests are routed to it."""
+        self._hub.check_cancelled()
+        engine = self._engines[model.engine]
+        progress = Progress(self._learned.history(model, engine))
+        began = time.monotonic()
+        story.loading(model.id, self._planner.load_seconds(model))
+        member = self._launch(model, engine, plan)
+        if job is not None:
+            job.mark_started()
+        evidence: deque[Evidence] = deque()
+
+        def report(seen: Evidence) -> None:
+            evidence.append(seen)
+            self._hub.wake()
+
+        def look() -> None:
+            now = time.monotonic() - began
+            estimate = progress.advance(None, now)
+            while evidence:
+                estimate = progress.advance(evidence.popleft(), now)
+            member.usage = member.instance.usage() or member.usage
+            story.observed(member, estimate)
+
+        def see_through() -> None:
+            member.endpoint = member.instance.wait_ready(report, self._settings.load_timeout_seconds)
+            report(Evidence("warming_up"))
+            member.instance.warm_up(self._settings.warm_up_timeout_seconds)
+
+        try:
+            self._hub.await_worker(see_through, interval=OBSERVE_SECONDS, on_tick=look)
+        except (Cancelled, LoadFailed) as error:
+            self._give_up(member, error)
+            raise
+        total = time.monotonic() - began
+        self._note_ready(member, progress.stage_seconds(total), total)
+        return member
+
+    def _launch(self, model: Model, engine: Engine, plan: Plan) -> Member:
+        self._fleet.forgive(model.id)
+
+        def ended(cause: str) -> None:
+            self._hub.report_exit(model.id, instance.pid, cause)
+
+        try:
+            instance = engine.launch(model, ended)
+        except EngineError as error:
+            self._fleet.fail(model.id, str(error), "")
+            raise
+        member = Member(model, engine, instance, plan.device, plan.required_bytes)
+        self._fleet.add(member)
+        self._fleet.publish()
+        return member
+
+    def _give_up(self, member: Member, error: Cancelled | LoadFailed) -> None:
+        self._put_away(member)
+        if isinstance(error, LoadFailed):
+            self._fleet.fail(member.model.id, error.cause, error.log_tail)
+            log.warning("a load failed", model=member.model.id, cause=error.cause)
+
+    def _note_ready(self, member: Member, stages: Mapping[Any, float], total: float) -> None:
+        member.state, member.load, member.reserved_bytes = "running", None, 0
+        member.loaded_at = time.time()
+        member.measure()
+        self._fleet.publish()
+        record = LoadRecord(
+            model=member.model.id,
+            engine=member.engine.name,
+            settings_key=member.engine.settings_key(member.model),
+            outcome="ready",
+            total_seconds=total,
+            stage_seconds=dict(stages),
+            memory_bytes=member.usage.bytes if member.usage else None,
+            device=member.device,
+            at=member.loaded_at,
+        )
+        self._learned.record(record)
+        log.info("model ready", model=member.model.id, seconds=round(total, 3))
+
+    def _stop(self, job: Job) -> None:
+        self._fleet.forgive(job.target)
+        member = self._fleet.running(job.target)
+        if member is not None:
+            self._drain_and_put_away(member)
+            job.unloaded.append(job.target)
+        self._fleet.publish()
+        job.finish("success")
+
+    def _unload_for_restart(self, job: Job) -> None:
+        member = self._fleet.running(job.target)
+        if member is not None:
+            self._drain_and_put_away(member)
+
+    def _drain_and_put_away(self, member: Member) -> None:
+        seconds = self._settings.drain_timeout_seconds
+        self._hub.await_worker(lambda: member.traffic.drain(seconds), cancellable=False)
+        self._put_away(member)
+
+    def _undo(self, job: Job, story: Narrator, error: SwitchError) -> None:
+        """Bring back what was unloaded, unless another switch is coming; then say how it ended."""
+        restored = []
+        if job.unloaded and not job.superseded and job.request.kind != "stop":
+            restored = self._reload(job, story)
+        story.end("cancelled" if error.code == "cancelled" else "failed", error, restored)
+
+    def _reload(self, job: Job, story: Narrator) -> list[str]:
+        story.rolling_back(job.unloaded)
+        job.cancel_reason = None  # undoing can be called off too, by the next switch
+        restored = []
+        for model_id in reversed(job.unloaded):
+            if job.superseded:
+                break
+            with suppress(LoadFailed, EngineError, SwitchError, Cancelled):
+                model = self._planner.model(model_id)
+                plan = self._planner.plan(model, auto_unload=False)
+                if plan.feasible:
+                    self._load(model, plan, story)
+                    restored.append(model_id)
+        if story.view.from_model in restored:
+            self._fleet.active = story.view.from_model
+        return restored

@@ -1,0 +1,319 @@
+"""The single writer of all lifecycle state.
+
+One greenlet (a thread where nothing is patched) takes messages from a mailbox and carries out one job at a time. Whatever
+blocks runs in a worker while the mailbox goes on being served, so a cancel or a crash is noticed at once. Everyone
+else sends a message, or reads the snapshot on the board.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from services.catalog import Catalog
+from services.config import Settings, Strategy
+from services.switching.engine import Engine
+from services.switching.events import Board
+from services.switching.fleet import Fleet, Member
+from services.switching.jobs import Cancelled, Job, Replace, Request, SwitchError
+from services.switching.learning import Learned
+from services.switching.plan import Plan
+from services.switching.planner import Planner
+from services.switching.procedure import Procedure
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+REPLY_SECONDS = 10.0
+HOUSEKEEPING_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class _Submit:
+    request: Request
+    replace: Replace
+    reply: Future[Job]
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    reply: Future[Job | None]
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Exited:
+    model: str
+    pid: int | None
+    cause: str
+
+
+@dataclass(frozen=True)
+class _Dismiss:
+    reply: Future[None]
+
+
+class _Tick:
+    """Something to look at: a worker's result, a new observation."""
+
+
+class _Close:
+    """No more jobs."""
+
+
+_Message = _Submit | _Cancel | _Exited | _Dismiss | _Tick | _Close
+
+
+class Switcher:
+    """Makes target models ready. Every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        board: Board,
+        catalog: Catalog,
+        engines: Mapping[str, Engine],
+        planner: Planner,
+        learned: Learned,
+    ) -> None:
+        self._catalog = catalog
+        self._mailbox: queue.Queue[_Message] = queue.Queue()
+        self._waiting: deque[Job] = deque()
+        self._current: Job | None = None
+        self._closing = False
+        self._fleet = Fleet(board)
+        self._planner = planner
+        self._procedure = Procedure(settings, self._fleet, planner, learned, engines, self)
+        self._thread = threading.Thread(target=self._run, name="switcher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not self._closing
+
+    def switch(
+        self,
+        model_id: str,
+        *,
+        requested_by: str,
+        replace: Replace = "cancel",
+        strategy: Strategy | None = None,
+        confirm: bool | None = None,
+        auto_unload: bool | None = None,
+        activate: bool = True,
+    ) -> Job:
+        """Ask for a model to be made ready; returns the job, which may be one under way for the same model.
+
+        Raises UnknownModel, and SwitchError `switch_in_progress` when `replace` is "refuse" and one is.
+        """
+        self._catalog.get(model_id)
+        request = Request("switch", model_id, requested_by, strategy, confirm, auto_unload, activate)
+        return self._submit(request, replace)
+
+    def stop(self, model_id: str, *, requested_by: str) -> Job:
+        """Ask for a model to be unloaded; a load of it under way is cancelled. Raises UnknownModel."""
+        self._catalog.get(model_id)
+        return self._submit(Request("stop", model_id, requested_by), "queue")
+
+    def restart(self, model_id: str, *, requested_by: str) -> Job:
+        """Ask for a model to be unloaded and loaded again. Raises UnknownModel."""
+        self._catalog.get(model_id)
+        return self._submit(Request("restart", model_id, requested_by), "queue")
+
+    def cancel(self, reason: str = "It was cancelled.") -> Job | None:
+        """Call off the switch under way; returns it, None when there is none."""
+        reply: Future[Job | None] = Future()
+        self._mailbox.put(_Cancel(reply, reason))
+        return reply.result(REPLY_SECONDS)
+
+    def dismiss(self) -> None:
+        """Forget the last switch: people have read how it ended."""
+        reply: Future[None] = Future()
+        self._mailbox.put(_Dismiss(reply))
+        reply.result(REPLY_SECONDS)
+
+    def plan(self, model_id: str, strategy: Strategy | None = None) -> Plan:
+        """What switching to a model would do now. Changes nothing. Raises UnknownModel."""
+        return self._planner.plan(self._catalog.get(model_id), strategy)
+
+    def job(self) -> Job | None:
+        """The job under way."""
+        return self._current
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Call off what is under way, stop every instance, and return."""
+        if self._thread.is_alive():
+            self._mailbox.put(_Close())
+            self._thread.join(timeout)
+
+    # What the procedure needs while it runs in the switcher's greenlet.
+
+    def await_worker(
+        self,
+        function: Callable[[], T],
+        *,
+        cancellable: bool = True,
+        interval: float | None = None,
+        on_tick: Callable[[], None] = lambda: None,
+    ) -> T:
+        """Run something that blocks in a worker and serve the mailbox until it is done.
+
+        `on_tick` is called after every message, and every `interval` seconds. Raises what `function` raised, and
+        Cancelled (leaving the worker to itself) as soon as the current job is called off.
+        """
+        outcome: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                outcome.set_result(function())
+            except BaseException as error:
+                outcome.set_exception(error)
+            self._mailbox.put(_Tick())
+
+        threading.Thread(target=work, name="switcher-worker", daemon=True).start()
+        while not outcome.done():
+            self._serve(interval or HOUSEKEEPING_SECONDS)
+            on_tick()
+            if cancellable and not outcome.done():
+                self.check_cancelled()
+        return outcome.result()
+
+    def check_cancelled(self) -> None:
+        """Raises Cancelled when the current job has been called off."""
+        if self._current is not None and self._current.cancel_reason is not None:
+            raise Cancelled
+
+    def wake(self) -> None:
+        """Have `on_tick` called soon: there is something new to see."""
+        self._mailbox.put(_Tick())
+
+    def report_exit(self, model_id: str, pid: int | None, cause: str) -> None:
+        """An instance ended by itself."""
+        self._mailbox.put(_Exited(model_id, pid, cause))
+
+    def queued(self) -> tuple[str, ...]:
+        return tuple(job.target for job in self._waiting)
+
+    def _submit(self, request: Request, replace: Replace) -> Job:
+        reply: Future[Job] = Future()
+        self._mailbox.put(_Submit(request, replace, reply))
+        return reply.result(REPLY_SECONDS)
+
+    def _run(self) -> None:
+        while not self._closing:
+            if not self._waiting:
+                self._serve(HOUSEKEEPING_SECONDS)
+                continue
+            self._current = self._waiting.popleft()
+            try:
+                self._procedure.carry_out(self._current)
+            except Exception:
+                log.exception("a switch ended in a way nobody foresaw", model=self._current.target)
+                self._procedure.abandon(self._current)
+            self._current = None
+        for job in self._waiting:
+            job.finish("cancelled", SwitchError("cancelled", "Switchyard is stopping."))
+        self._procedure.stop_all()
+
+    def _serve(self, timeout: float) -> None:
+        """Take one message, or measure what is loaded when none comes."""
+        try:
+            message = self._mailbox.get(timeout=timeout)
+        except queue.Empty:
+            if self._fleet.measure():
+                self._fleet.publish()
+            return
+        match message:
+            case _Submit():
+                self._accept(message)
+            case _Cancel():
+                message.reply.set_result(self._call_off(message.reason))
+            case _Exited():
+                self._note_exit(message)
+            case _Dismiss():
+                self._fleet.publish(last_switch=None)
+                message.reply.set_result(None)
+            case _Close():
+                self._closing = True
+                self._call_off("Switchyard is stopping.", superseded=True)
+
+    def _accept(self, message: _Submit) -> None:
+        request, current = message.request, self._current
+        if self._closing:
+            message.reply.set_exception(SwitchError("stopping", "Switchyard is stopping."))
+            return
+        same = self._same_job(request)
+        if same is not None:
+            message.reply.set_result(same)
+            return
+        if current is not None and message.replace == "refuse":
+            message.reply.set_exception(_in_progress(current))
+            return
+        job = Job(request)
+        if current is not None and message.replace == "cancel" and self._procedure.refuses(job):
+            message.reply.set_result(job)
+            return
+        if message.replace == "cancel":
+            self._supersede(request.model)
+        elif request.kind == "stop" and current is not None and current.target == request.model:
+            self._call_off(f"{request.model} is to be unloaded.")
+        self._waiting.append(job)
+        if current is not None:
+            self._fleet.publish(queued=self.queued())
+        message.reply.set_result(job)
+
+    def _supersede(self, model_id: str) -> None:
+        """Make way for a switch to `model_id`: call off the one under way, and those that wait."""
+        self._call_off(f"It was replaced by a switch to {model_id}.", superseded=True)
+        for waiting in [j for j in self._waiting if j.request.kind == "switch"]:
+            self._waiting.remove(waiting)
+            waiting.finish("cancelled", SwitchError("cancelled", f"It was replaced by a switch to {model_id}."))
+
+    def _same_job(self, request: Request) -> Job | None:
+        """The job that already does what is asked, so that a double click or a second tab joins it."""
+        under_way = [self._current] if self._current and self._current.cancel_reason is None else []
+        for job in [*under_way, *self._waiting]:
+            if (job.request.kind, job.request.model) == (request.kind, request.model) and not job.done:
+                return job
+        return None
+
+    def _call_off(self, reason: str, *, superseded: bool = False) -> Job | None:
+        job = self._current
+        if job is None:
+            return None
+        job.superseded = job.superseded or superseded
+        if job.cancel_reason is None:
+            job.cancel_reason = reason
+        return job
+
+    def _note_exit(self, message: _Exited) -> None:
+        member = self._fleet.get(message.model)
+        if member is None or member.instance.pid != message.pid or member.state != "running":
+            return  # a load that fails is told by its worker, an unload is wanted
+        log.warning("a model ended by itself", model=message.model, cause=message.cause)
+        self._lose(member, message.cause)
+
+    def _lose(self, member: Member, cause: str) -> None:
+        self._fleet.remove(member)
+        self._fleet.fail(member.model.id, f"{cause}.", member.instance.log_tail())
+        self._fleet.publish()
+
+
+def _in_progress(current: Job) -> SwitchError:
+    return SwitchError(
+        "switch_in_progress",
+        f"A switch to {current.target} began {current.seconds:.0f} s ago and is still under way. "
+        "Wait for it, or cancel it.",
+        model=current.target,
+        switch_id=current.id,
+    )

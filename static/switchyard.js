@@ -1,0 +1,132 @@
+// What the pages do beyond htmx. Everything here is a comfort: each page works without it.
+"use strict";
+(() => {
+  const $ = (selector) => document.querySelector(selector);
+  const on = (type, handler) => document.addEventListener(type, handler);
+  const within = (event, selector) => event.target instanceof Element && event.target.closest(selector);
+
+  // A look that arrives must not undo what somebody is doing: typed text and unfolded details stay as they are.
+  Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) =>
+    !(name === "value" && node.matches("textarea, input:not([type=hidden])")) &&
+    !(name === "open" && node.matches("details, dialog"));
+
+  // Looking again: not in a hidden tab, at once in one that is shown again.
+  const look = () => $("#poll") && htmx.trigger("#poll", "refresh");
+  on("htmx:beforeRequest", (event) => {
+    if (event.detail.elt.id === "poll" && document.hidden) event.preventDefault();
+  });
+  on("visibilitychange", () => document.hidden || look());
+
+  // A server that is gone is said once, and taken back by the next answer.
+  on("htmx:sendError", () => { $("#offline").hidden = false; });
+  on("htmx:afterOnLoad", () => { $("#offline").hidden = true; });
+
+  // State changes are read out from a region that is never swapped.
+  let said = $("#poll")?.dataset.announce;
+  on("htmx:afterRequest", () => {
+    const now = $("#poll")?.dataset.announce;
+    if (now && now !== said) $("#announcer").textContent = said = now;
+  });
+
+  // Menus and dialogs close when what was chosen in them is under way.
+  on("htmx:afterRequest", ({ detail }) => {
+    if (detail.requestConfig?.verb !== "post") return;
+    detail.elt.closest("[popover]")?.hidePopover();
+    detail.elt.closest("dialog")?.close();
+  });
+  on("htmx:afterSwap", ({ detail }) => {
+    if (detail.target.id === "dialog" && !detail.target.open) detail.target.showModal();
+  });
+
+  // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads.
+  const text = $("#text");
+  const draft = `draft ${location.pathname}`;
+  const remember = () => sessionStorage.setItem(draft, text.value);
+  if (text) {
+    text.value ||= sessionStorage.getItem(draft) ?? "";
+    text.addEventListener("input", remember);
+    text.form.addEventListener("submit", () => sessionStorage.removeItem(draft));
+    text.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      const send = $("#send");
+      if (send && !send.disabled && text.value.trim()) text.form.requestSubmit(send);
+    });
+  }
+  on("htmx:afterRequest", ({ detail }) => {
+    if (detail.elt.id !== "composer-form") return;
+    if (detail.successful) { text.value = ""; stay = true; text.focus(); }
+    remember();
+  });
+  on("keydown", (event) => {
+    if (event.key === "Escape" && !$(":popover-open, dialog[open]")) $("#stop")?.click();
+  });
+
+  // The newest message stays in view, unless somebody has scrolled up to read.
+  const messages = $("#messages");
+  let stay = true;
+  if (messages) {
+    const follow = () => { if (stay) messages.scrollTop = messages.scrollHeight; };
+    messages.addEventListener("scroll", () => {
+      stay = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
+    });
+    new MutationObserver(follow).observe(messages, { childList: true, subtree: true, characterData: true });
+    new ResizeObserver(follow).observe(messages);
+    follow();
+  }
+
+  // The model menu: arrow keys move, typing narrows it down.
+  on("keydown", (event) => {
+    const list = within(event, "[data-arrows]") || within(event, "#model-menu")?.querySelector("[data-arrows]");
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!list || !step) return;
+    event.preventDefault();
+    const buttons = [...list.querySelectorAll("li:not([hidden]) button")];
+    const at = buttons.indexOf(document.activeElement);
+    buttons[at < 0 ? (step > 0 ? 0 : buttons.length - 1) : Math.max(0, Math.min(buttons.length - 1, at + step))]?.focus();
+  });
+  const narrow = () => {
+    const field = $("[data-filter]");
+    if (!field) return;
+    const wanted = field.value.trim().toLowerCase();
+    for (const item of document.querySelectorAll(field.dataset.filter)) {
+      item.hidden = !item.querySelector(".name").textContent.toLowerCase().includes(wanted);
+    }
+  };
+  on("input", (event) => within(event, "[data-filter]") && narrow());
+  on("htmx:afterRequest", narrow);
+
+  // Copy, and dismissing what only a script can have shown.
+  const copy = async (button) => {
+    const code = button.closest(".code").querySelector("code");
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+    } catch { // no clipboard on plain-HTTP addresses of a LAN
+      getSelection().selectAllChildren(code);
+      document.execCommand("copy");
+    }
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  };
+  on("click", (event) => {
+    const button = within(event, "[data-copy]");
+    if (button) copy(button);
+    const clear = within(event, "[data-clear]");
+    if (clear) $(clear.dataset.clear).replaceChildren();
+  });
+
+  // A name for what is hovered or focused in a memory bar.
+  const tip = $("#tip");
+  const show = (event) => {
+    const part = within(event, "[data-tip]");
+    if (!part) { tip.hidePopover(); return; }
+    tip.textContent = part.dataset.tip;
+    tip.showPopover();
+    const { left, top, width } = part.getBoundingClientRect();
+    const start = Math.min(left + width / 2 - tip.offsetWidth / 2, innerWidth - tip.offsetWidth - 8);
+    tip.style.left = `${Math.max(8, start)}px`;
+    tip.style.top = `${top - tip.offsetHeight - 6}px`;
+  };
+  on("mouseover", show);
+  on("focusin", show);
+})();

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""A stand-in for a native `llama-server`, with fault switches, for what the real one can't be made to do on cue.
+
+It takes the arguments that the native launcher gives, answers the endpoints that Switchyard uses in llama.cpp's shapes,
+and misbehaves as `--fault NAME[:VALUE]` says (may be repeated):
+
+    slow_load:SECONDS      reads the model file evenly over that time
+    crash_loading          ends with exit code 3 and a telling log line after half of the file
+    never_ready            stays at 503 for ever
+    crash_ready:SECONDS    ends by itself that long after it was ready
+    crash_answering        ends in the middle of an answer
+    refuse_first           answers the warm-up with an error
+    ignore_sigterm         goes on after SIGTERM
+    slow_tokens:SECONDS    waits that long before each token
+    hold:MB                takes that much memory more than a small process does
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+ANSWER = "I am a stand-in and I answer in ten short words .".split(" ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--alias", required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", required=True, type=int)
+    parser.add_argument("--fault", action="append", default=[])
+    arguments, _ = parser.parse_known_args()
+    server = FakeServer(arguments)
+    if "ignore_sigterm" in server.faults:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=server.load, args=(arguments.model,), daemon=True).start()
+    server.serve_forever()
+
+
+class FakeServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.alias = arguments.alias
+        self.faults = dict((name, value) for name, _, value in (fault.partition(":") for fault in arguments.fault))
+        self.key = os.environ.get("LLAMA_API_KEY", "")
+        self.ready = threading.Event()
+        self.ballast = b""
+        super().__init__((arguments.host, arguments.port), Handler)
+
+    def load(self, path: Path) -> None:
+        size = path.stat().st_size
+        steps = 40
+        pause = float(self.faults.get("slow_load", 0)) / steps
+        with path.open("rb", buffering=0) as file:
+            for step in range(steps):
+                file.read(size // steps + 1)
+                time.sleep(pause)
+                if step == steps // 2 and "crash_loading" in self.faults:
+                    die("llama_model_load: error loading model: the stand-in was told to crash")
+        self.ballast = os.urandom(1) * int(float(self.faults.get("hold", 0)) * 1e6)
+        if "never_ready" in self.faults:
+            return
+        self.ready.set()
+        if "crash_ready" in self.faults:
+            time.sleep(float(self.faults["crash_ready"]))
+            die("error: the stand-in was told to crash when ready")
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeServer
+
+    def do_GET(self) -> None:
+        if not self.server.ready.is_set():
+            self._json(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
+        elif self.path == "/health":
+            self._json(200, {"status": "ok"})
+        elif self._allowed():
+            self._json(200, {"object": "list", "data": [{"id": self.server.alias, "object": "model"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        if not self._allowed():
+            return
+        if self.path == "/v1/completions" and "refuse_first" in self.server.faults:
+            self._json(500, {"error": {"message": "the stand-in refuses", "type": "server_error", "code": 500}})
+        elif body.get("stream"):
+            self._stream()
+        else:
+            text = " ".join(self._token(word) for word in ANSWER[: body.get("max_tokens") or len(ANSWER)])
+            choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
+            self._json(200, {"object": "chat.completion", "model": self.server.alias, "choices": [choice]})
+
+    def _token(self, word: str) -> str:
+        time.sleep(float(self.server.faults.get("slow_tokens", 0)))
+        return word
+
+    def _stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for number, word in enumerate(ANSWER):
+            if number == len(ANSWER) // 2 and "crash_answering" in self.server.faults:
+                die("error: the stand-in was told to crash in an answer")
+            delta = {"choices": [{"index": 0, "delta": {"content": f"{self._token(word)} "}, "finish_reason": None}]}
+            self._chunk(f"data: {json.dumps(delta)}\n\n")
+        self._chunk("data: [DONE]\n\n")
+        self._chunk("")
+
+    def _chunk(self, text: str) -> None:
+        data = text.encode()
+        try:
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        except OSError:
+            print("llama_server: the client went away", file=sys.stderr, flush=True)
+            raise
+
+    def _allowed(self) -> bool:
+        allowed = self.headers.get("Authorization") == f"Bearer {self.server.key}"
+        if not allowed:
+            self._json(401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}})
+        return allowed
+
+    def _json(self, status: int, document: dict[str, object]) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Requests are not worth a line."""
+
+
+def die(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The rules of what a switch unloads."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.switching.engine import Need
+from services.switching.plan import Alternative, Loaded, Plan, make_plan, refusal
+
+STRATEGIES = ("largest_first", "oldest_first", "preserve_favorites", "cheapest_reload")
+GB = 10**9
+
+loaded_models = st.lists(
+    st.builds(
+        Loaded,
+        model=st.uuids().map(str),
+        device=st.sampled_from(["gpu0", "gpu1"]),
+        bytes=st.integers(0, 100 * GB),
+        idle_seconds=st.none() | st.floats(0, 1e6),
+        in_flight=st.integers(0, 3),
+        reload_seconds=st.none() | st.floats(0, 1e3),
+        favorite=st.booleans(),
+        keep=st.none() | st.just("it is pinned"),
+    ),
+    max_size=8,
+    unique_by=lambda m: m.model,
+)
+
+
+def plan_for(need: int, available: int, loaded: list[Loaded], **options: object) -> Plan:
+    options.setdefault("strategy", "largest_first")
+    return make_plan(
+        "target",
+        Need("gpu0", need, "declared"),
+        available_bytes=available,
+        total_bytes=200 * GB,
+        loaded=loaded,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@given(st.integers(0, 200 * GB), st.integers(0, 100 * GB), loaded_models, st.sampled_from(STRATEGIES))
+def test_a_feasible_plan_makes_enough_room_and_not_one_unload_more(need, available, loaded, strategy):
+    """What is unloaded suffices, and keeping any single one of them would not."""
+    plan = plan_for(need, available, loaded, strategy=strategy)
+    if plan.feasible:
+        assert available + plan.freed_bytes >= need
+        for kept in plan.unload:
+            assert available + plan.freed_bytes - kept.frees_bytes < need
+    else:
+        assert plan.unload == ()
+        assert available + plan.freeable_bytes < need
+
+
+@given(st.integers(0, 200 * GB), st.integers(0, 100 * GB), loaded_models, st.sampled_from(STRATEGIES))
+def test_what_must_stay_is_never_unloaded(need, available, loaded, strategy):
+    """Pinned models, models on other devices and, when they are preserved, favorites are left alone."""
+    plan = plan_for(need, available, loaded, strategy=strategy)
+    by_id = {m.model: m for m in loaded}
+    for unload in plan.unload:
+        model = by_id[unload.model]
+        assert model.device == "gpu0"
+        assert model.keep is None
+        assert not (strategy == "preserve_favorites" and model.favorite)
+
+
+@given(st.integers(1, 200 * GB), loaded_models)
+def test_nothing_is_unloaded_when_unloading_is_switched_off(need, loaded):
+    """With auto_unload off a plan either fits as things are, or is refused with the reason."""
+    plan = plan_for(need, need - 1, loaded, auto_unload=False)
+    assert plan.unload == ()
+    assert not plan.feasible
+
+
+def test_largest_first_unloads_one_large_model_rather_than_many_small_ones():
+    """Seed 001's default: the fewest operations."""
+    loaded = [Loaded("small", "gpu0", 3 * GB), Loaded("large", "gpu0", 40 * GB), Loaded("tiny", "gpu0", 1 * GB)]
+    assert [u.model for u in plan_for(30 * GB, 0, loaded).unload] == ["large"]
+
+
+def test_oldest_first_unloads_what_was_idle_longest():
+    """The least recently used model goes first, whatever its size."""
+    loaded = [Loaded("fresh", "gpu0", 40 * GB, idle_seconds=5), Loaded("old", "gpu0", 10 * GB, idle_seconds=900)]
+    assert [u.model for u in plan_for(8 * GB, 0, loaded, strategy="oldest_first").unload] == ["old"]
+
+
+def test_cheapest_reload_unloads_what_comes_back_soonest():
+    """A model of unknown load time counts as dear."""
+    loaded = [Loaded("unknown", "gpu0", 9 * GB), Loaded("quick", "gpu0", 9 * GB, reload_seconds=2)]
+    assert [u.model for u in plan_for(8 * GB, 0, loaded, strategy="cheapest_reload").unload] == ["quick"]
+
+
+def test_a_busy_model_goes_last():
+    """An idle model is unloaded before one that is answering somebody, even when it is smaller."""
+    loaded = [Loaded("busy", "gpu0", 40 * GB, in_flight=1), Loaded("idle", "gpu0", 10 * GB)]
+    assert [u.model for u in plan_for(8 * GB, 0, loaded).unload] == ["idle"]
+
+
+def test_a_refusal_names_what_blocks_it_and_the_largest_model_that_fits():
+    """The words people read hold the figures, the reason and a way out."""
+    plan = plan_for(
+        150 * GB,
+        10 * GB,
+        [Loaded("pinned-one", "gpu0", 90 * GB, keep="it is pinned")],
+        others=[
+            Alternative("fits", Need("gpu0", 9 * GB, "declared")),
+            Alternative("huge", Need("gpu0", 99 * GB, "declared")),
+        ],
+    )
+    assert plan.alternatives == ("fits",)
+    words = refusal(plan)
+    for expected in ("150.0 GB", "10.0 GB", "pinned-one (it is pinned)", "fits"):
+        assert expected in words

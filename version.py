@@ -1,0 +1,3 @@
+"""The version of Switchyard, said once."""
+
+VERSION = "0.1.0"
