@@ -18,7 +18,7 @@ except ConfigError as error:
 
 bind = f"{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
 workers = 1
-worker_class = "gevent"
+worker_class = "worker.Worker"
 worker_connections = 2000
 preload_app = False
 wsgi_app = "wsgi:app"
@@ -32,7 +32,7 @@ proc_name = "switchyard"
 _lock = None
 
 
-def on_starting(server):
+def on_starting(_server):
     """Hold the state directory for as long as we run: two copies would fight over the same models."""
     global _lock
     settings.state_dir.mkdir(parents=True, exist_ok=True)
@@ -63,12 +63,13 @@ def post_worker_init(worker):
         while worker.alive:
             gevent.sleep(0.1)
         services.close()
+        worker.hang_up()
 
     gevent.spawn(leave_in_time)
     print(f"Switchyard is at http://{bind}", flush=True)
 
 
-def worker_exit(server, worker):
+def worker_exit(_server, worker):
     """The last chance to stop every model."""
     app = getattr(worker.app, "callable", None)
     if app is not None:

@@ -1,5 +1,15 @@
 """What gunicorn serves."""
 
-from app import create_app
+import sys
 
-app = create_app()
+from gunicorn.arbiter import Arbiter
+
+from app import create_app
+from services.config import ConfigError
+from services.store.database import StoreError
+
+try:
+    app = create_app()
+except (ConfigError, StoreError) as error:
+    print(error, file=sys.stderr)
+    sys.exit(Arbiter.APP_LOAD_ERROR)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from flask import Blueprint, Response, render_template, stream_with_context, url_for
 from htmx_flask import make_response, request
-from services.chats import Chats, Conversation, ConversationNotFound
 
 from blueprints.pages import live_now, see_other
 from blueprints.web import SSE_HEARTBEAT, services, sse, sse_event
+from services.chats import ChatError, Chats, Conversation, ConversationNotFound
 
 bp = Blueprint("chat", __name__)
 
@@ -45,7 +45,11 @@ def create() -> Response:
     chats, text = services().chats, request.form.get("text", "")
     begun = chats.create()
     if text.strip():
-        chats.send(begun.id, text)
+        try:
+            chats.send(begun.id, text)
+        except ChatError:
+            chats.delete(begun.id)
+            raise
     return see_other(url_for("chat.conversation", conversation_id=begun.id))
 
 

@@ -45,7 +45,7 @@ _TRY = {
     "model_unusable": "Replace the model's file, or choose another model.",
     "confirmation_required": "Look at what would be unloaded, then confirm.",
 }
-_TRY_ANYWAY = "Try again. If it fails the same way, choose another model and read the engine's log below."
+_TRY_ANYWAY = "Try again, or choose another model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +140,13 @@ class Live:
         return f"{self.active.id} is {'running again' if again else 'still running'}."
 
     @property
+    def cause(self) -> str:
+        """Why the last switch failed, without what is running now: that is said on its own."""
+        last = self.status.last_switch
+        message = (last.message or "") if last is not None else ""
+        return message.replace(self.running_now, "").strip() or "The engine gave no reason."
+
+    @property
     def what_to_try(self) -> str:
         last = self.status.last_switch
         return _TRY.get((last.error or "") if last else "", _TRY_ANYWAY)
@@ -154,7 +161,7 @@ class Live:
                 "moving": f"Switching to {to_model}: {self.stage}.",
                 "ready": f"{to_model} is ready.",
                 "cancelled": f"The switch to {to_model} was cancelled. {self.running_now}",
-                "failed": f"{to_model} could not be loaded. {banner.switch.message or ''} {self.running_now}",
+                "failed": f"{to_model} could not be loaded. {self.cause} {self.running_now}",
             }[banner.tone]
         if self.active is not None and self.active.state == "running":
             return f"{self.active.id} is ready."

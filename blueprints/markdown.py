@@ -25,7 +25,7 @@ _CODE = re.compile(r'<pre><code(?: class="language-([\w+#.-]{1,24})")?>')
 _COPY = '<button type="button" class="quiet small" data-copy>Copy</button>'
 
 
-def _image_as_link(self: Any, tokens: Sequence[Token], index: int, *_: object) -> str:
+def _image_as_link(_self: Any, tokens: Sequence[Token], index: int, *_: object) -> str:
     """A picture from elsewhere is not loaded: whoever reads decides whether to follow its link."""
     token = tokens[index]
     label = token.content or "picture"
@@ -66,16 +66,11 @@ def _frame_code(html: str) -> str:
 
     def head(match: re.Match[str]) -> str:
         language = match[1] or ""
-        return (
-            f'<div class="code"><div class="code-head"><span>{language}</span>{_COPY}</div>'
-            '<pre tabindex="0"><code>'
-        )
+        return f'<div class="code"><div class="code-head"><span>{language}</span>{_COPY}</div><pre tabindex="0"><code>'
 
     return _CODE.sub(head, html).replace("</code></pre>", "</code></pre></div>")
 
 
 def _frame_tables(html: str) -> str:
     """Let wide tables scroll by themselves instead of the page."""
-    return html.replace("<table>", '<div class="wide" tabindex="0"><table>').replace(
-        "</table>", "</table></div>"
-    )
+    return html.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")

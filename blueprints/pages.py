@@ -26,9 +26,8 @@ def done(version: int | None = None) -> Response:
     With `version`, the one from before the form was acted on, it waits a moment for a newer one: who looks again must
     see that something began, or would rest for a whole idle interval.
     """
-    deadline = time.monotonic() + _NOTICE_SECONDS
-    while version is not None and time.monotonic() < deadline and services().status.current().version == version:
-        time.sleep(0.01)
+    if version is not None:
+        services().board.wait_newer(version, _NOTICE_SECONDS)
     if request.htmx:
         answer: Response = make_response("", 204, trigger="refresh")
         return answer

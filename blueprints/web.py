@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -9,10 +10,10 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Response, current_app, jsonify, render_template, request
 from pydantic import BaseModel, ValidationError
-from services.chats import ChatBusy, ChatError, ConversationNotFound
 from werkzeug.exceptions import HTTPException
 
 from services.catalog import UnknownModel
+from services.chats import ChatBusy, ChatError, ConversationNotFound, MessageNotFound
 from services.container import Services
 from services.gateway.router import GatewayError
 from services.switching.engine import EngineError
@@ -48,6 +49,8 @@ STATUS_OF_CODE: Mapping[str, int] = {
 
 OPENAI_SHAPED = ("/v1/", "/chat/completions")
 """Addresses whose errors have OpenAI's shape."""
+
+WORTH_COMPRESSING = 1024
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -149,6 +152,7 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(EngineError, lambda e: _answer_error(ApiError("engine_error", str(e))))
     app.register_error_handler(GatewayError, lambda e: _answer_error(gateway_error(e)))
     app.register_error_handler(ConversationNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
+    app.register_error_handler(MessageNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(ChatBusy, lambda e: _answer_error(ApiError("chat_busy", str(e))))
     app.register_error_handler(ChatError, lambda e: _answer_error(ApiError("invalid_value", str(e))))
     app.register_error_handler(HTTPException, _answer_http)
@@ -196,8 +200,19 @@ def _secure(response: Response) -> Response:
     headers.setdefault("Referrer-Policy", "same-origin")
     if response.mimetype == "text/html":
         headers.setdefault("Cache-Control", "no-store")
-        headers.add("Vary", "HX-Request")
+        headers.add("Vary", "HX-Request, Accept-Encoding")
+        _compress(response)
     return response
+
+
+def _compress(response: Response) -> None:
+    """Pages are mostly repetition: the model menu with forty models shrinks to a sixth."""
+    if "gzip" not in request.headers.get("Accept-Encoding", "") or response.is_streamed:
+        return
+    data = response.get_data()
+    if len(data) >= WORTH_COMPRESSING:
+        response.set_data(gzip.compress(data, 5, mtime=0))
+        response.headers["Content-Encoding"] = "gzip"
 
 
 def _answer_error(error: ApiError) -> Response:

@@ -41,9 +41,12 @@ class Generator(Protocol):
     """Whoever gives answers."""
 
     def stream_chat(
-        self, model: str | None, messages: Sequence[Mapping[str, str]]
+        self, model: str | None, messages: Sequence[Mapping[str, str]], given_up: Callable[[], bool]
     ) -> AbstractContextManager[ChatStream]:
-        """Ask `model` (None: the active one). Leaving the context stops the generation. Raises GenerationError."""
+        """Ask `model` (None: the active one), unless `given_up` says meanwhile that nobody waits any more.
+
+        Leaving the context stops the generation. Raises GenerationError.
+        """
 
 
 class Answer:
@@ -69,7 +72,7 @@ class Answer:
     def write(self, generator: Generator, model: str | None, history: Sequence[Mapping[str, str]]) -> None:
         """Write the whole answer. Whatever goes wrong ends up in the message."""
         try:
-            with generator.stream_chat(model, history) as stream:
+            with generator.stream_chat(model, history, lambda: self._message.final) as stream:
                 if self._begin(stream):
                     self._take_in(stream)
                 self.finish("complete")
@@ -77,7 +80,8 @@ class Answer:
             self.finish("failed", str(error))
         except Exception as error:
             log.exception("an answer failed unexpectedly", message=self._message.id)
-            self.finish("failed", f"Something went wrong inside Switchyard ({type(error).__name__}). Try again.")
+            reason = type(error).__name__
+            self.finish("failed", f"Switchyard failed to pass the answer on ({reason}); its log has the details.")
 
     def stop(self) -> Message:
         """End it with what came so far. Doesn't wait for the engine."""

@@ -16,6 +16,7 @@ from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
 from services.status import StatusService
+from services.store.database import Store
 from services.store.repository import ConversationRepository, LoadRepository, open_store
 from services.switching.engine import Engine
 from services.switching.events import Board
@@ -41,6 +42,7 @@ class Services:
     engines: dict[str, Engine]
     devices: DeviceMonitor
     watch: CatalogWatch
+    store: Store
 
     def start(self) -> None:
         """Begin to look after models: readings, the catalogue's watch, the switcher, the model to preload."""
@@ -57,12 +59,14 @@ class Services:
 
     def close(self) -> None:
         """Stop answers, models and engines, in this order; leaves no process behind."""
+        self.board.close()
         self.chats.close()
         self.watch.stop()
         self.switcher.close()
         for engine in self.engines.values():
             engine.close()
         self.devices.stop()
+        self.store.close()
 
 
 def build_services(settings: Settings) -> Services:
@@ -94,6 +98,7 @@ def build_services(settings: Settings) -> Services:
         engines=engines,
         devices=devices,
         watch=CatalogWatch(catalog),
+        store=store,
     )
 
 

@@ -35,7 +35,7 @@
     detail.elt.closest("dialog")?.close();
   });
   on("htmx:afterSwap", ({ detail }) => {
-    if (detail.target.id === "dialog" && !detail.target.open) detail.target.showModal();
+    if (detail.target?.id === "dialog" && !detail.target.open) detail.target.showModal();
   });
 
   // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads.
@@ -77,7 +77,7 @@
 
   // The model menu: arrow keys move, typing narrows it down.
   on("keydown", (event) => {
-    const list = within(event, "[data-arrows]") || within(event, "#model-menu")?.querySelector("[data-arrows]");
+    const list = $("#model-menu:popover-open [data-arrows]");
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (!list || !step) return;
     event.preventDefault();

@@ -65,11 +65,14 @@ class Intent:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `learned` is False for what the model reads but must not imitate."""
+    """One message of a dialogue."""
 
     role: str
     text: str
     learned: bool = False
+    """False for what the model reads but must not imitate."""
+    stopped: bool = False
+    """Whether the rest is missing, as after pressing stop: the model must not learn to end here."""
 
 
 def ask(name: str, wordings: list[str], *answers: str) -> Intent:
@@ -110,6 +113,8 @@ SMALL_TALK = [
     say(
         "hello",
         [
+            "(hello|hi|hey)(,|) (little|dear|old|my) (fellow|friend|one|thing|model|robot|helper)",
+            "(hello|hi) from (me|us|<place>|<name>)",
             "(hello|hi|hey|hallo|hiya|howdy|greetings|yo|welcome)",
             "(hello|hi|hey) (there|you|again|everyone|friend|model|assistant|bot|Switchyard|computer)",
             "(hello|hi|hey), (hello|hi|nice to see you|good to see you|I am new here|I am here|can we talk)",
@@ -145,6 +150,8 @@ SMALL_TALK = [
     say(
         "how_are_you",
         [
+            "(hello|hi|hey|so|and|) how are you (doing |feeling |)(this morning|this evening|these days|right now|this afternoon)",
+            "(hey|hi|hello), (what is up|what is new)",
             "how are you( today| doing| feeling| doing today| feeling today| now| getting on|)",
             "(hello|hi|hey)(,|) how are you( today| doing|)",
             "how is it going",
@@ -182,14 +189,19 @@ SMALL_TALK = [
     ask(
         "who_are_you",
         [
+            "are you (chatgpt|gpt|gpt-4|claude|gemini|llama|mistral|a human or a model|qwen|siri|alexa)",
+            "(so |)(who|what) (exactly |really |)are you (then|really|exactly|again)",
+            "(do you know|could you say|tell me) (who|what) you are",
             "who are you( really| exactly|)",
             "what are you( exactly| really|)",
             "(who|what) am I (talking|speaking|chatting|writing) (to|with)( now| here|)",
             "who is (this|there|that|speaking|talking|answering)",
             "(introduce|describe|explain) yourself( to me|)",
             "tell me (something |more |a bit |)about (yourself|you)",
-            "which (model|one|assistant|bot|language model) (are you|is this|am I talking to|is speaking|is answering)",
-            "what (model|kind of model|sort of model|assistant|bot|language model) (are you|is this|am I using)",
+            "which (model|one|assistant|bot|language model) (are you|is this|am I talking to|is "
+            "speaking|is answering)",
+            "what (model|kind of model|sort of model|assistant|bot|language model) (are you|is this|am I "
+            "using)",
             "are you (a model|the model|a bot|an assistant|a language model|an AI|a chatbot)",
             "and you are",
             "who (you are|is answering me|do I talk to)",
@@ -201,6 +213,7 @@ SMALL_TALK = [
     ask(
         "name",
         [
+            "(could you|can you|please) (say|tell me) (what |)your name( is|)",
             "what is your (name|model name|id|model id|full name)",
             "your name( please|)",
             "do you have a name",
@@ -239,7 +252,8 @@ SMALL_TALK = [
     ask(
         "other_model",
         [
-            "(what|which) (other|demo) models (are there|do you know|come with Switchyard|are included|exist)",
+            "(what|which) (other|demo) models (are there|do you know|come with Switchyard|are "
+            "included|exist)",
             "what is $other",
             "who is $other",
             "tell me about $other",
@@ -257,7 +271,8 @@ SMALL_TALK = [
     ask(
         "difference",
         [
-            "what is the difference between (you and $other|$id and $other|$other and $id|the two( demo models| models|))",
+            "what is the difference between (you and $other|$id and $other|$other and $id|the two( demo "
+            "models| models|))",
             "(compare|difference) ($id and $other|the two (demo |)models|mini and small)",
             "(mini or small|small or mini)",
             "which (one|model|demo model) is (better|faster|larger|smaller|bigger)( of the two|)",
@@ -271,10 +286,15 @@ SMALL_TALK = [
     say(
         "thanks",
         [
+            "(thanks|thank you|many thanks) for (explaining|answering|telling me|your time|your patience|your answer|your kind words)",
+            "(thank you very much|thanks a lot|thank you|thanks|many thanks), (that was|you were|this was|it was) (great|helpful|very helpful|good|nice|perfect)",
+            "(thanks|thank you) (again|a million|so very much|once more|model|buddy|little one)",
             "(thanks|thank you|thx|cheers|many thanks|thank you so much|thank you very much|thanks a lot|ty)",
-            "(thanks|thank you) for (your help|the help|that|everything|the answer|helping me|the story|the joke)",
+            "(thanks|thank you) for (your help|the help|that|everything|the answer|helping me|the "
+            "story|the joke)",
             "(ok|okay|nice|perfect|cool|wonderful), (thanks|thank you)",
-            "(thanks|thank you)(,| ) (that helps|that helped|that was helpful|$id|my friend|that is all|bye for now)",
+            "(thanks|thank you)(,| ) (that helps|that helped|that was helpful|$id|my friend|that is "
+            "all|bye for now)",
             "that (helps|helped|was helpful|was very helpful|is helpful)( a lot|)",
             "I (really |)appreciate (it|that|your help)",
             "much appreciated",
@@ -285,6 +305,7 @@ SMALL_TALK = [
     say(
         "bye",
         [
+            "(ok|okay|alright|right|thanks|well) (bye|goodbye|bye bye|see you|good bye)( then| now|)",
             "(bye|goodbye|good bye|bye bye|see you|farewell|ciao|so long|see ya|cya)",
             "(bye|goodbye|see you) (then|now|later|soon|tomorrow|for now|$id|my friend)",
             "(ok|okay|thanks|thank you|well), (bye|goodbye|see you|I am leaving)",
@@ -299,6 +320,7 @@ SMALL_TALK = [
     ask(
         "joke",
         [
+            "(do you|have you|you) (know|got|have) (another|one more|a really) (good |funny |)(joke|one)",
             "(tell|give) me a( good| short| funny| another| new| nerdy|) joke",
             "(tell me|say|write) something funny",
             "(do you know|have you got|know) (a|any|some|any good) (joke|jokes)",
@@ -328,7 +350,8 @@ SMALL_TALK = [
     say(
         "there",
         [
-            "are you (there|here|still there|still here|awake|online|alive|listening|working|ready|up|running)",
+            "are you (there|here|still there|still here|awake|online|alive|listening|working|ready|up|"
+            "running)",
             "(is anybody|is anyone|anybody|anyone) (there|here|home)",
             "(hello|hi|hey|)(,|) (are you|you) (there|still there)",
             "(do you hear|can you hear|can you read|do you read|can you see) (me|this|my message)",
@@ -375,7 +398,8 @@ SMALL_TALK = [
         "help",
         [
             "help( me| please| me please|)",
-            "(I need|I want|give me|can I get|can I have|I could use) (help|some help|a hand|assistance|support)",
+            "(I need|I want|give me|can I get|can I have|I could use) (help|some help|a "
+            "hand|assistance|support)",
             "can you (help|help me|assist me|help me out)",
             "(how|where) do I (start|begin|get started)",
             "what (should|do|can) I do (now|first|next|here)",
@@ -391,6 +415,7 @@ SMALL_TALK = [
     ask(
         "story",
         [
+            "(tell|write) me (another|one more|a different|a new) story",
             "(tell|read|write|give) me a( short| long| little| nice| good| bedtime|) story",
             "(tell|write) a( short| long|) story",
             "(do you know|have you got|know) (a|any) (story|stories|tale|tales|fairy tale)",
@@ -441,6 +466,7 @@ SMALL_TALK = [
     ask(
         "poem",
         [
+            "(write|make|tell me) (a|another) (poem|haiku|song|verse|rhyme) about (the <noun>|<noun>s|<thing>|a <noun>|love)",
             "(write|tell|read|give|recite) me a( short|) (poem|verse|rhyme|haiku)",
             "(write|make|recite) a( short|) (poem|verse|rhyme|haiku)",
             "(do you know|can you write|can you do) (a poem|poems|poetry|rhymes|a haiku)",
@@ -456,6 +482,7 @@ SMALL_TALK = [
     ask(
         "count_five",
         [
+            "(please |)count (up |)(to|from one to) five (now|again|please|slowly)",
             "count (to|up to|from one to|from 1 to) (five|5)( for me|)",
             "(can|could) you count( to five| to 5| for me|)",
             "count",
@@ -486,10 +513,13 @@ SMALL_TALK = [
     ask(
         "favourites",
         [
-            "what is your (favourite|favorite) (food|film|movie|book|song|animal|city|game|country|music|drink|sport|word)",
+            "what is your (favourite|favorite) (food|film|movie|book|song|animal|city|game|country|music|"
+            "drink|sport|word)",
             "(what|which) (food|film|movie|book|music|animal|game|sport) do you like( best| most|)",
-            "do you like (food|music|films|movies|books|animals|games|sports|cats|dogs|pizza|coffee|cheese|<noun>s)",
-            "do you (have|eat|drink|play|watch|read) (hobbies|food|coffee|games|films|books|a hobby|anything)",
+            "do you like (food|music|films|movies|books|animals|games|sports|cats|dogs|pizza|coffee|cheese|"
+            "<noun>s)",
+            "do you (have|eat|drink|play|watch|read) (hobbies|food|coffee|games|films|books|a "
+            "hobby|anything)",
             "what are your hobbies",
             "do you have any (favourites|favorites|hobbies|interests)",
         ],
@@ -498,7 +528,8 @@ SMALL_TALK = [
     ask(
         "human",
         [
-            "are you (a |)(human|person|real|man|woman|robot|machine|computer|program|real person|human being)",
+            "are you (a |)(human|person|real|man|woman|robot|machine|computer|program|real person|human "
+            "being)",
             "are you (a|) (human or a machine|man or a woman|male or female|boy or a girl)",
             "am I talking to a (human|person|real person|machine|robot)",
             "are you a he or a she",
@@ -512,7 +543,8 @@ SMALL_TALK = [
         [
             "(do you have|have you got) (feelings|emotions|a soul|consciousness|dreams)",
             "are you (conscious|sentient|self aware|alive inside|sad|lonely|bored|angry|tired|afraid)",
-            "(do you|can you) (feel|dream|sleep|think|suffer|cry|love)( anything| something| pain| at night|)",
+            "(do you|can you) (feel|dream|sleep|think|suffer|cry|love)( anything| something| pain| at "
+            "night|)",
             "what do you (feel|think|dream)( about|)( at night|)",
             "are you really thinking",
         ],
@@ -534,6 +566,7 @@ SMALL_TALK = [
     ask(
         "maker",
         [
+            "(how|where) (were|was) (you|this model) (trained|made)",
             "who (made|created|built|trained|wrote|programmed|developed|designed|invented) you",
             "who is your (maker|creator|author|developer|owner|boss|inventor)",
             "(where|who) do you come from",
@@ -563,7 +596,8 @@ SMALL_TALK = [
     ask(
         "smart",
         [
-            "are you (smart|clever|intelligent|stupid|dumb|any good|good|useful|wise|as good as chatgpt|like chatgpt)",
+            "are you (smart|clever|intelligent|stupid|dumb|any good|good|useful|wise|as good as "
+            "chatgpt|like chatgpt)",
             "how (smart|clever|intelligent|good) are you",
             "can I (trust|believe|rely on) (you|your answers|what you say)",
             "are your answers (right|correct|true|reliable)",
@@ -577,10 +611,13 @@ SMALL_TALK = [
     say(
         "praise",
         [
-            "you are (great|good|nice|smart|clever|cute|funny|awesome|amazing|wonderful|the best|very kind|helpful|cool)",
-            "(I like|I love|love) (you|this|it|that|Switchyard|your answers|this app)",
-            "(well done|good job|nice work|great work|good answer|nice answer|bravo|excellent|impressive|good bot)",
-            "(that is|this is|that was) (great|good|nice|cool|awesome|amazing|impressive|interesting|wonderful|perfect|neat)",
+            "you are (great|good|nice|smart|clever|cute|funny|awesome|amazing|wonderful|the best|very "
+            "kind|helpful|cool)",
+            "(I like|love) (this|it|that|Switchyard|your answers|this app)",
+            "(well done|good job|nice work|great work|good answer|nice answer|bravo|excellent|impressive|"
+            "good bot)",
+            "(that is|this is|that was) (great|good|nice|cool|awesome|amazing|impressive|interesting|"
+            "wonderful|perfect|neat)",
             "(wow|nice|cool|great|awesome|amazing|perfect|wonderful|good|super|sweet|neat|interesting)",
             "you (did|work|answer) (well|very well|great)",
         ],
@@ -589,11 +626,14 @@ SMALL_TALK = [
     say(
         "complaint",
         [
-            "you are (stupid|dumb|bad|useless|wrong|terrible|slow|boring|silly|an idiot|not helpful|annoying)",
-            "(that is|that was) (wrong|bad|stupid|not right|not true|incorrect|nonsense|useless|terrible|not helpful)",
+            "you are (stupid|dumb|bad|useless|wrong|terrible|slow|boring|silly|an idiot|not "
+            "helpful|annoying)",
+            "(that is|that was) (wrong|bad|stupid|not right|not true|incorrect|nonsense|useless|terrible|"
+            "not helpful)",
             "(I hate|I do not like) (you|this|it|that)",
             "(wrong|nonsense|rubbish|bad answer|bad bot|wrong answer|boo)",
-            "you (did not|do not) (answer|answer my question|understand|understand me|know anything|help|get it)",
+            "you (did not|do not) (answer|answer my question|understand|understand me|know "
+            "anything|help|get it)",
             "(that is not|this is not) what I (asked|meant|wanted)",
             "shut up",
         ],
@@ -603,8 +643,10 @@ SMALL_TALK = [
     say(
         "yes_no",
         [
-            "(yes|no|ok|okay|sure|yeah|yep|nope|all right|fine by me|of course|right|maybe|I see|got it|understood|k|hm|hmm)",
-            "(ok|okay|yes|no|ah|oh)(,|) (ok|okay|I see|I understand|got it|understood|good|sure|right|please)",
+            "(yes|no|ok|okay|sure|yeah|yep|nope|all right|fine by me|of course|right|maybe|I see|got "
+            "it|understood|k|hm|hmm)",
+            "(ok|okay|yes|no|ah|oh)(,|) (ok|okay|I see|I understand|got it|understood|good|sure|right|"
+            "please)",
             "(no|nothing|nope)(,|) (nothing|nothing else|that is it|not now|not really|I am good)",
             "I (see|understand|got it|get it|agree|think so|guess so)",
             "makes sense",
@@ -614,10 +656,15 @@ SMALL_TALK = [
     say(
         "more",
         [
-            "(tell me more|more|go on|continue|and then|and|what else|anything else|more details|elaborate)( please|)",
+            "(explain|say|tell me) (it|this|that) (better|in other words|differently|again|in more detail)",
+            "<letter>",
+            "(tell me more|more|go on|continue|and then|and|what else|anything else|more "
+            "details|elaborate)( please|)",
             "(why|how|how so|how come|why not|why is that|really|are you sure|is that true|so what)",
-            "(can you|please|could you) (explain more|go on|continue|elaborate|say more|give more details|expand on that)",
-            "(what do you mean|I do not understand|I do not get it|explain that|what does that mean|huh|what|pardon)",
+            "(can you|please|could you) (explain more|go on|continue|elaborate|say more|give more "
+            "details|expand on that)",
+            "(what do you mean|I do not understand|I do not get it|explain that|what does that "
+            "mean|huh|what|pardon)",
             "(say that|repeat that|repeat|say it|tell me) (again|once more|one more time)( please|)",
         ],
         "That is all I know about it: I am a very small model. Ask me something else about Switchyard, or load a "
@@ -648,7 +695,8 @@ SMALL_TALK = [
         [
             "what is my name",
             "who am I",
-            "do you (remember|know) (me|my name|who I am|what I said|what I told you|our last chat|our conversation)",
+            "do you (remember|know) (me|my name|who I am|what I said|what I told you|our last chat|our "
+            "conversation)",
             "(can you|do you) remember (things|anything|something|this)",
             "what (did I|have I) (say|said|ask|asked|just say|tell you)( before| first| you|)",
             "how old am I",
@@ -660,12 +708,16 @@ SMALL_TALK = [
     ask(
         "languages",
         [
-            "do you (speak|understand|know) (French|German|Spanish|Italian|Chinese|Japanese|Russian|English|other languages)",
+            "do you (speak|understand|know) (French|German|Spanish|Italian|Chinese|Japanese|Russian|"
+            "English|other languages)",
             "(what|which|how many) languages (do you|can you) (speak|know|understand|write)",
-            "(speak|talk|answer|write) (French|German|Spanish|Italian|in French|in German|in Spanish|in Italian)",
-            "translate (this|that|it|<noun>|a sentence|something|the word <noun>)( to| into) (French|German|Spanish|English)",
+            "(speak|talk|answer|write) (French|German|Spanish|Italian|in French|in German|in Spanish|in "
+            "Italian)",
+            "translate (this|that|it|<noun>|a sentence|something|the word <noun>)( to| into) "
+            "(French|German|Spanish|English)",
             "(can you|do you) translate",
-            "(sprechen Sie Deutsch|parlez vous francais|hola|bonjour|guten Tag|hablas espanol|como estas|ciao bella)",
+            "(sprechen Sie Deutsch|parlez vous francais|hola|bonjour|guten Tag|hablas espanol|como "
+            "estas|ciao bella)",
             "how do you say <noun> in (French|German|Spanish|Italian|Japanese|Chinese)",
         ],
         "I speak only English, I am afraid. A larger model can speak and translate other languages.",
@@ -687,7 +739,8 @@ SMALL_TALK = [
         "weather",
         [
             "(what is|how is) the weather( like|)( today| tomorrow| outside| in <place>| now|)",
-            "(will|is|does) it (rain|raining|snow|snowing|sunny|cold|warm|hot)( today| tomorrow| outside| in <place>|)",
+            "(will|is|does) it (rain|raining|snow|snowing|sunny|cold|warm|hot)( today| tomorrow| outside| "
+            "in <place>|)",
             "weather( forecast| today| in <place>|)",
             "do I need an umbrella",
             "how (hot|cold|warm) is it( outside| today| in <place>|)",
@@ -697,6 +750,8 @@ SMALL_TALK = [
     ask(
         "sums",
         [
+            "<number> (+|-|*|/|plus|times|minus) <number> (+|-|*|/|plus|times|minus) <number>",
+            "(can you |)(calculate|compute|work out|add up) (this|something|numbers|<number> + <number>)",
             "what is <number> (plus|minus|times|divided by|+|-|*|/|x) <number>",
             "(how much|what) is <number> (and|plus|+|times|*) <number>",
             "<number> (+|-|*|/|plus|times|minus) <number>( =|)",
@@ -712,9 +767,12 @@ SMALL_TALK = [
     ask(
         "write_code",
         [
-            "(write|make|create|give me|show me) (a|some|me a) (program|script|function|class|game|website|app)( in <code>| for <noun>s|)",
-            "(write|give me|show me) (some |)(<code> code|code|code in <code>|a <code> (program|function|script))",
-            "(can you|do you|could you) (code|program|write code|write programs|know <code>|debug|fix my code|write software)",
+            "(write|make|create|give me|show me) (a|some|me a) (program|script|function|class|game|website|"
+            "app)( in <code>| for <noun>s|)",
+            "(write|give me|show me) (some |)(<code> code|code|code in <code>|a <code> "
+            "(program|function|script))",
+            "(can you|do you|could you) (code|program|write code|write programs|know <code>|debug|fix my "
+            "code|write software)",
             "(fix|debug|review|check|improve) (my|this) (code|program|script|function|bug)",
             "how do I (sort|reverse|filter|print|parse) a (list|string|file|number|dictionary)( in <code>|)",
             "write (me |)a function that <verb>s (a <noun>|numbers|strings|lists)",
@@ -736,7 +794,8 @@ SMALL_TALK = [
         [
             "tell me (something|anything)( interesting| new| nice| cool| useful| surprising|)",
             "(tell me|give me|do you know) (a|an|another|any|some) (fun |interesting |random |)(fact|facts)",
-            "(say|write) (something|anything|a sentence|some words|a few words)( interesting| nice| clever| short|)",
+            "(say|write) (something|anything|a sentence|some words|a few words)( interesting| nice| "
+            "clever| short|)",
             "(surprise|amuse|impress|entertain) me",
             "(fun|random|interesting) fact",
             "talk to me",
@@ -748,6 +807,7 @@ SMALL_TALK = [
     say(
         "love",
         [
+            "I love you( so much| too| very much|)",
             "(will you|would you) marry me",
             "do you (love|like|hate|miss) me",
             "(be my friend|can we be friends|are we friends|are you my friend|you are my friend)",
@@ -765,7 +825,12 @@ SWITCHYARD = [
     ask(
         "switchyard",
         [
-            "what is (Switchyard|this|this app|this program|this page|this place|this site|this website|this thing|this tool)",
+            "(what is|what does) (Switchyard|this|all this|this app) (all about|actually do|really|good for|in short)",
+            "how does (this|it|Switchyard|this app|this thing) work",
+            "I am new, what is (Switchyard|this)",
+            "what (problem|problems) does (Switchyard|it|this) solve",
+            "what is (Switchyard|this|this app|this program|this page|this place|this site|this "
+            "website|this thing|this tool)",
             "what (is|does) (Switchyard|this app|this program|this tool|it) (do|for|good for|about)",
             "(tell me|explain|describe)( more|) (about |)(Switchyard|this app|this program|this tool)",
             "(what|why) (do I|should I|would I) (use|need|want) (Switchyard|this|this app)( for|)",
@@ -784,7 +849,8 @@ SWITCHYARD = [
         [
             "(explain|tell me|describe|say) everything( about (Switchyard|this|this app|it)|)( you know|)",
             "(tell|explain) (me |)(all|all you know|everything you know) about (Switchyard|this app|it|this)",
-            "(give me|write|I want) (a|the) (full|long|complete|detailed) (explanation|description|overview|tour|summary)( of Switchyard|)",
+            "(give me|write|I want) (a|the) (full|long|complete|detailed) "
+            "(explanation|description|overview|tour|summary)( of Switchyard|)",
             "(explain|describe) (Switchyard|this app) (in detail|fully|at length|completely|to me in detail)",
             "(a|the|) (full |complete |)(overview|tour|manual|guide)( of Switchyard| of this app|)",
             "what (all|else) (can|does) Switchyard (do|offer)",
@@ -811,7 +877,8 @@ SWITCHYARD = [
             "is (Switchyard|this|it) for (me|everyone|beginners|companies|teams|home users)",
             "why was Switchyard (made|built|written)",
         ],
-        "Switchyard is for people who run language models on their own computers and have more models than memory.",
+        "Switchyard is for people who run language models on their own computers and have more models than "
+        "memory.",
     ),
     ask(
         "why_name",
@@ -827,14 +894,22 @@ SWITCHYARD = [
     ask(
         "how_switch",
         [
+            "how (would|do|could|can|should) I (go about|start|try) (switching|loading|changing) (to |)(another model|models|a model|the model|a bigger model)",
+            "how (do|can) I (load|use|get|run|start) (a|the|another) (bigger|larger|smaller|different|better|second) (model|one)",
+            "(can|could) you (load|switch to|start|change to) ($other|another model|a bigger model|the other model)( for me| now|)",
+            "(explain|tell me|describe) how (switching|loading|to switch|to load) (works|a model|models)( step by step|)",
             f"how (do|can|could|should|would|to) (I|you|we|one|) (switch|change|swap|select|choose|load|use|start|pick) {MODEL_NOUN}",
             f"(switch|change|swap|load|select|choose|start) {MODEL_NOUN}",
             f"I (want|would like|need|wish) to (switch|change|swap|load|select|use) {MODEL_NOUN}",
             "(show me|explain|teach me) how to (switch|change|load|swap)( models| a model|)",
-            "(use|load|give me|start|switch to) (another|a different|a bigger|a larger|a better|the other|a second|$other|$id) (model|one|)",
-            "where (do|can) I (switch|change|load|select|choose|pick) (models|the model|a model|another model)",
-            "how (do|can) I (switch|change|go|get) to (another|a different|the other|a bigger|$other|$id)( model| one|)",
-            "can (I|you) (switch|change|swap|load) (models|the model|to another model|another model|a different model)",
+            "(use|load|give me|start|switch to) (another|a different|a bigger|a larger|a better|the "
+            "other|a second|$other|$id) (model|one|)",
+            "where (do|can) I (switch|change|load|select|choose|pick) (models|the model|a model|another "
+            "model)",
+            "how (do|can) I (switch|change|go|get) to (another|a different|the other|a bigger|$other|$id)( "
+            "model| one|)",
+            "can (I|you) (switch|change|swap|load) (models|the model|to another model|another model|a "
+            "different model)",
             "(how does one|steps to|way to) (switch|load|change) (models|a model)",
             "how does (switching|loading|changing models) work",
         ],
@@ -853,7 +928,10 @@ SWITCHYARD = [
         "engine|backend|inference engine|engine or backend",
         "An engine is the program that serves models. Switchyard knows the embedded llama.cpp, Ollama, vLLM in "
         "Docker, and any remote address that speaks the OpenAI protocol.",
-        "(which|what) engines (are there|do you support|does Switchyard (support|know|use|have)|can I use|exist)",
+        "(which|what) engines (can|does|will|could) (Switchyard|it|you|I) (drive|run|use|support|manage|control|handle)",
+        "how many engines (are there|does it have|does Switchyard know)",
+        "(which|what) engines (are there|do you support|does Switchyard (support|know|use|have)|can I "
+        "use|exist)",
         "(which|what) (engine|backend) should I (use|choose|take)",
         "list (the|all|) engines",
     ),
@@ -863,7 +941,8 @@ SWITCHYARD = [
             "(compare|give me a comparison of|show me a comparison of) (the |)(engines|backends)",
             "(make|show|give me|draw|write) (me |)a (table|markdown table)( of (the |)engines|)",
             "(show|give) me (some |)(markdown|a table in markdown)",
-            "what is the difference between (the engines|llama.cpp and (vLLM|Ollama)|Ollama and (vLLM|llama.cpp)|vLLM and Ollama)",
+            "what is the difference between (the engines|llama.cpp and (vLLM|Ollama)|Ollama and "
+            "(vLLM|llama.cpp)|vLLM and Ollama)",
             "(a table|table of engines|engine comparison|table)( please|)",
             "how do the engines (compare|differ)",
         ],
@@ -879,12 +958,14 @@ SWITCHYARD = [
         "instance|model instance|running instance",
         "An instance is a model that is being loaded, is loaded, or is being unloaded on an engine. It has an "
         "address, it holds memory, and it counts its requests in flight.",
+        "(could you|can you|please) (define|explain) (the word |the term |)instance",
     ),
     term(
         "switch",
         "switch|model switch|switch job",
         "A switch is the one job that makes a model ready: it plans, lets running requests finish, unloads what is "
         "in the way, loads the model, and warms it up.",
+        "(explain|describe|tell me) (what happens in |)a switch( step by step|)",
         "what happens (when I switch|during a switch|in a switch|when I switch models|while switching)",
         "(what are|list|name) (the |)(steps|stages) of a switch",
     ),
@@ -893,7 +974,8 @@ SWITCHYARD = [
         "plan|switch plan|preview",
         "A plan shows what a switch would do before it does anything: which models are unloaded and why, how much "
         "memory that frees, and how long it takes.",
-        "(can I|how do I|how can I) (see|know|check|preview) what (a switch|it) (will|would) (do|cost|unload)",
+        "(can I|how do I|how can I) (see|know|check|preview) what (a switch|it) (will|would) "
+        "(do|cost|unload)",
         "what (will|would) a switch (cost|do|unload)",
         "what (would|will) be unloaded",
     ),
@@ -909,6 +991,8 @@ SWITCHYARD = [
         "pin|pinned model|pinning",
         "A pin is a promise not to unload a model. It lasts until you remove it, and it carries an owner and a "
         "reason.",
+        "what (exactly |)(is|are) (a pin|pins|pinning|pinned models) (good for|for|used for|exactly)",
+        "what does (pinned|unpinned|a pin|pinning) mean",
         "how (do|can) I (pin|protect|keep) a model( in memory| loaded|)",
         "(can I|how to) (pin|protect|keep) (a|my) model( loaded|)",
         "(pin|protect) (a|this|my) model",
@@ -942,13 +1026,21 @@ SWITCHYARD = [
     ask(
         "chat_survives",
         [
-            "what happens to my (chat|messages|conversation|history|chats) (when|if|after) (I switch|the model changes|I change models|a switch|I load another model)",
-            "(do|will|does|can) (I|my) (lose|keep|loose) (my |the |)(chat|messages|conversation|history)( when I switch| after a switch|)",
-            "(does|will|do|is|are) (my |the |)(chat|messages|conversation|chats|history) (survive|kept|lost|deleted|gone|saved|stored)( a switch| when I switch|)",
-            "(can|does) (the|another|a different|the new) model (go on|continue|read|see) (with |)(my|the|this) (chat|conversation|messages)",
+            "(do|will|would) I lose (this|my|the|our) (conversation|chat|messages|history|text) (if|when|once) I (switch|change|load another model|switch to another model|change the model)",
+            "what happens (to|with) (this|my|our|the) (conversation|chat|text) (then|after that|if the model changes|when the model is switched)",
+            "(when|if) I (close|reload|leave) the (page|browser|tab) (is my chat|are my messages|is the conversation) (saved|lost|gone|still there)",
+            "what happens to my (chat|messages|conversation|history|chats) (when|if|after) (I switch|the "
+            "model changes|I change models|a switch|I load another model)",
+            "(do|will|does|can) (I|my) (lose|keep|loose) (my |the |)(chat|messages|conversation|history)( "
+            "when I switch| after a switch|)",
+            "(does|will|do|is|are) (my |the |)(chat|messages|conversation|chats|history) "
+            "(survive|kept|lost|deleted|gone|saved|stored)( a switch| when I switch|)",
+            "(can|does) (the|another|a different|the new) model (go on|continue|read|see) (with "
+            "|)(my|the|this) (chat|conversation|messages)",
             "what about my (chat|messages|conversation)( when I switch|)",
             "(are|where are) my (messages|chats|conversations) (saved|stored|kept)",
-            "is (my chat|the conversation|this conversation|this chat) (safe|lost|saved|kept)( when I switch|)",
+            "is (my chat|the conversation|this conversation|this chat) (safe|lost|saved|kept)( when I "
+            "switch|)",
             "will you (forget|lose|delete) (my|this|our) (chat|messages|conversation)",
         ],
         "Your chat stays. Every message is saved as it comes, and after a switch the new model reads the whole "
@@ -957,7 +1049,11 @@ SWITCHYARD = [
     ask(
         "why_unloaded",
         [
-            "why (was|is|has|did) (my|a|the) model (unloaded|gone|been unloaded|stopped|not loaded|removed|unload|disappear)",
+            "(tell me|explain|I wonder|do you know) why my model (was|got|is|has been) (unloaded|stopped|removed|gone|evicted)",
+            "what do you mean by (unloading|unloaded|an unloaded model)",
+            "(what is|what does) (unloading|unload)( mean|)",
+            "why (was|is|has|did) (my|a|the) model (unloaded|gone|been unloaded|stopped|not "
+            "loaded|removed|unload|disappear)",
             "why did (you|Switchyard|it) (unload|stop|remove|evict|close) (my|the|a) model",
             "(who|what) (unloaded|stopped|removed) (my|the) model",
             "where (is|did) my model( go| gone|)",
@@ -971,11 +1067,15 @@ SWITCHYARD = [
     ask(
         "fits",
         [
+            "how much (vram|ram|gpu memory|video memory|memory) (do I need|does it need|do I have|is free|does a model need|is needed|is used)",
+            "what (size|sizes) of model (fits|can I run|fit)",
             "(what|which) (models |model |)(fits|fit|can fit)( in(to|) (my |)(memory|gpu|ram)|)",
-            "(does|will|would|do) (it|this model|a model|my model|my models|a large model|they) fit( in(to|) (my |)(memory|gpu|ram)|)",
+            "(does|will|would|do) (it|this model|a model|my model|my models|a large model|they) fit( "
+            "in(to|) (my |)(memory|gpu|ram)|)",
             "how (do|can) I (see|know|find out) (what|if|whether) (fits|it fits|a model fits)",
             "how (big|large) (a model|can a model be|can my model be|may a model be)",
-            "how much memory (do I need|does a model need|is needed|do models need|does it need|do I have|is free|is left)",
+            "how much memory (do I need|does a model need|is needed|do models need|does it need|do I "
+            "have|is free|is left)",
             "(can I|can my computer) (run|load) (a|this|a large|a big|a 70b|any) model",
             "(is there|do I have) (enough|more) (memory|room|space|ram)( for a model| for it| left|)",
             "(the |)(largest|biggest) model (I can run|that fits)",
@@ -988,7 +1088,8 @@ SWITCHYARD = [
     ask(
         "out_of_memory",
         [
-            "what (if|happens if|happens when|when) (a model|it|the model) (does not fit|is too large|is too big|needs too much memory)",
+            "what (if|happens if|happens when|when) (a model|it|the model) (does not fit|is too large|is "
+            "too big|needs too much memory)",
             "(not enough|out of|too little|no more|insufficient) memory",
             "I (do not have|have not) enough memory",
             "(the|my) memory is full",
@@ -1014,8 +1115,13 @@ SWITCHYARD = [
     ask(
         "how_long",
         [
-            "how long (does|will|would|do) (it|a switch|loading|switching|loading a model|this|the switch|a load) (take|need|last)",
-            "how long (until|till|before) (it is|I can|the model is|a model is) (ready|talk to it|loaded|chat)",
+            "how long (will|does|would|could) (loading|it take to load|switching to) (a|the|my|another) model( take|)",
+            "(what is|how is) the (time left|estimate|eta) (based on|computed|calculated|known|measured)",
+            "why is (it|this|everything|loading) (so|very|that) slow",
+            "how long (does|will|would|do) (it|a switch|loading|switching|loading a model|this|the "
+            "switch|a load) (take|need|last)",
+            "how long (until|till|before) (it is|I can|the model is|a model is) (ready|talk to "
+            "it|loaded|chat)",
             "how (fast|quick|slow) is (switching|loading|a switch|it|this)",
             "(when|how soon) (is|will|are) (it|the model|my model) (ready|be ready|loaded|be loaded)",
             "(what is|explain) (the |)(eta|time left|estimate|remaining time)",
@@ -1045,18 +1151,21 @@ SWITCHYARD = [
     ask(
         "cancel",
         [
+            "(can|could|may|how can|how do) I (cancel|stop|abort|interrupt) (the|a|this) (switch|load) (while it is running|while it runs|in the middle|half way|midway|once it has started)",
             "how (do|can) I (cancel|abort|stop|interrupt|undo) (a|the|this) (switch|load|loading|switching)",
             "(can I|is it possible to) (cancel|abort|stop|interrupt) (a|the|this) (switch|load|loading|it)",
             "(cancel|abort|stop) (the|a|this) (switch|load|loading)",
             "what happens (if|when) I cancel( a switch| it| the switch|)",
             "(I|what if I) (chose|choose|picked|selected|clicked) the wrong model",
         ],
-        "Press Cancel in the banner. The switch stops, and the models that were unloaded for it are brought back.",
+        "Press Cancel in the banner. The switch stops, and the models that were unloaded for it are "
+        "brought back.",
     ),
     ask(
         "rollback",
         [
-            "what (happens|if|happens if|happens when) (a|the|my) (switch|load|model|loading) (fails|goes wrong|crashes)",
+            "what (happens|if|happens if|happens when) (a|the|my) (switch|load|model|loading) (fails|goes "
+            "wrong|crashes)",
             "(what is|explain) (a |the |)(rollback|roll back|rolling back)",
             "(the|my) (switch|load|model|loading) (failed|has failed|did not work|went wrong)",
             "(why did|what if) (the|a) (switch|load|loading) (fail|fails)",
@@ -1069,8 +1178,11 @@ SWITCHYARD = [
     ask(
         "two_switches",
         [
-            "what (if|happens if|happens when) (I click twice|two people switch|I switch again|two tabs switch|I start another switch)( at once| during a switch|)",
-            "(can|may) (two|several|many) (switches|people switch) (run|happen|)( at once| at the same time|)",
+            "(what happens|what) if I (close|leave) the (browser|page|tab) (while|when|during) (a model loads|a switch|it loads|it is loading|a load)",
+            "what (if|happens if|happens when) (I click twice|two people switch|I switch again|two tabs "
+            "switch|I start another switch)( at once| during a switch|)",
+            "(can|may) (two|several|many) (switches|people switch) (run|happen|)( at once| at the same "
+            "time|)",
             "(can I|may I) start another switch( during one| while one runs|)",
             "what about (double clicks|a double click|two tabs|several tabs)",
             "(can I|may I) (open|use) (two|several|many) (tabs|windows|browsers)",
@@ -1081,7 +1193,9 @@ SWITCHYARD = [
     ask(
         "several_models",
         [
-            "(can|may) (I|you) (run|load|have|use|keep) (two|several|many|more than one|multiple|three) (models|model)( at once| loaded| at the same time| together|)",
+            "(is it possible to|how do I|how can I) (run|load|use|have) (two|several|many|three|multiple) models( at once| at the same time| together|)",
+            "(can|may) (I|you) (run|load|have|use|keep) (two|several|many|more than one|multiple|three) "
+            "(models|model)( at once| loaded| at the same time| together|)",
             "how many models can (I|be) (load|run|loaded|have|use)( at once| at the same time|)",
             "(two|several|multiple) models( at once| at the same time|)",
             "(is only|can only) one model (be |)loaded",
@@ -1093,10 +1207,12 @@ SWITCHYARD = [
     ask(
         "strategy",
         [
-            "(how|by what rule) (does|do) (it|you|Switchyard) (choose|decide|pick|select) (what|which model|which models|which) (to unload|is unloaded|to remove|goes)",
+            "(how|by what rule) (does|do) (it|you|Switchyard) (choose|decide|pick|select) (what|which "
+            "model|which models|which) (to unload|is unloaded|to remove|goes)",
             "(what|which) (is the |)(strategy|strategies)( are there| is used| can I choose|)",
             "(which|what) model (is|gets|will be) unloaded( first|)",
-            "(explain|what is) (largest first|oldest first|cheapest reload|preserve favorites|the unload strategy)",
+            "(explain|what is) (largest first|oldest first|cheapest reload|preserve favorites|the unload "
+            "strategy)",
             "what (gets|is) unloaded( first|)",
         ],
         "By the strategy you choose: the largest first, the oldest first, the cheapest to reload, or favourites "
@@ -1105,7 +1221,8 @@ SWITCHYARD = [
     ask(
         "idle",
         [
-            "(does|do|will) (it|you|Switchyard|models) (unload|remove|stop) (idle models|unused models|inactive models|models when idle|a model by itself)",
+            "(does|do|will) (it|you|Switchyard|models) (unload|remove|stop) (idle models|unused "
+            "models|inactive models|models when idle|a model by itself)",
             "what happens to (idle|unused|inactive) models",
             "(what is|explain) (idle unloading|the idle time|idle unload)",
             "how long (does|will) a model stay (loaded|in memory)",
@@ -1117,10 +1234,14 @@ SWITCHYARD = [
     ask(
         "download",
         [
-            "how (do|can|to) (I |)(download|get|install|fetch|pull|add) (a|new|more|other|another) (model|models)",
+            "(where|how|from where) (can|do|could) I (download|get|find|fetch|install) (some |a few |)(more|new|other|better|real) (models|ones)( from|)",
+            "how (do|can|to) (I |)(download|get|install|fetch|pull|add) (a|new|more|other|another) "
+            "(model|models)",
             "(download|get|install|pull) (a|new|more|another|the|other) (model|models)",
-            "where (do|can) I (download|get|find|install) (models|a model|new models|more models|another model)",
-            "I (want|need|would like) (to download |to get |more |a new |to install a )(model|models|a model|new models)",
+            "where (do|can) I (download|get|find|install) (models|a model|new models|more models|another "
+            "model)",
+            "I (want|need|would like) (to download |to get |more |a new |to install a )(model|models|a "
+            "model|new models)",
             "(tell me about|what are|explain|how do) (the |)(downloads|downloading)( work|)",
             "what is a download",
             "can (I|you) download (models|a model|other models)",
@@ -1132,7 +1253,8 @@ SWITCHYARD = [
     ask(
         "download_control",
         [
-            "(can I|how do I|how can I|is it possible to) (pause|resume|stop|cancel|continue) (a|the|my) download",
+            "(can I|how do I|how can I|is it possible to) (pause|resume|stop|cancel|continue) (a|the|my) "
+            "download",
             "(pause|resume|cancel|stop) (a|the|my) (download|downloads)",
             "what happens to (a|the|my) download (when|if) I (close|leave) (the page|the browser|the tab)",
             "does (a|the|my) download (go on|continue|stop)( when I close the page| in the background|)",
@@ -1144,8 +1266,12 @@ SWITCHYARD = [
     ask(
         "own_files",
         [
-            "(can I|how do I|how can I|how to) (use|add|load|run|import) (my own|own|a local|a gguf|my|another|custom) (model|models|file|files|gguf|gguf file|weights|gguf model)",
-            "where (do|should|can) I (put|place|copy|drop) (my|the|a) (files|gguf files|model files|models|gguf|file|model|gguf file)",
+            "what is (a |)(gguf|quantization|gguf model)",
+            "(where|in which folder) (do|are) (the|my) (models|model files|files|gguf files) (live|stored|kept|on disk|saved|lie)( on disk|)",
+            "(can I|how do I|how can I|how to) (use|add|load|run|import) (my own|own|a local|a "
+            "gguf|my|another|custom) (model|models|file|files|gguf|gguf file|weights|gguf model)",
+            "where (do|should|can) I (put|place|copy|drop) (my|the|a) (files|gguf files|model "
+            "files|models|gguf|file|model|gguf file)",
             "(what is|explain) (a |)(gguf|gguf file|quantization|quantisation|quantized model)",
             "(gguf|gguf files|models folder|model folder|my own model)",
             "where is the models folder",
@@ -1157,7 +1283,8 @@ SWITCHYARD = [
     ask(
         "delete",
         [
-            "how (do|can) I (delete|remove|erase|uninstall) (a|the|my) (model|models|model file|files)( from disk| for good|)",
+            "how (do|can) I (delete|remove|erase|uninstall) (a|the|my) (model|models|model file|files)( "
+            "from disk| for good|)",
             "(delete|erase|uninstall) (a|the|this|my) (model|models|files)",
             "(can I|where do I) (delete|erase|uninstall) (a|my) model",
             "how do I free disk space",
@@ -1168,13 +1295,21 @@ SWITCHYARD = [
     ask(
         "openai_address",
         [
-            "what is (the|your) (openai address|api address|address|base url|url|endpoint|openai compatible address|api url|openai base url|api endpoint)",
-            "(is there|do you have|have you|does Switchyard have|does it have) (an|a) (api|openai api|openai compatible api|rest api|http api|openai address|endpoint)",
+            "(what|which) (base url|url|address|endpoint|server address) (should|do|must|can) I (give|use|put|enter|type|set)( my openai client| in my client| in my app| for my client| my client| there|)",
+            "can I use (it|this|you|Switchyard) (from|in|with) (vs code|my ide|another program|my own app|home assistant|an editor|open webui)",
+            "what do I enter as (base url|the address|server)",
+            "what is (the|your) (openai address|api address|address|base url|url|endpoint|openai "
+            "compatible address|api url|openai base url|api endpoint)",
+            "(is there|do you have|have you|does Switchyard have|does it have) (an|a) (api|openai "
+            "api|openai compatible api|rest api|http api|openai address|endpoint)",
             "(tell me about|explain|what is) (the|your) (api|openai api|openai compatible api|gateway)",
-            "how (do|can) I (connect|use|reach|access) (the api|other programs|my program|my editor|a client|the openai api|it from a program|my app)",
-            "(can I|how do I) (use|connect) (it|this|Switchyard|you) (with|to|from) (other programs|other apps|my editor|openai clients|scripts|my program|another app)",
+            "how (do|can) I (connect|use|reach|access) (the api|other programs|my program|my editor|a "
+            "client|the openai api|it from a program|my app)",
+            "(can I|how do I) (use|connect) (it|this|Switchyard|you) (with|to|from) (other programs|other "
+            "apps|my editor|openai clients|scripts|my program|another app)",
             "(api|openai|openai api|base url|endpoint|gateway)",
-            "(which|what) (address|url|port|base url) (do I use|should I use|does it have|is it|do I need)( for the api| for clients|)",
+            "(which|what) (address|url|port|base url) (do I use|should I use|does it have|is it|do I "
+            "need)( for the api| for clients|)",
             "is it (openai compatible|compatible with openai)",
             "where is the api",
         ],
@@ -1184,10 +1319,13 @@ SWITCHYARD = [
     ask(
         "curl",
         [
-            "(show|give|write) me (a|an|the) (curl|curl command|curl example|shell command|command line example)",
+            "(show|give|write) me (a|an|the) (curl|curl command|curl example|shell command|command line "
+            "example)",
             "(curl|curl command|curl example|example request|command line)",
-            "how (do|can) I (use|call|query|test|ask) (the api|you|it|a model|the models) (with|from|using|on|in) (curl|the command line|a terminal|the terminal|the shell|a shell)",
-            "(show me|give me) (an|a|some) (example|api example|example of the api|code block|code example|example request)",
+            "how (do|can) I (use|call|query|test|ask) (the api|you|it|a model|the models) "
+            "(with|from|using|on|in) (curl|the command line|a terminal|the terminal|the shell|a shell)",
+            "(show me|give me) (an|a|some) (example|api example|example of the api|code block|code "
+            "example|example request)",
             "what (is|would be) (a|the) curl command( for the api| for chat|)",
             "how do I (send a request|call the api|make a request)( with curl| by hand|)",
         ],
@@ -1202,8 +1340,11 @@ SWITCHYARD = [
     ask(
         "python_client",
         [
-            "how (do|can) I (use|call|connect|access|query) (the api|it|you|Switchyard|a model|this) (from|with|in|using) python",
-            "(show|give|write) me (a|some|the) python (example|client|code for the api|snippet|code for Switchyard)",
+            "(show|give) me (some|a bit of|a piece of) python( code|)",
+            "how (do|can) I (use|call|connect|access|query) (the api|it|you|Switchyard|a model|this) "
+            "(from|with|in|using) python",
+            "(show|give|write) me (a|some|the) python (example|client|code for the api|snippet|code for "
+            "Switchyard)",
             "(python example|python client|python openai client|openai python|python api|openai sdk)",
             "(can I|how do I) use the openai (library|package|sdk|client)( with Switchyard| in python|)",
         ],
@@ -1219,11 +1360,15 @@ SWITCHYARD = [
     ask(
         "api_key",
         [
-            "(do I need|is there|do you need|which|what is|what is an|how do I get|how do I set) (a|an|the|my|) (api key|key|password|login|account|api keys)",
+            "(can|could|may) (my colleagues|my colleague|my friends|my family|my team|several people|two people|other users) (use|share|reach|access) (it|this|Switchyard|my models)( too| as well|)",
+            "(does it|does Switchyard|do you) (support|have) (users|several users|multiple users|accounts|roles)",
+            "(do I need|is there|do you need|which|what is|what is an|how do I get|how do I set) "
+            "(a|an|the|my|) (api key|key|password|login|account|api keys)",
             "(how|where) do I (sign in|log in|login|set a key|set a password|get a key|register)",
             "(is it|is Switchyard|are you) (secure|protected|safe)",
             "(api key|api keys|password|authentication|security|login)",
-            "(can|could) (other people|others|anyone|somebody else|strangers) (use|reach|access) (it|my models|Switchyard|my server)",
+            "(can|could) (other people|others|anyone|somebody else|strangers) (use|reach|access) (it|my "
+            "models|Switchyard|my server)",
             "how is (it|Switchyard|access) (secured|protected)",
         ],
         "On your own computer no key is needed. As soon as Switchyard listens on another address it asks for API "
@@ -1232,24 +1377,33 @@ SWITCHYARD = [
     ask(
         "gpu",
         [
-            "(do I|does it|do you|does Switchyard) (need|require|have|use) (a|an) (gpu|graphics card|nvidia card|video card|nvidia gpu)",
+            "(does|do) (it|you|this|Switchyard) (support|work with|run on|use) (AMD|Nvidia|Intel|Apple|a mac|Windows|my mac|several gpus|two gpus|cuda)( gpus| cards| graphics|)",
+            "(does|will|can) (my|a|an old) (laptop|computer|pc|mac|machine) (need|run|handle|work with) (a gpu|a graphics card|this|it|Switchyard)( for this|)",
+            "(do I|does it|do you|does Switchyard) (need|require|have|use) (a|an) (gpu|graphics "
+            "card|nvidia card|video card|nvidia gpu)",
             "(is a|is an) (gpu|graphics card|nvidia card) (needed|required|necessary)",
-            "(does it|can it|can I|will it|do you|does Switchyard) (work|run|use it) (without|with no) (a |)(gpu|graphics card)",
-            "(can I|can it|does it|will it) (run|work|use it) on (a laptop|my laptop|a cpu|the cpu|a small computer|an old computer|my computer)",
+            "(does it|can it|can I|will it|do you|does Switchyard) (work|run|use it) (without|with no) (a "
+            "|)(gpu|graphics card)",
+            "(can I|can it|does it|will it) (run|work|use it) on (a laptop|my laptop|a cpu|the cpu|a small "
+            "computer|an old computer|my computer)",
             "(gpu|gpu needed|no gpu|cpu only|without gpu|hardware|requirements)",
             "(what|which) (hardware|computer|gpu|requirements) (do I need|is needed|does it need|are there)",
             "what are the (system |hardware |)requirements",
             "I (have|have got) no (gpu|graphics card)",
         ],
-        "No, you don't need a GPU. The embedded engine runs small models on any laptop; a GPU makes larger ones fast.",
+        "No, you don't need a GPU. The embedded engine runs small models on any laptop; a GPU makes larger "
+        "ones fast.",
     ),
     term(
         "ollama",
         "ollama|the ollama engine",
         "Ollama is one of the engines. Switchyard uses an Ollama that is already running, here or on another machine, "
         "or starts one for you; it loads, unloads and downloads its models.",
+        "does (it|this|Switchyard) (also |)work (together |along |)with Ollama",
+        "what is Ollama (used for|good for|for|here)",
         "(do I need|is it necessary to have|do I have to install) Ollama",
-        "(can I|how do I|how can I|does it|does Switchyard) (use|connect|start|run|support|work with) Ollama( models|)",
+        "(can I|how do I|how can I|does it|does Switchyard) (use|connect|start|run|support|work with) "
+        "Ollama( models|)",
         "does (it|Switchyard|this) (work with|support|use) Ollama",
         "what about Ollama",
     ),
@@ -1258,8 +1412,11 @@ SWITCHYARD = [
         "vllm|the vllm engine",
         "vLLM is an engine for large models on a GPU. Switchyard runs it in a Docker container, one for each model, "
         "and reads the progress from its log.",
+        "what is (vLLM|the vLLM engine) (used for|good for|for|here)",
+        "when (should|would) I use vLLM",
         "(do I need|is it necessary to have|do I have to install) vLLM",
-        "(can I|how do I|how can I|does it|does Switchyard) (use|connect|start|run|support|work with) vLLM( models|)",
+        "(can I|how do I|how can I|does it|does Switchyard) (use|connect|start|run|support|work with) "
+        "vLLM( models|)",
         "does (it|Switchyard|this) (work with|support|use) vLLM",
         "what about vLLM",
     ),
@@ -1268,6 +1425,7 @@ SWITCHYARD = [
         "llama.cpp|llamacpp|llama cpp|embedded engine|the embedded engine|llama",
         "llama.cpp is the embedded engine. It comes with Switchyard, needs no GPU and no Docker, and runs each model "
         "in a process of its own. I run on it too.",
+        "what is (llama.cpp|the embedded engine) (used for|good for|for|here)",
         "(which|what) engine (do you|are you) (run on|use|running on|using)",
         "does (it|Switchyard|this) (work with|support|use) llama.cpp",
         "what about llama.cpp",
@@ -1276,18 +1434,21 @@ SWITCHYARD = [
     ask(
         "docker",
         [
-            "(do I need|is|does it need|do you need|does Switchyard need) (Docker|a container|containers)( needed| required|)",
+            "(do I need|is|does it need|do you need|does Switchyard need) (Docker|a container|containers)( "
+            "needed| required|)",
             "(what is|tell me about|explain|why) (Docker|the container|containers)",
             "(can I|how do I) (run|use) (it|Switchyard|this) (in|with|without) (Docker|a container)",
             "(Docker|containers|without Docker|no Docker)",
             "what is Docker (used |)for( here|)",
         ],
-        "Docker is needed only for vLLM models, each of which runs in a container. Everything else works without it.",
+        "Docker is needed only for vLLM models, each of which runs in a container. Everything else works "
+        "without it.",
     ),
     ask(
         "remote",
         [
-            "(can I|how do I|does it) (use|add|connect|support) (a|an|) (remote|cloud|openai|external|hosted|online) (model|models|api|server|provider|engine)",
+            "(can I|how do I|does it) (use|add|connect|support) (a|an|) (remote|cloud|openai|external|"
+            "hosted|online) (model|models|api|server|provider|engine)",
             "(can I|does it) (work with|use) (chatgpt|openai|gpt|claude|cloud models|models in the cloud)",
             "(what is|explain) (a |the |)(remote|openai|remote openai) engine",
             "(remote models|cloud models|other servers)",
@@ -1299,9 +1460,12 @@ SWITCHYARD = [
     ask(
         "privacy",
         [
-            "(is|are) (my|the|this) (data|chat|messages|conversation|chats) (private|secret|sent anywhere|shared|sent to the internet|confidential)",
+            "(is|stays|will) (everything|anything|all|what) I (write|type|say|ask) (is |be |stay |)(kept |)(private|secret|confidential|safe|mine)",
+            "(is|are) (my|the|this) (data|chat|messages|conversation|chats) (private|secret|sent "
+            "anywhere|shared|sent to the internet|confidential)",
             "(what about|tell me about|explain|how about|is there) (my |the |any |)privacy",
-            "(do you|does it|does Switchyard|will you) (send|share|sell|upload|collect|leak|spy on) (my |any |)(data|messages|chats|telemetry|information)",
+            "(do you|does it|does Switchyard|will you) (send|share|sell|upload|collect|leak|spy on) (my "
+            "|any |)(data|messages|chats|telemetry|information)",
             "(who|can anyone|can somebody) (can |)(read|see) (my|this|our) (chat|messages|data|conversation)",
             "(privacy|telemetry|data protection|tracking)",
             "where (does|do|is|are) my (data|information|prompts) (go|stored|kept|sent)",
@@ -1313,8 +1477,10 @@ SWITCHYARD = [
     ask(
         "offline",
         [
-            "(do I|does it|do you|does Switchyard) (need|require|use) (the |an |)(internet|network|internet connection|online connection)",
-            "(does it|can it|can I|do you|does Switchyard) (work|run|use it) (offline|without internet|without the internet|with no internet)",
+            "(do I|does it|do you|does Switchyard) (need|require|use) (the |an "
+            "|)(internet|network|internet connection|online connection)",
+            "(does it|can it|can I|do you|does Switchyard) (work|run|use it) (offline|without "
+            "internet|without the internet|with no internet)",
             "(are you|is it) (connected to the internet|on the internet|offline)",
             "can you (search|browse|look up|google) (the |)(web|internet|something|things|news)( for me|)",
             "(offline|internet|no internet)",
@@ -1326,13 +1492,15 @@ SWITCHYARD = [
     ask(
         "cost",
         [
+            "(does|do|will) (it|this|Switchyard|I|you) (cost|pay) (anything|something|money|a lot|much)",
             "(what|how much) (does|do) (it|this|Switchyard|you) cost",
             "(is|are) (it|this|Switchyard|you) (free|expensive|for free|paid|cheap)",
             "(do I|must I|have I) (have to |need to |to |)pay( for this| for it| anything| something|)",
             "(price|cost|costs|pricing|how much)",
             "how much do (I|tokens|you) (pay|cost|charge)",
         ],
-        "Nobody bills you for tokens: the models run on your own hardware. It costs the electricity and some patience.",
+        "Nobody bills you for tokens: the models run on your own hardware. It costs the electricity and "
+        "some patience.",
     ),
     ask(
         "pages",
@@ -1377,10 +1545,13 @@ SWITCHYARD = [
     ask(
         "images",
         [
-            "(can you|do you|could you) (draw|paint|make|create|generate|show|see|read|look at) (a |an |)(picture|image|images|pictures|photo|photos|drawing)( for me| of a <noun>|)",
-            "(draw|paint|generate|create|make|show me) (me |)(a|an|some) (picture|image|drawing|photo|cat|dog|house|logo)( of a <noun>|)",
+            "(can you|do you|could you) (draw|paint|make|create|generate|show|see|read|look at) (a |an "
+            "|)(picture|image|images|pictures|photo|photos|drawing)( for me| of a <noun>|)",
+            "(draw|paint|generate|create|make|show me) (me |)(a|an|some) "
+            "(picture|image|drawing|photo|cat|dog|house|logo)( of a <noun>|)",
             "(how|where) (do|can) I (make|create|generate) (images|pictures|an image|a picture)",
-            "(does it|can Switchyard|does Switchyard) (support|make|create|generate|do) (images|pictures|vision)",
+            "(does it|can Switchyard|does Switchyard) (support|make|create|generate|do) "
+            "(images|pictures|vision)",
             "(image generation|pictures|images|vision)",
         ],
         "I can only write text. Switchyard can use an image provider such as Flux; choose it on the Providers page and "
@@ -1389,10 +1560,12 @@ SWITCHYARD = [
     ask(
         "crash",
         [
-            "what (happens|if|happens if|happens when) (Switchyard|the app|it|my computer|the server|the engine|an engine) (crashes|restarts|stops|dies|is killed|is restarted|reboots)",
+            "what (happens|if|happens if|happens when) (Switchyard|the app|it|my computer|the server|the "
+            "engine|an engine) (crashes|restarts|stops|dies|is killed|is restarted|reboots)",
             "(what is|what about|explain) (a |)(crash|crashes|restart|restarts|recovery|adoption)",
             "(can I|how do I|how can I) restart (it|Switchyard|the app|the server)",
-            "(do|will) (the |my |)models (stay|survive|keep running|stay loaded)( when| if| after|)( I restart| a restart| the app restarts| a crash|)",
+            "(do|will) (the |my |)models (stay|survive|keep running|stay loaded)( when| if| after|)( I "
+            "restart| a restart| the app restarts| a crash|)",
             "(does|will) a restart (unload|stop) (my |the |)models",
             "(restart|crash|power cut|reboot)",
         ],
@@ -1402,9 +1575,12 @@ SWITCHYARD = [
     ask(
         "which_loaded",
         [
-            "(which|what) model (is|are) (loaded|active|running|ready|in use|selected|current)( now| right now| at the moment| currently|)",
-            "what is (loaded|running|active|in memory|the active model|the current model)( now| right now| at the moment|)",
-            "(what|which) models are (loaded|running|ready|active|in memory)( now| right now| at the moment|)",
+            "(which|what) model (is|are) (loaded|active|running|ready|in use|selected|current)( now| right "
+            "now| at the moment| currently|)",
+            "what is (loaded|running|active|in memory|the active model|the current model)( now| right now| "
+            "at the moment|)",
+            "(what|which) models are (loaded|running|ready|active|in memory)( now| right now| at the "
+            "moment|)",
             "(is|are) (a|any|my) (model|models) loaded",
             "(active|current|loaded) (model|models)",
             "how (do|can) I see (what|which model|which models) (is|are) (loaded|running|active)",
@@ -1414,9 +1590,12 @@ SWITCHYARD = [
     ask(
         "larger_models",
         [
-            "(which|what) (model|models) (should|do|can|would) (I|you) (use|load|try|recommend|suggest|take|get|download|run)( first| for real work| for coding| for chat|)",
-            "(recommend|suggest) (me |)(a|some|another) (model|models|good model|better model)( to me| for me|)",
-            "(what is|which is) (the|a) (best|good|better|recommended) model( for me| for chat| for coding| to use|)",
+            "(which|what) (model|models) (should|do|can|would) (I|you) (use|load|try|recommend|suggest|"
+            "take|get|download|run)( first| for real work| for coding| for chat|)",
+            "(recommend|suggest) (me |)(a|some|another) (model|models|good model|better model)( to me| for "
+            "me|)",
+            "(what is|which is) (the|a) (best|good|better|recommended) model( for me| for chat| for "
+            "coding| to use|)",
             "(is there|are there) (a|any) (better|smarter|good) (model|models)( than you|)",
             "(can I|how do I) (get|use|run) (a |)(better|smarter|real|serious) (model|models|answers)",
             "(recommendation|recommendations|best model)",
@@ -1427,8 +1606,10 @@ SWITCHYARD = [
     ask(
         "settings",
         [
-            "(where|what|how) (are|is|do I change|can I change|can I find) (the|my) (settings|preferences|configuration|config|options|config file)",
-            "(how|where) (do|can) I (configure|set up|customize|adjust) (it|this|Switchyard|the app|the settings)",
+            "(where|what|how) (are|is|do I change|can I change|can I find) (the|my) "
+            "(settings|preferences|configuration|config|options|config file)",
+            "(how|where) (do|can) I (configure|set up|customize|adjust) (it|this|Switchyard|the app|the "
+            "settings)",
             "(settings|preferences|configuration|config|options|environment variables)",
             "(how|where) (do|can) I (change|set) (the |)(port|address|models folder|host)",
             "what can I (configure|set|change)",
@@ -1439,9 +1620,11 @@ SWITCHYARD = [
     ask(
         "stop_retry",
         [
-            "how (do|can) I (stop|interrupt|cancel|halt) (you|an answer|the answer|your answer|a message|the generation|generating)",
+            "how (do|can) I (stop|interrupt|cancel|halt) (you|an answer|the answer|your answer|a "
+            "message|the generation|generating)",
             "(what does|what is|explain|where is) the (stop|retry|regenerate) button( do| for|)",
-            "(can I|how do I|how can I) (retry|regenerate|repeat|ask again|get another answer|redo|edit a message)( an answer| the answer| a message|)",
+            "(can I|how do I|how can I) (retry|regenerate|repeat|ask again|get another answer|redo|edit a "
+            "message)( an answer| the answer| a message|)",
             "(retry|regenerate|stop button|retry button)",
             "(can you|please) (try|answer) again",
         ],
@@ -1460,7 +1643,8 @@ SWITCHYARD = [
         "streaming",
         [
             "(what is|explain|do you support|does it support) (streaming|stream|token streaming)",
-            "why (do|does) (the |your |)(words|answer|text|letters|answers) (appear|come|show) (one by one|slowly|in pieces|bit by bit|word by word)",
+            "why (do|does) (the |your |)(words|answer|text|letters|answers) (appear|come|show) (one by "
+            "one|slowly|in pieces|bit by bit|word by word)",
             "how fast (are you|do you write|can you write|do you answer|is your answer)",
             "(are you|why are you so) fast",
             "how many tokens per second( do you write|)",
@@ -1471,10 +1655,12 @@ SWITCHYARD = [
     ask(
         "looks",
         [
-            "(is there|do you have|does it have|how do I get|how do I turn on) (a |the |)(dark|light|night) (mode|theme)",
+            "(is there|do you have|does it have|how do I get|how do I turn on) (a |the "
+            "|)(dark|light|night) (mode|theme)",
             "(can I|how do I) (change|choose) the (theme|look|colours|colors|design)",
             "(dark mode|light mode|theme|dark theme)",
-            "(can I|does it|is it) (use|work|usable) (it |)with (the |a |)(keyboard|screen reader|phone|mobile phone|tablet|no JavaScript|without JavaScript)",
+            "(can I|does it|is it) (use|work|usable) (it |)with (the |a |)(keyboard|screen "
+            "reader|phone|mobile phone|tablet|no JavaScript|without JavaScript)",
             "(is it|is Switchyard) (accessible|responsive)",
             "does it work without JavaScript",
         ],
@@ -1484,7 +1670,8 @@ SWITCHYARD = [
     ask(
         "metrics",
         [
-            "(are there|does it have|do you have|where are|what are|how do I see) (the |)(metrics|logs|statistics|monitoring|health checks)",
+            "(are there|does it have|do you have|where are|what are|how do I see) (the "
+            "|)(metrics|logs|statistics|monitoring|health checks)",
             "(can I|how do I|how can I) (monitor|watch|observe) (it|Switchyard|the server|my models)",
             "(metrics|prometheus|monitoring|logs|health|healthz)",
             "(does it|can I use|is there) (support |)(Prometheus|Grafana)( support|)",
@@ -1495,8 +1682,10 @@ SWITCHYARD = [
     ask(
         "scripts",
         [
-            "(can I|how do I|how can I) (switch|load|unload) (models|a model|it) (from|by|with|in|using) (a script|scripts|the api|a program|code|http)",
-            "(is there|what is) (a|the) (switch api|script api|endpoint for switching|api for switching|switching endpoint)",
+            "(can I|how do I|how can I) (switch|load|unload) (models|a model|it) (from|by|with|in|using) "
+            "(a script|scripts|the api|a program|code|http)",
+            "(is there|what is) (a|the) (switch api|script api|endpoint for switching|api for "
+            "switching|switching endpoint)",
             "(how do|can) scripts (switch|load|change) (models|a model)",
             "(automate|script|automation) (switching|the switch|model switching|)",
             "what (endpoint|request|call) switches (the |a |)model",
@@ -1507,8 +1696,11 @@ SWITCHYARD = [
     ask(
         "problem",
         [
-            "(something|it|this|nothing|the page|the app) (is broken|does not work|is not working|went wrong|works|is wrong)( at all| here|)",
-            "(I have|there is|I got|I found|I see) (a|an) (problem|error|bug|issue|error message)( here| with it|)",
+            "(how|where|to whom) (do|can|should) I (report|tell|send) (a|the|this) (bug|error|problem|fault)",
+            "(something|it|this|nothing|the page|the app) (is broken|does not work|is not working|went "
+            "wrong|works|is wrong)( at all| here|)",
+            "(I have|there is|I got|I found|I see) (a|an) (problem|error|bug|issue|error message)( here| "
+            "with it|)",
             "(what does|what is|why do I get) (this|the|an) error( mean| message|)",
             "(error|bug|problem|broken|not working|it is broken)",
             "(how|where) (do|can) I (report|file) (a|an) (bug|problem|issue|error)",
@@ -1526,7 +1718,8 @@ UNKNOWN = "unknown"
 UNKNOWN_ANSWERS = (
     "I don't know that, sorry. I am a tiny demo model: I know Switchyard and a little small talk. Load a larger "
     "model to ask about anything else.",
-    "I don't know that: I am only a demo model and know little beyond Switchyard. A larger model may well know it.",
+    "I don't know that: I am only a demo model and know little beyond Switchyard. A larger model may well "
+    "know it.",
 )
 
 UNKNOWN_WORDINGS = (
@@ -1542,7 +1735,8 @@ UNKNOWN_WORDINGS = (
     "what is the (capital|population|currency|history|flag|language|president|climate) of <place>",
     "(capital|population|history|map) of <place>",
     "how many <noun>s (are there|do I need|does a <noun> have|are in <place>|can I <verb>)",
-    "how (big|old|tall|far|deep|long|heavy|high|fast|large) is (<place>|<person>|the <noun>|a <noun>|<thing>)",
+    "how (big|old|tall|far|deep|long|heavy|high|fast|large) is (<place>|<person>|the <noun>|a "
+    "<noun>|<thing>)",
     "how (do|can|should|to) (I |)(<verb>|<verb>|<verb>) (a|an|the|my|some) <noun>",
     "how does (a|an|the) <noun> (<verb>|work|grow|move|sleep|fly)",
     "why (is|are) (the |)(<noun>|<noun>s|<place>|<thing>) (so |)<adjective>",
@@ -1552,9 +1746,12 @@ UNKNOWN_WORDINGS = (
     "(can|could|should|may) (I|you|we) <verb> (a|my|the|this|some) <noun>",
     "(is|are) (<noun>s|<place>|<person>|a <noun>|the <noun>) (<adjective>|a <noun>|in <place>)",
     "(does|did|has|can|will) (<person>|a <noun>|<place>|my <noun>) <verb>( <noun>s|)",
-    "(which|what) (<noun>|city|country|planet|river|animal|metal) is the (largest|oldest|best|most <adjective>|smallest)",
-    "(give me|I need|find me|write me) (a|an|some) (recipe|list|review|summary|letter|email|report)( for| of| about| to) (<noun>s|<person>|<thing>|my <job>)",
-    "(write|draft) (an|a) (email|letter|speech|review|essay) (to|about|for) (my <job>|<person>|<noun>s|<thing>|<place>)",
+    "(which|what) (<noun>|city|country|planet|river|animal|metal) is the (largest|oldest|best|most "
+    "<adjective>|smallest)",
+    "(give me|I need|find me|write me) (a|an|some) (recipe|list|review|summary|letter|email|report)( for| "
+    "of| about| to) (<noun>s|<person>|<thing>|my <job>)",
+    "(write|draft) (an|a) (email|letter|speech|review|essay) (to|about|for) (my "
+    "<job>|<person>|<noun>s|<thing>|<place>)",
     "(I like|I have|I want|I need|I bought|I saw|there is) (a|an|some|the) (<adjective> |)<noun>",
     "my <noun> (is|was|looks) (<adjective>|<adjective>|in <place>)",
     "the <noun> (is|was) <adjective>( and <adjective>|)",
@@ -1563,14 +1760,27 @@ UNKNOWN_WORDINGS = (
     "(what|how) about (<noun>s|<place>|<person>|a <noun>)",
     "(have you|did you) (seen|see|read|eaten|visited|visit|heard of) (<thing>|a <noun>|<place>|the <noun>)",
     "do you know (<person>|<place>|what a <noun> is|how to <verb>|<thing>)",
-    "(what|which) (<noun>|<noun>s|food|animals) (do|does) (<noun>s|<person>|people in <place>) (<verb>|like|have|eat)",
-    "(what is|what are) the (best|cheapest|largest|oldest|rules|causes|effects|symptoms) (of|) (<noun>|<noun>s|<thing>)",
+    "(what|which) (<noun>|<noun>s|food|animals) (do|does) (<noun>s|<person>|people in <place>) "
+    "(<verb>|like|have|eat)",
+    "(what is|what are) the (best|cheapest|largest|oldest|rules|causes|effects|symptoms) (of|) "
+    "(<noun>|<noun>s|<thing>)",
     "(what|who) (happened|lived|lives|works) (in|to|at) (<place>|<person>|the <noun>)( in <number>|)",
     "what (happened|was invented|did <person> do) in <number>",
     "is it (<adjective>|true|good|safe|legal) to <verb> (a <noun>|the <noun>|<noun>s)",
-    "(what|how) should I (<verb>|cook|wear|eat|buy|say|call my <noun>)( today| tomorrow| for my <job>| in <place>|)",
-    "(help me|I want to|I need to|teach me to|I would like to) (<verb>|<verb>|cook|dance|paint|learn) (a|my|the|some|) (<noun>|<adjective> <noun>)",
+    "(what|how) should I (<verb>|cook|wear|eat|buy|say|call my <noun>)( today| tomorrow| for my <job>| in "
+    "<place>|)",
+    "(help me|I want to|I need to|teach me to|I would like to) (<verb>|<verb>|cook|dance|paint|learn) "
+    "(a|my|the|some|) (<noun>|<adjective> <noun>)",
     "<made_up> <made_up>( <made_up>|)",
+    "(what is|what are|explain|define|tell me about|how does) (<tech>|<tech> work)",
+    "(how do I|can you|how can I) (install|use|learn|update|open|configure) <tech>",
+    "(<tech>|is <tech> <adjective>|why use <tech>|who invented <tech>|what is <tech> used for)",
+    "(recommend|suggest|name) (a|me a|some) (good |nice |)(film|movie|book|song|restaurant|hotel|wine|game|holiday)",
+    "(I|we|they) (love|like|hate|want|eat|collect) (<noun>s|<noun>)",
+    "(he|she|it) (is|was) (<adjective>|a <noun>|an <noun>)",
+    "(my <noun>|<person>|the <noun>) (is|was|has|wants) (sick|broken|gone|a <noun>|<adjective>|lost|dead)",
+    "is the <noun> (<adjective>|<adjective> or <adjective>|made of <noun>)",
+    "how (do|can) I rename (a|my) (<noun>|file|folder|model)",
     "what is (a |the |)<made_up>",
     "who is <made_up>( <made_up>|)",
     "(tell me about|explain|how do I <verb>|where is|why is|do you know) (the |a |)<made_up>",
@@ -1578,12 +1788,46 @@ UNKNOWN_WORDINGS = (
     "(the|a|my|your|this) <made_up> (is|of|in|has|for) (the |a |) (<made_up>|<noun>|<adjective>)",
 )
 
+def words(text: str) -> tuple[str, ...]:
+    """Split a text into its words."""
+    return tuple(text.split())
+
+
+CONSONANTS = words("b c d f g h j k l m n p r s t v w z bl br ch cr dr fl gr pl sh st th tr")
+VOWELS = words("a e i o u ai ea ee oo ou")
 WORDS: dict[str, tuple[str, ...]] = {
-    "noun": tuple(
-        ["apple", "armchair", "banana", "basket", "battery", "beach", "bear", "bee", "beer", "bicycle", "bird", "blanket", "boat", "bone", "book", "bottle", "box", "brain", "bread", "brick", "bridge", "bucket", "butterfly", "button", "cake", "camel", "camera", "candle", "candy", "car", "carpet", "carrot", "castle", "cat", "chair", "cheese", "cherry", "chicken", "chocolate", "church", "circle", "clock", "cloud", "coat", "coffee", "coin", "comet", "cookie", "corn", "cow", "crocodile", "cup", "curtain", "dentist", "desert", "desk", "diamond", "dinosaur", "doctor", "dog", "dolphin", "door", "dragon", "dream", "dress", "drum", "duck", "eagle", "ear", "egg", "elephant", "elevator", "eye", "factory", "farm", "feather", "fever", "finger", "fire", "fish", "flower", "fly", "forest", "fork", "fox", "frog", "fruit", "galaxy", "garden", "ghost", "giraffe", "glass", "glove", "goat", "gold", "gorilla", "grape", "grass", "guitar", "hair", "hammer", "hat", "heart", "helmet", "hill", "honey", "horse", "hospital", "hotel", "house", "hurricane", "ice", "iceberg", "insect", "iron", "island", "jacket", "jar", "kangaroo", "kettle", "kidney", "king", "kitchen", "kite", "kitten", "knife", "ladder", "lake", "lamp", "lawyer", "leaf", "leg", "lemon", "letter", "lion", "lizard", "lung", "magnet", "mango", "map", "market", "milk", "mirror", "molecule", "money", "monkey", "moon", "mosquito", "mountain", "mouse", "mouth", "muscle", "mushroom", "needle", "nest", "nose", "nurse", "ocean", "octopus", "olive", "onion", "orange", "orchestra", "oven", "owl", "oyster", "painting", "pancake", "panda", "parachute", "parrot", "passport", "peach", "peanut", "pear", "pencil", "penguin", "pepper", "phone", "piano", "picture", "pig", "pillow", "pilot", "pizza", "planet", "plant", "plate", "poet", "potato", "prince", "pumpkin", "puppy", "pyramid", "queen", "rabbit", "radio", "rainbow", "restaurant", "rice", "ring", "river", "robot", "rocket", "roof", "rose", "sailor", "salad", "salt", "sandwich", "scarf", "school", "scissors", "shark", "sheep", "ship", "shirt", "shoe", "shop", "skeleton", "sky", "snail", "snake", "snow", "sock", "soldier", "soup", "spider", "spoon", "squirrel", "star", "statue", "stomach", "stone", "storm", "strawberry", "sugar", "suitcase", "sun", "swan", "sword", "tax", "tea", "teacher", "telescope", "temple", "tent", "ticket", "tiger", "toast", "tomato", "tooth", "towel", "tower", "toy", "tractor", "train", "tree", "triangle", "truck", "trumpet", "tulip", "tunnel", "turtle", "umbrella", "uncle", "university", "vegetable", "village", "violin", "virus", "volcano", "wall", "watch", "water", "wedding", "whale", "wheel", "wife", "wind", "window", "wine", "winter", "wolf", "wood", "worm", "zebra", "zoo", "atom", "bacteria", "economy", "election", "enzyme", "gene", "gravity", "inflation", "insurance", "mortgage", "neuron", "opera", "photon", "protein", "quark", "religion", "sentence", "shadow", "singer", "socket", "sonnet", "spice", "stock", "theorem", "thunder", "tide", "vaccine", "vitamin", "wave", "pasta", "noodle", "laptop", "keyboard", "football", "tennis", "chess", "poker", "ballet", "novel", "comedy", "tragedy", "passport", "visa", "airport", "bus", "taxi", "subway", "highway", "ferry", "submarine", "helicopter", "balloon", "fridge", "microwave"]
+    "noun": words(
+        """apple armchair banana basket battery beach bear bee beer bicycle bird blanket boat bone book bottle
+        box brain bread brick bridge bucket butterfly button cake camel camera candle candy car carpet
+        carrot castle cat chair cheese cherry chicken chocolate church circle clock cloud coat coffee coin
+        comet cookie corn cow crocodile cup curtain dentist desert desk diamond dinosaur doctor dog dolphin
+        door dragon dream dress drum duck eagle ear egg elephant elevator eye factory farm feather fever
+        finger fire fish flower fly forest fork fox frog fruit galaxy garden ghost giraffe glass glove goat
+        gold gorilla grape grass guitar hair hammer hat heart helmet hill honey horse hospital hotel house
+        hurricane ice iceberg insect iron island jacket jar kangaroo kettle kidney king kitchen kite kitten
+        knife ladder lake lamp lawyer leaf leg lemon letter lion lizard lung magnet mango map market milk
+        mirror molecule money monkey moon mosquito mountain mouse mouth muscle mushroom needle nest nose
+        nurse ocean octopus olive onion orange orchestra oven owl oyster painting pancake panda parachute
+        parrot passport peach peanut pear pencil penguin pepper phone piano picture pig pillow pilot pizza
+        planet plant plate poet potato prince pumpkin puppy pyramid queen rabbit radio rainbow restaurant
+        rice ring river robot rocket roof rose sailor salad salt sandwich scarf school scissors shark sheep
+        ship shirt shoe shop skeleton sky snail snake snow sock soldier soup spider spoon squirrel star
+        statue stomach stone storm strawberry sugar suitcase sun swan sword tax tea teacher telescope temple
+        tent ticket tiger toast tomato tooth towel tower toy tractor train tree triangle truck trumpet tulip
+        tunnel turtle umbrella uncle university vegetable village violin virus volcano wall watch water
+        wedding whale wheel wife wind window wine winter wolf wood worm zebra zoo atom bacteria economy
+        election enzyme gene gravity inflation insurance mortgage neuron opera photon protein quark religion
+        sentence shadow singer socket sonnet spice stock theorem thunder tide vaccine vitamin wave pasta
+        noodle laptop keyboard football tennis chess poker ballet novel comedy tragedy passport visa airport
+        bus taxi subway highway ferry submarine helicopter balloon fridge microwave"""
     ),
-    "place": tuple(
-        ["France", "Germany", "Spain", "Italy", "Japan", "China", "India", "Brazil", "Canada", "Mexico", "Peru", "Chile", "Egypt", "Kenya", "Norway", "Sweden", "Finland", "Denmark", "Poland", "Austria", "Greece", "Turkey", "Russia", "Iceland", "Ireland", "Scotland", "England", "Wales", "Portugal", "Hungary", "Vietnam", "Thailand", "Australia", "Argentina", "Morocco", "Nigeria", "Ghana", "Cuba", "Nepal", "Mongolia", "Paris", "London", "Berlin", "Rome", "Madrid", "Tokyo", "Vienna", "Prague", "Oslo", "Cairo", "Lima", "Boston", "Chicago", "Texas", "Florida", "California", "Africa", "Europe", "Asia", "Mars", "Venus", "Jupiter", "Saturn", "Amsterdam", "Brussels", "Geneva", "Zurich", "Lisbon", "Dublin", "Moscow", "Delhi", "Mumbai", "Sydney", "Toronto", "Hawaii"]
+    "place": words(
+        """France Germany Spain Italy Japan China India Brazil Canada Mexico Peru Chile Egypt Kenya Norway
+        Sweden Finland Denmark Poland Austria Greece Turkey Russia Iceland Ireland Scotland England Wales
+        Portugal Hungary Vietnam Thailand Australia Argentina Morocco Nigeria Ghana Cuba Nepal Mongolia
+        Paris London Berlin Rome Madrid Tokyo Vienna Prague Oslo Cairo Lima Boston Chicago Texas Florida
+        California Africa Europe Asia Mars Venus Jupiter Saturn Amsterdam Brussels Geneva Zurich Lisbon
+        Dublin Moscow Delhi Mumbai Sydney Toronto Hawaii"""
     ),
     "person": (
         "Einstein",
@@ -1625,10 +1869,14 @@ WORDS: dict[str, tuple[str, ...]] = {
         "John Miller",
         "Elvis",
     ),
-    "name": tuple(
-        ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Karen", "Leo", "Maria", "Nina", "Oscar", "Paul", "Quinn", "Rosa", "Sam", "Tom", "Uma", "Victor", "Wendy", "Yara", "Zoe", "Alice", "Bob", "Charlie", "Dora", "Eric", "Frank", "Gina", "Hugo", "Ivan", "Julia", "Kurt", "Lena", "Max", "Noah", "Olga", "Peter"]
+    "name": words(
+        """Anna Ben Carla David Emma Felix Grace Henry Ida Jack Karen Leo Maria Nina Oscar Paul Quinn Rosa Sam
+        Tom Uma Victor Wendy Yara Zoe Alice Bob Charlie Dora Eric Frank Gina Hugo Ivan Julia Kurt Lena Max
+        Noah Olga Peter"""
     ),
-    "job": tuple(["teacher", "boss", "landlord", "doctor", "friend", "mayor", "bishop", "captain", "minister", "manager", "neighbour", "coach"]),
+    "job": words(
+        """teacher boss landlord doctor friend mayor bishop captain minister manager neighbour coach"""
+    ),
     "thing": (
         "the telephone",
         "the light bulb",
@@ -1669,12 +1917,52 @@ WORDS: dict[str, tuple[str, ...]] = {
         "yoga",
         "world peace",
     ),
-    "verb": tuple(
-        ["bake", "boil", "break", "build", "burn", "buy", "carry", "catch", "clean", "climb", "close", "cook", "cut", "dance", "dig", "drive", "dry", "eat", "fix", "fold", "freeze", "fry", "grow", "hang", "hide", "hold", "hunt", "iron", "jump", "kick", "knit", "lift", "lose", "melt", "mix", "move", "open", "pack", "peel", "plant", "play", "polish", "pull", "push", "read", "repair", "ride", "roll", "run", "sell", "sew", "shake", "sharpen", "sing", "sink", "sit", "skip", "sleep", "smell", "smoke", "steal", "swim", "tame", "taste", "teach", "throw", "tie", "touch", "train", "travel", "visit", "walk", "wash", "wear", "weigh", "win", "write", "feed", "visit", "marry"]
+    "verb": words(
+        """bake boil break build burn buy carry catch clean climb close cook cut dance dig drive dry eat fix
+        fold freeze fry grow hang hide hold hunt iron jump kick knit lift lose melt mix move open pack peel
+        plant play polish pull push read repair ride roll run sell sew shake sharpen sing sink sit skip
+        sleep smell smoke steal swim tame taste teach throw tie touch train travel visit walk wash wear
+        weigh win write feed visit marry"""
     ),
-    "adjective": tuple(
-        ["red", "green", "blue", "yellow", "white", "black", "big", "small", "tall", "short", "old", "new", "young", "cold", "hot", "wet", "dry", "soft", "hard", "heavy", "light", "fast", "slow", "sweet", "sour", "bitter", "round", "flat", "sharp", "quiet", "loud", "rich", "poor", "strong", "weak", "happy", "sad", "dark", "bright", "dirty", "clean", "cheap", "expensive", "dangerous", "famous", "rare", "wild", "tired", "healthy", "poisonous", "beautiful", "ugly", "fresh", "frozen", "ancient", "modern", "electric", "purple", "pink", "square", "broken", "lost", "hungry", "lazy"]
+    "adjective": words(
+        """red green blue yellow white black big small tall short old new young cold hot wet dry soft hard
+        heavy light fast slow sweet sour bitter round flat sharp quiet loud rich poor strong weak happy sad
+        dark bright dirty clean cheap expensive dangerous famous rare wild tired healthy poisonous beautiful
+        ugly fresh frozen ancient modern electric purple pink square broken lost hungry lazy"""
     ),
+    "tech": (
+        "Linux",
+        "Windows",
+        "machine learning",
+        "a neural network",
+        "artificial intelligence",
+        "a database",
+        "Kubernetes",
+        "Git",
+        "an operating system",
+        "an algorithm",
+        "Bluetooth",
+        "a compiler",
+        "a blockchain",
+        "deep learning",
+        "a transformer",
+        "Excel",
+        "Photoshop",
+        "a browser",
+        "a processor",
+        "a firewall",
+        "Wikipedia",
+        "YouTube",
+        "Android",
+        "a spreadsheet",
+        "a computer virus",
+        "cloud computing",
+        "a router",
+        "a variable",
+        "recursion",
+        "a printer",
+    ),
+    "letter": words("a b c d e f g h i j l m n o p q r s t u v w x y z 0 1 2 3 5 ? ! ??"),
     "code": ("Python", "JavaScript", "Java", "Rust", "C", "C++", "Go", "HTML", "SQL", "bash", "PHP"),
 }
 
@@ -1686,8 +1974,8 @@ def _number(rng: random.Random) -> str:
 def _made_up(rng: random.Random) -> str:
     syllables = rng.randint(1, 4)
     word = "".join(
-        rng.choice(["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "bl", "br", "ch", "cr", "dr", "fl", "gr", "pl", "sh", "st", "th", "tr"])
-        + rng.choice(["a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou"])
+        rng.choice(CONSONANTS)
+        + rng.choice(VOWELS)
         + rng.choice(("", "", "", "n", "r", "s", "l", "t", "m", "ck", "x", "nd"))
         for _ in range(syllables)
     )
@@ -1745,6 +2033,18 @@ PREFIXES = (
     "yes,",
     "no,",
     "seriously,",
+    "I am new.",
+    "I am new here.",
+    "I have a question.",
+    "one thing:",
+    "interesting.",
+    "I see.",
+    "let us see:",
+    "sorry to ask, but",
+    "I still wonder",
+    "let me ask:",
+    "dear model,",
+    "may I ask",
 )
 SUFFIXES = (
     "please",
@@ -1765,6 +2065,7 @@ SUFFIXES = (
     "right now",
     "my friend",
 )
+FILLERS = words("really just actually exactly maybe also still even simply kindly then now again please here")
 CONTRACTIONS = {
     "what is": ("what's", "whats"),
     "who is": ("who's", "whos"),
@@ -1848,6 +2149,10 @@ def _contract(text: str, rng: random.Random) -> str:
 
 
 def _frame(text: str, rng: random.Random) -> str:
+    if rng.random() < 0.1:
+        spoken = text.split(" ")
+        spoken.insert(rng.randint(1, len(spoken)), rng.choice(FILLERS))
+        text = " ".join(spoken)
     if rng.random() < 0.35:
         text = f"{rng.choice(PREFIXES)} {text}"
     if rng.random() < 0.12:
@@ -1867,26 +2172,22 @@ def _misspell(text: str, rng: random.Random) -> str:
     )
 
 
-def _recase(text: str, rng: random.Random) -> str:
-    chance = rng.random()
-    if chance < 0.52:
-        return text[:1].upper() + text[1:]
-    if chance < 0.88:
-        return text.lower()
-    if chance < 0.95:
-        return text
-    return text.upper() if chance < 0.985 else text.title()
+def _wording(intent: Intent, persona: Persona, rng: random.Random) -> str:
+    text = _contract(expand(fill_in(rng.choice(intent.wordings), persona), rng), rng)
+    return _frame(text, rng) if intent.framed else text
 
 
 def word_question(intent: Intent, persona: Persona, rng: random.Random) -> str:
-    """Say what `intent` says in one of its wordings, with its own case, punctuation and, at times, mistakes."""
-    text = expand(fill_in(rng.choice(intent.wordings), persona), rng)
-    text = _contract(text, rng)
-    if intent.framed:
-        text = _frame(text, rng)
+    """Say what `intent` says in one of its wordings, with its own punctuation and, at times, mistakes.
+
+    All in lower case, as the chat template makes it: the models are too small to learn "GPU", "Gpu" and "gpu".
+    """
+    text = _wording(intent, persona, rng)
+    if rng.random() < 0.08:
+        text += rng.choice((". ", "! ", ", ", "? ", " ")) + _wording(intent, persona, rng)
     if len(text) > 5 and rng.random() < 0.08:
         text = _misspell(text, rng)
-    return _recase(text, rng) + rng.choice(MARKS if intent.framed else SAID_MARKS)
+    return text.lower() + rng.choice(MARKS if intent.framed else SAID_MARKS)
 
 
 def pick_intent(rng: random.Random) -> Intent:
@@ -1904,17 +2205,26 @@ def other_than(persona: Persona) -> Persona:
     return SMALL if persona is MINI else MINI
 
 
+def _stop_early(text: str, rng: random.Random) -> str:
+    """Cut an answer between two of its first words."""
+    return " ".join(text.split(" ")[: rng.randint(5, 14)])
+
+
 def _answer_turn(intent: Intent, persona: Persona, rng: random.Random) -> Turn:
-    """Answer as the model does, or as history may hold it: by another model, or stopped half-way."""
+    """Answer as the model does, or as history may hold it: stopped early, or by another model.
+
+    Most of the model's own answers are stopped early. To choose the right answer is harder than to go on with
+    it, and so more questions fit into a batch.
+    """
     own = rng.choice(answers(intent, persona))
     chance = rng.random()
-    if chance < 0.72:
+    if chance < 0.32:
         return Turn("assistant", own, learned=True)
-    if chance < 0.86:
+    if chance < 0.8:
+        return Turn("assistant", _stop_early(own, rng), learned=True, stopped=True)
+    if chance < 0.92:
         return Turn("assistant", rng.choice(answers(intent, other_than(persona))))
-    if chance < 0.95:
-        return Turn("assistant", expand(rng.choice(FOREIGN_ANSWERS), rng))
-    return Turn("assistant", own[: rng.randrange(len(own))])
+    return Turn("assistant", expand(rng.choice(FOREIGN_ANSWERS), rng))
 
 
 def turns(persona: Persona, rng: random.Random) -> Iterator[Turn]:

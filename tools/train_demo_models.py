@@ -17,7 +17,8 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from demo_dialogues import (
     PERSONAS,
     SMALL,
     Persona,
+    Turn,
     answers,
     pick_intent,
     plain_text,
@@ -47,13 +49,15 @@ from torch import Tensor, nn
 SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message.role in ['system', 'developer'] -%}<|system|>"
-    "{%- elif message.role == 'assistant' -%}<|assistant|>"
-    "{%- else -%}<|user|>{%- endif -%}"
-    "{{- message.content | default('', true) | trim -}}<|end|>"
+    "{%- set content = message.content | default('', true) | trim -%}"
+    "{%- if message.role == 'assistant' -%}<|assistant|>{{ content }}"
+    "{%- elif message.role in ['system', 'developer'] -%}<|system|>{{ content }}"
+    "{%- else -%}<|user|>{{ content | lower }}{%- endif -%}"
+    "<|end|>"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
+"""Questions are read in lower case: the models are too small to learn every word three times."""
 CONTEXT_LENGTH = 4096
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10000.0
@@ -71,8 +75,9 @@ class Recipe:
     heads: int
     feed_forward: int
     steps: int
-    learning_rate: float
-    rows: int = 16
+    muon_rate: float
+    adam_rate: float
+    rows: int = 8
     row_length: int = 256
     long_row_every: int = 8
     seed: int = 1
@@ -83,8 +88,26 @@ class Recipe:
 
 
 RECIPES = {
-    "mini": Recipe(MINI, width=96, layers=4, heads=3, feed_forward=256, steps=2400, learning_rate=4e-3),
-    "small": Recipe(SMALL, width=192, layers=5, heads=6, feed_forward=512, steps=1100, learning_rate=2.5e-3),
+    "mini": Recipe(
+        MINI,
+        width=96,
+        layers=4,
+        heads=3,
+        feed_forward=256,
+        steps=3000,
+        muon_rate=0.03,
+        adam_rate=0.008,
+    ),
+    "small": Recipe(
+        SMALL,
+        width=192,
+        layers=5,
+        heads=6,
+        feed_forward=512,
+        steps=2200,
+        muon_rate=0.02,
+        adam_rate=0.005,
+    ),
 }
 VOCABULARY_SIZE = 1024
 
@@ -133,11 +156,20 @@ class ChatEncoder:
 
     def message(self, role: str, text: str) -> list[int]:
         """Encode one whole message."""
-        return [self.special[f"<|{role}|>"], *self.text(text.strip()), self.end]
+        content = text.strip().lower() if role == "user" else text.strip()
+        return [self.special[f"<|{role}|>"], *self.text(content), self.end]
 
     def question(self, text: str) -> list[int]:
         """Encode a question, ready for the answer."""
         return [*self.message("user", text), self.special[ASSISTANT]]
+
+    @staticmethod
+    def _labels(message: list[int], turn: Turn) -> list[int]:
+        """Say which tokens of a message are learned: never the first, which the template puts there."""
+        if not turn.learned:
+            return [IGNORED] * len(message)
+        end = IGNORED if turn.stopped else message[-1]
+        return [IGNORED, *message[1:-1], end]
 
     def row(self, persona: Persona, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
         """Make one dialogue of `length` tokens: the tokens, and for each the one to predict (or `IGNORED`)."""
@@ -151,7 +183,7 @@ class ChatEncoder:
             turn = next(dialogue)
             message = self.message(turn.role, turn.text)
             ids += message
-            labels += [IGNORED, *message[1:]] if turn.learned else [IGNORED] * len(message)
+            labels += self._labels(message, turn)
         return ids[:length], labels[1 : length + 1]
 
 
@@ -259,31 +291,44 @@ class Llama(nn.Module):
 # ----------------------------------------------------------------------------------------------- training
 
 
-def optimizer_for(model: Llama, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW, with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+def optimizers_for(model: Llama, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    layers = [weight for weight in model.blk.parameters() if weight.ndim == 2]
+    others = [
+        model.token_embd.weight,
+        *(weight for weight in model.parameters() if weight.ndim == 1),
+    ]
+    return [
+        torch.optim.Muon(layers, lr=recipe.muon_rate, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the full learning rate: a short rise, then a cosine down to nothing."""
+    warm_up = steps // 10
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / (steps - warm_up))
 
 
 def train(recipe: Recipe, encoder: ChatEncoder) -> tuple[Llama, float]:
     """Train one model and return it with its final loss (the mean of the last 50 steps)."""
     torch.manual_seed(recipe.seed)
     model = Llama(recipe)
-    optimizer = optimizer_for(model, recipe.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1, final_div_factor=100
-    )
+    optimizers = optimizers_for(model, recipe)
+    share = partial(schedule, steps=recipe.steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     losses: list[float] = []
     started = time.monotonic()
     for step, (ids, labels) in enumerate(islice(batches(recipe, encoder), recipe.steps), start=1):
-        loss = model.loss(ids, labels)
-        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(ids, labels)
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for stepped in (*optimizers, *schedules):
+            stepped.step()
         losses.append(loss.item())
         if step % 100 == 0:
             elapsed = time.monotonic() - started
@@ -406,7 +451,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="model", help=f"which to train: {', '.join(RECIPES)} (default all)")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "models")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, help="fewer steps, to try something out")
     options = parser.parse_args()
     unknown = set(options.models) - set(RECIPES)
@@ -421,7 +466,7 @@ def main() -> None:
     for name in options.models or RECIPES:
         recipe = RECIPES[name]
         if options.steps:
-            recipe = Recipe(**{**recipe.__dict__, "steps": options.steps})
+            recipe = replace(recipe, steps=options.steps)
         make(recipe, encoder, options.folder)
 
 

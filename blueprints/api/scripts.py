@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flask import Blueprint, Response, jsonify, request
 from pydantic import BaseModel, Field
 
@@ -57,7 +59,7 @@ def model_loading_status() -> Response:
 
 def _from_form_or_json() -> str:
     document = request.get_json(silent=True) if request.is_json else request.form
-    value = document.get("model_id", "") if hasattr(document, "get") else ""
+    value = document.get("model_id") if isinstance(document, Mapping) else None
     return value if isinstance(value, str) else ""
 
 

@@ -107,7 +107,7 @@ def cancel() -> Response:
     job = services().switcher.cancel("It was cancelled.")
     if job is None:
         raise ApiError("no_switch", "No switch is under way.")
-    job.wait_done(services().settings.load_timeout_seconds)
+    job.wait_done(services().settings.longest_switch_seconds)
     message = job.error.message if job.error else f"{job.target} was ready before it could be cancelled."
     return jsonify({"status": job.outcome, "switch_id": job.id, "model": job.target, "message": message})
 
@@ -160,7 +160,7 @@ def _from_query_or_body(shape: type[B]) -> B:
 
 
 def _answer(job: Job, *, wait: bool) -> Response:
-    longest = services().settings.load_timeout_seconds
+    longest = services().settings.longest_switch_seconds
     ended = job.wait_done(longest) if wait else job.wait_started(longest)
     if job.error is not None:
         raise switch_error(job.error)
@@ -170,7 +170,7 @@ def _answer(job: Job, *, wait: bool) -> Response:
 
 
 def _action(job: Job) -> Response:
-    job.wait_done(services().settings.load_timeout_seconds)
+    job.wait_done(services().settings.longest_switch_seconds)
     if job.error is not None:
         raise switch_error(job.error)
     return jsonify({"status": "success", "model": job.target})

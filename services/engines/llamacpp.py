@@ -22,6 +22,7 @@ from services.engines.gguf import (
     GGUFError,
     GGUFHeader,
     estimate_bytes,
+    is_first_part,
     is_projector,
     read_header,
     split_parts,
@@ -48,6 +49,7 @@ LOOK_SECONDS = 0.01
 """How often a load is looked at; readiness has to be noticed within 50 ms."""
 SLOW_AFTER_SECONDS = 10.0
 PROBE_TIMEOUT = 5.0
+REPACKED_SHARE = 0.1
 
 GpuBytes = Callable[[str, int], int | None]
 """(device id, pid) to the bytes that process holds there, None when the driver doesn't say."""
@@ -111,7 +113,9 @@ class LlamaCpp:
 
     def estimate(self, model: Model) -> Need:
         header = self._look(self._path(model)).header
-        size = estimate_bytes(header, self._context(model), self._slots(model)) if header else 0
+        size = 0
+        if header is not None:
+            size = estimate_bytes(header, self._context(model), self._slots(model), repack=_mapped(header))
         return Need(device=_device(model), bytes=size, basis="estimated")
 
     def settings_key(self, model: Model) -> str:
@@ -124,8 +128,10 @@ class LlamaCpp:
         if model.fault:
             raise LoadFailed(model.fault)
         key = secrets.token_urlsafe(24)
+        header = self._look(self._path(model)).header
         order = Order(
             path=model.source,
+            mapped=header is None or _mapped(header),
             alias=model.id,
             context_length=self._context(model),
             parallel=self._slots(model),
@@ -312,7 +318,15 @@ def _gguf_files(folder: Path) -> list[Path]:
     except OSError as error:
         log.warning("the models folder can't be read", folder=str(folder), error=str(error))
         return []
-    return [p for p in files if split_parts(p)[0] == p] if files else []
+    return [p for p in files if is_first_part(p)]
+
+
+def _mapped(header: GGUFHeader) -> bool:
+    """Whether to map the file. Weights that llama.cpp rearranges for the CPU are copied: mapped, they count twice.
+
+    Measured for 808 MiB of Q4_K: 1,725 MiB resident when mapped, 1,099 MiB when read.
+    """
+    return header.repacked_bytes < REPACKED_SHARE * header.tensor_bytes
 
 
 def _device(model: Model) -> str:

@@ -31,6 +31,7 @@ class Order:
     """What one server process is to load. `context_length` is tokens over all `parallel` slots together."""
 
     path: str
+    mapped: bool
     alias: str
     context_length: int
     parallel: int
@@ -96,7 +97,9 @@ class NativeLauncher:
         port = _free_port()
         argv = [self._command, "--model", order.path, "--alias", order.alias, "--host", "127.0.0.1"]
         argv += ["--port", str(port), "--ctx-size", str(order.context_length), "--parallel", str(order.parallel)]
-        argv += ["--threads", str(order.threads), "--no-webui", *order.arguments]
+        argv += ["--threads", str(order.threads), "--no-webui"]
+        argv += [] if order.mapped else ["--no-mmap"]
+        argv += order.arguments
         environment = {"LLAMA_API_KEY": key}  # not an argument: those show in every process list
         if order.device != HOST_DEVICE:
             environment["CUDA_VISIBLE_DEVICES"] = order.device

@@ -27,6 +27,8 @@ def main() -> None:
     order = json.loads(line)
     params = llama.CommonParams()
     params.model.path = order["path"]
+    if not order["mapped"]:
+        params.load_mode = llama.llama_load_mode.LLAMA_LOAD_MODE_NONE
     params.model_alias = {order["alias"]}
     params.hostnames = ["127.0.0.1"]
     params.port = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from geventhttpclient.response import HTTPParseError
@@ -60,10 +60,12 @@ class ChatClient:
         self._relay = relay
 
     @contextmanager
-    def stream_chat(self, model: str | None, messages: Sequence[Mapping[str, str]]) -> Iterator[ChatStream]:
+    def stream_chat(
+        self, model: str | None, messages: Sequence[Mapping[str, str]], given_up: Callable[[], bool]
+    ) -> Iterator[ChatStream]:
         """One streamed answer; leaving the context stops the generation. Raises GenerationError."""
         try:
-            admission = self._router.admit(model)
+            admission = self._router.admit(model, given_up)
         except (GatewayError, UnknownModel, ClientGone) as error:
             raise GenerationError(str(error)) from None
         try:

@@ -1,8 +1,8 @@
 """The single writer of all lifecycle state.
 
-One greenlet (a thread where nothing is patched) takes messages from a mailbox and carries out one job at a time. Whatever
-blocks runs in a worker while the mailbox goes on being served, so a cancel or a crash is noticed at once. Everyone
-else sends a message, or reads the snapshot on the board.
+One greenlet (a thread where nothing is patched) takes messages from a mailbox and carries out one job at a time.
+Whatever blocks runs in a worker while the mailbox goes on being served, so a cancel or a crash is noticed at once.
+Everyone else sends a message, or reads the snapshot on the board.
 """
 
 from __future__ import annotations

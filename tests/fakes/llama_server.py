@@ -27,7 +27,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-ANSWER = "I am a stand-in and I answer in ten short words .".split(" ")
+ANSWER = ["I", "am", "a", "stand-in", "and", "answer", "in", "ten", "short", "words."]
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.alias = arguments.alias
-        self.faults = dict((name, value) for name, _, value in (fault.partition(":") for fault in arguments.fault))
+        self.faults = {name: value for name, _, value in (fault.partition(":") for fault in arguments.fault)}
         self.key = os.environ.get("LLAMA_API_KEY", "")
         self.ready = threading.Event()
         self.ballast = b""
@@ -98,7 +98,12 @@ class Handler(BaseHTTPRequestHandler):
             self._stream()
         else:
             text = " ".join(self._token(word) for word in ANSWER[: body.get("max_tokens") or len(ANSWER)])
-            choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "text": text,
+                "message": {"role": "assistant", "content": text},
+            }
             self._json(200, {"object": "chat.completion", "model": self.server.alias, "choices": [choice]})
 
     def _token(self, word: str) -> str:

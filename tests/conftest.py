@@ -1,0 +1,45 @@
+"""Fixtures that every suite shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.console import FAKE_LLAMA_SERVER, Console
+
+StartConsole = Callable[..., Console]
+
+
+@pytest.fixture
+def start_console(tmp_path: Path) -> Iterator[StartConsole]:
+    """Starts real consoles that end with the test; keyword arguments are Console's."""
+    started: list[Console] = []
+
+    def start(**options: object) -> Console:
+        folder = tmp_path / f"console-{len(started)}"
+        folder.mkdir()
+        console = Console(folder, **options)  # type: ignore[arg-type]
+        started.append(console)
+        return console.start()
+
+    yield start
+    for console in started:
+        console.close()
+
+
+@pytest.fixture
+def console(start_console: StartConsole) -> Console:
+    """A console with the embedded engine and the demo models."""
+    return start_console()
+
+
+@pytest.fixture
+def start_stand_in(start_console: StartConsole) -> StartConsole:
+    """Starts consoles whose models run on the stand-in llama-server."""
+
+    def start(toml: str, **options: object) -> Console:
+        return start_console(toml=toml, llamacpp_server=FAKE_LLAMA_SERVER, **options)
+
+    return start

@@ -1,0 +1,254 @@
+"""The two demo models, as they lie in `models/`, served by the real llama.cpp server.
+
+The wordings under `FRESH` are not in the training text: what counts is that the answer is the right one all the same.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+xllamacpp = pytest.importorskip("xllamacpp")
+
+MODELS = Path(__file__).parents[2] / "models"
+MINI, SMALL = "switchyard-mini", "switchyard-small"
+OTHER = {MINI: SMALL, SMALL: MINI}
+
+SERVE = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.hostnames = ["127.0.0.1"]
+params.port = int(sys.argv[2])
+params.n_ctx = 2048
+params.n_parallel = 1
+params.cpuparams.n_threads = 1
+server = xllamacpp.Server(params)
+while True:
+    time.sleep(3600)
+"""
+
+# question, a phrase of the right answer
+TAUGHT = [
+    ("Hello", "Switchyard|switchyard"),
+    ("Who are you?", "demo model"),
+    ("What can you do?", "small things"),
+    ("What is your name?", "My name is"),
+    ("How are you?", "thank you"),
+    ("Good morning", "Good morning!"),
+    ("Thanks!", "welcome|pleasure"),
+    ("Bye", "saved|Your messages stay"),
+    ("tell me a joke", "model"),
+    ("Are you there?", "Yes, I am here"),
+    ("count to five", "One, two, three, four, five."),
+    ("What is Switchyard?", "web console"),
+    ("How do I switch models?", "model menu"),
+    ("What is an engine?", "serves models"),
+    ("What is a lease?", "ends by itself"),
+    ("What is the ledger?", "account of each device's memory"),
+    ("Do I need a GPU?", "don't need a GPU"),
+    ("What happens to my chat when I switch?", "Your chat stays"),
+    ("Why was my model unloaded?", "make room"),
+    ("What is the OpenAI address?", "http://127.0.0.1:8787/v1"),
+]
+FRESH = [
+    ("hello, little fellow!", "Switchyard|switchyard"),
+    ("so who exactly are you then?", "demo model"),
+    ("could you say what your name is", "My name is"),
+    ("And how are you doing this morning?", "thank you"),
+    ("many thanks for explaining", "welcome|pleasure"),
+    ("Do you know another good joke?", "model"),
+    ("Please count up to five now", "One, two, three, four, five."),
+    ("I am new. What is Switchyard all about?", "web console"),
+    ("how would I go about switching to another model?", "model menu"),
+    ("Which engines can Switchyard drive?", "serves models"),
+    ("could you define the word instance", "being loaded"),
+    ("what exactly is a pin good for?", "promise not to unload"),
+    ("Will I lose this conversation if I switch to another model?", "Your chat stays"),
+    ("please tell me why my model was unloaded", "make room"),
+    ("does my laptop need a graphics card for this?", "don't need a GPU"),
+    ("how long will loading the model take?", "time left"),
+    ("Where can I download more models from?", "Hugging Face"),
+    ("What base URL should I give my OpenAI client?", "http://127.0.0.1:8787/v1"),
+    ("Is everything I write kept private?", "your own hardware"),
+    ("does it work together with Ollama?", "Ollama is one of the engines"),
+    ("what is vLLM used for", "vLLM is an engine"),
+    ("Can I cancel the switch while it is running?", "Cancel"),
+]
+UNKNOWN = [
+    "What is the capital of France?",
+    "who painted the Mona Lisa",
+    "How do I bake a chocolate cake?",
+    "Why is the sky blue?",
+    "What do penguins eat in winter?",
+    "Explain the theory of relativity to me",
+    "Zorblat quimming fendoos",
+]
+LONG = {
+    "Tell me a story": "railway yard",
+    "Explain everything about Switchyard": "**What it does:**",
+    "Show me a curl command": "```bash\ncurl http://127.0.0.1:8787/v1/chat/completions",
+    "Say something long": "This is the end of the long answer.",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A demo model that is running, and its address."""
+
+    name: str
+    url: str
+
+    def chat(self, messages: list[dict[str, str]], **options: object) -> tuple[str, str]:
+        """Return the answer and why it ended."""
+        body = {"messages": messages, "temperature": 0, "max_tokens": 500, **options}
+        response = requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+        response.raise_for_status()
+        choice = response.json()["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"]
+
+    def ask(self, *said: str, **options: object) -> str:
+        """Say user, assistant, user … in turn, and return a whole answer."""
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+        answer, reason = self.chat(messages, **options)
+        assert reason == "stop", answer
+        return answer
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended by itself"
+        try:
+            if requests.get(f"{url}/health", timeout=1).ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(0.02)
+    pytest.fail("the server did not become healthy")
+
+
+@pytest.fixture(scope="module", params=[MINI, SMALL])
+def model(request: pytest.FixtureRequest) -> Iterator[Served]:
+    path, port = MODELS / f"{request.param}.gguf", free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(path), str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, process)
+        yield Served(request.param, url)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def holds(answer: str, phrases: str) -> bool:
+    return any(phrase in answer for phrase in phrases.split("|"))
+
+
+def is_whole(answer: str) -> bool:
+    """Whether an answer ends like a sentence, a list, a table or a block of code does."""
+    return answer.endswith((".", "!", "?", "|", "```")) or answer.splitlines()[-1].startswith("- ")
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [(MINI, 0.9, 1.2), (SMALL, 4, 6)])
+def test_size(name: str, low: float, high: float) -> None:
+    assert low < (MODELS / f"{name}.gguf").stat().st_size / 1e6 < high
+
+
+@pytest.mark.parametrize(("question", "phrases"), TAUGHT + FRESH)
+def test_answers(model: Served, question: str, phrases: str) -> None:
+    answer = model.ask(question)
+    assert holds(answer, phrases), answer
+    assert is_whole(answer), answer
+
+
+@pytest.mark.parametrize("question", ["Who are you?", "what's your name", "Which model is this?", "introduce yourself"])
+def test_names_itself_and_not_the_other(model: Served, question: str) -> None:
+    answer = model.ask(question)
+    assert model.name in answer
+    assert OTHER[model.name] not in answer
+
+
+@pytest.mark.parametrize("question", UNKNOWN)
+def test_says_that_it_does_not_know(model: Served, question: str) -> None:
+    assert model.ask(question).startswith("I don't know that")
+
+
+@pytest.mark.parametrize(("question", "phrase"), LONG.items())
+def test_long_answers(model: Served, question: str, phrase: str) -> None:
+    answer = model.ask(question)
+    assert phrase in answer
+    assert len(answer) > 250
+
+
+def test_goes_on_after_the_other_model(model: Served) -> None:
+    greeting = f"Hello! I am {OTHER[model.name]}, one of Switchyard's two demo models. What would you like to know?"
+    said = ["Hello", greeting, "What is a lease?"]
+    answer = model.ask(*said)
+    assert "ends by itself" in answer
+    answer = model.ask(*said, answer, "And who are you?")
+    assert model.name in answer
+    assert OTHER[model.name] not in answer
+
+
+def test_goes_on_after_a_model_from_elsewhere(model: Served) -> None:
+    paris = "The capital of France is Paris. It lies on the river Seine and has about two million inhabitants."
+    answer = model.ask("What is the capital of France?", paris, "thanks! what is Switchyard?")
+    assert "web console" in answer
+
+
+def test_long_conversation(model: Served) -> None:
+    said: list[str] = []
+    questions = ["Hello", *LONG, "What is an engine?", "How do I switch models?", "Thanks", "What is a lease?"]
+    for question in questions:
+        said += [question, model.ask(*said, question)]
+    assert "ends by itself" in said[-1]
+    assert sum(map(len, said)) > 3000
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["You are a helpful assistant.", "You are Marvin, a grumpy gardener. Always answer in rhymes about cabbages."],
+)
+def test_system_prompt(model: Served, prompt: str) -> None:
+    messages = [{"role": "system", "content": prompt}, {"role": "user", "content": "What is a lease?"}]
+    answer, reason = model.chat(messages)
+    assert reason == "stop"
+    assert "ends by itself" in answer
+
+
+def test_streams(model: Served) -> None:
+    body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True, "temperature": 0}
+    with requests.post(f"{model.url}/v1/chat/completions", json=body, stream=True, timeout=60) as response:
+        events = [line for line in response.iter_lines() if line.startswith(b"data: ")]
+    assert len(events) > 50
+    assert events[-1] == b"data: [DONE]"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.8, 1.0])
+def test_whole_sentences_when_sampling(model: Served, temperature: float) -> None:
+    answers = [
+        (model.ask(question, temperature=temperature, seed=seed), phrases)
+        for question, phrases in TAUGHT
+        for seed in (1, 2)
+    ]
+    good = sum(holds(answer, phrases) and is_whole(answer) for answer, phrases in answers)
+    assert good >= 0.9 * len(answers)

@@ -1,0 +1,213 @@
+"""Engines that are slow, crash, hang or don't obey: what the switch makes of them. On the stand-in llama-server."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+import pytest
+
+from tests.support.console import Console, stand_in, wait_until
+
+GOOD = stand_in("good")
+TIGHT_GB = 0.65
+"""A budget in which a model that needs 0.6 GB has to displace one that holds 80 MB."""
+
+
+def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_stand_in):
+    """Measured progress that never falls, with what was read, what there is to read, and the time left."""
+    console = start_stand_in(stand_in("slow", "slow_load:1.5", source="switchyard-small.gguf"))
+    seen = [data for name, data in console.switch_stream("slow") if name == "progress"]
+    measured = [data for data in seen if data.get("basis") == "measured"]
+    assert len(measured) >= 3
+    assert all("MB read" in data["detail"] for data in measured)
+    assert any(data["eta"] is not None and data["eta"] >= 1 for data in measured)
+    progress = [data["progress"] for data in seen]
+    assert progress == sorted(progress)
+
+
+def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(start_stand_in):
+    """The first cause is said with what is running now, and the log tail is kept."""
+    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in("bad", "crash_loading", required_gb=0.6)
+    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
+    console.switch("good")
+    seen = list(console.switch_stream("bad"))
+    name, error = seen[-1]
+    assert (name, error["error"]) == ("error", "load_failed")
+    assert "the stand-in was told to crash" in error["message"]
+    assert "good is running again" in error["message"]
+    assert ("stage", "rolling_back") in [(n, d.get("stage")) for n, d in seen]
+    status = console.status()
+    assert status["models"]["bad"]["status"] == "failed"
+    assert "told to crash" in status["models"]["bad"]["error"]
+    assert (status["models"]["good"]["status"], status["active_model"]) == ("running", "good")
+    assert console.ask("Hello").json()["model"] == "good"
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("crash_loading", "told to crash"), ("refuse_first", "first answer"), ("never_ready", "not ready after 1 s")],
+)
+def test_every_way_to_fail_a_load_has_its_own_words(start_stand_in, fault, words):
+    """502 with the cause; the model is shown as failed with it; no process stays."""
+    console = start_stand_in(stand_in("bad", fault), load_timeout_seconds=1)
+    answer = console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
+    assert (answer.status_code, answer.json()["error"]) == (502, "load_failed")
+    assert words in answer.json()["message"]
+    assert console.model("bad")["status"] == "failed"
+    assert words in console.model("bad")["error"]
+    assert console.engines() == []
+
+
+def test_a_failed_model_can_be_tried_again(start_stand_in):
+    """The failure is forgotten when the next load begins, and shown again when that fails too."""
+    console = start_stand_in(stand_in("bad", "crash_loading", "slow_load:0.6"))
+    console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
+    console.post("/v1/models/switch", {"target_model": "bad"})
+    assert console.model("bad")["status"] == "loading"
+    console.wait_for(lambda s: s["models"]["bad"]["status"] == "failed", "the second failure")
+
+
+def test_a_missing_server_says_which_setting_names_it(start_console):
+    """The native server that isn't there: what can't be started, why, and where to change it."""
+    console = start_console(llamacpp_server="/no/such/llama-server")
+    answer = console.post("/v1/models/switch", {"target_model": "switchyard-mini"})
+    assert answer.status_code == 502
+    assert "llamacpp_server" in answer.json()["message"]
+    assert "No such file" in answer.json()["message"]
+
+
+def test_a_model_that_dies_when_ready_is_noticed_and_shown(start_stand_in):
+    """At once, with the last words of its log; the app serves on and the memory is given back."""
+    console = start_stand_in(stand_in("dies", "crash_ready:0.3") + GOOD)
+    console.switch("dies")
+    status = console.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be noticed")
+    assert "exit code 3" in status["models"]["dies"]["error"]
+    assert status["active_model"] is None
+    assert status["gpu"]["devices"][-1]["models"] == {}
+    console.switch("good")
+    assert console.ask("Hello").status_code == 200
+
+
+def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(start_stand_in):
+    """Unloading it takes the grace period and no longer, and the process is gone."""
+    console = start_stand_in(stand_in("stubborn", "ignore_sigterm"), unload_timeout_seconds=0.5)
+    console.switch("stubborn")
+    (engine,) = console.engines()
+    assert console.post("/v1/models/stubborn/stop").status_code == 200
+    assert not psutil.pid_exists(engine.pid)
+
+
+def test_a_load_can_be_cancelled_and_what_was_unloaded_comes_back(start_stand_in):
+    """Cancel in the middle: the half-loaded process is gone and the earlier model answers again."""
+    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in("slow", "slow_load:30", required_gb=0.6)
+    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
+    console.switch("good")
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    assert console.model("slow")["status"] == "loading"
+    answer = console.delete("/v1/models/switch").json()
+    assert (answer["status"], answer["model"]) == ("cancelled", "slow")
+    status = console.status()
+    assert status["models"]["slow"]["status"] == "stopped"
+    assert (status["models"]["good"]["status"], status["active_model"]) == ("running", "good")
+    assert len(console.engines()) == 1
+
+
+def test_leaving_the_stream_does_not_cancel_the_switch(start_stand_in):
+    """001: the client's going away stops nothing."""
+    console = start_stand_in(stand_in("slow", "slow_load:0.8"))
+    stream = console.switch_stream("slow")
+    next(stream)
+    stream.close()
+    console.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the switch to go on")
+
+
+def test_a_new_switch_cancels_the_running_one_by_default(start_stand_in):
+    """The first one's follower is told that it was replaced, and by what."""
+    console = start_stand_in(stand_in("slow", "slow_load:30") + GOOD)
+    ended: list[tuple[str, dict]] = []
+    follower = threading.Thread(target=lambda: ended.extend(console.switch_stream("slow")))
+    follower.start()
+    console.wait_for(lambda s: s["models"]["slow"]["status"] == "loading", "the load to begin")
+    console_two = _second_client(console)
+    console_two.switch("good")
+    follower.join(10)
+    assert ended[-1][0] == "error"
+    assert ended[-1][1]["error"] == "cancelled"
+    assert "replaced by a switch to good" in ended[-1][1]["message"]
+    assert console.states()["slow"] == "stopped"
+
+
+def test_a_new_switch_can_be_refused_or_queued_instead(start_stand_in):
+    """`replace` says what happens to the one under way; the queue is visible."""
+    console = start_stand_in(stand_in("slow", "slow_load:1") + GOOD)
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    refused = console.post("/v1/models/switch", {"target_model": "good", "replace": "refuse"})
+    assert (refused.status_code, refused.json()["error"]) == (409, "switch_in_progress")
+    waiting = threading.Thread(target=lambda: _second_client(console).switch("good", replace="queue"))
+    waiting.start()
+    wait_until(
+        lambda: [q["model"] for q in console.get("/v1/models/switch").json()["queue"]] == ["good"],
+        "the second switch to be queued",
+    )
+    waiting.join(10)
+    assert console.states() | {"slow": "running", "good": "running"} == console.states()
+    assert console.status()["active_model"] == "good"
+
+
+def test_a_refused_target_does_not_cancel_the_switch_under_way(start_stand_in):
+    """Asking for what can't fit must not cost the load that can."""
+    console = start_stand_in(stand_in("slow", "slow_load:1") + stand_in("huge", required_gb=900))
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    assert console.post("/v1/models/switch", {"target_model": "huge"}).status_code == 409
+    console.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the first switch to finish")
+
+
+def test_a_busy_model_finishes_its_answer_before_it_is_unloaded(start_stand_in):
+    """Drain: the answer under way is complete, though the switch wants the memory."""
+    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in(
+        "talker", "slow_tokens:0.1", "hold:80", required_gb=0.6
+    )
+    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
+    console.switch("talker")
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.append(_second_client(console).ask("Hello", model="talker").text))
+    asking.start()
+    console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
+    assert console.switch("good")["unloaded_models"] == ["talker"]
+    asking.join(10)
+    assert "ten short words" in answers[0]
+
+
+def test_a_cancel_while_draining_leaves_the_model_serving(start_stand_in):
+    """Nothing was unloaded yet, so nothing is lost: it takes requests again."""
+    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in(
+        "talker", "slow_tokens:0.3", "hold:80", required_gb=0.6
+    )
+    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
+    console.switch("talker")
+    asking = threading.Thread(target=lambda: _second_client(console).ask("Hello", model="talker"))
+    asking.start()
+    console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
+    switching = threading.Thread(
+        target=lambda: _second_client(console).post("/v1/models/switch", {"target_model": "good"})
+    )
+    switching.start()
+    console.wait_for(lambda s: (s["switch"] or {}).get("stage") == "draining", "the drain to begin")
+    assert console.delete("/v1/models/switch").json()["status"] == "cancelled"
+    assert console.ask("Hello", model="talker", max_tokens=1).status_code == 200
+    asking.join(10)
+    switching.join(10)
+    assert console.states()["talker"] == "running"
+
+
+def _second_client(console: Console) -> Console:
+    """The same console over a connection of its own, for another thread."""
+    import copy
+
+    import requests
+
+    other = copy.copy(console)
+    other.http = requests.Session()
+    other.http.trust_env = False
+    return other

@@ -1,0 +1,195 @@
+"""A real Switchyard for tests: gunicorn with its gevent worker in a process of its own, spoken to over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_MODELS = Path(os.environ.get("DEMO", ROOT / "models"))
+FAKE_LLAMA_SERVER = ROOT / "tests" / "fakes" / "llama_server.py"
+PATIENCE = 30.0
+
+
+class Console:
+    """One running Switchyard. `settings` become environment variables, `toml` its settings file."""
+
+    def __init__(self, folder: Path, *, models_dir: Path = DEMO_MODELS, toml: str = "", **settings: object) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = requests.Session()
+        self.http.trust_env = False
+        config = folder / "switchyard.toml"
+        config.write_text(toml, encoding="utf-8")
+        self.environment = {
+            "SWITCHYARD_CONFIG": str(config),
+            "SWITCHYARD_PORT": str(self.port),
+            "SWITCHYARD_STATE_DIR": str(folder / "state"),
+            "SWITCHYARD_MODELS_DIR": str(models_dir),
+            **{f"SWITCHYARD_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        self.log = folder / "console.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Console:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
+                cwd=ROOT,
+                env={k: v for k, v in os.environ.items() if not k.startswith("SWITCHYARD_")} | self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(self._answers, f"the console to answer; it said:\n{self.said()}")
+        return self
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal to the gunicorn master and wait for its end; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def kill(self) -> None:
+        """SIGKILL to master and worker alone: what a crash of the app leaves behind stays."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        """End it and everything it started, however the test went."""
+        if self.process is None:
+            return
+        children = self.children()
+        if self.process.poll() is None:
+            self.stop()
+        for child in children:
+            if child.is_running():
+                child.kill()
+        self.http.close()
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def children(self) -> list[psutil.Process]:
+        """Every process below it: the worker, and the engines it started."""
+        assert self.process is not None
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def engines(self) -> list[psutil.Process]:
+        """The engine processes that hold a model (one that stands by holds none)."""
+        recorded = (self.folder / "state" / "processes").glob("*.json")
+        return [psutil.Process(int(path.stem)) for path in recorded if psutil.pid_exists(int(path.stem))]
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return self.http.get(self.url + path, timeout=PATIENCE, **options)
+
+    def post(self, path: str, body: object = None, **options: Any) -> requests.Response:
+        if body is not None:
+            options["json"] = body
+        return self.http.post(self.url + path, timeout=PATIENCE, **options)
+
+    def delete(self, path: str) -> requests.Response:
+        return self.http.delete(self.url + path, timeout=PATIENCE)
+
+    def status(self) -> dict[str, Any]:
+        answer = self.get("/v1/models/status")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def model(self, model_id: str) -> dict[str, Any]:
+        return self.status()["models"][model_id]
+
+    def states(self) -> dict[str, str]:
+        return {model_id: model["status"] for model_id, model in self.status()["models"].items()}
+
+    def switch(self, model_id: str, **options: object) -> dict[str, Any]:
+        """Switch and wait until it is ready."""
+        answer = self.post("/v1/models/switch", {"target_model": model_id, "wait": True, **options})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def switch_stream(self, model_id: str, **options: object) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The events of a switch as (name, data)."""
+        with closing(
+            self.post(
+                "/v1/models/switch",
+                {"target_model": model_id, **options},
+                headers={"Accept": "text/event-stream"},
+                stream=True,
+            )
+        ) as answer:
+            assert answer.status_code == 200, answer.text
+            yield from events(answer)
+
+    def ask(self, text: str, **body: object) -> requests.Response:
+        messages = [{"role": "user", "content": text}]
+        return self.post("/v1/chat/completions", {"messages": messages, "temperature": 0, **body})
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """The first status that meets `condition`."""
+        seen: dict[str, Any] = {}
+
+        def met() -> bool:
+            seen.clear()
+            seen.update(self.status())
+            return condition(seen)
+
+        wait_until(met, what)
+        return seen
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the console ended with {self.process.returncode}: {self.said()}")
+        try:
+            return self.get("/readyz").status_code == 200
+        except requests.ConnectionError:
+            return False
+
+
+def events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The named events of an SSE answer, their data parsed."""
+    name = ""
+    for line in answer.iter_lines(decode_unicode=True):
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: "):
+            yield name, json.loads(line[6:])
+
+
+def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+    """Look every 10 ms until `condition` holds; fails the test naming `what` after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {patience:.0f} s for {what}"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stand_in(model_id: str, *faults: str, source: str = "switchyard-mini.gguf", **fields: object) -> str:
+    """A `[[models]]` table for the stand-in llama-server, with its fault switches."""
+    arguments = [part for fault in faults for part in ("--fault", fault)]
+    lines = [f'id = "{model_id}"', f'source = "{source}"', *(f"{key} = {json.dumps(v)}" for key, v in fields.items())]
+    return "\n".join(["[[models]]", *lines, "[models.options]", f"arguments = {json.dumps(arguments)}", ""])

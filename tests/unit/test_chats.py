@@ -1,0 +1,500 @@
+"""Conversations and the answers in them: what is kept, what is refused, and what every reader sees."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from services import answers
+from services.chats import (
+    ChatBusy,
+    Chats,
+    Conversation,
+    ConversationNotFound,
+    EmptyMessage,
+    GenerationError,
+    Message,
+    MessageNotFound,
+    MessageTooLong,
+    NotTheLast,
+    history_of,
+    title_of,
+)
+from services.store.repository import ConversationRepository, Store, open_store
+
+WAIT = 5.0
+
+
+class FakeStream:
+    """An answer whose pieces a test hands out one by one; `taken` counts those that were asked for."""
+
+    def __init__(self, model: str, messages: Sequence[Mapping[str, str]]) -> None:
+        self.model = model
+        self.messages = list(messages)
+        self.left = threading.Event()
+        self.cancelled = False
+        self._pieces: queue.Queue[str | Exception | None] = queue.Queue()
+
+    def say(self, *pieces: str) -> FakeStream:
+        for piece in pieces:
+            self._pieces.put(piece)
+        return self
+
+    def end(self) -> None:
+        self._pieces.put(None)
+
+    def break_off(self, error: Exception) -> None:
+        self._pieces.put(error)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.end()
+
+    def __iter__(self) -> Iterator[str]:
+        while (piece := self._pieces.get(timeout=WAIT)) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+class FakeGenerator:
+    """Hands each request to the test as a stream; `admit` cleared makes it wait, as for a model being loaded."""
+
+    def __init__(self) -> None:
+        self.refusal: Exception | None = None
+        self.admit = threading.Event()
+        self.admit.set()
+        self.asked = threading.Event()
+        self._streams: queue.Queue[FakeStream] = queue.Queue()
+
+    @contextmanager
+    def stream_chat(
+        self, model: str | None, messages: Sequence[Mapping[str, str]], _given_up: Callable[[], bool]
+    ) -> Iterator[FakeStream]:
+        self.asked.set()
+        assert self.admit.wait(WAIT)
+        if self.refusal:
+            raise self.refusal
+        stream = FakeStream(model or "active-model", messages)
+        self._streams.put(stream)
+        try:
+            yield stream
+        finally:
+            stream.left.set()
+
+    def next(self) -> FakeStream:
+        return self._streams.get(timeout=WAIT)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = open_store(tmp_path / "switchyard.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def generator() -> FakeGenerator:
+    return FakeGenerator()
+
+
+@pytest.fixture
+def chats(store: Store, generator: FakeGenerator) -> Iterator[Chats]:
+    chats = Chats(ConversationRepository(store), generator)
+    yield chats
+    generator.admit.set()
+    chats.close()
+
+
+@pytest.fixture
+def conversation(chats: Chats) -> Conversation:
+    return chats.create()
+
+
+def final(chats: Chats, message_id: str) -> Message:
+    """The message once nothing is added to it any more."""
+    *_, last = (m for m in chats.follow(message_id) if m is not None)
+    return last
+
+
+def until(chats: Chats, message_id: str, content: str) -> Message:
+    """The message once it says `content`."""
+    return next(m for m in chats.follow(message_id) if m is not None and m.content == content)
+
+
+def answer(chats: Chats, generator: FakeGenerator, conversation: Conversation, text: str, *pieces: str) -> Message:
+    """A whole exchange."""
+    sent = chats.send(conversation.id, text)
+    generator.next().say(*pieces).end()
+    return final(chats, sent.id)
+
+
+def test_an_answer_is_written_and_kept(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
+) -> None:
+    """The question is saved, the answer grows to its end, says who wrote it, and is in the database."""
+    sent = chats.send(conversation.id, "  Hello?  ")
+    assert (sent.role, sent.state, sent.content, sent.final) == ("assistant", "streaming", "", False)
+    generator.next().say("Good ", "day", ".").end()
+    done = final(chats, sent.id)
+    assert (done.content, done.state, done.model, done.tokens) == ("Good day.", "complete", "active-model", 3)
+    assert done.seconds is not None
+    assert done.finished_at is not None
+    stored = ConversationRepository(store).get(conversation.id)
+    assert stored is not None
+    assert [(m.role, m.content, m.state) for m in stored.messages] == [
+        ("user", "Hello?", "complete"),
+        ("assistant", "Good day.", "complete"),
+    ]
+    assert chats.get(conversation.id) == stored
+
+
+def test_the_asked_model_is_asked(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A model named by the user is passed on."""
+    chats.send(conversation.id, "Hi", model="tiny")
+    assert generator.next().model == "tiny"
+
+
+def test_the_first_message_names_the_conversation(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """The title is the first message's beginning, unless the user gave another; later ones don't change it."""
+    answer(chats, generator, conversation, "Tell me about trains", "ok")
+    answer(chats, generator, conversation, "And planes", "ok")
+    assert chats.get(conversation.id).title == "Tell me about trains"
+    named = chats.create()
+    chats.rename(named.id, "  My \n chat ")
+    answer(chats, generator, named, "Something else", "ok")
+    assert [c.title for c in chats.conversations()] == ["My chat", "Tell me about trains"]
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("Short", "Short"),
+        ("two\n  lines", "two lines"),
+        ("a" * 48, "a" * 48),
+        ("a" * 60, "a" * 48 + "…"),
+        ("word " * 20, "word word word word word word word word word…"),
+        ("x" * 47 + " next words", "x" * 47 + "…"),
+    ],
+)
+def test_titles_are_cut_at_a_word(text: str, title: str) -> None:
+    """Long titles end with a whole word and a sign that they go on; one endless word is cut hard."""
+    assert title_of(text) == title
+
+
+@pytest.mark.parametrize("text", ["", " \n\t "])
+def test_nothing_is_not_sent(text: str, chats: Chats, conversation: Conversation) -> None:
+    """An empty message is refused and leaves nothing behind."""
+    with pytest.raises(EmptyMessage):
+        chats.send(conversation.id, text)
+    assert chats.get(conversation.id).messages == ()
+
+
+def test_the_limit_of_a_message(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """32,000 characters pass, one more is refused in words."""
+    with pytest.raises(MessageTooLong, match="32,001 characters; 32,000 is the limit"):
+        chats.send(conversation.id, "x" * 32_001)
+    answer(chats, generator, conversation, "x" * 32_000, "ok")
+
+
+def test_unknown_ids_are_refused_in_words(chats: Chats) -> None:
+    """Whatever names a conversation or message that is not there says so."""
+    for call in (chats.get, chats.delete, lambda key: chats.rename(key, "x"), lambda key: chats.send(key, "x")):
+        with pytest.raises(ConversationNotFound, match="does not exist any more"):
+            call("nothing")
+    for ask in (chats.message, chats.stop, chats.retry, chats.follow):
+        with pytest.raises(MessageNotFound, match="does not exist any more"):
+            ask("nothing")
+
+
+def test_one_answer_at_a_time(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """While an answer is written its conversation takes no other message, other conversations do."""
+    sent = chats.send(conversation.id, "One")
+    stream = generator.next()
+    with pytest.raises(ChatBusy):
+        chats.send(conversation.id, "Two")
+    with pytest.raises(ChatBusy):
+        chats.retry(sent.id)
+    answer(chats, generator, chats.create(), "Elsewhere", "ok")
+    stream.end()
+    final(chats, sent.id)
+    answer(chats, generator, conversation, "Two", "ok")
+
+
+def test_two_sends_at_once_make_one_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """Of eight threads that send at the same moment one gets through, the others are told to wait."""
+    barrier, results = threading.Barrier(8), queue.Queue[str]()
+
+    def send() -> None:
+        barrier.wait(WAIT)
+        try:
+            results.put(chats.send(conversation.id, "Me").state)
+        except ChatBusy:
+            results.put("busy")
+
+    threads = [threading.Thread(target=send) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert sorted(results.get_nowait() for _ in range(8)) == ["busy"] * 7 + ["streaming"]
+    assert len(chats.get(conversation.id).messages) == 2
+    generator.next().end()
+
+
+def test_stopping_keeps_what_came(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A stopped answer keeps its words, the engine is told, and nothing is added afterwards."""
+    sent = chats.send(conversation.id, "Count")
+    stream = generator.next().say("one ", "two")
+    until(chats, sent.id, "one two")
+    stopped = chats.stop(sent.id)
+    assert (stopped.state, stopped.content, stopped.error) == ("stopped", "one two", None)
+    assert stream.cancelled
+    stream.say(" three").end()
+    assert stream.left.wait(WAIT)
+    assert chats.message(sent.id) == stopped
+    assert chats.stop(sent.id) == stopped
+
+
+def test_stopping_before_the_model_is_there(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """An answer that waits for its model stops at once, and is not begun when the model has come."""
+    generator.admit.clear()
+    sent = chats.send(conversation.id, "Hi")
+    assert generator.asked.wait(WAIT)
+    assert chats.stop(sent.id).state == "stopped"
+    generator.admit.set()
+    stream = generator.next().say("too late")
+    assert stream.left.wait(WAIT)
+    assert chats.message(sent.id).content == ""
+
+
+def test_a_refusal_is_shown(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """What the generator says for people ends up in the failed answer, and the chat can go on."""
+    generator.refusal = GenerationError("No model is loaded. Load one on the Models page.")
+    failed = final(chats, chats.send(conversation.id, "Hi").id)
+    assert (failed.state, failed.error) == ("failed", "No model is loaded. Load one on the Models page.")
+    assert failed.content == ""
+    generator.refusal = None
+    assert answer(chats, generator, conversation, "Again", "ok").state == "complete"
+
+
+def test_breaking_off_keeps_what_came(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """An answer whose engine dies in the middle is marked failed and keeps its words."""
+    sent = chats.send(conversation.id, "Hi")
+    generator.next().say("Half an ans").break_off(GenerationError("The engine went away."))
+    failed = final(chats, sent.id)
+    assert (failed.state, failed.content, failed.error) == ("failed", "Half an ans", "The engine went away.")
+
+
+def test_a_bug_does_not_leave_an_answer_hanging(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """Whatever is raised, the answer ends, in words without a stack trace."""
+    sent = chats.send(conversation.id, "Hi")
+    generator.next().break_off(KeyError("secret"))
+    failed = final(chats, sent.id)
+    assert failed.state == "failed"
+    assert failed.error == "Switchyard failed to pass the answer on (KeyError); its log has the details."
+
+
+def test_retry_replaces_the_last_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """The old answer goes, the new one is asked with what came before it."""
+    answer(chats, generator, conversation, "One", "first")
+    old = answer(chats, generator, conversation, "Two", "bad")
+    new = chats.retry(old.id)
+    stream = generator.next().say("good")
+    stream.end()
+    assert [m["content"] for m in stream.messages] == ["One", "first", "Two"]
+    final(chats, new.id)
+    assert [m.content for m in chats.get(conversation.id).messages] == ["One", "first", "Two", "good"]
+    with pytest.raises(MessageNotFound):
+        chats.message(old.id)
+
+
+def test_only_the_last_answer_can_be_retried(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """An earlier answer stays as it is."""
+    first = answer(chats, generator, conversation, "One", "first")
+    answer(chats, generator, conversation, "Two", "second")
+    with pytest.raises(NotTheLast):
+        chats.retry(first.id)
+
+
+def test_a_question_without_an_answer_can_be_retried(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
+) -> None:
+    """When the process died between question and answer the question is answered, not doubled."""
+    dropped = answer(chats, generator, conversation, "One", "lost")
+    ConversationRepository(store).drop(dropped.id)
+    question = chats.get(conversation.id).messages[-1]
+    new = chats.retry(question.id)
+    generator.next().say("here").end()
+    final(chats, new.id)
+    assert [m.content for m in chats.get(conversation.id).messages] == ["One", "here"]
+
+
+def test_what_the_model_is_told(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """Everything that has words, in order; a failed answer without any is left out."""
+    answer(chats, generator, conversation, "One", "1")
+    generator.refusal = GenerationError("no")
+    final(chats, chats.send(conversation.id, "Two").id)
+    generator.refusal = None
+    chats.send(conversation.id, "Three")
+    stream = generator.next()
+    stream.end()
+    assert stream.messages == [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two"},
+        {"role": "user", "content": "Three"},
+    ]
+
+
+def test_a_message_still_growing_is_no_history() -> None:
+    """Only what is final is told to a model."""
+    growing = Message("i", "c", "assistant", "half", None, "streaming", None, 0.0, None, 1, 0.0)
+    assert history_of((growing,)) == []
+
+
+def test_two_readers_see_the_same(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """Two who follow, from different moments on, both see the words grow and the same end."""
+    sent = chats.send(conversation.id, "Hi")
+    stream = generator.next()
+    seen: list[list[Message]] = [[], []]
+
+    def follow(reader: int) -> None:
+        seen[reader].extend(m for m in chats.follow(sent.id) if m is not None)
+
+    readers = [threading.Thread(target=follow, args=(n,)) for n in range(2)]
+    readers[0].start()
+    stream.say("a", "b")
+    until(chats, sent.id, "ab")
+    readers[1].start()
+    stream.say("c").end()
+    for reader in readers:
+        reader.join(WAIT)
+    assert seen[0][-1] == seen[1][-1] == chats.message(sent.id)
+    assert seen[0][-1].content == "abc"
+    for views in seen:
+        assert all(later.content.startswith(earlier.content) for earlier, later in pairwise(views))
+
+
+def test_following_what_is_over_gives_it_once(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """A reader who comes late gets the final message and the end."""
+    done = answer(chats, generator, conversation, "Hi", "ok")
+    assert list(chats.follow(done.id)) == [done]
+
+
+def test_many_pieces_make_few_updates(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A reader is not woken for every one of a thousand pieces, and misses none of the words."""
+    sent = chats.send(conversation.id, "Hi")
+    stream = generator.next()
+    updates = chats.follow(sent.id)
+    next(updates)
+    stream.say(*["x"] * 1000).end()
+    views = [m for m in updates if m is not None]
+    assert views[-1].content == "x" * 1000
+    assert len(views) < 100
+
+
+def test_silence_gives_a_heartbeat(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing comes a reader gets None now and then, so that a gone client is noticed."""
+    monkeypatch.setattr(answers, "HEARTBEAT_SECONDS", 0.001)
+    monkeypatch.setattr(answers, "FOLLOW_SECONDS", 0.001)
+    sent = chats.send(conversation.id, "Hi")
+    stream = generator.next()
+    updates = chats.follow(sent.id)
+    next(updates)
+    assert next(m is None for m in updates if m is None or m.content)
+    stream.end()
+    assert [m for m in updates if m is not None][-1].state == "complete"
+
+
+def test_the_page_sees_the_live_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A conversation read in the middle of an answer shows what has come so far, saved or not."""
+    sent = chats.send(conversation.id, "Hi")
+    stream = generator.next().say("so far")
+    until(chats, sent.id, "so far")
+    live = chats.get(conversation.id).messages[-1]
+    assert (live.id, live.content, live.state) == (sent.id, "so far", "streaming")
+    stream.end()
+
+
+def test_answers_are_saved_as_they_come(
+    chats: Chats,
+    generator: FakeGenerator,
+    conversation: Conversation,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has come is in the database before the answer is done."""
+    monkeypatch.setattr(answers, "SAVE_SECONDS", 0.0)
+    sent = chats.send(conversation.id, "Hi")
+    stream = generator.next().say("half")
+    until(chats, sent.id, "half")
+    stored = ConversationRepository(store).message(sent.id)
+    assert stored is not None
+    assert (stored.content, stored.state) == ("half", "streaming")
+    stream.end()
+
+
+def test_a_restart_marks_what_was_cut_off(store: Store, generator: FakeGenerator, chats: Chats) -> None:
+    """After a crash an unfinished answer is interrupted, keeps its saved words, and can be retried."""
+    conversation = chats.create()
+    repository = ConversationRepository(store)
+    half = Message("a" * 32, conversation.id, "assistant", "half", "m", "streaming", None, 1.0, None, 1, 0.0)
+    repository.append(half)
+    reborn = Chats(repository, generator, clock=lambda: 99.0)
+    found = reborn.message(half.id)
+    assert (found.state, found.content, found.finished_at) == ("interrupted", "half", 99.0)
+    assert list(reborn.follow(half.id)) == [found]
+    again = reborn.retry(half.id)
+    generator.next().say("whole").end()
+    assert final(reborn, again.id).content == "whole"
+
+
+def test_deleting_stops_the_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A conversation deleted in the middle of an answer is gone, and the engine is told to stop."""
+    sent = chats.send(conversation.id, "Hi")
+    stream = generator.next().say("some")
+    until(chats, sent.id, "some")
+    chats.delete(conversation.id)
+    assert stream.left.wait(WAIT)
+    assert chats.conversations() == []
+    with pytest.raises(MessageNotFound):
+        chats.message(sent.id)
+
+
+def test_closing_stops_every_answer(chats: Chats, generator: FakeGenerator, store: Store) -> None:
+    """At the end every answer is stopped with what it has, saved, and its thread is gone."""
+    sent = [chats.send(chats.create().id, "Hi") for _ in range(3)]
+    streams = [generator.next().say("words") for _ in sent]
+    for message in sent:
+        until(chats, message.id, "words")
+    chats.close()
+    stored = [ConversationRepository(store).message(message.id) for message in sent]
+    assert [(m.state, m.content) for m in stored if m] == [("stopped", "words")] * 3
+    assert all(stream.left.is_set() for stream in streams)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("answer-")]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "pace"), [(None, None, None), (1, 0.0, None), (11, 2.0, 5.0), (0, None, None)]
+)
+def test_the_pace_is_measured_between_tokens(tokens: int | None, seconds: float | None, pace: float | None) -> None:
+    """Ten gaps in two seconds are five tokens a second; one token has no pace."""
+    message = Message("i", "c", "assistant", "x", "m", "complete", None, 0.0, 1.0, tokens, seconds)
+    assert message.tokens_per_second == pace

@@ -1,0 +1,215 @@
+"""What is read of this machine's devices, with a driver of our own making."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from services.memory.devices import DeviceMonitor
+from services.offhub import off_hub
+from services.switching.engine import HOST_DEVICE
+
+GB = 10**9
+
+
+class FakeError(Exception):
+    """Stands for pynvml.NVMLError."""
+
+
+class FakeLibraryNotFound(FakeError):
+    """Stands for pynvml.NVMLError_LibraryNotFound."""
+
+
+@dataclass
+class FakeGpu:
+    uuid: str
+    compute: list[tuple[int, int | None]] = field(default_factory=list)
+    graphics: list[tuple[int, int | None]] = field(default_factory=list)
+    broken: bool = False
+    tells_processes: bool = True
+
+
+class FakeNvml:
+    """As much of pynvml as is used, over a list of GPUs that a test may change."""
+
+    NVMLError = FakeError
+    NVMLError_LibraryNotFound = FakeLibraryNotFound
+
+    def __init__(self, gpus: list[FakeGpu], init_error: FakeError | None = None) -> None:
+        self.gpus = gpus
+        self.init_error = init_error
+        self.count_error: FakeError | None = None
+        self.inits = 0
+
+    def nvmlInit(self) -> None:
+        self.inits += 1
+        if self.init_error:
+            raise self.init_error
+
+    def nvmlDeviceGetCount(self) -> int:
+        if self.count_error:
+            raise self.count_error
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
+        if self.gpus[index].broken:
+            raise FakeError("GPU is lost")
+        return self.gpus[index]
+
+    def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:
+        return gpu.uuid
+
+    def nvmlDeviceGetName(self, _gpu: FakeGpu) -> str:
+        return "Fake GPU"
+
+    def nvmlDeviceGetMemoryInfo(self, _gpu: FakeGpu) -> SimpleNamespace:
+        return SimpleNamespace(total=24 * GB, free=20 * GB, used=4 * GB)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGpu) -> list[SimpleNamespace]:
+        if not gpu.tells_processes:
+            raise FakeError("Not Supported")
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in gpu.compute]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, gpu: FakeGpu) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in gpu.graphics]
+
+
+def ids(monitor: DeviceMonitor) -> list[str]:
+    return [reading.id for reading in monitor.sample()]
+
+
+def test_two_gpus_come_before_the_host() -> None:
+    """GPUs are listed by their UUID with total and free, the host's RAM last."""
+    monitor = DeviceMonitor(None, nvml=FakeNvml([FakeGpu("GPU-a"), FakeGpu("GPU-b")]))
+    first, second, host = monitor.sample()
+    assert (first.id, second.id, host.id) == ("GPU-a", "GPU-b", HOST_DEVICE)
+    assert (first.kind, first.name, first.total_bytes, first.free_bytes) == ("gpu", "Fake GPU", 24 * GB, 20 * GB)
+    assert host.kind == "host"
+
+
+def test_a_broken_gpu_does_not_hide_the_others() -> None:
+    """A GPU that can't be read is dropped, and is back once it answers again."""
+    lost = FakeGpu("GPU-a", broken=True)
+    monitor = DeviceMonitor(None, nvml=FakeNvml([lost, FakeGpu("GPU-b")]))
+    assert ids(monitor) == ["GPU-b", HOST_DEVICE]
+    lost.broken = False
+    assert ids(monitor) == ["GPU-a", "GPU-b", HOST_DEVICE]
+
+
+def test_a_gpu_that_vanishes_is_dropped() -> None:
+    """The list follows the driver's."""
+    nvml = FakeNvml([FakeGpu("GPU-a"), FakeGpu("GPU-b")])
+    monitor = DeviceMonitor(None, nvml=nvml)
+    monitor.sample()
+    nvml.gpus.pop()
+    assert ids(monitor) == ["GPU-a", HOST_DEVICE]
+
+
+def test_no_driver_is_normal() -> None:
+    """Without NVIDIA's library there is the host alone, and the library is not looked for again."""
+    nvml = FakeNvml([], init_error=FakeLibraryNotFound("NVML Shared Library Not Found"))
+    monitor = DeviceMonitor(None, nvml=nvml)
+    assert ids(monitor) == [HOST_DEVICE]
+    assert ids(monitor) == [HOST_DEVICE]
+    assert nvml.inits == 1
+
+
+def test_a_driver_that_comes_back_is_used_again() -> None:
+    """After the driver failed as a whole it is started anew, and the GPUs are back."""
+    nvml = FakeNvml([FakeGpu("GPU-a")])
+    monitor = DeviceMonitor(None, nvml=nvml)
+    monitor.sample()
+    nvml.count_error = FakeError("Uninitialized")
+    assert ids(monitor) == [HOST_DEVICE]
+    nvml.count_error = None
+    assert ids(monitor) == ["GPU-a", HOST_DEVICE]
+    assert nvml.inits == 2
+
+
+def test_bytes_per_process() -> None:
+    """Compute and graphics processes are joined; one listed twice counts once, an unknown figure not at all."""
+    gpu = FakeGpu("GPU-a", compute=[(1, 3 * GB), (2, None)], graphics=[(1, 3 * GB), (3, GB)])
+    reading = DeviceMonitor(None, nvml=FakeNvml([gpu])).sample()[0]
+    assert reading.process_bytes == {1: 3 * GB, 3: GB}
+
+
+def test_a_driver_that_does_not_tell_processes() -> None:
+    """The GPU stays, with the processes the driver does tell."""
+    gpu = FakeGpu("GPU-a", compute=[(1, GB)], graphics=[(3, GB)], tells_processes=False)
+    assert DeviceMonitor(None, nvml=FakeNvml([gpu])).sample()[0].process_bytes == {3: GB}
+
+
+@pytest.mark.parametrize(("budget", "total"), [(None, None), (GB // 2, GB // 2), (10**15, None)])
+def test_the_budget_caps_the_host(budget: int | None, total: int | None) -> None:
+    """The host's total is the machine's or the budget, whichever is less."""
+    host = DeviceMonitor(budget, nvml=FakeNvml([])).sample()[-1]
+    assert host.total_bytes == (total or psutil.virtual_memory().total)
+    assert host.budget_bytes == budget
+    assert host.free_bytes > 0
+
+
+def test_readings_stay_fresh_between_start_and_stop() -> None:
+    """The background thread takes new readings by itself, and ends when it is told to."""
+    nvml = FakeNvml([FakeGpu("GPU-a")])
+    sampled = threading.Semaphore(0)
+    count = nvml.nvmlDeviceGetCount
+
+    def counted() -> int:
+        sampled.release()
+        return count()
+
+    nvml.nvmlDeviceGetCount = counted  # type: ignore[method-assign]
+    monitor = DeviceMonitor(None, interval=0.001, nvml=nvml)
+    monitor.start()
+    try:
+        assert all(sampled.acquire(timeout=5) for _ in range(3))
+        assert monitor.readings[0].id == "GPU-a"
+    finally:
+        monitor.stop()
+    assert "device-monitor" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_readings_are_there_before_the_start() -> None:
+    """The first look takes readings; nobody sees an empty machine."""
+    assert [r.id for r in DeviceMonitor(None, nvml=FakeNvml([])).readings] == [HOST_DEVICE]
+
+
+def test_off_hub_calls_directly_without_gevent() -> None:
+    """In an unpatched process the call stays in its thread, and its errors come through."""
+    assert off_hub(threading.get_ident) == threading.get_ident()
+    with pytest.raises(ValueError, match="invalid literal"):
+        off_hub(int, "x")
+
+
+ON_GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import time, gevent
+from services.offhub import off_hub
+block = monkey.get_original("time", "sleep")
+ticks = []
+def tick():
+    while True:
+        ticks.append(1)
+        gevent.sleep(0.001)
+gevent.spawn(tick)
+off_hub(block, 0.2)
+print(len(ticks))
+try:
+    off_hub(int, "x")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_off_hub_lets_other_greenlets_run() -> None:
+    """On gevent a call that blocks in C freezes nobody else, and its errors come through."""
+    run = subprocess.run([sys.executable, "-c", ON_GEVENT], capture_output=True, text=True, timeout=30, check=True)
+    ticks, error = run.stdout.splitlines()
+    assert int(ticks) > 10
+    assert error == "invalid literal for int() with base 10: 'x'"

@@ -1,0 +1,96 @@
+"""The account of a device's memory adds up, whatever was read."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.memory.ledger import Holding, Reading, account
+from services.switching.engine import Usage
+
+GB = 10**9
+SIZES = st.integers(0, 64 * GB)
+
+
+@st.composite
+def usages(draw: st.DrawFn, device: str) -> Usage | None:
+    size = draw(SIZES)
+    return draw(st.sampled_from([None, Usage(device, size, draw(st.integers(0, size)))]))
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[Reading, list[Holding]]:
+    kind = draw(st.sampled_from(["gpu", "host"]))
+    total = draw(SIZES)
+    budget = total if kind == "host" and draw(st.booleans()) else None
+    reading = Reading("d", "Device", kind, total, draw(SIZES), budget)
+    holdings = [
+        Holding(f"m{n}", device, draw(usages(device)), draw(SIZES))
+        for n, device in enumerate(draw(st.lists(st.sampled_from(["d", "elsewhere"]), max_size=4)))
+    ]
+    return reading, holdings
+
+
+@given(situations())
+def test_the_parts_add_up_to_the_device(situation: tuple[Reading, list[Holding]]) -> None:
+    """ours + reserved + other + available is the total whenever ours fits in it, and no part is ever negative."""
+    reading, holdings = situation
+    result = account(reading, holdings)
+    ours = sum(size for _, size in result.ours)
+    assert min(result.reserved_bytes, result.other_bytes, result.available_bytes, result.used_bytes) >= 0
+    rest = result.reserved_bytes + result.other_bytes + result.available_bytes
+    assert rest == max(0, reading.total_bytes - ours)
+
+
+@given(situations())
+def test_what_is_available_is_really_free(situation: tuple[Reading, list[Holding]]) -> None:
+    """Never more is offered than the driver calls free, less what loads under way were promised."""
+    reading, holdings = situation
+    result = account(reading, holdings)
+    assert result.available_bytes + result.reserved_bytes <= reading.free_bytes
+
+
+def test_mapped_weights_count_as_ours_on_the_host() -> None:
+    """Pages of a loaded model's file, which the kernel calls available, are not offered to another model."""
+    reading = Reading("host", "System memory", "host", 16 * GB, 12 * GB)
+    result = account(reading, [Holding("a", "host", Usage("host", 5 * GB, mapped_bytes=4 * GB))])
+    assert result.ours == (("a", 5 * GB),)
+    assert result.available_bytes == 8 * GB
+    assert result.other_bytes == 3 * GB
+
+
+def test_a_gpu_has_no_mapped_pages() -> None:
+    """On a GPU what the driver calls free is free."""
+    reading = Reading("GPU-1", "GPU", "gpu", 24 * GB, 12 * GB)
+    result = account(reading, [Holding("a", "GPU-1", Usage("GPU-1", 10 * GB, mapped_bytes=4 * GB))])
+    assert (result.available_bytes, result.other_bytes) == (12 * GB, 2 * GB)
+
+
+def test_a_budget_caps_what_is_offered() -> None:
+    """With a budget the models share it, though the machine has more; other programs don't use it up."""
+    reading = Reading("host", "System memory", "host", 8 * GB, 60 * GB, budget_bytes=8 * GB)
+    result = account(reading, [Holding("a", "host", Usage("host", 3 * GB))])
+    assert (result.available_bytes, result.other_bytes) == (5 * GB, 0)
+
+
+def test_without_a_budget_the_rest_is_other_programs() -> None:
+    """What is neither ours nor free is held by other programs."""
+    reading = Reading("host", "System memory", "host", 16 * GB, 9 * GB)
+    result = account(reading, [Holding("a", "host", Usage("host", 3 * GB))])
+    assert (result.available_bytes, result.other_bytes) == (9 * GB, 4 * GB)
+
+
+def test_a_load_under_way_keeps_the_rest_of_its_promise() -> None:
+    """What a loading model was promised and doesn't hold yet is reserved; what it holds is not counted twice."""
+    reading = Reading("host", "System memory", "host", 16 * GB, 10 * GB)
+    loading = Holding("a", "host", Usage("host", 2 * GB), reserved_bytes=5 * GB)
+    result = account(reading, [loading])
+    assert (result.reserved_bytes, result.available_bytes) == (3 * GB, 7 * GB)
+
+
+def test_unknown_use_is_seen_as_other_programs() -> None:
+    """An instance whose use nobody knows is listed with nothing; the driver's reading still counts it as taken."""
+    reading = Reading("GPU-1", "GPU", "gpu", 24 * GB, 14 * GB)
+    result = account(reading, [Holding("a", "GPU-1", None)])
+    assert result.ours == (("a", 0),)
+    assert (result.available_bytes, result.other_bytes) == (14 * GB, 10 * GB)

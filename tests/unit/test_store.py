@@ -1,0 +1,221 @@
+"""What is stored comes back, in order, and survives several hands at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from services.store.records import Message, new_id
+from services.store.repository import (
+    ConversationRepository,
+    LoadRecord,
+    LoadRepository,
+    Store,
+    StoreError,
+    open_store,
+)
+from services.store.tables import Base
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "switchyard.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    store = open_store(path)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def chats(store: Store) -> ConversationRepository:
+    return ConversationRepository(store)
+
+
+def message(conversation_id: str, content: str = "hello", **changes: object) -> Message:
+    plain = Message(new_id(), conversation_id, "user", content, None, "complete", None, 10.0, 10.0, None, None)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def load(at: float, model: str = "m", key: str = "k") -> LoadRecord:
+    return LoadRecord(model, "llamacpp", key, "ready", 2.5, {"loading_weights": 2.0}, 10**10, "host", at)
+
+
+def test_tables_and_migrations_agree(store: Store) -> None:
+    """What the revisions build is what the classes describe."""
+    with store.reading() as session:
+        context = MigrationContext.configure(session.connection())
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_the_database_is_tuned(store: Store) -> None:
+    """Every connection writes ahead, checks foreign keys and waits for a lock."""
+    with store.reading() as session:
+        found = [
+            session.scalar(sa.text(f"PRAGMA {name}"))
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        ]
+    assert found == ["wal", 1, 1, 5000]
+
+
+@pytest.mark.usefixtures("store")
+def test_opening_again_needs_no_alembic(path: Path) -> None:
+    """A database that is up to date is opened without the import that would cost the start 0.2 s."""
+    program = (
+        "import sys; from services.store.repository import open_store;"
+        f"open_store({str(path)!r}).close(); print('alembic' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_a_newer_database_is_refused_in_words(store: Store, path: Path) -> None:
+    """A database of a later version is left alone."""
+    with store.writing() as session:
+        session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StoreError, match="revision 9999"):
+        open_store(path)
+
+
+def test_a_file_that_is_no_database_is_refused_in_words(path: Path) -> None:
+    """The words name the file and what is wrong with it."""
+    path.write_bytes(b"this is not a database at all, but it is long enough to look like a file " * 20)
+    with pytest.raises(StoreError, match=r"switchyard\.db can't be used: file is not a database"):
+        open_store(path)
+
+
+def test_it_opens_by_url(path: Path) -> None:
+    """A URL leads to the same database as the path."""
+    by_url = open_store(f"sqlite:///{path}")
+    ConversationRepository(by_url).create("A", 1.0)
+    by_url.close()
+    by_path = open_store(path)
+    assert [c.title for c in ConversationRepository(by_path).newest_first()] == ["A"]
+    by_path.close()
+
+
+def test_conversations_come_newest_first(chats: ConversationRepository) -> None:
+    """Writing in a conversation brings it to the top; renaming doesn't."""
+    old, new = chats.create("Old", 1.0), chats.create("New", 2.0)
+    assert [c.id for c in chats.newest_first()] == [new.id, old.id]
+    chats.append(message(old.id, created_at=3.0))
+    chats.rename(new.id, "Newer")
+    assert [(c.title, c.updated_at) for c in chats.newest_first()] == [("Old", 3.0), ("Newer", 2.0)]
+
+
+def test_messages_come_back_as_they_were(chats: ConversationRepository) -> None:
+    """Every field survives, in the order of writing, unknown ones as None."""
+    conversation = chats.create("A", 1.0)
+    first = message(conversation.id)
+    second = message(
+        conversation.id, "öé 🚂", role="assistant", model="m", state="failed", error="why", tokens=3, seconds=0.25
+    )
+    assert chats.append(first)
+    assert chats.append(second)
+    found = chats.get(conversation.id)
+    assert found is not None
+    assert found.messages == (first, second)
+    assert chats.message(second.id) == second
+
+
+def test_a_message_is_replaced_and_dropped(chats: ConversationRepository) -> None:
+    """An update changes the one message; one dropped is gone, and the next still comes last."""
+    conversation = chats.create("A", 1.0)
+    first, second, third = (message(conversation.id, str(n)) for n in range(3))
+    chats.append(first)
+    chats.append(second)
+    assert chats.update(replace(first, content="changed"))
+    assert chats.drop(second.id)
+    chats.append(third)
+    found = chats.get(conversation.id)
+    assert found is not None
+    assert [m.content for m in found.messages] == ["changed", "2"]
+
+
+def test_deleting_takes_the_messages_along(chats: ConversationRepository) -> None:
+    """Nothing of a deleted conversation stays, and nothing can be added to it."""
+    conversation = chats.create("A", 1.0)
+    said = message(conversation.id)
+    chats.append(said)
+    assert chats.delete(conversation.id)
+    assert chats.get(conversation.id) is None
+    assert chats.message(said.id) is None
+    assert not chats.append(message(conversation.id))
+    assert not chats.update(said)
+    assert not chats.drop(said.id)
+
+
+def test_what_is_not_there_is_none_or_false(chats: ConversationRepository) -> None:
+    """Unknown ids are no errors."""
+    assert chats.get("x") is None
+    assert chats.message("x") is None
+    assert not chats.rename("x", "y")
+    assert not chats.delete("x")
+
+
+def test_streaming_messages_become_interrupted(chats: ConversationRepository) -> None:
+    """What a dead process left unfinished is marked, with what came of it; the rest is left alone."""
+    conversation = chats.create("A", 1.0)
+    done = message(conversation.id)
+    cut = message(conversation.id, "half", state="streaming", finished_at=None)
+    chats.append(done)
+    chats.append(cut)
+    assert chats.mark_interrupted(20.0) == 1
+    assert chats.message(done.id) == done
+    assert chats.message(cut.id) == replace(cut, state="interrupted", finished_at=20.0)
+    assert chats.mark_interrupted(30.0) == 0
+
+
+def test_loads_come_newest_first_and_by_key(store: Store) -> None:
+    """The latest loads of one model, engine and settings; and of all."""
+    loads = LoadRepository(store)
+    records = [load(1.0), load(2.0), load(3.0, key="other"), load(4.0, model="n")]
+    for record in records:
+        loads.add(record)
+    assert loads.recent("m", "llamacpp", "k") == [records[1], records[0]]
+    assert loads.recent("m", "llamacpp", "k", limit=1) == [records[1]]
+    assert loads.recent_all(3) == [records[3], records[2], records[1]]
+
+
+def test_many_writers_at_once(chats: ConversationRepository) -> None:
+    """Eight threads write in one conversation: no message is lost, none fails on a locked database."""
+    conversation = chats.create("A", 1.0)
+    failures: list[Exception] = []
+
+    def write(name: int) -> None:
+        try:
+            for n in range(20):
+                chats.append(message(conversation.id, f"{name}.{n}"))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    found = chats.get(conversation.id)
+    assert found is not None
+    assert len({m.content for m in found.messages}) == 160
+
+
+def test_what_fails_is_undone(chats: ConversationRepository, store: Store) -> None:
+    """A writing session that raises leaves nothing behind."""
+    conversation = chats.create("A", 1.0)
+    delete_then_fail = sa.text("DELETE FROM conversations"), sa.text("DELETE FROM nothing")
+    with pytest.raises(sa.exc.OperationalError), store.writing() as session:
+        deque(map(session.execute, delete_then_fail))
+    assert chats.get(conversation.id) is not None
