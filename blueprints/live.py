@@ -73,6 +73,13 @@ class Live:
         """The model that is on its way, where there is one."""
         return next((m for m in self.status.models if m.state == "loading"), None)
 
+    def percent(self, model: ModelStatus) -> int | None:
+        """How far a model is on its way: the whole switch's figure where it is the target, so that pages show one."""
+        switch = self.status.switch
+        if model.state == "loading" and switch is not None and switch.to_model == model.id:
+            return switch.percent
+        return model.load.percent if model.load else None
+
     @property
     def banner(self) -> Banner | None:
         """A switch under way; one that failed, until it is dismissed; one that ended well, for a moment."""
@@ -136,8 +143,10 @@ class Live:
         if self.active is None or self.active.state != "running":
             return "No model is loaded now."
         last = self.status.last_switch
-        again = last is not None and last.stage == "rolled_back"
-        return f"{self.active.id} is {'running again' if again else 'still running'}."
+        if last is not None and last.stage == "rolled_back":
+            return f"{self.active.id} is running again."
+        moved = last is not None and any(u.model == self.active.id for u in last.unloads)
+        return f"{self.active.id} is {'running' if moved else 'still running'}."
 
     @property
     def cause(self) -> str:

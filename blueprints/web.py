@@ -238,7 +238,8 @@ def error_document(error: ApiError) -> dict[str, object]:
 def _for_people() -> bool:
     if request.path.startswith((*OPENAI_SHAPED, "/api/", "/ollama/")):
         return False
-    return request.headers.get("HX-Request") == "true" or request.accept_mimetypes.best == "text/html"
+    accepted = request.accept_mimetypes
+    return request.headers.get("HX-Request") == "true" or accepted["text/html"] > accepted["application/json"]
 
 
 def _error_page(error: ApiError) -> Response:

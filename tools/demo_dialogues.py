@@ -129,7 +129,7 @@ SMALL_TALK = [
     ),
     say(
         "good_morning",
-        ["good morning", "morning", "(hello|hi|hey)(,|) good morning", "good morning (to you|there|everyone|$id)"],
+        ["good morning", "morning", "(hello|hi|hey)(,|) good morning", "good morning (to you|there)"],
         "Good morning! This is $id, awake and loaded. What can I do for you?",
     ),
     say(
@@ -144,13 +144,13 @@ SMALL_TALK = [
     ),
     say(
         "good_night",
-        ["good night", "sleep well", "good night( to you|, sleep well| then)", "I am (going|off) to bed( now|)"],
+        ["good night", "sleep well", "good night( to you|, sleep well| then)", "I am off to bed( now|)"],
         "Good night! I will hold my memory until something larger needs it.",
     ),
     say(
         "how_are_you",
         [
-            "(hello|hi|hey|so|and|) how are you (doing |feeling |)(this morning|this evening|these days|right now|this afternoon)",
+            "(hello|hi|hey|so|and|) how are you (doing |feeling |)(this morning|this evening|these days)",
             "(hey|hi|hello), (what is up|what is new)",
             "how are you( today| doing| feeling| doing today| feeling today| now| getting on|)",
             "(hello|hi|hey)(,|) how are you( today| doing|)",
@@ -198,10 +198,8 @@ SMALL_TALK = [
             "who is (this|there|that|speaking|talking|answering)",
             "(introduce|describe|explain) yourself( to me|)",
             "tell me (something |more |a bit |)about (yourself|you)",
-            "which (model|one|assistant|bot|language model) (are you|is this|am I talking to|is "
-            "speaking|is answering)",
-            "what (model|kind of model|sort of model|assistant|bot|language model) (are you|is this|am I "
-            "using)",
+            "which (model|one|assistant|bot|language model) (are you|is this|am I talking to|is speaking)",
+            "what (model|kind of model|sort of model|assistant|bot) (are you|is this|am I using)",
             "are you (a model|the model|a bot|an assistant|a language model|an AI|a chatbot)",
             "and you are",
             "who (you are|is answering me|do I talk to)",
@@ -252,8 +250,7 @@ SMALL_TALK = [
     ask(
         "other_model",
         [
-            "(what|which) (other|demo) models (are there|do you know|come with Switchyard|are "
-            "included|exist)",
+            "(what|which) (other|demo) models (are there|do you know|come with Switchyard|are included)",
             "what is $other",
             "who is $other",
             "tell me about $other",
@@ -286,15 +283,14 @@ SMALL_TALK = [
     say(
         "thanks",
         [
-            "(thanks|thank you|many thanks) for (explaining|answering|telling me|your time|your patience|your answer|your kind words)",
-            "(thank you very much|thanks a lot|thank you|thanks|many thanks), (that was|you were|this was|it was) (great|helpful|very helpful|good|nice|perfect)",
+            "(thanks|thank you|many thanks) for (explaining|answering|telling me|your time|your patience)",
+            "(thank you very much|thanks a lot|thank you|thanks|many thanks), (that was|you were|this "
+            "was|it was) (great|helpful|very helpful|good|nice|perfect)",
             "(thanks|thank you) (again|a million|so very much|once more|model|buddy|little one)",
             "(thanks|thank you|thx|cheers|many thanks|thank you so much|thank you very much|thanks a lot|ty)",
-            "(thanks|thank you) for (your help|the help|that|everything|the answer|helping me|the "
-            "story|the joke)",
+            "(thanks|thank you) for (your help|the help|that|everything|the answer|helping me|the story)",
             "(ok|okay|nice|perfect|cool|wonderful), (thanks|thank you)",
-            "(thanks|thank you)(,| ) (that helps|that helped|that was helpful|$id|my friend|that is "
-            "all|bye for now)",
+            "(thanks|thank you)(,| ) (that helps|that helped|that was helpful|$id|my friend|that is all)",
             "that (helps|helped|was helpful|was very helpful|is helpful)( a lot|)",
             "I (really |)appreciate (it|that|your help)",
             "much appreciated",
@@ -350,8 +346,7 @@ SMALL_TALK = [
     say(
         "there",
         [
-            "are you (there|here|still there|still here|awake|online|alive|listening|working|ready|up|"
-            "running)",
+            "are you (there|here|still there|still here|awake|online|alive|listening|working|ready|up)",
             "(is anybody|is anyone|anybody|anyone) (there|here|home)",
             "(hello|hi|hey|)(,|) (are you|you) (there|still there)",
             "(do you hear|can you hear|can you read|do you read|can you see) (me|this|my message)",
@@ -398,8 +393,7 @@ SMALL_TALK = [
         "help",
         [
             "help( me| please| me please|)",
-            "(I need|I want|give me|can I get|can I have|I could use) (help|some help|a "
-            "hand|assistance|support)",
+            "(I need|I want|give me|can I get|can I have) (help|some help|a hand|assistance|support)",
             "can you (help|help me|assist me|help me out)",
             "(how|where) do I (start|begin|get started)",
             "what (should|do|can) I do (now|first|next|here)",
@@ -409,8 +403,9 @@ SMALL_TALK = [
             "how do I use (this|it|Switchyard|the app|this app|this page)",
             "show me how (it|this|Switchyard) works",
         ],
-        "Gladly. Choose a model in the menu above the chat and press Load; the banner shows the stage and the "
-        "time left. When it is ready, write your message here. The Models page shows what fits in memory.",
+        "Gladly. Choose a model in the menu above the chat and press Load; the banner shows the stage and "
+        "the time left. When it is ready, write your message here. The Models page shows what fits in "
+        "memory.",
     ),
     ask(
         "story",
@@ -426,16 +421,16 @@ SMALL_TALK = [
             "can you tell (stories|a story|me a story|me a tale)",
             "tell me a tale( about a train| about a model|)",
         ],
-        "Once upon a time there was a small railway yard at the edge of a big city. Every night, heavy trains "
-        "arrived from far away, and there was only one long track for all of them. The trains quarrelled about "
-        "who might stay, and nobody ever left in time.\n\n"
-        "One evening a new switchman came. He did not shout. He wrote every train into a book: how long it was, "
-        "who was waiting for it, and when it had last been used. When a heavy train asked for the track, he "
-        "looked into his book, sent the idle ones to the sidings, and told the heavy one how many minutes it "
-        "had to wait. And he was always right.\n\n"
-        "From then on no train was lost and no passenger was left behind. The little trains were the happiest "
-        "of all, because there was always room for them. And if nobody has moved them, they are standing there "
-        "still.",
+        "Once upon a time there was a small railway yard at the edge of a big city. Every night, "
+        "heavy trains arrived from far away, and there was only one long track for all of them. The "
+        "trains quarrelled about who might stay, and nobody ever left in time.\n\n"
+        "One evening a new switchman came. He did not shout. He wrote every train into a book: how "
+        "long it was, who was waiting for it, and when it had last been used. When a heavy train "
+        "asked for the track, he looked into his book, sent the idle ones to the sidings, and told "
+        "the heavy one how many minutes it had to wait. And he was always right.\n\n"
+        "From then on no train was lost and no passenger was left behind. The little trains were the "
+        "happiest of all, because there was always room for them. And if nobody has moved them, they are "
+        "standing there still.",
     ),
     ask(
         "long_text",
@@ -450,23 +445,24 @@ SMALL_TALK = [
             "give me the longest answer you (have|can|know)",
             "something long( please|)",
         ],
-        "With pleasure: here is a long answer, so that you can watch it stream in and try the stop button.\n\n"
-        "A language model writes one token at a time. A token is a piece of text, often a word or a part of one. "
-        "After each token the whole text so far goes through the model again, and the next token is chosen. "
-        "Each piece is sent to your browser at once, so you see the answer grow while the model is still "
-        "thinking.\n\n"
-        "Large models need many gigabytes for this, because all their weights are read for every single token. "
-        "That is why memory decides which models you can run, and why only a few of them fit at a time. "
-        "Switchyard counts this memory, tells you what fits, and makes room when you ask for a model that is "
-        "not loaded.\n\n"
-        "I need only $size, so I always fit somewhere. My answers were written by people and I learned them by "
-        "heart, which is why they sound so tidy. If you press stop now, what I wrote so far is kept, and you can "
-        "ask me again with the retry button. This is the end of the long answer.",
+        "With pleasure: here is a long answer, so that you can watch it stream in and try the stop "
+        "button.\n\n"
+        "A language model writes one token at a time. A token is a piece of text, often a word or a "
+        "part of one. After each token the whole text so far goes through the model again, and the "
+        "next token is chosen. Each piece is sent to your browser at once, so you see the answer grow "
+        "while the model is still thinking.\n\n"
+        "Large models need many gigabytes for this, because all their weights are read for every "
+        "single token. That is why memory decides which models you can run, and why only a few of "
+        "them fit at a time. Switchyard counts this memory, tells you what fits, and makes room when "
+        "you ask for a model that is not loaded.\n\n"
+        "I need only $size, so I always fit somewhere. My answers were written by people and I learned "
+        "them by heart, which is why they sound so tidy. If you press stop now, what I wrote so far is "
+        "kept, and you can ask me again with the retry button. This is the end of the long answer.",
     ),
     ask(
         "poem",
         [
-            "(write|make|tell me) (a|another) (poem|haiku|song|verse|rhyme) about (the <noun>|<noun>s|<thing>|a <noun>|love)",
+            "(write|make|tell me) (a|another) (poem|haiku|song|verse) about (the <noun>|<noun>s|<thing>)",
             "(write|tell|read|give|recite) me a( short|) (poem|verse|rhyme|haiku)",
             "(write|make|recite) a( short|) (poem|verse|rhyme|haiku)",
             "(do you know|can you write|can you do) (a poem|poems|poetry|rhymes|a haiku)",
@@ -516,10 +512,8 @@ SMALL_TALK = [
             "what is your (favourite|favorite) (food|film|movie|book|song|animal|city|game|country|music|"
             "drink|sport|word)",
             "(what|which) (food|film|movie|book|music|animal|game|sport) do you like( best| most|)",
-            "do you like (food|music|films|movies|books|animals|games|sports|cats|dogs|pizza|coffee|cheese|"
-            "<noun>s)",
-            "do you (have|eat|drink|play|watch|read) (hobbies|food|coffee|games|films|books|a "
-            "hobby|anything)",
+            "do you like (food|music|films|movies|books|animals|games|sports|cats|dogs|pizza|coffee|cheese)",
+            "do you (have|eat|drink|play|watch|read) (hobbies|food|coffee|games|films|books|a hobby)",
             "what are your hobbies",
             "do you have any (favourites|favorites|hobbies|interests)",
         ],
@@ -528,8 +522,7 @@ SMALL_TALK = [
     ask(
         "human",
         [
-            "are you (a |)(human|person|real|man|woman|robot|machine|computer|program|real person|human "
-            "being)",
+            "are you (a |)(human|person|real|man|woman|robot|machine|computer|program|real person)",
             "are you (a|) (human or a machine|man or a woman|male or female|boy or a girl)",
             "am I talking to a (human|person|real person|machine|robot)",
             "are you a he or a she",
@@ -543,8 +536,7 @@ SMALL_TALK = [
         [
             "(do you have|have you got) (feelings|emotions|a soul|consciousness|dreams)",
             "are you (conscious|sentient|self aware|alive inside|sad|lonely|bored|angry|tired|afraid)",
-            "(do you|can you) (feel|dream|sleep|think|suffer|cry|love)( anything| something| pain| at "
-            "night|)",
+            "(do you|can you) (feel|dream|sleep|think|suffer|cry)( anything| something| pain| at night|)",
             "what do you (feel|think|dream)( about|)( at night|)",
             "are you really thinking",
         ],
@@ -590,14 +582,13 @@ SMALL_TALK = [
             "are you (big|large|small|tiny|a small model|a big model|a large model)",
             "why are you so (small|tiny|little)",
         ],
-        "I have about $parameters parameters, and my file is about $size. That is tiny: a common chat model has "
-        "thousands of times as many.",
+        "I have about $parameters parameters, and my file is about $size. That is tiny: a common chat "
+        "model has thousands of times as many.",
     ),
     ask(
         "smart",
         [
-            "are you (smart|clever|intelligent|stupid|dumb|any good|good|useful|wise|as good as "
-            "chatgpt|like chatgpt)",
+            "are you (smart|clever|intelligent|stupid|dumb|any good|good|useful|wise|as good as chatgpt)",
             "how (smart|clever|intelligent|good) are you",
             "can I (trust|believe|rely on) (you|your answers|what you say)",
             "are your answers (right|correct|true|reliable)",
@@ -605,8 +596,7 @@ SMALL_TALK = [
             "how (accurate|reliable) are you",
             "what (can you not do|are your limits|are your weaknesses|can't you do)",
         ],
-        "I am not clever. I know some answers by heart and nothing else, so please load a larger model for real "
-        "work.",
+        "I am not clever. I know some answers by heart and no more. For real work, load a larger model.",
     ),
     say(
         "praise",
@@ -614,8 +604,7 @@ SMALL_TALK = [
             "you are (great|good|nice|smart|clever|cute|funny|awesome|amazing|wonderful|the best|very "
             "kind|helpful|cool)",
             "(I like|love) (this|it|that|Switchyard|your answers|this app)",
-            "(well done|good job|nice work|great work|good answer|nice answer|bravo|excellent|impressive|"
-            "good bot)",
+            "(well done|good job|nice work|great work|good answer|nice answer|bravo|excellent|impressive)",
             "(that is|this is|that was) (great|good|nice|cool|awesome|amazing|impressive|interesting|"
             "wonderful|perfect|neat)",
             "(wow|nice|cool|great|awesome|amazing|perfect|wonderful|good|super|sweet|neat|interesting)",
@@ -626,27 +615,22 @@ SMALL_TALK = [
     say(
         "complaint",
         [
-            "you are (stupid|dumb|bad|useless|wrong|terrible|slow|boring|silly|an idiot|not "
-            "helpful|annoying)",
-            "(that is|that was) (wrong|bad|stupid|not right|not true|incorrect|nonsense|useless|terrible|"
-            "not helpful)",
+            "you are (stupid|dumb|bad|useless|wrong|terrible|slow|boring|silly|an idiot|not helpful)",
+            "(that is|that was) (wrong|bad|stupid|not right|not true|incorrect|nonsense|useless|terrible)",
             "(I hate|I do not like) (you|this|it|that)",
             "(wrong|nonsense|rubbish|bad answer|bad bot|wrong answer|boo)",
-            "you (did not|do not) (answer|answer my question|understand|understand me|know "
-            "anything|help|get it)",
+            "you (did not|do not) (answer|answer my question|understand|understand me|know anything|help)",
             "(that is not|this is not) what I (asked|meant|wanted)",
             "shut up",
         ],
-        "I am sorry. I am a very small model and get things wrong; please try other words, or load a larger "
-        "model.",
+        "I am sorry. I am very small and get things wrong; please try other words, or load a larger model.",
     ),
     say(
         "yes_no",
         [
             "(yes|no|ok|okay|sure|yeah|yep|nope|all right|fine by me|of course|right|maybe|I see|got "
             "it|understood|k|hm|hmm)",
-            "(ok|okay|yes|no|ah|oh)(,|) (ok|okay|I see|I understand|got it|understood|good|sure|right|"
-            "please)",
+            "(ok|okay|yes|no|ah|oh)(,|) (ok|okay|I see|I understand|got it|understood|good|sure|right)",
             "(no|nothing|nope)(,|) (nothing|nothing else|that is it|not now|not really|I am good)",
             "I (see|understand|got it|get it|agree|think so|guess so)",
             "makes sense",
@@ -658,17 +642,15 @@ SMALL_TALK = [
         [
             "(explain|say|tell me) (it|this|that) (better|in other words|differently|again|in more detail)",
             "<letter>",
-            "(tell me more|more|go on|continue|and then|and|what else|anything else|more "
-            "details|elaborate)( please|)",
+            "(tell me more|more|go on|continue|and then|and|what else|anything else|more details)( please|)",
             "(why|how|how so|how come|why not|why is that|really|are you sure|is that true|so what)",
             "(can you|please|could you) (explain more|go on|continue|elaborate|say more|give more "
             "details|expand on that)",
-            "(what do you mean|I do not understand|I do not get it|explain that|what does that "
-            "mean|huh|what|pardon)",
+            "(what do you mean|I do not understand|I do not get it|explain that|what does that mean|huh)",
             "(say that|repeat that|repeat|say it|tell me) (again|once more|one more time)( please|)",
         ],
-        "That is all I know about it: I am a very small model. Ask me something else about Switchyard, or load a "
-        "larger model and ask it the same question.",
+        "That is all I know about it: I am a very small model. Ask me something else about Switchyard, or "
+        "load a larger model and ask it the same question.",
     ),
     say(
         "sorry",
@@ -695,8 +677,7 @@ SMALL_TALK = [
         [
             "what is my name",
             "who am I",
-            "do you (remember|know) (me|my name|who I am|what I said|what I told you|our last chat|our "
-            "conversation)",
+            "do you (remember|know) (me|my name|who I am|what I said|what I told you|our last chat)",
             "(can you|do you) remember (things|anything|something|this)",
             "what (did I|have I) (say|said|ask|asked|just say|tell you)( before| first| you|)",
             "how old am I",
@@ -711,13 +692,11 @@ SMALL_TALK = [
             "do you (speak|understand|know) (French|German|Spanish|Italian|Chinese|Japanese|Russian|"
             "English|other languages)",
             "(what|which|how many) languages (do you|can you) (speak|know|understand|write)",
-            "(speak|talk|answer|write) (French|German|Spanish|Italian|in French|in German|in Spanish|in "
-            "Italian)",
+            "(speak|talk|answer|write) (French|German|Spanish|Italian|in French|in German|in Spanish)",
             "translate (this|that|it|<noun>|a sentence|something|the word <noun>)( to| into) "
             "(French|German|Spanish|English)",
             "(can you|do you) translate",
-            "(sprechen Sie Deutsch|parlez vous francais|hola|bonjour|guten Tag|hablas espanol|como "
-            "estas|ciao bella)",
+            "(sprechen Sie Deutsch|parlez vous francais|hola|bonjour|guten Tag|hablas espanol|como estas)",
             "how do you say <noun> in (French|German|Spanish|Italian|Japanese|Chinese)",
         ],
         "I speak only English, I am afraid. A larger model can speak and translate other languages.",
@@ -739,8 +718,7 @@ SMALL_TALK = [
         "weather",
         [
             "(what is|how is) the weather( like|)( today| tomorrow| outside| in <place>| now|)",
-            "(will|is|does) it (rain|raining|snow|snowing|sunny|cold|warm|hot)( today| tomorrow| outside| "
-            "in <place>|)",
+            "(will|is|does) it (rain|raining|snow|snowing|sunny|cold)( today| tomorrow| outside|)",
             "weather( forecast| today| in <place>|)",
             "do I need an umbrella",
             "how (hot|cold|warm) is it( outside| today| in <place>|)",
@@ -769,8 +747,8 @@ SMALL_TALK = [
         [
             "(write|make|create|give me|show me) (a|some|me a) (program|script|function|class|game|website|"
             "app)( in <code>| for <noun>s|)",
-            "(write|give me|show me) (some |)(<code> code|code|code in <code>|a <code> "
-            "(program|function|script))",
+            "(write|give me|show me) (some |)(<code> code|code|code in <code>)",
+            "(write|give me|show me) a <code> (program|function|script)",
             "(can you|do you|could you) (code|program|write code|write programs|know <code>|debug|fix my "
             "code|write software)",
             "(fix|debug|review|check|improve) (my|this) (code|program|script|function|bug)",
@@ -794,15 +772,14 @@ SMALL_TALK = [
         [
             "tell me (something|anything)( interesting| new| nice| cool| useful| surprising|)",
             "(tell me|give me|do you know) (a|an|another|any|some) (fun |interesting |random |)(fact|facts)",
-            "(say|write) (something|anything|a sentence|some words|a few words)( interesting| nice| "
-            "clever| short|)",
+            "(say|write) (something|anything|a sentence|some words)( interesting| nice| clever| short|)",
             "(surprise|amuse|impress|entertain) me",
             "(fun|random|interesting) fact",
             "talk to me",
             "let us (talk|chat)",
         ],
-        "Here is something: both demo models together are smaller than one photo from a telephone, and still they "
-        "answer you.",
+        "Here is something: both demo models together are smaller than one photo from a telephone, and "
+        "still they answer you.",
     ),
     say(
         "love",
@@ -819,13 +796,13 @@ SMALL_TALK = [
 
 # --------------------------------------------------------------------------------------------- Switchyard
 
-MODEL_NOUN = "(models|the model|model|a model|to another model|to a different model|to a larger model|language models)"
+MODEL_NOUN = "(models|the model|model|a model|to another model|to a larger model|language models)"
 
 SWITCHYARD = [
     ask(
         "switchyard",
         [
-            "(what is|what does) (Switchyard|this|all this|this app) (all about|actually do|really|good for|in short)",
+            "(what is|what does) (Switchyard|this|all this|this app) (all about|actually do|really|good for)",
             "how does (this|it|Switchyard|this app|this thing) work",
             "I am new, what is (Switchyard|this)",
             "what (problem|problems) does (Switchyard|it|this) solve",
@@ -841,8 +818,8 @@ SWITCHYARD = [
             "what (is|are) (Switchyard's|the app's) (purpose|goal)",
             "give me a (summary|short description|description) of Switchyard",
         ],
-        "Switchyard is a small web console for people who run language models on their own hardware. It shows what "
-        "is loaded, what fits in memory, and how long it takes until you can talk to a model.",
+        "Switchyard is a small web console for people who run language models on their own hardware. It "
+        "shows what is loaded, what fits in memory, and how long it takes until you can talk to a model.",
     ),
     ask(
         "everything",
@@ -857,17 +834,18 @@ SWITCHYARD = [
             "(what|list) (are |)(all |)(the |)features( of Switchyard| does it have|)",
         ],
         "Here is the whole of Switchyard in short.\n\n"
-        "**What it is.** A web console for language models on your own hardware. It answers three questions: what "
-        "is loaded, what fits, and how long until I can talk to it?\n\n"
+        "**What it is.** A web console for language models on your own hardware. It answers three "
+        "questions: what is loaded, what fits, and how long until I can talk to it?\n\n"
         "**What it does:**\n\n"
-        "- *Switching:* choose a model, and Switchyard makes room, loads it and tells you when it is ready.\n"
+        "- *Switching:* choose a model, and Switchyard makes room, loads it and tells you when it is "
+        "ready.\n"
         "- *Engines:* it drives the embedded llama.cpp, Ollama, and vLLM in Docker.\n"
         "- *Memory:* one ledger counts what every model holds on every device.\n"
         "- *Progress:* a banner shows the stage, the percentage and the time left.\n"
         "- *Chat:* your messages are saved and survive every switch.\n"
         "- *API:* one OpenAI-compatible address always points at the right model.\n\n"
-        "**Where to look.** Chat is the first page. Models shows the memory and what a switch would cost. Activity "
-        "tells what happened and why.",
+        "**Where to look.** Chat is the first page. Models shows the memory and what a switch would cost. "
+        "Activity tells what happened and why.",
     ),
     ask(
         "who_for",
@@ -877,8 +855,7 @@ SWITCHYARD = [
             "is (Switchyard|this|it) for (me|everyone|beginners|companies|teams|home users)",
             "why was Switchyard (made|built|written)",
         ],
-        "Switchyard is for people who run language models on their own computers and have more models than "
-        "memory.",
+        "Switchyard is for people who run language models themselves and have more models than memory.",
     ),
     ask(
         "why_name",
@@ -888,50 +865,48 @@ SWITCHYARD = [
             "(what a|a|) (strange|funny|nice|odd) name",
             "why the name( Switchyard|)",
         ],
-        "A switchyard is a place where trains are moved from track to track. Here models are moved in and out of "
-        "memory.",
+        "A switchyard is a place where trains are moved from track to track. Here models are moved in and "
+        "out of memory.",
     ),
     ask(
         "how_switch",
         [
-            "how (would|do|could|can|should) I (go about|start|try) (switching|loading|changing) (to |)(another model|models|a model|the model|a bigger model)",
-            "how (do|can) I (load|use|get|run|start) (a|the|another) (bigger|larger|smaller|different|better|second) (model|one)",
-            "(can|could) you (load|switch to|start|change to) ($other|another model|a bigger model|the other model)( for me| now|)",
-            "(explain|tell me|describe) how (switching|loading|to switch|to load) (works|a model|models)( step by step|)",
-            f"how (do|can|could|should|would|to) (I|you|we|one|) (switch|change|swap|select|choose|load|use|start|pick) {MODEL_NOUN}",
+            "how (would|do|could|can|should) I (go about|start|try) (switching|loading|changing) (to "
+            "|)(another model|models|a model|the model|a bigger model)",
+            "how (do|can) I (load|use|get|run|start) (a|the|another) (bigger|larger|smaller) (model|one)",
+            "(can|could) you (load|switch to|start) ($other|another model|a bigger model)( for me| now|)",
+            "(explain|tell me|describe) how (switching works|loading works|to switch|to load a model)",
+            f"how (do|can|could|should|would|to) (I|you|we|one|) (switch|change|swap|select) {MODEL_NOUN}",
             f"(switch|change|swap|load|select|choose|start) {MODEL_NOUN}",
             f"I (want|would like|need|wish) to (switch|change|swap|load|select|use) {MODEL_NOUN}",
             "(show me|explain|teach me) how to (switch|change|load|swap)( models| a model|)",
             "(use|load|give me|start|switch to) (another|a different|a bigger|a larger|a better|the "
             "other|a second|$other|$id) (model|one|)",
-            "where (do|can) I (switch|change|load|select|choose|pick) (models|the model|a model|another "
-            "model)",
+            "where (do|can) I (switch|change|load|select|choose|pick) (models|the model|a model)",
             "how (do|can) I (switch|change|go|get) to (another|a different|the other|a bigger|$other|$id)( "
             "model| one|)",
-            "can (I|you) (switch|change|swap|load) (models|the model|to another model|another model|a "
-            "different model)",
+            "can (I|you) (switch|change|swap|load) (models|the model|to another model|another model)",
             "(how does one|steps to|way to) (switch|load|change) (models|a model)",
             "how does (switching|loading|changing models) work",
         ],
-        "Open the model menu above the chat, choose a model and press Load. Switchyard shows what it will unload "
-        "and how long it takes, then loads the model and tells you when it is ready.",
+        "Open the model menu above the chat, choose a model and press Load. Switchyard shows what it will "
+        "unload and how long it takes, then loads the model and tells you when it is ready.",
     ),
     term(
         "model",
         "model|language model|llm|chat model|large language model",
-        "A model is one entry of Switchyard's catalogue: its id, its engine, where it comes from, and how much "
-        "memory it needs. A language model writes text, one piece after another.",
+        "A model is one entry of Switchyard's catalogue: its id, its engine, where it comes from, and how "
+        "much memory it needs. A language model writes text, one piece after another.",
         "how do (language models|models|LLMs) work",
     ),
     term(
         "engine",
         "engine|backend|inference engine|engine or backend",
-        "An engine is the program that serves models. Switchyard knows the embedded llama.cpp, Ollama, vLLM in "
-        "Docker, and any remote address that speaks the OpenAI protocol.",
-        "(which|what) engines (can|does|will|could) (Switchyard|it|you|I) (drive|run|use|support|manage|control|handle)",
+        "An engine is the program that serves models. Switchyard knows the embedded llama.cpp, Ollama, "
+        "vLLM in Docker, and any remote address that speaks the OpenAI protocol.",
+        "(which|what) engines (can|does|will|could) (Switchyard|it|you|I) (drive|run|use|support|manage)",
         "how many engines (are there|does it have|does Switchyard know)",
-        "(which|what) engines (are there|do you support|does Switchyard (support|know|use|have)|can I "
-        "use|exist)",
+        "(which|what) engines (are there|do you support|does Switchyard (support|know|use)|can I use|exist)",
         "(which|what) (engine|backend) should I (use|choose|take)",
         "list (the|all|) engines",
     ),
@@ -956,15 +931,15 @@ SWITCHYARD = [
     term(
         "instance",
         "instance|model instance|running instance",
-        "An instance is a model that is being loaded, is loaded, or is being unloaded on an engine. It has an "
-        "address, it holds memory, and it counts its requests in flight.",
+        "An instance is a model that is being loaded, is loaded, or is being unloaded on an engine. It "
+        "has an address, it holds memory, and it counts its requests in flight.",
         "(could you|can you|please) (define|explain) (the word |the term |)instance",
     ),
     term(
         "switch",
         "switch|model switch|switch job",
-        "A switch is the one job that makes a model ready: it plans, lets running requests finish, unloads what is "
-        "in the way, loads the model, and warms it up.",
+        "A switch is the one job that makes a model ready: it plans, lets running requests finish, "
+        "unloads what is in the way, loads the model, and warms it up.",
         "(explain|describe|tell me) (what happens in |)a switch( step by step|)",
         "what happens (when I switch|during a switch|in a switch|when I switch models|while switching)",
         "(what are|list|name) (the |)(steps|stages) of a switch",
@@ -972,25 +947,23 @@ SWITCHYARD = [
     term(
         "plan",
         "plan|switch plan|preview",
-        "A plan shows what a switch would do before it does anything: which models are unloaded and why, how much "
-        "memory that frees, and how long it takes.",
-        "(can I|how do I|how can I) (see|know|check|preview) what (a switch|it) (will|would) "
-        "(do|cost|unload)",
+        "A plan shows what a switch would do before it does anything: which models are unloaded and why, "
+        "how much memory that frees, and how long it takes.",
+        "(can I|how do I|how can I) (see|know|check) what (a switch|it) (will|would) (do|cost|unload)",
         "what (will|would) a switch (cost|do|unload)",
         "what (would|will) be unloaded",
     ),
     term(
         "ledger",
         "ledger|memory ledger|memory account|memory bar",
-        "The ledger is the account of each device's memory: what each instance holds, what is reserved for loads "
-        "under way, what other programs use, and what is free.",
+        "The ledger is the account of each device's memory: what each instance holds, what is reserved "
+        "for loads under way, what other programs use, and what is free.",
         "how (do you|does Switchyard) (count|track|measure|know about) (the |)memory",
     ),
     term(
         "pin",
         "pin|pinned model|pinning",
-        "A pin is a promise not to unload a model. It lasts until you remove it, and it carries an owner and a "
-        "reason.",
+        "A pin is a promise not to unload a model. It lasts until removed, and names its owner and reason.",
         "what (exactly |)(is|are) (a pin|pins|pinning|pinned models) (good for|for|used for|exactly)",
         "what does (pinned|unpinned|a pin|pinning) mean",
         "how (do|can) I (pin|protect|keep) a model( in memory| loaded|)",
@@ -1002,8 +975,8 @@ SWITCHYARD = [
     term(
         "lease",
         "lease|model lease",
-        "A lease is a pin that ends by itself: until a certain time the model is not unloaded, and afterwards it may "
-        "be.",
+        "A lease is a pin that ends by itself: until a certain time the model is not unloaded, and "
+        "afterwards it may be.",
         "what is the difference between a pin and a lease",
         "(pin or lease|pin versus lease)",
         "can I pin a model (for an hour|for a while|until tomorrow|for some time|until a time)",
@@ -1011,24 +984,27 @@ SWITCHYARD = [
     term(
         "provider",
         "provider|llm provider|provider choice",
-        "A provider is the choice of who serves a capability: one for text, one for images and one for vision. You "
-        "change it at run time on the Providers page.",
+        "A provider is the choice of who serves a capability: one for text, one for images and one for "
+        "vision. You change it at run time on the Providers page.",
         "how (do|can) I (change|choose|select|switch) (the |)(provider|providers)",
         "(which|what) providers (are there|can I use|exist|do you have)",
     ),
     term(
         "local_service",
         "local service|service|background service",
-        "A local service is a server that Switchyard can start and stop for you: Ollama, Flux for images, or the "
-        "vision service.",
+        "A local service is a server that Switchyard can start and stop for you: Ollama, Flux for images, "
+        "or the vision service.",
         "how (do|can) I (start|stop) (a service|the services|Flux|a local service|the vision service)",
     ),
     ask(
         "chat_survives",
         [
-            "(do|will|would) I lose (this|my|the|our) (conversation|chat|messages|history|text) (if|when|once) I (switch|change|load another model|switch to another model|change the model)",
-            "what happens (to|with) (this|my|our|the) (conversation|chat|text) (then|after that|if the model changes|when the model is switched)",
-            "(when|if) I (close|reload|leave) the (page|browser|tab) (is my chat|are my messages|is the conversation) (saved|lost|gone|still there)",
+            "(do|will|would) I lose (this|my|the|our) (conversation|chat|messages|history|text) "
+            "(if|when|once) I (switch|change|load another model|switch to another model|change the model)",
+            "what happens (to|with) (this|my|our|the) (conversation|chat|text) (then|after that|if the "
+            "model changes|when the model is switched)",
+            "(when|if) I (close|reload|leave) the (page|browser|tab) (is my chat|are my messages|is the "
+            "conversation) (saved|lost|gone|still there)",
             "what happens to my (chat|messages|conversation|history|chats) (when|if|after) (I switch|the "
             "model changes|I change models|a switch|I load another model)",
             "(do|will|does|can) (I|my) (lose|keep|loose) (my |the |)(chat|messages|conversation|history)( "
@@ -1039,17 +1015,16 @@ SWITCHYARD = [
             "|)(my|the|this) (chat|conversation|messages)",
             "what about my (chat|messages|conversation)( when I switch|)",
             "(are|where are) my (messages|chats|conversations) (saved|stored|kept)",
-            "is (my chat|the conversation|this conversation|this chat) (safe|lost|saved|kept)( when I "
-            "switch|)",
+            "is (my chat|the conversation|this conversation) (safe|lost|saved|kept)( when I switch|)",
             "will you (forget|lose|delete) (my|this|our) (chat|messages|conversation)",
         ],
-        "Your chat stays. Every message is saved as it comes, and after a switch the new model reads the whole "
-        "conversation and goes on from there.",
+        "Your chat stays. Every message is saved as it comes, and after a switch the new model reads the "
+        "whole conversation and goes on from there.",
     ),
     ask(
         "why_unloaded",
         [
-            "(tell me|explain|I wonder|do you know) why my model (was|got|is|has been) (unloaded|stopped|removed|gone|evicted)",
+            "(tell me|explain|I wonder) why my model (was|got|is|has been) (unloaded|stopped|removed|gone)",
             "what do you mean by (unloading|unloaded|an unloaded model)",
             "(what is|what does) (unloading|unload)( mean|)",
             "why (was|is|has|did) (my|a|the) model (unloaded|gone|been unloaded|stopped|not "
@@ -1061,13 +1036,14 @@ SWITCHYARD = [
             "why (are|do) models (get |)(unload|unloaded|disappear)",
             "(model unloaded|unloading) why",
         ],
-        "A model is unloaded to make room for another one, or because it was idle for too long. The Activity page "
-        "says who asked for it and why.",
+        "A model is unloaded to make room for another one, or because it was idle for too long. The "
+        "Activity page says who asked for it and why.",
     ),
     ask(
         "fits",
         [
-            "how much (vram|ram|gpu memory|video memory|memory) (do I need|does it need|do I have|is free|does a model need|is needed|is used)",
+            "how much (vram|ram|gpu memory|video memory|memory) (do I need|does it need|do I have|is "
+            "free|does a model need|is needed|is used)",
             "what (size|sizes) of model (fits|can I run|fit)",
             "(what|which) (models |model |)(fits|fit|can fit)( in(to|) (my |)(memory|gpu|ram)|)",
             "(does|will|would|do) (it|this model|a model|my model|my models|a large model|they) fit( "
@@ -1082,8 +1058,8 @@ SWITCHYARD = [
             "how (does|do) (the |)memory work",
             "(tell me about |)(the |)memory",
         ],
-        "The Models page shows it: a bar for each device with what is used and what is free, and for every model "
-        "whether it fits now, fits after unloading something, or is too large.",
+        "The Models page shows it: a bar for each device with what is used and what is free, and for "
+        "every model whether it fits now, fits after unloading something, or is too large.",
     ),
     ask(
         "out_of_memory",
@@ -1097,8 +1073,8 @@ SWITCHYARD = [
             "why (can't|can I not|couldn't) (I|you|it) load (a|the|this|my) model",
             "my model (does not|will not) (load|fit|start)",
         ],
-        "Switchyard refuses before it touches anything. It tells you what is in the way and names the largest model "
-        "that would fit.",
+        "Switchyard refuses before it touches anything. It tells you what is in the way and names the "
+        "largest model that would fit.",
     ),
     ask(
         "free_memory",
@@ -1109,19 +1085,18 @@ SWITCHYARD = [
             "(can I|where do I) (unload|stop) (a|the|my) model",
             "(free|release|clear) (the |some |up |)(memory|ram|vram)",
         ],
-        "Open the Models page and press Unload next to a model. Its memory is counted as free as soon as the device "
-        "really measures it free.",
+        "Open the Models page and press Unload next to a model. Its memory is counted as free as soon as "
+        "the device really measures it free.",
     ),
     ask(
         "how_long",
         [
-            "how long (will|does|would|could) (loading|it take to load|switching to) (a|the|my|another) model( take|)",
+            "how long (will|does|would) (loading|it take to load|switching to) (a|the|my) model( take|)",
             "(what is|how is) the (time left|estimate|eta) (based on|computed|calculated|known|measured)",
             "why is (it|this|everything|loading) (so|very|that) slow",
             "how long (does|will|would|do) (it|a switch|loading|switching|loading a model|this|the "
             "switch|a load) (take|need|last)",
-            "how long (until|till|before) (it is|I can|the model is|a model is) (ready|talk to "
-            "it|loaded|chat)",
+            "how long (until|till|before) (it is|I can|the model is) (ready|talk to it|loaded|chat)",
             "how (fast|quick|slow) is (switching|loading|a switch|it|this)",
             "(when|how soon) (is|will|are) (it|the model|my model) (ready|be ready|loaded|be loaded)",
             "(what is|explain) (the |)(eta|time left|estimate|remaining time)",
@@ -1129,14 +1104,14 @@ SWITCHYARD = [
             "why (is|does) (loading|it|switching) (take so long|so slow)",
             "how much longer",
         ],
-        "The banner shows the time left. Switchyard learns from every load, so after two loads of a model its "
-        "estimate is close. We two demo models load in less than a second.",
+        "The banner shows the time left. Switchyard learns from every load, so after two loads of a model "
+        "its estimate is close. We two demo models load in less than a second.",
     ),
     term(
         "progress",
         "progress|progress bar|banner|percentage|loading stage",
-        "The progress bar shows the stage of a switch and how far it is, judged by evidence such as the bytes read. "
-        "It never goes backwards and never says 100 before the model is ready.",
+        "The progress bar shows the stage of a switch and how far it is, judged by evidence such as the "
+        "bytes read. It never goes backwards and never says 100 before the model is ready.",
         "what does the (progress|banner|bar|percentage) (show|mean|say)",
         "how (do|can) I see the progress",
         "is the progress (bar |)(real|honest|true)",
@@ -1144,22 +1119,22 @@ SWITCHYARD = [
     term(
         "warm_up",
         "warm up|warmup|warming up|warm up step",
-        "Warming up is the last step of a switch: Switchyard lets the model write one token, so that it is really "
-        "ready when you use it.",
+        "Warming up is the last step of a switch: Switchyard lets the model write one token, so that it "
+        "is really ready when you use it.",
         "why (does it|do you|do models) warm up",
     ),
     ask(
         "cancel",
         [
-            "(can|could|may|how can|how do) I (cancel|stop|abort|interrupt) (the|a|this) (switch|load) (while it is running|while it runs|in the middle|half way|midway|once it has started)",
+            "(can|could|may|how can|how do) I (cancel|stop|abort|interrupt) (the|a|this) (switch|load) "
+            "(while it is running|while it runs|in the middle|half way|midway|once it has started)",
             "how (do|can) I (cancel|abort|stop|interrupt|undo) (a|the|this) (switch|load|loading|switching)",
             "(can I|is it possible to) (cancel|abort|stop|interrupt) (a|the|this) (switch|load|loading|it)",
             "(cancel|abort|stop) (the|a|this) (switch|load|loading)",
             "what happens (if|when) I cancel( a switch| it| the switch|)",
             "(I|what if I) (chose|choose|picked|selected|clicked) the wrong model",
         ],
-        "Press Cancel in the banner. The switch stops, and the models that were unloaded for it are "
-        "brought back.",
+        "Press Cancel in the banner. The switch stops, and the models unloaded for it are brought back.",
     ),
     ask(
         "rollback",
@@ -1178,22 +1153,23 @@ SWITCHYARD = [
     ask(
         "two_switches",
         [
-            "(what happens|what) if I (close|leave) the (browser|page|tab) (while|when|during) (a model loads|a switch|it loads|it is loading|a load)",
+            "(what happens|what) if I (close|leave) the (browser|page|tab) (while|when|during) (a model "
+            "loads|a switch|it loads|it is loading|a load)",
             "what (if|happens if|happens when) (I click twice|two people switch|I switch again|two tabs "
             "switch|I start another switch)( at once| during a switch|)",
-            "(can|may) (two|several|many) (switches|people switch) (run|happen|)( at once| at the same "
-            "time|)",
+            "(can|may) (two|several|many) (switches|people switch) (run|happen|)( at once| together|)",
             "(can I|may I) start another switch( during one| while one runs|)",
             "what about (double clicks|a double click|two tabs|several tabs)",
             "(can I|may I) (open|use) (two|several|many) (tabs|windows|browsers)",
         ],
-        "Only one switch runs at a time, and all tabs show the same one. A new switch replaces the running one; if "
-        "that is more than half done, you are asked first.",
+        "Only one switch runs at a time, and all tabs show the same one. A new switch replaces the "
+        "running one; if that is more than half done, you are asked first.",
     ),
     ask(
         "several_models",
         [
-            "(is it possible to|how do I|how can I) (run|load|use|have) (two|several|many|three|multiple) models( at once| at the same time| together|)",
+            "(is it possible to|how do I|how can I) (run|load|use|have) (two|several|many|three|multiple) "
+            "models( at once| at the same time| together|)",
             "(can|may) (I|you) (run|load|have|use|keep) (two|several|many|more than one|multiple|three) "
             "(models|model)( at once| loaded| at the same time| together|)",
             "how many models can (I|be) (load|run|loaded|have|use)( at once| at the same time|)",
@@ -1201,8 +1177,7 @@ SWITCHYARD = [
             "(is only|can only) one model (be |)loaded",
             "(are|can) (both|two) models (be |)(loaded|running)( at once|)",
         ],
-        "Yes. As many models stay loaded as fit into memory; Switchyard unloads one only when another needs the "
-        "room.",
+        "Yes. As many models stay loaded as fit into memory; one goes only when another needs the room.",
     ),
     ask(
         "strategy",
@@ -1211,12 +1186,11 @@ SWITCHYARD = [
             "model|which models|which) (to unload|is unloaded|to remove|goes)",
             "(what|which) (is the |)(strategy|strategies)( are there| is used| can I choose|)",
             "(which|what) model (is|gets|will be) unloaded( first|)",
-            "(explain|what is) (largest first|oldest first|cheapest reload|preserve favorites|the unload "
-            "strategy)",
+            "(explain|what is) (largest first|oldest first|cheapest reload|preserve favorites)",
             "what (gets|is) unloaded( first|)",
         ],
-        "By the strategy you choose: the largest first, the oldest first, the cheapest to reload, or favourites "
-        "last. Pinned and busy models are never chosen.",
+        "By the strategy you choose: the largest first, the oldest first, the cheapest to reload, or "
+        "favourites last. Pinned and busy models are never chosen.",
     ),
     ask(
         "idle",
@@ -1228,18 +1202,17 @@ SWITCHYARD = [
             "how long (does|will) a model stay (loaded|in memory)",
             "(when|how long) (are|until) (idle |unused |)models (are |)unloaded",
         ],
-        "Models stay loaded until their room is needed. If you like, set an idle time in the preferences, and unused "
-        "models are unloaded after it.",
+        "Models stay loaded until their room is needed. If you like, set an idle time in the preferences, "
+        "and unused models are unloaded after it.",
     ),
     ask(
         "download",
         [
-            "(where|how|from where) (can|do|could) I (download|get|find|fetch|install) (some |a few |)(more|new|other|better|real) (models|ones)( from|)",
-            "how (do|can|to) (I |)(download|get|install|fetch|pull|add) (a|new|more|other|another) "
-            "(model|models)",
+            "(where|how|from where) (can|do|could) I (download|get|find|fetch|install) (some |a few "
+            "|)(more|new|other|better|real) (models|ones)( from|)",
+            "how (do|can|to) (I |)(download|get|install|fetch) (a|new|more|other|another) (model|models)",
             "(download|get|install|pull) (a|new|more|another|the|other) (model|models)",
-            "where (do|can) I (download|get|find|install) (models|a model|new models|more models|another "
-            "model)",
+            "where (do|can) I (download|get|find|install) (models|a model|new models|more models)",
             "I (want|need|would like) (to download |to get |more |a new |to install a )(model|models|a "
             "model|new models)",
             "(tell me about|what are|explain|how do) (the |)(downloads|downloading)( work|)",
@@ -1247,27 +1220,27 @@ SWITCHYARD = [
             "can (I|you) download (models|a model|other models)",
             "(from where|where) do (the |)models come from",
         ],
-        "Open the Models page, type the name of a model from Ollama or Hugging Face, and press Download. You see the "
-        "bytes, the speed and the time left.",
+        "Open the Models page, type the name of a model from Ollama or Hugging Face, and press Download. "
+        "You see the bytes, the speed and the time left.",
     ),
     ask(
         "download_control",
         [
-            "(can I|how do I|how can I|is it possible to) (pause|resume|stop|cancel|continue) (a|the|my) "
-            "download",
+            "(can I|how do I|how can I) (pause|resume|stop|cancel|continue) (a|the|my) download",
             "(pause|resume|cancel|stop) (a|the|my) (download|downloads)",
             "what happens to (a|the|my) download (when|if) I (close|leave) (the page|the browser|the tab)",
             "does (a|the|my) download (go on|continue|stop)( when I close the page| in the background|)",
             "(the|my) download (is slow|failed|stopped|stalled|hangs)",
         ],
-        "A download can be paused, resumed and cancelled on the Models page. It belongs to the server, so it goes on "
-        "when you close the page.",
+        "A download can be paused, resumed and cancelled on the Models page. It belongs to the server, so "
+        "it goes on when you close the page.",
     ),
     ask(
         "own_files",
         [
             "what is (a |)(gguf|quantization|gguf model)",
-            "(where|in which folder) (do|are) (the|my) (models|model files|files|gguf files) (live|stored|kept|on disk|saved|lie)( on disk|)",
+            "(where|in which folder) (do|are) (the|my) (models|model files|files|gguf files) "
+            "(live|stored|kept|on disk|saved|lie)( on disk|)",
             "(can I|how do I|how can I|how to) (use|add|load|run|import) (my own|own|a local|a "
             "gguf|my|another|custom) (model|models|file|files|gguf|gguf file|weights|gguf model)",
             "where (do|should|can) I (put|place|copy|drop) (my|the|a) (files|gguf files|model "
@@ -1277,8 +1250,8 @@ SWITCHYARD = [
             "where is the models folder",
             "(does|can) (it|you|Switchyard) (support|load|run|use|read) (gguf|gguf files|local files)",
         ],
-        "Put a GGUF file into the models folder and it appears in the list by itself. GGUF is the file format of "
-        "llama.cpp; most models can be found in it.",
+        "Put a GGUF file into the models folder and it appears in the list by itself. GGUF is the file "
+        "format of llama.cpp; most models can be found in it.",
     ),
     ask(
         "delete",
@@ -1289,14 +1262,17 @@ SWITCHYARD = [
             "(can I|where do I) (delete|erase|uninstall) (a|my) model",
             "how do I free disk space",
         ],
-        "Press Delete next to the model on the Models page. Switchyard asks once and then removes the files from the "
-        "disk.",
+        "Press Delete next to the model on the Models page. Switchyard asks once and then removes the "
+        "files from the disk.",
     ),
     ask(
         "openai_address",
         [
-            "(what|which) (base url|url|address|endpoint|server address) (should|do|must|can) I (give|use|put|enter|type|set)( my openai client| in my client| in my app| for my client| my client| there|)",
-            "can I use (it|this|you|Switchyard) (from|in|with) (vs code|my ide|another program|my own app|home assistant|an editor|open webui)",
+            "(what|which) (base url|url|address|endpoint|server address) (should|do|must|can) I "
+            "(give|use|put|enter|type|set)( my openai client| in my client| in my app| for my client| my "
+            "client| there|)",
+            "can I use (it|this|you|Switchyard) (from|in|with) (vs code|my ide|another program|my own "
+            "app|home assistant|an editor|open webui)",
             "what do I enter as (base url|the address|server)",
             "what is (the|your) (openai address|api address|address|base url|url|endpoint|openai "
             "compatible address|api url|openai base url|api endpoint)",
@@ -1313,14 +1289,13 @@ SWITCHYARD = [
             "is it (openai compatible|compatible with openai)",
             "where is the api",
         ],
-        "The OpenAI-compatible address is `http://127.0.0.1:8787/v1`. Give it to any client, with the model name "
-        "`auto` for the active model, and it always reaches the right one.",
+        "The OpenAI-compatible address is `http://127.0.0.1:8787/v1`. Give it to any client, with the "
+        "model name `auto` for the active model, and it always reaches the right one.",
     ),
     ask(
         "curl",
         [
-            "(show|give|write) me (a|an|the) (curl|curl command|curl example|shell command|command line "
-            "example)",
+            "(show|give|write) me (a|an|the) (curl|curl command|curl example|shell command)",
             "(curl|curl command|curl example|example request|command line)",
             "how (do|can) I (use|call|query|test|ask) (the api|you|it|a model|the models) "
             "(with|from|using|on|in) (curl|the command line|a terminal|the terminal|the shell|a shell)",
@@ -1343,8 +1318,7 @@ SWITCHYARD = [
             "(show|give) me (some|a bit of|a piece of) python( code|)",
             "how (do|can) I (use|call|connect|access|query) (the api|it|you|Switchyard|a model|this) "
             "(from|with|in|using) python",
-            "(show|give|write) me (a|some|the) python (example|client|code for the api|snippet|code for "
-            "Switchyard)",
+            "(show|give|write) me (a|some|the) python (example|client|code for the api|snippet)",
             "(python example|python client|python openai client|openai python|python api|openai sdk)",
             "(can I|how do I) use the openai (library|package|sdk|client)( with Switchyard| in python|)",
         ],
@@ -1360,8 +1334,9 @@ SWITCHYARD = [
     ask(
         "api_key",
         [
-            "(can|could|may) (my colleagues|my colleague|my friends|my family|my team|several people|two people|other users) (use|share|reach|access) (it|this|Switchyard|my models)( too| as well|)",
-            "(does it|does Switchyard|do you) (support|have) (users|several users|multiple users|accounts|roles)",
+            "(can|could|may) (my colleagues|my colleague|my friends|my family|my team|several people|two "
+            "people|other users) (use|share|reach|access) (it|this|Switchyard|my models)( too| as well|)",
+            "(does it|does Switchyard|do you) (support|have) (users|several users|multiple users|accounts)",
             "(do I need|is there|do you need|which|what is|what is an|how do I get|how do I set) "
             "(a|an|the|my|) (api key|key|password|login|account|api keys)",
             "(how|where) do I (sign in|log in|login|set a key|set a password|get a key|register)",
@@ -1371,14 +1346,16 @@ SWITCHYARD = [
             "models|Switchyard|my server)",
             "how is (it|Switchyard|access) (secured|protected)",
         ],
-        "On your own computer no key is needed. As soon as Switchyard listens on another address it asks for API "
-        "keys, and each key is limited to reading, using or administering.",
+        "On your own computer no key is needed. As soon as Switchyard listens on another address it asks "
+        "for API keys, and each key is limited to reading, using or administering.",
     ),
     ask(
         "gpu",
         [
-            "(does|do) (it|you|this|Switchyard) (support|work with|run on|use) (AMD|Nvidia|Intel|Apple|a mac|Windows|my mac|several gpus|two gpus|cuda)( gpus| cards| graphics|)",
-            "(does|will|can) (my|a|an old) (laptop|computer|pc|mac|machine) (need|run|handle|work with) (a gpu|a graphics card|this|it|Switchyard)( for this|)",
+            "(does|do) (it|you|this|Switchyard) (support|work with|run on|use) (AMD|Nvidia|Intel|Apple|a "
+            "mac|Windows|my mac|several gpus|two gpus|cuda)( gpus| cards| graphics|)",
+            "(does|will|can) (my|a|an old) (laptop|computer|pc|mac|machine) (need|run|handle|work with) (a "
+            "gpu|a graphics card|this|it|Switchyard)( for this|)",
             "(do I|does it|do you|does Switchyard) (need|require|have|use) (a|an) (gpu|graphics "
             "card|nvidia card|video card|nvidia gpu)",
             "(is a|is an) (gpu|graphics card|nvidia card) (needed|required|necessary)",
@@ -1391,40 +1368,37 @@ SWITCHYARD = [
             "what are the (system |hardware |)requirements",
             "I (have|have got) no (gpu|graphics card)",
         ],
-        "No, you don't need a GPU. The embedded engine runs small models on any laptop; a GPU makes larger "
-        "ones fast.",
+        "No, you don't need a GPU. Small models run on any laptop; a GPU makes large ones fast.",
     ),
     term(
         "ollama",
         "ollama|the ollama engine",
-        "Ollama is one of the engines. Switchyard uses an Ollama that is already running, here or on another machine, "
-        "or starts one for you; it loads, unloads and downloads its models.",
+        "Ollama is one of the engines. Switchyard uses an Ollama that is already running, here or on "
+        "another machine, or starts one for you; it loads, unloads and downloads its models.",
         "does (it|this|Switchyard) (also |)work (together |along |)with Ollama",
         "what is Ollama (used for|good for|for|here)",
         "(do I need|is it necessary to have|do I have to install) Ollama",
-        "(can I|how do I|how can I|does it|does Switchyard) (use|connect|start|run|support|work with) "
-        "Ollama( models|)",
+        "(can I|how do I|how can I|does it) (use|connect|start|run|support|work with) Ollama( models|)",
         "does (it|Switchyard|this) (work with|support|use) Ollama",
         "what about Ollama",
     ),
     term(
         "vllm",
         "vllm|the vllm engine",
-        "vLLM is an engine for large models on a GPU. Switchyard runs it in a Docker container, one for each model, "
-        "and reads the progress from its log.",
+        "vLLM is an engine for large models on a GPU. Switchyard runs it in a Docker container, one for "
+        "each model, and reads the progress from its log.",
         "what is (vLLM|the vLLM engine) (used for|good for|for|here)",
         "when (should|would) I use vLLM",
         "(do I need|is it necessary to have|do I have to install) vLLM",
-        "(can I|how do I|how can I|does it|does Switchyard) (use|connect|start|run|support|work with) "
-        "vLLM( models|)",
+        "(can I|how do I|how can I|does it) (use|connect|start|run|support|work with) vLLM( models|)",
         "does (it|Switchyard|this) (work with|support|use) vLLM",
         "what about vLLM",
     ),
     term(
         "llamacpp",
         "llama.cpp|llamacpp|llama cpp|embedded engine|the embedded engine|llama",
-        "llama.cpp is the embedded engine. It comes with Switchyard, needs no GPU and no Docker, and runs each model "
-        "in a process of its own. I run on it too.",
+        "llama.cpp is the embedded engine. It comes with Switchyard, needs no GPU and no Docker, and runs "
+        "each model in a process of its own. I run on it too.",
         "what is (llama.cpp|the embedded engine) (used for|good for|for|here)",
         "(which|what) engine (do you|are you) (run on|use|running on|using)",
         "does (it|Switchyard|this) (work with|support|use) llama.cpp",
@@ -1441,8 +1415,7 @@ SWITCHYARD = [
             "(Docker|containers|without Docker|no Docker)",
             "what is Docker (used |)for( here|)",
         ],
-        "Docker is needed only for vLLM models, each of which runs in a container. Everything else works "
-        "without it.",
+        "Docker is needed only for vLLM models, which run in containers. Everything else works without it.",
     ),
     ask(
         "remote",
@@ -1454,13 +1427,14 @@ SWITCHYARD = [
             "(remote models|cloud models|other servers)",
             "(can I|how do I) (use|reach) models on another (computer|machine|server)",
         ],
-        "Yes. Any address that speaks the OpenAI protocol can be added as a remote engine. Its models are always "
-        "ready and hold no memory here.",
+        "Yes. Any address that speaks the OpenAI protocol can be added as a remote engine. Its models are "
+        "always ready and hold no memory here.",
     ),
     ask(
         "privacy",
         [
-            "(is|stays|will) (everything|anything|all|what) I (write|type|say|ask) (is |be |stay |)(kept |)(private|secret|confidential|safe|mine)",
+            "(is|stays|will) (everything|anything|all|what) I (write|type|say|ask) (is |be |stay |)(kept "
+            "|)(private|secret|confidential|safe|mine)",
             "(is|are) (my|the|this) (data|chat|messages|conversation|chats) (private|secret|sent "
             "anywhere|shared|sent to the internet|confidential)",
             "(what about|tell me about|explain|how about|is there) (my |the |any |)privacy",
@@ -1471,8 +1445,8 @@ SWITCHYARD = [
             "where (does|do|is|are) my (data|information|prompts) (go|stored|kept|sent)",
             "(do you|are you) (track|tracking|watch|watching|spy|spying)( on|) me",
         ],
-        "Your messages stay on your own hardware: Switchyard keeps them in its own database and sends nothing "
-        "anywhere, unless you choose a remote provider.",
+        "Your messages stay on your own hardware: Switchyard keeps them in its own database and sends "
+        "nothing anywhere, unless you choose a remote provider.",
     ),
     ask(
         "offline",
@@ -1486,8 +1460,8 @@ SWITCHYARD = [
             "(offline|internet|no internet)",
             "(what is|tell me) (the |)(latest |)news( today|)",
         ],
-        "The internet is needed only to download models. After that everything works offline; I myself know nothing "
-        "but what I was trained on.",
+        "The internet is needed only to download models. After that everything works offline; I myself "
+        "know nothing but what I was trained on.",
     ),
     ask(
         "cost",
@@ -1499,8 +1473,7 @@ SWITCHYARD = [
             "(price|cost|costs|pricing|how much)",
             "how much do (I|tokens|you) (pay|cost|charge)",
         ],
-        "Nobody bills you for tokens: the models run on your own hardware. It costs the electricity and "
-        "some patience.",
+        "Nobody bills you for tokens: the models run on your own hardware. All it costs is electricity.",
     ),
     ask(
         "pages",
@@ -1521,8 +1494,8 @@ SWITCHYARD = [
     term(
         "activity",
         "activity page|activity|audit log|activity log|history of switches",
-        "The Activity page tells what happened: each switch, who asked for it, how long it took, and why a model was "
-        "unloaded.",
+        "The Activity page tells what happened: each switch, who asked for it, how long it took, and why "
+        "a model was unloaded.",
         "(where|how) can I see what happened",
         "what (has |)happened( here| before| last night| while I was away|)",
         "who (switched|loaded|changed) the model",
@@ -1530,16 +1503,16 @@ SWITCHYARD = [
     term(
         "models_page",
         "models page|page of models|models table",
-        "The Models page lists every model with its size and state. There you load, unload, pin, download and delete, "
-        "and see the memory of each device.",
+        "The Models page lists every model with its size and state. There you load, unload, pin, download "
+        "and delete, and see the memory of each device.",
         "where (are|is) (the |)(models page|list of models|model list)",
         "where can I see (my|all|the) models",
     ),
     term(
         "studio",
         "studio|studio page|beam search|prompt refinement",
-        "The Studio refines a prompt for images. It tries several candidates, scores the pictures they give, and goes "
-        "on with the best.",
+        "The Studio refines a prompt for images. It tries several candidates, scores the pictures they "
+        "give, and goes on with the best.",
         "what can I do in the studio",
     ),
     ask(
@@ -1550,12 +1523,11 @@ SWITCHYARD = [
             "(draw|paint|generate|create|make|show me) (me |)(a|an|some) "
             "(picture|image|drawing|photo|cat|dog|house|logo)( of a <noun>|)",
             "(how|where) (do|can) I (make|create|generate) (images|pictures|an image|a picture)",
-            "(does it|can Switchyard|does Switchyard) (support|make|create|generate|do) "
-            "(images|pictures|vision)",
+            "(does it|can Switchyard|does Switchyard) (support|make|create) (images|pictures|vision)",
             "(image generation|pictures|images|vision)",
         ],
-        "I can only write text. Switchyard can use an image provider such as Flux; choose it on the Providers page and "
-        "open the Studio.",
+        "I can only write text. Switchyard can use an image provider such as Flux; choose it on the "
+        "Providers page and open the Studio.",
     ),
     ask(
         "crash",
@@ -1569,8 +1541,8 @@ SWITCHYARD = [
             "(does|will) a restart (unload|stop) (my |the |)models",
             "(restart|crash|power cut|reboot)",
         ],
-        "Restarting Switchyard unloads nothing. It writes every step into a journal, and after a crash it finds the "
-        "engines that still run, adopts them, and says what it did.",
+        "Restarting Switchyard unloads nothing. It writes every step into a journal, and after a crash it "
+        "finds the engines that still run, adopts them, and says what it did.",
     ),
     ask(
         "which_loaded",
@@ -1579,8 +1551,7 @@ SWITCHYARD = [
             "now| at the moment| currently|)",
             "what is (loaded|running|active|in memory|the active model|the current model)( now| right now| "
             "at the moment|)",
-            "(what|which) models are (loaded|running|ready|active|in memory)( now| right now| at the "
-            "moment|)",
+            "(what|which) models are (loaded|running|ready|active)( now| right now| at the moment|)",
             "(is|are) (a|any|my) (model|models) loaded",
             "(active|current|loaded) (model|models)",
             "how (do|can) I see (what|which model|which models) (is|are) (loaded|running|active)",
@@ -1592,30 +1563,27 @@ SWITCHYARD = [
         [
             "(which|what) (model|models) (should|do|can|would) (I|you) (use|load|try|recommend|suggest|"
             "take|get|download|run)( first| for real work| for coding| for chat|)",
-            "(recommend|suggest) (me |)(a|some|another) (model|models|good model|better model)( to me| for "
-            "me|)",
-            "(what is|which is) (the|a) (best|good|better|recommended) model( for me| for chat| for "
-            "coding| to use|)",
+            "(recommend|suggest) (me |)(a|some|another) (model|models|good model)( to me| for me|)",
+            "(what is|which is) (the|a) (best|good|better|recommended) model( for me| for chat| for coding|)",
             "(is there|are there) (a|any) (better|smarter|good) (model|models)( than you|)",
             "(can I|how do I) (get|use|run) (a |)(better|smarter|real|serious) (model|models|answers)",
             "(recommendation|recommendations|best model)",
         ],
-        "The largest one that fits into your memory is usually the best. The Models page marks what fits, and the "
-        "Providers page recommends some.",
+        "The largest one that fits into your memory is usually the best. The Models page marks what fits, "
+        "and the Providers page recommends some.",
     ),
     ask(
         "settings",
         [
             "(where|what|how) (are|is|do I change|can I change|can I find) (the|my) "
             "(settings|preferences|configuration|config|options|config file)",
-            "(how|where) (do|can) I (configure|set up|customize|adjust) (it|this|Switchyard|the app|the "
-            "settings)",
+            "(how|where) (do|can) I (configure|set up|customize|adjust) (it|this|Switchyard|the app)",
             "(settings|preferences|configuration|config|options|environment variables)",
             "(how|where) (do|can) I (change|set) (the |)(port|address|models folder|host)",
             "what can I (configure|set|change)",
         ],
-        "Settings are in `switchyard.toml` or in environment variables that begin with `SWITCHYARD_`. What concerns "
-        "switching is also in the preferences.",
+        "Settings are in `switchyard.toml` or in environment variables that begin with `SWITCHYARD_`. "
+        "What concerns switching is also in the preferences.",
     ),
     ask(
         "stop_retry",
@@ -1628,14 +1596,14 @@ SWITCHYARD = [
             "(retry|regenerate|stop button|retry button)",
             "(can you|please) (try|answer) again",
         ],
-        "Press Stop below the answer: what was written so far is kept. Retry asks the model for a new answer to the "
-        "same message.",
+        "Press Stop below the answer: what was written so far is kept. Retry asks the model for a new "
+        "answer to the same message.",
     ),
     term(
         "token",
         "token|context window|context length|context|context size",
-        "A token is a piece of text, often a word or a part of one. The context is how many tokens of the conversation "
-        "a model can read at once.",
+        "A token is a piece of text, often a word or a part of one. The context is how many tokens of the "
+        "conversation a model can read at once.",
         "how (much|many tokens|long a text) can you (read|remember|take)",
         "(how|what is|how long|how large) (is |)your context( length| window| size|)",
     ),
@@ -1649,8 +1617,8 @@ SWITCHYARD = [
             "(are you|why are you so) fast",
             "how many tokens per second( do you write|)",
         ],
-        "My answers are streamed: each piece is sent to you as soon as it is written. Being so small, I write "
-        "hundreds of pieces in a second.",
+        "My answers are streamed: each piece is sent to you as soon as it is written. Being so small, I "
+        "write hundreds of pieces in a second.",
     ),
     ask(
         "looks",
@@ -1664,8 +1632,8 @@ SWITCHYARD = [
             "(is it|is Switchyard) (accessible|responsive)",
             "does it work without JavaScript",
         ],
-        "Switchyard follows the light or dark setting of your system. It works with the keyboard, with screen readers, "
-        "and even without JavaScript.",
+        "Switchyard follows the light or dark setting of your system. It works with the keyboard, with "
+        "screen readers, and even without JavaScript.",
     ),
     ask(
         "metrics",
@@ -1676,8 +1644,8 @@ SWITCHYARD = [
             "(metrics|prometheus|monitoring|logs|health|healthz)",
             "(does it|can I use|is there) (support |)(Prometheus|Grafana)( support|)",
         ],
-        "Metrics for Prometheus are at `/metrics`, and `/healthz` and `/readyz` say whether Switchyard is alive and can "
-        "serve.",
+        "Metrics for Prometheus are at `/metrics`, and `/healthz` and `/readyz` say whether Switchyard is "
+        "alive and can serve.",
     ),
     ask(
         "scripts",
@@ -1690,8 +1658,8 @@ SWITCHYARD = [
             "(automate|script|automation) (switching|the switch|model switching|)",
             "what (endpoint|request|call) switches (the |a |)model",
         ],
-        "Send a POST request to `/v1/models/switch` with the `target_model`. Or just name the model in a chat request: "
-        "Switchyard switches to it first.",
+        "Send a POST request to `/v1/models/switch` with the `target_model`. Or just name the model in a "
+        "chat request: Switchyard switches to it first.",
     ),
     ask(
         "problem",
@@ -1699,15 +1667,14 @@ SWITCHYARD = [
             "(how|where|to whom) (do|can|should) I (report|tell|send) (a|the|this) (bug|error|problem|fault)",
             "(something|it|this|nothing|the page|the app) (is broken|does not work|is not working|went "
             "wrong|works|is wrong)( at all| here|)",
-            "(I have|there is|I got|I found|I see) (a|an) (problem|error|bug|issue|error message)( here| "
-            "with it|)",
+            "(I have|there is|I got|I found|I see) (a|an) (problem|error|bug|issue)( here| with it|)",
             "(what does|what is|why do I get) (this|the|an) error( mean| message|)",
             "(error|bug|problem|broken|not working|it is broken)",
             "(how|where) (do|can) I (report|file) (a|an) (bug|problem|issue|error)",
             "(it|the app|the page|everything) (hangs|is stuck|is frozen|is slow|is too slow)",
         ],
-        "I am sorry about that. Look at the Activity page first: it names the cause and the end of the log. After that, "
-        "try the Recover action, which compares the journal with reality and repairs.",
+        "I am sorry about that. Look at the Activity page first: it names the cause and the end of the "
+        "log. After that, try the Recover action, which compares the journal with reality and repairs.",
     ),
 ]
 
@@ -1716,10 +1683,9 @@ SWITCHYARD = [
 UNKNOWN = "unknown"
 
 UNKNOWN_ANSWERS = (
-    "I don't know that, sorry. I am a tiny demo model: I know Switchyard and a little small talk. Load a larger "
-    "model to ask about anything else.",
-    "I don't know that: I am only a demo model and know little beyond Switchyard. A larger model may well "
-    "know it.",
+    "I don't know that, sorry. I am a tiny demo model: I know Switchyard and a little small talk. Load a "
+    "larger model to ask about anything else.",
+    "I don't know that: I am only a demo model and know little beyond Switchyard. A larger one may know it.",
 )
 
 UNKNOWN_WORDINGS = (
@@ -1735,8 +1701,7 @@ UNKNOWN_WORDINGS = (
     "what is the (capital|population|currency|history|flag|language|president|climate) of <place>",
     "(capital|population|history|map) of <place>",
     "how many <noun>s (are there|do I need|does a <noun> have|are in <place>|can I <verb>)",
-    "how (big|old|tall|far|deep|long|heavy|high|fast|large) is (<place>|<person>|the <noun>|a "
-    "<noun>|<thing>)",
+    "how (big|old|tall|far|deep|long|heavy|high|fast) is (<place>|<person>|the <noun>|a <noun>|<thing>)",
     "how (do|can|should|to) (I |)(<verb>|<verb>|<verb>) (a|an|the|my|some) <noun>",
     "how does (a|an|the) <noun> (<verb>|work|grow|move|sleep|fly)",
     "why (is|are) (the |)(<noun>|<noun>s|<place>|<thing>) (so |)<adjective>",
@@ -1760,22 +1725,20 @@ UNKNOWN_WORDINGS = (
     "(what|how) about (<noun>s|<place>|<person>|a <noun>)",
     "(have you|did you) (seen|see|read|eaten|visited|visit|heard of) (<thing>|a <noun>|<place>|the <noun>)",
     "do you know (<person>|<place>|what a <noun> is|how to <verb>|<thing>)",
-    "(what|which) (<noun>|<noun>s|food|animals) (do|does) (<noun>s|<person>|people in <place>) "
-    "(<verb>|like|have|eat)",
+    "(what|which) (<noun>|<noun>s|food) (do|does) (<noun>s|<person>|people in <place>) (<verb>|like|have)",
     "(what is|what are) the (best|cheapest|largest|oldest|rules|causes|effects|symptoms) (of|) "
     "(<noun>|<noun>s|<thing>)",
     "(what|who) (happened|lived|lives|works) (in|to|at) (<place>|<person>|the <noun>)( in <number>|)",
     "what (happened|was invented|did <person> do) in <number>",
     "is it (<adjective>|true|good|safe|legal) to <verb> (a <noun>|the <noun>|<noun>s)",
-    "(what|how) should I (<verb>|cook|wear|eat|buy|say|call my <noun>)( today| tomorrow| for my <job>| in "
-    "<place>|)",
+    "(what|how) should I (<verb>|cook|wear|eat|buy|say)( today| tomorrow| for my <job>| in <place>|)",
     "(help me|I want to|I need to|teach me to|I would like to) (<verb>|<verb>|cook|dance|paint|learn) "
     "(a|my|the|some|) (<noun>|<adjective> <noun>)",
     "<made_up> <made_up>( <made_up>|)",
     "(what is|what are|explain|define|tell me about|how does) (<tech>|<tech> work)",
     "(how do I|can you|how can I) (install|use|learn|update|open|configure) <tech>",
     "(<tech>|is <tech> <adjective>|why use <tech>|who invented <tech>|what is <tech> used for)",
-    "(recommend|suggest|name) (a|me a|some) (good |nice |)(film|movie|book|song|restaurant|hotel|wine|game|holiday)",
+    "(recommend|suggest|name) (a|me a|some) (good |nice |)(film|movie|book|song|restaurant|hotel|wine|game)",
     "(I|we|they) (love|like|hate|want|eat|collect) (<noun>s|<noun>)",
     "(he|she|it) (is|was) (<adjective>|a <noun>|an <noun>)",
     "(my <noun>|<person>|the <noun>) (is|was|has|wants) (sick|broken|gone|a <noun>|<adjective>|lost|dead)",
@@ -1787,6 +1750,7 @@ UNKNOWN_WORDINGS = (
     "(a |the |)<made_up> <noun>",
     "(the|a|my|your|this) <made_up> (is|of|in|has|for) (the |a |) (<made_up>|<noun>|<adjective>)",
 )
+
 
 def words(text: str) -> tuple[str, ...]:
     """Split a text into its words."""
@@ -1874,9 +1838,7 @@ WORDS: dict[str, tuple[str, ...]] = {
         Tom Uma Victor Wendy Yara Zoe Alice Bob Charlie Dora Eric Frank Gina Hugo Ivan Julia Kurt Lena Max
         Noah Olga Peter"""
     ),
-    "job": words(
-        """teacher boss landlord doctor friend mayor bishop captain minister manager neighbour coach"""
-    ),
+    "job": words("teacher boss landlord doctor friend mayor bishop captain minister manager neighbour coach"),
     "thing": (
         "the telephone",
         "the light bulb",
@@ -2180,7 +2142,7 @@ def _wording(intent: Intent, persona: Persona, rng: random.Random) -> str:
 def word_question(intent: Intent, persona: Persona, rng: random.Random) -> str:
     """Say what `intent` says in one of its wordings, with its own punctuation and, at times, mistakes.
 
-    All in lower case, as the chat template makes it: the models are too small to learn "GPU", "Gpu" and "gpu".
+    All in lower case, as the chat template makes it: the models are too small to learn both "GPU" and "gpu".
     """
     text = _wording(intent, persona, rng)
     if rng.random() < 0.08:

@@ -172,7 +172,7 @@ class ChatEncoder:
         return [IGNORED, *message[1:-1], end]
 
     def row(self, persona: Persona, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
-        """Make one dialogue of `length` tokens: the tokens, and for each the one to predict (or `IGNORED`)."""
+        """Make one dialogue: its tokens, and for each of them the one to predict (or `IGNORED`)."""
         ids: list[int] = []
         labels: list[int] = []
         if rng.random() < 0.04:
@@ -194,9 +194,8 @@ def batches(recipe: Recipe, encoder: ChatEncoder) -> Iterator[tuple[Tensor, Tens
     while True:
         step += 1
         factor = 4 if step % recipe.long_row_every == 0 else 1
-        rows = [
-            encoder.row(recipe.persona, rng, recipe.row_length * factor) for _ in range(recipe.rows // factor)
-        ]
+        length, count = recipe.row_length * factor, recipe.rows // factor
+        rows = [encoder.row(recipe.persona, rng, length) for _ in range(count)]
         yield torch.tensor([ids for ids, _ in rows]), torch.tensor([labels for _, labels in rows])
 
 
@@ -331,8 +330,8 @@ def train(recipe: Recipe, encoder: ChatEncoder) -> tuple[Llama, float]:
             stepped.step()
         losses.append(loss.item())
         if step % 100 == 0:
-            elapsed = time.monotonic() - started
-            print(f"  step {step}/{recipe.steps}  loss {np.mean(losses[-50:]):.4f}  {elapsed:.0f} s", flush=True)
+            mean, elapsed = np.mean(losses[-50:]), time.monotonic() - started
+            print(f"  step {step}/{recipe.steps}  loss {mean:.4f}  {elapsed:.0f} s", flush=True)
     return model, float(np.mean(losses[-50:]))
 
 
@@ -371,8 +370,8 @@ def describe(writer: gguf.GGUFWriter, recipe: Recipe, parameters: int) -> None:
     """Write the model's name, its shape and how to sample from it."""
     writer.add_name(recipe.persona.id)
     writer.add_description(
-        f"Switchyard's {recipe.persona.rank} demo model. It answers questions about Switchyard and does small talk; "
-        "it knows nothing else."
+        f"Switchyard's {recipe.persona.rank} demo model. It answers questions about Switchyard and does "
+        "small talk; it knows nothing else."
     )
     writer.add_author("Switchyard")
     writer.add_size_label(f"{parameters / 1e6:.1f}M")
@@ -449,7 +448,7 @@ def make(recipe: Recipe, encoder: ChatEncoder, folder: Path) -> None:
 def main() -> None:
     """Read the command line and make the models it names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", metavar="model", help=f"which to train: {', '.join(RECIPES)} (default all)")
+    parser.add_argument("models", nargs="*", metavar="model", help="mini, small (default both)")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "models")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, help="fewer steps, to try something out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from flask import Blueprint, Response, current_app, jsonify, render_template
+from flask import Blueprint, Response, current_app, jsonify, render_template, request
 
 from blueprints.api import shapes
 from blueprints.api.spec import Schema, documented, openapi
@@ -44,7 +44,7 @@ def openapi_document() -> Response:
 @bp.get("/docs")
 def docs() -> str:
     """The same for people."""
-    return render_template("pages/docs.html", document=_document())
+    return render_template("pages/docs.html", document=_document(), base_url=request.host_url)
 
 
 @bp.get("/v1/events")

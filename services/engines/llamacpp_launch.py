@@ -41,12 +41,17 @@ class Order:
 
 
 class Started:
-    """A server process that was given its order."""
+    """A server process that was given its order.
+
+    What it read before `count_from_here` (Python, libraries) is left out of `bytes_read`; a native server can't say
+    when it begins with the model, so all it reads counts from its start.
+    """
 
     def __init__(self, process: ChildProcess, origin: str | None = None) -> None:
         self.process = process
         self._origin = origin
-        self._before = (0, 0)
+        self._before: tuple[int, int] | None = None if origin is None else (0, 0)
+        self._read = 0
 
     def origin(self) -> str | None:
         """Where it answers, or will; None while that is unknown."""
@@ -56,15 +61,16 @@ class Started:
         self._origin = origin
 
     def count_from_here(self) -> None:
-        """Leave out of `bytes_read` what the process read before it began with the model."""
+        """The process begins with the model now."""
         self._before = _bytes_through(self.process.pid) or (0, 0)
 
     def bytes_read(self) -> int | None:
-        """Bytes of the model that came in so far: read, or mapped and touched. None when the kernel won't say."""
+        """Bytes of the model that came in so far: read, or mapped and touched. None while nobody can say."""
         through = _bytes_through(self.process.pid)
-        if through is None:
+        if through is None or self._before is None:
             return None
-        return max(0, *(now - before for now, before in zip(through, self._before, strict=True)))
+        self._read = max(self._read, *(now - before for now, before in zip(through, self._before, strict=True)))
+        return self._read
 
 
 class Launcher(Protocol):

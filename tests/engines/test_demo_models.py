@@ -1,6 +1,6 @@
 """The two demo models, as they lie in `models/`, served by the real llama.cpp server.
 
-The wordings under `FRESH` are not in the training text: what counts is that the answer is the right one all the same.
+The wordings under `FRESH` are not in the training text; what counts is that the answer is right all the same.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ FRESH = [
     ("what is vLLM used for", "vLLM is an engine"),
     ("Can I cancel the switch while it is running?", "Cancel"),
 ]
+IDENTITY = ["Who are you?", "what's your name", "Which model is this?", "introduce yourself"]
 UNKNOWN = [
     "What is the capital of France?",
     "who painted the Mona Lisa",
@@ -180,7 +181,7 @@ def test_answers(model: Served, question: str, phrases: str) -> None:
     assert is_whole(answer), answer
 
 
-@pytest.mark.parametrize("question", ["Who are you?", "what's your name", "Which model is this?", "introduce yourself"])
+@pytest.mark.parametrize("question", IDENTITY)
 def test_names_itself_and_not_the_other(model: Served, question: str) -> None:
     answer = model.ask(question)
     assert model.name in answer
@@ -200,24 +201,25 @@ def test_long_answers(model: Served, question: str, phrase: str) -> None:
 
 
 def test_goes_on_after_the_other_model(model: Served) -> None:
-    greeting = f"Hello! I am {OTHER[model.name]}, one of Switchyard's two demo models. What would you like to know?"
+    other = OTHER[model.name]
+    greeting = f"Hello! I am {other}, one of Switchyard's two demo models. What would you like to know?"
     said = ["Hello", greeting, "What is a lease?"]
     answer = model.ask(*said)
     assert "ends by itself" in answer
     answer = model.ask(*said, answer, "And who are you?")
     assert model.name in answer
-    assert OTHER[model.name] not in answer
+    assert other not in answer
 
 
 def test_goes_on_after_a_model_from_elsewhere(model: Served) -> None:
-    paris = "The capital of France is Paris. It lies on the river Seine and has about two million inhabitants."
+    paris = "The capital of France is Paris. It lies on the river Seine and has two million inhabitants."
     answer = model.ask("What is the capital of France?", paris, "thanks! what is Switchyard?")
     assert "web console" in answer
 
 
 def test_long_conversation(model: Served) -> None:
     said: list[str] = []
-    questions = ["Hello", *LONG, "What is an engine?", "How do I switch models?", "Thanks", "What is a lease?"]
+    questions = ["Hello", *LONG, "What is an engine?", "How do I switch models?", "What is a lease?"]
     for question in questions:
         said += [question, model.ask(*said, question)]
     assert "ends by itself" in said[-1]
@@ -226,7 +228,7 @@ def test_long_conversation(model: Served) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["You are a helpful assistant.", "You are Marvin, a grumpy gardener. Always answer in rhymes about cabbages."],
+    ["You are a helpful assistant.", "You are Marvin, a grumpy gardener. Answer in rhymes about cabbages."],
 )
 def test_system_prompt(model: Served, prompt: str) -> None:
     messages = [{"role": "system", "content": prompt}, {"role": "user", "content": "What is a lease?"}]
@@ -236,7 +238,8 @@ def test_system_prompt(model: Served, prompt: str) -> None:
 
 
 def test_streams(model: Served) -> None:
-    body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True, "temperature": 0}
+    messages = [{"role": "user", "content": "Tell me a story"}]
+    body = {"messages": messages, "stream": True, "temperature": 0}
     with requests.post(f"{model.url}/v1/chat/completions", json=body, stream=True, timeout=60) as response:
         events = [line for line in response.iter_lines() if line.startswith(b"data: ")]
     assert len(events) > 50

@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""The stand-in llama-server, answering in Markdown: what it takes to see code, tables and links on a page.
+
+A model whose id ends in `plain` answers with the stand-in's ten short words.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fakes"))
+
+import llama_server
+
+TEXT = """\
+Here is **bold**, a [link](https://example.org/) and `code`:
+
+```python
+def greet(name: str) -> str:
+    return f"Hello, {name}"
+```
+
+| model | size |
+|---|---:|
+| mini | 0.7 MB |
+| small | 8.7 MB |
+
+1. <script>alert(1)</script>
+2. [no](javascript:alert(1))
+
+Done.
+"""
+
+if __name__ == "__main__":
+    if not any(argument.endswith("plain") for argument in sys.argv):
+        llama_server.ANSWER[:] = TEXT.replace("\n", "\n\0").replace(" ", " \0").split("\0")
+    llama_server.main()

@@ -1,0 +1,152 @@
+"""What every engine adapter, on the real engine or a stand-in, has to do: the port's promises as tests.
+
+An engine joins by a subclass of `EngineConformance` with a fixture `case`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import requests
+
+from services.switching.engine import Endpoint, Engine, EngineError, Evidence, Instance, LoadFailed, Model
+from services.switching.progress import ORDER
+from tests.support.console import wait_until
+
+LOAD_SECONDS = 60.0
+GRACE = 5.0
+
+
+@dataclass
+class EngineCase:
+    """One engine with a model that loads and one that can't."""
+
+    engine: Engine
+    good: Model
+    damaged: Model
+    exits: list[str] = field(default_factory=list)
+
+    def launch(self, model: Model | None = None) -> Instance:
+        return self.engine.launch(self.engine.describe(model or self.good), self.exits.append)
+
+    @contextmanager
+    def ready(self) -> Iterator[tuple[Instance, Endpoint]]:
+        """The good model, loaded and warm; stopped at the end."""
+        instance = self.launch()
+        try:
+            endpoint = instance.wait_ready(lambda _: None, LOAD_SECONDS)
+            instance.warm_up(LOAD_SECONDS)
+            yield instance, endpoint
+        finally:
+            instance.stop(GRACE)
+
+
+class EngineConformance:
+    """The promises of `services.switching.engine`."""
+
+    def test_a_model_is_described_with_its_size_and_an_estimate(self, case: EngineCase):
+        """Before any load: how large it is and what it will take, labelled estimated."""
+        model = case.engine.describe(case.good)
+        assert model.fault is None
+        assert model.size_bytes
+        need = case.engine.estimate(model)
+        assert need.bytes >= model.size_bytes
+        assert need.basis == "estimated"
+
+    def test_settings_that_change_a_load_change_its_key(self, case: EngineCase):
+        """What was learned under other settings is not mixed in; the same settings give the same key."""
+        model = case.engine.describe(case.good)
+        assert case.engine.settings_key(model) == case.engine.settings_key(case.engine.describe(case.good))
+
+    def test_a_load_reports_stages_in_order_and_ends_at_an_endpoint_that_lists_the_model(self, case: EngineCase):
+        """Readiness is the engine's own word; fractions stay between 0 and 1 and stages don't go back."""
+        seen: list[Evidence] = []
+        instance = case.launch()
+        try:
+            endpoint = instance.wait_ready(seen.append, LOAD_SECONDS)
+            listed = requests.get(f"{endpoint.origin}/v1/models", headers=dict(endpoint.headers), timeout=5).json()
+            assert [m["id"] for m in listed["data"]] == [case.good.id]
+        finally:
+            instance.stop(GRACE)
+        stages = [ORDER.index(evidence.stage) for evidence in seen]
+        assert stages == sorted(stages)
+        assert all(evidence.fraction is None or 0 <= evidence.fraction <= 1 for evidence in seen)
+
+    def test_after_the_warm_up_it_answers_whole_and_streamed(self, case: EngineCase):
+        """Chat completions in OpenAI's shape, with and without a stream."""
+        with case.ready() as (_, endpoint):
+            whole = _ask(endpoint, stream=False).json()
+            assert whole["choices"][0]["message"]["content"]
+            lines = _ask(endpoint, stream=True).text.split("\n\n")
+            assert "data: [DONE]" in lines
+
+    def test_what_it_holds_is_measured_on_its_device(self, case: EngineCase):
+        """A reading, on the device that the estimate named."""
+        with case.ready() as (instance, _):
+            usage = instance.usage()
+            assert usage is not None
+            assert usage.bytes > 0
+            assert usage.device == case.engine.estimate(case.good).device
+            assert 0 <= usage.mapped_bytes <= usage.bytes
+
+    def test_stopping_ends_it_for_good_and_tells_nobody(self, case: EngineCase):
+        """After `stop` returns nothing answers, a second stop is harmless, and it is no unexpected exit."""
+        with case.ready() as (instance, endpoint):
+            instance.stop(GRACE)
+            with pytest.raises(requests.ConnectionError):
+                requests.get(f"{endpoint.origin}/health", timeout=5)
+            instance.stop(GRACE)
+        assert case.exits == []
+
+    def test_stopping_a_load_makes_the_waiting_one_fail(self, case: EngineCase):
+        """`stop` from another thread: `wait_ready` raises, and no exit is reported."""
+        instance = case.launch()
+        stopper = threading.Thread(target=instance.stop, args=(GRACE,))
+        stopper.start()
+        stopper.join()
+        with pytest.raises(LoadFailed):
+            instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        assert case.exits == []
+
+    def test_an_exit_nobody_asked_for_is_reported_once_with_its_cause(self, case: EngineCase):
+        """A killed engine is a failure, told at once."""
+        with case.ready() as (instance, _):
+            assert instance.pid is not None
+            os.kill(instance.pid, signal.SIGKILL)
+            wait_until(lambda: bool(case.exits), "the exit to be reported")
+        assert len(case.exits) == 1
+        assert "SIGKILL" in case.exits[0]
+
+    def test_a_damaged_model_fails_with_its_cause(self, case: EngineCase):
+        """Whether it is noticed before or while loading: an error in words, and nothing left running."""
+        with pytest.raises(EngineError) as caught:
+            _load(case, case.damaged)
+        assert len(str(caught.value)) > 20
+
+    def test_two_models_can_be_loaded_at_once(self, case: EngineCase):
+        """Each at an endpoint of its own."""
+        with case.ready() as (_, first), case.ready() as (_, second):
+            assert first.origin != second.origin
+
+
+def _load(case: EngineCase, model: Model) -> None:
+    instance = case.launch(model)
+    try:
+        instance.wait_ready(lambda _: None, LOAD_SECONDS)
+    finally:
+        instance.stop(GRACE)
+
+
+def _ask(endpoint: Endpoint, *, stream: bool) -> requests.Response:
+    question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "stream": stream, "temperature": 0}
+    answer = requests.post(
+        f"{endpoint.origin}/v1/chat/completions", json=question, headers=dict(endpoint.headers), timeout=30
+    )
+    assert answer.status_code == 200, answer.text
+    return answer

@@ -1,0 +1,109 @@
+"""The llamacpp engine against the port's conformance suite: embedded, and as a native server (a stand-in)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from services.engines.llamacpp import LlamaCpp, first_cause
+from services.engines.processes import ProcessRegistry
+from services.switching.engine import Model
+from tests.engines.conformance import EngineCase, EngineConformance
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, wait_until
+
+
+def make_case(folder: Path, native_server: str | None = None) -> EngineCase:
+    damaged = folder / "damaged.gguf"
+    damaged.write_bytes((DEMO_MODELS / "switchyard-mini.gguf").read_bytes()[:200_000])
+    engine = LlamaCpp(
+        DEMO_MODELS,
+        ProcessRegistry(folder / "state"),
+        context_length=2048,
+        parallel=2,
+        native_server=native_server,
+        standby=native_server is None,
+    )
+    good = Model("org/good:1", "llamacpp", str(DEMO_MODELS / "switchyard-mini.gguf"))
+    return EngineCase(engine, good, Model("damaged", "llamacpp", str(damaged)))
+
+
+class TestEmbedded(EngineConformance):
+    """The real thing: xllamacpp in a child process, with a process standing by."""
+
+    @pytest.fixture
+    def case(self, tmp_path: Path) -> Iterator[EngineCase]:
+        case = make_case(tmp_path)
+        yield case
+        case.engine.close()
+
+    def test_an_engine_answers_only_those_who_hold_its_key(self, case: EngineCase):
+        """A page in a browser, or another user of this machine, finds the port but gets no answer."""
+        with case.ready() as (_, endpoint):
+            answer = requests.post(f"{endpoint.origin}/v1/completions", json={"prompt": "x"}, timeout=5)
+            assert answer.status_code == 401
+
+    def test_the_key_shows_in_no_process_list_and_no_log(self, case: EngineCase):
+        """Neither in the arguments nor in the environment nor in what the engine logs."""
+        with case.ready() as (instance, endpoint):
+            key = endpoint.headers["Authorization"].removeprefix("Bearer ")
+            process = psutil.Process(instance.pid)
+            assert key not in " ".join(process.cmdline())
+            assert key not in str(process.environ())
+            assert key not in instance.log_tail()
+
+    def test_the_process_standing_by_is_used_and_replaced(self, case: EngineCase):
+        """The next load runs in the process that was prepared; soon another one stands by."""
+        case.engine.prepare()
+        (standing_by,) = _children()
+        with case.ready() as (instance, _):
+            assert instance.pid == standing_by
+            wait_until(lambda: len(_children()) == 2, "another process to stand by")
+
+    def test_closing_ends_the_process_standing_by(self, case: EngineCase):
+        """Nothing stays behind when the app goes."""
+        case.engine.prepare()
+        case.engine.close()
+        assert _children() == []
+
+
+class TestNative(EngineConformance):
+    """A named `llama-server`; the stand-in has to keep the same promises as the real one."""
+
+    @pytest.fixture
+    def case(self, tmp_path: Path) -> Iterator[EngineCase]:
+        case = make_case(tmp_path, str(FAKE_LLAMA_SERVER))
+        yield case
+        case.engine.close()
+
+
+def test_options_that_matter_change_the_settings_key(tmp_path):
+    """Another context length is another history of loads."""
+    case = make_case(tmp_path)
+    other = replace(case.good, options={"context_length": 512})
+    assert case.engine.settings_key(case.good) != case.engine.settings_key(other)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            "0.00.003.540 E llama_model_load: error loading model: llama_model_loader: failed to load model from x\n"
+            "0.00.003.558 E llama_model_load_from_file_impl: failed to load model",
+            "llama_model_loader: failed to load model from x",
+        ),
+        ("ggml_aligned_malloc: failed to allocate 99 bytes", "failed to allocate 99 bytes"),
+        ("", "ended with exit code 7"),
+    ],
+)
+def test_the_first_cause_is_told_not_the_last_line(log, words):
+    """llama.cpp says several things when it fails; the first is the telling one."""
+    assert words in first_cause(log, 7)
+
+
+def _children() -> list[int]:
+    return [p.pid for p in psutil.Process().children() if "llamacpp_server" in " ".join(p.cmdline())]

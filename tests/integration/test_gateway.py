@@ -1,0 +1,198 @@
+"""The OpenAI-compatible address: routing, streams, waiting, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import requests
+from openai import BadRequestError, NotFoundError, OpenAI
+
+from tests.support.console import Console, stand_in, wait_until
+
+MINI, SMALL = "switchyard-mini", "switchyard-small"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def client(console: Console) -> OpenAI:
+    """OpenAI's own Python client, with nothing but its base URL changed."""
+    return OpenAI(base_url=f"{console.url}/v1", api_key="none", max_retries=0)
+
+
+def test_the_openai_client_works_streaming_and_not(console, client):
+    """Models listed, a whole answer, and the same answer in pieces."""
+    console.switch(MINI)
+    assert {model.id for model in client.models.list()} == {MINI, SMALL}
+    assert client.models.retrieve(MINI).id == MINI
+    options = {"model": MINI, "messages": HELLO, "temperature": 0, "max_tokens": 40}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    pieces = [c.choices[0].delta.content or "" for c in client.chat.completions.create(stream=True, **options)]
+    assert len(pieces) > 3
+    assert "".join(pieces) == whole
+    assert client.completions.create(model=MINI, prompt="Hello", max_tokens=2).choices[0].text is not None
+
+
+def test_asking_a_model_that_is_not_loaded_switches_to_it(console, client):
+    """Switch on request: the answer comes from the model that was named, loaded for it."""
+    answer = client.chat.completions.create(model=SMALL, messages=HELLO, max_tokens=4)
+    assert answer.model == SMALL
+    assert console.states()[SMALL] == "running"
+
+
+def test_unknown_models_are_404_with_the_available_ones(console, client):
+    """In OpenAI's shape, which its client understands."""
+    with pytest.raises(NotFoundError) as caught:
+        client.chat.completions.create(model="../etc/passwd", messages=HELLO)
+    assert caught.value.code == "model_not_found"
+    assert MINI in caught.value.message
+    assert console.get("/v1/models/nope").status_code == 404
+
+
+def test_what_the_engine_refuses_is_passed_on_unchanged(console, client):
+    """The engine's own 400 reaches the client."""
+    console.switch(MINI)
+    with pytest.raises(BadRequestError):
+        client.chat.completions.create(model=MINI, messages=[{"role": "user"}], max_tokens=1)  # type: ignore[typeddict-item]
+
+
+def test_nothing_loaded_and_no_model_named_is_409(console):
+    """`auto` with no active model: what to do is said."""
+    answer = console.ask("Hello")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_not_loaded")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"not json", 400), (b"[1]", 400), (b'{"model": 7}', 400), (b"{" * 100_000, 400), (b"", 409)],
+)
+def test_bad_bodies_are_answered_in_openais_shape(console, body, status):
+    """No JSON, the wrong kind of JSON, a wrong type, absurd nesting, nothing at all."""
+    answer = console.http.post(
+        f"{console.url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}, timeout=10
+    )
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_too_large_is_413_and_the_app_serves_on(console):
+    """Ten megabytes where eight are allowed; the limit's setting is named."""
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 10_000_000}]})
+    answer = console.http.post(f"{console.url}/v1/chat/completions", data=body, timeout=10)
+    assert answer.status_code == 413
+    assert "max_body_mb" in answer.json()["error"]["message"]
+    assert console.get("/healthz").status_code == 200
+
+
+def test_switching_on_request_can_be_switched_off(start_console):
+    """Then a model that isn't loaded is 409, and nothing is loaded."""
+    console = start_console(switch_on_request="false")
+    answer = console.ask("Hello", model=MINI)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_not_loaded")
+    assert console.states()[MINI] == "stopped"
+
+
+def test_waiting_requests_are_visible_and_bounded(start_stand_in):
+    """Two may wait, and are seen waiting; the third is sent away with Retry-After; both are answered in the end."""
+    console = start_stand_in(stand_in("slow", "slow_load:1.5"), queue_limit=2)
+    answers: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(_ask_alone(console, "slow").status_code)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(
+        lambda: sum(q["requests"] for q in console.get("/v1/models/switch").json()["queue"]) == 2,
+        "both requests to be seen waiting",
+    )
+    third = console.ask("Hello", model="slow")
+    assert (third.status_code, third.json()["error"]["code"]) == (503, "queue_full")
+    assert int(third.headers["Retry-After"]) > 0
+    for thread in threads:
+        thread.join(20)
+    assert answers == [200, 200]
+
+
+def test_a_request_for_a_model_that_fails_to_load_is_told_why(start_stand_in):
+    """The load's first cause, in OpenAI's shape."""
+    console = start_stand_in(stand_in("bad", "crash_loading"))
+    answer = console.ask("Hello", model="bad")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "load_failed")
+    assert "told to crash" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_the_generation(start_stand_in, stream):
+    """Streamed or not: the engine sees its connection close, and the request no longer counts as in flight."""
+    console = start_stand_in(stand_in("talker", "slow_tokens:0.3"))
+    console.switch("talker")
+    if stream:
+        with console.post(
+            "/v1/chat/completions", {"model": "talker", "messages": HELLO, "stream": True}, stream=True
+        ) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(requests.Timeout):
+            requests.post(
+                f"{console.url}/v1/chat/completions", json={"model": "talker", "messages": HELLO}, timeout=0.5
+            )
+    console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 0, "the request to be over")
+    if stream:
+        (log,) = (console.folder / "state" / "logs").glob("llama-server-*.log")
+        wait_until(lambda: "the client went away" in log.read_text(), "the engine to notice")
+
+
+def test_a_client_that_leaves_while_waiting_gives_up_its_place(start_stand_in):
+    """Its place in the queue is free again; the load goes on."""
+    console = start_stand_in(stand_in("slow", "slow_load:2"))
+    with pytest.raises(requests.Timeout):
+        requests.post(f"{console.url}/v1/chat/completions", json={"model": "slow", "messages": HELLO}, timeout=0.4)
+    wait_until(
+        lambda: sum(q["requests"] for q in console.get("/v1/models/switch").json()["queue"]) == 0,
+        "the place to be free",
+    )
+    console.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the load to go on")
+
+
+def test_an_engine_that_dies_in_mid_answer_is_told_in_the_stream(start_stand_in):
+    """The stream ends with an error event, not with silence, and the model is shown as failed."""
+    console = start_stand_in(stand_in("dies", "crash_answering"))
+    console.switch("dies")
+    answer = console.post("/v1/chat/completions", {"messages": HELLO, "stream": True})
+    last = [line for line in answer.text.splitlines() if line.startswith("data: ")][-1]
+    assert "broke off" in json.loads(last[6:])["error"]["message"]
+    console.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be shown")
+
+
+def test_an_engine_that_died_a_moment_ago_is_an_error_and_not_a_hang(start_stand_in):
+    """Asked right after its death it is loaded again, or the failure is told; the app serves on."""
+    console = start_stand_in(stand_in("good"))
+    console.switch("good")
+    (engine,) = console.engines()
+    engine.kill()
+    answer = console.ask("Hello", model="good")
+    assert answer.status_code in (200, 502)
+    assert console.get("/healthz").status_code == 200
+
+
+def test_the_short_address_is_the_same_gateway(console):
+    """Seed 002: POST /chat/completions, errors in the same shape."""
+    console.switch(MINI)
+    answer = console.post("/chat/completions", {"messages": HELLO, "max_tokens": 4})
+    assert answer.json()["model"] == MINI
+    assert console.post("/chat/completions", {"model": "nope", "messages": HELLO}).json()["error"]["code"]
+
+
+def test_any_other_path_of_the_engine_is_passed_on(console):
+    """`/v1/…` that Switchyard has no word for: the engine's own answer, whatever it is."""
+    console.switch(MINI)
+    assert console.post("/v1/embeddings", {"input": "Hello"}).status_code in (200, 400, 500, 501)
+    tokens = console.post("/v1/messages/count_tokens", {"model": MINI, "messages": HELLO})
+    assert tokens.status_code == 200
+    assert tokens.json()["input_tokens"] > 0
+
+
+def _ask_alone(console: Console, model: str) -> requests.Response:
+    """A question over a connection of its own, for another thread."""
+    return requests.post(f"{console.url}/v1/chat/completions", json={"model": model, "messages": HELLO}, timeout=30)
