@@ -189,6 +189,10 @@ SMALL_TALK = [
     ask(
         "who_are_you",
         [
+            "(which|what) (model|one) (is this|is that|are you|do I talk to|answers me)",
+            "are you (chatgpt|gpt-4|claude|gemini|siri)",
+            "(who|what) are you",
+            "(is this|am I talking to) (chatgpt|gpt-4|claude|a large model)",
             "are you (chatgpt|gpt|gpt-4|claude|gemini|llama|mistral|a human or a model|qwen|siri|alexa)",
             "(so |)(who|what) (exactly |really |)are you (then|really|exactly|again)",
             "(do you know|could you say|tell me) (who|what) you are",
@@ -675,6 +679,7 @@ SMALL_TALK = [
     ask(
         "memory_of_user",
         [
+            "what did you (just |)(say|write|answer|tell me)( before| just now|)",
             "what is my name",
             "who am I",
             "do you (remember|know) (me|my name|who I am|what I said|what I told you|our last chat)",
@@ -1153,8 +1158,6 @@ SWITCHYARD = [
     ask(
         "two_switches",
         [
-            "(what happens|what) if I (close|leave) the (browser|page|tab) (while|when|during) (a model "
-            "loads|a switch|it loads|it is loading|a load)",
             "what (if|happens if|happens when) (I click twice|two people switch|I switch again|two tabs "
             "switch|I start another switch)( at once| during a switch|)",
             "(can|may) (two|several|many) (switches|people switch) (run|happen|)( at once| together|)",
@@ -1164,6 +1167,18 @@ SWITCHYARD = [
         ],
         "Only one switch runs at a time, and all tabs show the same one. A new switch replaces the "
         "running one; if that is more than half done, you are asked first.",
+    ),
+    ask(
+        "close_page",
+        [
+            "what (if|happens if|happens when) I (close|leave) (the|this) (page|browser|tab|window|app)",
+            "what (if|happens if) I close the (page|browser|tab) (while|when) (a|the|my) model (loads|is loading)",
+            "(can|may) I (close|leave) (the|this|my) (page|browser|tab|window)( during a switch| while it loads|)",
+            "(does|will) (it|a switch|the switch|loading|the load) (go on|continue|stop) (when|if) I close the page",
+            "do I have to (wait|stay|keep the page open|leave the browser open)( here| for it|)",
+        ],
+        "Close it without worry: a switch belongs to the server and goes on. When you come back, the banner shows "
+        "how far it is.",
     ),
     ask(
         "several_models",
@@ -1478,6 +1493,7 @@ SWITCHYARD = [
     ask(
         "pages",
         [
+            "(give|show|write|make) me a (bullet list|list with bullets|bulleted list)",
             "(what|which) pages (are there|does it have|exist|does Switchyard have|can I open)",
             "(where do I find|where is|where can I find) (everything|things|the menu|the settings page|what)",
             "(show|list|explain|describe) (me |)(the|all|all the) pages",
@@ -1664,6 +1680,7 @@ SWITCHYARD = [
     ask(
         "problem",
         [
+            "(the|my) (page|browser|app) (crashed|is empty|is blank|shows an error)",
             "(how|where|to whom) (do|can|should) I (report|tell|send) (a|the|this) (bug|error|problem|fault)",
             "(something|it|this|nothing|the page|the app) (is broken|does not work|is not working|went "
             "wrong|works|is wrong)( at all| here|)",
@@ -1699,7 +1716,7 @@ UNKNOWN_WORDINGS = (
     "where (do|can) I (find|buy|see|get) (a|an|some|the) <noun>",
     "when (did|does) (<person>|the <noun>|the war|<place>) (die|start|end|open|win|begin|close)",
     "what is the (capital|population|currency|history|flag|language|president|climate) of <place>",
-    "(capital|population|history|map) of <place>",
+    "(capital|population|history) of <place>",
     "how many <noun>s (are there|do I need|does a <noun> have|are in <place>|can I <verb>)",
     "how (big|old|tall|far|deep|long|heavy|high|fast) is (<place>|<person>|the <noun>|a <noun>|<thing>)",
     "how (do|can|should|to) (I |)(<verb>|<verb>|<verb>) (a|an|the|my|some) <noun>",
@@ -1735,6 +1752,8 @@ UNKNOWN_WORDINGS = (
     "(help me|I want to|I need to|teach me to|I would like to) (<verb>|<verb>|cook|dance|paint|learn) "
     "(a|my|the|some|) (<noun>|<adjective> <noun>)",
     "<made_up> <made_up>( <made_up>|)",
+    "<mash>( <mash>|)",
+    "(map|flag|age|price) of (<place>|<person>|a <noun>|the <noun>)",
     "(what is|what are|explain|define|tell me about|how does) (<tech>|<tech> work)",
     "(how do I|can you|how can I) (install|use|learn|update|open|configure) <tech>",
     "(<tech>|is <tech> <adjective>|why use <tech>|who invented <tech>|what is <tech> used for)",
@@ -1944,7 +1963,13 @@ def _made_up(rng: random.Random) -> str:
     return word.capitalize() if rng.random() < 0.3 else word
 
 
-SLOT_MAKERS: dict[str, Callable[[random.Random], str]] = {"number": _number, "made_up": _made_up}
+def _mash(rng: random.Random) -> str:
+    """A hand laid on the keyboard."""
+    row = rng.choice(("asdfghjkl", "qwertyuiop", "zxcvbnm", "abcdefghijklmnopqrstuvwxyz"))
+    return "".join(rng.choice(row) for _ in range(rng.randint(4, 10)))
+
+
+SLOT_MAKERS: dict[str, Callable[[random.Random], str]] = {"number": _number, "made_up": _made_up, "mash": _mash}
 
 INTENTS: tuple[Intent, ...] = (
     *SMALL_TALK,

@@ -7,6 +7,7 @@ Both answer on a loopback port behind a key that only this process knows.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import threading
 import time
@@ -96,7 +97,8 @@ class LlamaCpp:
             file = self._look(path)
             if file.header is not None and is_projector(file.header):
                 continue  # the image half of another model, not one to talk to
-            found.append(self.describe(Model(id=path.stem, engine=self.name, source=str(path))))
+            model_id = id_of(path.relative_to(self._models_dir))
+            found.append(self.describe(Model(id=model_id, engine=self.name, source=str(path))))
         return found
 
     def describe(self, model: Model) -> Model:
@@ -277,6 +279,15 @@ class LlamaCppInstance:
         if elapsed > SLOW_AFTER_SECONDS:
             words += f" at {read / elapsed / 1e6:.0f} MB/s, this may take a while"
         return words
+
+
+def id_of(path: Path) -> str:
+    """A file's path below the models folder as a model id: `sub/Name-Q4.gguf` is `sub/Name-Q4`.
+
+    Whatever an id may not hold becomes a dash; the part number of a split model is left out.
+    """
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.with_suffix("").as_posix())
+    return re.sub(r"[^A-Za-z0-9._:/@+-]+", "-", stem).strip("-./:@+") or "model"
 
 
 def first_cause(log_tail: str, exit_code: int) -> str:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -31,6 +32,7 @@ T = TypeVar("T")
 OBSERVE_SECONDS = 0.2
 """How often a load's figures are refreshed while nothing new is reported."""
 MEMORY_LOOK_SECONDS = 0.05
+LAST_ANSWERS_SECONDS = 3.0
 
 
 class Hub(Protocol):
@@ -115,14 +117,13 @@ class Procedure:
         Narrator(job, self._fleet).end("failed", error)
 
     def stop_all(self) -> None:
-        """Stop every instance: the app is going away."""
+        """Stop every instance: the app is going away. Answers under way get a moment to end."""
         for member in self._fleet:
+            self._hub.await_worker(lambda m=member: m.traffic.drain(LAST_ANSWERS_SECONDS), cancellable=False)  # type: ignore[misc]
             self._put_away(member)
 
     def _switch(self, job: Job, story: Narrator) -> None:
-        activate = job.request.activate
         if job.request.kind == "restart":
-            activate = self._fleet.active == job.target
             self._unload_for_restart(job)
         elif self._already_there(job):
             return
@@ -135,7 +136,7 @@ class Procedure:
         if plan.unload:
             self._wait_for_memory(story, plan)
         member = self._load(model, plan, story, job)
-        if activate or self._fleet.active is None:
+        if job.request.activate or self._fleet.active is None:  # asked now: a second click may have joined meanwhile
             self._fleet.active = member.model.id
         story.ready()
 
@@ -299,6 +300,8 @@ class Procedure:
         job.finish("success")
 
     def _unload_for_restart(self, job: Job) -> None:
+        """Make way for the same model; it becomes the active one again only if it was."""
+        job.request = replace(job.request, activate=self._fleet.active == job.target)
         member = self._fleet.running(job.target)
         if member is not None:
             self._drain_and_put_away(member)

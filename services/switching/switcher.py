@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
@@ -211,19 +211,26 @@ class Switcher:
 
     def _run(self) -> None:
         while not self._closing:
-            if not self._waiting:
-                self._serve(HOUSEKEEPING_SECONDS)
-                continue
-            self._current = self._waiting.popleft()
             try:
-                self._procedure.carry_out(self._current)
-            except Exception:
-                log.exception("a switch ended in a way nobody foresaw", model=self._current.target)
-                self._procedure.abandon(self._current)
-            self._current = None
+                self._next()
+            except Exception:  # whatever it was, the next wish has to find the switcher alive
+                log.exception("the switcher failed")
         for job in self._waiting:
             job.finish("cancelled", SwitchError("cancelled", "Switchyard is stopping."))
         self._procedure.stop_all()
+
+    def _next(self) -> None:
+        if not self._waiting:
+            self._serve(HOUSEKEEPING_SECONDS)
+            return
+        self._current = job = self._waiting.popleft()
+        try:
+            self._procedure.carry_out(job)
+        except Exception:
+            log.exception("a job ended in a way nobody foresaw", model=job.target)
+            self._procedure.abandon(job)
+        finally:
+            self._current = None
 
     def _serve(self, timeout: float) -> None:
         """Take one message, or measure what is loaded when none comes."""
@@ -254,6 +261,8 @@ class Switcher:
             return
         same = self._same_job(request)
         if same is not None:
+            if request.activate and not same.request.activate:
+                same.request = replace(same.request, activate=True)
             message.reply.set_result(same)
             return
         if current is not None and message.replace == "refuse":

@@ -34,5 +34,5 @@ Done.
 
 if __name__ == "__main__":
     if not any(argument.endswith("plain") for argument in sys.argv):
-        llama_server.ANSWER[:] = TEXT.replace("\n", "\n\0").replace(" ", " \0").split("\0")
+        llama_server.ANSWER[:] = TEXT.split(" ")
     llama_server.main()

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import requests
 
-from services.engines.llamacpp import LlamaCpp, first_cause
+from services.engines.llamacpp import LlamaCpp, first_cause, id_of
 from services.engines.processes import ProcessRegistry
 from services.switching.engine import Model
 from tests.engines.conformance import EngineCase, EngineConformance
@@ -86,6 +86,21 @@ def test_options_that_matter_change_the_settings_key(tmp_path):
     case = make_case(tmp_path)
     other = replace(case.good, options={"context_length": 512})
     assert case.engine.settings_key(case.good) != case.engine.settings_key(other)
+
+
+@pytest.mark.parametrize(
+    ("file", "model_id"),
+    [
+        ("tiny.gguf", "tiny"),
+        ("sub/Qwen2.5-7B.Q4_K_M.gguf", "sub/Qwen2.5-7B.Q4_K_M"),
+        ("big-00001-of-00003.gguf", "big"),
+        ("--model; rm -rf (1).gguf", "model-rm--rf-1"),
+        ("模型.gguf", "model"),
+    ],
+)
+def test_a_file_name_becomes_an_id_that_is_safe_everywhere(file, model_id):
+    """No leading dash, no space, nothing that a shell, a path or an URL would read otherwise."""
+    assert id_of(Path(file)) == model_id
 
 
 @pytest.mark.parametrize(
