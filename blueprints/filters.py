@@ -77,6 +77,8 @@ def about(seconds: float | None) -> str:
 @bp.app_template_filter()
 def took(seconds: float | None) -> str:
     """A duration that was measured: one digit below 10 s, "0.8 s"."""
+    if seconds is not None and seconds < 0.05:
+        return "under 0.1 s"
     return f"{seconds:.1f} s" if seconds is not None and seconds < 9.95 else duration(seconds)
 
 
@@ -120,7 +122,7 @@ def rate(tokens_per_second: float | None) -> str:
     """Tokens per second, one digit below 100."""
     if tokens_per_second is None:
         return UNKNOWN
-    return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tokens/s"
+    return f"{tokens_per_second:,.{0 if tokens_per_second >= 100 else 1}f} tokens/s"
 
 
 @bp.app_template_filter()

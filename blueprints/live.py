@@ -98,7 +98,7 @@ class Live:
         """How soon to look again: at once when good news is to go, often while something moves, else seldom."""
         if self.banner is not None and self.banner.tone in ("ready", "cancelled"):
             return 1
-        return 2 if self.status.moving else 10
+        return 2 if self.status.moving else 5
 
     @property
     def stage(self) -> str:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from flask import Blueprint, Response, render_template, url_for
 from htmx_flask import make_response, request
 
+from blueprints.live import Live
 from blueprints.pages import done, live_now, see_other
 from blueprints.web import client_name, services
-from services.switching.plan import Plan
+from services.switching.events import SwitchView
+from services.switching.plan import Plan, Unload
 
 bp = Blueprint("models", __name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Preview:
+    """What a switch would do, seen from this moment: the models that it unloads and the switch that it throws away."""
+
+    live: Live
+    plan: Plan
+    unload: tuple[Unload, ...]
+    abandons: SwitchView | None
+
+    @property
+    def harmless(self) -> bool:
+        """Whether nobody loses a model by it."""
+        return self.plan.feasible and not self.unload
 
 
 @bp.get("/models")
@@ -26,16 +45,9 @@ def fragment() -> str:
 @bp.get("/models/plan")
 def plan() -> str:
     """What a switch to `target` would do: a dialog for htmx, a page of its own otherwise."""
-    target, activate = request.args.get("target", ""), request.args.get("activate", "yes")
-    live = live_now()
-    return render_template(
-        "fragments/plan.html" if request.htmx else "pages/plan.html",
-        live=live,
-        plan=services().switcher.plan(target),
-        abandons=live.asks_first(target),
-        activate=activate,
-        back=request.args.get("back", "/models"),
-    )
+    preview = _look_ahead(live_now(), request.args.get("target", ""))
+    template = "fragments/plan.html" if request.htmx else "pages/plan.html"
+    return _show_plan(template, preview, request.args.get("activate", "yes"), request.args.get("back", "/models"))
 
 
 @bp.post("/models/switch")
@@ -45,10 +57,9 @@ def switch() -> Response:
     live = live_now()
     if request.form.get("confirm") != "yes":
         model = live.status.model(target)
-        ready = model is not None and model.state == "running"
-        plan = None if ready else services().switcher.plan(target)
-        if live.asks_first(target) or (plan is not None and _worth_asking(plan)):
-            return _ask(target, activate)
+        preview = _look_ahead(live, target)
+        if preview.abandons or not (preview.harmless or (model is not None and model.state == "running")):
+            return _ask(preview, activate)
     services().switcher.switch(
         target, requested_by=client_name(), replace="cancel", confirm=True, activate=activate == "yes"
     )
@@ -83,23 +94,31 @@ def restart(model_id: str) -> Response:
     return done(version)
 
 
-def _worth_asking(plan: Plan) -> bool:
-    return bool(plan.unload) or not plan.feasible
+def _look_ahead(live: Live, target: str) -> _Preview:
+    """What a switch to `target` would do. One under way gives way to it, which is no unloading."""
+    under_way = live.status.switch
+    plan = services().switcher.plan(target, loads_give_way=under_way is not None)
+    unload = tuple(u for u in plan.unload if under_way is None or u.model != under_way.to_model)
+    return _Preview(live, plan, unload, live.asks_first(target))
 
 
-def _ask(target: str, activate: str) -> Response:
-    """Show the plan instead of acting on it."""
-    back = request.form.get("back", "/models")
-    if not request.htmx:
-        return see_other(url_for("models.plan", target=target, activate=activate, back=back))
-    live = live_now()
-    html = render_template(
-        "fragments/plan.html",
-        live=live,
-        plan=services().switcher.plan(target),
-        abandons=live.asks_first(target),
+def _show_plan(template: str, preview: _Preview, activate: str, back: str) -> str:
+    return render_template(
+        template,
+        live=preview.live,
+        plan=preview.plan,
+        unload=preview.unload,
+        abandons=preview.abandons,
         activate=activate,
         back=back,
     )
+
+
+def _ask(preview: _Preview, activate: str) -> Response:
+    """Show the plan instead of acting on it."""
+    back = request.form.get("back", "/models")
+    if not request.htmx:
+        return see_other(url_for("models.plan", target=preview.plan.target, activate=activate, back=back))
+    html = _show_plan("fragments/plan.html", preview, activate, back)
     answer: Response = make_response(html, retarget="#dialog", reswap="innerHTML")
     return answer

@@ -12,10 +12,32 @@
 
   // Looking again: not in a hidden tab, at once in one that is shown again.
   const look = () => $("#poll") && htmx.trigger("#poll", "refresh");
+  // Asked for while a look is under way, another follows it: that one may have set out before the change.
+  let looking = false;
+  let again = false;
   on("htmx:beforeRequest", (event) => {
-    if (event.detail.elt.id === "poll" && document.hidden) event.preventDefault();
+    if (event.detail.elt.id !== "poll") return;
+    if (document.hidden) event.preventDefault();
+    else looking = true;
   });
+  const looked = ({ detail }) => {
+    if (detail.elt.id !== "poll") return;
+    looking = false;
+    if (again) { again = false; look(); }
+  };
+  on("htmx:afterProcessNode", looked); // its answer brought a new one, which listens from here on
+  on("htmx:afterRequest", (event) => event.detail.successful || looked(event));
+  for (const type of ["refresh", "htmx:sseClose"]) { // captured: before htmx sets out for it
+    document.addEventListener(type, () => { again = looking; }, true);
+  }
   on("visibilitychange", () => document.hidden || look());
+
+  // What was done here is seen at once in the other tabs.
+  const tabs = new BroadcastChannel("switchyard");
+  tabs.onmessage = look;
+  on("htmx:afterRequest", ({ detail }) => {
+    if (detail.requestConfig?.verb === "post") tabs.postMessage("look");
+  });
 
   // A server that is gone is said once, and taken back by the next answer.
   on("htmx:sendError", () => { $("#offline").hidden = false; });
@@ -95,6 +117,10 @@
   };
   on("input", (event) => within(event, "[data-filter]") && narrow());
   on("htmx:afterRequest", narrow);
+  document.addEventListener("toggle", (event) => { // a menu opens as if for the first time
+    const field = event.newState === "open" && event.target.querySelector("[data-filter]");
+    if (field) { field.value = ""; narrow(); field.focus(); } // not autofocus: htmx would move there at every look
+  }, true);
 
   // Copy, and dismissing what only a script can have shown.
   const copy = async (button) => {

@@ -147,7 +147,7 @@ SMALL_TALK = [
         ["good night", "sleep well", "good night( to you|, sleep well| then)", "I am off to bed( now|)"],
         "Good night! I will hold my memory until something larger needs it.",
     ),
-    say(
+    ask(
         "how_are_you",
         [
             "(hello|hi|hey|so|and|) how are you (doing |feeling |)(this morning|this evening|these days)",
@@ -347,7 +347,7 @@ SMALL_TALK = [
         ],
         "I am glad you liked it! I have a few more: just ask for another joke.",
     ),
-    say(
+    ask(
         "there",
         [
             "are you (there|here|still there|still here|awake|online|alive|listening|working|ready|up)",
@@ -466,6 +466,8 @@ SMALL_TALK = [
     ask(
         "poem",
         [
+            "(write|tell|make|give) me a (haiku|poem) about (<made_up>|my <noun>|nature|the sea|<place>)",
+            "write a (haiku|poem|song) (about|for) (<made_up>|my <noun>|nature|the sea|me|<person>)",
             "(write|make|tell me) (a|another) (poem|haiku|song|verse) about (the <noun>|<noun>s|<thing>)",
             "(write|tell|read|give|recite) me a( short|) (poem|verse|rhyme|haiku)",
             "(write|make|recite) a( short|) (poem|verse|rhyme|haiku)",
@@ -1172,13 +1174,12 @@ SWITCHYARD = [
         "close_page",
         [
             "what (if|happens if|happens when) I (close|leave) (the|this) (page|browser|tab|window|app)",
-            "what (if|happens if) I close the (page|browser|tab) (while|when) (a|the|my) model (loads|is loading)",
-            "(can|may) I (close|leave) (the|this|my) (page|browser|tab|window)( during a switch| while it loads|)",
-            "(does|will) (it|a switch|the switch|loading|the load) (go on|continue|stop) (when|if) I close the page",
+            "what (if|happens if) I close the (page|browser|tab) (while|when) (a|the) model loads",
+            "(can|may) I (close|leave) (the|this|my) (page|browser|tab)( during a switch| while it loads|)",
+            "(does|will) (it|a switch|the switch|loading) (go on|continue|stop) (when|if) I close the page",
             "do I have to (wait|stay|keep the page open|leave the browser open)( here| for it|)",
         ],
-        "Close it without worry: a switch belongs to the server and goes on. When you come back, the banner shows "
-        "how far it is.",
+        "Close it without worry: a switch belongs to the server and goes on. The banner waits for you.",
     ),
     ask(
         "several_models",
@@ -1969,14 +1970,20 @@ def _mash(rng: random.Random) -> str:
     return "".join(rng.choice(row) for _ in range(rng.randint(4, 10)))
 
 
-SLOT_MAKERS: dict[str, Callable[[random.Random], str]] = {"number": _number, "made_up": _made_up, "mash": _mash}
+SLOT_MAKERS: dict[str, Callable[[random.Random], str]] = {
+    "number": _number,
+    "made_up": _made_up,
+    "mash": _mash,
+}
 
 INTENTS: tuple[Intent, ...] = (
     *SMALL_TALK,
     *SWITCHYARD,
     Intent(UNKNOWN, UNKNOWN_WORDINGS, UNKNOWN_ANSWERS),
 )
-UNKNOWN_SHARE = 0.14
+UNKNOWN_SHARE = 0.16
+COMMON = {"hello", "how_are_you", "who_are_you", "name", "capabilities", "help", "switchyard", "how_switch"}
+WEIGHTS = [2.5 if intent.name in COMMON else 1.0 for intent in INTENTS[:-1]]
 
 # ------------------------------------------------------------------------------------------ wording anew
 
@@ -2178,8 +2185,10 @@ def word_question(intent: Intent, persona: Persona, rng: random.Random) -> str:
 
 
 def pick_intent(rng: random.Random) -> Intent:
-    """Pick the unknown intent with its own share, and the others evenly."""
-    return INTENTS[-1] if rng.random() < UNKNOWN_SHARE else rng.choice(INTENTS[:-1])
+    """Pick the unknown intent with its own share, and of the others the common ones more often."""
+    if rng.random() < UNKNOWN_SHARE:
+        return INTENTS[-1]
+    return rng.choices(INTENTS[:-1], WEIGHTS)[0]
 
 
 def answers(intent: Intent, persona: Persona) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ RECIPES = {
         layers=5,
         heads=6,
         feed_forward=512,
-        steps=2200,
+        steps=2800,
         muon_rate=0.02,
         adam_rate=0.005,
     ),
@@ -388,8 +388,8 @@ def describe(writer: gguf.GGUFWriter, recipe: Recipe, parameters: int) -> None:
     writer.add_rope_freq_base(ROPE_BASE)
     writer.add_layer_norm_rms_eps(NORM_EPSILON)
     writer.add_vocab_size(VOCABULARY_SIZE)
-    writer.add_sampling_temp(0.5)
-    writer.add_sampling_top_p(0.95)
+    writer.add_sampling_temp(0.7)
+    writer.add_sampling_min_p(0.2)
 
 
 def describe_tokenizer(writer: gguf.GGUFWriter, encoder: ChatEncoder) -> None:

@@ -142,9 +142,12 @@ class Switcher:
         self._mailbox.put(_Dismiss(reply))
         reply.result(REPLY_SECONDS)
 
-    def plan(self, model_id: str, strategy: Strategy | None = None) -> Plan:
-        """What switching to a model would do now. Changes nothing. Raises UnknownModel."""
-        return self._planner.plan(self._catalog.get(model_id), strategy)
+    def plan(self, model_id: str, strategy: Strategy | None = None, *, loads_give_way: bool = False) -> Plan:
+        """What switching to a model would do now. Changes nothing. Raises UnknownModel.
+
+        With `loads_give_way` a load under way counts as something that could be unloaded.
+        """
+        return self._planner.plan(self._catalog.get(model_id), strategy, loads_give_way=loads_give_way)
 
     def job(self) -> Job | None:
         """The job under way."""

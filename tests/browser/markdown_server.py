@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The stand-in llama-server, answering in Markdown: what it takes to see code, tables and links on a page.
 
-A model whose id ends in `plain` answers with the stand-in's ten short words.
+A model whose id ends in `plain` answers with the stand-in's ten short words; `--fault text:FILE` names another answer.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ Done.
 """
 
 if __name__ == "__main__":
+    named = [argument.removeprefix("text:") for argument in sys.argv if argument.startswith("text:")]
     if not any(argument.endswith("plain") for argument in sys.argv):
-        llama_server.ANSWER[:] = TEXT.split(" ")
+        llama_server.ANSWER[:] = (Path(named[0]).read_text(encoding="utf-8") if named else TEXT).split(" ")
     llama_server.main()

@@ -18,7 +18,7 @@ import psutil
 import requests
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO_MODELS = Path(os.environ.get("DEMO", ROOT / "models"))
+DEMO_MODELS = ROOT / "models"
 FAKE_LLAMA_SERVER = ROOT / "tests" / "fakes" / "llama_server.py"
 PATIENCE = 30.0
 

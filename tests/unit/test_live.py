@@ -92,7 +92,7 @@ def test_a_switch_under_way_is_told_in_the_words_of_its_load() -> None:
 
 
 def test_pages_look_often_only_while_something_moves() -> None:
-    assert live().poll_seconds == 10
+    assert live().poll_seconds == 5
     assert live(switch=switch()).poll_seconds == 2
     assert live(last_switch=switch(stage="ready", finished_at=NOW)).poll_seconds == 1
 

@@ -1,0 +1,65 @@
+"""`python -m bench`: every figure of the README's table, measured side by side in one run, on this machine alone.
+
+--only NAME     one group; may be repeated
+--models DIR    GGUF files to measure with (models/)
+--json FILE     the same for programs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from bench import forecasting, page, polling, relaying, starting, switching
+from bench.figures import Row, table
+from bench.rig import ROOT, Rig
+
+GROUPS: Mapping[str, Callable[[Rig], Iterator[Row]]] = {
+    "switch": switching.measure,
+    "relay": relaying.measure,
+    "tabs": polling.measure,
+    "start": starting.measure,
+    "eta": forecasting.measure,
+    "page": page.measure,
+}
+"""In this order: the memory that `tabs` reads is that after the load of `relay`."""
+BUSY = 0.5
+
+
+def main() -> None:
+    arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
+    began, load = time.monotonic(), os.getloadavg()[0]
+    if load > BUSY * (os.cpu_count() or 1):
+        print(f"This machine is busy (load average {load:.1f}): expect noise.", file=sys.stderr)
+    rows: list[Row] = []
+    with Rig(arguments.models) as rig:
+        for name in arguments.only or GROUPS:
+            print(f"measuring: {name}", file=sys.stderr)
+            rows += GROUPS[name](rig)
+    machine = f"{os.cpu_count()} processors, {platform.system()}, Python {platform.python_version()}"
+    footer = f"{machine}; load average before: {load:.1f}; measured in {time.monotonic() - began:.0f} s."
+    print(f"{table(rows)}\n\n{footer}")
+    if arguments.json:
+        document = {"machine": machine, "load_average_before": load, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures the figures of the README's table.")
+    parser.add_argument("--only", action="append", choices=GROUPS, metavar="NAME", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--models", type=Path, default=ROOT / "models", metavar="DIR", help="GGUF files (models/)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures for programs too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

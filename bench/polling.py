@@ -1,0 +1,73 @@
+"""A hundred open tabs, and the memory that the app holds after all of the load.
+
+Each tab looks every 2 s, as the page does while something moves: it asks for the page's fragment with the address that
+the page itself names, then for `/v1/models/status`. The times are those of `/v1/models/status`, from sending to the end
+of the answer, on a kept connection; the tabs' moments are spread by chance.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from statistics import median
+
+import psutil
+
+from bench import wire
+from bench.figures import Row, percentile
+from bench.load import TabsJob, run_tabs
+from bench.rig import Rig, worker
+from tests.support.console import Console
+
+TABS = 100
+EVERY_SECONDS = 2.0
+SECONDS = 20.0
+TARGET_P99_MS = 10.0
+TARGET_MB = 80.0
+
+
+def measure(rig: Rig) -> Iterator[Row]:
+    console = rig.stand_in_console
+    yield _status(console)
+    yield _memory(console)
+
+
+def _status(console: Console) -> Row:
+    fragment = wire.get(_polled_path(console), HX_Request="true", Accept_Encoding="gzip").decode()
+    status = wire.get("/v1/models/status").decode()
+    result = run_tabs(TabsJob(console.port, [fragment, status], TABS, EVERY_SECONDS, SECONDS))
+    if result.errors:
+        raise RuntimeError(f"{result.errors} looks were answered late or wrongly")
+    fragments, statuses = ([1000 * seconds for seconds in taken] for taken in result.latencies)
+    p50, p99 = median(statuses), percentile(statuses, 99)
+    return Row(
+        f"`/v1/models/status` p99, {TABS} tabs polling",
+        f"{p99:.1f} ms, p50 {p50:.1f} ms ({len(statuses)} looks; the page's fragment "
+        f"{percentile(fragments, 99):.1f} ms, p50 {median(fragments):.1f} ms)",
+        f"< {TARGET_P99_MS:.0f} ms (the seeds ask 100)",
+        p99 < TARGET_P99_MS,
+        {"p50_ms": p50, "p99_ms": p99, "fragment_p50_ms": median(fragments), "looks": len(statuses)},
+    )
+
+
+def _polled_path(console: Console) -> str:
+    """What the page polls, as it says itself."""
+    page = console.get("/").text
+    found = re.search(r'id="poll"\s+hx-get="([^"]+)"', page)
+    if found is None:
+        raise LookupError("the page names nothing to poll")
+    return html.unescape(found[1])
+
+
+def _memory(console: Console) -> Row:
+    assert console.process is not None
+    workers = worker(console).memory_info().rss / 1e6
+    master = psutil.Process(console.process.pid).memory_info().rss / 1e6
+    return Row(
+        "app's own memory after that load",
+        f"{workers:.0f} MB; {workers + master:.0f} MB with gunicorn's master, what they share counted twice",
+        f"< {TARGET_MB:.0f} MB",
+        workers < TARGET_MB,
+        {"worker_mb": workers, "master_mb": master},
+    )

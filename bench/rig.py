@@ -1,0 +1,173 @@
+"""What the measurements stand on: consoles and stand-ins in processes of their own, all ended when the run is."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from bench import wire
+from tests.support.console import ROOT, Console, free_port, wait_until
+
+UPSTREAM = Path(__file__).with_name("upstream.py")
+STAND_IN_MODEL = "bench-model"
+SLOW_MODEL = "bench-slow"
+SLOW_BYTES = 256_000_000
+"""Large beside what a Python process reads to start, so that what is read of it can be told from that."""
+
+
+class Rig:
+    """The run's temporary folder and everything started in it. A context manager."""
+
+    def __init__(self, models_dir: Path) -> None:
+        self.models_dir = models_dir
+        self._exits = ExitStack()
+
+    def __enter__(self) -> Rig:
+        self.folder = Path(tempfile.mkdtemp(prefix="switchyard-bench-"))
+        self._exits.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._exits.close()
+
+    @cached_property
+    def model_file(self) -> Path:
+        """The smallest model of the folder."""
+        files = sorted(self.models_dir.glob("*.gguf"), key=lambda file: file.stat().st_size)
+        if not files:
+            sys.exit(f"There is no GGUF file in {self.models_dir}. Name another folder with --models.")
+        return files[0].resolve()
+
+    @cached_property
+    def stand_in_console(self) -> Console:
+        """A console whose one running model is the stand-in; its other model loads slowly, as `load_plan` says.
+
+        Started twice: making the state folder takes code, and so memory, that later starts do without.
+        """
+        console = self.console(toml=self._catalogue(), models_dir=self._empty(), llamacpp_server=self.stand_in_program)
+        console.start().stop()
+        console.start()
+        console.switch(STAND_IN_MODEL)
+        return console
+
+    @cached_property
+    def stand_in_program(self) -> Path:
+        """`upstream.py` as one executable, whatever file modes the checkout has."""
+        program = self.folder / "llama-server"
+        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(UPSTREAM))} "$@"\n')
+        program.chmod(0o755)
+        return program
+
+    @property
+    def load_plan(self) -> Path:
+        """The file in which stands how many seconds the next load of the slow model takes."""
+        return self.folder / "load-plan"
+
+    def console(self, *, models_dir: Path | None = None, toml: str = "", **settings: object) -> Console:
+        """A console that isn't started yet, on a state folder of its own; ended with the run."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        console = Console(folder, models_dir=models_dir or self.models_dir, toml=toml, log_level="warning", **settings)
+        self._exits.callback(end, console)
+        return console
+
+    def spawn(self, argv: list[str], log: Path) -> subprocess.Popen[bytes]:
+        """Another program, ended with the run."""
+        with log.open("ab") as out:
+            process = subprocess.Popen(argv, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        self._exits.callback(_end_tree, process)
+        return process
+
+    @cached_property
+    def llama_swap_port(self) -> int | None:
+        """The port of a llama-swap before the same stand-in program; None where it isn't installed."""
+        program = shutil.which("llama-swap")
+        if program is None:
+            return None
+        port, config = free_port(), self.folder / "llama-swap.yaml"
+        command = f"{self.stand_in_program} --model {self.model_file} --alias {STAND_IN_MODEL} --port ${{PORT}}"
+        config.write_text(f"models:\n  {STAND_IN_MODEL}:\n    cmd: {json.dumps(command)}\n")
+        self.spawn([program, "--config", str(config), "--listen", f"127.0.0.1:{port}"], self.folder / "llama-swap.log")
+        wait_until(lambda: _answers(port), "llama-swap to answer")
+        return port
+
+    def _catalogue(self) -> str:
+        """Both stand-in models; the slow one's file is the real one, followed by nothing for a long time."""
+        self.load_plan.write_text("0")
+        slow = self.folder / "slow.gguf"
+        shutil.copyfile(self.model_file, slow)
+        with slow.open("r+b") as file:
+            file.truncate(max(SLOW_BYTES, self.model_file.stat().st_size))
+        quick = _entry(STAND_IN_MODEL, self.model_file, [])
+        return quick + _entry(SLOW_MODEL, slow, ["--load-plan", str(self.load_plan)])
+
+    def _empty(self) -> Path:
+        folder = self.folder / "no-models"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def worker(console: Console) -> psutil.Process:
+    """The gunicorn worker of a console: its one child that isn't an engine."""
+    assert console.process is not None
+    children = psutil.Process(console.process.pid).children()
+    return next(child for child in children if "gunicorn" in " ".join(child.cmdline()))
+
+
+def upstream_port(console: Console, model_id: str) -> int:
+    """Where the stand-in that serves a model listens, to ask it directly."""
+    for engine in console.engines():
+        argv = engine.cmdline()
+        if model_id in argv:
+            return int(argv[argv.index("--port") + 1])
+    raise LookupError(f"no process serves {model_id}")
+
+
+def end(console: Console) -> None:
+    """Stop a console and whatever it started."""
+    if console.process is not None and console.process.poll() is None:
+        console.close()
+
+
+def _entry(model_id: str, source: Path, arguments: list[str]) -> str:
+    return (
+        f"[[models]]\nid = {json.dumps(model_id)}\nsource = {json.dumps(str(source))}\n"
+        f"[models.options]\narguments = {json.dumps(arguments)}\n"
+    )
+
+
+def _answers(port: int) -> bool:
+    body = {"model": STAND_IN_MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    try:
+        with wire.Wire(port) as connection:
+            return connection.ask(wire.post("/v1/chat/completions", body)).status == 200
+    except (OSError, wire.WireError):
+        return False
+
+
+def _end_tree(process: subprocess.Popen[bytes]) -> None:
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for child in children:
+        if child.is_running():
+            child.kill()
+
+
+__all__ = ["ROOT", "SLOW_MODEL", "STAND_IN_MODEL", "Rig", "end", "free_port", "upstream_port", "wait_until", "worker"]

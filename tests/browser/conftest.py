@@ -1,0 +1,142 @@
+"""A real Chromium in front of real consoles. A page that complains about anything fails its test."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
+
+from tests.browser.steps import MINI
+from tests.support.console import Console
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE_MS = 10_000
+MARKDOWN_SERVER = Path(__file__).parent / "markdown_server.py"
+"""A stand-in for llama-server that answers in Markdown."""
+
+OpenPage = Callable[..., Page]
+StartShared = Callable[..., Console]
+
+
+class Complaints:
+    """What a context's pages complained about: the console, uncaught errors, requests to elsewhere or in vain."""
+
+    def __init__(self, context: BrowserContext, tolerated: tuple[str, ...]) -> None:
+        self.heard: list[str] = []
+        self._tolerated = tolerated
+        context.on("console", self._console)
+        context.on("weberror", lambda error: self._hear(f"uncaught: {error.error}"))
+        context.on("request", self._request)
+        context.on("requestfailed", self._failed)
+
+    def _hear(self, words: str) -> None:
+        if not any(part in words for part in self._tolerated):
+            self.heard.append(words)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self._hear(f"console {message.type}: {message.text}")
+
+    def _request(self, request: Request) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme not in ("data", "blob") and parts.hostname != "127.0.0.1":
+            self._hear(f"asked another host: {request.url}")
+
+    def _failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # a stream that ends because its page was left
+            self._hear(f"in vain: {request.url} {request.failure}")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    assert path, "the browser tests need Chromium: tools/ensure_chromium.sh installs it"
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Browser, request: pytest.FixtureRequest) -> Iterator[OpenPage]:
+    """Opens pages as separate visitors. `tolerate` names complaints that a test provokes; the rest are options.
+
+    They close before the consoles that they look at: those of the test itself are asked for first.
+    """
+    request.getfixturevalue("start_console")
+    contexts: list[tuple[BrowserContext, Complaints]] = []
+
+    def open_one(*, tolerate: tuple[str, ...] = (), **options: object) -> Page:
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})  # type: ignore[arg-type]
+        context.set_default_timeout(PATIENCE_MS)
+        contexts.append((context, Complaints(context, tolerate)))
+        return context.new_page()
+
+    yield open_one
+    heard = []
+    for context, complaints in contexts:
+        context.close()
+        heard += complaints.heard
+    assert heard == []
+
+
+@pytest.fixture
+def page(open_page: OpenPage) -> Page:
+    """One visitor with a window of 1280 by 800."""
+    return open_page()
+
+
+@pytest.fixture(scope="module")
+def start_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartShared]:
+    """Starts consoles that the tests of a module share."""
+    started: list[Console] = []
+
+    def start(toml: str, **settings: object) -> Console:
+        settings = {"llamacpp_server": MARKDOWN_SERVER, "models_dir": tmp_path_factory.mktemp("no-models"), **settings}
+        console = Console(tmp_path_factory.mktemp("console"), toml=toml, **settings)  # type: ignore[arg-type]
+        started.append(console)
+        return console.start()
+
+    yield start
+    for console in started:
+        console.close()
+
+
+@pytest.fixture(scope="session")
+def big_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file large enough for reading it to be seen: a demo model with 200 MB of nothing behind it."""
+    path = tmp_path_factory.mktemp("big") / "big.gguf"
+    shutil.copy(MINI, path)
+    with path.open("r+b") as file:
+        file.truncate(200_000_000)
+    return path
+
+
+@pytest.fixture
+def console(shared: Console) -> Console:
+    """The module's console (its fixture `shared`) as if it had just started: nothing loaded, nothing to tell."""
+    at_rest(shared)
+    return shared
+
+
+def at_rest(console: Console) -> None:
+    """Cancel what is under way, unload every model, put the last message away."""
+    console.delete("/v1/models/switch")
+    for model_id, state in console.states().items():
+        if state != "stopped":
+            console.post(f"/v1/models/{model_id}/stop")
+    console.wait_for(lambda s: s["switch"] is None and s["active_model"] is None, "the console to come to rest")
+    console.post("/models/dismiss")

@@ -1,0 +1,238 @@
+"""Every page in every state, for everyone: axe finds nothing, narrow windows hold it, the keyboard reaches it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+
+from tests.browser.conftest import StartShared, at_rest
+from tests.browser.steps import MINI, answers, banner, choice, choose, composer, dialog, expect_active, menu, say, visit
+from tests.support.console import Console, stand_in
+
+LONG = "a-model-whose-name-has-as-many-as-sixty-letters-and-hyphens-"[:59] + "x"
+FORTY = "".join(stand_in(f"family-{n // 10}/model-{n:02d}-plain", source=str(MINI)) for n in range(40))
+LOOKS = [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)]
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartShared, big_model: Path) -> Console:
+    """Forty models and one with a long name; one that is slow to load, one that fails, one that can't fit."""
+    more = [
+        stand_in(LONG, "slow_tokens:0.01", description="A name that needs room", source=str(MINI)),
+        stand_in("talkative", "slow_tokens:1", source=str(MINI)),
+        stand_in("slow", "slow_load:60", source=str(big_model)),
+        stand_in("bad", "crash_loading", source=str(MINI)),
+        stand_in("huge", required_gb=9000, source=str(MINI)),
+    ]
+    return start_shared(FORTY + "".join(more))
+
+
+@dataclass
+class Windows:
+    """The same page in light and dark, wide and narrow."""
+
+    pages: list[Page]
+
+    def check(self, prepare: Callable[[Page], object]) -> None:
+        """Bring every window into a state, and hold it against what everyone needs."""
+        for page in self.pages:
+            prepare(page)
+            found = Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
+            width, inner = page.evaluate("[document.scrollingElement.scrollWidth, innerWidth]")
+            assert width <= inner, f"{page.url} scrolls sideways: {width} of {inner}"
+
+
+@pytest.fixture(scope="module")
+def windows(chromium: Browser) -> Iterator[Windows]:
+    """Reduced motion, because axe must not meet a colour on its way to another."""
+    contexts: list[BrowserContext] = [
+        chromium.new_context(
+            viewport={"width": width, "height": 800},
+            color_scheme=scheme,  # type: ignore[arg-type]
+            reduced_motion="reduce",
+        )
+        for scheme, width in LOOKS
+    ]
+    yield Windows([context.new_page() for context in contexts])
+    for context in contexts:
+        context.close()
+
+
+def test_an_empty_chat(windows: Windows, console: Console) -> None:
+    """Nothing loaded, nothing said."""
+    windows.check(lambda page: visit(page, console))
+
+
+def test_a_conversation(windows: Windows, console: Console, page: Page) -> None:
+    """Code, a table, a list and a long model name; then with the menu open."""
+    console.switch(LONG)
+    visit(page, console)
+    say(page, "Show me everything, in a question that is long enough to be cut in the list of conversations")
+    expect(page.locator(".message.complete")).to_have_count(1)
+
+    def look(window: Page) -> None:
+        window.goto(page.url)
+        expect(window.locator(".message.complete")).to_have_count(1)
+
+    def open_menu(window: Page) -> None:
+        look(window)
+        window.locator("#model-button").click()
+        expect(window.get_by_label("Find a model")).to_be_visible()
+
+    windows.check(look)
+    windows.check(open_menu)
+
+
+def test_an_answer_under_way(windows: Windows, console: Console, page: Page) -> None:
+    """While words still come."""
+    console.switch("talkative")
+    visit(page, console)
+    say(page, "Hello")
+    expect(answers(page).locator("p").first).not_to_be_empty()
+
+    def look(window: Page) -> None:
+        window.goto(page.url)
+        expect(window.locator(".message.streaming")).to_be_visible()
+
+    windows.check(look)
+    page.keyboard.press("Escape")
+
+
+def test_a_switch_under_way(windows: Windows, console: Console) -> None:
+    """The banner and the locked composer; the hatched memory and the row that loads."""
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    console.wait_for(lambda s: (s["switch"] or {}).get("stage") == "loading", "the load to begin")
+    for path in ("/chats/new", "/models"):
+
+        def look(window: Page, path: str = path) -> None:
+            visit(window, console, path)
+            expect(banner(window)).to_contain_text("Loading slow")
+
+        windows.check(look)
+
+
+def test_a_failed_switch(windows: Windows, console: Console) -> None:
+    """The failure with its log unfolded, on both pages."""
+    console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
+    for path in ("/chats/new", "/models"):
+
+        def look(window: Page, path: str = path) -> None:
+            visit(window, console, path)
+            banner(window).locator("summary").click()
+            expect(banner(window).locator("pre")).to_be_visible()
+
+        windows.check(look)
+
+
+def test_models(windows: Windows, console: Console) -> None:
+    """Forty rows, or cards."""
+    console.switch(LONG)
+    console.post("/models/dismiss")
+    windows.check(lambda page: visit(page, console, "/models"))
+
+
+def test_plans(windows: Windows, console: Console) -> None:
+    """As a page and as a dialog."""
+
+    def ask(window: Page) -> None:
+        visit(window, console, "/models")
+        window.get_by_role("button", name="Load huge").click()
+        expect(dialog(window)).to_be_visible()
+
+    windows.check(lambda page: visit(page, console, f"/models/plan?target={LONG}"))
+    windows.check(lambda page: visit(page, console, "/models/plan?target=huge"))
+    windows.check(ask)
+
+
+@pytest.mark.parametrize("path", ["/no-such-page", "/chats/no-such-conversation", "/docs"])
+def test_other_pages(windows: Windows, console: Console, path: str) -> None:
+    """Pages for people where there is nothing, and the description of the API."""
+
+    def look(window: Page) -> None:
+        visit(window, console, path)
+        expect(window.get_by_role("heading", level=1)).to_be_visible()
+
+    windows.check(look)
+
+
+def test_the_keyboard_reaches_everything_in_order(page: Page, console: Console) -> None:
+    """Tab goes from the pages over the conversations and the menu to the composer; what has focus is always seen."""
+    console.switch(LONG)
+    visit(page, console)
+    composer(page).press_sequentially("Hello")
+    page.locator("body").evaluate("() => document.activeElement.blur()")
+    page.evaluate("() => getSelection().removeAllRanges()")
+    page.locator(".skip").focus()
+    passed = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name = page.evaluate("document.activeElement.id || document.activeElement.innerText.trim()")
+        passed.append(name)
+        seen = page.evaluate(
+            """() => {
+                const it = document.activeElement, framed = it.closest("#composer-form") ?? it;
+                const ring = (s) => s.outlineStyle !== "none" || s.boxShadow !== "none";
+                return it.matches(":focus-visible") && [it, framed].some((e) => ring(getComputedStyle(e)));
+            }"""
+        )
+        assert seen, f"no focus to be seen on {name!r}"
+        if name == "send":
+            break
+    order = ["Chat", "Models", "New chat", "model-button", "messages", "text", "send"]
+    assert [name for name in passed if name in order] == order
+
+
+def test_a_switch_without_a_mouse_is_read_out(page: Page, console: Console) -> None:
+    """Enter opens the menu, arrows move in it, Enter chooses; steps and ends are announced, percents are not."""
+    visit(page, console)
+    said = page.locator("#announcer")
+    page.locator("#model-button").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.type(LONG)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(said).to_have_text(f"{LONG} is ready.")
+    expect_active(page, LONG)
+    choose(page, "bad")
+    expect(said).to_contain_text("bad could not be loaded.")
+    expect(said).to_contain_text(f"{LONG} is still running.")
+    choose(page, "slow")
+    expect(said).to_have_text(re.compile("^Switching to slow: [A-Z][a-z ]+\\.$"))
+    at_rest(console)
+
+
+def test_forty_models_can_be_narrowed_down(page: Page, console: Console) -> None:
+    """Typing leaves the matching models, arrows move, Enter chooses; looks that arrive meanwhile disturb none of it."""
+    visit(page, console)
+    page.locator("#model-button").press("Enter")
+    expect(page.get_by_label("Find a model")).to_be_focused()
+    expect(menu(page).locator("li:visible")).to_have_count(45)
+    page.keyboard.type("model-27")
+    page.keyboard.press("ArrowDown")
+    for _ in range(3):
+        with page.expect_response(re.compile("/fragments/chat-status")):
+            page.evaluate("htmx.trigger('#poll', 'refresh')")
+    expect(menu(page).locator("li:visible")).to_have_count(1)
+    expect(choice(page, "family-2/model-27-plain")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect_active(page, "family-2/model-27-plain")
+
+
+def test_nothing_moves_for_those_who_asked_for_it(windows: Windows, console: Console) -> None:
+    """prefers-reduced-motion leaves no animation and no transition."""
+    page = windows.pages[0]
+    visit(page, console)
+    moving = page.evaluate(
+        """() => [...document.querySelectorAll("*")].filter((e) => {
+            const s = getComputedStyle(e);
+            return s.animationName !== "none" || (s.transitionDuration !== "0s" && s.transitionProperty !== "none");
+        }).length"""
+    )
+    assert moving == 0

@@ -1,0 +1,122 @@
+"""The Models page: every model with what can be done to it, and where the memory goes."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import StartShared
+from tests.browser.steps import MINI, banner, dialog, row, visit
+from tests.support.console import Console, stand_in, wait_until
+
+MODELS = "".join(
+    [
+        stand_in("first-plain", "hold:150", required_gb=0.3, description="Holds 150 MB", source=str(MINI)),
+        stand_in("second-plain", "hold:80", required_gb=0.3, source=str(MINI)),
+        stand_in("greedy", required_gb=0.9, source=str(MINI)),
+        stand_in("slow", "slow_load:60", required_gb=0.2, source=str(MINI)),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartShared) -> Console:
+    return start_shared(
+        MODELS, memory_budget_gb=1, strategy="preserve_favorites", preserve_models="first-plain,second-plain"
+    )
+
+
+@pytest.fixture
+def models(page: Page, console: Console) -> Page:
+    visit(page, console, "/models")
+    return page
+
+
+def test_a_model_is_loaded_restarted_and_unloaded(models: Page, console: Console) -> None:
+    """Each button does what it says, and the row follows; an unloaded model has no word of state."""
+    first = row(models, "first-plain")
+    expect(first).to_contain_text("Holds 150 MB")
+    expect(first.locator(".word")).to_have_count(0)
+    first.get_by_role("button", name="Load first-plain").click()
+    expect(first.locator(".word")).to_have_text("Ready")
+    expect(first).to_contain_text("answers now")
+    (before,) = [engine.pid for engine in console.engines()]
+    first.get_by_role("button", name="Restart first-plain").click()
+    wait_until(lambda: not psutil.pid_exists(before), "the old process to end")
+    console.wait_for(lambda s: s["models"]["first-plain"]["status"] == "running", "the restart")
+    expect(first.locator(".word")).to_have_text("Ready")
+    first.get_by_role("button", name="Unload first-plain").click()
+    expect(first.locator(".word")).to_have_count(0)
+    assert console.engines() == []
+
+
+def test_a_second_model_is_loaded_beside_or_switched_to(models: Page, console: Console) -> None:
+    """Load leaves the active model active; Switch makes the other one answer."""
+    console.switch("first-plain")
+    models.reload()
+    second = row(models, "second-plain")
+    second.get_by_role("button", name="Load second-plain").click()
+    expect(second.locator(".word")).to_have_text("Ready")
+    expect(row(models, "first-plain")).to_contain_text("answers now")
+    second.get_by_role("button", name="Switch second-plain").click()
+    expect(second).to_contain_text("answers now")
+    expect(row(models, "first-plain")).not_to_contain_text("answers now")
+
+
+def test_the_memory_bar_names_every_segment(models: Page, console: Console) -> None:
+    """A segment and a table row each for what holds memory; the name inside or on hover; free is what is left."""
+    console.switch("first-plain")
+    console.switch("second-plain", strategy="preserve_favorites")
+    models.reload()
+    segments = models.locator(".membar .segment")
+    labels = [segment.get_attribute("aria-label") for segment in segments.all()]
+    assert [label.split(":")[0] for label in labels if label] == ["first-plain", "second-plain", "Free"]
+    table = models.get_by_role("table", name=re.compile("Memory of System memory"))
+    expect(table.get_by_role("rowheader")).to_have_text(
+        ["first-plain", "second-plain", "Reserved by a load under way", "Other programs", "Free"]
+    )
+    expect(models.locator(".membar text").first).to_have_text("first-plain")
+    widths = [float(segment.locator("rect").get_attribute("width").rstrip("%")) for segment in segments.all()]
+    assert sum(widths) == pytest.approx(100, abs=0.1)
+    segments.first.hover()
+    expect(models.locator("#tip")).to_have_text(re.compile(r"first-plain · \d+ MB"))
+    models.mouse.move(0, 0)
+    expect(models.locator("#tip")).to_be_hidden()
+    segments.nth(1).focus()
+    expect(models.locator("#tip")).to_contain_text("second-plain")
+
+
+def test_a_load_under_way_reserves_its_memory(models: Page) -> None:
+    """The hatched part is what it will take; the row shows its progress and can cancel it."""
+    row(models, "slow").get_by_role("button", name="Load slow").click()
+    expect(models.locator(".membar .segment.reserved")).to_be_visible()
+    slow = row(models, "slow")
+    expect(slow.get_by_role("progressbar")).to_be_visible()
+    expect(banner(models)).to_contain_text("Loading slow")
+    slow.get_by_role("button", name="Cancel slow").click()
+    expect(slow.locator(".word")).to_have_count(0)
+    expect(models.locator(".membar .segment.reserved")).to_have_count(0)
+
+
+def test_a_model_that_does_not_fit_names_what_blocks_it(models: Page, console: Console) -> None:
+    """Favorites stay: the dialog names them with the reason, and nothing is unloaded."""
+    console.switch("first-plain")
+    console.switch("second-plain")
+    models.reload()
+    row(models, "greedy").get_by_role("button", name="Switch greedy").click()
+    expect(dialog(models)).to_contain_text("greedy does not fit")
+    expect(dialog(models).get_by_role("listitem").filter(has_text="first-plain: it is a favorite")).to_be_visible()
+    dialog(models).get_by_role("button", name="Close").click()
+    expect(dialog(models)).to_be_hidden()
+    assert console.states()["first-plain"] == "running"
+
+
+def test_a_plan_has_an_address_of_its_own(models: Page, console: Console) -> None:
+    """As a page: what would be done, a button that does it, and the way back."""
+    visit(models, console, "/models/plan?target=slow")
+    expect(models.get_by_role("heading", name="Switch to slow?")).to_be_visible()
+    models.get_by_role("link", name="Cancel").click()
+    expect(models).to_have_url(f"{console.url}/models")

@@ -1,0 +1,207 @@
+"""Switching as people see it: the banner, the plan, cancelling, failing, and the same story in every tab."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import StartShared
+from tests.browser.steps import MINI, banner, choice, choose, composer, dialog, expect_active, note, visit
+from tests.support.console import Console, stand_in
+
+TIGHT_GB = 0.65
+"""A budget in which a model that needs 0.6 GB has to displace one that holds 80 MB."""
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartShared, big_model: Path) -> Console:
+    mini, big = str(MINI), str(big_model)
+    models = [
+        stand_in("good-plain", "hold:80", required_gb=0.6, source=mini),
+        stand_in("other-plain", "hold:80", required_gb=0.6, source=mini),
+        stand_in("bad", "crash_loading", required_gb=0.6, source=mini),
+        stand_in("slow", "slow_load:60", required_gb=0.6, source=big),
+        stand_in("steady", "slow_load:3", required_gb=0.1, source=big),
+        stand_in("huge", required_gb=900, source=mini),
+    ]
+    return start_shared("".join(models), memory_budget_gb=TIGHT_GB)
+
+
+@pytest.fixture
+def with_good(page: Page, console: Console) -> Page:
+    """A new conversation while good-plain answers."""
+    console.switch("good-plain")
+    console.post("/models/dismiss")
+    visit(page, console)
+    return page
+
+
+def test_the_banner_tells_what_how_far_and_what_can_be_done(page: Page, console: Console) -> None:
+    """Target, stage, percent and Cancel; the composer says why it is locked and until when; then ready, then gone."""
+    visit(page, console)
+    choose(page, "steady")
+    expect(banner(page)).to_be_visible()
+    expect(banner(page).locator(".what")).to_have_text(re.compile("Loading steady"))
+    expect(banner(page).locator(".banner-where")).to_contain_text("Reading the weights")
+    expect(banner(page).get_by_role("progressbar", name="Progress of the switch to steady")).to_be_visible()
+    expect(banner(page).locator(".percent")).to_have_text(re.compile(r"\d+ %"))
+    expect(banner(page).get_by_role("button", name="Cancel")).to_be_enabled()
+    expect(note(page)).to_contain_text("Switching to steady")
+    expect(composer(page)).not_to_be_editable()
+    expect(page.locator("#send")).to_be_disabled()
+    expect(page.locator("#model-button .word")).to_contain_text("Loading")
+    expect(banner(page)).to_contain_text("steady is ready")
+    expect_active(page, "steady")
+    expect(banner(page)).to_be_hidden()
+
+
+def test_every_place_shows_the_same_percentage(page: Page, console: Console) -> None:
+    """The banner, the header and the menu's button are made from one picture."""
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    visit(page, console)
+    percent = banner(page).locator(".percent").inner_text()
+    expect(page.locator("#top-status")).to_contain_text(f"loading {percent}")
+    expect(page.locator("#model-button")).to_contain_text(f"Loading {percent}")
+
+
+def test_two_tabs_show_the_same_switch(page: Page, console: Console) -> None:
+    """What one tab starts, another shows within one poll; what it cancels, too."""
+    other = page.context.new_page()
+    visit(other, console, "/models")
+    visit(page, console)
+    choose(page, "slow")
+    for tab in (page, other):
+        expect(banner(tab)).to_contain_text("Loading slow", timeout=2500)
+    banner(other).get_by_role("button", name="Cancel").click()
+    for tab in (page, other):
+        expect(banner(tab)).to_contain_text("The switch to slow was cancelled", timeout=2500)
+
+
+def test_a_switch_by_a_script_appears(page: Page, console: Console) -> None:
+    """An idle page notices within its poll of 5 s that somebody else switched."""
+    visit(page, console)
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    expect(banner(page)).to_contain_text("Loading slow", timeout=6500)
+    expect(note(page)).to_contain_text("Switching to slow")
+
+
+def test_typed_text_and_focus_survive_looks_and_a_switch(with_good: Page, console: Console) -> None:
+    """Polls, a locked composer and a model that came and went leave a draft and the caret where they were."""
+    page = with_good
+    composer(page).press_sequentially("Half a thought")
+    composer(page).press("ArrowLeft")
+    with page.expect_response(re.compile("/fragments/chat-status")):
+        page.evaluate("htmx.trigger('#poll', 'refresh')")
+    console.post("/v1/models/switch", {"target_model": "steady", "confirm": True})
+    page.evaluate("htmx.trigger('#poll', 'refresh')")
+    expect(note(page)).to_contain_text("Switching to steady")
+    expect(composer(page)).to_have_value("Half a thought")
+    expect(composer(page)).to_be_focused()
+    expect_active(page, "steady")
+    expect(composer(page)).to_be_focused()
+    page.keyboard.type("!")
+    expect(composer(page)).to_have_value("Half a though!t")
+
+
+def test_a_switch_that_unloads_shows_its_plan_first(with_good: Page, console: Console) -> None:
+    """Nothing happens before it is confirmed: what goes, what that frees, what stays; Cancel leaves all as it was."""
+    page = with_good
+    choose(page, "other-plain")
+    expect(dialog(page)).to_be_visible()
+    expect(dialog(page)).to_contain_text("Switch to other-plain?")
+    expect(dialog(page)).to_contain_text("needs 600 MB, declared) Switchyard will unload good-plain")
+    expect(dialog(page)).to_contain_text("stays free")
+    assert console.states()["good-plain"] == "running"
+    dialog(page).get_by_role("button", name="Cancel").click()
+    expect(dialog(page)).to_be_hidden()
+    assert console.states()["other-plain"] == "stopped"
+
+    choose(page, "other-plain")
+    dialog(page).get_by_role("button", name="Switch").click()
+    expect(dialog(page)).to_be_hidden()
+    expect_active(page, "other-plain")
+    assert console.states()["good-plain"] == "stopped"
+
+
+def test_a_cancelled_switch_brings_back_what_it_unloaded(with_good: Page) -> None:
+    """The banner says what is unloaded and why; Cancel ends it, and the earlier model answers again."""
+    page = with_good
+    choose(page, "slow")
+    dialog(page).get_by_role("button", name="Switch").click()
+    expect(banner(page)).to_contain_text("Switching from good-plain to slow")
+    expect(banner(page)).to_contain_text("good-plain is unloaded for it: to make room for slow")
+    banner(page).get_by_role("button", name="Cancel").click()
+    expect(banner(page)).to_contain_text("The switch to slow was cancelled. good-plain is running.")
+    expect_active(page, "good-plain")
+
+
+def test_a_switch_more_than_half_done_is_not_thrown_away_by_one_click(with_good: Page, console: Console) -> None:
+    """It asks, saying how far that one is; keeping it keeps it, insisting replaces it."""
+    page = with_good
+    choose(page, "slow")
+    dialog(page).get_by_role("button", name="Switch").click()
+    console.wait_for(lambda s: s["switch"] and s["switch"]["progress"] > 50, "the switch to be more than half done")
+    choose(page, "other-plain")
+    expect(dialog(page)).to_contain_text(re.compile(r"The switch to slow is \d+ % done"))
+    dialog(page).get_by_role("button", name="Cancel").click()
+    expect(banner(page)).to_contain_text("to slow")
+    choose(page, "other-plain")
+    dialog(page).get_by_role("button", name="Switch").click()
+    expect_active(page, "other-plain")
+    assert console.states()["slow"] == "stopped"
+
+
+def test_a_failure_says_why_what_runs_now_and_what_to_do(with_good: Page) -> None:
+    """The first cause, the model that was brought back, the log folded away; it stays until it is dismissed."""
+    page = with_good
+    choose(page, "bad")
+    dialog(page).get_by_role("button", name="Switch").click()
+    expect(banner(page)).to_contain_text("bad could not be loaded")
+    expect(banner(page).locator(".cause")).to_contain_text("the stand-in was told to crash")
+    expect(banner(page).locator(".now-and-next")).to_have_text(
+        "good-plain is running again. Try again, or choose another model."
+    )
+    log = banner(page).locator("pre")
+    expect(log).to_be_hidden()
+    banner(page).get_by_text("Last lines of the engine's log").click()
+    expect(log).to_contain_text("told to crash")
+    with page.expect_response(re.compile("/fragments/chat-status")):
+        page.evaluate("htmx.trigger('#poll', 'refresh')")
+    expect(log).to_be_visible()
+    expect_active(page, "good-plain")
+    page.locator("#model-button").click()
+    expect(choice(page, "bad")).to_contain_text("Failed")
+    page.keyboard.press("Escape")
+    banner(page).get_by_role("button", name="Dismiss").click()
+    expect(banner(page)).to_be_hidden()
+    page.reload()
+    expect(banner(page)).to_be_hidden()
+
+
+def test_a_failed_switch_can_be_tried_again(page: Page, console: Console) -> None:
+    """With nothing loaded before, it says so; Try again does."""
+    visit(page, console)
+    choose(page, "bad")
+    expect(banner(page)).to_contain_text("No model is loaded now.")
+    log = banner(page).locator("details")
+    first = log.get_attribute("id")
+    banner(page).get_by_role("button", name="Try again").click()
+    expect(log).not_to_have_attribute("id", first or "")
+    expect(banner(page)).to_contain_text("the stand-in was told to crash")
+
+
+def test_a_model_that_does_not_fit_is_explained(with_good: Page, console: Console) -> None:
+    """What it needs, what there is, and the largest models that would fit, as links into their plans."""
+    page = with_good
+    choose(page, "huge")
+    expect(dialog(page)).to_contain_text("huge does not fit")
+    expect(dialog(page)).to_contain_text("It needs 900.0 GB (declared).")
+    expect(dialog(page)).to_contain_text("of 650 MB is free, and unloading would free")
+    dialog(page).get_by_role("link", name="other-plain").click()
+    expect(dialog(page)).to_contain_text("Switch to other-plain?")
+    page.keyboard.press("Escape")
+    expect(dialog(page)).to_be_hidden()
+    assert console.status()["active_model"] == "good-plain"

@@ -1,0 +1,209 @@
+"""Talking: answers that stream, stop, are tried again, and survive reloads and the end of the app."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import OpenPage, StartShared
+from tests.browser.steps import MINI, answers, composer, messages, note, say, visit
+from tests.support.console import Console, stand_in
+
+WHOLE = "I am a stand-in and answer in ten short words."
+GONE = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
+OFFLINE = (*GONE, "htmx:", "[object Event]")
+"""What Chromium, htmx and its event stream say of an app that is gone."""
+MODELS = stand_in("markdown", source=str(MINI)) + stand_in("slow-plain", "slow_tokens:0.2", source=str(MINI))
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartShared) -> Console:
+    return start_shared(MODELS)
+
+
+@pytest.fixture
+def slow(page: Page, console: Console) -> Page:
+    """A new conversation with a model that takes 2 s for its ten words."""
+    console.switch("slow-plain")
+    visit(page, console)
+    return page
+
+
+def test_markdown_is_rendered_safely(page: Page, console: Console) -> None:
+    """Bold, code, tables and lists become HTML; HTML and script links that a model writes stay text."""
+    console.switch("markdown")
+    visit(page, console)
+    say(page, "Show me")
+    answer = page.locator(".message.complete .prose")
+    expect(answer.locator("strong")).to_have_text("bold")
+    expect(answer.locator(".code pre")).to_have_text('def greet(name: str) -> str:\n    return f"Hello, {name}"\n')
+    expect(answer.locator(".code-head span")).to_have_text("python")
+    expect(answer.locator("td").nth(1)).to_have_css("text-align", "end")
+    expect(answer.locator("script")).to_have_count(0)
+    expect(answer).to_contain_text("<script>alert(1)</script>")
+    expect(answer.locator("a")).to_have_count(1)
+    expect(answer.locator("a")).to_have_attribute("rel", "noopener noreferrer")
+
+
+def test_code_can_be_copied(open_page: OpenPage, console: Console) -> None:
+    """The button puts the code, and nothing else, on the clipboard and says so."""
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    console.switch("markdown")
+    visit(page, console)
+    say(page, "Show me")
+    page.locator(".message.complete").get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == 'def greet(name: str) -> str:\n    return f"Hello, {name}"\n'
+
+
+def test_an_answer_streams_in(slow: Page) -> None:
+    """Words appear while the rest is still to come, and the page says who is answering."""
+    say(slow, "Hello")
+    expect(answers(slow).locator(".prose")).to_contain_text("I am")
+    expect(answers(slow)).not_to_have_class(re.compile("complete"))
+    expect(note(slow)).to_have_text("slow-plain is answering")
+    expect(answers(slow).locator(".prose")).to_have_text(WHOLE)
+    expect(answers(slow)).to_have_class(re.compile("complete"))
+    expect(answers(slow).locator(".about")).to_contain_text(re.compile(r"slow-plain\W*[\d.]+ tokens/s\W*[\d.]+ s"))
+
+
+def test_a_reload_in_mid_answer_loses_and_repeats_nothing(slow: Page) -> None:
+    """The answer goes on where it stands, and is there once and whole."""
+    say(slow, "Hello")
+    expect(answers(slow).locator(".prose")).to_contain_text("I am a")
+    slow.reload()
+    expect(answers(slow)).not_to_have_class(re.compile("complete"))
+    expect(answers(slow).locator(".prose")).to_have_text(WHOLE)
+    expect(answers(slow)).to_have_class(re.compile("complete"))
+    expect(messages(slow)).to_have_count(2)
+
+
+def test_another_tab_sees_the_answer_grow(slow: Page) -> None:
+    """Two tabs of one conversation: the question asked in one is answered in both."""
+    say(slow, "First")
+    expect(slow.locator(".message.complete")).to_have_count(1)
+    other = slow.context.new_page()
+    other.goto(slow.url)
+    say(slow, "Second")
+    expect(other.locator(".message.user")).to_have_count(2)
+    expect(other.locator(".message.complete .prose")).to_have_text([WHOLE, WHOLE])
+
+
+def test_stop_keeps_what_came_and_retry_starts_over(slow: Page) -> None:
+    """A stopped answer says so; trying again replaces it by a whole one."""
+    say(slow, "Hello")
+    expect(answers(slow).locator(".prose")).to_contain_text("I am")
+    slow.get_by_role("button", name="Stop").click()
+    expect(answers(slow)).to_contain_text("Stopped before it was complete.")
+    assert answers(slow).locator(".prose").inner_text() != WHOLE
+    answers(slow).get_by_role("button", name="Retry").click()
+    expect(slow.locator(".message.complete .prose")).to_have_text(WHOLE)
+    expect(messages(slow)).to_have_count(2)
+
+
+def test_the_keys_of_the_composer(slow: Page) -> None:
+    """Shift+Enter breaks the line, Enter sends, Esc stops, and an empty message is not sent."""
+    composer(slow).press("Enter")
+    composer(slow).press_sequentially("one")
+    composer(slow).press("Shift+Enter")
+    composer(slow).press_sequentially("two")
+    expect(composer(slow)).to_have_value("one\ntwo")
+    expect(messages(slow)).to_have_count(0)
+    composer(slow).press("Enter")
+    expect(slow.locator(".message.user .said")).to_have_text("one\ntwo")
+    expect(answers(slow).locator(".prose")).to_contain_text("I am")
+    slow.keyboard.press("Escape")
+    expect(answers(slow)).to_contain_text("Stopped before it was complete.")
+
+
+def test_a_draft_survives_a_reload(slow: Page) -> None:
+    """Half a message is still there; once sent it doesn't come back."""
+    composer(slow).press_sequentially("Half a")
+    slow.reload()
+    expect(composer(slow)).to_have_value("Half a")
+    say(slow, "Whole")
+    expect(messages(slow)).to_have_count(2)
+    slow.reload()
+    expect(composer(slow)).to_have_value("")
+
+
+def test_reading_above_is_not_disturbed_by_new_words(slow: Page) -> None:
+    """Who scrolled up stays there while an answer grows; who is at the end follows it."""
+    slow.set_viewport_size({"width": 1280, "height": 400})
+    for number in (1, 2):
+        say(slow, f"Question {number}")
+        expect(slow.locator(".message.complete")).to_have_count(number)
+    box = slow.locator("#messages")
+    assert box.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
+    say(slow, "Question 3")
+    expect(answers(slow).nth(2).locator(".prose")).to_contain_text("I")
+    box.evaluate("e => e.scrollTo(0, 0)")
+    expect(slow.locator(".message.complete")).to_have_count(3)
+    assert box.evaluate("e => e.scrollTop") == 0
+
+
+def test_conversations_are_listed_renamed_and_deleted(slow: Page) -> None:
+    """The first words name a conversation; a new name shows at once; deleting asks first."""
+    say(slow, "A title of its own")
+    listed = slow.locator("#conversation-list")
+    expect(listed.get_by_text("A title of its own")).to_be_visible()
+    slow.get_by_role("button", name="Rename this conversation").click()
+    slow.get_by_label("Name of this conversation").fill("Renamed")
+    slow.get_by_role("button", name="Rename", exact=True).click()
+    expect(slow.get_by_role("heading", level=1)).to_have_text("Renamed")
+    slow.get_by_role("button", name="Delete this conversation").click()
+    expect(slow.get_by_text("gone for good")).to_be_visible()
+    slow.get_by_role("button", name="Delete", exact=True).click()
+    expect(listed.get_by_text("Renamed")).to_have_count(0)
+
+
+def test_conversations_outlive_a_restart(open_page: OpenPage, start_stand_in) -> None:
+    """The page waits for the app and goes on by itself; the conversation is there and can be continued."""
+    console = start_stand_in(stand_in("plain"))
+    console.switch("plain")
+    page = open_page(tolerate=OFFLINE)
+    visit(page, console)
+    say(page, "Hello")
+    expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
+    console.stop()
+    expect(page.get_by_text("Switchyard does not answer.")).to_be_visible()
+    console.start()
+    expect(page.get_by_text("Switchyard does not answer.")).to_be_hidden()
+    page.reload()
+    expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
+    console.switch("plain")
+    say(page, "Again")
+    expect(page.locator(".message.complete")).to_have_count(2)
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (signal.SIGKILL, "Switchyard was stopped before the answer was complete."),
+        (signal.SIGTERM, "Stopped before it was complete."),
+    ],
+)
+def test_an_answer_cut_by_the_end_of_the_app_is_shown_as_such(
+    open_page: OpenPage, start_stand_in, end: signal.Signals, words: str
+) -> None:
+    """What came is kept, marked as cut, in the open page without a reload; it can be tried again."""
+    console = start_stand_in(stand_in("slow", "slow_tokens:0.3"))
+    console.switch("slow")
+    page = open_page(tolerate=OFFLINE)
+    visit(page, console)
+    say(page, "Hello")
+    expect(answers(page).locator(".prose")).to_contain_text("I am a stand-in")
+    console.kill() if end == signal.SIGKILL else console.stop()
+    console.start()
+    expect(answers(page)).to_contain_text(words)
+    expect(answers(page).locator(".prose")).to_contain_text("I am")
+    page.reload()
+    expect(answers(page)).to_contain_text(words)
+    console.switch("slow")
+    answers(page).get_by_role("button", name="Retry").click()
+    expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
+    expect(messages(page)).to_have_count(2)

@@ -1,0 +1,53 @@
+"""No JavaScript at all: the pages are plain forms and links that do everything."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import OpenPage, StartShared
+from tests.browser.steps import MINI, banner, choose, composer, row, visit
+from tests.support.console import Console, stand_in
+
+WHOLE = "I am a stand-in and answer in ten short words."
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartShared) -> Console:
+    models = stand_in("quick-plain", "slow_tokens:0.1", "hold:80", required_gb=0.6, source=str(MINI))
+    models += stand_in("other-plain", "hold:80", required_gb=0.6, source=str(MINI))
+    return start_shared(models, memory_budget_gb=0.65)
+
+
+@pytest.fixture
+def page(open_page: OpenPage) -> Page:
+    return open_page(java_script_enabled=False)
+
+
+def test_a_whole_conversation(page: Page, console: Console) -> None:
+    """Choose a model, send, and see the answer complete: the page reloads itself while something moves."""
+    visit(page, console)
+    choose(page, "quick-plain")
+    expect(page.locator("#model-button .word")).to_have_text("Ready")
+    composer(page).fill("Hello")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".message.user .said")).to_have_text("Hello")
+    expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
+    composer(page).fill("Again")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".message.complete")).to_have_count(2)
+
+
+def test_a_plan_is_a_page_and_models_are_managed(page: Page, console: Console) -> None:
+    """A switch that unloads asks on a page of its own; unloading and dismissing are forms."""
+    console.switch("quick-plain")
+    visit(page, console, "/models")
+    row(page, "other-plain").get_by_role("button", name="Switch other-plain").click()
+    expect(page.get_by_role("heading", name="Switch to other-plain?")).to_be_visible()
+    page.get_by_role("button", name="Switch", exact=True).click()
+    expect(page).to_have_url(f"{console.url}/models")
+    expect(row(page, "other-plain").locator(".word")).to_have_text("Ready")
+    page.reload()
+    row(page, "other-plain").get_by_role("button", name="Unload other-plain").click()
+    expect(row(page, "other-plain").locator(".word")).to_have_count(0)
+    expect(banner(page)).not_to_contain_text("could not be loaded")
