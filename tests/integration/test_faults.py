@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 
 import psutil
 import pytest
 
-from tests.support.console import Console, stand_in, wait_until
+from tests.support.console import DEMO_MODELS, Console, stand_in, wait_until
 
 GOOD = stand_in("good")
 TIGHT_GB = 0.65
 """A budget in which a model that needs 0.6 GB has to displace one that holds 80 MB."""
 
 
-def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_stand_in):
+def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_stand_in, tmp_path):
     """Measured progress that never falls, with what was read, what there is to read, and the time left."""
-    console = start_stand_in(stand_in("slow", "slow_load:1.5", source="switchyard-small.gguf"))
+    large = shutil.copy(DEMO_MODELS / "switchyard-small.gguf", tmp_path / "large.gguf")
+    os.truncate(large, 90_000_000)  # large beside the libraries, which a native server reads as well
+    console = start_stand_in(stand_in("slow", "slow_load:1.5", source=str(large)))
     seen = [data for name, data in console.switch_stream("slow") if name == "progress"]
     measured = [data for data in seen if data.get("basis") == "measured"]
     assert len(measured) >= 3
