@@ -11,6 +11,7 @@ from htmx_flask import Htmx
 
 from blueprints import assets, chat, filters, models, web
 from blueprints.api import openai, operations, scripts, switching
+from blueprints.api.fast_lane import FastLane
 from services.config import Settings, load_settings
 from services.container import build_services
 from services.logs import configure_logging
@@ -34,6 +35,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     for module in (filters, assets, chat, models, operations, switching, scripts, openai):
         app.register_blueprint(module.bp)
     _limit_switches(app, settings)
+    app.wsgi_app = FastLane(app.wsgi_app, app.extensions["switchyard"])  # type: ignore[method-assign]
     return app
 
 

@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException
 
 from services.catalog import UnknownModel
 from services.chats import ChatBusy, ChatError, ConversationNotFound, MessageNotFound
+from services.config import Settings
 from services.container import Services
 from services.gateway.router import GatewayError
 from services.switching.engine import EngineError
@@ -23,6 +24,11 @@ from services.switching.narrator import memory_figures
 CSP = (
     "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
+)
+SECURITY_HEADERS = (
+    ("Content-Security-Policy", CSP),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "same-origin"),
 )
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -171,12 +177,18 @@ def gateway_error(error: GatewayError) -> ApiError:
 
 def _check_host() -> None:
     """Only names that are ours: a page elsewhere can point its own name at this address (DNS rebinding)."""
-    host = urlsplit(f"//{request.host}").hostname or ""
-    settings = services().settings
-    if host not in LOOPBACK_NAMES and host != settings.host and host not in settings.allowed_hosts:
-        raise ApiError(
-            "forbidden_host", f"This server does not answer for the host {host!r}. See the setting allowed_hosts."
-        )
+    if not host_is_ours(request.host, services().settings):
+        message = f"This server does not answer for the host {request.host!r}. See the setting allowed_hosts."
+        raise ApiError("forbidden_host", message)
+
+
+def host_is_ours(host: str, settings: Settings) -> bool:
+    """Whether a Host header names this server, with or without a port."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # such as an unfinished IPv6 address
+        return False
+    return name in LOOPBACK_NAMES or name == settings.host or name in settings.allowed_hosts
 
 
 def _check_origin() -> None:
@@ -195,9 +207,8 @@ def _check_origin() -> None:
 
 def _secure(response: Response) -> Response:
     headers = response.headers
-    headers.setdefault("Content-Security-Policy", CSP)
-    headers.setdefault("X-Content-Type-Options", "nosniff")
-    headers.setdefault("Referrer-Policy", "same-origin")
+    for name, value in SECURITY_HEADERS:
+        headers.setdefault(name, value)
     if response.mimetype == "text/html":
         headers.setdefault("Cache-Control", "no-store")
         headers.add("Vary", "HX-Request, Accept-Encoding")

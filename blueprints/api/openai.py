@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import select
-import socket
 import time
-from collections.abc import Callable
 from urllib.parse import quote
 
-import gevent
 from flask import Blueprint, Response, jsonify, request
-from gevent.monkey import get_original
 
+from blueprints.api.fast_lane import FAILED
+from blueprints.api.passing import Client, pass_on
 from blueprints.api.spec import documented
 from blueprints.web import ApiError, services
-from services.gateway.relay import Body, answer_headers
 from services.gateway.router import ClientGone
 
 bp = Blueprint("openai", __name__)
 
 GATEWAY_ERRORS = (401, 409, 501, 502, 503, 504)
 STARTED_AT = int(time.time())
-_poll = get_original("select", "poll")
 
 
 @bp.get("/v1/models")
@@ -64,32 +59,27 @@ def anything_else(_rest: str) -> Response:
 
 
 def _relay() -> Response:
+    if isinstance(failed := request.environ.get(FAILED), Exception):
+        return _not_passed(failed)
     found = services()
     body = request.get_data(cache=False)
-    client = _ClientWatch(request.environ.get("gunicorn.socket"))
+    client = Client(request.environ)
     try:
         admission = found.router.admit(_named_model(body), client.left)
-    except ClientGone:
-        return Response(status=499)
-    endpoint = admission.instance.endpoint
-    assert endpoint is not None, "a running instance has an endpoint"
-    try:
-        answer = found.relay.send(endpoint, request.method, _target(), request.headers.items(), body)
-    except BaseException:
-        admission.release()
-        raise
-    stop_watching = client.on_leaving(answer.abort)
-
-    def finish() -> None:
-        stop_watching()
-        admission.release()
-
-    streamed = "text/event-stream" in str(answer.get("content-type"))
-    relayed = Body(answer, finish, _stream_error if streamed else _cut_off)
-    response = Response(relayed, status=answer.status_code, direct_passthrough=True)
+        passed = pass_on(found.relay, admission, client, request.method, _target(), request.headers.items(), body)
+    except ClientGone as gone:
+        return _not_passed(gone)
+    response = Response(passed.body, status=passed.status, direct_passthrough=True)
     response.headers.clear()
-    response.headers.extend(answer_headers(answer))
+    response.headers.extend(passed.headers)
     return response
+
+
+def _not_passed(error: Exception) -> Response:
+    """Nobody is there to read an answer when the client has left; any other error is told as usual."""
+    if isinstance(error, ClientGone):
+        return Response(status=499)
+    raise error
 
 
 def _named_model(body: bytes) -> str | None:
@@ -117,49 +107,6 @@ def _target() -> str:
     return f"{path}?{query}" if query else path
 
 
-def _stream_error(reason: str) -> bytes:
-    error = {"error": {"message": f"The answer broke off: {reason}.", "type": "server_error", "code": "engine_failed"}}
-    return f"data: {json.dumps(error)}\n\n".encode()
-
-
-def _cut_off(reason: str) -> bytes:
-    raise ConnectionError(f"the engine's answer broke off: {reason}")
-
-
 def _listed(model_id: str) -> dict[str, object]:
     model = services().catalog.get(model_id)
     return {"id": model.id, "object": "model", "created": STARTED_AT, "owned_by": model.engine}
-
-
-class _ClientWatch:
-    """Notices that a client closed its connection, which a server otherwise learns at the next write only."""
-
-    def __init__(self, client: socket.socket | None) -> None:
-        self._client = client
-
-    def left(self) -> bool:
-        """Whether the client has closed its side."""
-        if self._client is None:
-            return False
-        poll = _poll()  # gevent's own would switch greenlets, which a callback of the hub must not
-        poll.register(self._client.fileno(), select.POLLIN | select.POLLRDHUP)
-        return any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0))
-
-    def on_leaving(self, act: Callable[[], None]) -> Callable[[], None]:
-        """Call `act` when the client leaves; returns what stops the watching."""
-        if self._client is None:
-            return lambda: None
-        watcher = gevent.get_hub().loop.io(self._client.fileno(), 1)
-
-        def look() -> None:
-            watcher.stop()  # one look: pipelined bytes would keep it firing
-            if self.left():
-                act()
-
-        watcher.start(look)
-
-        def stop() -> None:
-            watcher.stop()
-            watcher.close()
-
-        return stop

@@ -49,6 +49,7 @@ log = structlog.get_logger(__name__)
 LOOK_SECONDS = 0.01
 """How often a load is looked at; readiness has to be noticed within 50 ms."""
 SLOW_AFTER_SECONDS = 10.0
+LONG_SECONDS = 30.0
 PROBE_TIMEOUT = 5.0
 REPACKED_SHARE = 0.1
 
@@ -277,7 +278,9 @@ class LlamaCppInstance:
         )
         elapsed = time.monotonic() - self._launched_at
         if elapsed > SLOW_AFTER_SECONDS:
-            words += f" at {read / elapsed / 1e6:.0f} MB/s, this may take a while"
+            words += f" at {read / elapsed / 1e6:.0f} MB/s"
+            if (total - read) * elapsed > read * LONG_SECONDS:
+                words += ", this may take a while"
         return words
 
 

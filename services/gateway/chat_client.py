@@ -10,7 +10,7 @@ from geventhttpclient.response import HTTPParseError
 
 from services.catalog import UnknownModel
 from services.chats import GenerationError
-from services.gateway.relay import Answer, Relay
+from services.gateway.relay import Answer, Hangup, Relay
 from services.gateway.router import ClientGone, GatewayError, Router
 
 JSON_HEADERS = (("Content-Type", "application/json"), ("Accept", "text/event-stream"))
@@ -73,7 +73,9 @@ class ChatClient:
             assert instance.endpoint is not None, "a running instance has an endpoint"
             question = json.dumps({"model": instance.model, "messages": list(messages), "stream": True}).encode()
             with _as_generation_error():
-                answer = self._relay.send(instance.endpoint, "POST", "/v1/chat/completions", JSON_HEADERS, question)
+                answer = self._relay.send(
+                    instance.endpoint, "POST", "/v1/chat/completions", JSON_HEADERS, question, Hangup()
+                )
             try:
                 if answer.status_code != 200:
                     raise GenerationError(_error_text(answer))

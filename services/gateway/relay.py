@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from geventhttpclient.connectionpool import ConnectionPool
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
 
-from services.gateway.router import GatewayError
+from services.gateway.router import ClientGone, GatewayError
 from services.switching.engine import Endpoint
 
 CONNECT_SECONDS = 5.0
@@ -98,10 +98,27 @@ class Answer(HTTPSocketPoolResponse):  # type: ignore[misc]
 
     def abort(self) -> None:
         """Close the connection, from any greenlet: the engine notices and stops generating."""
-        sock = self._sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        if self._sock is not None:
+            _shut(self._sock)
+
+
+class Hangup:
+    """Breaks a request off wherever it is. Called from any greenlet, at any time, once or more."""
+
+    def __init__(self) -> None:
+        self.called = False
+        self._act: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        self.called = True
+        if self._act is not None:
+            self._act()
+
+    def applies_to(self, act: Callable[[], None]) -> None:
+        """What has to be done to break it off from now on. Raises ClientGone when it was already."""
+        self._act = act
+        if self.called:
+            raise ClientGone
 
 
 class Relay:
@@ -113,23 +130,31 @@ class Relay:
         self._pools: dict[str, Pool] = {}
 
     def send(
-        self, endpoint: Endpoint, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes
+        self,
+        endpoint: Endpoint,
+        method: str,
+        target: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        hangup: Hangup,
     ) -> Answer:
         """Pass one request on and return once the answer's headers are here. Raises GatewayError.
 
         `target` is the path with its query. An idle connection that the engine closed meanwhile is replaced once:
-        nothing of the request can have been looked at then.
+        nothing of the request can have been looked at then. Raises ClientGone once `hangup` was called.
         """
         request = _head(endpoint, method, target, headers, body) + body
         pool = self._pool(endpoint.origin)
         try:
             try:
-                return self._ask(pool, request, method)
+                return self._ask(pool, request, method, hangup)
             except (HTTPConnectionClosed, BrokenPipeError, ConnectionResetError):
-                return self._ask(pool, request, method)
+                return self._ask(pool, request, method, hangup)
         except TimeoutError:
             raise GatewayError("engine_timeout", f"The engine said nothing for {self._timeout:.0f} s.") from None
         except (OSError, HTTPParseError) as error:
+            if hangup.called:
+                raise ClientGone from None
             raise GatewayError("engine_unreachable", f"The engine did not answer: {error}.") from None
 
     def forget(self, origin: str) -> None:
@@ -139,14 +164,17 @@ class Relay:
         if pool is not None:
             pool.close()
 
-    def _ask(self, pool: Pool, request: bytes, method: str) -> Answer:
+    def _ask(self, pool: Pool, request: bytes, method: str, hangup: Hangup) -> Answer:
         sock = pool.get_socket()
         try:
+            hangup.applies_to(lambda: _shut(sock))
             sock.sendall(request)
         except BaseException:
             pool.release_socket(sock)
             raise
-        return Answer(sock, pool, method)
+        answer = Answer(sock, pool, method)
+        hangup.applies_to(answer.abort)
+        return answer
 
     def _pool(self, origin: str) -> Pool:
         pool = self._pools.get(origin)
@@ -195,6 +223,11 @@ class Body:
             self._answer.abort()
             self._answer.release()
         self._on_close()
+
+
+def _shut(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def answer_headers(answer: Answer) -> list[tuple[str, str]]:

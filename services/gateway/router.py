@@ -81,6 +81,10 @@ class Router:
         with self._place_in_queue(model_id):
             return self._wait_for(model_id, client_left)
 
+    def admit_now(self, name: str | None) -> Admission | None:
+        """A place at a model that is running; None when that takes waiting, or another look."""
+        return self._enter((self._board.current.active_model if name in (None, AUTO) else name) or "")
+
     def _resolve(self, name: str | None) -> str:
         if name is not None and name != AUTO:
             return self._catalog.get(name).id

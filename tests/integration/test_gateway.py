@@ -125,7 +125,7 @@ def test_a_request_for_a_model_that_fails_to_load_is_told_why(start_stand_in):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_the_generation(start_stand_in, stream):
     """Streamed or not: the engine sees its connection close, and the request no longer counts as in flight."""
-    console = start_stand_in(stand_in("talker", "slow_tokens:0.3"))
+    console = start_stand_in(stand_in("talker", "slow_tokens:1"))  # ten seconds to the end of its answer
     console.switch("talker")
     if stream:
         with console.post(
@@ -137,7 +137,7 @@ def test_a_client_that_leaves_stops_the_generation(start_stand_in, stream):
             requests.post(
                 f"{console.url}/v1/chat/completions", json={"model": "talker", "messages": HELLO}, timeout=0.5
             )
-    console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 0, "the request to be over")
+    wait_until(lambda: console.model("talker")["in_flight"] == 0, "the request to be over", patience=4)
     if stream:
         (log,) = (console.folder / "state" / "logs").glob("llama-server-*.log")
         wait_until(lambda: "the client went away" in log.read_text(), "the engine to notice")

@@ -1,0 +1,101 @@
+"""One admitted request passed on to its engine, and the answer back, as plain WSGI values."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gevent
+from gevent.monkey import get_original
+
+from services.gateway.relay import Body, Hangup, Relay, answer_headers
+from services.gateway.router import Admission
+
+_poll = get_original("select", "poll")
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """An engine's answer: its status, the headers that may be passed on, and its body as it comes."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: Body
+
+
+class Client:
+    """Whoever asked. Notices that they closed the connection, which a server otherwise learns at its next write."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._socket: socket.socket | None = environ.get("gunicorn.socket")
+
+    def left(self) -> bool:
+        """Whether they have closed their side."""
+        if self._socket is None:
+            return False
+        poll = _poll()  # gevent's own would switch greenlets, which a callback of the hub must not
+        poll.register(self._socket.fileno(), select.POLLIN | select.POLLRDHUP)
+        return any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0))
+
+    def on_leaving(self, act: Callable[[], None]) -> Callable[[], None]:
+        """Call `act` when they leave; returns what stops the watching."""
+        if self._socket is None:
+            return lambda: None
+        watcher = gevent.get_hub().loop.io(self._socket.fileno(), 1)
+
+        def look() -> None:
+            watcher.stop()  # one look: pipelined bytes would keep it firing
+            if self.left():
+                act()
+
+        def stop() -> None:
+            watcher.stop()
+            watcher.close()
+
+        watcher.start(look)
+        return stop
+
+
+def pass_on(
+    relay: Relay,
+    admission: Admission,
+    client: Client,
+    method: str,
+    target: str,
+    headers: Iterable[tuple[str, str]],
+    body: bytes,
+) -> Passed:
+    """Send one request to the instance it was admitted to. The admission is given back with the body, or on failure.
+
+    From here on the client's leaving breaks the request off, wherever it is. Raises GatewayError and ClientGone.
+    """
+    endpoint = admission.instance.endpoint
+    assert endpoint is not None, "a running instance has an endpoint"
+    hangup = Hangup()
+    stop_watching = client.on_leaving(hangup)
+
+    def finish() -> None:
+        stop_watching()
+        admission.release()
+
+    try:
+        answer = relay.send(endpoint, method, target, headers, body, hangup)
+    except BaseException:
+        finish()
+        raise
+    streamed = "text/event-stream" in str(answer.get("content-type"))
+    relayed = Body(answer, finish, _stream_error if streamed else _cut_off)
+    return Passed(answer.status_code, answer_headers(answer), relayed)
+
+
+def _stream_error(reason: str) -> bytes:
+    error = {"error": {"message": f"The answer broke off: {reason}.", "type": "server_error", "code": "engine_failed"}}
+    return f"data: {json.dumps(error)}\n\n".encode()
+
+
+def _cut_off(reason: str) -> bytes:
+    raise ConnectionError(f"the engine's answer broke off: {reason}")
