@@ -10,7 +10,8 @@ import psutil
 import pytest
 import requests
 
-from services.engines.llamacpp import LlamaCpp, first_cause, id_of
+from services.engines.llamacpp import LlamaCpp, id_of
+from services.engines.llamacpp_instance import first_cause
 from services.engines.processes import ProcessRegistry
 from services.switching.engine import Model
 from tests.engines.conformance import EngineCase, EngineConformance

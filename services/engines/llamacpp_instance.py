@@ -1,0 +1,150 @@
+"""One llama.cpp server process and the model in it: from its order to its end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import requests
+
+from services.engines.llamacpp_launch import Launcher, Order, Started
+from services.engines.processes import say_exit
+from services.http import control_session
+from services.switching.engine import HOST_DEVICE, Endpoint, Evidence, LoadFailed, Model, OnExit, Report, Usage
+
+LOOK_SECONDS = 0.01
+"""How often a load is looked at; readiness has to be noticed within 50 ms."""
+SLOW_AFTER_SECONDS = 10.0
+LONG_SECONDS = 30.0
+PROBE_TIMEOUT = 5.0
+
+GpuBytes = Callable[[str, int], int | None]
+"""(device id, pid) to the bytes that process holds there, None when the driver doesn't say."""
+
+
+class LlamaCppInstance:
+    """One llama.cpp server process and the model in it."""
+
+    def __init__(
+        self, model: Model, key: str, order: Order, launcher: Launcher, on_exit: OnExit, gpu_bytes: GpuBytes
+    ) -> None:
+        self.model = model
+        self._device = order.device
+        self._gpu_bytes = gpu_bytes
+        self._on_exit = on_exit
+        self._stopping = threading.Event()
+        self._http = control_session({"Authorization": f"Bearer {key}"})
+        self._endpoint: Endpoint | None = None
+        self._key = key
+        self._launched_at = time.monotonic()
+        self._started: Started = launcher.start(order, key, self._ended)
+
+    @property
+    def pid(self) -> int:
+        return self._started.process.pid
+
+    def wait_ready(self, report: Report, timeout: float) -> Endpoint:
+        deadline = self._launched_at + timeout
+        seen: Evidence | None = None
+        while not self._answers():
+            self._fail_if_gone()
+            if time.monotonic() > deadline:
+                raise LoadFailed(f"It was not ready after {timeout:.0f} s.", self.log_tail())
+            evidence = self._evidence()
+            if evidence != seen:
+                report(evidence)
+                seen = evidence
+            self._started.process.wait(LOOK_SECONDS)
+        assert self._endpoint is not None
+        return self._endpoint
+
+    def warm_up(self, timeout: float) -> None:
+        assert self._endpoint is not None, "wait_ready comes first"
+        question = {"prompt": "Hello", "max_tokens": 1, "cache_prompt": False}
+        try:
+            answer = self._http.post(f"{self._endpoint.origin}/v1/completions", json=question, timeout=timeout)
+        except requests.RequestException as error:
+            self._fail_if_gone()
+            raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
+        if answer.status_code != 200:
+            raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
+
+    def usage(self) -> Usage | None:
+        if self._device != HOST_DEVICE:
+            held = self._gpu_bytes(self._device, self.pid)
+            return None if held is None else Usage(self._device, held)
+        try:
+            memory = psutil.Process(self.pid).memory_info()
+        except psutil.Error:
+            return None
+        return Usage(HOST_DEVICE, memory.rss, mapped_bytes=min(memory.shared, memory.rss))
+
+    def stop(self, grace: float) -> None:
+        self._stopping.set()
+        self._started.process.stop(grace)
+
+    def log_tail(self) -> str:
+        return self._started.process.log_tail()
+
+    def _ended(self, code: int) -> None:
+        if not self._stopping.is_set():
+            self._on_exit(f"Its process {say_exit(code)}")
+
+    def _fail_if_gone(self) -> None:
+        process = self._started.process
+        if self._stopping.is_set():
+            raise LoadFailed("It was stopped while loading.", self.log_tail())
+        if process.exited:
+            raise LoadFailed(first_cause(self.log_tail(), process.exit_code or 0), self.log_tail())
+
+    def _answers(self) -> bool:
+        """Whether the server is healthy *and* lists a model: its port can be open before either."""
+        origin = self._started.origin()
+        if origin is None:
+            return False
+        try:
+            if self._http.get(f"{origin}/health", timeout=PROBE_TIMEOUT).status_code != 200:
+                return False
+            listed = self._http.get(f"{origin}/v1/models", timeout=PROBE_TIMEOUT)
+            ready = listed.status_code == 200 and bool(listed.json().get("data"))
+        except (requests.RequestException, ValueError):
+            return False
+        if ready:
+            self._endpoint = Endpoint(origin, {"Authorization": f"Bearer {self._key}"})
+        return ready
+
+    def _evidence(self) -> Evidence:
+        total, read = self.model.size_bytes, self._started.bytes_read()
+        if not total or read is None:
+            return Evidence("loading_weights")
+        if read >= total:
+            return Evidence("initializing_gpu")
+        return Evidence("loading_weights", read / total, self._say_bytes(read, total))
+
+    def _say_bytes(self, read: int, total: int) -> str:
+        words = (
+            f"{read / 1e9:.1f} of {total / 1e9:.1f} GB read"
+            if total >= 1e9
+            else (f"{read / 1e6:.0f} of {total / 1e6:.0f} MB read")
+        )
+        elapsed = time.monotonic() - self._launched_at
+        if elapsed > SLOW_AFTER_SECONDS:
+            words += f" at {read / elapsed / 1e6:.0f} MB/s"
+            if (total - read) * elapsed > read * LONG_SECONDS:
+                words += ", this may take a while"
+        return words
+
+
+def first_cause(log_tail: str, exit_code: int) -> str:
+    """The most telling line of llama.cpp's log, in words; else how the process ended.
+
+    Log lines of llama.cpp b6000 and later read `0.00.003.604 E llama_model_load: error loading model: …`.
+    """
+    for line in log_tail.splitlines():
+        for mark in ("error loading model:", "llama_init_from_model:", "failed to allocate", "error:"):
+            if mark in line:
+                telling = line[line.index(mark) :] if mark.startswith("failed") else line.split(mark, 1)[1]
+                return f"llama.cpp could not load it: {telling.strip()}"
+    return f"Its process {say_exit(exit_code)} while loading"
