@@ -150,10 +150,9 @@ class Live:
 
     @property
     def cause(self) -> str:
-        """Why the last switch failed, without what is running now: that is said on its own."""
+        """Why the last switch failed, and what that cost."""
         last = self.status.last_switch
-        message = (last.message or "") if last is not None else ""
-        return message.replace(self.running_now, "").strip() or "The engine gave no reason."
+        return (last.message if last is not None else None) or "The engine gave no reason."
 
     @property
     def what_to_try(self) -> str:

@@ -81,7 +81,7 @@ class Unloading:
 
 @dataclass(frozen=True, slots=True)
 class SwitchView:
-    """A switch as it stands. `error` is a code of the contract, `message` the words for people."""
+    """A switch as it stands. `error` is a code of the contract, `message` says why it failed and what that cost."""
 
     id: str
     to_model: str

@@ -119,24 +119,26 @@ class Narrator:
 
     def end(self, outcome: Outcome, error: SwitchError, restored: Sequence[str] = ()) -> None:
         """The job did not do what was asked: say the first cause, and what is running now."""
-        message = f"{_sentence(error.message)} {self._aftermath(restored)}".strip()
-        told = SwitchError(error.code, message, **error.details)
+        message = f"{_sentence(error.message)} {self._lost(restored)}".strip()
+        told = SwitchError(error.code, f"{message} {self._running(restored)}".strip(), **error.details)
         stage: SwitchStage = "cancelled" if outcome == "cancelled" else "rolled_back" if restored else "failed"
         if error.code in ("insufficient_memory", "confirmation_required"):
             stage = "refused"
         log_tail = str(error.details.get("log_tail", ""))
         self._close(stage, error=error.code, message=message, log_tail=log_tail, eta_seconds=None)
-        self._job.tell("error", error=error.code, message=message, **memory_figures(error))
+        self._job.tell("error", error=error.code, message=told.message, **memory_figures(error))
         self._job.finish(outcome, told)
 
-    def _aftermath(self, restored: Sequence[str]) -> str:
+    def _lost(self, restored: Sequence[str]) -> str:
+        """What was unloaded for nothing; a switch that takes this one's place decides about that itself."""
         lost = [m for m in self._job.unloaded if m not in restored]
-        parts = [f"{' and '.join(restored)} is running again." if restored else ""]
-        if lost and not self._job.superseded:
-            parts.append(f"{' and '.join(lost)} was unloaded and is not back.")
-        if not restored and self._fleet.active:
-            parts.append(f"{self._fleet.active} is still running.")
-        return " ".join(part for part in parts if part)
+        return f"{' and '.join(lost)} was unloaded and is not back." if lost and not self._job.superseded else ""
+
+    def _running(self, restored: Sequence[str]) -> str:
+        """What runs now, for those who read this one message; the pages say it from the status."""
+        if restored:
+            return f"{' and '.join(restored)} is running again."
+        return f"{self._fleet.active} is still running." if self._fleet.active else ""
 
     def _close(self, stage: SwitchStage, **changes: object) -> None:
         self._advance(stage=stage, finished_at=time.time(), **changes)

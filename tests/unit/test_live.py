@@ -79,7 +79,7 @@ def test_a_failure_stays_until_it_is_dismissed(stage: str) -> None:
 
 
 def test_what_is_running_is_said_once() -> None:
-    last = switch(stage="rolled_back", message="Out of memory. large is running again.")
+    last = switch(stage="rolled_back", message="Out of memory.")
     told = live(models=(RUNNING, MODEL), active_model="large", last_switch=last)
     assert told.cause == "Out of memory."
     assert told.running_now == "large is running again."
