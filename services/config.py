@@ -8,9 +8,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -32,7 +33,7 @@ class ModelEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(pattern=MODEL_ID_PATTERN)]
-    engine: Literal["llamacpp"] = "llamacpp"
+    engine: Literal["llamacpp", "ollama"] = "llamacpp"
     source: Annotated[str, Field(min_length=1)]
     description: str = ""
     size_gb: Annotated[float, Field(gt=0)] | None = None
@@ -47,6 +48,31 @@ class ModelEntry(BaseModel):
         if ".." in value or "//" in value:
             raise ValueError("a model id can't hold '..' or '//'")
         return value
+
+
+class Recommendation(BaseModel):
+    """One `[[recommended]]` table of the settings file: a model that people are pointed to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(min_length=1, max_length=300)]
+    source: Literal["ollama", "huggingface"] = "ollama"
+    description: str = ""
+    size_gb: Annotated[float, Field(gt=0)] | None = None
+    recommended: bool = False
+
+
+SEED_RECOMMENDATIONS = (
+    Recommendation(
+        model="capybarahermes-2.5-mistral-7b",
+        description="Fast 7B model, good for prompt refinement",
+        size_gb=4.1,
+        recommended=True,
+    ),
+    Recommendation(model="llama3.2", description="Latest Llama 3.2, general purpose", size_gb=2.0),
+    Recommendation(model="mistral", description="Balanced speed and quality", size_gb=4.1),
+)
+"""Seed 004's list."""
 
 
 class Settings(BaseModel):
@@ -90,8 +116,23 @@ class Settings(BaseModel):
     parallel_requests: int = Field(4, ge=1, le=256, description="requests an embedded model answers at once")
     standby: bool = Field(True, description="keep one empty engine process ready, so that a switch starts sooner")
 
+    ollama_base_url: str = Field("http://127.0.0.1:11434", description="where Ollama answers, here or elsewhere")
+    ollama_model: str | None = Field(None, description="Ollama model that answers when nothing is loaded")
+    ollama_binary: str | None = Field(None, description="the ollama program; default: the one on PATH")
+    ollama_context_length: int | None = Field(
+        None, ge=128, le=1_048_576, description="context of Ollama models, in tokens; default: context_length"
+    )
+    ollama_registry_url: str = Field("https://registry.ollama.ai", description="where Ollama models come from")
+    ollama_insecure_registry: bool = Field(False, description="let Ollama pull from registries without TLS")
+
+    downloads_at_once: int = Field(2, ge=1, le=16, description="downloads that run side by side")
+    disk_margin_gb: float = Field(1, ge=0, description="disk space that downloads leave free")
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     models: tuple[ModelEntry, ...] = Field((), description="listed models, as [[models]] tables of the file")
+    recommended: tuple[Recommendation, ...] = Field(
+        SEED_RECOMMENDATIONS, description="models to recommend, as [[recommended]] tables of the file"
+    )
 
     @field_validator("host")
     @classmethod
@@ -105,6 +146,18 @@ class Settings(BaseModel):
         if not loopback:
             raise ValueError("must be a loopback address: anyone who reaches another one could switch models")
         return value
+
+    @field_validator("ollama_base_url", "ollama_registry_url")
+    @classmethod
+    def _an_origin(cls, value: str) -> str:
+        parts = urlsplit(value if "://" in value else f"http://{value}")
+        try:
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable or parts.path.strip("/") or parts.query or parts.username:
+            raise ValueError("must be an address such as http://127.0.0.1:11434")
+        return f"{parts.scheme}://{parts.netloc}"
 
     @model_validator(mode="after")
     def _ids_once(self) -> Settings:
@@ -130,7 +183,9 @@ class Settings(BaseModel):
 
 
 LIST_KEYS = {"allowed_hosts", "preserve_models"}
-FILE_ONLY = {"models"}
+FILE_ONLY = {"models", "recommended"}
+UNPREFIXED = {"OLLAMA_BASE_URL": "ollama_base_url", "OLLAMA_MODEL": "ollama_model"}
+"""Seed 004's names, which other programs read as well; the prefixed ones win."""
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
@@ -146,9 +201,9 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     if named or path.is_file():
         values = _read_file(path)
         origin = {key: str(path) for key in values}
-    for key, value in _from_environment(environ).items():
+    for key, value, name in _from_environment(environ):
         values[key] = value
-        origin[key] = f"the environment ({PREFIX}{key.upper()})"
+        origin[key] = f"the environment ({name})"
     values.update(overrides)
     try:
         return Settings.model_validate(values)
@@ -167,19 +222,21 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"The settings file {path} is not valid TOML: {error}.") from None
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    """Key, value and the variable it came from; the prefixed ones last, so that they win."""
+    for name, key in UNPREFIXED.items():
+        if environ.get(name):
+            yield key, environ[name], name
     for name, value in environ.items():
         key = name.removeprefix(PREFIX).lower()
         if not name.startswith(PREFIX) or key == "config":
             continue
         if key in FILE_ONLY:
-            raise ConfigError(f"{name}: models are listed in the settings file, as [[models]] tables.")
+            raise ConfigError(f"{name}: {key} are listed in the settings file, as [[{key}]] tables.")
         if key in LIST_KEYS:
-            values[key] = tuple(part.strip() for part in value.split(",") if part.strip())
+            yield key, tuple(part.strip() for part in value.split(",") if part.strip()), name
         elif value != "":
-            values[key] = value
-    return values
+            yield key, value, name
 
 
 def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
@@ -194,7 +251,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
 
 def _say(problem: Any, location: list[str]) -> str:
     if problem["type"] == "extra_forbidden":
-        known = ModelEntry if location[0] == "models" else Settings
+        tables: dict[str, type[BaseModel]] = {"models": ModelEntry, "recommended": Recommendation}
+        known = tables.get(location[0], Settings)
         return f"there is no such setting. Allowed: {', '.join(sorted(known.model_fields))}."
     message = str(problem["msg"]).removeprefix("Value error, ")
     given = problem.get("input")

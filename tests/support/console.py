@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODELS = ROOT / "models"
 FAKE_LLAMA_SERVER = ROOT / "tests" / "fakes" / "llama_server.py"
 PATIENCE = 30.0
+NO_OLLAMA = "http://127.0.0.1:9"
+"""Nobody answers there (the discard port): a test sees the Ollama that it starts itself, never this machine's."""
 
 
 class Console:
@@ -39,6 +41,7 @@ class Console:
             "SWITCHYARD_PORT": str(self.port),
             "SWITCHYARD_STATE_DIR": str(folder / "state"),
             "SWITCHYARD_MODELS_DIR": str(models_dir),
+            "SWITCHYARD_OLLAMA_BASE_URL": NO_OLLAMA,
             **{f"SWITCHYARD_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.log = folder / "console.log"
@@ -49,7 +52,8 @@ class Console:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
                 cwd=ROOT,
-                env={k: v for k, v in os.environ.items() if not k.startswith("SWITCHYARD_")} | self.environment,
+                env={k: v for k, v in os.environ.items() if not k.startswith(("SWITCHYARD_", "OLLAMA_", "HF_"))}
+                | self.environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

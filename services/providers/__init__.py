@@ -1,0 +1,1 @@
+"""Who serves what: the local services that the app can start and stop."""
