@@ -29,6 +29,7 @@ class Catalog:
         self._listed = tuple(_listed(entry) for entry in entries)
         self._engines = engines
         self._models: Mapping[str, Model] = MappingProxyType({})
+        self._aliases: Mapping[str, str] = MappingProxyType({})
         self._listeners: list[Callable[[], object]] = []
         self.refresh()
 
@@ -36,10 +37,14 @@ class Catalog:
     def models(self) -> Mapping[str, Model]:
         return self._models
 
+    def id_of(self, name: str) -> str:
+        """The id that a name stands for; an unknown name is returned as it is."""
+        return name if name in self._models else self._aliases.get(name, name)
+
     def get(self, model_id: str) -> Model:
-        """The model of this id. Raises UnknownModel."""
+        """The model of this id, or with this alias. Raises UnknownModel."""
         try:
-            return self._models[model_id]
+            return self._models[self.id_of(model_id)]
         except (KeyError, TypeError):
             raise UnknownModel(str(model_id), sorted(self._models)) from None
 
@@ -52,10 +57,12 @@ class Catalog:
         taken = {(m.engine, m.source) for m in models.values()}
         for engine in self._engines.values():
             for found in engine.discover():
-                if found.id not in models and (found.engine, found.source) not in taken:
-                    models[found.id] = found
+                if (found.engine, found.source) not in taken:
+                    free = found if found.id not in models else replace(found, id=f"{found.engine}/{found.id}")
+                    models.setdefault(free.id, free)
         if models == self._models:
             return False
+        self._aliases = MappingProxyType({alias: m.id for m in reversed(models.values()) for alias in m.aliases})
         self._models = MappingProxyType(models)
         for listener in self._listeners:
             listener()

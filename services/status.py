@@ -9,7 +9,7 @@ from typing import Literal
 
 from services.catalog import Catalog
 from services.memory.devices import DeviceMonitor
-from services.memory.ledger import Account, Holding, account
+from services.memory.ledger import Account, account, holdings_of
 from services.switching.engine import Basis, Model
 from services.switching.events import Board, LoadView, Snapshot, SwitchView
 from services.switching.planner import Planner
@@ -39,6 +39,7 @@ class ModelStatus:
     in_flight: int
     last_used: float | None
     error: str | None
+    warning: str | None
     log_tail: str
 
 
@@ -94,7 +95,7 @@ class StatusService:
     def _look(self) -> Status:
         snapshot = self._board.current
         views = snapshot.instances.values()
-        holdings = [Holding(v.model, v.device, v.usage, v.reserved_bytes) for v in views]
+        holdings = [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
         models = [self._model(m, snapshot) for m in self._catalog.models.values()]
         models.sort(key=lambda m: (_MENU_ORDER[m.state], m.id.casefold()))
         return Status(
@@ -111,7 +112,7 @@ class StatusService:
         view = snapshot.instances.get(model.id)
         failure = snapshot.failures.get(model.id)
         need = self._planner.need(model)
-        held = view.usage.bytes if view and view.usage else None
+        held = view.usage.bytes + view.usage.spilled_bytes if view and view.usage else None
         error = model.fault or (failure.cause if failure else None)
         return ModelStatus(
             id=model.id,
@@ -130,6 +131,7 @@ class StatusService:
             in_flight=view.traffic.in_flight if view else 0,
             last_used=view.traffic.last_used if view else None,
             error=error,
+            warning=view.warning if view else snapshot.notices.get(model.id),
             log_tail=failure.log_tail if failure else "",
         )
 

@@ -83,13 +83,25 @@ def pass_on(
         admission.release()
 
     try:
-        answer = relay.send(endpoint, method, target, headers, body, hangup)
+        addressed = body if endpoint.model is None else _addressed(body, endpoint.model)
+        answer = relay.send(endpoint, method, target, headers, addressed, hangup)
     except BaseException:
         finish()
         raise
     streamed = "text/event-stream" in str(answer.get("content-type"))
     relayed = Body(answer, finish, _stream_error if streamed else _cut_off)
     return Passed(answer.status_code, answer_headers(answer), relayed)
+
+
+def _addressed(body: bytes, model: str) -> bytes:
+    """The request with the name that its engine knows the model by; as it is where it says that, or isn't JSON."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(document, dict) or document.get("model") == model:
+        return body
+    return json.dumps({**document, "model": model}).encode()
 
 
 def _stream_error(reason: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class LlamaCpp:
     """Engine `llamacpp`. Every GGUF file below `models_dir` is a model by itself, its id the file's path."""
 
     name = "llamacpp"
+    outlives_app = False
 
     def __init__(
         self,
@@ -122,6 +123,12 @@ class LlamaCpp:
             arguments=tuple(str(a) for a in _list(model.options.get("arguments"))),
         )
         return LlamaCppInstance(model, key, order, self._launcher, on_exit, self._gpu_bytes)
+
+    def loaded(self) -> Collection[str]:
+        return ()  # its processes are children of the app: none is there that wasn't launched here
+
+    def adopt(self, _model: Model, _on_exit: OnExit, /) -> None:
+        return None
 
     def prepare(self) -> None:
         self._launcher.prepare()

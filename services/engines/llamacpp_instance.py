@@ -12,7 +12,7 @@ import requests
 from services.engines.llamacpp_launch import Launcher, Order, Started
 from services.engines.processes import say_exit
 from services.http import control_session
-from services.switching.engine import HOST_DEVICE, Endpoint, Evidence, LoadFailed, Model, OnExit, Report, Usage
+from services.switching.engine import HOST_DEVICE, Endpoint, Evidence, Exit, LoadFailed, Model, OnExit, Report, Usage
 
 LOOK_SECONDS = 0.01
 """How often a load is looked at; readiness has to be noticed within 50 ms."""
@@ -88,9 +88,12 @@ class LlamaCppInstance:
     def log_tail(self) -> str:
         return self._started.process.log_tail()
 
+    def warning(self) -> str | None:
+        return None
+
     def _ended(self, code: int) -> None:
         if not self._stopping.is_set():
-            self._on_exit(f"Its process {say_exit(code)}")
+            self._on_exit(Exit(f"Its process {say_exit(code)}"))
 
     def _fail_if_gone(self) -> None:
         process = self._started.process

@@ -71,7 +71,9 @@ class ChatClient:
         try:
             instance = admission.instance
             assert instance.endpoint is not None, "a running instance has an endpoint"
-            question = json.dumps({"model": instance.model, "messages": list(messages), "stream": True}).encode()
+            question = json.dumps(
+                {"model": instance.endpoint.model or instance.model, "messages": list(messages), "stream": True}
+            ).encode()
             with _as_generation_error():
                 answer = self._relay.send(
                     instance.endpoint, "POST", "/v1/chat/completions", JSON_HEADERS, question, Hangup()

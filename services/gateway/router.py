@@ -83,7 +83,9 @@ class Router:
 
     def admit_now(self, name: str | None) -> Admission | None:
         """A place at a model that is running; None when that takes waiting, or another look."""
-        return self._enter((self._board.current.active_model if name in (None, AUTO) else name) or "")
+        if name is None or name == AUTO:
+            return self._enter(self._board.current.active_model or "")
+        return self._enter(self._catalog.id_of(name))
 
     def _resolve(self, name: str | None) -> str:
         if name is not None and name != AUTO:
@@ -93,6 +95,8 @@ class Router:
             return snapshot.active_model
         if snapshot.switch is not None:
             return snapshot.switch.to_model
+        if self._settings.ollama_model is not None:
+            return self._catalog.get(self._settings.ollama_model).id
         raise GatewayError("model_not_loaded", "No model is loaded. Name one, or switch to one first.")
 
     def _enter(self, model_id: str) -> Admission | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from services.switching.engine import Usage
+from services.switching.engine import HOST_DEVICE, Usage
 
 DeviceKind = Literal["gpu", "host"]
 
@@ -39,6 +39,14 @@ class Holding:
     device: str
     usage: Usage | None
     reserved_bytes: int = 0
+
+
+def holdings_of(model: str, device: str, usage: Usage | None, reserved_bytes: int) -> list[Holding]:
+    """What one instance holds on its device, and in the host's RAM where it did not fit on that."""
+    held = [Holding(model, device, usage, reserved_bytes)]
+    if usage is not None and usage.spilled_bytes and device != HOST_DEVICE:
+        held.append(Holding(model, HOST_DEVICE, Usage(HOST_DEVICE, usage.spilled_bytes)))
+    return held
 
 
 @dataclass(frozen=True, slots=True)

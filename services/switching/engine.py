@@ -6,7 +6,7 @@ responsive. What differs between engines stays behind this port.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -24,8 +24,9 @@ HOST_DEVICE = "host"
 class Model:
     """One catalogue entry.
 
-    `source` is what the engine loads (a file path for llamacpp); sizes are bytes, times seconds, and what
-    nobody knows is None. `fault` says why the model can't be loaded at all (a damaged file), in words.
+    `source` is what the engine loads (a file path for llamacpp, a name with its tag for ollama); sizes are bytes,
+    times seconds, and what nobody knows is None. `aliases` are other ids that people may say. `fault` says why the
+    model can't be loaded at all (a damaged file), in words. `digest` tells versions of the same source apart.
     """
 
     id: str
@@ -36,6 +37,8 @@ class Model:
     required_bytes: int | None = None
     load_seconds: float | None = None
     tags: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    digest: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     fault: str | None = None
 
@@ -54,11 +57,13 @@ class Usage:
     """What a loaded (or loading) model holds on one device, measured now.
 
     `mapped_bytes` is the part of `bytes` that the kernel would also call available: pages of a mapped file.
+    `spilled_bytes` is what it holds in this machine's RAM besides, because it did not fit on its GPU.
     """
 
     device: str
     bytes: int
     mapped_bytes: int = 0
+    spilled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +80,25 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a ready instance answers: an origin such as `http://127.0.0.1:40123`, and headers to add."""
+    """Where a ready instance answers: an origin such as `http://127.0.0.1:40123`, and headers to add.
+
+    `model` is the name that the engine there wants to read in a request; None when any will do.
+    """
 
     origin: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """An instance ended without having been asked to, and why: words without a full stop.
+
+    `released`: nothing is broken, somebody else had the engine unload it.
+    """
+
+    cause: str
+    released: bool = False
 
 
 class EngineError(Exception):
@@ -95,8 +115,8 @@ class LoadFailed(EngineError):
 
 
 Report = Callable[[Evidence], None]
-OnExit = Callable[[str], None]
-"""Called once, from any thread, when an instance ends without having been asked to; takes the cause in words."""
+OnExit = Callable[[Exit], None]
+"""Called once, from any thread, when an instance ends without having been asked to."""
 
 
 class Instance(Protocol):
@@ -122,10 +142,14 @@ class Instance(Protocol):
         """Block until it is gone, by force after `grace` seconds.
 
         Safe to call twice and from another thread: a `wait_ready` or `warm_up` under way then raises LoadFailed.
+        Raises EngineError when it can't be made to go: it goes on serving then.
         """
 
     def log_tail(self) -> str:
         """The last lines of what the engine said about this instance."""
+
+    def warning(self) -> str | None:
+        """What people should know about it though it works: it runs partly on the CPU, it will be unloaded at five."""
 
 
 class Engine(Protocol):
@@ -133,6 +157,10 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def outlives_app(self) -> bool:
+        """Whether its instances stay loaded when the app goes, to be found again by the next one."""
 
     def discover(self) -> Sequence[Model]:
         """The models that are there by themselves, without being listed in the settings."""
@@ -148,6 +176,12 @@ class Engine(Protocol):
 
     def launch(self, model: Model, on_exit: OnExit) -> Instance:
         """Begin loading, and return at once. Raises EngineError when it can't even begin."""
+
+    def loaded(self) -> Collection[str]:
+        """The sources of the models that are ready there, whoever had them loaded, as last seen. Asks nobody."""
+
+    def adopt(self, model: Model, on_exit: OnExit, /) -> Instance | None:
+        """The instance of a model that is loaded though nobody here launched it; ready. None when it isn't there."""
 
     def prepare(self) -> None:
         """Do ahead what makes the next load start sooner; called once the app serves. Returns at once."""

@@ -60,6 +60,7 @@ class InstanceView:
     usage: Usage | None = None
     reserved_bytes: int = 0
     loaded_at: float | None = None
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +107,15 @@ class SwitchView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the one before."""
+    """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the one before.
+
+    `notices` say of models that are no longer loaded who else had them unloaded, and why.
+    """
 
     version: int = 0
     instances: Mapping[str, InstanceView] = field(default_factory=lambda: MappingProxyType({}))
     failures: Mapping[str, Failure] = field(default_factory=lambda: MappingProxyType({}))
+    notices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     active_model: str | None = None
     switch: SwitchView | None = None
     last_switch: SwitchView | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from services.memory.ledger import Holding
+from services.memory.ledger import Holding, holdings_of
 from services.switching.engine import Endpoint, Engine, Instance, Model, Usage
 from services.switching.events import Board, Failure, InstanceState, InstanceView, LoadView, SwitchView
 from services.switching.traffic import Traffic
@@ -31,9 +31,14 @@ class Member:
     endpoint: Endpoint | None = None
     usage: Usage | None = None
     loaded_at: float | None = None
+    warning: str | None = None
 
     def measure(self) -> bool:
-        """Take a fresh reading of what it holds; True when that changed noticeably."""
+        """Take a fresh reading of what it holds and how it is; True when that changed noticeably."""
+        warned, self.warning = self.warning, self.instance.warning()
+        return self._measure_usage() or warned != self.warning
+
+    def _measure_usage(self) -> bool:
         before, self.usage = self.usage, self.instance.usage()
         if before is None or self.usage is None:
             return before is not self.usage
@@ -52,6 +57,7 @@ class Member:
             usage=self.usage,
             reserved_bytes=self.reserved_bytes,
             loaded_at=self.loaded_at,
+            warning=self.warning,
         )
 
 
@@ -62,6 +68,7 @@ class Fleet:
         self._board = board
         self._members: dict[str, Member] = {}
         self._failures: dict[str, Failure] = {}
+        self._notices: dict[str, str] = {}
         self.active: str | None = None
 
     def __iter__(self) -> Iterator[Member]:
@@ -76,7 +83,7 @@ class Fleet:
 
     def add(self, member: Member) -> None:
         self._members[member.model.id] = member
-        self._failures.pop(member.model.id, None)
+        self.forgive(member.model.id)
 
     def remove(self, member: Member) -> None:
         """Forget an instance that is gone. If it was the active one, the most recently used other one is now."""
@@ -90,11 +97,17 @@ class Fleet:
     def fail(self, model_id: str, cause: str, log_tail: str) -> None:
         self._failures[model_id] = Failure(cause, log_tail, time.time())
 
+    def note(self, model_id: str, words: str) -> None:
+        """Say why a model is gone though nothing failed."""
+        self._notices[model_id] = words
+
     def forgive(self, model_id: str) -> None:
+        """Forget what was said of a model: it is asked for again."""
         self._failures.pop(model_id, None)
+        self._notices.pop(model_id, None)
 
     def holdings(self) -> list[Holding]:
-        return [Holding(m.model.id, m.device, m.usage, m.reserved_bytes) for m in self]
+        return [part for m in self for part in holdings_of(m.model.id, m.device, m.usage, m.reserved_bytes)]
 
     def measure(self) -> bool:
         """Fresh readings of all; True when one changed noticeably."""
@@ -106,6 +119,7 @@ class Fleet:
         self._board.publish(
             instances=MappingProxyType({m.model.id: m.view() for m in self}),
             failures=MappingProxyType(dict(self._failures)),
+            notices=MappingProxyType(dict(self._notices)),
             active_model=self.active,
             **more,
         )

@@ -43,7 +43,10 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for. `activate`: requests for "auto" go to the target afterwards."""
+    """What was asked for.
+
+    `activate`: requests for "auto" go to the target afterwards. `instead_of` is unloaded for it in any case.
+    """
 
     kind: Literal["switch", "stop", "restart"]
     model: str
@@ -52,6 +55,7 @@ class Request:
     confirm: bool | None = None
     auto_unload: bool | None = None
     activate: bool = True
+    instead_of: str | None = None
 
 
 @dataclass(eq=False)

@@ -101,12 +101,13 @@ def make_plan(
     strategy: Strategy,
     load_seconds: float | None = None,
     auto_unload: bool = True,
+    instead_of: str | None = None,
     others: Sequence[Alternative] = (),
 ) -> Plan:
     """Choose what to unload so that `need` fits.
 
     Models that answer somebody right now go last; those that must stay, never. What was chosen first but turned
-    out not to be needed is kept after all, so that no plan unloads more than it has to.
+    out not to be needed is kept after all, so that no plan unloads more than it has to. `instead_of` goes in any case.
     """
     candidates = [m for m in loaded if m.device == need.device and m.model != target]
     may_go = [m for m in candidates if _keeps(m, strategy, auto_unload) is None]
@@ -114,7 +115,10 @@ def make_plan(
     freeable = sum(m.bytes for m in may_go)
     short = need.bytes - available_bytes
     feasible = short <= freeable
-    chosen = _enough(may_go, short) if feasible else []
+    named = [m for m in loaded if m.model == instead_of != target and m.keep is None]
+    rest = [m for m in may_go if m not in named]
+    freed = sum(m.bytes for m in named if m.device == need.device)
+    chosen = [*named, *_enough(rest, short - freed)] if feasible else []
     return Plan(
         target=target,
         feasible=feasible,

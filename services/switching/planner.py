@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from services.catalog import Catalog
 from services.config import Settings, Strategy
 from services.memory.devices import DeviceMonitor
-from services.memory.ledger import Account, Holding, account
+from services.memory.ledger import Account, Holding, account, holdings_of
 from services.switching.engine import Engine, EngineError, Model, Need
 from services.switching.events import Board, InstanceView
 from services.switching.learning import Learned
@@ -41,10 +41,12 @@ class Planner:
         auto_unload: bool | None = None,
         *,
         loads_give_way: bool = False,
+        instead_of: str | None = None,
     ) -> Plan:
         """What making `model` ready takes now. Raises EngineError when its device isn't there.
 
-        With `loads_give_way` a load under way counts as something that could be unloaded.
+        With `loads_give_way` a load under way counts as something that could be unloaded. `instead_of` is a model that
+        goes in any case.
         """
         snapshot = self._board.current
         need = self.need(model)
@@ -60,12 +62,17 @@ class Planner:
             strategy=strategy or self._settings.strategy,
             load_seconds=0.0 if already else self.load_seconds(model),
             auto_unload=auto,
+            instead_of=instead_of,
             others=[Alternative(m.id, self.need(m)) for m in self._catalog.models.values() if not m.fault],
         )
 
     def model(self, model_id: str) -> Model:
         """Raises UnknownModel."""
         return self._catalog.get(model_id)
+
+    def model_of(self, engine: str, source: str) -> Model | None:
+        """The model of the catalogue that an engine knows as `source`."""
+        return next((m for m in self._catalog.models.values() if (m.engine, m.source) == (engine, source)), None)
 
     def account(self, device: str, holdings: Iterable[Holding]) -> Account:
         """One device's memory, measured now. Raises EngineError when there is no such device."""
@@ -98,4 +105,4 @@ class Planner:
 
 
 def _holdings(views: Iterable[InstanceView]) -> list[Holding]:
-    return [Holding(v.model, v.device, v.usage, v.reserved_bytes) for v in views]
+    return [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]

@@ -17,7 +17,7 @@ import structlog
 
 from services.config import Settings
 from services.store.records import LoadRecord
-from services.switching.engine import Engine, EngineError, Evidence, LoadFailed, Model
+from services.switching.engine import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
 from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job, SwitchError
 from services.switching.learning import Learned
@@ -51,7 +51,7 @@ class Hub(Protocol):
 
     def wake(self) -> None: ...
 
-    def report_exit(self, model_id: str, pid: int | None, cause: str) -> None: ...
+    def report_exit(self, instance: Instance, exit: Exit) -> None: ...
 
 
 class Procedure:
@@ -117,10 +117,41 @@ class Procedure:
         Narrator(job, self._fleet).end("failed", error)
 
     def stop_all(self) -> None:
-        """Stop every instance: the app is going away. Answers under way get a moment to end."""
-        for member in self._fleet:
+        """Stop every instance that needs the app, which is going away. Answers under way get a moment to end."""
+        for member in [m for m in self._fleet if m.state != "running" or not m.engine.outlives_app]:
             self._hub.await_worker(lambda m=member: m.traffic.drain(LAST_ANSWERS_SECONDS), cancellable=False)  # type: ignore[misc]
-            self._put_away(member)
+            with suppress(EngineError):
+                self._put_away(member)
+
+    def adopt_found(self) -> bool:
+        """Take in the models that engines have loaded though nobody here asked for it; whether there were any.
+
+        So a restart of the app finds what it left, and what another client of an engine did is seen, not fought.
+        """
+        found = [(engine, source) for engine in self._engines.values() for source in engine.loaded()]
+        adopted = [self._adopt(engine, source) for engine, source in found]
+        return any(adopted)
+
+    def _adopt(self, engine: Engine, source: str) -> bool:
+        model = self._planner.model_of(engine.name, source)
+        if model is None or self._fleet.get(model.id) is not None:
+            return False
+
+        def ended(exit: Exit) -> None:
+            if instance is not None:
+                self._hub.report_exit(instance, exit)
+
+        instance = engine.adopt(model, ended)
+        if instance is None:
+            return False
+        member = Member(model, engine, instance, self._planner.need(model).device, 0, "running")
+        member.endpoint = instance.wait_ready(lambda _: None, 0)
+        member.loaded_at = time.time()
+        self._fleet.add(member)
+        if self._fleet.active is None:
+            self._fleet.active = model.id
+        log.info("found a model loaded", model=model.id, engine=engine.name)
+        return True
 
     def _switch(self, job: Job, story: Narrator) -> None:
         if job.request.kind == "restart":
@@ -159,7 +190,9 @@ class Procedure:
     def _make_plan(self, job: Job, model: Model) -> Plan:
         self._fleet.measure()
         self._fleet.publish()
-        plan = self._planner.plan(model, job.request.strategy, job.request.auto_unload)
+        plan = self._planner.plan(
+            model, job.request.strategy, job.request.auto_unload, instead_of=job.request.instead_of
+        )
         job.plan = plan
         if not plan.feasible:
             raise SwitchError("insufficient_memory", refusal(plan), plan=plan)
@@ -183,15 +216,27 @@ class Procedure:
             member.traffic.reopen()
             raise
         story.step("unloading", model_id)
-        job.unloaded.append(model_id)
         self._put_away(member)
+        job.unloaded.append(model_id)
 
     def _put_away(self, member: Member) -> None:
-        """Stop an instance whatever it is doing; when this returns it is gone."""
-        member.state = "unloading"
+        """Stop an instance whatever it is doing; when this returns it is gone.
+
+        Raises EngineError when a running one won't go; then it goes on serving.
+        """
+        before, member.state = member.state, "unloading"
         member.traffic.drain(0)
         self._fleet.publish()
-        self._hub.await_worker(lambda: member.instance.stop(self._settings.unload_timeout_seconds), cancellable=False)
+        grace = self._settings.unload_timeout_seconds
+        try:
+            self._hub.await_worker(lambda: member.instance.stop(grace), cancellable=False)
+        except EngineError:
+            if before == "running":
+                member.state = before
+                member.traffic.reopen()
+                self._fleet.publish()
+                raise
+            log.exception("a load that was given up did not go", model=member.model.id)
         self._fleet.remove(member)
         self._fleet.publish()
 
@@ -252,8 +297,8 @@ class Procedure:
     def _launch(self, model: Model, engine: Engine, plan: Plan) -> Member:
         self._fleet.forgive(model.id)
 
-        def ended(cause: str) -> None:
-            self._hub.report_exit(model.id, instance.pid, cause)
+        def ended(exit: Exit) -> None:
+            self._hub.report_exit(instance, exit)
 
         try:
             instance = engine.launch(model, ended)

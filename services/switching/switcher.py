@@ -19,7 +19,7 @@ import structlog
 
 from services.catalog import Catalog
 from services.config import Settings, Strategy
-from services.switching.engine import Engine
+from services.switching.engine import Engine, Exit, Instance
 from services.switching.events import Board
 from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job, Replace, Request, SwitchError
@@ -50,9 +50,8 @@ class _Cancel:
 
 @dataclass(frozen=True)
 class _Exited:
-    model: str
-    pid: int | None
-    cause: str
+    instance: Instance
+    exit: Exit
 
 
 @dataclass(frozen=True)
@@ -111,24 +110,25 @@ class Switcher:
         confirm: bool | None = None,
         auto_unload: bool | None = None,
         activate: bool = True,
+        instead_of: str | None = None,
     ) -> Job:
         """Ask for a model to be made ready; returns the job, which may be one under way for the same model.
 
+        `instead_of` names a model to unload for it even where there is room for both.
+
         Raises UnknownModel, and SwitchError `switch_in_progress` when `replace` is "refuse" and one is.
         """
-        self._catalog.get(model_id)
-        request = Request("switch", model_id, requested_by, strategy, confirm, auto_unload, activate)
+        model_id = self._catalog.get(model_id).id
+        request = Request("switch", model_id, requested_by, strategy, confirm, auto_unload, activate, instead_of)
         return self._submit(request, replace)
 
     def stop(self, model_id: str, *, requested_by: str) -> Job:
         """Ask for a model to be unloaded; a load of it under way is cancelled. Raises UnknownModel."""
-        self._catalog.get(model_id)
-        return self._submit(Request("stop", model_id, requested_by), "queue")
+        return self._submit(Request("stop", self._catalog.get(model_id).id, requested_by), "queue")
 
     def restart(self, model_id: str, *, requested_by: str) -> Job:
         """Ask for a model to be unloaded and loaded again. Raises UnknownModel."""
-        self._catalog.get(model_id)
-        return self._submit(Request("restart", model_id, requested_by), "queue")
+        return self._submit(Request("restart", self._catalog.get(model_id).id, requested_by), "queue")
 
     def cancel(self, reason: str = "It was cancelled.") -> Job | None:
         """Call off the switch under way; returns it, None when there is none."""
@@ -200,9 +200,9 @@ class Switcher:
         """Have `on_tick` called soon: there is something new to see."""
         self._mailbox.put(_Tick())
 
-    def report_exit(self, model_id: str, pid: int | None, cause: str) -> None:
-        """An instance ended by itself."""
-        self._mailbox.put(_Exited(model_id, pid, cause))
+    def report_exit(self, instance: Instance, exit: Exit) -> None:
+        """An instance ended without having been asked to."""
+        self._mailbox.put(_Exited(instance, exit))
 
     def queued(self) -> tuple[str, ...]:
         return tuple(job.target for job in self._waiting)
@@ -213,6 +213,7 @@ class Switcher:
         return reply.result(REPLY_SECONDS)
 
     def _run(self) -> None:
+        self._look_around()
         while not self._closing:
             try:
                 self._next()
@@ -240,8 +241,7 @@ class Switcher:
         try:
             message = self._mailbox.get(timeout=timeout)
         except queue.Empty:
-            if self._fleet.measure():
-                self._fleet.publish()
+            self._look_around()
             return
         match message:
             case _Submit():
@@ -256,6 +256,12 @@ class Switcher:
             case _Close():
                 self._closing = True
                 self._call_off("Switchyard is stopping.", superseded=True)
+
+    def _look_around(self) -> None:
+        """Measure what is loaded, and take in what somebody else had an engine load."""
+        adopted = self._procedure.adopt_found()
+        if self._fleet.measure() or adopted:
+            self._fleet.publish()
 
     def _accept(self, message: _Submit) -> None:
         request, current = message.request, self._current
@@ -309,16 +315,30 @@ class Switcher:
         return job
 
     def _note_exit(self, message: _Exited) -> None:
-        member = self._fleet.get(message.model)
-        if member is None or member.instance.pid != message.pid or member.state != "running":
+        member = next((m for m in self._fleet if m.instance is message.instance), None)
+        if member is None or member.state != "running":
             return  # a load that fails is told by its worker, an unload is wanted
-        log.warning("a model ended by itself", model=message.model, cause=message.cause)
-        self._lose(member, message.cause)
+        log.warning("a model ended by itself", model=member.model.id, cause=message.exit.cause)
+        self._lose(member, message.exit)
 
-    def _lose(self, member: Member, cause: str) -> None:
+    def _lose(self, member: Member, exit: Exit) -> None:
+        model_id = member.model.id
         self._fleet.remove(member)
-        self._fleet.fail(member.model.id, f"{cause}.", member.instance.log_tail())
+        if exit.released:
+            self._fleet.note(model_id, f"{exit.cause}.")
+            self._blame_current(model_id)
+        else:
+            self._fleet.fail(model_id, f"{exit.cause}.", member.instance.log_tail())
         self._fleet.publish()
+
+    def _blame_current(self, model_id: str) -> None:
+        """An engine may make room by itself for the load under way: if that fails, what it evicted comes back too.
+
+        Ollama evicts the working model before it finds out that the new one can't be loaded (seen with 0.24.0).
+        """
+        job = self._current
+        if job is not None and job.request.kind != "stop" and model_id != job.target:
+            job.unloaded.append(model_id)
 
 
 def _in_progress(current: Job) -> SwitchError:

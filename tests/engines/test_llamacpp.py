@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import requests
 from services.engines.llamacpp import LlamaCpp, id_of
 from services.engines.llamacpp_instance import first_cause
 from services.engines.processes import ProcessRegistry
-from services.switching.engine import Model
+from services.switching.engine import Endpoint, Instance, Model
 from tests.engines.conformance import EngineCase, EngineConformance
 from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, wait_until
 
@@ -30,7 +32,8 @@ def make_case(folder: Path, native_server: str | None = None) -> EngineCase:
         standby=native_server is None,
     )
     good = Model("org/good:1", "llamacpp", str(DEMO_MODELS / "switchyard-mini.gguf"))
-    return EngineCase(engine, good, Model("damaged", "llamacpp", str(damaged)))
+    other = Model("other", "llamacpp", str(DEMO_MODELS / "switchyard-mini.gguf"))
+    return EngineCase(engine, good, other, Model("damaged", "llamacpp", str(damaged)), end=_kill, serves=_answers)
 
 
 class TestEmbedded(EngineConformance):
@@ -56,6 +59,14 @@ class TestEmbedded(EngineConformance):
             assert key not in " ".join(process.cmdline())
             assert key not in str(process.environ())
             assert key not in instance.log_tail()
+
+    def test_a_killed_engine_is_told_with_its_signal(self, case: EngineCase):
+        """The cause says how the process ended; that is a failure, not a wish of somebody else."""
+        with case.ready() as (instance, _):
+            _kill(instance)
+            wait_until(lambda: bool(case.exits), "the exit to be reported")
+        assert "SIGKILL" in case.exits[0].cause
+        assert not case.exits[0].released
 
     def test_the_process_standing_by_is_used_and_replaced(self, case: EngineCase):
         """The next load runs in the process that was prepared; soon another one stands by."""
@@ -119,6 +130,18 @@ def test_a_file_name_becomes_an_id_that_is_safe_everywhere(file, model_id):
 def test_the_first_cause_is_told_not_the_last_line(log, words):
     """llama.cpp says several things when it fails; the first is the telling one."""
     assert words in first_cause(log, 7)
+
+
+def _kill(instance: Instance) -> None:
+    assert instance.pid is not None
+    os.kill(instance.pid, signal.SIGKILL)
+
+
+def _answers(endpoint: Endpoint) -> bool:
+    try:
+        return requests.get(f"{endpoint.origin}/health", timeout=5).status_code == 200
+    except requests.ConnectionError:
+        return False
 
 
 def _children() -> list[int]:

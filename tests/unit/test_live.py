@@ -29,6 +29,7 @@ MODEL = ModelStatus(
     in_flight=0,
     last_used=None,
     error=None,
+    warning=None,
     log_tail="",
 )
 RUNNING = replace(MODEL, id="large", state="running", active=True)
