@@ -9,8 +9,8 @@ from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from htmx_flask import Htmx
 
-from blueprints import assets, chat, filters, models, web
-from blueprints.api import openai, operations, scripts, switching
+from blueprints import assets, chat, downloads, filters, local_services, models, web
+from blueprints.api import openai, operations, providers, scripts, switching
 from blueprints.api.fast_lane import FastLane
 from services.config import Settings, load_settings
 from services.container import build_services
@@ -32,7 +32,19 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     app.extensions["switchyard"] = build_services(settings)
     Htmx().init_app(app)
     web.init_app(app)
-    for module in (filters, assets, chat, models, operations, switching, scripts, openai):
+    for module in (
+        filters,
+        assets,
+        chat,
+        models,
+        downloads,
+        local_services,
+        operations,
+        switching,
+        scripts,
+        providers,
+        openai,
+    ):
         app.register_blueprint(module.bp)
     _limit_switches(app, settings)
     app.wsgi_app = FastLane(app.wsgi_app, app.extensions["switchyard"])  # type: ignore[method-assign]
@@ -48,5 +60,5 @@ def _limit_switches(app: Flask, settings: Settings) -> None:
         headers_enabled=True,
     )
     limiter.init_app(app)
-    for endpoint in ("switching.switch", "scripts.switch_model", "models.switch"):
+    for endpoint in ("switching.switch", "scripts.switch_model", "scripts.switch_ollama_model", "models.switch"):
         app.view_functions[endpoint] = limiter.limit(settings.switch_rate_limit)(app.view_functions[endpoint])

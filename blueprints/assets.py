@@ -30,6 +30,7 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "css/chat.css",
         "css/prose.css",
         "css/models.css",
+        "css/downloads.css",
         "css/docs.css",
     ),
     "icon.svg": ("icon.svg",),

@@ -126,6 +126,18 @@ def rate(tokens_per_second: float | None) -> str:
 
 
 @bp.app_template_filter()
+def speed(bytes_per_second: float | None) -> str:
+    """Bytes per second of a transfer; one that stands still is called so."""
+    if bytes_per_second is None:
+        return UNKNOWN
+    if bytes_per_second < 1:
+        return "stalled"
+    if bytes_per_second < 950_000:
+        return f"{max(bytes_per_second / 1e3, 1):.0f} kB/s"
+    return f"{size(bytes_per_second)}/s"
+
+
+@bp.app_template_filter()
 def hue(model_id: str) -> int:
     """The colour of a model, the same on every page and after every restart."""
     return zlib.crc32(model_id.encode()) % HUES

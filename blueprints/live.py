@@ -1,4 +1,4 @@
-"""What every page says about models and switches, in words. Pure: a function of the status and the time.
+"""What every page says about models, switches and downloads, in words. Pure: a function of what is known and the time.
 
 Chat, Models and the header render the same `Live`, so they can't tell different stories.
 """
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blueprints.filters import about
+from services.downloads.queue import Download
+from services.providers.local_services import ServiceStatus
+from services.providers.local_services import State as ServiceState
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchStage, SwitchView
 
@@ -20,6 +23,10 @@ LONG_SECONDS = 120.0
 """From here on a wait deserves a word of reassurance."""
 ASK_FROM_PERCENT = 50
 """A running switch is not thrown away by one click once it is this far."""
+ENDED_SHOWN = 5
+"""How many downloads that have ended are still listed, the latest first."""
+NEWS_SECONDS = 60.0
+"""How long the end of a download is news: longer than the slowest page takes to look again."""
 
 _STAGE_WORDS: dict[SwitchStage, str] = {
     "requested": "Getting ready",
@@ -46,6 +53,23 @@ _TRY = {
     "confirmation_required": "Look at what would be unloaded, then confirm.",
 }
 _TRY_ANYWAY = "Try again, or choose another model."
+_DOWNLOAD_NEWS = {
+    "queued": "{model} waits to be downloaded.",
+    "downloading": "{model} is being downloaded.",
+    "verifying": "{model} is being downloaded.",
+    "paused": "The download of {model} is paused.",
+    "complete": "{model} is downloaded.",
+    "failed": "{model} could not be downloaded. {why}",
+    "cancelled": "The download of {model} was cancelled.",
+}
+_SERVICE_NEWS: dict[ServiceState, str] = {
+    "running": "Ollama is running.",
+    "stopped": "Ollama is not running.",
+    "starting": "Ollama is starting.",
+    "stopping": "Ollama is being stopped.",
+    "failed": "Ollama has failed. {error}",
+    "unreachable": "Ollama can't be reached. {error}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +82,12 @@ class Banner:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The status together with the words for it, at one moment."""
+    """The status together with the words for it, at one moment; `service` is the local Ollama's."""
 
     status: Status
     now: float
+    downloads: tuple[Download, ...] = ()
+    service: ServiceStatus | None = None
 
     @property
     def active(self) -> ModelStatus | None:
@@ -98,7 +124,26 @@ class Live:
         """How soon to look again: at once when good news is to go, often while something moves, else seldom."""
         if self.banner is not None and self.banner.tone in ("ready", "cancelled"):
             return 1
-        return 2 if self.status.moving else 5
+        return 2 if self.moving or any(d.moving or d.state == "queued" for d in self.downloads) else 5
+
+    @property
+    def moving(self) -> bool:
+        """Whether something changes that is over within minutes: a switch, or a service that starts or stops."""
+        return self.status.moving or (self.service is not None and self.service.state in ("starting", "stopping"))
+
+    @property
+    def jobs(self) -> list[Download]:
+        """The downloads to show: those under way in their order, then the latest that have ended.
+
+        What somebody called off is gone, as they wanted.
+        """
+        ended = [d for d in self.downloads if d.state in ("complete", "failed")]
+        ended.sort(key=lambda d: d.finished_at or d.created_at, reverse=True)
+        return [*(d for d in self.downloads if not d.final), *ended[:ENDED_SHOWN]]
+
+    def download(self, model: str) -> Download | None:
+        """The download under way of a model, by the name that its source knows it by."""
+        return next((d for d in self.downloads if d.model == model and not d.final), None)
 
     @property
     def stage(self) -> str:
@@ -161,7 +206,11 @@ class Live:
 
     @property
     def announcement(self) -> str:
-        """What a screen reader says when it changes: steps, never percents."""
+        """What a screen reader says: each line once, when it comes up. Steps, never percents."""
+        return "\n".join([self._switch_news, *self._download_news, *self._service_news])
+
+    @property
+    def _switch_news(self) -> str:
         banner = self.banner
         if banner is not None:
             to_model = banner.switch.to_model
@@ -174,6 +223,21 @@ class Live:
         if self.active is not None and self.active.state == "running":
             return f"{self.active.id} is ready."
         return "No model is loaded."
+
+    @property
+    def _download_news(self) -> list[str]:
+        """Of downloads under way, and of those that ended a moment ago."""
+        return [
+            _DOWNLOAD_NEWS[d.state].format(model=d.model, why=d.message)
+            for d in self.downloads
+            if not d.final or self.now - (d.finished_at or 0.0) < NEWS_SECONDS
+        ]
+
+    @property
+    def _service_news(self) -> list[str]:
+        if self.service is None:
+            return []
+        return [_SERVICE_NEWS[self.service.state].format(error=self.service.error or "")]
 
     def asks_first(self, target: str) -> SwitchView | None:
         """The switch under way that a switch to `target` would throw away, once it is more than half done."""

@@ -1,15 +1,19 @@
-"""The Models page: every model, what a switch would cost, the memory of each device, and the forms that act."""
+"""The Models page: every model and the forms that act on it, what a switch would cost, and what deleting would free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from flask import Blueprint, Response, render_template, url_for
 from htmx_flask import make_response, request
 
+from blueprints.filters import size
 from blueprints.live import Live
-from blueprints.pages import done, live_now, see_other
+from blueprints.pages import done, live_now, see_other, told
 from blueprints.web import client_name, services
+from services.downloads.library import Recommended
+from services.downloads.queue import Download
 from services.switching.events import SwitchView
 from services.switching.plan import Plan, Unload
 
@@ -31,15 +35,70 @@ class _Preview:
         return self.plan.feasible and not self.unload
 
 
+@dataclass(frozen=True, slots=True)
+class DownloadForm:
+    """The fields of the form that downloads a model; `error` says what is wrong with them. Source None: not chosen."""
+
+    model: str = ""
+    source: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A recommended model, with its download when that is under way."""
+
+    model: Recommended
+    download: Download | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """The name by which a newer version of a model is downloaded, with that download when it is under way."""
+
+    name: str
+    download: Download | None
+
+
 @bp.get("/models")
 def page() -> str:
-    return render_template("pages/models.html", live=live_now(), back="/models")
+    return page_with(DownloadForm())
+
+
+def page_with(form: DownloadForm) -> str:
+    """The page, with what was typed into the form for downloads."""
+    checked = request.args.get("checked") == "yes"
+    return render_template("pages/models.html", form=form, checked=checked, **_context())
+
+
+def fields(form: DownloadForm) -> str:
+    """The form for downloads alone."""
+    return render_template("fragments/download_form.html", form=form, live=live_now())
 
 
 @bp.get("/fragments/models")
 def fragment() -> str:
     """What changes on the Models page, as pieces that htmx puts where they belong."""
-    return render_template("fragments/models_live.html", live=live_now(), back="/models")
+    return render_template("fragments/models_live.html", **_context())
+
+
+def _context() -> dict[str, Any]:
+    found = services()
+    live = live_now()
+    known, outdated = found.catalog.models, found.library.outdated
+    sources = {model_id: known[model_id].source for model_id in outdated if model_id in known}
+    return {
+        "live": live,
+        "back": "/models",
+        "updates": {model_id: _Update(name, live.download(name)) for model_id, name in sources.items()},
+        "offers": [_Offer(r, _download_of(r, live)) for r in found.library.recommendations()],
+        "ollama_address": found.settings.ollama_base_url,
+    }
+
+
+def _download_of(recommended: Recommended, live: Live) -> Download | None:
+    """Names are listed with their tag, and recommended without one where that goes without saying."""
+    return live.download(recommended.model) or live.download(f"{recommended.model}:latest")
 
 
 @bp.get("/models/plan")
@@ -92,6 +151,50 @@ def restart(model_id: str) -> Response:
     version = services().status.current().version
     services().switcher.restart(model_id, requested_by=client_name())
     return done(version)
+
+
+@bp.get("/models/delete")
+def ask_to_delete() -> str:
+    """What deleting `model` would do: a dialog for htmx, a page of its own otherwise."""
+    found = services()
+    model = found.catalog.get(request.args.get("model", ""))
+    live = live_now()
+    status = live.status.model(model.id)
+    return render_template(
+        "fragments/delete.html" if request.htmx else "pages/delete.html",
+        live=live,
+        model=model,
+        loaded=status is not None and status.state in ("running", "loading", "unloading"),
+        frees=found.library.frees(model),
+    )
+
+
+@bp.post("/models/<path:model_id>/delete")
+def delete(model_id: str) -> Response:
+    """Delete a model's files, unloading it first; answers once they are gone."""
+    removed = services().library.remove(model_id, client_name())
+    if not request.htmx:
+        return done()
+    freed = f"{size(removed.freed_bytes)} are free again." if removed.freed_bytes else "No space was freed by it."
+    return told(f"{removed.model} was deleted", freed if removed.freed_bytes is not None else "")
+
+
+@bp.post("/models/check-updates")
+def check_updates() -> Response:
+    """Ask the registries now whether there are newer versions; takes up to some seconds per model."""
+    outdated = services().library.check_updates()
+    if not request.htmx:
+        return see_other(url_for("models.page", checked="yes"))
+    return told(*updates_in_words(len(outdated)))
+
+
+@bp.app_template_global()
+def updates_in_words(count: int) -> tuple[str, str]:
+    """What a check for newer versions has found, as a title and what to do about it."""
+    if not count:
+        return "No newer versions", "As far as the registry answered, every model is up to date."
+    title = "1 model has a newer version" if count == 1 else f"{count} models have a newer version"
+    return title, "Update downloads it; the one that is here answers until then."
 
 
 def _look_ahead(live: Live, target: str) -> _Preview:

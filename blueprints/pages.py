@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 
-from flask import Response, redirect
+from flask import Response, redirect, render_template
 from htmx_flask import make_response, request
 
 from blueprints.live import Live
@@ -17,7 +17,8 @@ _NOTICE_SECONDS = 0.3
 
 def live_now() -> Live:
     """The status of this moment, with the words for it."""
-    return Live(services().status.current(), time.time())
+    found = services()
+    return Live(found.status.current(), time.time(), tuple(found.downloads.all()), found.ollama_service.status())
 
 
 def done(version: int | None = None) -> Response:
@@ -33,6 +34,13 @@ def done(version: int | None = None) -> Response:
         return answer
     back = request.form.get("back", "/")
     return see_other(back if _LOCAL_PATH.fullmatch(back) else "/")
+
+
+def told(title: str, message: str) -> Response:
+    """The answer to a form whose outcome can be seen nowhere on the page: it is said above it, and htmx looks again."""
+    html = render_template("fragments/told.html", title=title, message=message)
+    answer: Response = make_response(html, retarget="#notice", reswap="innerHTML", trigger="refresh")
+    return answer
 
 
 def see_other(path: str) -> Response:

@@ -10,13 +10,16 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Response, current_app, jsonify, render_template, request
 from pydantic import BaseModel, ValidationError
+from services.downloads.queue import DownloadNotFound
 from werkzeug.exceptions import HTTPException
 
 from services.catalog import UnknownModel
 from services.chats import ChatBusy, ChatError, ConversationNotFound, MessageNotFound
 from services.config import Settings
 from services.container import Services
+from services.downloads.fetcher import DownloadError
 from services.gateway.router import GatewayError
+from services.providers.local_services import ServiceError
 from services.switching.engine import EngineError
 from services.switching.jobs import SwitchError
 from services.switching.narrator import memory_figures
@@ -49,6 +52,12 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "queue_full": 503,
     "stopping": 503,
     "queue_timeout": 504,
+    "invalid_name": 422,
+    "ollama_not_found": 503,
+    "service_unavailable": 503,
+    "service_failed": 502,
+    "stop_failed": 502,
+    "service_timeout": 504,
     "engine_timeout": 504,
 }
 """What each error code of the contract answers with; codes that aren't listed mean "can't now": 409."""
@@ -157,6 +166,9 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(SwitchError, lambda e: _answer_error(switch_error(e)))
     app.register_error_handler(EngineError, lambda e: _answer_error(ApiError("engine_error", str(e))))
     app.register_error_handler(GatewayError, lambda e: _answer_error(gateway_error(e)))
+    for refusal in (ServiceError, DownloadError):
+        app.register_error_handler(refusal, lambda e: _answer_error(ApiError(e.code, e.message)))
+    app.register_error_handler(DownloadNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(ConversationNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(MessageNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(ChatBusy, lambda e: _answer_error(ApiError("chat_busy", str(e))))

@@ -125,6 +125,9 @@ class Settings(BaseModel):
     ollama_registry_url: str = Field("https://registry.ollama.ai", description="where Ollama models come from")
     ollama_insecure_registry: bool = Field(False, description="let Ollama pull from registries without TLS")
 
+    update_check_hours: float = Field(
+        24, ge=0, le=8760, description="how often to ask the registry for newer versions of Ollama models; 0: never"
+    )
     downloads_at_once: int = Field(2, ge=1, le=16, description="downloads that run side by side")
     disk_margin_gb: float = Field(1, ge=0, description="disk space that downloads leave free")
 

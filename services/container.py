@@ -9,15 +9,26 @@ import structlog
 from services.catalog import Catalog, CatalogWatch
 from services.chats import Chats
 from services.config import Settings
+from services.downloads.disk import DiskCheck
+from services.downloads.fetcher import Fetcher, Source
+from services.downloads.hugging_face import HuggingFaceFetcher
+from services.downloads.library import Library
+from services.downloads.ollama_pull import OllamaFetcher
+from services.downloads.queue import DownloadQueue
+from services.downloads.updates import UpdateCheck
 from services.engines.llamacpp import LlamaCpp
+from services.engines.llamacpp_instance import GpuBytes
+from services.engines.ollama import Ollama
+from services.engines.ollama_instance import ServerProcess
 from services.engines.processes import ProcessRegistry
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
+from services.providers.local_services import OllamaService, find_ollama
 from services.status import StatusService
 from services.store.database import Store
-from services.store.repository import ConversationRepository, LoadRepository, open_store
+from services.store.repository import ConversationRepository, DownloadRepository, LoadRepository, open_store
 from services.switching.engine import Engine
 from services.switching.events import Board
 from services.switching.learning import Learned
@@ -39,6 +50,10 @@ class Services:
     router: Router
     relay: Relay
     chats: Chats
+    downloads: DownloadQueue
+    library: Library
+    updates: UpdateCheck
+    ollama_service: OllamaService
     engines: dict[str, Engine]
     devices: DeviceMonitor
     watch: CatalogWatch
@@ -47,10 +62,13 @@ class Services:
     def start(self) -> None:
         """Begin to look after models: readings, the catalogue's watch, the switcher, the model to preload."""
         self.devices.start()
-        self.watch.start()
-        self.switcher.start()
+        self.ollama_service.start_watching()
         for engine in self.engines.values():
             engine.prepare()
+        self.watch.start()
+        self.switcher.start()
+        self.downloads.start()
+        self.updates.start()
         preload = self.settings.preload
         if preload is not None and preload in self.catalog.models:
             self.switcher.switch(preload, requested_by="preload")
@@ -58,13 +76,19 @@ class Services:
             log.warning("the model to preload is not in the catalogue", model=preload)
 
     def close(self) -> None:
-        """Stop answers, models and engines, in this order; leaves no process behind."""
+        """Stop answers, downloads, models and engines, in this order.
+
+        Leaves no process behind but a local service, which the next start finds again.
+        """
         self.board.close()
         self.chats.close()
+        self.updates.stop()
         self.watch.stop()
+        self.downloads.close()
         self.switcher.close()
         for engine in self.engines.values():
             engine.close()
+        self.ollama_service.close()
         self.devices.stop()
         self.store.close()
 
@@ -78,12 +102,27 @@ def build_services(settings: Settings) -> Services:
     store = open_store(settings.state_dir / "switchyard.db")
     devices = DeviceMonitor(settings.memory_budget_bytes)
     board = Board()
-    engines: dict[str, Engine] = {"llamacpp": _llamacpp(settings, registry, devices)}
+    service = OllamaService(
+        settings.ollama_base_url,
+        registry,
+        find_binary=lambda: find_ollama(settings.ollama_binary),
+        environment=lambda: _ollama_environment(settings, downloads),
+        on_change=board.touch,
+    )
+    ollama = _ollama(settings, service, devices)
+    engines: dict[str, Engine] = {"llamacpp": _llamacpp(settings, registry, devices), "ollama": ollama}
     catalog = Catalog(settings.models, engines)
     catalog.on_change(board.publish)
     learned = Learned(LoadRepository(store))
     planner = Planner(settings, board, catalog, engines, devices, learned)
     switcher = Switcher(settings, board, catalog, engines, planner, learned)
+    downloads = _downloads(settings, store, registry, ollama, catalog)
+    updates = UpdateCheck(
+        ollama.installed,
+        settings.ollama_registry_url,
+        insecure=settings.ollama_insecure_registry,
+        every_seconds=settings.update_check_hours * 3600,
+    )
     router = Router(settings, board, catalog, switcher)
     relay = Relay(settings.upstream_timeout_seconds)
     return Services(
@@ -95,6 +134,10 @@ def build_services(settings: Settings) -> Services:
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),
+        downloads=downloads,
+        library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
+        updates=updates,
+        ollama_service=service,
         engines=engines,
         devices=devices,
         watch=CatalogWatch(catalog),
@@ -102,10 +145,72 @@ def build_services(settings: Settings) -> Services:
     )
 
 
-def _llamacpp(settings: Settings, registry: ProcessRegistry, devices: DeviceMonitor) -> LlamaCpp:
-    def gpu_bytes(device: str, pid: int) -> int | None:
+def _ollama(settings: Settings, service: OllamaService, devices: DeviceMonitor) -> Ollama:
+    def process() -> ServerProcess | None:
+        status = service.status()
+        return None if status.pid is None else ServerProcess(status.pid, status.ours, service.log_path)
+
+    def downfall() -> str | None:
+        status = service.status()
+        return status.error if status.state == "failed" else None
+
+    return Ollama(
+        settings.ollama_base_url,
+        local=service.status().local,
+        process=process,
+        downfall=downfall,
+        gpus=lambda: [reading.id for reading in devices.readings if reading.kind == "gpu"],
+        gpu_bytes=_gpu_bytes(devices),
+        context_length=settings.ollama_context_length,
+    )
+
+
+def _ollama_environment(settings: Settings, downloads: DownloadQueue) -> dict[str, str]:
+    """What a server that we start is told.
+
+    The context length, which it would else choose by the size of the GPU. And to keep the pieces of unfinished
+    downloads, which it would else delete when they are an hour old.
+    """
+    environment = {"OLLAMA_CONTEXT_LENGTH": str(settings.ollama_context_length or settings.context_length)}
+    if any(d.source == "ollama" and not d.final for d in downloads.all()):
+        environment["OLLAMA_NOPRUNE"] = "1"
+    return environment
+
+
+def _downloads(
+    settings: Settings, store: Store, registry: ProcessRegistry, ollama: Ollama, catalog: Catalog
+) -> DownloadQueue:
+    fetchers: dict[Source, Fetcher] = {
+        "ollama": OllamaFetcher(
+            settings.ollama_base_url,
+            find_binary=lambda: find_ollama(settings.ollama_binary),
+            registry_url=settings.ollama_registry_url,
+            insecure=settings.ollama_insecure_registry,
+            registry=registry,
+        ),
+        "huggingface": HuggingFaceFetcher(settings.models_dir, registry=registry),
+    }
+    disk = DiskCheck(
+        {"ollama": ollama.models_folder, "huggingface": lambda: settings.models_dir},
+        margin_bytes=int(settings.disk_margin_gb * 1e9),
+    )
+    return DownloadQueue(
+        fetchers,
+        DownloadRepository(store),
+        at_once=settings.downloads_at_once,
+        disk=disk,
+        on_complete=lambda _download: catalog.refresh(),
+    )
+
+
+def _gpu_bytes(devices: DeviceMonitor) -> GpuBytes:
+    def held(device: str, pid: int) -> int | None:
         return next((r.process_bytes.get(pid) for r in devices.readings if r.id == device), None)
 
+    return held
+
+
+def _llamacpp(settings: Settings, registry: ProcessRegistry, devices: DeviceMonitor) -> LlamaCpp:
     return LlamaCpp(
         settings.models_dir,
         registry,
@@ -113,5 +218,5 @@ def _llamacpp(settings: Settings, registry: ProcessRegistry, devices: DeviceMoni
         parallel=settings.parallel_requests,
         native_server=settings.llamacpp_server,
         standby=settings.standby,
-        gpu_bytes=gpu_bytes,
+        gpu_bytes=_gpu_bytes(devices),
     )

@@ -114,6 +114,7 @@ class StatusService:
         need = self._planner.need(model)
         held = view.usage.bytes + view.usage.spilled_bytes if view and view.usage else None
         error = model.fault or (failure.cause if failure else None)
+        cautions = (view.warning if view else None, snapshot.notices.get(model.id))
         return ModelStatus(
             id=model.id,
             engine=model.engine,
@@ -131,7 +132,7 @@ class StatusService:
             in_flight=view.traffic.in_flight if view else 0,
             last_used=view.traffic.last_used if view else None,
             error=error,
-            warning=view.warning if view else snapshot.notices.get(model.id),
+            warning=" ".join(words for words in cautions if words) or None,
             log_tail=failure.log_tail if failure else "",
         )
 

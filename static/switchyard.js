@@ -5,10 +5,13 @@
   const on = (type, handler) => document.addEventListener(type, handler);
   const within = (event, selector) => event.target instanceof Element && event.target.closest(selector);
 
-  // A look that arrives must not undo what somebody is doing: typed text and unfolded details stay as they are.
+  // A look that arrives must not undo what somebody is doing: typed text and unfolded details stay as they are, and so
+  // does what says that a request is under way.
   Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) =>
     !(name === "value" && node.matches("textarea, input:not([type=hidden])")) &&
-    !(name === "open" && node.matches("details, dialog"));
+    !(name === "open" && node.matches("details, dialog")) &&
+    !(name === "class" && node.matches(".htmx-request")) &&
+    !(name.includes("disabled") && node.matches("[data-disabled-by-htmx]"));
 
   // Looking again: not in a hidden tab, at once in one that is shown again.
   const look = () => $("#poll") && htmx.trigger("#poll", "refresh");
@@ -43,11 +46,30 @@
   on("htmx:sendError", () => { $("#offline").hidden = false; });
   on("htmx:afterOnLoad", () => { $("#offline").hidden = true; });
 
-  // State changes are read out from a region that is never swapped.
-  let said = $("#poll")?.dataset.announce;
+  // State changes are read out from a region that is never swapped, each line when it comes up.
+  const lines = () => $("#poll")?.dataset.announce.split("\n") ?? [];
+  let said = lines();
   on("htmx:afterRequest", () => {
-    const now = $("#poll")?.dataset.announce;
-    if (now && now !== said) $("#announcer").textContent = said = now;
+    const now = lines();
+    const news = now.filter((line) => !said.includes(line));
+    if (news.length) $("#announcer").textContent = news.join(" ");
+    said = now;
+  });
+
+  // What was said about the last thing done goes when the next one is begun.
+  on("htmx:beforeRequest", ({ detail }) => {
+    if (detail.requestConfig.verb === "post") $("#notice").replaceChildren();
+  });
+
+  // A button that was out of use while its request was under way gets the focus back; where it is gone, the part of the
+  // page that it was in has it.
+  let focused = null;
+  let home = null;
+  on("focusin", ({ target }) => { focused = target; home = target.closest("[tabindex='-1']"); });
+  on("pointerdown", () => { focused = null; });
+  on("htmx:afterRequest", () => {
+    if (!focused || focused.disabled || document.activeElement !== document.body) return;
+    (focused.isConnected ? focused : home)?.focus({ preventScroll: true });
   });
 
   // Menus and dialogs close when what was chosen in them is under way.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flask import Blueprint, Response, jsonify, request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from blueprints.api.spec import documented
-from blueprints.web import ApiError, client_name, services, switch_error
+from blueprints.web import ApiError, client_name, parse_body, services, switch_error
 from services.status import ModelStatus, Status
 
 bp = Blueprint("scripts", __name__)
@@ -48,6 +48,49 @@ def switch_model() -> Response:
             "estimated_time_seconds": DEFAULT_ESTIMATE_SECONDS if seconds is None else round(seconds, 1),
         }
     )
+
+
+class OllamaSwitchBody(BaseModel):
+    """Which Ollama model to use from now on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=500, description="name of an installed Ollama model")
+
+
+@bp.post("/ollama/models/switch")
+@documented(body=OllamaSwitchBody, errors=(409, 502, 503, 504))
+def switch_ollama_model() -> Response:
+    """Unload the Ollama model in use, load another one, and answer when that has generated its first token.
+
+    When it can't be loaded the old one is loaded again and stays in use.
+    """
+    found = services()
+    model = found.catalog.get(parse_body(OllamaSwitchBody).model)
+    if model.engine != "ollama":
+        raise ApiError("not_ollama", f"{model.id} is not an Ollama model. Use POST /v1/models/switch for it.")
+    old = _ollama_model_in_use(found.status.current())
+    job = found.switcher.switch(model.id, requested_by=client_name(), instead_of=old)
+    if not job.wait_done(found.settings.longest_switch_seconds):
+        raise ApiError("engine_timeout", f"{model.id} was not ready in time.")
+    if job.error is not None:
+        raise switch_error(job.error)
+    return jsonify(
+        {
+            "status": "success",
+            "old_model": old,
+            "new_model": model.id,
+            "load_seconds": round(job.load_seconds or 0.0, 2),
+            "note": "Model physically unloaded and reloaded in Ollama. No server restart needed.",
+        }
+    )
+
+
+def _ollama_model_in_use(status: Status) -> str | None:
+    """The active model if it is one of Ollama's, else whichever of them is loaded."""
+    loaded = [m for m in status.models if m.engine == "ollama" and m.state == "running"]
+    loaded.sort(key=lambda m: (m.active, m.last_used or 0.0))
+    return loaded[-1].id if loaded else None
 
 
 @bp.get("/api/model-loading-status")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
+from services.downloads.queue import Download
+
+from services.downloads.library import Recommended
 from services.memory.ledger import Account
+from services.providers.local_services import ServiceStatus
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchView
 from services.switching.jobs import Job
@@ -61,6 +65,7 @@ def model_document(model: ModelStatus) -> Json:
         "pinned": False,
         "last_used": iso_time(model.last_used),
         "tags": list(model.tags),
+        "warning": model.warning,
         "error": model.error,
     }
 
@@ -180,3 +185,80 @@ def _queue(queued: tuple[str, ...], waiting: Mapping[str, int]) -> list[Json]:
     """One entry per model that is waited for: whether a switch to it is queued, and how many requests wait."""
     models = [*queued, *(m for m in waiting if m not in queued)]
     return [{"model": m, "switch": m in queued, "requests": waiting.get(m, 0)} for m in models]
+
+
+def installed_document(model: ModelStatus, outdated: Collection[str]) -> Json:
+    """One installed model of `GET /api/providers/models/status`."""
+    return {
+        "name": model.id,
+        "size_gb": gb(model.size_bytes),
+        "size_bytes": model.size_bytes,
+        "description": model.description,
+        "status": model.state,
+        "update_available": model.id in outdated,
+    }
+
+
+def recommendation_document(recommended: Recommended) -> Json:
+    return {
+        "model": recommended.model,
+        "source": recommended.source,
+        "description": recommended.description,
+        "size_gb": gb(recommended.size_bytes),
+        "recommended": recommended.recommended,
+        "installed": recommended.installed is not None,
+        "model_id": recommended.installed,
+    }
+
+
+def download_document(download: Download) -> Json:
+    """One job of the download queue."""
+    return {
+        "id": download.id,
+        "model": download.model,
+        "source": download.source,
+        "state": download.state,
+        **progress_document(download),
+        "position": download.position,
+        "may_resume": download.may_resume,
+        "created_at": iso_time(download.created_at),
+        "started_at": iso_time(download.started_at),
+        "finished_at": iso_time(download.finished_at),
+    }
+
+
+def progress_document(download: Download) -> Json:
+    """One event of seed 004's stream. `status` is downloading until it is paused, cancelled, complete or error."""
+    return {
+        "status": _DOWNLOAD_WORDS.get(download.state, "downloading"),
+        "progress": download.percent,
+        "message": download.message,
+        "completed_bytes": download.completed_bytes,
+        "total_bytes": download.total_bytes,
+        "bytes_per_second": download.bytes_per_second,
+        "eta": whole_seconds(download.eta_seconds),
+        "error": download.error,
+        "id": download.id,
+    }
+
+
+_DOWNLOAD_WORDS = {"complete": "complete", "failed": "error", "paused": "paused", "cancelled": "cancelled"}
+
+
+def service_document(status: ServiceStatus) -> Json:
+    """A local service. `ours`: it was started from here, so it can be stopped from here."""
+    return {
+        "service": status.service,
+        "state": status.state,
+        "running": status.state == "running",
+        "ours": status.ours,
+        "local": status.local,
+        "port": status.port,
+        "pid": status.pid,
+        "uptime_seconds": None if status.uptime_seconds is None else round(status.uptime_seconds, 1),
+        "version": status.version,
+        "can_start": status.can_start,
+        "can_stop": status.can_stop,
+        "error": status.error,
+        "log_tail": status.log_tail,
+    }

@@ -29,7 +29,7 @@ from services.engines.llamacpp_instance import GpuBytes, LlamaCppInstance
 from services.engines.llamacpp_launch import EmbeddedLauncher, Launcher, NativeLauncher, Order
 from services.engines.processes import ProcessRegistry
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE, LoadFailed, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, EngineError, LoadFailed, Model, Need, OnExit
 
 log = structlog.get_logger(__name__)
 
@@ -129,6 +129,19 @@ class LlamaCpp:
 
     def adopt(self, _model: Model, _on_exit: OnExit, /) -> None:
         return None
+
+    def remove(self, model: Model) -> None:
+        path = self._path(model)
+        folder = self._models_dir.resolve()
+        if not path.resolve().is_relative_to(folder):
+            raise EngineError(
+                f"{model.id} is not in the models folder {folder}, so it is left alone. Delete it yourself."
+            )
+        try:
+            for part in split_parts(path):
+                part.unlink(missing_ok=True)
+        except (GGUFError, OSError) as error:
+            raise EngineError(f"The files of {model.id} can't be deleted: {error}.") from None
 
     def prepare(self) -> None:
         self._launcher.prepare()

@@ -1,7 +1,8 @@
 """Child processes that can't be lost: own process group, remembered on disk, stopped or found again.
 
-Children outlive a killed worker, so each is recorded in `<state_dir>/processes/` by pid and start time before anyone
-relies on it; what an earlier run left behind is ended at the next start (`ProcessRegistry.end_leftovers`).
+Children outlive a killed worker, so each is recorded in `<state_dir>/processes/` before anyone relies on it. At the
+next start an engine that an earlier run left behind is ended (`ProcessRegistry.end_leftovers`); a service goes on and
+is found again (`ProcessRegistry.adopt`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import signal
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +29,40 @@ LOG_TAIL_BYTES = 8_192
 LOG_AGE_SECONDS = 7 * 86_400
 START_TIME_TOLERANCE = 1.0
 """Seconds; a pid whose start time differs by more belongs to somebody else by now."""
+LOOK_SECONDS = 0.1
+"""How often a process that isn't our child is looked at: nobody tells us of its end."""
+MARK_VARIABLE = "STARTED_BY_SWITCHYARD"
+"""Environment variable of a service: a word that no other process has, inherited by all that it starts."""
+
+
+OnExit = Callable[[int | None], None]
+"""Takes the exit code as subprocess counts, None when nobody can say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Makes a child a service, which outlives the app: what it is called, and the URL where it answers."""
+
+    name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is written down about one child.
+
+    `started` is seconds since the epoch: of an engine as the system reckons it, which tells it from a later process
+    with the same pid. `mark` and all below it are those of a service, empty for an engine.
+    """
+
+    pid: int
+    started: float | None
+    program: str
+    role: str = "engine"
+    mark: str = ""
+    name: str = ""
+    address: str = ""
+    log: str = ""
 
 
 class ProcessRegistry:
@@ -43,84 +80,70 @@ class ProcessRegistry:
         self._sequence += 1
         return self._logs / f"{stem}-{os.getpid()}-{int(time.time())}-{self._sequence}.log"
 
-    def add(self, pid: int, argv: Sequence[str]) -> None:
-        record = {"pid": pid, "started": _start_time(pid), "program": Path(argv[0]).name}
-        self._path(pid).write_text(json.dumps(record), encoding="utf-8")
+    def add(self, record: Record) -> None:
+        """Write a child down; whole or not at all, since half a record would lose it."""
+        draft = self._records / f"{record.pid}.draft"
+        draft.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        draft.replace(self._path(record.pid))
 
     def remove(self, pid: int) -> None:
         self._path(pid).unlink(missing_ok=True)
 
     def end_leftovers(self) -> list[int]:
-        """Kill every recorded process that an earlier run left alive; returns their pids."""
+        """Kill every recorded engine that an earlier run left alive; returns their pids.
+
+        Services live on. Of one that died meanwhile, what it started and left behind is ended.
+        """
         ended = []
         for path in self._records.glob("*.json"):
-            pid = _recorded_and_alive(path)
-            if pid is not None:
-                _signal_group(pid, signal.SIGKILL)
-                ended.append(pid)
+            record = _read(path)
+            if record is not None and record.role == "service":
+                if _is_still(record):
+                    continue
+                _end_orphans(record.pid, record.mark)
+            elif record is not None and _is_alive(record):
+                _signal_group(record.pid, signal.SIGKILL)
+                ended.append(record.pid)
             path.unlink(missing_ok=True)
         if ended:
             log.warning("ended processes that an earlier run left behind", pids=ended)
         return ended
 
+    def adopt(self, service: Service, on_exit: OnExit) -> AdoptedProcess | None:
+        """The recorded service that an earlier run started, None when there is none or it has ended."""
+        records = [record for path in self._records.glob("*.json") if (record := _read(path)) is not None]
+        records.sort(key=lambda record: record.started or 0, reverse=True)
+        for record in records:
+            same = (record.role, record.name, record.address) == ("service", service.name, service.address)
+            if same and _is_still(record):
+                with suppress(psutil.NoSuchProcess):
+                    return AdoptedProcess(record, self, on_exit)
+        return None
+
     def prune_logs(self) -> None:
         """Delete logs of children that ended more than a week ago."""
         oldest = time.time() - LOG_AGE_SECONDS
+        in_use = {record.log for path in self._records.glob("*.json") if (record := _read(path)) is not None}
         for path in self._logs.glob("*.log"):
             with suppress(OSError):
-                if path.stat().st_mtime < oldest:
+                if path.stat().st_mtime < oldest and str(path) not in in_use:
                     path.unlink()
 
     def _path(self, pid: int) -> Path:
         return self._records / f"{pid}.json"
 
 
-class ChildProcess:
-    """One running program in its own process group.
+class GroupLeader:
+    """A running program that leads a process group of its own, whoever its parent is.
 
-    stderr goes to `log_path`, so what it says survives both of us. With `talk`, stdin and stdout are text pipes
-    (`stdin`, `stdout`); else stdout joins the log. `on_exit(code)` is called from a watcher thread once it is gone.
+    `started_at` is seconds since the epoch.
     """
 
-    def __init__(
-        self,
-        argv: Sequence[str],
-        registry: ProcessRegistry,
-        log_path: Path,
-        on_exit: Callable[[int], None],
-        environment: Mapping[str, str] | None = None,
-        talk: bool = False,
-    ) -> None:
+    def __init__(self, pid: int, started_at: float, log_path: Path) -> None:
+        self.pid = pid
+        self.started_at = started_at
         self.log_path = log_path
-        self._registry = registry
-        self._on_exit = on_exit
         self._exited = threading.Event()
-        with log_path.open("ab") as log_file:
-            self._process = subprocess.Popen(
-                list(argv),
-                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if talk else log_file,
-                stderr=log_file,
-                env={**os.environ, **(environment or {})},
-                start_new_session=True,
-                text=True,
-            )
-        registry.add(self.pid, argv)
-        threading.Thread(target=self._watch, name=f"watch-{self.pid}", daemon=True).start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def stdin(self) -> IO[str]:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    @property
-    def stdout(self) -> IO[str]:
-        assert self._process.stdout is not None
-        return self._process.stdout
 
     @property
     def exited(self) -> bool:
@@ -128,7 +151,8 @@ class ChildProcess:
 
     @property
     def exit_code(self) -> int | None:
-        return self._process.returncode
+        """How it ended, as subprocess counts; None while it runs, or when nobody can say."""
+        return None
 
     def wait(self, timeout: float) -> bool:
         """Whether it has ended, after at most `timeout` seconds."""
@@ -147,6 +171,68 @@ class ChildProcess:
         """The end of its log, whole lines."""
         return tail(self.log_path)
 
+
+class ChildProcess(GroupLeader):
+    """A program that we started.
+
+    stderr goes to `log_path`, so what it says survives both of us. With `talk`, stdin and stdout are text pipes
+    (`stdin`, `stdout`); else stdout joins the log, or is dropped with `mute`. `on_exit(code)` is called from a watcher
+    thread once it is gone. With `service` it is recorded as one. Raises OSError when it can't be started.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        registry: ProcessRegistry,
+        log_path: Path,
+        on_exit: Callable[[int], None],
+        environment: Mapping[str, str] | None = None,
+        talk: bool = False,
+        mute: bool = False,
+        service: Service | None = None,
+    ) -> None:
+        self._registry = registry
+        self._on_exit = on_exit
+        mark = {} if service is None else {MARK_VARIABLE: uuid.uuid4().hex}
+        with log_path.open("ab") as log_file:
+            self._process = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talk else subprocess.DEVNULL if mute else log_file,
+                stderr=log_file,
+                env={**os.environ, **(environment or {}), **mark},
+                start_new_session=True,
+                text=True,
+            )
+        super().__init__(self._process.pid, time.time(), log_path)
+        record = Record(self.pid, _start_time(self.pid), Path(argv[0]).name)
+        if service is not None:
+            record = replace(
+                record,
+                started=self.started_at,
+                role="service",
+                mark=mark[MARK_VARIABLE],
+                name=service.name,
+                address=service.address,
+                log=str(log_path),
+            )
+        registry.add(record)
+        threading.Thread(target=self._watch, name=f"watch-{self.pid}", daemon=True).start()
+
+    @property
+    def stdin(self) -> IO[str]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    @property
+    def stdout(self) -> IO[str]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.returncode
+
     def _watch(self) -> None:
         code = self._process.wait()
         _signal_group(self.pid, signal.SIGKILL)  # whatever it started and left behind
@@ -157,6 +243,30 @@ class ChildProcess:
                 with suppress(OSError):
                     pipe.close()
         self._on_exit(code)
+
+
+class AdoptedProcess(GroupLeader):
+    """A service that an earlier run started.
+
+    `on_exit(None)` is called from a watcher thread once it is gone: only a parent is told the exit code. Raises
+    psutil.NoSuchProcess when it is gone already.
+    """
+
+    def __init__(self, record: Record, registry: ProcessRegistry, on_exit: OnExit) -> None:
+        self._process = psutil.Process(record.pid)
+        super().__init__(record.pid, record.started or self._process.create_time(), Path(record.log))
+        self._mark = record.mark
+        self._registry = registry
+        self._on_exit = on_exit
+        threading.Thread(target=self._watch, name=f"watch-{self.pid}", daemon=True).start()
+
+    def _watch(self) -> None:
+        while _runs(self._process):
+            time.sleep(LOOK_SECONDS)
+        _end_orphans(self.pid, self._mark)
+        self._registry.remove(self.pid)
+        self._exited.set()
+        self._on_exit(None)
 
 
 def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
@@ -187,6 +297,32 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
 
 
+def _end_orphans(group: int, mark: str) -> None:
+    """SIGKILL what a service that is gone has left in its process group.
+
+    The group's number can be a stranger's by now, so nothing is done unless a member carries the service's mark; as
+    long as one does, the kernel gives the number to nobody else.
+    """
+    members = [pid for pid in psutil.pids() if _group_of(pid) == group]
+    if any(_carries(pid, mark) for pid in members):
+        log.warning("ending what a service left behind", service=group, pids=members)
+        _signal_group(group, signal.SIGKILL)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
+
+
+def _carries(pid: int, mark: str) -> bool:
+    try:
+        return bool(mark) and psutil.Process(pid).environ().get(MARK_VARIABLE) == mark
+    except psutil.Error:
+        return False
+
+
 def _start_time(pid: int) -> float | None:
     try:
         return psutil.Process(pid).create_time()
@@ -194,11 +330,34 @@ def _start_time(pid: int) -> float | None:
         return None
 
 
-def _recorded_and_alive(path: Path) -> int | None:
+def _runs(process: psutil.Process) -> bool:
+    """Whether this very process is alive: a zombie has ended, and its pid can be another's by now."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _is_alive(record: Record) -> bool:
+    now = _start_time(record.pid)
+    return now is not None and record.started is not None and abs(now - record.started) < START_TIME_TOLERANCE
+
+
+def _is_still(service: Record) -> bool:
+    """Whether the recorded service is alive, told by its mark.
+
+    A start time would not do for something that runs for weeks: it is reckoned from the wall clock, which is set
+    anew when a machine wakes up.
+    """
+    return _group_of(service.pid) == service.pid and _carries(service.pid, service.mark)
+
+
+def _read(path: Path) -> Record | None:
+    """A record; None when it can't be read, or names no start time (the child had ended before it was written)."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        pid, started = int(record["pid"]), float(record["started"])
-    except (OSError, ValueError, KeyError, TypeError):
+        texts = {key: str(record.get(key, "")) for key in ("program", "mark", "name", "address", "log")}
+        role = str(record.get("role", "engine"))
+        return Record(pid=int(record["pid"]), started=float(record["started"]), role=role, **texts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    now = _start_time(pid)
-    return pid if now is not None and abs(now - started) < START_TIME_TOLERANCE else None

@@ -9,6 +9,7 @@ from typing import Literal
 
 Role = Literal["user", "assistant", "system"]
 MessageState = Literal["streaming", "complete", "stopped", "failed", "interrupted"]
+DownloadState = Literal["queued", "downloading", "verifying", "paused", "complete", "failed", "cancelled"]
 LoadOutcome = Literal["ready", "failed", "cancelled"]
 
 
@@ -57,6 +58,26 @@ class Conversation:
     created_at: float
     updated_at: float
     messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadRecord:
+    """One download as it stood when it last changed. Sizes are bytes; `error` is a code, `message` says it in words."""
+
+    id: str
+    source: Literal["ollama", "huggingface"]
+    model: str
+    state: DownloadState
+    requested_by: str
+    message: str
+    percent: int
+    completed_bytes: int
+    total_bytes: int | None
+    error: str | None
+    may_resume: bool
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,26 @@
-"""Conversations, messages and loads, kept in the database and handed out as immutable values."""
+"""Conversations, messages, downloads and loads, kept in the database and handed out as immutable values."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, cast
 
 from sqlalchemy import CursorResult, Delete, Update, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from services.store.database import Store, StoreError, open_store
-from services.store.records import Conversation, LoadRecord, Message, new_id
-from services.store.tables import ConversationRow, LoadRow, MessageRow
+from services.store.records import Conversation, DownloadRecord, LoadRecord, Message, new_id
+from services.store.tables import ConversationRow, DownloadRow, LoadRow, MessageRow
 
-__all__ = ["ConversationRepository", "LoadRecord", "LoadRepository", "Store", "StoreError", "open_store"]
+__all__ = [
+    "ConversationRepository",
+    "DownloadRepository",
+    "LoadRecord",
+    "LoadRepository",
+    "Store",
+    "StoreError",
+    "open_store",
+]
 
 
 class ConversationRepository:
@@ -85,6 +93,29 @@ class ConversationRepository:
             return _changed(session, left.values(state="interrupted", finished_at=at))
 
 
+class DownloadRepository:
+    """Downloads, finished and not."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def save(self, record: DownloadRecord) -> None:
+        """Add it, or replace its older self."""
+        with self._store.writing() as session:
+            session.merge(DownloadRow(**asdict(record)))
+
+    def newest_first(self) -> list[DownloadRecord]:
+        """Every download, the last one asked for first."""
+        query = select(DownloadRow).order_by(DownloadRow.created_at.desc(), DownloadRow.id)
+        with self._store.reading() as session:
+            return [_download(row) for row in session.scalars(query)]
+
+    def delete(self, download_id: str) -> bool:
+        """Whether there was one to delete."""
+        with self._store.writing() as session:
+            return _changed(session, delete(DownloadRow).where(DownloadRow.id == download_id)) > 0
+
+
 class LoadRepository:
     """How past loads went."""
 
@@ -126,6 +157,10 @@ def _message(row: MessageRow) -> Message:
         tokens=row.tokens,
         seconds=row.seconds,
     )
+
+
+def _download(row: DownloadRow) -> DownloadRecord:
+    return DownloadRecord(**{field.name: getattr(row, field.name) for field in fields(DownloadRecord)})
 
 
 def _load(row: LoadRow) -> LoadRecord:

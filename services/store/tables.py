@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from services.store.records import LoadOutcome, MessageState, Role
+from services.store.records import DownloadState, LoadOutcome, MessageState, Role
 
 ID_LENGTH = 32
 
@@ -44,6 +46,25 @@ class MessageRow(Base):
     finished_at: Mapped[float | None]
     tokens: Mapped[int | None]
     seconds: Mapped[float | None]
+
+
+class DownloadRow(Base):
+    __tablename__ = "downloads"
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    source: Mapped[Literal["ollama", "huggingface"]] = mapped_column(String(16))
+    model: Mapped[str] = mapped_column(Text)
+    state: Mapped[DownloadState] = mapped_column(String(16))
+    requested_by: Mapped[str] = mapped_column(Text)
+    message: Mapped[str] = mapped_column(Text)
+    percent: Mapped[int]
+    completed_bytes: Mapped[int] = mapped_column(BigInteger)
+    total_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    error: Mapped[str | None] = mapped_column(Text)
+    may_resume: Mapped[bool]
+    created_at: Mapped[float] = mapped_column(index=True)
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
 
 
 class LoadRow(Base):

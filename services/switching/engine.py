@@ -183,6 +183,9 @@ class Engine(Protocol):
     def adopt(self, model: Model, on_exit: OnExit, /) -> Instance | None:
         """The instance of a model that is loaded though nobody here launched it; ready. None when it isn't there."""
 
+    def remove(self, model: Model) -> None:
+        """Delete the files of a model that is not loaded. Raises EngineError when they can't be, or must not."""
+
     def prepare(self) -> None:
         """Do ahead what makes the next load start sooner; called once the app serves. Returns at once."""
 

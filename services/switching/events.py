@@ -109,7 +109,7 @@ class SwitchView:
 class Snapshot:
     """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the one before.
 
-    `notices` say of models that are no longer loaded who else had them unloaded, and why.
+    `notices` say of models what people should know though nothing failed: somebody else had it unloaded.
     """
 
     version: int = 0
@@ -141,6 +141,10 @@ class Board:
             self._current = replace(self._current, version=self._current.version + 1, **changes)
             self._changed.notify_all()
             return self._current
+
+    def touch(self) -> None:
+        """A new version of the same picture: something that is shown beside it has changed."""
+        self.publish()
 
     def wait_newer(self, version: int, timeout: float) -> Snapshot:
         """The current snapshot, once its version exceeds `version` or `timeout` seconds have passed."""

@@ -48,7 +48,7 @@ class Request:
     `activate`: requests for "auto" go to the target afterwards. `instead_of` is unloaded for it in any case.
     """
 
-    kind: Literal["switch", "stop", "restart"]
+    kind: Literal["switch", "stop", "restart", "remove"]
     model: str
     requested_by: str
     strategy: Strategy | None = None

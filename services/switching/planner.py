@@ -74,6 +74,10 @@ class Planner:
         """The model of the catalogue that an engine knows as `source`."""
         return next((m for m in self._catalog.models.values() if (m.engine, m.source) == (engine, source)), None)
 
+    def refresh_catalog(self) -> None:
+        """Look at the engines' models again."""
+        self._catalog.refresh()
+
     def account(self, device: str, holdings: Iterable[Holding]) -> Account:
         """One device's memory, measured now. Raises EngineError when there is no such device."""
         for reading in self._devices.sample():

@@ -79,6 +79,8 @@ class Procedure:
         try:
             if job.request.kind == "stop":
                 self._stop(job)
+            elif job.request.kind == "remove":
+                self._remove(job)
             else:
                 self._switch(job, story)
         except Cancelled:
@@ -344,6 +346,20 @@ class Procedure:
         self._fleet.publish()
         job.finish("success")
 
+    def _remove(self, job: Job) -> None:
+        """Unload a model if it is loaded, then delete its files. Here, so that nothing loads it meanwhile."""
+        model = self._planner.model(job.target)
+        self._fleet.forgive(model.id)
+        member = self._fleet.running(model.id)
+        if member is not None:
+            self._drain_and_put_away(member)
+            job.unloaded.append(model.id)
+        engine = self._engines[model.engine]
+        self._hub.await_worker(lambda: engine.remove(model), cancellable=False)
+        self._hub.await_worker(self._planner.refresh_catalog, cancellable=False)
+        self._fleet.publish()
+        job.finish("success")
+
     def _unload_for_restart(self, job: Job) -> None:
         """Make way for the same model; it becomes the active one again only if it was."""
         job.request = replace(job.request, activate=self._fleet.active == job.target)
@@ -358,8 +374,13 @@ class Procedure:
 
     def _undo(self, job: Job, story: Narrator, error: SwitchError) -> None:
         """Bring back what was unloaded, unless another switch is coming; then say how it ended."""
+        if job.request.kind in ("stop", "remove"):
+            self._fleet.note(job.target, error.message)
+            self._fleet.publish()
+            job.finish("failed", error)
+            return
         restored = []
-        if job.unloaded and not job.superseded and job.request.kind != "stop":
+        if job.unloaded and not job.superseded:
             restored = self._reload(job, story)
         story.end("cancelled" if error.code == "cancelled" else "failed", error, restored)
 

@@ -130,6 +130,10 @@ class Switcher:
         """Ask for a model to be unloaded and loaded again. Raises UnknownModel."""
         return self._submit(Request("restart", self._catalog.get(model_id).id, requested_by), "queue")
 
+    def remove(self, model_id: str, *, requested_by: str) -> Job:
+        """Ask for a model's files to be deleted, unloading it first. Raises UnknownModel."""
+        return self._submit(Request("remove", self._catalog.get(model_id).id, requested_by), "queue")
+
     def cancel(self, reason: str = "It was cancelled.") -> Job | None:
         """Call off the switch under way; returns it, None when there is none."""
         reply: Future[Job | None] = Future()
@@ -283,8 +287,8 @@ class Switcher:
             return
         if message.replace == "cancel":
             self._supersede(request.model)
-        elif request.kind == "stop" and current is not None and current.target == request.model:
-            self._call_off(f"{request.model} is to be unloaded.")
+        elif request.kind in ("stop", "remove") and current is not None and current.target == request.model:
+            self._call_off(f"{request.model} is to be {'unloaded' if request.kind == 'stop' else 'deleted'}.")
         self._waiting.append(job)
         if current is not None:
             self._fleet.publish(queued=self.queued())
@@ -337,7 +341,7 @@ class Switcher:
         Ollama evicts the working model before it finds out that the new one can't be loaded (seen with 0.24.0).
         """
         job = self._current
-        if job is not None and job.request.kind != "stop" and model_id != job.target:
+        if job is not None and job.request.kind in ("switch", "restart") and model_id != job.target:
             job.unloaded.append(model_id)
 
 

@@ -26,9 +26,20 @@ NO_OLLAMA = "http://127.0.0.1:9"
 
 
 class Console:
-    """One running Switchyard. `settings` become environment variables, `toml` its settings file."""
+    """One running Switchyard.
 
-    def __init__(self, folder: Path, *, models_dir: Path = DEMO_MODELS, toml: str = "", **settings: object) -> None:
+    `settings` become environment variables, `toml` its settings file; `environment` joins as it is.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        models_dir: Path = DEMO_MODELS,
+        toml: str = "",
+        environment: dict[str, str] | None = None,
+        **settings: object,
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -42,6 +53,7 @@ class Console:
             "SWITCHYARD_STATE_DIR": str(folder / "state"),
             "SWITCHYARD_MODELS_DIR": str(models_dir),
             "SWITCHYARD_OLLAMA_BASE_URL": NO_OLLAMA,
+            **(environment or {}),
             **{f"SWITCHYARD_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.log = folder / "console.log"

@@ -65,6 +65,22 @@ def test_what_was_measured_has_a_digit_when_short() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bytes_per_second", "words"),
+    [
+        (None, "–"),
+        (0, "stalled"),
+        (300, "1 kB/s"),
+        (48_300, "48 kB/s"),
+        (2_040_000, "2.0 MB/s"),
+        (14_200_000, "14 MB/s"),
+        (1_250_000_000, "1.2 GB/s"),
+    ],
+)
+def test_the_speed_of_a_transfer(bytes_per_second: float | None, words: str) -> None:
+    assert filters.speed(bytes_per_second) == words
+
+
+@pytest.mark.parametrize(
     ("past", "words"),
     [
         (2, "just now"),

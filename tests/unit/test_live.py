@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from blueprints.live import Live
+from services.downloads.queue import Download
+from services.providers.local_services import ServiceStatus
 from services.status import ModelStatus, Status
 from services.switching.events import LoadView, SwitchView
 
@@ -51,6 +53,31 @@ def live(**status: Any) -> Live:
 def switch(**changes: Any) -> SwitchView:
     plain = SwitchView(id="1", to_model="small", from_model=None, requested_by="test", started_at=NOW - 9)
     return replace(plain, **changes)
+
+
+def download(**changes: Any) -> Download:
+    plain = Download(
+        id="1",
+        source="ollama",
+        model="llama3.2:latest",
+        state="downloading",
+        percent=45,
+        completed_bytes=45,
+        total_bytes=100,
+        bytes_per_second=None,
+        eta_seconds=None,
+        message="",
+        requested_by="test",
+        created_at=NOW - 900,
+        started_at=NOW - 900,
+        finished_at=None,
+        version=1,
+    )
+    return replace(plain, **changes)
+
+
+def with_downloads(*downloads: Download, **more: Any) -> Live:
+    return replace(live(), downloads=downloads, **more)
 
 
 def test_the_composer_says_why_it_is_locked_and_until_when() -> None:
@@ -98,6 +125,39 @@ def test_pages_look_often_only_while_something_moves() -> None:
     assert live(last_switch=switch(stage="ready", finished_at=NOW)).poll_seconds == 1
 
 
+@pytest.mark.parametrize("state", ["queued", "downloading", "verifying"])
+def test_pages_look_often_while_something_is_downloaded(state: str) -> None:
+    assert with_downloads(download(state=state)).poll_seconds == 2
+    assert not with_downloads(download(state=state)).moving, (
+        "a page without script must not load itself again for hours"
+    )
+
+
+@pytest.mark.parametrize("state", ["paused", "complete", "failed", "cancelled"])
+def test_a_download_that_stands_still_is_no_reason_to_look_often(state: str) -> None:
+    assert with_downloads(download(state=state, finished_at=NOW)).poll_seconds == 5
+
+
+@pytest.mark.parametrize(("state", "seconds"), [("starting", 2), ("stopping", 2), ("running", 5), ("unreachable", 5)])
+def test_pages_look_often_while_ollama_starts_or_stops(state: Any, seconds: int) -> None:
+    told = replace(live(), service=ServiceStatus(state=state, local=True, port=11434))
+    assert told.poll_seconds == seconds
+    assert told.moving == (seconds == 2)
+
+
+def test_downloads_under_way_come_first_then_the_latest_that_ended() -> None:
+    ended = [download(id=f"e{n}", state="complete", finished_at=NOW - n) for n in (30, 10, 20, 40, 60, 50)]
+    jobs = with_downloads(
+        *ended, download(id="a"), download(id="b", state="paused"), download(id="c", state="cancelled", finished_at=NOW)
+    ).jobs
+    assert [job.id for job in jobs] == ["a", "b", "e10", "e20", "e30", "e40", "e50"]
+
+
+def test_a_model_s_download_is_found_while_it_is_under_way() -> None:
+    assert with_downloads(download()).download("llama3.2:latest") == download()
+    assert with_downloads(download(state="complete", finished_at=NOW)).download("llama3.2:latest") is None
+
+
 def test_most_of_a_switch_is_not_thrown_away_unasked() -> None:
     assert live(switch=switch(percent=63)).asks_first("large") is not None
     assert live(switch=switch(percent=50)).asks_first("large") is None
@@ -108,3 +168,25 @@ def test_announcements_name_steps_and_never_percents() -> None:
     said = live(switch=switch(stage="checking_memory", percent=7)).announcement
     assert said == "Switching to small: Checking memory."
     assert live().announcement == "No model is loaded."
+
+
+def test_the_end_of_a_download_is_news_for_a_while() -> None:
+    failed = {"state": "failed", "error": "registry_unreachable", "message": "The registry can't be reached."}
+    told = with_downloads(
+        download(),
+        download(id="2", model="mistral:latest", finished_at=NOW - 5, **failed),
+        download(id="3", model="old"),
+    )
+    assert told.announcement.split("\n")[1:] == [
+        "llama3.2:latest is being downloaded.",
+        "mistral:latest could not be downloaded. The registry can't be reached.",
+        "old is being downloaded.",
+    ]
+    assert "45" not in told.announcement
+    later = replace(told, now=NOW + 600)
+    assert "mistral" not in later.announcement
+
+
+def test_announcements_say_how_ollama_is() -> None:
+    failed = ServiceStatus(state="failed", local=True, port=11434, error="Its port is taken.")
+    assert with_downloads(service=failed).announcement.split("\n")[1:] == ["Ollama has failed. Its port is taken."]

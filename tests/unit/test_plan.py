@@ -112,3 +112,14 @@ def test_a_refusal_names_what_blocks_it_and_the_largest_model_that_fits():
     words = refusal(plan)
     for expected in ("150.0 GB", "10.0 GB", "pinned-one (it is pinned)", "fits"):
         assert expected in words
+
+
+@given(st.integers(0, 50 * GB), st.integers(0, 100 * GB), loaded_models)
+def test_a_model_to_be_replaced_goes_even_where_there_is_room(need, available, loaded):
+    """Seed 002: the old model is unloaded in any case, once, and nothing else more than is needed."""
+    old = Loaded(model="old", device="gpu0", bytes=5 * GB)
+    plan = plan_for(need, available, [*loaded, old], instead_of="old")
+    if plan.feasible:
+        assert [u.model for u in plan.unload].count("old") == 1
+        assert available + plan.freed_bytes >= need
+    assert plan_for(need, available, [*loaded, old]).feasible == plan.feasible

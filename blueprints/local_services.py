@@ -1,0 +1,36 @@
+"""The forms of the Models page that start and stop the local Ollama."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response
+
+from blueprints.pages import done
+from blueprints.web import services
+from services.providers.local_services import ServiceError
+
+bp = Blueprint("local_services", __name__, url_prefix="/services/ollama")
+
+
+@bp.post("/start")
+def start() -> Response:
+    """Start it; answers once it does. The page shows a start that fails, and why, in its place."""
+    service = services().ollama_service
+    try:
+        service.start()
+    except ServiceError:
+        if service.status().state != "failed":
+            raise
+    return done()
+
+
+@bp.post("/stop")
+def stop() -> Response:
+    services().ollama_service.stop()
+    return done()
+
+
+@bp.post("/dismiss")
+def dismiss() -> Response:
+    """Put away the message about its last failure."""
+    services().ollama_service.dismiss()
+    return done()

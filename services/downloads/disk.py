@@ -1,0 +1,51 @@
+"""Whether what is still to come fits on the disk it goes to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from services.downloads.fetcher import DownloadError, Source
+from services.offhub import off_hub
+from services.switching.plan import say_gb
+
+
+class DiskCheck:
+    """`folders` tells where each source's files go; None for what is on another machine, or unknown.
+
+    `margin_bytes` stay free whatever is downloaded.
+    """
+
+    def __init__(
+        self,
+        folders: Mapping[Source, Callable[[], Path | None]],
+        *,
+        margin_bytes: int,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
+        self._folders = folders
+        self._margin_bytes = margin_bytes
+        self._free_bytes = free_bytes
+
+    def check(self, source: Source, left_bytes: int | None) -> None:
+        """Raises DownloadError `disk_full` when `left_bytes` more don't fit. What can't be known passes."""
+        find = self._folders.get(source)
+        folder = find() if find is not None else None
+        if folder is None or left_bytes is None:
+            return
+        place = _existing(folder)
+        free = off_hub(self._free_bytes, place)
+        if left_bytes > free - self._margin_bytes:
+            raise DownloadError(
+                "disk_full",
+                f"{say_gb(left_bytes)} more have to be downloaded, but only {say_gb(free)} are free in {folder}, and "
+                f"{say_gb(self._margin_bytes)} of that stay free (setting disk_margin_gb). Delete a model or other "
+                "files, then try again.",
+                may_resume=True,
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that is there already."""
+    return next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))

@@ -1,0 +1,108 @@
+"""What is on this machine's disk and what is recommended to be: installed models, their updates, their removal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.catalog import GB, Catalog
+from services.config import Recommendation
+from services.downloads.fetcher import Source
+from services.downloads.ollama_names import OllamaName
+from services.downloads.updates import UpdateCheck
+from services.switching.engine import Model
+from services.switching.jobs import SwitchError
+from services.switching.switcher import Switcher
+
+
+@dataclass(frozen=True, slots=True)
+class Recommended:
+    """A model that people are pointed to. `installed` is its id in the catalogue once it is here, else None."""
+
+    model: str
+    source: Source
+    description: str
+    size_bytes: int | None
+    recommended: bool
+    installed: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A model whose files are gone, and what that freed: None when nobody knows its size."""
+
+    model: str
+    freed_bytes: int | None
+
+
+class Library:
+    """Reads the catalogue; deletes through the switcher, so that nothing loads a model while its files go."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        switcher: Switcher,
+        updates: UpdateCheck,
+        recommended: tuple[Recommendation, ...],
+        longest_seconds: float,
+    ) -> None:
+        self._catalog = catalog
+        self._switcher = switcher
+        self._updates = updates
+        self._recommended = recommended
+        self._longest_seconds = longest_seconds
+
+    @property
+    def outdated(self) -> frozenset[str]:
+        """Ids of models with a newer version in their registry, as far as is known."""
+        names = self._updates.available
+        return frozenset(m.id for m in self._catalog.models.values() if m.engine == "ollama" and m.source in names)
+
+    def check_updates(self) -> frozenset[str]:
+        """Ask the registries now; takes up to some seconds per model. The ids with a newer version."""
+        self._updates.check()
+        return self.outdated
+
+    def recommendations(self) -> list[Recommended]:
+        """The settings' list, each with whether it is here already."""
+        return [
+            Recommended(
+                model=r.model,
+                source=r.source,
+                description=r.description,
+                size_bytes=None if r.size_gb is None else int(r.size_gb * GB),
+                recommended=r.recommended,
+                installed=self._find(r),
+            )
+            for r in self._recommended
+        ]
+
+    def frees(self, model: Model) -> int | None:
+        """Bytes that deleting a model gives back: none while another name stands for the same files."""
+        others = [m for m in self._catalog.models.values() if m.id != model.id and m.engine == model.engine]
+        shared = model.digest is not None and any(m.digest == model.digest for m in others)
+        return 0 if shared else model.size_bytes
+
+    def remove(self, model_id: str, requested_by: str) -> Removed:
+        """Unload a model and delete its files. Raises UnknownModel, and SwitchError when that can't be done."""
+        model = self._catalog.get(model_id)
+        freed = self.frees(model)
+        job = self._switcher.remove(model.id, requested_by=requested_by)
+        if not job.wait_done(self._longest_seconds):
+            raise SwitchError("engine_timeout", f"{model.id} was not deleted in time; it may still happen.")
+        if job.error is not None:
+            raise job.error
+        return Removed(model.id, freed)
+
+    def _find(self, wanted: Recommendation) -> str | None:
+        if wanted.source == "ollama":
+            name = _ollama_name(wanted.model)
+            return next((m.id for m in self._catalog.models.values() if (m.engine, m.source) == ("ollama", name)), None)
+        folder = wanted.model.partition(":")[0].partition("@")[0].removesuffix(".gguf")
+        return next((m.id for m in self._catalog.models.values() if m.id.startswith(folder)), None)
+
+
+def _ollama_name(text: str) -> str:
+    try:
+        return OllamaName.parse(text).full
+    except ValueError:
+        return text

@@ -1,0 +1,75 @@
+"""Names of Ollama models: `[host[:port]/][namespace/]model[:tag]`, as Ollama 0.24.0 reads and lists them.
+
+Only names that were parsed here get into a command's arguments or an address.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+DEFAULT_HOST = "registry.ollama.ai"
+DEFAULT_NAMESPACE = "library"
+DEFAULT_TAG = "latest"
+MAX_LENGTH = 300
+
+_NAME = re.compile(
+    r"""
+    (?:(?P<host>[A-Za-z0-9_][A-Za-z0-9._-]{0,252}(?P<port>:[0-9]{1,5})?)/)??
+    (?:(?P<namespace>[A-Za-z0-9_][A-Za-z0-9_-]{0,79})/)?
+    (?P<model>[A-Za-z0-9_][A-Za-z0-9._-]{0,79})
+    (?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,79}))?
+    """,
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaName:
+    """A model, its tag, and the registry that has it."""
+
+    host: str
+    """With its port, if one was given: `registry.ollama.ai`, `hf.co`, `127.0.0.1:5005`."""
+    namespace: str
+    model: str
+    tag: str
+
+    @staticmethod
+    def parse(text: str) -> OllamaName:
+        """Raises ValueError with words for people when this can't be the name of an Ollama model."""
+        if len(text) > MAX_LENGTH:
+            raise ValueError(f"The name is {len(text)} characters long; Ollama's names have at most {MAX_LENGTH}.")
+        found = _NAME.fullmatch(text)
+        if found is None or ".." in text or (found["host"] and not _is_host(found["host"])):
+            raise ValueError(
+                f"{text!r} is not the name of an Ollama model. Write model or model:tag, with its owner or host in"
+                " front where it has one, such as llama3.2, user/model:7b or hf.co/user/repository:Q4_K_M."
+            )
+        return OllamaName(
+            found["host"] or DEFAULT_HOST,
+            found["namespace"] or DEFAULT_NAMESPACE,
+            found["model"],
+            found["tag"] or DEFAULT_TAG,
+        )
+
+    @property
+    def full(self) -> str:
+        """With its tag, as `/api/tags` lists it: what goes without saying is left out, except the tag."""
+        return f"{self._place}{self.model}:{self.tag}"
+
+    @property
+    def short(self) -> str:
+        """As people write it: `latest` goes without saying as well."""
+        return self.full.removesuffix(f":{DEFAULT_TAG}")
+
+    @property
+    def _place(self) -> str:
+        if self.host != DEFAULT_HOST:
+            return f"{self.host}/{self.namespace}/"
+        return "" if self.namespace == DEFAULT_NAMESPACE else f"{self.namespace}/"
+
+
+def _is_host(text: str) -> bool:
+    """Whether it can be told from a namespace, which has neither dots nor a port."""
+    host, _, port = text.partition(":")
+    return bool(port and 0 < int(port) < 65_536) or (not port and ("." in host or host == "localhost"))

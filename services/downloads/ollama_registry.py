@@ -1,0 +1,121 @@
+"""What a model consists of, asked of the registry that its name leads to (the manifests of the OCI registry API v2)."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import requests
+
+from services.downloads.fetcher import DownloadError
+from services.downloads.ollama_names import DEFAULT_HOST, OllamaName
+from services.http import control_session
+
+MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
+MAX_BYTES = 4_000_000
+"""A manifest has some hundred bytes a layer; what is larger is none."""
+TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The layers of one model in one version.
+
+    `digest` is the SHA-256 of the manifest in hex: the id that `/api/tags` lists for the model. `size_bytes` is the
+    sum of all layers and the configuration; `layers` holds their bytes by digest (`sha256:…`).
+    """
+
+    digest: str
+    size_bytes: int
+    layers: Mapping[str, int]
+
+
+def fetch_manifest(name: OllamaName, registry_url: str, *, insecure: bool, timeout: float = TIMEOUT) -> Manifest:
+    """Ask for a model's manifest. `registry_url` answers for names without a host.
+
+    Raises DownloadError `unknown_model`, `access_denied` or `registry_unreachable`. Other schemes than HTTP's are not
+    followed anywhere (requests knows none).
+    """
+    origin = registry_url if name.host == DEFAULT_HOST else _origin(name.host, insecure)
+    address = f"{origin}/v2/{name.namespace}/{name.model}/manifests/{name.tag}"
+    headers = {"Accept": MANIFEST_TYPE, "Accept-Encoding": "identity"}
+    try:
+        with control_session(headers) as http, http.get(address, timeout=timeout, stream=True) as answer:
+            if answer.status_code != 200:
+                raise _refused(name, answer.status_code)
+            body = _read(answer, time.monotonic() + timeout)
+        return _manifest(body)
+    except requests.RequestException as error:
+        raise _unreachable(name, f"{_host(origin)} did not answer ({type(error).__name__})") from None
+    except ValueError as error:
+        raise _unreachable(name, f"{_host(origin)} answered, but {error}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address, without its port, is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _origin(host: str, insecure: bool) -> str:
+    plain = insecure or is_loopback(host.partition(":")[0])
+    return f"{'http' if plain else 'https'}://{host}"
+
+
+def _host(origin: str) -> str:
+    return urlsplit(origin).netloc
+
+
+def _read(answer: requests.Response, deadline: float) -> bytes:
+    body = bytearray()
+    for chunk in answer.iter_content(65_536):
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise ValueError("with more than a manifest can hold")
+        if time.monotonic() > deadline:
+            raise ValueError("too slowly")
+    return bytes(body)
+
+
+def _manifest(body: bytes) -> Manifest:
+    try:
+        said = json.loads(body)
+        layers = {str(part["digest"]): int(part["size"]) for part in (said["config"], *said["layers"])}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("not with a manifest") from None
+    if any(size < 0 for size in layers.values()):
+        raise ValueError("not with a manifest")
+    return Manifest(hashlib.sha256(body).hexdigest(), sum(layers.values()), layers)
+
+
+def _refused(name: OllamaName, status: int) -> DownloadError:
+    if status == 404:
+        return DownloadError(
+            "unknown_model",
+            f"There is no model {name.short}: its registry doesn't know the name or the tag. Check the spelling, for"
+            " example at https://ollama.com/library.",
+        )
+    if status in (401, 403):
+        return DownloadError(
+            "access_denied",
+            f"The registry does not give {name.short} to everybody: it is private, needs an agreement, or does not"
+            " exist. Check the name and your access to it.",
+        )
+    return _unreachable(name, f"it answered with status {status}")
+
+
+def _unreachable(name: OllamaName, why: str) -> DownloadError:
+    return DownloadError(
+        "registry_unreachable",
+        f"The registry of {name.short} could not be asked: {why}. Check the network, then try again.",
+        may_resume=True,
+    )

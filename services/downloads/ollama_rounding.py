@@ -1,0 +1,39 @@
+"""The bytes behind the rounded figures that `ollama pull` draws.
+
+The command says `1.2 GB/4.1 GB` and `28%`: steps of 41 MB, and of gigabytes from 10 GB on. Taken as they are, a
+transfer would stand still for seconds and then leap. Between the bounds that the figures set, the drawn speed says how
+it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from services.downloads.fetcher import Part
+from services.downloads.ollama_output import DrawnLayer, Rounded
+
+
+class Unrounding:
+    """Follows the layers of one pull. `sizes` holds their exact bytes by short digest, where the registry told them."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._sizes = sizes
+        self._last: dict[str, tuple[float, float]] = {}
+        """(bytes, when) by short digest."""
+
+    def part(self, row: DrawnLayer, now: float) -> Part:
+        """The likely figures of a layer; never outside what the row allows. `now` is seconds of a monotonic clock."""
+        total = self._total(row.digest, row.total)
+        if row.completed is None:
+            return Part(total, total)
+        low = min(max(row.completed.low, (row.percent - 0.5) / 100 * total), total)
+        high = min(row.completed.high, (row.percent + 0.5) / 100 * total, total)
+        before, then = self._last.get(row.digest, (low, now))
+        likely = before + (row.bytes_per_second or 0) * (now - then)
+        completed = max(low, min(likely, high))
+        self._last[row.digest] = (completed, now)
+        return Part(max(0, int(completed)), total)
+
+    def _total(self, digest: str, drawn: Rounded) -> int:
+        exact = self._sizes.get(digest)
+        return exact if exact is not None and drawn.low <= exact < drawn.high else drawn.shown

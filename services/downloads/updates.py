@@ -1,0 +1,76 @@
+"""Which installed Ollama models have a newer version in their registry: its manifest has another digest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from services.downloads.fetcher import DownloadError
+from services.downloads.ollama_names import OllamaName
+from services.downloads.ollama_registry import fetch_manifest
+from services.engines.ollama_api import Installed
+
+log = structlog.get_logger(__name__)
+
+FIRST_CHECK_SECONDS = 60.0
+"""After the start, when whoever started it has other things to wait for."""
+
+
+class UpdateCheck:
+    """Asks the registries now and then. `installed` gives what is on Ollama's disk; `every_seconds` 0 means never."""
+
+    def __init__(
+        self,
+        installed: Callable[[], Sequence[Installed]],
+        registry_url: str,
+        *,
+        insecure: bool,
+        every_seconds: float,
+        first_seconds: float = FIRST_CHECK_SECONDS,
+    ) -> None:
+        self._installed = installed
+        self._registry_url = registry_url
+        self._insecure = insecure
+        self._every_seconds = every_seconds
+        self._first_seconds = first_seconds
+        self._checking = threading.Lock()
+        self._newest: dict[str, str] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="update-check", daemon=True)
+
+    @property
+    def available(self) -> frozenset[str]:
+        """Names of installed models with a newer version, as far as is known. Asks nobody outside this machine."""
+        newest = self._newest
+        return frozenset(m.name for m in self._installed() if newest.get(m.name, m.digest) != m.digest)
+
+    def check(self) -> frozenset[str]:
+        """Ask for every installed model now. One whose registry doesn't answer keeps what was known of it."""
+        with self._checking:
+            newest = dict(self._newest)
+            for model in self._installed():
+                try:
+                    name = OllamaName.parse(model.name)
+                    newest[model.name] = fetch_manifest(name, self._registry_url, insecure=self._insecure).digest
+                except (ValueError, DownloadError) as error:
+                    log.info("can't tell whether there is a newer version", model=model.name, reason=str(error))
+            self._newest = newest
+        return self.available
+
+    def start(self) -> None:
+        if self._every_seconds:
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        pause = self._first_seconds
+        while not self._stopped.wait(pause):
+            try:
+                self.check()
+            except Exception:
+                log.exception("the check for newer versions failed")
+            pause = self._every_seconds

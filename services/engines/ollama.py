@@ -1,0 +1,262 @@
+"""Engine `ollama`: an Ollama server on this machine or elsewhere, used together with whoever else uses it.
+
+What is loaded there is Ollama's word, asked for each second; another client may load, evict or change anything behind
+our back, which is noticed and shown, never fought. Loads carry no options, so that they are what a chat over `/v1` asks
+for: that takes none, and different ones would have Ollama load the model again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from services.engines.gguf import GGUFError, estimate_bytes, read_header
+from services.engines.ollama_api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
+from services.engines.ollama_instance import GpuBytes, OllamaInstance, Server, ServerProcess
+from services.engines.ollama_watch import Look, OllamaWatch
+from services.offhub import off_hub
+from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
+
+LIST_SECONDS = 1.0
+FIRST_LIST_SECONDS = 0.5
+LIST_TIMEOUT = 3.0
+OVERHEAD_BYTES = 64_000_000
+OVERHEAD_SHARE = 0.15
+"""What a model takes beyond its file when the file can't be read: a runner holds 57 MB empty, the rest is cache."""
+OURS = "switchyard/"
+"""Names that begin so are made here; see `_served_name`."""
+
+
+class Ollama:
+    """One server at `base_url`.
+
+    `process` finds the process of a local server, `downfall` says why one broke down, `gpus` the ids of this machine's
+    GPUs. `context_length` is the context that models get on a server that somebody else started; None leaves that to
+    the server.
+    """
+
+    name = "ollama"
+    outlives_app = True
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        local: bool,
+        process: Callable[[], ServerProcess | None] = lambda: None,
+        downfall: Callable[[], str | None] = lambda: None,
+        gpus: Callable[[], Sequence[str]] = lambda: (),
+        gpu_bytes: GpuBytes = lambda _device, _pid: None,
+        context_length: int | None = None,
+    ) -> None:
+        self._api = OllamaApi(base_url)
+        self._watch = OllamaWatch(self._api, self._note)
+        self._server = Server(self._api, self._watch, local, process, downfall, gpu_bytes)
+        self._gpus = gpus
+        self._context_length = context_length
+        self._lock = threading.Lock()
+        self._instances: weakref.WeakSet[OllamaInstance] = weakref.WeakSet()
+        self._installed: dict[str, Installed] | None = None
+        self._listed_at = float("-inf")
+        self._shown: dict[str, Shown] = {}
+        self._estimates: dict[tuple[str, int], int] = {}
+        self._serving = False
+
+    def discover(self) -> Sequence[Model]:
+        found = [n for n in self._list() if not n.startswith(OURS)]
+        return [self.describe(Model(id=name, engine=self.name, source=name)) for name in found]
+
+    def describe(self, model: Model) -> Model:
+        source = full_name(model.source)
+        model = replace(model, source=source)
+        installed = self._list().get(source)
+        if installed is None:
+            known = self._installed is not None
+            return replace(model, fault=f"Ollama has no model {source}. Download it first." if known else None)
+        if self._serving:
+            self._show(installed)
+        return replace(
+            model,
+            size_bytes=installed.size_bytes,
+            description=model.description or installed.about,
+            aliases=_aliases(model.id, source),
+            digest=installed.digest,
+        )
+
+    def estimate(self, model: Model) -> Need:
+        if not self._server.local:
+            return Need(HOST_DEVICE, 0, "estimated")  # it takes nothing of this machine
+        return Need(self._device(model), self._estimate_bytes(model), "estimated")
+
+    def settings_key(self, model: Model) -> str:
+        place = "here" if self._server.local else self._api.base_url
+        return f"{place} ctx={self._context(model)} device={self._device(model)} {model.digest}"
+
+    def launch(self, model: Model, on_exit: OnExit) -> OllamaInstance:
+        if model.fault:
+            raise EngineError(model.fault)
+        installed = self._list(fresh=True).get(model.source)
+        if self._installed is None or self._watch.look().reachable is False:
+            raise unreachable(self._api.base_url, refused=True)
+        if installed is None:
+            raise EngineError(f"Ollama has no model {model.source} any more. Download it again.")
+        return self._instance(model, self._served_name(model, installed), on_exit, ready=False)
+
+    def loaded(self) -> Collection[str]:
+        return {self._source_of(name) for name in self._watch.latest.models}
+
+    def adopt(self, model: Model, on_exit: OnExit, /) -> OllamaInstance | None:
+        names = [name for name in self._watch.latest.models if self._source_of(name) == model.source]
+        return self._instance(model, names[0], on_exit, ready=True) if names else None
+
+    def remove(self, model: Model) -> None:
+        base = model.source
+        for name in [n for n in self._list(fresh=True) if n.startswith(OURS) and self._source_of(n) == base]:
+            with suppress(OllamaError):
+                self._api.delete(name)
+        try:
+            self._api.delete(base)
+        except OllamaError as error:
+            if error.status != 404:
+                raise
+        self._list(fresh=True)
+
+    def installed(self) -> Sequence[Installed]:
+        """What is on the server's disk, at most a second old; without the names made here."""
+        return [entry for name, entry in self._list().items() if not name.startswith(OURS)]
+
+    def models_folder(self) -> Path | None:
+        """Where a server on this machine keeps its files; None when that can't be known from here."""
+        if not self._server.local:
+            return None
+        blob = next((shown.blob for shown in list(self._shown.values()) if shown.blob), None)
+        if blob is not None:
+            return Path(blob).parent.parent
+        usual = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+        return usual if usual.is_dir() else None
+
+    def prepare(self) -> None:
+        """Begin to watch the server."""
+        self._serving = True
+        self._watch.start()
+
+    def close(self) -> None:
+        self._watch.stop()
+        self._api.close()
+
+    def _note(self, look: Look) -> None:
+        with self._lock:
+            instances = list(self._instances)
+        for instance in instances:
+            instance.note(look)
+
+    def _instance(self, model: Model, name: str, on_exit: OnExit, *, ready: bool) -> OllamaInstance:
+        installed = self._list().get(model.source)
+        blob = self._show(installed).blob if installed is not None else None
+        instance = OllamaInstance(self._server, model, name, blob, self._device(model), on_exit, ready=ready)
+        with self._lock:
+            self._instances.add(instance)
+        return instance
+
+    def _list(self, *, fresh: bool = False) -> dict[str, Installed]:
+        """What is installed, at most a second old; what was last known when the server doesn't answer."""
+        with self._lock:
+            known = self._installed or {}
+            if not fresh and time.monotonic() - self._listed_at < LIST_SECONDS:
+                return known
+            self._listed_at = time.monotonic()
+        try:
+            listed = self._api.installed(LIST_TIMEOUT if self._serving else FIRST_LIST_SECONDS)
+        except (OllamaError, OllamaUnreachable):
+            return known
+        with self._lock:
+            self._installed = {entry.name: entry for entry in listed}
+            return self._installed
+
+    def _show(self, installed: Installed) -> Shown:
+        shown = self._shown.get(installed.digest)
+        if shown is None:
+            try:
+                shown = self._api.show(installed.name)
+            except (OllamaError, OllamaUnreachable):
+                return Shown(None, None)
+            self._shown[installed.digest] = shown
+        return shown
+
+    def _served_name(self, model: Model, installed: Installed) -> str:
+        """The name to load it by: its own, or one made here that carries the context that was asked for.
+
+        `/v1` takes no context length, so a model that needs another one than the server gives has to have it built in.
+        """
+        context = self._context(model)
+        if context is None:
+            return model.source
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.source)
+        name = f"{OURS}{stem}:ctx{context}-{installed.digest[:12]}"
+        if name not in self._list():
+            try:
+                self._api.derive(name, model.source, context)
+            except OllamaError as error:
+                raise EngineError(f"Ollama can't give {model.id} a context of {context} tokens: {error}.") from None
+        return name
+
+    def _source_of(self, name: str) -> str:
+        """The model behind a name: itself, or what a name of ours was made from."""
+        if not name.startswith(OURS):
+            return name
+        stem = name.removeprefix(OURS).rpartition(":")[0]
+        matching = (n for n in self._installed or {} if re.sub(r"[^A-Za-z0-9._-]+", "-", n) == stem)
+        return next((n for n in matching if not n.startswith(OURS)), name)
+
+    def _context(self, model: Model) -> int | None:
+        """Tokens asked for in the settings, at most what it was trained for; None leaves it to the server."""
+        asked = model.options.get("context_length")
+        if not isinstance(asked, int):
+            process = self._server.process()
+            asked = None if process is not None and process.ours else self._context_length
+        shown = self._shown.get(model.digest or "")
+        return min(asked, shown.context_length) if asked and shown and shown.context_length else asked
+
+    def _device(self, model: Model) -> str:
+        asked = model.options.get("device")
+        if asked is not None:
+            return str(asked)
+        return next(iter(self._gpus()), HOST_DEVICE) if self._server.local else HOST_DEVICE
+
+    def _estimate_bytes(self, model: Model) -> int:
+        shown = self._shown.get(model.digest or "")
+        context = self._context(model) or 4096
+        if shown is not None and shown.blob is not None:
+            key = (shown.blob, context)
+            if key not in self._estimates:
+                self._estimates[key] = off_hub(_estimate_of_file, Path(shown.blob), context)
+            if self._estimates[key]:
+                return self._estimates[key]
+        return int((model.size_bytes or 0) * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES if model.size_bytes else 0
+
+
+def full_name(name: str) -> str:
+    """A model's name with its tag: `llama3.2` is `llama3.2:latest`."""
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def _aliases(model_id: str, source: str) -> tuple[str, ...]:
+    short = source.removesuffix(":latest")
+    return (short,) if short != source and short != model_id else ()
+
+
+def _estimate_of_file(blob: Path, context: int) -> int:
+    """What llama.cpp takes for it, from its header; 0 when the file is not where this process can read it."""
+    try:
+        header = read_header(blob)
+    except (GGUFError, OSError):
+        return 0
+    # Ollama reads weights instead of mapping them (`UseMmap:false` in its log), so none are held twice.
+    return estimate_bytes(header, min(context, header.context_length or context), 1, repack=False)

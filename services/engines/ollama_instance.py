@@ -1,0 +1,282 @@
+"""One model in an Ollama server: how it is loaded, warmed up, watched and unloaded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from services.engines.ollama_api import FOR_EVER, LongRequest, OllamaApi, OllamaError, OllamaUnreachable, Running
+from services.engines.ollama_load import LoadObserver
+from services.engines.ollama_log import first_cause
+from services.engines.ollama_runners import end_runner, resident, runner_of
+from services.engines.ollama_watch import Look, OllamaWatch
+from services.engines.processes import tail
+from services.switching.engine import (
+    HOST_DEVICE,
+    Endpoint,
+    EngineError,
+    Exit,
+    LoadFailed,
+    Model,
+    OnExit,
+    Report,
+    Usage,
+)
+
+log = structlog.get_logger(__name__)
+
+OBSERVE_SECONDS = 0.05
+GONE_LOOK_SECONDS = 0.02
+CHANGED_HANDS = "Ollama unloaded it: another program asked for that, or for room"
+
+GpuBytes = Callable[[str, int], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """The process of a local server. `log_path` is known for one that we started (`ours`)."""
+
+    pid: int
+    ours: bool = False
+    log_path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What every instance on one Ollama server shares.
+
+    `process` is None for a server elsewhere, and for one whose process can't be seen. `local` says that its memory is
+    this machine's. `downfall` tells in words why a server that is gone broke down, None when it was stopped.
+    """
+
+    api: OllamaApi
+    watch: OllamaWatch
+    local: bool
+    process: Callable[[], ServerProcess | None]
+    downfall: Callable[[], str | None]
+    gpu_bytes: GpuBytes
+
+
+class OllamaInstance:
+    """A model loading, loaded or being unloaded. `name` is Ollama's for it, `blob` the file of its weights."""
+
+    def __init__(
+        self, server: Server, model: Model, name: str, blob: str | None, device: str, on_exit: OnExit, *, ready: bool
+    ) -> None:
+        self.model = model
+        self.name = name
+        self._server = server
+        self._blob = blob
+        self._device = device
+        self._on_exit = on_exit
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._over = False
+        self._began = time.monotonic()
+        self._ready_at: float | None = self._began if ready else None
+        self._load: LongRequest | None = None
+        self._runner: int | None = None
+        self._speaks = True
+
+    @property
+    def pid(self) -> int | None:
+        return self._find_runner()
+
+    def wait_ready(self, report: Report, timeout: float) -> Endpoint:
+        if self._ready_at is None:
+            self._load_it(report, self._began + timeout)
+        return Endpoint(self._server.api.base_url, model=self.name)
+
+    def warm_up(self, timeout: float) -> None:
+        """Ask the way a chat will: other options than those would have Ollama load the model again."""
+        if self._speaks:
+            hello = {"role": "user", "content": "Hello"}
+            path, body = "/v1/chat/completions", {"model": self.name, "messages": [hello], "max_tokens": 1}
+        else:
+            path, body = "/v1/embeddings", {"model": self.name, "input": "Hello"}
+        self._ask(LongRequest(self._server.api.base_url, path, body, timeout), "It did not answer its first question")
+        self._server.watch.look()
+
+    def usage(self) -> Usage | None:
+        seen = self._server.watch.latest.models.get(self.name)
+        if not self._server.local:
+            return None  # it holds nothing here
+        runner = self._find_runner()
+        held = resident(runner) if runner is not None else None
+        on_gpu = self._on_gpu(seen, runner)
+        if on_gpu is not None:
+            spilled = max(0, seen.size_bytes - seen.vram_bytes) if seen else 0
+            return Usage(self._device, on_gpu, spilled_bytes=spilled)
+        if held is not None:
+            return _on_host(self._device, held[0], held[1])
+        return None if seen is None else _on_host(self._device, seen.size_bytes, 0)
+
+    def stop(self, grace: float) -> None:
+        self._stopping.set()
+        with self._lock:
+            load = self._load
+        if load is not None:
+            load.abort()
+        deadline = time.monotonic() + grace
+        try:
+            self._server.api.unload(self.name)
+            gone = self._wait_gone(deadline) or self._end_by_force(grace)
+        except OllamaUnreachable as error:
+            if not error.refused:
+                raise
+            gone = True
+        except OllamaError as error:
+            if error.status != 404:
+                raise EngineError(f"Ollama refuses to unload {self.model.id}: {error}.") from None
+            gone = True  # its files are gone, and with them the model
+        if not gone:
+            raise EngineError(
+                f"Ollama did not unload {self.model.id} within {grace:.0f} s: another program may be using it. "
+                "It goes on serving; try again later."
+            )
+        with self._lock:
+            self._over = True
+
+    def log_tail(self) -> str:
+        path = self._log_path()
+        return tail(path) if path is not None else ""
+
+    def warning(self) -> str | None:
+        seen = self._server.watch.latest.models.get(self.name)
+        if seen is None:
+            return None
+        words = []
+        if self._server.local and self._device != HOST_DEVICE and seen.vram_bytes < seen.size_bytes:
+            share = 100 * seen.vram_bytes // seen.size_bytes if seen.size_bytes else 0
+            words.append(f"Only {share} % of it fit on the GPU; the rest runs on the processor, which is slower.")
+        if self._server.watch.latest.reachable is None:
+            words.append("Ollama is slow to answer.")
+        elif seen.expires_at is not None:
+            at = datetime.fromtimestamp(seen.expires_at).strftime("%H:%M")
+            words.append(f"Another program set it to be unloaded at {at} when nobody asks it anything.")
+        return " ".join(words) or None
+
+    def note(self, look: Look) -> None:
+        """Take in a look at the server: a model that isn't there any more was unloaded by somebody else."""
+        if self._ready_at is None or look.at <= self._ready_at or self.name in look.models or look.reachable is None:
+            return
+        with self._lock:
+            if self._over or self._stopping.is_set():
+                return
+            self._over = True
+        downfall = None if look.reachable else self._server.downfall()
+        if look.reachable:
+            self._on_exit(Exit(CHANGED_HANDS, released=True))
+        elif downfall is None:
+            self._on_exit(Exit("Ollama was stopped, and with it everything it had loaded", released=True))
+        else:
+            self._on_exit(Exit(downfall.rstrip(".")))
+
+    def _load_it(self, report: Report, deadline: float) -> None:
+        body: dict[str, Any] = {"model": self.name, "keep_alive": FOR_EVER, "stream": False}
+        left = max(1.0, deadline - time.monotonic())
+        try:
+            self._load_with("/api/generate", body, report, left)
+        except LoadFailed as error:
+            if "does not support generate" not in error.cause:
+                raise
+            self._speaks = False  # a model for embeddings only
+            self._load_with("/api/embed", {**body, "input": "Hello"}, report, left)
+        self._ready_at = time.monotonic()
+        if self.name not in self._server.watch.look().models:
+            raise LoadFailed("Ollama said that it is loaded, but does not list it. Try again.", self.log_tail())
+
+    def _load_with(self, path: str, body: dict[str, Any], report: Report, timeout: float) -> None:
+        request = LongRequest(self._server.api.base_url, path, body, timeout)
+        done = threading.Event()
+        failure: list[LoadFailed] = []
+
+        def ask() -> None:
+            try:
+                self._ask(request, "Ollama could not load it")
+            except LoadFailed as error:
+                failure.append(error)
+            finally:
+                done.set()
+
+        observer = LoadObserver(self._log_path(), self._resident, self.model.size_bytes, report)
+        threading.Thread(target=ask, name="ollama-load", daemon=True).start()
+        while not done.wait(OBSERVE_SECONDS):
+            observer.look()
+        if failure:
+            self._server.watch.look()  # it may have evicted others before it failed
+            raise failure[0]
+
+    def _ask(self, request: LongRequest, trouble: str) -> None:
+        """Send a long request that `stop` can break off. Raises LoadFailed with the first cause."""
+        with self._lock:
+            self._load = request
+        try:
+            if self._stopping.is_set():
+                raise LoadFailed("It was stopped while loading.", self.log_tail())
+            request.answer()
+        except (OllamaError, OllamaUnreachable) as error:
+            if self._stopping.is_set():
+                raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
+            cause = first_cause(str(error)) if isinstance(error, OllamaError) else str(error)
+            raise LoadFailed(f"{trouble}: {cause}", self.log_tail()) from None
+        finally:
+            with self._lock:
+                self._load = None
+
+    def _wait_gone(self, deadline: float) -> bool:
+        """Whether it left the list, and its process this machine, before the deadline."""
+        runner = self._find_runner()
+        while time.monotonic() < deadline:
+            listed = self.name in self._server.watch.look().models
+            if not listed and (runner is None or resident(runner) is None):
+                return True
+            time.sleep(GONE_LOOK_SECONDS)
+        return False
+
+    def _end_by_force(self, grace: float) -> bool:
+        """End its runner, where the server is ours to disturb. Whether it is gone then."""
+        process, runner = self._server.process(), self._find_runner()
+        if process is None or not process.ours or runner is None:
+            return False
+        log.warning("Ollama did not unload a model, ending its runner", model=self.model.id, pid=runner)
+        end_runner(runner)
+        return self._wait_gone(time.monotonic() + grace)
+
+    def _log_path(self) -> Path | None:
+        process = self._server.process()
+        return process.log_path if process is not None else None
+
+    def _resident(self) -> int | None:
+        """Bytes of RAM that its process holds; None for a model whose weights go to a GPU, or that can't be seen."""
+        runner = self._find_runner() if self._device == HOST_DEVICE else None
+        held = resident(runner) if runner is not None else None
+        return held[0] if held is not None else None
+
+    def _find_runner(self) -> int | None:
+        if self._runner is not None and resident(self._runner) is not None:
+            return self._runner
+        process = self._server.process() if self._server.local else None
+        self._runner = runner_of(process.pid, self._blob) if process and self._blob else None
+        return self._runner
+
+    def _on_gpu(self, seen: Running | None, runner: int | None) -> int | None:
+        """Bytes on its GPU: the driver's word, else Ollama's; None for a model on the processor."""
+        if self._device == HOST_DEVICE:
+            return None
+        measured = self._server.gpu_bytes(self._device, runner) if runner is not None else None
+        return measured if measured is not None else seen.vram_bytes if seen else None
+
+
+def _on_host(device: str, held: int, mapped: int) -> Usage:
+    """A model on the processor; one that was meant for a GPU holds nothing there."""
+    if device == HOST_DEVICE:
+        return Usage(HOST_DEVICE, held, mapped_bytes=mapped)
+    return Usage(device, 0, spilled_bytes=held)

@@ -1,0 +1,39 @@
+"""The processes in which a local Ollama holds its models: children of the server, told apart by the file they opened.
+
+Recorded: `ollama runner --model models/blobs/sha256-328b… --port 42535`; from 0.30 on `llama-server --model …`.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import PurePath
+
+import psutil
+
+
+def runner_of(server_pid: int, blob: str) -> int | None:
+    """The pid of the child that holds the weights in `blob`; None when there is none, or it can't be seen."""
+    wanted = PurePath(blob).name
+    with suppress(psutil.Error):
+        for child in psutil.Process(server_pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if any(wanted in argument for argument in child.cmdline()):
+                    return child.pid
+    return None
+
+
+def resident(pid: int) -> tuple[int, int] | None:
+    """Bytes of RAM that a process holds, and how many of them are mapped or shared; None when it is gone."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return None
+    if memory.rss == 0:
+        return None  # it ended, and its parent has yet to notice
+    return memory.rss, min(memory.shared, memory.rss)
+
+
+def end_runner(pid: int) -> None:
+    """Kill a runner that its server can't be brought to end. The server notices and forgets it."""
+    with suppress(psutil.Error):
+        psutil.Process(pid).kill()

@@ -1,0 +1,109 @@
+"""Where Ollama answers, and what can be seen of it from outside: its version, or who listens there instead.
+
+Format of Ollama 0.24.0: `GET /api/version` answers `{"version": "0.24.0"}`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import suppress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import psutil
+import requests
+from urllib3.exceptions import NewConnectionError
+
+from services.http import control_session
+from services.offhub import off_hub
+
+PROBE_TIMEOUT = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one look at an address showed: a version (Ollama answers), an error in words, or neither: nobody listens."""
+
+    version: str | None = None
+    error: str | None = None
+
+
+NOBODY = Seen()
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where Ollama answers: its URL, and host:port as `OLLAMA_HOST` takes them.
+
+    `local`: on this machine, and without TLS, which `ollama serve` does not speak.
+    """
+
+    url: str
+    authority: str
+    port: int
+    local: bool
+
+    @classmethod
+    def parse(cls, base_url: str) -> Address:
+        """From a URL without a path, such as `http://127.0.0.1:11434`."""
+        parts = urlsplit(base_url)
+        host = parts.hostname or ""
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return cls(base_url.rstrip("/"), authority, port, parts.scheme == "http" and _is_loopback(host))
+
+    def look(self) -> Seen:
+        """Ask for the version once; takes `PROBE_TIMEOUT` seconds at most."""
+        try:
+            with control_session() as http:
+                answer = http.get(f"{self.url}/api/version", timeout=PROBE_TIMEOUT)
+            version = answer.json().get("version") if answer.status_code == 200 else None
+        except requests.Timeout:
+            return Seen(error=f"Ollama at {self.url} hangs or is overloaded: no answer within {PROBE_TIMEOUT:.0f} s.")
+        except requests.ConnectionError as error:
+            if _nobody_listens(error):
+                return NOBODY
+            return Seen(error=f"The connection to {self.url} was cut before an answer came.")
+        except (requests.RequestException, ValueError, AttributeError):
+            version = None
+        if isinstance(version, str):
+            return Seen(version)
+        return Seen(error=f"What answers at {self.url} is not Ollama. Check the setting ollama_base_url.")
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """The program that listens on a port, as far as this machine's process list shows it.
+
+    `started_at` is seconds since the epoch.
+    """
+
+    pid: int | None = None
+    name: str | None = None
+    started_at: float | None = None
+
+    def __str__(self) -> str:
+        return "another program" if self.pid is None else f"the program {self.name} (process {self.pid})"
+
+
+def listener_on(port: int) -> Listener:
+    """Who listens on a port of this machine. Reads every process's open files: some 10 ms."""
+    with suppress(psutil.Error, OSError):
+        for connection in off_hub(psutil.net_connections, "tcp"):
+            here = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+            if here and connection.pid:
+                process = psutil.Process(connection.pid)
+                return Listener(process.pid, process.name(), process.create_time())
+    return Listener()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _nobody_listens(error: requests.ConnectionError) -> bool:
+    cause = error.args[0] if error.args else None
+    return isinstance(getattr(cause, "reason", None), NewConnectionError)

@@ -1,0 +1,268 @@
+"""The ollama engine against the port's conformance suite, and what only a shared server can do.
+
+On the stand-in by default; on a real Ollama where OLLAMA_TEST_BINARY names one (`make test-ollama`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import requests
+from tests.support.ollama import FakeOllama
+
+from services.engines.ollama import Ollama, full_name
+from services.engines.ollama_api import OllamaApi, OllamaUnreachable
+from services.engines.ollama_instance import CHANGED_HANDS, ServerProcess
+from services.switching.engine import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
+from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
+from tests.support.console import free_port, wait_until
+
+MODELS = {
+    "tiny-a:latest": {"size": 7_411_936, "hold_mb": 20},
+    "tiny-b:latest": {"size": 46_236_961, "hold_mb": 30},
+    "broken:latest": {"size": 7_411_936, "broken": True},
+    "embedder:latest": {"size": 7_411_936, "embedding_only": True},
+    "spilled:latest": {"size": 10_000_000, "vram_share": 0.6},
+    "cloudy:latest": {"size": 400, "cloud": True},
+}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FakeOllama]:
+    """A server that somebody else started."""
+    with FakeOllama(tmp_path / "ollama", models=MODELS) as fake:
+        yield fake
+
+
+@pytest.fixture
+def make_engine(server: FakeOllama) -> Iterator[Callable[..., Ollama]]:
+    """Engines on that server, watching it."""
+    made: list[Ollama] = []
+
+    def make(**options: object) -> Ollama:
+        process = ServerProcess(server.servers()[0].pid, bool(options.pop("ours", False)))
+        engine = Ollama(server.url, local=True, process=lambda: process, **options)  # type: ignore[arg-type]
+        engine.prepare()
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+class TestOllama(EngineConformance):
+    """The promises of the port."""
+
+    @pytest.fixture
+    def case(self, server: FakeOllama, make_engine: Callable[..., Ollama]) -> EngineCase:
+        engine = make_engine()
+        good, other, damaged = (model(name) for name in ("tiny-a", "tiny-b", "broken"))
+
+        def serves(endpoint: Endpoint) -> bool:
+            return endpoint.model in server.ps()
+
+        return EngineCase(engine, good, other, damaged, end=lambda _: server.unload("tiny-a"), serves=serves)
+
+    def test_what_another_client_unloads_is_released_not_failed(self, case: EngineCase, server: FakeOllama):
+        """Nothing is broken; the words say who did it."""
+        with case.ready():
+            server.unload("tiny-a")
+            wait_until(lambda: bool(case.exits), "the exit to be reported")
+        assert case.exits == [Exit(CHANGED_HANDS, released=True)]
+
+    def test_a_server_that_goes_away_takes_its_models_along(self, case: EngineCase, server: FakeOllama):
+        """Noticed within seconds, told once for each model."""
+        with case.ready():
+            server.kill()
+            wait_until(lambda: bool(case.exits), "the exit to be reported", patience=5)
+        assert len(case.exits) == 1
+
+    def test_loads_carry_no_options_and_a_numeric_keep_alive(self, case: EngineCase, server: FakeOllama):
+        """Options other than a chat's would have it loaded again; the string "-1" is an error."""
+        with case.ready() as (_, endpoint):
+            _chat(endpoint)
+        asked = [r["body"] for r in server.requests() if r["path"] == "/api/generate"]
+        assert asked[0] == {"model": "tiny-a:latest", "keep_alive": -1, "stream": False}
+        assert asked[-1]["keep_alive"] == 0
+        assert server.said().count("runner started in") == 1
+
+    def test_after_stop_its_memory_is_free(self, case: EngineCase):
+        """Not only gone from the list: the process that held it has ended."""
+        with case.ready() as (instance, _):
+            runner = instance.pid
+            assert runner is not None
+            instance.stop(GRACE)
+            assert not _alive(runner)
+
+    def test_a_load_shows_the_growth_of_its_runner(self, case: EngineCase, server: FakeOllama):
+        """The API is silent during a load; the memory of the runner is not."""
+        server.set_fault("slow_load", 1.0)
+        seen: list[Evidence] = []
+        instance = case.launch(case.other)
+        try:
+            instance.wait_ready(seen.append, LOAD_SECONDS)
+        finally:
+            instance.stop(GRACE)
+        fractions = [e.fraction for e in seen if e.stage == "loading_weights" and e.fraction is not None]
+        assert len(fractions) >= 3
+        assert fractions == sorted(fractions)
+
+    def test_stopping_a_slow_load_drops_the_request(self, case: EngineCase, server: FakeOllama):
+        """Ollama sees its client leave and gives the load up; nothing of it stays."""
+        server.set_fault("stuck_load", True)
+        instance = case.launch()
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(instance.wait_ready, lambda _: None, LOAD_SECONDS)
+            wait_until(lambda: bool(server.runners()), "the load to begin")
+            instance.stop(GRACE)
+            assert isinstance(waiting.exception(GRACE), LoadFailed)
+        assert server.ps() == []
+        assert case.exits == []
+
+    def test_a_load_that_ollama_refuses_says_the_first_cause(self, case: EngineCase):
+        """Its own telling words, without its panic."""
+        instance = case.launch(case.damaged)
+        with pytest.raises(LoadFailed, match="missing tensor") as caught:
+            instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        assert "panic" not in str(caught.value)
+        instance.stop(GRACE)
+
+    def test_a_model_for_embeddings_is_loaded_its_own_way(self, case: EngineCase, server: FakeOllama):
+        """It refuses to generate (400); an embedding loads and warms it."""
+        with case.ready(model("embedder")) as (_, endpoint):
+            assert endpoint.model in server.ps()
+
+    def test_a_model_that_will_not_go_stays_in_use(self, case: EngineCase, server: FakeOllama):
+        """On a server of somebody else nothing is forced: stop says so, and it goes on serving."""
+        with case.ready() as (instance, endpoint):
+            server.set_fault("never_unload", True)
+            with pytest.raises(EngineError, match="did not unload"):
+                instance.stop(0.5)
+            assert case.serves(endpoint)
+            server.clear_faults()
+
+    def test_on_a_server_of_ours_a_model_that_will_not_go_is_ended(
+        self, server: FakeOllama, make_engine: Callable[..., Ollama]
+    ):
+        """Its runner is killed, its memory is free."""
+        engine = make_engine(ours=True)
+        instance = engine.launch(engine.describe(model("tiny-a")), lambda _: None)
+        instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        runner = instance.pid
+        assert runner is not None
+        server.set_fault("never_unload", True)
+        instance.stop(0.5)
+        assert not _alive(runner)
+
+    def test_what_another_client_loaded_is_found_and_adopted(self, case: EngineCase, server: FakeOllama):
+        """Ready at once, answering, and unloaded like one of ours."""
+        server.load("tiny-b")
+        wait_until(lambda: "tiny-b:latest" in case.engine.loaded(), "the look that finds it")
+        adopted = case.engine.adopt(case.engine.describe(case.other), case.exits.append)
+        assert adopted is not None
+        endpoint = adopted.wait_ready(lambda _: None, 0)
+        _chat(endpoint)
+        adopted.stop(GRACE)
+        assert server.ps() == []
+        assert case.exits == []
+
+    def test_a_changed_expiry_is_told(self, case: EngineCase, server: FakeOllama):
+        """Another client's keep_alive replaces ours: people learn when it will go."""
+        with case.ready() as (instance, _):
+            assert instance.warning() is None
+            server.load("tiny-a", keep_alive=600)
+            wait_until(lambda: instance.warning() is not None, "the warning")
+            assert "Another program set it to be unloaded at" in str(instance.warning())
+
+    def test_a_model_that_spilled_to_the_processor_is_told(self, make_engine: Callable[..., Ollama]):
+        """`size_vram` below `size`: the share is named, and both parts are in the books."""
+        engine = make_engine(gpus=lambda: ["GPU-1"])
+        instance = engine.launch(engine.describe(model("spilled")), lambda _: None)
+        instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        instance.warm_up(LOAD_SECONDS)
+        usage = instance.usage()
+        assert usage is not None
+        assert (usage.device, usage.bytes > usage.spilled_bytes > 0) == ("GPU-1", True)
+        assert "Only 59 % of it fit on the GPU" in str(instance.warning()) or "Only 60 %" in str(instance.warning())
+        instance.stop(GRACE)
+
+    def test_a_context_of_its_own_is_built_into_a_name(self, server: FakeOllama, make_engine: Callable[..., Ollama]):
+        """`/v1` takes no context length: the model is served by a name that has it, and listed once."""
+        engine = make_engine()
+        wanted = engine.describe(replace(model("tiny-a"), options={"context_length": 512}))
+        instance = engine.launch(wanted, lambda _: None)
+        endpoint = instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        instance.warm_up(LOAD_SECONDS)
+        assert str(endpoint.model).startswith("switchyard/")
+        assert engine.loaded() == {"tiny-a:latest"}
+        assert not any(m.id.startswith("switchyard/") for m in engine.discover())
+        (loaded,) = OllamaApi(server.url).running()
+        assert loaded.context_length == 512
+        instance.stop(GRACE)
+
+    def test_removing_a_model_deletes_its_files(self, case: EngineCase, server: FakeOllama):
+        """And what was derived from it."""
+        case.engine.remove(case.engine.describe(case.good))
+        assert "tiny-a:latest" not in server.tags()
+        assert "tiny-a:latest" not in [m.id for m in case.engine.discover()]
+
+
+def test_only_models_of_this_machine_are_discovered(make_engine: Callable[..., Ollama]):
+    """Stubs of cloud models take no memory here and can't be switched; names without their tag are aliases."""
+    found = {m.id: m for m in make_engine().discover()}
+    assert "cloudy:latest" not in found
+    assert found["tiny-a:latest"].aliases == ("tiny-a",)
+    assert found["tiny-a:latest"].size_bytes == 7_411_936
+
+
+def test_a_server_that_is_not_there_is_said_in_words():
+    """What to do stands in the message."""
+    engine = Ollama(f"http://127.0.0.1:{free_port()}", local=True)
+    assert engine.discover() == []
+    with pytest.raises(OllamaUnreachable, match="Start it on the Models page"):
+        engine.launch(model("tiny-a"), lambda _: None)
+
+
+def test_a_remote_server_takes_nothing_of_this_machine(server: FakeOllama):
+    """Its models need no memory here and hold none."""
+    engine = Ollama(server.url, local=False)
+    described = engine.describe(model("tiny-a"))
+    assert engine.estimate(described).bytes == 0
+    instance = engine.launch(described, lambda _: None)
+    instance.wait_ready(lambda _: None, LOAD_SECONDS)
+    assert instance.usage() is None
+    instance.stop(GRACE)
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("llama3.2", "llama3.2:latest"),
+        ("q:7b", "q:7b"),
+        ("127.0.0.1:5005/library/x", "127.0.0.1:5005/library/x:latest"),
+    ],
+)
+def test_a_name_without_a_tag_means_the_latest(name, full):
+    """The colon of a port is none of a tag."""
+    assert full_name(name) == full
+
+
+def model(name: str) -> Model:
+    return Model(full_name(name), "ollama", full_name(name))
+
+
+def _chat(endpoint: Endpoint) -> None:
+    question = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    answer = requests.post(f"{endpoint.origin}/v1/chat/completions", json=question, timeout=30)
+    assert answer.json()["choices"][0]["message"]["content"]
+
+
+def _alive(pid: int) -> bool:
+    return (
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    )

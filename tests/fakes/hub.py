@@ -1,0 +1,250 @@
+"""A stand-in for the Hugging Face hub, with its CDN on another port, and with fault switches.
+
+It answers what huggingface_hub 2.4 asks to list a repository (`GET /api/models/…?blobs=true`) and to fetch files
+(`GET /…/resolve/…`, for LFS files a redirect to the CDN), in the hub's shapes, and keeps a record of every request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PIECE = 4_096
+
+
+@dataclass(frozen=True)
+class Repo:
+    """`files` are the contents by path. With `gated`, reading them takes that token; `lfs` sends them over the CDN.
+
+    `sizes` are told instead of the real ones.
+    """
+
+    files: Mapping[str, bytes]
+    gated: str | None = None
+    lfs: bool = True
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Faults:
+    """What goes wrong with files; all may be changed while the hub runs."""
+
+    cut_after: int | None = None
+    """Bytes after which the connection is cut …"""
+    cuts: int = 1_000_000
+    """… and how often that happens."""
+    hang_after: int | None = None
+    """Bytes after which nothing more comes, with the connection open."""
+    bytes_per_second: float | None = None
+    refuse_ranges: bool = False
+    flip: bool = False
+    """The first byte sent is another one."""
+    login_page: bool = False
+    """Every answer is a web page, as in a hotel's network."""
+    statuses: list[int] = field(default_factory=list)
+    """Statuses that the next requests of any kind are answered with."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """`server` is `hub` or `cdn`; `range` and `authorization` are the headers."""
+
+    server: str
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+
+
+class FakeHub:
+    """Runs from `with` to its end. `repos` may change while it runs."""
+
+    def __init__(self, repos: Mapping[str, Repo]) -> None:
+        self.repos = dict(repos)
+        self.faults = Faults()
+        self.requests: list[Request] = []
+        self.sent = 0
+        self.closing = threading.Event()
+        self._hub, self._cdn = _Server(self, "hub"), _Server(self, "cdn")
+
+    @property
+    def url(self) -> str:
+        return self._hub.url
+
+    @property
+    def cdn_url(self) -> str:
+        return self._cdn.url
+
+    def __enter__(self) -> FakeHub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        for server in (self._hub, self._cdn):
+            server.shutdown()
+            server.server_close()
+
+    def asked(self, server: str) -> list[Request]:
+        return [request for request in self.requests if request.server == server]
+
+    def content(self, sha256: str) -> bytes | None:
+        contents = (content for repo in self.repos.values() for content in repo.files.values())
+        return next((content for content in contents if hashlib.sha256(content).hexdigest() == sha256), None)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = False  # server_close waits for them: no thread outlives a test
+
+    def __init__(self, hub: FakeHub, name: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+        self.name = name
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that leave in the middle are what the tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_GET(self) -> None:
+        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        hub.requests.append(
+            Request(self.server.name, "GET", path, self.headers["Range"], self.headers["Authorization"])
+        )
+        if hub.faults.statuses:
+            self._refuse(hub.faults.statuses.pop(0), "ServerError", "the stand-in was told to refuse")
+        elif hub.faults.login_page:
+            self._answer(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
+        elif self.server.name == "cdn":
+            content = hub.content(path.rpartition("/")[2])
+            if content is None:
+                self._refuse(403, "AccessDenied", "no such object")
+            else:
+                self._send(content)
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            self._list(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._resolve(match[1], match[2], match[3])
+        else:
+            self._refuse(404, "NotFound", "the stand-in does not have this page")
+
+    def _list(self, repo_id: str, revision: str) -> None:
+        repo = self._repo(repo_id, revision)
+        if repo is None:
+            return
+        siblings = []
+        for path, content in repo.files.items():
+            size = repo.sizes.get(path, len(content))
+            entry: dict[str, object] = {"rfilename": path, "size": size, "blobId": git_id(content)}
+            if repo.lfs:
+                entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 135}
+            siblings.append(entry)
+        body = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
+        self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, repo_id: str, revision: str, path: str) -> None:
+        repo = self._repo(repo_id, revision)
+        if repo is None:
+            return
+        token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+        if repo.gated is not None and token != repo.gated:
+            self._refuse(403 if token else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        elif path not in repo.files:
+            self._refuse(404, "EntryNotFound", "Entry not found")
+        elif repo.lfs:
+            content = repo.files[path]
+            sha256 = hashlib.sha256(content).hexdigest()
+            headers = {
+                "Location": f"{self.server.hub.cdn_url}/repos/{quote(sha256)}?signature=short-lived",
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Size": str(len(content)),
+                "X-Linked-Etag": f'"{sha256}"',
+            }
+            self._answer(302, b"", headers)
+        else:
+            self._send(repo.files[path])
+
+    def _repo(self, repo_id: str, revision: str) -> Repo | None:
+        """The repository; None when it was answered that there is none, as the hub does it (401 without a token)."""
+        repo = self.server.hub.repos.get(repo_id)
+        if repo is None and self.headers["Authorization"] is None:
+            self._refuse(401, "RepoNotFound", "Invalid username or password.")
+        elif repo is None:
+            self._refuse(404, "RepoNotFound", "Repository not found")
+        elif revision not in ("main", COMMIT):
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return repo
+
+    def _send(self, content: bytes) -> None:
+        faults = self.server.hub.faults
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+            "X-Repo-Commit": COMMIT,
+        }
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        start = int(asked[1]) if asked and not faults.refuse_ranges else 0
+        if start >= len(content) > 0:
+            self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            return
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.send_response(206 if start else 200)
+        for key, value in {**headers, "Content-Length": str(len(content) - start)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        rest = content[start:]
+        if faults.flip:
+            rest = bytes([rest[0] ^ 0xFF]) + rest[1:]
+        sent = 0
+        for piece in self._paced(rest):
+            self.wfile.write(piece)
+            sent += len(piece)
+            self.server.hub.sent += len(piece)
+            if faults.hang_after is not None and sent >= faults.hang_after:
+                self.server.hub.closing.wait(30)
+                self.close_connection = True
+                return
+            if faults.cut_after is not None and sent >= faults.cut_after and faults.cuts > 0:
+                faults.cuts -= 1
+                self.close_connection = True
+                return
+
+    def _paced(self, content: bytes) -> Iterator[bytes]:
+        for start in range(0, len(content), PIECE):
+            piece = content[start : start + PIECE]
+            yield piece
+            if self.server.hub.faults.bytes_per_second is not None:
+                time.sleep(len(piece) / self.server.hub.faults.bytes_per_second)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
+        self._answer(status, json.dumps({"error": message}).encode(), headers)
+
+    def _answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+def git_id(content: bytes) -> str:
+    """What git calls a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

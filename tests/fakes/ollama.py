@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""A stand-in for `ollama` 0.24.0, server and command in one, with fault switches for what the real one can't be made
+to do on cue. `tests/support/ollama.py` says how it is configured; its parts are in `ollama_parts`.
+
+    ollama serve | pull [--insecure] NAME | list | ps | --version
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def main(arguments: list[str]) -> int:
+    # Each command imports what it needs and no more: a runner must start at once.
+    if arguments[:1] == ["runner"]:
+        from ollama_parts.runner import run as hold
+
+        hold(arguments[1:])
+    elif arguments[:1] == ["serve"]:
+        from ollama_parts.serve import serve
+
+        return serve()
+    elif arguments[:1] in (["pull"], ["list"], ["ls"], ["ps"]):
+        from ollama_parts.client import run
+
+        return run(arguments)
+    elif arguments in (["--version"], ["-v"]):
+        print("ollama version is 0.24.0")
+    else:
+        print(f'Error: unknown command "{" ".join(arguments)}" for "ollama"', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

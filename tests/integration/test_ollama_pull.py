@@ -1,0 +1,628 @@
+"""Ollama's downloads through both ways, the command and the API; what either does when the other side misbehaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.downloads.fetcher import Abort, Aborted, DownloadError, Seen
+from services.downloads.ollama_names import OllamaName
+from services.downloads.ollama_pull import OllamaFetcher
+from services.downloads.ollama_registry import MAX_BYTES, fetch_manifest
+from services.downloads.progress import TransferProgress
+from services.engines.processes import ProcessRegistry
+from tests.support.console import wait_until
+from tests.support.ollama import TINY_B, FakeOllama, FakeRegistry
+
+NOBODY = "http://127.0.0.1:9"
+SUCCESS = b'{"status":"pulling manifest"}\n{"status":"success"}\n'
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[str]:
+    """An HTTP server on a free loopback port that answers everything by `answer`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer(self)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def answering(status: int, body: bytes, **headers: str) -> Answer:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """After each test: no child, no thread, no file descriptor more than before."""
+    children, threads, files = len(psutil.Process().children()), threading.active_count(), _open_files()
+    yield
+    wait_until(lambda: threading.active_count() <= threads, "threads to end")
+    assert len(psutil.Process().children()) == children
+    assert _open_files() <= files
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def program(folder: Path, code: str) -> str:
+    """A stand-in for the command, of a few lines of Python; `say` draws on stderr."""
+    path = folder / "ollama"
+    prelude = "import os, signal, subprocess, sys, time\ndef say(text): os.write(2, text.encode())\n"
+    path.write_text(f"#!{sys.executable} -S\n{prelude}{code}\n", encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def by_command(folder: Path, code: str, **settings: object) -> OllamaFetcher:
+    binary = program(folder, code)
+    return OllamaFetcher("http://127.0.0.1:9", find_binary=lambda: binary, registry_url=NOBODY, **settings)
+
+
+def by_stream(url: str, **settings: object) -> OllamaFetcher:
+    return OllamaFetcher(url, find_binary=lambda: None, registry_url=NOBODY, **settings)
+
+
+def failure(fetcher: OllamaFetcher, name: str = "tiny-b") -> DownloadError:
+    with pytest.raises(DownloadError) as caught:
+        fetcher.fetch(name, lambda _: None, Abort())
+    return caught.value
+
+
+@dataclass
+class Running:
+    """A fetch in a thread of its own, as the queue runs it."""
+
+    fetcher: OllamaFetcher
+    name: str = "tiny-b"
+    seen: list[Seen] = field(default_factory=list)
+    ended_by: BaseException | None = None
+
+    def __enter__(self) -> Running:
+        self.abort = Abort()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def wait_for(self, phase: str) -> None:
+        wait_until(lambda: any(seen.phase == phase for seen in self.seen), f"the phase {phase}")
+
+    def stop(self) -> float:
+        """Abort it; how many seconds it took to end."""
+        began = time.monotonic()
+        self.abort()
+        self._thread.join(10)
+        return time.monotonic() - began
+
+    def _run(self) -> None:
+        try:
+            self.fetcher.fetch(self.name, self.seen.append, self.abort)
+        except (Aborted, DownloadError) as error:
+            self.ended_by = error
+
+
+@dataclass
+class Pulls:
+    """A stand-in for Ollama with a registry, and the two ways to have it pull."""
+
+    ollama: FakeOllama
+    registry: FakeRegistry
+    way: str
+
+    def fetcher(self, **settings: object) -> OllamaFetcher:
+        binary = self.ollama.binary if self.way == "command" else None
+        return OllamaFetcher(
+            self.ollama.url, find_binary=lambda: binary, registry_url=self.registry.url, insecure=True, **settings
+        )
+
+    def at(self, seen: Seen) -> int:
+        return sum(part.completed for part in seen.parts.values())
+
+    def kept(self) -> int:
+        """Bytes on Ollama's disk; 0 while it is still moving them, or just writing down how many there are."""
+        try:
+            return self.ollama.pulled_bytes("tiny-b")
+        except json.JSONDecodeError:
+            return 0
+
+
+@pytest.fixture(params=["command", "stream"])
+def pulls(request, tmp_path, monkeypatch) -> Iterator[Pulls]:
+    """Ollama runs and offers tiny-b, of 46 MB."""
+    offered = {"tiny-b:latest": TINY_B}
+    with FakeRegistry(offered) as registry, FakeOllama(tmp_path / "ollama", registry=offered) as ollama:
+        ollama.configure(registry_url=registry.url, bytes_per_second=400_000_000, blob_seconds=0.01)
+        monkeypatch.setenv("FAKE_OLLAMA", ollama.environment["FAKE_OLLAMA"])  # for the command that we start
+        yield Pulls(ollama, registry, request.param)
+
+
+class TestBothWays:
+    """Whole pulls, by the command and by the API: the same promises."""
+
+    def test_a_model_arrives_with_its_size_known_ahead(self, pulls):
+        """Phases in order, percent rising to its end, every layer complete, and the exact size from the registry."""
+        pulls.ollama.configure(bytes_per_second=80_000_000)
+        seen: list[Seen] = []
+        pulls.fetcher().fetch("tiny-b", seen.append, Abort())
+        assert pulls.ollama.tags() == ["tiny-b:latest"]
+        phases = list(dict.fromkeys(one.phase for one in seen))
+        assert phases == [phase for phase in ("resolving", "downloading", "verifying", "writing") if phase in phases]
+        assert "downloading" in phases
+        assert "writing" in phases
+        progress = TransferProgress()
+        figures = [progress.advance(one, number * 0.1) for number, one in enumerate(seen)]
+        assert figures[-1].percent == 99
+        assert len({figure.percent for figure in figures}) > 4
+        assert figures[-1].completed_bytes == figures[-1].total_bytes == TINY_B["size"]
+        assert {one.expected_bytes for one in seen[1:]} == {TINY_B["size"]}
+
+    def test_a_model_that_is_here_already_is_done_at_once(self, pulls):
+        """Its layers are only looked at."""
+        pulls.fetcher().fetch("tiny-b", lambda _: None, Abort())
+        began = time.monotonic()
+        pulls.fetcher().fetch("tiny-b:latest", lambda _: None, Abort())
+        assert time.monotonic() - began < 2
+
+    def test_an_abort_stops_the_transfer_within_a_second_and_the_next_try_goes_on(self, pulls):
+        """What has arrived is kept, and is where the next one begins."""
+        pulls.ollama.set_fault("pull_slow", 10_000_000)
+        with Running(pulls.fetcher()) as running:
+            wait_until(lambda: any(pulls.at(seen) > 3_000_000 for seen in running.seen[:]), "some of it to arrive")
+            assert running.stop() < 1
+            assert isinstance(running.ended_by, Aborted)
+        wait_until(lambda: pulls.kept() > 0, "Ollama to have stopped")
+        kept = pulls.kept()
+        assert kept < TINY_B["size"]
+        pulls.ollama.clear_faults()
+        seen: list[Seen] = []
+        pulls.fetcher().fetch("tiny-b", seen.append, Abort())
+        first = next(pulls.at(one) for one in seen if one.parts)
+        assert kept - 1_000_000 < first  # the command draws whole MB
+        assert pulls.ollama.tags() == ["tiny-b:latest"]
+
+    def test_an_unknown_name(self, pulls):
+        """The registry doesn't have it; Ollama says so itself."""
+        error = failure(pulls.fetcher(), "nosuch")
+        assert (error.code, error.may_resume) == ("unknown_model", False)
+        assert "nosuch" in error.message
+
+    def test_ollama_killed_in_the_middle(self, pulls):
+        """Neither way says an error then, and the command even exits with 0."""
+        pulls.ollama.set_fault("pull_kill_server_at", 30)
+        error = failure(pulls.fetcher())
+        assert (error.code, error.may_resume) == ("interrupted", True)
+
+    @pytest.mark.parametrize(
+        ("fault", "value", "code"),
+        [
+            ("pull_error_at", {"percent": 20, "error": "something odd"}, "download_failed"),
+            ("disk_full_at", 20, "disk_full"),
+            ("digest_mismatch", True, "digest_mismatch"),
+            ("registry_down", True, "registry_unreachable"),
+        ],
+    )
+    def test_an_error_in_the_middle(self, pulls, fault, value, code):
+        """Ollama's answer began well."""
+        pulls.ollama.set_fault(fault, value)
+        error = failure(pulls.fetcher())
+        assert (error.code, error.may_resume) == (code, True)
+
+    def test_a_transfer_that_stands_still_is_given_up(self, pulls):
+        """Ollama goes on saying the same; stalled, and what is here is kept."""
+        pulls.ollama.set_fault("pull_stuck_at", 20)
+        error = failure(pulls.fetcher(stall_seconds=0.4))
+        assert (error.code, error.may_resume) == ("stalled", True)
+
+    def test_ollama_is_not_running(self, pulls):
+        """The same code from both ways, and what to do."""
+        pulls.ollama.kill()
+        error = failure(pulls.fetcher())
+        assert (error.code, error.may_resume) == ("ollama_unreachable", True)
+        assert "ollama serve" in error.message
+
+    def test_a_registry_that_says_nothing_ahead_changes_nothing_else(self, pulls):
+        """The sizes then come as Ollama gets to them."""
+        seen: list[Seen] = []
+        binary = pulls.ollama.binary if pulls.way == "command" else None
+        OllamaFetcher(pulls.ollama.url, find_binary=lambda: binary, registry_url=NOBODY).fetch(
+            "tiny-b", seen.append, Abort()
+        )
+        assert {one.expected_bytes for one in seen} == {None}
+        assert pulls.ollama.tags() == ["tiny-b:latest"]
+
+
+class TestCommand:
+    """The command, as it may behave on a bad day."""
+
+    def test_it_is_told_where_ollama_is_and_that_nobody_watches(self, tmp_path):
+        """Arguments, environment, a process group of its own, and neither stdin nor stdout of ours."""
+        notes = tmp_path / "notes"
+        keys = "('OLLAMA_HOST', 'TERM', 'NO_COLOR')"
+        code = f"""
+with open({str(notes)!r}, "w") as file:
+    print(sys.argv[1:], [os.environ[key] for key in {keys}], os.getpgid(0) == os.getpid(), file=file)
+    print(os.readlink("/proc/self/fd/0"), os.readlink("/proc/self/fd/1"), file=file)
+say("success ")"""
+        by_command(tmp_path, code, insecure=True).fetch("user/x:7b", lambda _: None, Abort())
+        assert notes.read_text(encoding="utf-8").splitlines() == [
+            f"['pull', '--insecure', 'user/x:7b'] ['{NOBODY}', 'dumb', '1'] True",
+            "/dev/null /dev/null",
+        ]
+
+    def test_an_exit_with_0_is_no_success(self, tmp_path):
+        """Ollama's server ended in the middle: the command says nothing about it."""
+        error = failure(by_command(tmp_path, "say('pulling manifest \\x1b[K')"))
+        assert (error.code, error.may_resume) == ("interrupted", True)
+
+    def test_success_counts_whatever_the_exit_code(self, tmp_path):
+        """The word is said once the model is complete."""
+        seen: list[Seen] = []
+        by_command(tmp_path, "say('success \\x1b[K')\nsys.exit(3)").fetch("tiny-b", seen.append, Abort())
+        assert seen
+
+    def test_a_command_that_dies_without_a_word_is_told_by_its_end(self, tmp_path):
+        """Somebody killed it."""
+        error = failure(by_command(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"))
+        assert error.code == "interrupted"
+        assert "SIGKILL" in error.message
+
+    def test_its_error_is_explained(self, tmp_path):
+        """An error that a real one drew, with exit code 1."""
+        error = failure(
+            by_command(tmp_path, "say('\\nError: pull model manifest: file does not exist\\n')\nsys.exit(1)")
+        )
+        assert error.code == "unknown_model"
+
+    def test_one_that_hangs_after_success_is_ended(self, tmp_path):
+        """The model is there; nobody has to wait."""
+        by_command(tmp_path, "say('success \\n')\ntime.sleep(60)").fetch("tiny-b", lambda _: None, Abort())
+
+    def test_one_that_leaves_somebody_with_its_stderr_ends_all_the_same(self, tmp_path):
+        """The end of the process counts, not the end of the pipe alone."""
+        code = "subprocess.Popen(['sleep', '5'])\nsay('pulling manifest \\n')"
+        assert failure(by_command(tmp_path, code)).code == "interrupted"
+
+    @pytest.mark.parametrize("ending", ["", "signal.signal(signal.SIGINT, signal.SIG_IGN)"])
+    def test_an_abort_ends_it_within_a_second_even_if_it_ignores_signals(self, tmp_path, ending):
+        """SIGINT, then SIGKILL."""
+        with Running(by_command(tmp_path, f"{ending}\nsay('verifying sha256 digest \\n')\ntime.sleep(60)")) as running:
+            running.wait_for("verifying")
+            assert running.stop() < 1
+            assert isinstance(running.ended_by, Aborted)
+
+    def test_one_that_draws_the_same_for_too_long_is_stalled(self, tmp_path):
+        """Frames keep coming, but nothing new in them."""
+        code = "while True:\n    say('pulling 2a8270a5fd3e:  62% ▕█ ▏  28 MB/ 46 MB\\n')\n    time.sleep(0.05)"
+        error = failure(by_command(tmp_path, code, stall_seconds=0.5))
+        assert (error.code, error.may_resume) == ("stalled", True)
+
+    def test_one_that_says_nothing_for_too_long_is_stalled(self, tmp_path):
+        """Not even a frame."""
+        assert failure(by_command(tmp_path, "time.sleep(60)", stall_seconds=0.3)).code == "stalled"
+
+    def test_it_is_written_down_while_it_runs(self, tmp_path):
+        """So that the next start of the app ends what a killed one left; removed at its end."""
+        registry = ProcessRegistry(tmp_path / "state")
+        code = "say('verifying sha256 digest \\n')\ntime.sleep(60)"
+        with Running(by_command(tmp_path, code, registry=registry)) as running:
+            running.wait_for("verifying")
+            (record,) = (tmp_path / "state" / "processes").glob("*.json")
+            assert json.loads(record.read_text(encoding="utf-8"))["pid"] in [
+                child.pid for child in psutil.Process().children()
+            ]
+            running.stop()
+            assert not record.exists()
+
+    def test_a_command_that_cannot_be_started_leaves_it_to_the_api(self):
+        """Its path may be stale."""
+        with serving(answering(200, SUCCESS)) as url:
+            fetcher = OllamaFetcher(url, find_binary=lambda: "/nowhere/ollama", registry_url=NOBODY)
+            fetcher.fetch("tiny-b", lambda _: None, Abort())
+
+    def test_an_ollama_elsewhere_is_not_asked_through_the_command(self):
+        """The one on this machine need not fit it: it isn't even looked for."""
+        looked = []
+        fetcher = OllamaFetcher(
+            "http://ollama.invalid:11434", find_binary=lambda: looked.append(1) or "/x", registry_url=NOBODY
+        )
+        assert failure(fetcher).code == "ollama_unreachable"
+        assert not looked
+
+
+class TestStream:
+    """The API, as it may behave on a bad day."""
+
+    def test_what_is_ordered(self):
+        """A stream of the model by its full name."""
+        orders = []
+
+        def answer(request: BaseHTTPRequestHandler) -> None:
+            orders.append((request.path, request.headers["Content-Type"]))
+            answering(200, SUCCESS)(request)
+
+        with serving(answer) as url:
+            by_stream(url).fetch("tiny-b", lambda _: None, Abort())
+        assert orders == [("/api/pull", "application/json")]
+
+    def test_nobody_listens(self):
+        """Ollama is not running, and how to start it."""
+        error = failure(by_stream(NOBODY))
+        assert (error.code, error.may_resume) == ("ollama_unreachable", True)
+        assert "not running" in error.message
+
+    def test_a_refusal_is_explained(self):
+        """A status with an error in JSON."""
+        with serving(answering(400, b'{"error":"invalid model name"}')) as url:
+            assert failure(by_stream(url)).code == "invalid_name"
+
+    def test_something_else_than_ollama_is_told_in_its_words(self):
+        """Plain text, as of a path that isn't there."""
+        with serving(answering(405, b"405 method not allowed")) as url:
+            error = failure(by_stream(url))
+        assert error.code == "download_failed"
+        assert "405 method not allowed" in error.message
+
+    @pytest.mark.parametrize("length", ["1000", None])
+    def test_a_stream_that_breaks_off_is_no_success(self, length):
+        """With or without the promise of more."""
+
+        def answer(request: BaseHTTPRequestHandler) -> None:
+            request.send_response(200)
+            if length:
+                request.send_header("Content-Length", length)
+            request.end_headers()
+            request.wfile.write(b'{"status":"pulling manifest"}\n{"stat')
+
+        with serving(answer) as url:
+            error = failure(by_stream(url))
+        assert (error.code, error.may_resume) == ("interrupted", True)
+
+    def test_an_answer_that_never_begins_is_interrupted(self):
+        """The server closed the connection without a word."""
+        with serving(lambda _: None) as url:
+            assert failure(by_stream(url)).code == "interrupted"
+
+    @pytest.mark.parametrize(
+        "said", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b'HTTP/1.1 200 OK\r\n\r\n{"status":"pulling manifest"}\n']
+    )
+    def test_an_abort_ends_the_wait_at_once(self, said):
+        """Wherever it waits: for the answer to begin, or for a line; the connection is closed on the other side."""
+        with _silent_server(said) as (url, accepted), Running(by_stream(url)) as running:
+            wait_until(lambda: bool(accepted), "the order")
+            assert running.stop() < 1
+            assert isinstance(running.ended_by, Aborted)
+            accepted[0].settimeout(5)
+            while accepted[0].recv(65_536):
+                pass  # the order itself, then the end
+
+    @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\n\r\n"])
+    def test_a_server_that_says_nothing_for_too_long_is_stalled(self, said):
+        """Before the answer, or in it."""
+        with _silent_server(said) as (url, _):
+            assert failure(by_stream(url, stall_seconds=0.3)).code == "stalled"
+
+    def test_a_stream_that_repeats_itself_for_too_long_is_stalled(self):
+        """Ollama repeats the last figures while its own connection is dead."""
+
+        def answer(request: BaseHTTPRequestHandler) -> None:
+            request.send_response(200)
+            request.end_headers()
+            try:
+                while True:
+                    request.wfile.write(b'{"digest":"sha256:2a8270a5fd3e4003","total":100,"completed":7}\n')
+                    time.sleep(0.02)
+            except OSError:
+                pass
+
+        with serving(answer) as url:
+            assert failure(by_stream(url, stall_seconds=0.4)).code == "stalled"
+
+    def test_an_abort_before_the_start_asks_nobody(self):
+        """Not even for sizes."""
+        abort = Abort()
+        abort()
+        with pytest.raises(Aborted):
+            by_stream(NOBODY).fetch("tiny-b", lambda _: None, abort)
+
+
+@contextmanager
+def _silent_server(said: bytes) -> Iterator[tuple[str, list[socket.socket]]]:
+    """Accepts one connection, says that, and nothing more; the connection appears in the list once it has."""
+    accepted: list[socket.socket] = []
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+
+        def accept() -> None:
+            connection, _ = listener.accept()
+            connection.sendall(said)
+            accepted.append(connection)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", accepted
+        finally:
+            thread.join(5)
+            for connection in accepted:
+                connection.close()
+
+
+class TestRegistry:
+    """Sizes ahead of time."""
+
+    MANIFEST = json.dumps(
+        {
+            "schemaVersion": 2,
+            "config": {"digest": "sha256:2b3ec63a04e7", "size": 416},
+            "layers": [{"digest": "sha256:2a8270a5fd3e", "size": 46_236_384}, {"digest": "sha256:f02d", "size": 59}],
+        }
+    ).encode()
+
+    def test_a_manifest_gives_the_id_the_size_and_the_layers(self):
+        """The id that Ollama lists is the checksum of the manifest itself; the configuration counts."""
+        asked = []
+
+        def answer(request: BaseHTTPRequestHandler) -> None:
+            asked.append((request.path, request.headers["Accept"]))
+            answering(200, self.MANIFEST)(request)
+
+        with serving(answer) as url:
+            manifest = fetch_manifest(OllamaName.parse("tiny-b"), url, insecure=False)
+        assert asked == [
+            ("/v2/library/tiny-b/manifests/latest", "application/vnd.docker.distribution.manifest.v2+json")
+        ]
+        assert manifest.digest == hashlib.sha256(self.MANIFEST).hexdigest()
+        assert manifest.size_bytes == 46_236_384 + 416 + 59
+        assert manifest.layers["sha256:2a8270a5fd3e"] == 46_236_384
+
+    def test_a_host_in_the_name_is_asked_itself(self):
+        """On this machine without TLS."""
+        with serving(answering(200, self.MANIFEST)) as url:
+            host = url.removeprefix("http://")
+            name = OllamaName.parse(f"{host}/user/tiny-b:7b")
+            assert fetch_manifest(name, NOBODY, insecure=False).size_bytes > 46_000_000
+
+    @pytest.mark.parametrize(
+        ("status", "code"), [(404, "unknown_model"), (401, "access_denied"), (500, "registry_unreachable")]
+    )
+    def test_a_refusal_has_a_code(self, status, code):
+        """Not there, not for everybody, or out of order."""
+        with serving(answering(status, b"{}")) as url, pytest.raises(DownloadError) as caught:
+            fetch_manifest(OllamaName.parse("tiny-b"), url, insecure=False)
+        assert caught.value.code == code
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            answering(200, b"<html>"),
+            answering(200, b"[]"),
+            answering(200, b'{"config": {"digest": "x", "size": -1}, "layers": []}'),
+            answering(200, b" " * (MAX_BYTES + 1)),
+            answering(302, b"", Location="file:///etc/hostname"),
+            answering(302, b"", Location="ftp://127.0.0.1/x"),
+        ],
+        ids=["html", "list", "negative", "too large", "to a file", "to ftp"],
+    )
+    def test_what_is_no_manifest_is_not_taken_for_one(self, answer):
+        """Nor is a redirection out of HTTP followed."""
+        with serving(answer) as url, pytest.raises(DownloadError) as caught:
+            fetch_manifest(OllamaName.parse("tiny-b"), url, insecure=False)
+        assert caught.value.code == "registry_unreachable"
+
+    def test_nobody_there(self):
+        """Refused at once."""
+        with pytest.raises(DownloadError) as caught:
+            fetch_manifest(OllamaName.parse("tiny-b"), NOBODY, insecure=False)
+        assert (caught.value.code, caught.value.may_resume) == ("registry_unreachable", True)
+
+    def test_an_abort_is_noticed_while_a_registry_says_nothing(self):
+        """Its question is left to itself."""
+        with _silent_server(b"") as (url, accepted):
+            fetcher = OllamaFetcher(NOBODY, find_binary=lambda: None, registry_url=url)
+            with Running(fetcher) as running:
+                wait_until(lambda: bool(accepted), "the question")
+                assert running.stop() < 1
+                assert isinstance(running.ended_by, Aborted)
+
+
+def test_a_name_that_is_none_is_refused_before_anybody_is_asked():
+    """By the same code from both doors."""
+    fetcher = by_stream(NOBODY)
+    for call in (lambda: fetcher.check_name("-x"), lambda: fetcher.fetch("-x", lambda _: None, Abort())):
+        with pytest.raises(DownloadError) as caught:
+            call()
+        assert caught.value.code == "invalid_name"
+    assert fetcher.check_name("llama3.2") == "llama3.2:latest"
+
+
+WORKER = """
+from gevent import monkey
+monkey.patch_all()
+import sys, threading, time
+import gevent
+from services.downloads.fetcher import Abort, Aborted
+from services.downloads.ollama_pull import OllamaFetcher
+
+binary = sys.argv[2] or None
+fetcher = OllamaFetcher(sys.argv[1], find_binary=lambda: binary, registry_url="http://127.0.0.1:9")
+abort, ended = Abort(), []
+def run():
+    try:
+        fetcher.fetch("tiny-b", lambda seen: None, abort)
+    except Aborted:
+        ended.append(time.monotonic())
+thread = threading.Thread(target=run)
+thread.start()
+turns = 0
+for _ in range(50):
+    gevent.sleep(0.01)
+    turns += 1
+began = time.monotonic()
+abort()
+thread.join(5)
+print(turns, ended[0] - began < 1)
+"""
+
+
+def _under_gevent(url: str, binary: str) -> None:
+    """Run the worker; it tells how often others had their turn, and whether the abort took less than a second."""
+    worker = subprocess.run(
+        [sys.executable, "-c", WORKER, url, binary], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert worker.stdout.splitlines()[-1] == "50 True", worker.stdout + worker.stderr
+
+
+def test_under_gevent_others_go_on_while_the_command_says_nothing(tmp_path):
+    """Waiting for it doesn't block the one thread that all share; an abort from another greenlet is noticed."""
+    _under_gevent(NOBODY, program(tmp_path, "time.sleep(60)"))
+
+
+def test_under_gevent_others_go_on_while_the_api_says_nothing():
+    """The same of the other way."""
+    with _silent_server(b"HTTP/1.1 200 OK\r\n\r\n") as (url, _):
+        _under_gevent(url, "")

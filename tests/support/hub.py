@@ -1,0 +1,73 @@
+"""The stand-in hub for tests: started, pointed to through the environment, and used through the real fetcher."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from services.downloads.fetcher import Abort, DownloadError, Seen
+from services.downloads.hugging_face import HuggingFaceFetcher
+from tests.fakes.hub import FakeHub, Repo
+from tests.support.console import PATIENCE
+
+RETRY_PAUSE = 0.02
+
+
+@contextmanager
+def hub_running(repos: Mapping[str, Repo], monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[FakeHub]:
+    """A hub that huggingface_hub finds through the environment; this machine's own token and cache stay out."""
+    with FakeHub(repos) as hub:
+        for name, value in hub_environment(hub.url, home).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+
+
+def hub_environment(url: str, home: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+class Fetch(threading.Thread):
+    """One `fetch` in a thread of its own, and all that it reports."""
+
+    def __init__(self, fetcher: HuggingFaceFetcher, name: str) -> None:
+        super().__init__(daemon=True)
+        self._fetcher = fetcher
+        self._model = name
+        self.abort = Abort()
+        self.seen: list[Seen] = []
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._fetcher.fetch(self._model, self.seen.append, self.abort)
+        except Exception as error:
+            self.error = error
+
+    def result(self) -> Fetch:
+        """Wait for its end; raises what it raised."""
+        self.join(PATIENCE)
+        assert not self.is_alive(), "the fetch did not end"
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def failure(self) -> DownloadError:
+        """Wait for its end; the DownloadError that it must have raised."""
+        with pytest.raises(DownloadError) as caught:
+            self.result()
+        return caught.value
+
+    def arrived(self, path: str) -> int:
+        """The bytes of a file that the last report about it told."""
+        return next((seen.parts[path].completed for seen in reversed(self.seen) if path in seen.parts), 0)
+
+    def phases(self) -> list[str]:
+        """The phases in order, each once in a row."""
+        phases = [seen.phase for seen in self.seen]
+        return [phase for before, phase in zip([None, *phases], phases, strict=False) if phase != before]

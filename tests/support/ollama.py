@@ -1,0 +1,317 @@
+"""The stand-in for Ollama in tests' hands: a server with models and faults of its own, and a registry beside it.
+
+The stand-in is told what to be by one JSON file (FAKE_OLLAMA names it), which it reads anew at every request:
+
+    models          installed at the first start: {"tiny-a:latest": OPTIONS}
+    registry        what can be pulled: {"llama3.2:latest": OPTIONS}
+    registry_url    where to ask for manifests instead, for example a FakeRegistry's `url`
+    bytes_per_second  how fast a pull goes (default 40,000,000)
+    blob_seconds    what each new blob costs beside its transfer (default 0.05; the real one takes about 1)
+    requests_log    a file that gets every request as a JSON line
+    faults          switches, below
+
+OPTIONS of a model, all optional:
+
+    size            bytes, as /api/tags tells it                        7411936
+    hold_mb         MB (of 1,000,000 bytes) that its process holds      20
+    load_seconds    how long a load takes                               0.05
+    loaded_size     bytes, as /api/ps tells it                          1.35 times size
+    context_length  what it was trained for; more is cut down to it     1024
+    vram_share      the part of it that is told to be on a GPU          0
+    version         another number makes other weights: an update       1
+    family, parameter_size, quantization_level, answer, thinking
+    cloud, embedding_only, broken   true for a model of that kind
+
+Faults (seconds, percent of the weights, or true):
+
+    slow_load: s, stuck_load, crash_at_load, max_loaded: n, never_unload, unload_after: s, evict_after: s
+    pull_slow: bytes/s, pull_stuck_at: %, pull_error_at: {"percent": %, "error": text}, disk_full_at: %,
+    pull_kill_server_at: %, digest_mismatch, registry_down
+    port_in_use, crash_on_start: text, ignore_sigterm, slow_ps: s, hang
+    slow_tokens: s, stream_error_at: number of the token (0 is the first)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from tests.fakes.ollama_parts.library import Layer, Manifest, Name, Package, package
+from tests.fakes.ollama_parts.settings import ModelOptions
+from tests.support.console import ROOT, free_port, wait_until
+
+BINARY = ROOT / "tests" / "fakes" / "ollama.py"
+TINY_A = {
+    "size": 7_411_936,
+    "loaded_size": 10_494_976,
+    "parameter_size": "3.67M",
+    "hold_mb": 20,
+}
+"""The smaller of the models that the recordings were made with."""
+TINY_B = {"size": 46_236_961, "loaded_size": 60_852_224, "parameter_size": "23.08M", "hold_mb": 40}
+PATIENCE = 30.0
+
+
+class FakeOllama:
+    """One Ollama with a folder of its own. It runs as a server that somebody else started once `start` was called;
+    with `environment` and `binary` a console can start it itself."""
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, Mapping[str, Any]] | None = None,
+        registry: Mapping[str, Mapping[str, Any]] | None = None,
+        port: int | None = None,
+        **faults: Any,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.binary = str(BINARY)
+        self.log = folder / "serve.log"
+        self.models_folder = folder / "models"
+        self._settings = folder / "ollama.json"
+        self._requests = folder / "requests.jsonl"
+        self.environment = {
+            "FAKE_OLLAMA": str(self._settings),
+            "OLLAMA_HOST": f"127.0.0.1:{self.port}",
+            "OLLAMA_MODELS": str(self.models_folder),
+        }
+        self.http = requests.Session()
+        self.http.trust_env = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self._document: dict[str, Any] = {
+            "models": dict(models or {}),
+            "registry": dict(registry or {}),
+            "requests_log": str(self._requests),
+            "faults": dict(faults),
+        }
+        self._write()
+
+    def __enter__(self) -> FakeOllama:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, **environment: str) -> FakeOllama:
+        """Start `ollama serve` and wait until it answers; `environment` adds to what it runs with.
+
+        Fails with what it said when it ended instead.
+        """
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [self.binary, "serve"],
+                env=_without_ollama() | self.environment | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(self._listens, "the stand-in for Ollama to listen")
+        return self
+
+    def stop(self) -> int:
+        """SIGTERM to the server that `start` started; its exit code."""
+        return self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the server alone: its runners live on, as those of the real one do."""
+        self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End everything that runs with this one's settings, whoever started it."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self.process is not None:
+            self.process.wait(PATIENCE)
+        # Not a wait for each one's end: an orphan may stay a zombie until somebody collects it.
+        wait_until(lambda: not self.processes(), "the stand-in's processes to end")
+        self.http.close()
+
+    def processes(self) -> list[psutil.Process]:
+        """The servers, runners and pulls that were started with this one's settings and still run."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def servers(self) -> list[psutil.Process]:
+        return [process for process in self.processes() if "serve" in process.cmdline()]
+
+    def runners(self) -> list[psutil.Process]:
+        return [process for process in self.processes() if "runner" in process.cmdline()]
+
+    def said(self) -> str:
+        """What the server that `start` started wrote on stderr."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def set_fault(self, name: str, value: Any = True) -> None:
+        """Throw a switch; it holds from the next thing on that the server does."""
+        self._document["faults"][name] = value
+        self._write()
+
+    def clear_faults(self) -> None:
+        self._document["faults"] = {}
+        self._write()
+
+    def configure(self, **keys: Any) -> None:
+        """Set other keys of the configuration: `bytes_per_second`, `registry`, `registry_url`, …"""
+        self._document.update(keys)
+        self._write()
+
+    def ps(self) -> list[str]:
+        """The names of the loaded models."""
+        return [model["name"] for model in self._get("/api/ps")["models"]]
+
+    def tags(self) -> list[str]:
+        """The names of the installed models."""
+        return [model["name"] for model in self._get("/api/tags")["models"]]
+
+    def load(self, name: str, keep_alive: object = None) -> None:
+        """Load as another program would, and wait until it is loaded."""
+        asked = {"model": name} | ({} if keep_alive is None else {"keep_alive": keep_alive})
+        self._post("/api/generate", asked)
+
+    def unload(self, name: str) -> None:
+        """Unload and wait until it is gone."""
+        self._post("/api/generate", {"model": name, "keep_alive": 0})
+        wait_until(lambda: Name.parse(name).short not in self.ps(), f"{name} to be unloaded")
+
+    def requests(self, path: str | None = None) -> list[dict[str, Any]]:
+        """Every request that the server got, oldest first, as method, path and body; only those to `path` if given."""
+        lines = self._requests.read_text(encoding="utf-8").splitlines() if self._requests.exists() else []
+        seen = [json.loads(line) for line in lines]
+        return [request for request in seen if path is None or request["path"] == path]
+
+    def pulled_bytes(self, name: str) -> int:
+        """How much of a model of `registry` lies on the disk, finished or not (written when a part or a pull ends)."""
+        short = Name.parse(name).short
+        manifest = package(short, ModelOptions.of(self._document["registry"][short])).manifest
+        return sum(self._bytes_of(layer) for layer in manifest.all_layers)
+
+    def _bytes_of(self, layer: Layer) -> int:
+        blobs = self.models_folder / "blobs"
+        if (blobs / layer.file_name).exists():
+            return layer.size
+        parts = blobs.glob(f"{layer.file_name}-partial-*")
+        return sum(json.loads(part.read_text())["Completed"] for part in parts)
+
+    def _listens(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the stand-in ended with {self.process.returncode}: {self.said()}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.port)):
+                return False
+        return "Listening on" in self.said()
+
+    def _signal(self, number: signal.Signals) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("FAKE_OLLAMA") == self.environment["FAKE_OLLAMA"] and any(
+                str(BINARY) == word for word in process.cmdline()
+            )
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            return False
+
+    def _get(self, path: str) -> dict[str, Any]:
+        answer = self.http.get(self.url + path, timeout=PATIENCE)
+        answer.raise_for_status()
+        return answer.json()
+
+    def _post(self, path: str, body: dict[str, Any]) -> None:
+        self.http.post(self.url + path, json=body, timeout=PATIENCE).raise_for_status()
+
+    def _write(self) -> None:
+        # Put in place whole: the server may read at any moment.
+        fresh = self._settings.with_suffix(".new")
+        fresh.write_text(json.dumps(self._document), encoding="utf-8")
+        fresh.replace(self._settings)
+
+
+class FakeRegistry:
+    """A registry on loopback, in a thread: manifests (JSON of schema version 2) and the small blobs they name.
+
+    `models` are named like `library/tiny-b:latest`, or `tiny-b:latest` for the same; OPTIONS as for the stand-in.
+    """
+
+    def __init__(self, models: Mapping[str, Mapping[str, Any]]) -> None:
+        self._models: dict[str, Package] = {}
+        self.seen: list[str] = []
+        """The paths asked for, oldest first."""
+        for name, options in models.items():
+            self.publish(name, **options)
+        self._server = _RegistryServer(("127.0.0.1", 0), _RegistryHandler)
+        self._server.registry = self
+        self.port = int(self._server.server_address[1])
+        self.host = f"127.0.0.1:{self.port}"
+        self.url = f"http://{self.host}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def __enter__(self) -> FakeRegistry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def publish(self, name: str, **options: Any) -> Manifest:
+        """Offer a model, or another version of one (`version=2`)."""
+        parsed = Name.parse(name)
+        self._models[parsed.manifest_path] = made = package(parsed.short, ModelOptions.of(options))
+        return made.manifest
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, path: str) -> bytes | None:
+        """What lies at a path; None for nothing."""
+        self.seen.append(path)
+        if path in self._models:
+            return self._models[path].manifest.data()
+        digest = path.rpartition("/blobs/")[2]
+        return next((made.contents[digest] for made in self._models.values() if digest in made.contents), None)
+
+
+class _RegistryServer(ThreadingHTTPServer):
+    daemon_threads = True
+    registry: FakeRegistry
+
+
+class _RegistryHandler(BaseHTTPRequestHandler):
+    server: _RegistryServer
+
+    def do_GET(self) -> None:
+        data = self.server.registry.answer(self.path)
+        missing = b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
+        self.send_response(404 if data is None else 200)
+        self.send_header("Content-Type", "application/vnd.docker.distribution.manifest.v2+json")
+        self.send_header("Content-Length", str(len(missing if data is None else data)))
+        self.end_headers()
+        self.wfile.write(missing if data is None else data)
+
+    def log_message(self, *_: object) -> None:
+        """Requests are kept in `seen`."""
+
+
+def _without_ollama() -> dict[str, str]:
+    """This process's environment without what would make the stand-in answer elsewhere."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA_", "FAKE_OLLAMA"))}

@@ -1,0 +1,276 @@
+"""Children that can't be lost, on small Python programs: stopped as a group, ended or found again by the next run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event
+
+import psutil
+import pytest
+
+from services.engines.processes import (
+    LOG_AGE_SECONDS,
+    MARK_VARIABLE,
+    AdoptedProcess,
+    ChildProcess,
+    ProcessRegistry,
+    Record,
+    Service,
+)
+from tests.support.console import wait_until
+
+SERVICE = Service("ollama", "http://127.0.0.1:11434")
+SLEEPER = "import time; print('ready', flush=True); time.sleep(600)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPER}"
+WITH_RUNNER = (
+    f"import subprocess, sys; runner = subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], stdout=subprocess.PIPE); "
+    f"runner.stdout.readline(); print('runner', runner.pid, flush=True); {SLEEPER}"
+)
+"""A server and the child that it leaves when it is killed; speaks once that child is up."""
+GRACE = 5.0
+
+
+class Run:
+    """One run of the app on a state folder, and what it was told of its children's ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.registry = ProcessRegistry(folder)
+        self.ended = Event()
+        self.codes: list[int | None] = []
+
+    def on_exit(self, code: int | None) -> None:
+        self.codes.append(code)
+        self.ended.set()
+
+    def start(self, program: str = SLEEPER, service: Service | None = SERVICE, **options: bool) -> ChildProcess:
+        argv = [sys.executable, "-c", program]
+        log_path = self.registry.new_log("child")
+        child = ChildProcess(argv, self.registry, log_path, self.on_exit, service=service, **options)
+        if not options:
+            wait_until(lambda: "ready" in child.log_tail(), "the child to be there", patience=GRACE)
+        return child
+
+    def find(self, service: Service = SERVICE) -> AdoptedProcess | None:
+        return self.registry.adopt(service, self.on_exit)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A state folder; whatever is still recorded there is killed at the end."""
+    yield tmp_path
+    for path in (tmp_path / "processes").glob("*.json"):
+        try:
+            os.killpg(int(path.stem), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    wait_until(lambda: not list((tmp_path / "processes").glob("*.json")), "every child to end", patience=GRACE)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def runner_of(child: ChildProcess) -> int:
+    return int(child.log_tail().split()[1])
+
+
+def test_the_next_run_ends_an_engine_and_leaves_a_service_alone(state: Path) -> None:
+    """What has no role is an engine."""
+    first = Run(state)
+    engine, service = first.start(service=None), first.start()
+    assert ProcessRegistry(state).end_leftovers() == [engine.pid]
+    assert engine.wait(GRACE)
+    assert not service.exited
+    service.stop(GRACE)
+
+
+def test_a_record_of_an_older_version_is_an_engine_s(state: Path) -> None:
+    """Records had no role once: pid, start time and program only."""
+    engine = Run(state).start(service=None)
+    started = psutil.Process(engine.pid).create_time()
+    path = state / "processes" / f"{engine.pid}.json"
+    path.write_text(f'{{"pid": {engine.pid}, "started": {started}, "program": "python"}}')
+    assert ProcessRegistry(state).end_leftovers() == [engine.pid]
+    assert engine.wait(GRACE)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": 1}', '{"pid": 1, "started": null, "program": "init"}'])
+def test_a_record_that_says_nothing_useful_is_dropped(state: Path, text: str) -> None:
+    path = state / "processes" / "1.json"
+    registry = ProcessRegistry(state)
+    path.write_text(text)
+    assert registry.end_leftovers() == []
+    assert not path.exists()
+
+
+def test_a_service_is_found_again_with_what_it_had(state: Path) -> None:
+    """Its pid, its start and its log; under its own name and address only."""
+    service = Run(state).start()
+    second = Run(state)
+    second.registry.end_leftovers()
+    assert second.find(Service("ollama", "http://127.0.0.1:11500")) is None
+    assert second.find(Service("flux", SERVICE.address)) is None
+    found = second.find()
+    assert found is not None
+    assert found.pid == service.pid
+    assert abs(found.started_at - service.started_at) < 1
+    assert found.log_tail() == "ready"
+    assert not found.exited
+    assert not found.wait(0)
+    service.stop(GRACE)
+
+
+def test_a_found_service_can_be_stopped_with_all_it_started(state: Path) -> None:
+    service = Run(state).start(WITH_RUNNER)
+    runner = runner_of(service)
+    second = Run(state)
+    found = second.find()
+    assert found is not None
+    found.stop(GRACE)
+    assert found.exited
+    assert second.ended.wait(GRACE)
+    assert second.codes == [None]
+    assert gone(service.pid)
+    wait_until(lambda: gone(runner), "the runner to end", patience=GRACE)
+    assert Run(state).find() is None
+
+
+def test_a_found_service_that_ignores_sigterm_is_killed(state: Path) -> None:
+    service = Run(state).start(STUBBORN)
+    found = Run(state).find()
+    assert found is not None
+    found.stop(0.2)
+    assert found.exited
+    assert gone(service.pid)
+
+
+def test_the_end_of_a_child_is_noticed_and_its_runner_ended(state: Path) -> None:
+    """SIGKILL from outside to the server alone: without the watcher its runner would keep its memory."""
+    run = Run(state)
+    service = run.start(WITH_RUNNER)
+    runner = runner_of(service)
+    os.kill(service.pid, signal.SIGKILL)
+    assert run.ended.wait(1.0), "the end has to be noticed within a second"
+    assert run.codes == [-signal.SIGKILL]
+    wait_until(lambda: gone(runner), "the runner to end", patience=GRACE)
+
+
+@dataclass
+class EarlierService:
+    """A service that an earlier run started, and its runner: nobody in this process watches them."""
+
+    leader: subprocess.Popen[bytes]
+    runner: int
+    mark: str
+
+    def record(self) -> Record:
+        pid, now = self.leader.pid, time.time()
+        return Record(pid, now, "ollama", "service", self.mark, SERVICE.name, SERVICE.address, os.devnull)
+
+
+@pytest.fixture
+def earlier() -> Iterator[EarlierService]:
+    mark = "its-mark"
+    argv = [sys.executable, "-c", WITH_RUNNER]
+    environment = {**os.environ, MARK_VARIABLE: mark}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=environment, start_new_session=True) as leader:
+        assert leader.stdout is not None
+        service = EarlierService(leader, int(leader.stdout.readline().split()[1]), mark)
+        yield service
+        with suppress(ProcessLookupError):
+            os.killpg(leader.pid, signal.SIGKILL)
+    wait_until(lambda: gone(service.runner), "the runner to end", patience=GRACE)
+
+
+def test_the_end_of_an_adopted_service_is_noticed_and_its_runner_ended(state: Path, earlier: EarlierService) -> None:
+    """Not reaped by anybody here, it stays a zombie, which has ended all the same."""
+    run = Run(state)
+    run.registry.add(earlier.record())
+    found = run.find()
+    assert found is not None
+    os.kill(earlier.leader.pid, signal.SIGKILL)
+    assert run.ended.wait(1.0), "the end has to be noticed within a second"
+    assert found.exited
+    wait_until(lambda: gone(earlier.runner), "the runner to end", patience=GRACE)
+    assert not list((state / "processes").iterdir())
+
+
+def test_the_runner_of_a_service_that_died_between_two_runs_is_ended(state: Path, earlier: EarlierService) -> None:
+    """The next run finds no service, and ends what it left in its group."""
+    run = Run(state)
+    run.registry.add(earlier.record())
+    earlier.leader.kill()
+    earlier.leader.wait(GRACE)
+    assert not gone(earlier.runner)
+    assert run.find() is None
+    assert run.registry.end_leftovers() == []
+    wait_until(lambda: gone(earlier.runner), "the runner to end", patience=GRACE)
+    assert not list((state / "processes").iterdir())
+
+
+@pytest.mark.parametrize("mark", ["another-mark", ""])
+def test_a_group_that_does_not_carry_the_mark_is_somebody_elses(
+    state: Path, earlier: EarlierService, mark: str
+) -> None:
+    """The number of a dead service's group can be a stranger's by now, who must not be killed."""
+    run = Run(state)
+    run.registry.add(replace(earlier.record(), mark=mark))
+    earlier.leader.kill()
+    earlier.leader.wait(GRACE)
+    run.registry.end_leftovers()
+    with pytest.raises(psutil.TimeoutExpired):
+        psutil.Process(earlier.runner).wait(0.2)
+
+
+def test_a_pid_that_is_another_program_by_now_is_not_adopted(state: Path) -> None:
+    """Even at the same time: a restarted machine gives the same pids again."""
+    run = Run(state)
+    stranger = run.start(service=None)
+    run.registry.add(
+        Record(stranger.pid, stranger.started_at, "ollama", "service", "mark", SERVICE.name, SERVICE.address)
+    )
+    assert run.find() is None
+    run.registry.end_leftovers()
+    assert not stranger.exited
+    stranger.stop(GRACE)
+
+
+def test_of_two_recorded_services_the_newest_is_found(state: Path) -> None:
+    run = Run(state)
+    older, newer = run.start(), run.start()
+    found = Run(state).find()
+    assert found is not None
+    assert found.pid == newer.pid
+    for child in (older, newer):
+        child.stop(GRACE)
+
+
+def test_a_week_old_log_goes_unless_its_service_still_lives(state: Path) -> None:
+    """A server that nobody asks anything writes nothing for weeks."""
+    run = Run(state)
+    service = run.start()
+    forgotten = run.registry.new_log("gone")
+    forgotten.write_text("over")
+    long_ago = time.time() - LOG_AGE_SECONDS - 60
+    for path in (service.log_path, forgotten):
+        os.utime(path, (long_ago, long_ago))
+    run.registry.prune_logs()
+    assert service.log_path.exists()
+    assert not forgotten.exists()
+    service.stop(GRACE)
+
+
+def test_a_mute_child_logs_its_stderr_alone(state: Path) -> None:
+    program = "import sys; print('a request'); print('a cause', file=sys.stderr)"
+    child = Run(state).start(program, mute=True)
+    assert child.wait(GRACE)
+    assert child.log_tail() == "a cause"
+    assert child.exit_code == 0
