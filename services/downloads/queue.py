@@ -239,12 +239,12 @@ class DownloadQueue:
             abort = job.abort
             if job.view.state != "cancelled":
                 self._finish(job, "cancelled", message="Cancelled", bytes_per_second=None, eta_seconds=None)
+                if not self._is_busy(job.view):
+                    self._spawn(job, self._give_up)  # else the thread that ends does it
                 self._schedule()
             view = job.view
         if abort is not None:
-            abort()  # its thread gives up what has arrived, once it has ended
-        else:
-            self._discard(view)
+            abort()
         return view
 
     def remove(self, download_id: str) -> None:
@@ -306,16 +306,13 @@ class DownloadQueue:
         """Start what may run, and number what has to wait."""
         if not self._started or self._closing:
             return
-        busy = [job for job in self._jobs.values() if job.busy]
-        taken = {(job.view.source, job.view.model) for job in busy}
-        free = self._at_once - len(busy)
+        free = self._at_once - sum(job.busy for job in self._jobs.values())
         position = 0
         for job in list(self._jobs.values()):
             if job.view.state != "queued":
                 continue
-            if free > 0 and (job.view.source, job.view.model) not in taken:
+            if free > 0 and not self._is_busy(job.view):
                 free -= 1
-                taken.add((job.view.source, job.view.model))
                 self._launch(job)
                 continue
             position += 1
@@ -323,7 +320,6 @@ class DownloadQueue:
                 self._change(job, position=position)
 
     def _launch(self, job: _Job) -> None:
-        job.abort = abort = Abort()
         self._change(
             job,
             state="downloading",
@@ -331,9 +327,30 @@ class DownloadQueue:
             position=None,
             started_at=job.view.started_at or time.time(),
         )
-        thread = threading.Thread(target=self._carry_out, args=(job, abort), name="download", daemon=True)
+        self._spawn(job, self._carry_out)
+
+    def _is_busy(self, view: Download) -> bool:
+        """Whether a thread is at work on the files of this model, for this download or an earlier one."""
+        same = (view.source, view.model)
+        return any(job.busy and (job.view.source, job.view.model) == same for job in self._jobs.values())
+
+    def _spawn(self, job: _Job, work: Callable[[_Job, Abort], None]) -> None:
+        job.abort = abort = Abort()
+        thread = threading.Thread(target=work, args=(job, abort), name="download", daemon=True)
         self._threads.add(thread)
         thread.start()
+
+    def _release(self, job: _Job) -> None:
+        """The thread of a job is at its end. Called with the lock."""
+        job.abort = None
+        self._threads.discard(threading.current_thread())
+        self._schedule()
+
+    def _give_up(self, job: _Job, _abort: Abort) -> None:
+        """The thread of a job that is called off while nothing runs for it."""
+        self._discard(job.view)
+        with self._changed:
+            self._release(job)
 
     def _carry_out(self, job: _Job, abort: Abort) -> None:
         """The thread of one transfer, from its start to whatever end."""
@@ -356,9 +373,7 @@ class DownloadQueue:
             if complete:
                 total = job.view.total_bytes or job.view.completed_bytes
                 self._finish(job, "complete", message="Complete", percent=100, completed_bytes=total)
-            job.abort = None
-            self._threads.discard(threading.current_thread())
-            self._schedule()
+            self._release(job)
         if complete:
             try:
                 self._on_complete(job.view)

@@ -43,6 +43,7 @@ NOT_FORWARDED = HOP_BY_HOP | {
     "x-api-key",
     "cookie",
     "accept-encoding",
+    "origin",  # Ollama answers 403 to the ones it doesn't know; ours was checked at the door
     "expect",
 }
 

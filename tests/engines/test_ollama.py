@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import requests
-from tests.support.ollama import FakeOllama
 
 from services.engines.ollama import Ollama, full_name
 from services.engines.ollama_api import OllamaApi, OllamaUnreachable
@@ -20,6 +19,7 @@ from services.engines.ollama_instance import CHANGED_HANDS, ServerProcess
 from services.switching.engine import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
 from tests.support.console import free_port, wait_until
+from tests.support.ollama import FakeOllama
 
 MODELS = {
     "tiny-a:latest": {"size": 7_411_936, "hold_mb": 20},

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from .api import VERSION, Server
 from .library import Library
@@ -41,7 +42,7 @@ def serve() -> int:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     log("INFO", "routes.go:1864", f"Listening on {host}:{port} (version {VERSION})")
     while True:
-        signal.pause()
+        time.sleep(0.1)  # not signal.pause: a signal that comes just before it would wake nobody
 
 
 def _end(server: Server, settings: Settings) -> None:
