@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from blueprints.api import shapes
 from blueprints.api.spec import documented
 from blueprints.web import SSE_HEARTBEAT, ApiError, client_name, parse_body, services, sse, sse_event
+from services.downloads.queue import Download
 
 bp = Blueprint("providers", __name__, url_prefix="/api/providers")
 
@@ -87,7 +88,7 @@ def download() -> Response:
         answer = jsonify(shapes.download_document(job))
         answer.status_code = 202
         return answer
-    return sse(_progress(job.id))
+    return sse(_progress(found.downloads.follow(job.id)))
 
 
 @bp.get("/models/downloads")
@@ -169,10 +170,10 @@ def _only_ollama(body: ServiceBody) -> None:
         raise ApiError("service_unavailable", f"This version has no {body.service} service. There is: ollama.")
 
 
-def _progress(download_id: str) -> Iterator[bytes]:
+def _progress(views: Iterator[Download | None]) -> Iterator[bytes]:
     """Seed 004's stream: unnamed events, so that a browser's EventSource hears them without further ado."""
-    for job in services().downloads.follow(download_id):
-        if job is None:
+    for view in views:
+        if view is None:
             yield SSE_HEARTBEAT
         else:
-            yield sse_event(None, json.dumps(shapes.progress_document(job)), job.version)
+            yield sse_event(None, json.dumps(shapes.progress_document(view)), view.version)

@@ -7,7 +7,6 @@ for: that takes none, and different ones would have Ollama load the model again.
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from services.engines.gguf import GGUFError, estimate_bytes, read_header
 from services.engines.ollama_api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
 from services.engines.ollama_instance import GpuBytes, OllamaInstance, Server, ServerProcess
+from services.engines.ollama_runners import models_folder_of
 from services.engines.ollama_watch import Look, OllamaWatch
 from services.offhub import off_hub
 from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
@@ -139,8 +139,8 @@ class Ollama:
         blob = next((shown.blob for shown in list(self._shown.values()) if shown.blob), None)
         if blob is not None:
             return Path(blob).parent.parent
-        usual = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
-        return usual if usual.is_dir() else None
+        process = self._server.process()
+        return models_folder_of(process.pid) if process is not None else None
 
     def prepare(self) -> None:
         """Begin to watch the server."""

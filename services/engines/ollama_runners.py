@@ -6,7 +6,7 @@ Recorded: `ollama runner --model models/blobs/sha256-328b… --port 42535`; from
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import psutil
 
@@ -20,6 +20,17 @@ def runner_of(server_pid: int, blob: str) -> int | None:
                 if any(wanted in argument for argument in child.cmdline()):
                     return child.pid
     return None
+
+
+def models_folder_of(server_pid: int) -> Path | None:
+    """Where a server keeps its files, by the environment it runs in; None when that can't be seen."""
+    try:
+        environment = psutil.Process(server_pid).environ()
+    except psutil.Error:
+        return None
+    home = environment.get("HOME")
+    named = environment.get("OLLAMA_MODELS") or (f"{home}/.ollama/models" if home else None)
+    return Path(named) if named else None
 
 
 def resident(pid: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""What the pages say about models and switches: the same status always gives the same words."""
+"""What the pages say about models, switches and downloads: the same status always gives the same words."""
 
 from __future__ import annotations
 

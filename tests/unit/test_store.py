@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
-from services.store.records import Message, new_id
+from services.store.database import MIGRATIONS
+from services.store.records import DownloadRecord, Message, new_id
 from services.store.repository import (
     ConversationRepository,
+    DownloadRepository,
     LoadRecord,
     LoadRepository,
     Store,
@@ -53,6 +57,26 @@ def load(at: float, model: str = "m", key: str = "k") -> LoadRecord:
     return LoadRecord(model, "llamacpp", key, "ready", 2.5, {"loading_weights": 2.0}, 10**10, "host", at)
 
 
+def download(created_at: float, **changes: object) -> DownloadRecord:
+    plain = DownloadRecord(
+        id=new_id(),
+        source="ollama",
+        model="llama3.2:latest",
+        state="queued",
+        requested_by="somebody",
+        message="Waiting for its turn",
+        percent=0,
+        completed_bytes=0,
+        total_bytes=None,
+        error=None,
+        may_resume=False,
+        created_at=created_at,
+        started_at=None,
+        finished_at=None,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
 def test_tables_and_migrations_agree(store: Store) -> None:
     """What the revisions build is what the classes describe."""
     with store.reading() as session:
@@ -79,6 +103,25 @@ def test_opening_again_needs_no_alembic(path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
+    """With what is in it; what was added since can be used."""
+    engine = sa.create_engine(f"sqlite:///{path}")
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        assert not sa.inspect(connection).has_table("downloads")
+        connection.execute(sa.text("INSERT INTO conversations VALUES ('c', 'Kept', 1.0, 2.0)"))
+    engine.dispose()
+    store = open_store(path)
+    assert [c.title for c in ConversationRepository(store).newest_first()] == ["Kept"]
+    record = download(3.0)
+    DownloadRepository(store).save(record)
+    assert DownloadRepository(store).newest_first() == [record]
+    store.close()
 
 
 def test_a_newer_database_is_refused_in_words(store: Store, path: Path) -> None:
@@ -187,6 +230,34 @@ def test_loads_come_newest_first_and_by_key(store: Store) -> None:
     assert loads.recent("m", "llamacpp", "k") == [records[1], records[0]]
     assert loads.recent("m", "llamacpp", "k", limit=1) == [records[1]]
     assert loads.recent_all(3) == [records[3], records[2], records[1]]
+
+
+def test_downloads_come_newest_first_as_they_were(store: Store) -> None:
+    """Every field survives, sizes beyond 32 bits too; saving again replaces, deleting takes one."""
+    downloads = DownloadRepository(store)
+    old = download(1.0)
+    new = download(
+        2.0,
+        source="huggingface",
+        state="failed",
+        percent=99,
+        completed_bytes=3 * 10**12,
+        total_bytes=4 * 10**12,
+        error="disk_full",
+        message="The disk is full.",
+        may_resume=True,
+        started_at=2.5,
+        finished_at=3.5,
+    )
+    for record in (old, new):
+        downloads.save(record)
+    assert downloads.newest_first() == [new, old]
+    changed = replace(old, state="downloading", percent=5)
+    downloads.save(changed)
+    assert downloads.newest_first() == [new, changed]
+    assert downloads.delete(new.id)
+    assert not downloads.delete(new.id)
+    assert downloads.newest_first() == [changed]
 
 
 def test_many_writers_at_once(chats: ConversationRepository) -> None:
