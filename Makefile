@@ -6,7 +6,7 @@ RUN_READY := .venv/.ready-run
 DEV_READY := .venv/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench demo-models lock clean
+.PHONY: help run test test-ollama lint format bench demo-models lock clean
 
 help: ## explain the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -16,6 +16,9 @@ run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
 
 test: $(DEV_READY) browser ## set up and run every test
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
+	@OLLAMA_TEST_BINARY="$(OLLAMA)" $(BIN)/python -m pytest tests/engines/test_ollama_server.py tests/engines/test_ollama_stand_in.py $(ARGS)
 
 lint: $(DEV_READY) ## ruff and mypy
 	@$(BIN)/ruff check .

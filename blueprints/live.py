@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blueprints.filters import about
-from services.downloads.queue import Download
+from services.downloads.download import Download
 from services.providers.local_services import ServiceStatus
 from services.providers.local_services import State as ServiceState
 from services.status import ModelStatus, Status

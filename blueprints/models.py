@@ -12,8 +12,8 @@ from blueprints.filters import size
 from blueprints.live import Live
 from blueprints.pages import done, live_now, see_other, told
 from blueprints.web import client_name, services
+from services.downloads.download import Download
 from services.downloads.library import Recommended
-from services.downloads.queue import Download
 from services.switching.events import SwitchView
 from services.switching.plan import Plan, Unload
 

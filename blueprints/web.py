@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Response, current_app, jsonify, render_template, request
 from pydantic import BaseModel, ValidationError
-from services.downloads.queue import DownloadNotFound
 from werkzeug.exceptions import HTTPException
 
 from services.catalog import UnknownModel
 from services.chats import ChatBusy, ChatError, ConversationNotFound, MessageNotFound
 from services.config import Settings
 from services.container import Services
+from services.downloads.download import DownloadNotFound
 from services.downloads.fetcher import DownloadError
 from services.gateway.router import GatewayError
 from services.providers.local_services import ServiceError

@@ -31,6 +31,7 @@ class Catalog:
         self._models: Mapping[str, Model] = MappingProxyType({})
         self._aliases: Mapping[str, str] = MappingProxyType({})
         self._listeners: list[Callable[[], object]] = []
+        self._refreshing = threading.Lock()  # a slow look must not overwrite what a later one found
         self.refresh()
 
     @property
@@ -53,6 +54,14 @@ class Catalog:
 
     def refresh(self) -> bool:
         """Look again; True when something joined, left or changed."""
+        with self._refreshing:
+            changed = self._look()
+        if changed:
+            for listener in self._listeners:
+                listener()
+        return changed
+
+    def _look(self) -> bool:
         models = {m.id: m for m in (self._engines[m.engine].describe(m) for m in self._listed)}
         taken = {(m.engine, m.source) for m in models.values()}
         for engine in self._engines.values():
@@ -64,8 +73,6 @@ class Catalog:
             return False
         self._aliases = MappingProxyType({alias: m.id for m in reversed(models.values()) for alias in m.aliases})
         self._models = MappingProxyType(models)
-        for listener in self._listeners:
-            listener()
         return True
 
 

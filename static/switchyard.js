@@ -13,6 +13,9 @@
     !(name === "class" && node.matches(".htmx-request")) &&
     !(name.includes("disabled") && node.matches("[data-disabled-by-htmx]"));
 
+  // A form that a look has turned into another posts to where it leads now; htmx notices a moment later.
+  on("htmx:configRequest", ({ detail }) => { detail.path = detail.elt.getAttribute("hx-post") ?? detail.path; });
+
   // Looking again: not in a hidden tab, at once in one that is shown again.
   const look = () => $("#poll") && htmx.trigger("#poll", "refresh");
   // Asked for while a look is under way, another follows it: that one may have set out before the change.

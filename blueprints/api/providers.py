@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from blueprints.api import shapes
 from blueprints.api.spec import documented
 from blueprints.web import SSE_HEARTBEAT, ApiError, client_name, parse_body, services, sse, sse_event
-from services.downloads.queue import Download
+from services.downloads.download import Download
 
 bp = Blueprint("providers", __name__, url_prefix="/api/providers")
 

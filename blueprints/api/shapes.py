@@ -6,8 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
-from services.downloads.queue import Download
-
+from services.downloads.download import Download
 from services.downloads.library import Recommended
 from services.memory.ledger import Account
 from services.providers.local_services import ServiceStatus

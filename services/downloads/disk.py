@@ -6,9 +6,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import structlog
+
 from services.downloads.fetcher import DownloadError, Source
 from services.offhub import off_hub
 from services.switching.plan import say_gb
+
+log = structlog.get_logger(__name__)
 
 
 class DiskCheck:
@@ -29,13 +33,19 @@ class DiskCheck:
         self._free_bytes = free_bytes
 
     def check(self, source: Source, left_bytes: int | None) -> None:
-        """Raises DownloadError `disk_full` when `left_bytes` more don't fit. What can't be known passes."""
+        """Raises DownloadError `disk_full` when `left_bytes` more don't fit. What can't be known passes.
+
+        So does a download with nothing left to come, which needs no room however little there is.
+        """
         find = self._folders.get(source)
         folder = find() if find is not None else None
-        if folder is None or left_bytes is None:
+        if folder is None or not left_bytes:
             return
-        place = _existing(folder)
-        free = off_hub(self._free_bytes, place)
+        try:
+            free = off_hub(self._free_on, folder)
+        except OSError as error:
+            log.warning("how much room there is can't be told", folder=str(folder), error=str(error))
+            return
         if left_bytes > free - self._margin_bytes:
             raise DownloadError(
                 "disk_full",
@@ -44,6 +54,9 @@ class DiskCheck:
                 "files, then try again.",
                 may_resume=True,
             )
+
+    def _free_on(self, folder: Path) -> int:
+        return self._free_bytes(_existing(folder))
 
 
 def _existing(folder: Path) -> Path:

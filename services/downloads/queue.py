@@ -1,8 +1,9 @@
 """The downloads: who runs, who waits, what is told and what is kept. Owned by the server, whoever watches.
 
 One lock guards every job. A transfer runs in a thread of its own and is stopped through its `Abort`; what a job is to
-be after that is decided by whoever stopped it, before the thread has noticed. So a job may be paused while its thread
-still winds down (`busy`), and nothing of the same model is started until it has.
+be after that is decided by whoever stopped it, before the thread has noticed. So a job may be paused, cancelled or even
+off the list while its thread still winds down, and nothing of the same model is started until it has. The store is
+written without the lock, because it may have to wait for its disk.
 """
 
 from __future__ import annotations
@@ -10,27 +11,27 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import structlog
 
 from services.downloads.disk import DiskCheck
-from services.downloads.fetcher import Abort, Aborted, DownloadError, Fetcher, Phase, Seen, Source
-from services.downloads.progress import Figures, TransferProgress
+from services.downloads.download import Download, DownloadNotFound, record_of, restored
+from services.downloads.fetcher import Abort, Aborted, DownloadError, Fetcher, Phase, Source
+from services.downloads.progress import Figures
+from services.downloads.transfer import TransferObserver
 from services.store.records import DownloadRecord, DownloadState, new_id
 
 log = structlog.get_logger(__name__)
 
-FINAL: frozenset[DownloadState] = frozenset({"complete", "failed", "cancelled"})
-MOVING: frozenset[DownloadState] = frozenset({"downloading", "verifying"})
 WORTH_ANOTHER_TRY = frozenset(
     {"interrupted", "registry_unreachable", "hub_unreachable", "stalled", "ollama_unreachable"}
 )
 RETRY_PAUSES = (2.0, 8.0)
 """Seconds before the first and the second try that nobody has to ask for."""
 STORE_SECONDS = 2.0
-DISK_SECONDS = 1.0
 TELL_SECONDS = 0.1
 CLOSE_SECONDS = 5.0
 FINISHED_KEPT = 50
@@ -41,49 +42,6 @@ _WORDS: Mapping[Phase, str] = {
     "verifying": "Verifying",
     "writing": "Putting the files in their place",
 }
-
-
-class DownloadNotFound(Exception):
-    """There is no such download. The text is for people."""
-
-    def __init__(self, download_id: str) -> None:
-        super().__init__(f"There is no download {download_id[:64]!r}. It may have been taken off the list.")
-
-
-@dataclass(frozen=True, slots=True)
-class Download:
-    """One download as people and scripts see it.
-
-    Sizes are bytes, times Unix seconds, unknown is None. `message` says what it does, or what went wrong and what to
-    do; `error` is the code of that. `position` counts from 1 among those that wait. `version` grows with each change.
-    """
-
-    id: str
-    source: Source
-    model: str
-    state: DownloadState
-    requested_by: str
-    created_at: float
-    message: str = "Waiting for its turn"
-    percent: int = 0
-    completed_bytes: int = 0
-    total_bytes: int | None = None
-    bytes_per_second: int | None = None
-    eta_seconds: float | None = None
-    error: str | None = None
-    may_resume: bool = False
-    position: int | None = None
-    started_at: float | None = None
-    finished_at: float | None = None
-    version: int = 0
-
-    @property
-    def final(self) -> bool:
-        return self.state in FINAL
-
-    @property
-    def moving(self) -> bool:
-        return self.state in MOVING
 
 
 class DownloadStore(Protocol):
@@ -102,16 +60,19 @@ class _Job:
 
     view: Download
     abort: Abort | None = None
+    """Stops the transfer that goes on now."""
     stored_at: float = 0.0
 
     @property
-    def busy(self) -> bool:
-        """Whether its thread has yet to end."""
-        return self.abort is not None
+    def key(self) -> tuple[Source, str]:
+        return self.view.source, self.view.model
 
 
 class DownloadQueue:
-    """Runs at most `at_once` transfers side by side. Every public method may be called from any thread."""
+    """Runs at most `at_once` transfers side by side. Every public method may be called from any thread.
+
+    `on_complete` is told of a download whose files are all here, just before everyone else is.
+    """
 
     def __init__(
         self,
@@ -133,7 +94,11 @@ class DownloadQueue:
         self._clock = clock
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
-        self._threads: set[threading.Thread] = set()
+        self._busy: dict[_Job, threading.Thread] = {}
+        """Jobs whose thread has yet to end, on the list or not any more."""
+        self._unsaved: dict[str, Download | None] = {}
+        """What the store doesn't know yet; None for what is to be deleted there."""
+        self._saving = threading.Lock()
         self._version = 0
         self._started = False
         self._closing = False
@@ -148,7 +113,7 @@ class DownloadQueue:
         records = self._store.newest_first()
         with self._changed:
             for record in reversed(records):
-                view = _restored(record)
+                view = restored(record)
                 self._jobs[view.id] = _Job(view)
             self._started = True
             self._schedule()
@@ -157,27 +122,27 @@ class DownloadQueue:
         """Stop every transfer and return; the next start goes on with them."""
         with self._changed:
             self._closing = True
-            aborts = [job.abort for job in self._jobs.values() if job.abort is not None]
-            threads = list(self._threads)
+            busy = dict(self._busy)
+            for job in busy:
+                if job.view.moving:
+                    self._unsaved[job.view.id] = job.view  # with its latest figures
             self._changed.notify_all()
-        for abort in aborts:
-            abort()
+        for job in busy:
+            _stop(job.abort)
         deadline = time.monotonic() + CLOSE_SECONDS
-        for thread in threads:
+        for thread in busy.values():
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._save()
 
     def request(self, model: str, source: Source, requested_by: str) -> Download:
         """Have a model downloaded. One that is under way already is returned, a paused or failed one goes on.
 
-        Raises DownloadError `invalid_name`.
+        Raises DownloadError `invalid_name`, and `stopping` like the other commands.
         """
         name = self._fetchers[source].check_name(model)
-        with self._changed:
+        with self._command():
             for job in self._jobs.values():
-                if (job.view.source, job.view.model) == (source, name) and job.view.state not in (
-                    "complete",
-                    "cancelled",
-                ):
+                if job.key == (source, name) and job.view.state not in ("complete", "cancelled"):
                     if job.view.state in ("paused", "failed"):
                         self._queue_again(job)
                     return job.view
@@ -201,25 +166,26 @@ class DownloadQueue:
 
     def pause(self, download_id: str) -> Download:
         """Stop its transfer and keep what has arrived. Raises DownloadNotFound, and DownloadError `not_possible`."""
-        with self._changed:
+        with self._command():
             job = self._find(download_id)
             if job.view.final:
                 raise _not_possible("paused", job.view)
             abort = job.abort
             if job.view.state != "paused":
-                self._change(job, state="paused", message="Paused", bytes_per_second=None, eta_seconds=None)
+                self._change(
+                    job, state="paused", message="Paused", position=None, bytes_per_second=None, eta_seconds=None
+                )
                 self._schedule()
             view = job.view
-        if abort is not None:
-            abort()
+        _stop(abort)
         return view
 
     def resume(self, download_id: str) -> Download:
         """Go on from what is here; a failed one is tried again.
 
-        Raises DownloadNotFound, DownloadError `not_possible`.
+        Raises DownloadNotFound, and DownloadError `not_possible`.
         """
-        with self._changed:
+        with self._command():
             job = self._find(download_id)
             if job.view.state in ("complete", "cancelled"):
                 raise _not_possible("resumed", job.view)
@@ -232,24 +198,23 @@ class DownloadQueue:
 
         Raises DownloadNotFound, DownloadError `not_possible`.
         """
-        with self._changed:
+        with self._command():
             job = self._find(download_id)
             if job.view.state == "complete":
                 raise _not_possible("cancelled", job.view)
             abort = job.abort
             if job.view.state != "cancelled":
-                self._finish(job, "cancelled", message="Cancelled", bytes_per_second=None, eta_seconds=None)
-                if not self._is_busy(job.view):
-                    self._spawn(job, self._give_up)  # else the thread that ends does it
+                self._finish(job, "cancelled", message="Cancelled", error=None)
+                if job.key not in {busy.key for busy in self._busy}:
+                    self._employ(job, self._clear_away)  # else the thread that is at work on the model does that
                 self._schedule()
             view = job.view
-        if abort is not None:
-            abort()
+        _stop(abort)
         return view
 
     def remove(self, download_id: str) -> None:
         """Take one that has ended off the list. Raises DownloadNotFound, DownloadError `not_possible`."""
-        with self._changed:
+        with self._command():
             job = self._find(download_id)
             if not job.view.final:
                 raise _not_possible("taken off the list", job.view)
@@ -269,26 +234,40 @@ class DownloadQueue:
             return self._version
 
     def _follow(self, view: Download, heartbeat: float) -> Iterator[Download | None]:
-        while True:
-            yield view
-            if view.final or view.state == "paused" or self._closing:
-                return
+        yield view
+        while not view.final and view.state != "paused":
             time.sleep(TELL_SECONDS)
-            newer: Download | None = None
-            while newer is None:
-                with self._changed:
-                    seen = view.version
-                    self._changed.wait_for(lambda: self._closing or self._newer(view.id, seen) is not None, heartbeat)  # noqa: B023
-                    newer = self._newer(view.id, seen)
-                if newer is None:
-                    if self._closing or view.id not in self._jobs:
-                        return
-                    yield None
+            newer = self._await_change(view, heartbeat)
+            if newer is None:
+                return
+            yield newer if newer is not view else None
             view = newer
 
-    def _newer(self, download_id: str, version: int) -> Download | None:
-        job = self._jobs.get(download_id)
-        return job.view if job is not None and job.view.version > version else None
+    def _await_change(self, view: Download, timeout: float) -> Download | None:
+        """Its newer self, or itself when nothing happened; None when nothing more will be told of it."""
+
+        def current() -> Download | None:
+            job = self._jobs.get(view.id)
+            return job.view if job is not None and not self._closing else None
+
+        with self._changed:
+            self._changed.wait_for(lambda: current() is not view, timeout)
+            return current()
+
+    @contextmanager
+    def _command(self) -> Iterator[None]:
+        """The lock for what somebody asks for. Raises DownloadError `stopping` when it is too late for that."""
+        with self._changing():
+            if self._closing:
+                raise DownloadError("stopping", "Switchyard is stopping. Downloads can be changed once it runs again.")
+            yield
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The lock. What was changed with it held has been stored on leaving."""
+        with self._changed:
+            yield
+        self._save()
 
     def _find(self, download_id: str) -> _Job:
         try:
@@ -306,20 +285,23 @@ class DownloadQueue:
         """Start what may run, and number what has to wait."""
         if not self._started or self._closing:
             return
-        free = self._at_once - sum(job.busy for job in self._jobs.values())
+        taken = {job.key for job in self._busy}
+        free = self._at_once - len(self._busy)
         position = 0
         for job in list(self._jobs.values()):
             if job.view.state != "queued":
                 continue
-            if free > 0 and not self._is_busy(job.view):
+            if free > 0 and job.key not in taken:
                 free -= 1
+                taken.add(job.key)
                 self._launch(job)
                 continue
             position += 1
             if job.view.position != position:
-                self._change(job, position=position)
+                self._change(job, store=False, position=position)
 
     def _launch(self, job: _Job) -> None:
+        job.abort = abort = Abort()
         self._change(
             job,
             state="downloading",
@@ -327,63 +309,72 @@ class DownloadQueue:
             position=None,
             started_at=job.view.started_at or time.time(),
         )
-        self._spawn(job, self._carry_out)
+        self._employ(job, self._carry_out, abort)
 
-    def _is_busy(self, view: Download) -> bool:
-        """Whether a thread is at work on the files of this model, for this download or an earlier one."""
-        same = (view.source, view.model)
-        return any(job.busy and (job.view.source, job.view.model) == same for job in self._jobs.values())
-
-    def _spawn(self, job: _Job, work: Callable[[_Job, Abort], None]) -> None:
-        job.abort = abort = Abort()
-        thread = threading.Thread(target=work, args=(job, abort), name="download", daemon=True)
-        self._threads.add(thread)
+    def _employ(self, job: _Job, work: Callable[..., None], *arguments: object) -> None:
+        """Give a job its thread, which ends by `_release`."""
+        self._busy[job] = thread = threading.Thread(target=work, args=(job, *arguments), name="download", daemon=True)
         thread.start()
 
     def _release(self, job: _Job) -> None:
-        """The thread of a job is at its end. Called with the lock."""
-        job.abort = None
-        self._threads.discard(threading.current_thread())
+        """Its thread is done with the model's files: others may have them."""
+        del self._busy[job]
         self._schedule()
-
-    def _give_up(self, job: _Job, _abort: Abort) -> None:
-        """The thread of a job that is called off while nothing runs for it."""
-        self._discard(job.view)
-        with self._changed:
-            self._release(job)
 
     def _carry_out(self, job: _Job, abort: Abort) -> None:
         """The thread of one transfer, from its start to whatever end."""
-        done = False
-        try:
-            self._transfer(job, abort)
-            done = True
-        except Aborted:
-            pass  # whoever stopped it has said what the job is now
-        except DownloadError as error:
-            self._fail(job, error.code, error.message, may_resume=error.may_resume)
-        except Exception:
-            log.exception("a download ended in a way nobody foresaw", model=job.view.model)
-            words = "Switchyard failed to carry this out; its log has the details. Try again."
-            self._fail(job, "internal_error", words, may_resume=True)
-        if job.view.state == "cancelled":
-            self._discard(job.view)
-        with self._changed:
-            complete = done and job.view.state != "cancelled"
-            if complete:
+        error = self._outcome(job, abort)
+        if error is None and not abort.requested:
+            self._announce(job.view)
+        with self._changing():
+            job.abort = None
+            cancelled = job.view.state == "cancelled"
+            if error is None and job.view.moving and not abort.requested:
                 total = job.view.total_bytes or job.view.completed_bytes
                 self._finish(job, "complete", message="Complete", percent=100, completed_bytes=total)
+            elif error is not None and job.view.moving and not self._closing:
+                log.warning("a download failed", model=job.view.model, code=error.code)
+                self._finish(job, "failed", message=error.message, error=error.code, may_resume=error.may_resume)
+            if not cancelled:
+                self._release(job)
+        if cancelled:
+            self._clear_away(job)
+
+    def _announce(self, view: Download) -> None:
+        """Have the model looked for before its download is called complete: who then looks for it will find it."""
+        try:
+            self._on_complete(view)
+        except Exception:
+            log.exception("nobody could be told of a complete download", model=view.model)
+
+    def _outcome(self, job: _Job, abort: Abort) -> DownloadError | None:
+        """Run the transfer; why it failed. None when it is done or was stopped, which whoever did that has noted."""
+        try:
+            self._transfer(job, abort)
+        except DownloadError as error:
+            return error
+        except Exception as error:
+            if not (isinstance(error, Aborted) and abort.requested):
+                log.exception("a download ended in a way nobody foresaw", model=job.view.model)
+                words = "Switchyard failed to carry this out; its log has the details. Try again."
+                return DownloadError("internal_error", words, may_resume=True)
+        return None
+
+    def _clear_away(self, job: _Job) -> None:
+        """Give up what a cancelled download has left. Nothing of the same model runs meanwhile."""
+        try:
+            self._fetchers[job.view.source].discard(job.view.model)
+        except Exception:
+            log.exception("what a download left could not be removed", model=job.view.model)
+        with self._changing():
             self._release(job)
-        if complete:
-            try:
-                self._on_complete(job.view)
-            except Exception:
-                log.exception("nobody could be told of a complete download", model=job.view.model)
 
     def _transfer(self, job: _Job, abort: Abort) -> None:
         """Fetch it, trying again where that may help. Raises DownloadError and Aborted."""
         fetcher = self._fetchers[job.view.source]
-        observer = _Observer(self._disk, job.view.source, self._clock, lambda figures: self._tell(job, abort, figures))
+        observer = TransferObserver(
+            self._disk, job.view.source, self._clock, lambda figures: self._tell(job, abort, figures)
+        )
         pauses = list(self._retry_pauses)
         while True:
             arrived = job.view.completed_bytes
@@ -416,66 +407,68 @@ class DownloadQueue:
     def _note(self, job: _Job, abort: Abort, **changes: Any) -> None:
         """What the transfer has to say, unless it was stopped meanwhile: then the job is something else already."""
         with self._changed:
-            if not abort.requested and job.view.moving:
-                same = job.view.state == changes.get("state", job.view.state)
-                self._change(job, store=not same or time.monotonic() - job.stored_at > STORE_SECONDS, **changes)
-
-    def _fail(self, job: _Job, code: str, message: str, *, may_resume: bool) -> None:
-        log.warning("a download failed", model=job.view.model, code=code)
-        with self._changed:
-            if job.view.moving:
-                figures = {"bytes_per_second": None, "eta_seconds": None}
-                self._finish(job, "failed", message=message, error=code, may_resume=may_resume, **figures)
+            if job.abort is not abort or abort.requested or not job.view.moving:
+                return
+            same = job.view.state == changes.get("state", job.view.state)
+            store = not same or self._clock() - job.stored_at >= STORE_SECONDS
+            self._change(job, store=store, **changes)
+        if store:
+            self._save()
 
     def _finish(self, job: _Job, state: DownloadState, **changes: Any) -> None:
-        self._change(job, state=state, finished_at=time.time(), position=None, **changes)
+        over: dict[str, Any] = {
+            "finished_at": time.time(),
+            "position": None,
+            "bytes_per_second": None,
+            "eta_seconds": None,
+        }
+        self._change(job, state=state, **over, **changes)
         finished = sorted((j for j in self._jobs.values() if j.view.final), key=lambda j: j.view.finished_at or 0.0)
         for old in finished[:-FINISHED_KEPT]:
-            if not old.busy:
-                self._drop(old)
+            self._drop(old)
 
     def _change(self, job: _Job, *, store: bool = True, **changes: Any) -> None:
         self._version += 1
         job.view = replace(job.view, version=self._version, **changes)
-        if store and not self._closing:
-            job.stored_at = time.monotonic()
-            self._store.save(_record(job.view))
+        if store:
+            job.stored_at = self._clock()
+            self._unsaved[job.view.id] = job.view
         self._changed.notify_all()
 
     def _drop(self, job: _Job) -> None:
         del self._jobs[job.view.id]
-        self._store.delete(job.view.id)
+        self._unsaved[job.view.id] = None
         self._version += 1
         self._changed.notify_all()
 
-    def _discard(self, view: Download) -> None:
-        try:
-            self._fetchers[view.source].discard(view.model)
-        except Exception:
-            log.exception("what a download left could not be removed", model=view.model)
+    def _save(self) -> None:
+        """Store every change up to now; on return another thread has done it, or this one.
+
+        What can't be stored (a full disk) is tried again with the next change: downloads don't depend on it.
+        """
+        with self._saving:
+            with self._changed:
+                unsaved, self._unsaved = self._unsaved, {}
+            for download_id, view in unsaved.items():
+                try:
+                    if view is None:
+                        self._store.delete(download_id)
+                    else:
+                        self._store.save(record_of(view))
+                except Exception:
+                    log.exception("a download's state could not be stored", download=download_id)
+                    with self._changed:
+                        self._unsaved.setdefault(download_id, view)
 
 
-class _Observer:
-    """Turns what a fetcher sees into figures, and looks after the disk meanwhile."""
-
-    def __init__(
-        self, disk: DiskCheck, source: Source, clock: Callable[[], float], tell: Callable[[Figures], None]
-    ) -> None:
-        self._disk = disk
-        self._source = source
-        self._clock = clock
-        self._tell = tell
-        self._progress = TransferProgress()
-        self._checked_at = float("-inf")
-
-    def see(self, seen: Seen) -> None:
-        """Raises DownloadError when the disk fills up."""
-        now = self._clock()
-        figures = self._progress.advance(seen, now)
-        self._tell(figures)
-        if figures.phase == "downloading" and figures.total_bytes and now - self._checked_at >= DISK_SECONDS:
-            self._checked_at = now
-            self._disk.check(self._source, figures.total_bytes - figures.completed_bytes)
+def _stop(abort: Abort | None) -> None:
+    """Stop a transfer. That its process or connection is gone already doesn't matter."""
+    if abort is None:
+        return
+    try:
+        abort()
+    except Exception:
+        log.exception("a transfer could not be stopped at once")
 
 
 Verb = Literal["paused", "resumed", "cancelled", "taken off the list"]
@@ -484,43 +477,3 @@ Verb = Literal["paused", "resumed", "cancelled", "taken off the list"]
 def _not_possible(verb: Verb, view: Download) -> DownloadError:
     state = {"queued": "waiting", "downloading": "under way", "verifying": "under way"}.get(view.state, view.state)
     return DownloadError("not_possible", f"The download of {view.model} is {state}, so it can't be {verb}.")
-
-
-def _restored(record: DownloadRecord) -> Download:
-    """A stored download as it goes on: what was under way waits for its turn again."""
-    unfinished = record.state in ("queued", "downloading", "verifying")
-    return Download(
-        id=record.id,
-        source=record.source,
-        model=record.model,
-        state="queued" if unfinished else record.state,
-        requested_by=record.requested_by,
-        created_at=record.created_at,
-        message="Waiting for its turn" if unfinished else record.message,
-        percent=record.percent,
-        completed_bytes=record.completed_bytes,
-        total_bytes=record.total_bytes,
-        error=record.error,
-        may_resume=record.may_resume,
-        started_at=record.started_at,
-        finished_at=record.finished_at,
-    )
-
-
-def _record(view: Download) -> DownloadRecord:
-    return DownloadRecord(
-        id=view.id,
-        source=view.source,
-        model=view.model,
-        state=view.state,
-        requested_by=view.requested_by,
-        message=view.message,
-        percent=view.percent,
-        completed_bytes=view.completed_bytes,
-        total_bytes=view.total_bytes,
-        error=view.error,
-        may_resume=view.may_resume,
-        created_at=view.created_at,
-        started_at=view.started_at,
-        finished_at=view.finished_at,
-    )

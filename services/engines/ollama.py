@@ -27,6 +27,7 @@ from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnE
 LIST_SECONDS = 1.0
 FIRST_LIST_SECONDS = 0.5
 LIST_TIMEOUT = 3.0
+SHOW_AGAIN_SECONDS = 10.0
 OVERHEAD_BYTES = 64_000_000
 OVERHEAD_SHARE = 0.15
 """What a model takes beyond its file when the file can't be read: a runner holds 57 MB empty, the rest is cache."""
@@ -66,6 +67,7 @@ class Ollama:
         self._installed: dict[str, Installed] | None = None
         self._listed_at = float("-inf")
         self._shown: dict[str, Shown] = {}
+        self._show_after = float("-inf")
         self._estimates: dict[tuple[str, int], int] = {}
         self._serving = False
 
@@ -107,6 +109,7 @@ class Ollama:
             raise unreachable(self._api.base_url, refused=True)
         if installed is None:
             raise EngineError(f"Ollama has no model {model.source} any more. Download it again.")
+        self._show(installed)
         return self._instance(model, self._served_name(model, installed), on_exit, ready=False)
 
     def loaded(self) -> Collection[str]:
@@ -114,7 +117,7 @@ class Ollama:
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> OllamaInstance | None:
         names = [name for name in self._watch.latest.models if self._source_of(name) == model.source]
-        return self._instance(model, names[0], on_exit, ready=True) if names else None
+        return self._instance(model, names[0], on_exit, ready=True) if names else None  # asks nobody: see `loaded`
 
     def remove(self, model: Model) -> None:
         base = model.source
@@ -129,8 +132,8 @@ class Ollama:
         self._list(fresh=True)
 
     def installed(self) -> Sequence[Installed]:
-        """What is on the server's disk, at most a second old; without the names made here."""
-        return [entry for name, entry in self._list().items() if not name.startswith(OURS)]
+        """What is on the server's disk as last listed, without the names made here. Asks nobody."""
+        return [entry for name, entry in (self._installed or {}).items() if not name.startswith(OURS)]
 
     def models_folder(self) -> Path | None:
         """Where a server on this machine keeps its files; None when that can't be known from here."""
@@ -158,8 +161,10 @@ class Ollama:
             instance.note(look)
 
     def _instance(self, model: Model, name: str, on_exit: OnExit, *, ready: bool) -> OllamaInstance:
-        installed = self._list().get(model.source)
-        blob = self._show(installed).blob if installed is not None else None
+        def blob() -> str | None:
+            shown = self._shown.get(model.digest or "")
+            return shown.blob if shown is not None else None
+
         instance = OllamaInstance(self._server, model, name, blob, self._device(model), on_exit, ready=ready)
         with self._lock:
             self._instances.add(instance)
@@ -180,15 +185,16 @@ class Ollama:
             self._installed = {entry.name: entry for entry in listed}
             return self._installed
 
-    def _show(self, installed: Installed) -> Shown:
-        shown = self._shown.get(installed.digest)
-        if shown is None:
-            try:
-                shown = self._api.show(installed.name)
-            except (OllamaError, OllamaUnreachable):
-                return Shown(None, None)
-            self._shown[installed.digest] = shown
-        return shown
+    def _show(self, installed: Installed) -> None:
+        """Learn more of a model than the list tells, once for each version of it."""
+        if installed.digest in self._shown or time.monotonic() < self._show_after:
+            return
+        try:
+            self._shown[installed.digest] = self._api.show(installed.name)
+        except OllamaUnreachable:
+            self._show_after = time.monotonic() + SHOW_AGAIN_SECONDS  # forty models must not wait forty times
+        except OllamaError:
+            self._shown[installed.digest] = Shown(None, None)
 
     def _served_name(self, model: Model, installed: Installed) -> str:
         """The name to load it by: its own, or one made here that carries the context that was asked for.

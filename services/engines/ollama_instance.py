@@ -65,10 +65,21 @@ class Server:
 
 
 class OllamaInstance:
-    """A model loading, loaded or being unloaded. `name` is Ollama's for it, `blob` the file of its weights."""
+    """A model loading, loaded or being unloaded.
+
+    `name` is Ollama's for it; `blob` tells the file of its weights as soon as that is known.
+    """
 
     def __init__(
-        self, server: Server, model: Model, name: str, blob: str | None, device: str, on_exit: OnExit, *, ready: bool
+        self,
+        server: Server,
+        model: Model,
+        name: str,
+        blob: Callable[[], str | None],
+        device: str,
+        on_exit: OnExit,
+        *,
+        ready: bool,
     ) -> None:
         self.model = model
         self.name = name
@@ -264,7 +275,8 @@ class OllamaInstance:
         if self._runner is not None and resident(self._runner) is not None:
             return self._runner
         process = self._server.process() if self._server.local else None
-        self._runner = runner_of(process.pid, self._blob) if process and self._blob else None
+        blob = self._blob()
+        self._runner = runner_of(process.pid, blob) if process is not None and blob is not None else None
         return self._runner
 
     def _on_gpu(self, seen: Running | None, runner: int | None) -> int | None:

@@ -303,7 +303,7 @@ class Procedure:
             self._hub.report_exit(instance, exit)
 
         try:
-            instance = engine.launch(model, ended)
+            instance = self._hub.await_worker(lambda: engine.launch(model, ended), cancellable=False)
         except EngineError as error:
             self._fleet.fail(model.id, str(error), "")
             raise

@@ -12,11 +12,35 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.browser.conftest import StartShared, at_rest
-from tests.browser.steps import MINI, answers, banner, choice, choose, composer, dialog, expect_active, menu, say, visit
-from tests.support.console import Console, stand_in
+from tests.browser.ollama_steps import (
+    SIZE,
+    Workbench,
+    card,
+    download,
+    field,
+    job,
+    listed,
+    wait_for_download,
+)
+from tests.browser.steps import (
+    MINI,
+    answers,
+    banner,
+    choice,
+    choose,
+    composer,
+    dialog,
+    expect_active,
+    menu,
+    row,
+    say,
+    visit,
+)
+from tests.support.console import Console, stand_in, wait_until
 
 LONG = "a-model-whose-name-has-as-many-as-sixty-letters-and-hyphens-"[:59] + "x"
 FORTY = "".join(stand_in(f"family-{n // 10}/model-{n:02d}-plain", source=str(MINI)) for n in range(40))
+LONG_NAME = "a-model-whose-name-has-as-many-as-sixty-letters-in-it-all:7b"
 LOOKS = [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)]
 
 
@@ -31,6 +55,44 @@ def shared(start_shared: StartShared, big_model: Path) -> Console:
         stand_in("huge", required_gb=9000, source=str(MINI)),
     ]
     return start_shared(FORTY + "".join(more))
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+    """A console with a download in each state, a model to update and one that another program unloaded."""
+    names = ["quick:latest", "held:latest", "waits:latest", LONG_NAME]
+    bench = Workbench(
+        tmp_path_factory.mktemp("busy"),
+        models={"tiny-a:latest": {}, "evicted:latest": {}},
+        registry={name: {"size": SIZE} for name in names},
+    )
+    try:
+        bench.registry.publish("tiny-a:latest", version=2)
+        bench.ollama.start()
+        console = bench.start(downloads_at_once=1)
+        console.switch("evicted:latest")
+        bench.ollama.unload("evicted:latest")
+        console.switch("tiny-a:latest")
+        console.post("/api/providers/models/updates")
+        for name, state in (("quick:latest", "complete"), ("nope:latest", "failed")):
+            _request(console, name)
+            wait_for_download(console, name, state)
+        bench.ollama.set_fault("pull_stuck_at", 50)
+        _request(console, "held:latest")
+        wait_until(lambda: listed(console)["held:latest"]["completed_bytes"], "bytes to arrive")
+        console.post(f"/api/providers/models/downloads/{listed(console)['held:latest']['id']}/pause")
+        wait_for_download(console, "held:latest", "paused")
+        _request(console, LONG_NAME)
+        _request(console, "waits:latest")
+        wait_until(lambda: listed(console)[LONG_NAME]["bytes_per_second"] == 0, "the download to stand still")
+        yield console
+    finally:
+        bench.close()
+
+
+def _request(console: Console, model: str) -> None:
+    answer = console.post("/api/providers/models/download", {"model": model}, headers={"Accept": "application/json"})
+    assert answer.status_code == 202, answer.text
 
 
 @dataclass
@@ -149,6 +211,49 @@ def test_plans(windows: Windows, console: Console) -> None:
     windows.check(lambda page: visit(page, console, f"/models/plan?target={LONG}"))
     windows.check(lambda page: visit(page, console, "/models/plan?target=huge"))
     windows.check(ask)
+
+
+def test_downloads_and_ollama(windows: Windows, busy: Console) -> None:
+    """A download in each state, a caution, an update, and the log of Ollama unfolded where there is one."""
+
+    def look(window: Page) -> None:
+        visit(window, busy, "/models")
+        for name, word in (
+            ("quick:latest", "Complete"),
+            ("nope:latest", "Failed"),
+            ("held:latest", "Paused"),
+            ("waits:latest", "Waiting"),
+            (LONG_NAME, "stalled"),
+        ):
+            expect(job(window, name)).to_contain_text(word)
+        expect(row(window, "tiny-a:latest")).to_contain_text("Update available")
+        expect(row(window, "evicted:latest").locator(".model-warning")).to_be_visible()
+        expect(card(window)).to_contain_text("Running")
+
+    windows.check(look)
+
+
+def test_the_question_before_a_model_is_deleted(windows: Windows, busy: Console) -> None:
+    """As a dialog and as a page."""
+
+    def ask(window: Page) -> None:
+        visit(window, busy, "/models")
+        window.get_by_role("button", name="Delete tiny-a:latest").click()
+        expect(dialog(window)).to_contain_text("It is loaded and will be unloaded first.")
+
+    windows.check(ask)
+    windows.check(lambda page: visit(page, busy, "/models/delete?model=tiny-a:latest"))
+
+
+def test_a_name_that_has_to_be_corrected(windows: Windows, busy: Console) -> None:
+    """The field with its error."""
+
+    def look(window: Page) -> None:
+        visit(window, busy, "/models")
+        download(window, "not a name")
+        expect(field(window)).to_have_attribute("aria-invalid", "true")
+
+    windows.check(look)
 
 
 @pytest.mark.parametrize("path", ["/no-such-page", "/chats/no-such-conversation", "/docs"])

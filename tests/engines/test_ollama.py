@@ -1,6 +1,6 @@
-"""The ollama engine against the port's conformance suite, and what only a shared server can do.
+"""What the ollama engine does on a server that others use as well, and that misbehaves on cue: the stand-in.
 
-On the stand-in by default; on a real Ollama where OLLAMA_TEST_BINARY names one (`make test-ollama`).
+The port's conformance suite runs in `test_ollama_server.py`, on the stand-in or a real Ollama.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from services.engines.ollama import Ollama, full_name
 from services.engines.ollama_api import OllamaApi, OllamaUnreachable
 from services.engines.ollama_instance import CHANGED_HANDS, ServerProcess
 from services.switching.engine import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
-from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
+from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase
 from tests.support.console import free_port, wait_until
 from tests.support.ollama import FakeOllama
 
@@ -55,8 +55,8 @@ def make_engine(server: FakeOllama) -> Iterator[Callable[..., Ollama]]:
         engine.close()
 
 
-class TestOllama(EngineConformance):
-    """The promises of the port."""
+class TestShared:
+    """One engine, one server, other clients."""
 
     @pytest.fixture
     def case(self, server: FakeOllama, make_engine: Callable[..., Ollama]) -> EngineCase:

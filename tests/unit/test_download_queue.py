@@ -1,404 +1,717 @@
-"""The download queue, with a fetcher that does what a test says."""
+"""The download queue: who runs, who waits, and that a job ends as the last accepted wish says, whoever asks at once."""
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from services.downloads.disk import DiskCheck
-from services.downloads.fetcher import Abort, Aborted, DownloadError, Part, Report, Seen
-from services.downloads.queue import Download, DownloadNotFound, DownloadQueue
+from services.downloads.download import Download, DownloadNotFound
+from services.downloads.fetcher import Abort, Aborted, DownloadError, Fetcher, Part, Report, Seen, Source
+from services.downloads.queue import FINISHED_KEPT, DownloadQueue
+from services.store.records import DownloadRecord
 from services.store.repository import DownloadRepository, open_store
 from tests.support.console import wait_until
 
-MB = 1_000_000
+PATIENCE = 10.0
+BROKEN = DownloadError("interrupted", "The connection broke.", may_resume=True)
 
 
-class Script:
-    """A fetcher whose transfers wait for orders, one transfer per model at a time."""
+class Call:
+    """One `fetch` under way, told by the test what happens in it."""
 
-    source = "ollama"
+    def __init__(self, model: str, report: Report, abort: Abort) -> None:
+        self.model = model
+        self.over = threading.Event()
+        self._report = report
+        self._abort = abort
+        self._orders: queue.Queue[Callable[[], None] | Exception | None] = queue.Queue()
+
+    def sees(self, completed: int, total: int, phase: Any = "downloading") -> None:
+        """Have it report, and wait until that was taken in."""
+        done = threading.Event()
+
+        def report() -> None:
+            try:
+                self._report(Seen(phase, {"layer": Part(completed, total)}))
+            finally:
+                done.set()
+
+        self._orders.put(report)
+        assert done.wait(PATIENCE)
+
+    def ends(self, error: Exception | None = None) -> None:
+        """The transfer is done, or fails with `error`."""
+        self._orders.put(error)
+
+    def run(self) -> None:
+        self._abort.applies_to(lambda: self._orders.put(Aborted()))
+        while (order := self._orders.get(timeout=PATIENCE)) is not None:
+            if isinstance(order, Exception):
+                raise order
+            order()
+
+
+class Scripted:
+    """A source whose transfers do what the test says. `tidy` holds up what is discarded until it is set."""
+
+    source: Source = "ollama"
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.running: dict[str, Transfer] = {}
-        self.most = 0
-        self.starts: dict[str, int] = defaultdict(int)
         self.discarded: list[str] = []
-        self.violations: list[str] = []
+        self.tidy = threading.Event()
+        self.tidy.set()
+        self._calls: queue.Queue[Call] = queue.Queue()
 
     def check_name(self, name: str) -> str:
         if " " in name:
-            raise DownloadError("invalid_name", f"{name!r} is not a name.")
+            raise DownloadError("invalid_name", f"{name!r} is not the name of a model.")
         return name.lower()
 
     def fetch(self, name: str, report: Report, abort: Abort) -> None:
-        transfer = Transfer(report, abort)
-        with self.lock:
-            if name in self.running:
-                self.violations.append(f"two transfers of {name}")
-            self.running[name] = transfer
-            self.most = max(self.most, len(self.running))
-            self.starts[name] += 1
+        call = Call(name, report, abort)
+        self._calls.put(call)
         try:
-            transfer.run()
+            call.run()
         finally:
-            with self.lock:
-                del self.running[name]
+            call.over.set()
 
     def discard(self, name: str) -> None:
-        with self.lock:
-            if name in self.running:
-                self.violations.append(f"{name} discarded while it runs")
+        assert self.tidy.wait(PATIENCE)
         self.discarded.append(name)
 
+    def next(self, model: str) -> Call:
+        """The transfer that begins next, which has to be that of `model`."""
+        call = self._calls.get(timeout=PATIENCE)
+        assert call.model == model
+        return call
 
-class Transfer:
-    """One run: `see` and `end` are orders to it."""
-
-    def __init__(self, report: Report, abort: Abort) -> None:
-        self.report = report
-        self.abort = abort
-        self.orders: list[Callable[[], bool]] = []
-        self.ordered = threading.Condition()
-        abort.applies_to(self._wake)
-
-    def see(self, completed: int, total: int, phase: str = "downloading") -> None:
-        self._order(lambda: bool(self.report(Seen(phase, {"layer": Part(completed, total)}))))  # type: ignore[arg-type]
-
-    def end(self, error: Exception | None = None) -> None:
-        def act() -> bool:
-            if error is not None:
-                raise error
-            return True
-
-        self._order(act)
-
-    def run(self) -> None:
-        while True:
-            with self.ordered:
-                self.ordered.wait_for(lambda: self.orders or self.abort.requested)
-                if self.abort.requested:
-                    raise Aborted
-                order = self.orders.pop(0)
-            if order():
-                return
-
-    def _order(self, act: Callable[[], bool]) -> None:
-        with self.ordered:
-            self.orders.append(act)
-            self.ordered.notify_all()
-
-    def _wake(self) -> None:
-        with self.ordered:
-            self.ordered.notify_all()
+    @property
+    def idle(self) -> bool:
+        """Whether no transfer has begun that the test hasn't asked for."""
+        return self._calls.empty()
 
 
-class Desk:
-    """A queue on a real database, and what a test needs around it."""
+class Kept:
+    """A store in memory; `broken` makes it refuse to write."""
 
-    def __init__(self, folder: Path) -> None:
-        self.store = open_store(folder / "test.db")
-        self.script = Script()
+    def __init__(self) -> None:
+        self.rows: dict[str, DownloadRecord] = {}
+        self.written: list[DownloadRecord] = []
+        self.broken = False
+
+    def save(self, record: DownloadRecord) -> None:
+        if self.broken:
+            raise OSError("No space left on device")
+        self.rows[record.id] = record
+        self.written.append(record)
+
+    def newest_first(self) -> list[DownloadRecord]:
+        return sorted(self.rows.values(), key=lambda r: r.created_at, reverse=True)
+
+    def delete(self, download_id: str) -> bool:
+        if self.broken:
+            raise OSError("No space left on device")
+        return self.rows.pop(download_id, None) is not None
+
+
+class Rig:
+    """A queue with everything around it in the test's hands."""
+
+    def __init__(self) -> None:
+        self.fetcher = Scripted()
+        self.store = Kept()
+        self.completed: list[Download] = []
         self.free = 10**12
-        self.completed: list[str] = []
-        self.queues: list[DownloadQueue] = []
+        self.now = 1000.0
+        self._queues: list[DownloadQueue] = []
 
-    def open(self, *, start: bool = True, **options: object) -> DownloadQueue:
-        disk = DiskCheck({"ollama": lambda: Path("/")}, margin_bytes=0, free_bytes=lambda _: self.free)
-        options = {"at_once": 2, "retry_pauses": (0.01, 0.01), **options}
-        queue = DownloadQueue(
-            {"ollama": self.script},  # type: ignore[dict-item]
-            DownloadRepository(self.store),
-            disk=disk,
-            on_complete=lambda download: self.completed.append(download.model),
-            **options,  # type: ignore[arg-type]
+    def queue(self, fetcher: Fetcher | None = None, **options: Any) -> DownloadQueue:
+        """A queue that works, on the same store as the ones before."""
+        settings: dict[str, Any] = {"at_once": 2, "retry_pauses": (0.0, 0.0), "on_complete": self.completed.append}
+        made = DownloadQueue(
+            {"ollama": fetcher or self.fetcher},
+            self.store,
+            disk=DiskCheck({"ollama": lambda: Path("/")}, margin_bytes=10**9, free_bytes=lambda _: self.free),
+            clock=lambda: self.now,
+            **(settings | options),
         )
-        self.queues.append(queue)
-        if start:
-            queue.start()
-        return queue
-
-    def transfer(self, model: str) -> Transfer:
-        wait_until(lambda: model in self.script.running, f"the transfer of {model}")
-        return self.script.running[model]
+        self._queues.append(made)
+        made.start()
+        return made
 
     def close(self) -> None:
-        for queue in self.queues:
-            queue.close()
-        self.store.close()
+        self.fetcher.tidy.set()
+        for made in self._queues:
+            made.close()
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path)
-    yield desk
-    desk.close()
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.close()
 
 
-def reaches(queue: DownloadQueue, job: Download, state: str) -> Download:
-    wait_until(lambda: queue.get(job.id).state == state, f"{job.model} to be {state}")
-    return queue.get(job.id)
+@pytest.fixture
+def downloads(rig: Rig) -> DownloadQueue:
+    return rig.queue()
 
 
-def test_a_download_runs_to_its_end(desk):
-    """Queued, downloading with figures, verifying, complete; then whoever has to know is told, once."""
-    queue = desk.open()
-    job = queue.request("llama", "ollama", "test")
-    transfer = desk.transfer("llama")
-    transfer.see(30 * MB, 100 * MB)
-    wait_until(lambda: queue.get(job.id).percent == 30, "30 percent")
-    assert (queue.get(job.id).completed_bytes, queue.get(job.id).total_bytes) == (30 * MB, 100 * MB)
-    transfer.see(100 * MB, 100 * MB, "verifying")
-    assert reaches(queue, job, "verifying").message == "Verifying"
-    transfer.end()
-    done = reaches(queue, job, "complete")
-    assert (done.percent, done.bytes_per_second, done.error) == (100, None, None)
-    wait_until(lambda: desk.completed == ["llama"], "the news")
+def ask(downloads: DownloadQueue, model: str) -> Download:
+    return downloads.request(model, "ollama", "somebody")
 
 
-def test_only_so_many_run_at_once_and_the_rest_knows_its_place(desk):
-    """Two run, the others are numbered; when one ends the next starts."""
-    queue = desk.open()
-    jobs = [queue.request(name, "ollama", "test") for name in ("a", "b", "c", "d")]
-    desk.transfer("a")
-    desk.transfer("b")
-    assert [queue.get(j.id).position for j in jobs] == [None, None, 1, 2]
-    desk.transfer("a").end()
-    desk.transfer("c")
-    wait_until(lambda: queue.get(jobs[3].id).position == 1, "the last one to move up")
-    assert desk.script.most == 2
+def reaches(downloads: DownloadQueue, download: Download, state: str) -> Download:
+    """The download once it is in `state`."""
+    wait_until(lambda: downloads.get(download.id).state == state, f"{download.model} to be {state}", PATIENCE)
+    return downloads.get(download.id)
 
 
-def test_asking_twice_is_one_download(desk):
-    """Also under another spelling of the same name; a paused one goes on, a complete one is fetched anew."""
-    queue = desk.open()
-    first = queue.request("llama", "ollama", "test")
-    assert queue.request("LLAMA", "ollama", "test").id == first.id
-    desk.transfer("llama")
-    queue.pause(first.id)
-    wait_until(lambda: not desk.script.running, "the transfer to end")
-    assert queue.request("llama", "ollama", "test").id == first.id
-    desk.transfer("llama").end()
-    reaches(queue, first, "complete")
-    assert queue.request("llama", "ollama", "test").id != first.id
-    assert desk.script.violations == []
+def test_a_download_goes_through_its_stages_and_is_announced_once(rig: Rig, downloads: DownloadQueue) -> None:
+    """From the request to the end, with figures; the store holds how it ended."""
+    asked = ask(downloads, "Tiny")
+    assert (asked.model, asked.state, asked.requested_by, asked.percent) == ("tiny", "downloading", "somebody", 0)
+    call = rig.fetcher.next("tiny")
+    call.sees(30, 100)
+    seen = downloads.get(asked.id)
+    assert (seen.percent, seen.completed_bytes, seen.total_bytes, seen.message) == (30, 30, 100, "Downloading")
+    call.sees(100, 100, "verifying")
+    assert (downloads.get(asked.id).state, downloads.get(asked.id).percent) == ("verifying", 99)
+    call.ends()
+    ended = reaches(downloads, asked, "complete")
+    assert (ended.percent, ended.completed_bytes, ended.final, ended.eta_seconds) == (100, 100, True, None)
+    assert ended.finished_at is not None
+    assert [d.id for d in rig.completed] == [asked.id]
+    assert rig.store.rows[asked.id].state == "complete"
 
 
-def test_a_name_that_is_none_is_refused_before_anything_is_stored(desk):
-    """The fetcher's words pass through."""
-    queue = desk.open()
-    with pytest.raises(DownloadError, match="not a name"):
-        queue.request("no name", "ollama", "test")
-    assert queue.all() == ()
-
-
-def test_pausing_stops_the_transfer_and_resuming_goes_on(desk):
-    """The slot is free at once for the next one; what has arrived is still shown."""
-    queue = desk.open(at_once=1)
-    first, second = (queue.request(name, "ollama", "test") for name in ("a", "b"))
-    desk.transfer("a").see(30 * MB, 100 * MB)
-    wait_until(lambda: queue.get(first.id).percent == 30, "30 percent")
-    paused = queue.pause(first.id)
-    assert (paused.state, paused.completed_bytes, paused.bytes_per_second) == ("paused", 30 * MB, None)
-    desk.transfer("b").end()
-    reaches(queue, second, "complete")
-    queue.resume(first.id)
-    desk.transfer("a").end()
-    assert reaches(queue, first, "complete").percent == 100
-    assert desk.script.discarded == []
-
-
-def test_cancelling_stops_the_transfer_and_gives_up_what_arrived(desk):
-    """Only after the transfer has ended; one that never ran is given up as well."""
-    queue = desk.open(at_once=1)
-    first, second = (queue.request(name, "ollama", "test") for name in ("a", "b"))
-    desk.transfer("a")
-    assert queue.cancel(second.id).state == "cancelled"
-    assert queue.cancel(first.id).state == "cancelled"
-    wait_until(lambda: sorted(desk.script.discarded) == ["a", "b"], "both to be given up")
-    assert desk.script.violations == []
-    assert desk.completed == []
-
-
-def test_a_failure_says_why_and_can_be_tried_again(desk):
-    """The cause and its code; trying again clears them."""
-    queue = desk.open()
-    job = queue.request("a", "ollama", "test")
-    desk.transfer("a").end(DownloadError("unknown_model", "There is no model a."))
-    failed = reaches(queue, job, "failed")
-    assert (failed.error, failed.message) == ("unknown_model", "There is no model a.")
-    queue.resume(job.id)
-    desk.transfer("a").end()
-    assert reaches(queue, job, "complete").error is None
-
-
-def test_trouble_on_the_way_is_tried_again_by_itself_but_not_for_ever(desk):
-    """Three tries without a new byte, then it has failed; a try that brought some starts the count anew."""
-    queue = desk.open()
-    job = queue.request("a", "ollama", "test")
-    for number, completed in enumerate([1, 2, 2, 2], start=1):
-        wait_until(lambda n=number: desk.script.starts["a"] == n and "a" in desk.script.running, "the next try")
-        desk.transfer("a").see(completed * MB, 100 * MB)
-        desk.transfer("a").end(DownloadError("interrupted", "It broke off.", may_resume=True))
-    failed = reaches(queue, job, "failed")
-    assert (failed.error, failed.may_resume) == ("interrupted", True)
-    assert desk.script.starts["a"] == 4
-
-
-def test_a_fetcher_that_breaks_fails_its_download_alone(desk):
-    """Whatever it raised; the queue lives on."""
-    queue = desk.open()
-    job = queue.request("a", "ollama", "test")
-    desk.transfer("a").end(ZeroDivisionError("a bug"))
-    assert reaches(queue, job, "failed").error == "internal_error"
-    other = queue.request("b", "ollama", "test")
-    desk.transfer("b").end()
-    reaches(queue, other, "complete")
-
-
-def test_a_disk_without_room_is_noticed_at_the_first_size(desk):
-    """Before the bytes are moved, in words with figures; with room again it can be resumed."""
-    desk.free = 50 * MB
-    queue = desk.open()
-    job = queue.request("a", "ollama", "test")
-    desk.transfer("a").see(0, 100 * MB)
-    failed = reaches(queue, job, "failed")
-    assert failed.error == "disk_full"
-    assert "100 MB more" in failed.message
-    desk.free = 10**12
-    queue.resume(job.id)
-    desk.transfer("a").end()
-    reaches(queue, job, "complete")
-
-
-def test_a_restart_goes_on_with_what_was_under_way(desk):
-    """In the old order; what was paused stays paused, what has ended stays on the list."""
-    first = desk.open(at_once=1)
-    done = first.request("done", "ollama", "test")
-    desk.transfer("done").end()
-    reaches(first, done, "complete")
-    for name in ("a", "b", "c"):
-        first.request(name, "ollama", "test")
-    desk.transfer("a").see(40 * MB, 100 * MB)
-    wait_until(lambda: first.all()[0].percent == 40, "40 percent")
-    first.pause(first.all()[1].id)
-    first.close()
-    second = desk.open(at_once=1, start=False)
-    second.start()
-    assert [(d.model, d.state) for d in second.all()] == [
-        ("a", "downloading"),
-        ("b", "paused"),
-        ("c", "queued"),
-        ("done", "complete"),
+def test_no_more_run_than_may_and_the_others_know_their_place(rig: Rig, downloads: DownloadQueue) -> None:
+    """Two run, the rest waits in the order of asking and moves up."""
+    a, b, c, d = (ask(downloads, name) for name in "abcd")
+    first = rig.fetcher.next("a")
+    rig.fetcher.next("b")
+    assert [(x.state, x.position) for x in downloads.all()] == [
+        ("downloading", None),
+        ("downloading", None),
+        ("queued", 1),
+        ("queued", 2),
     ]
-    desk.transfer("a").end()
-    reaches(second, second.all()[0], "complete")
+    first.ends()
+    rig.fetcher.next("c")
+    assert downloads.get(d.id).position == 1
+    assert [x.id for x in downloads.all()] == [b.id, c.id, d.id, a.id], "unfinished ones first"
 
 
-@pytest.mark.parametrize("verb", ["pause", "cancel", "resume"])
-def test_what_is_complete_can_not_be_changed(desk, verb):
-    """It says so; taking it off the list is possible."""
-    queue = desk.open()
-    job = queue.request("a", "ollama", "test")
-    with pytest.raises(DownloadError, match="under way"):
-        queue.remove(job.id)
-    desk.transfer("a").end()
-    reaches(queue, job, "complete")
-    with pytest.raises(DownloadError, match="complete"):
-        getattr(queue, verb)(job.id)
-    queue.remove(job.id)
-    with pytest.raises(DownloadNotFound):
-        queue.get(job.id)
-    assert desk.open().all() == ()
+def test_a_model_is_never_downloaded_twice_at_once(rig: Rig, downloads: DownloadQueue) -> None:
+    """Asking again joins what is under way or waits, and sets going what is paused or failed."""
+    running = ask(downloads, "a")
+    assert ask(downloads, "A").id == running.id
+    downloads.pause(running.id)
+    rig.fetcher.next("a").over.wait(PATIENCE)
+    assert ask(downloads, "a").id == running.id
+    rig.fetcher.next("a").ends(DownloadError("unknown_model", "There is no such model."))
+    reaches(downloads, running, "failed")
+    assert ask(downloads, "a").id == running.id
+    rig.fetcher.next("a").ends()
+    reaches(downloads, running, "complete")
+    assert ask(downloads, "a").id != running.id, "what is complete can be asked for again: there may be a newer version"
+    assert rig.fetcher.next("a") is not None
 
 
-def test_following_tells_every_news_until_the_end(desk):
-    """The view as it is, then newer ones, the last of them final; two followers see the same."""
-    queue = desk.open()
-    job = queue.request("a", "ollama", "test")
-    heard: list[list[Download]] = [[], []]
-
-    def follow(into: list[Download]) -> None:
-        into.extend(view for view in queue.follow(job.id, heartbeat=0.05) if view is not None)
-
-    followers = [threading.Thread(target=follow, args=(into,)) for into in heard]
-    for follower in followers:
-        follower.start()
-    transfer = desk.transfer("a")
-    transfer.see(50 * MB, 100 * MB)
-    wait_until(lambda: all(into and into[-1].percent == 50 for into in heard), "the followers to hear of it")
-    transfer.end()
-    for follower in followers:
-        follower.join(10)
-    for into in heard:
-        assert into[-1].state == "complete"
-        assert [view.version for view in into] == sorted({view.version for view in into})
-        assert [view.percent for view in into] == sorted(view.percent for view in into)
+def test_a_pause_keeps_what_has_arrived(rig: Rig, downloads: DownloadQueue) -> None:
+    """The transfer stops, its place goes to the next, and figures never fall when it goes on."""
+    a, b, c = (ask(downloads, name) for name in "abc")
+    call = rig.fetcher.next("a")
+    rig.fetcher.next("b")
+    call.sees(60, 100)
+    paused = downloads.pause(a.id)
+    assert (paused.state, paused.percent, paused.completed_bytes, paused.position) == ("paused", 60, 60, None)
+    assert call.over.wait(PATIENCE)
+    rig.fetcher.next("c").ends()
+    reaches(downloads, c, "complete")
+    assert rig.fetcher.discarded == []
+    downloads.resume(a.id)
+    again = rig.fetcher.next("a")
+    again.sees(0, 100, "resolving")
+    again.sees(50, 100)
+    assert downloads.get(a.id).percent == 60
+    assert not downloads.get(b.id).final
 
 
-def test_orders_from_many_threads_leave_no_job_in_two_minds(desk):
-    """Whatever is asked at once: never more than two transfers, never two of one model, every job comes to its end."""
-    queue = desk.open()
-    names = [f"model-{n}" for n in range(4)]
-    errors: list[Exception] = []
+def test_a_waiting_download_that_is_paused_has_no_place_in_the_queue(rig: Rig) -> None:
+    """And those behind it move up."""
+    downloads = rig.queue(at_once=1)
+    _, b, c = (ask(downloads, name) for name in "abc")
+    assert downloads.pause(b.id).position is None
+    assert downloads.get(c.id).position == 1
+    assert downloads.resume(b.id).position == 2, "it queues up again"
 
-    def meddle(seed: int) -> None:
-        rng = random.Random(seed)
-        for _ in range(150):
+
+def test_cancelling_stops_the_transfer_then_gives_up_what_arrived(rig: Rig, downloads: DownloadQueue) -> None:
+    """In this order, and the same model doesn't start anew while its pieces are being removed."""
+    rig.fetcher.tidy.clear()
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    assert downloads.cancel(a.id).state == "cancelled"
+    assert call.over.wait(PATIENCE)
+    downloads.remove(a.id)  # not even when it is off the list already
+    again = ask(downloads, "a")
+    assert (again.id != a.id, again.state) == (True, "queued")
+    assert rig.fetcher.idle
+    rig.fetcher.tidy.set()
+    rig.fetcher.next("a")
+    assert rig.fetcher.discarded == ["a"]
+
+
+def test_what_a_paused_download_left_is_given_up_when_it_is_cancelled(rig: Rig, downloads: DownloadQueue) -> None:
+    """Once: cancelling again, when a newer download has pieces of the same model, leaves those alone."""
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    downloads.pause(a.id)
+    assert call.over.wait(PATIENCE)
+    downloads.cancel(a.id)
+    wait_until(lambda: rig.fetcher.discarded == ["a"], "the pieces to go")
+    ask(downloads, "a")
+    rig.fetcher.next("a")
+    assert downloads.cancel(a.id).state == "cancelled"
+    downloads.close()
+    assert rig.fetcher.discarded == ["a"]
+
+
+def test_a_job_paused_and_resumed_before_its_thread_noticed_goes_on(rig: Rig, downloads: DownloadQueue) -> None:
+    """The old transfer ends first; its end is no failure, and the new one begins."""
+    a = ask(downloads, "a")
+    old = rig.fetcher.next("a")
+    downloads.pause(a.id)
+    downloads.resume(a.id)
+    new = rig.fetcher.next("a")
+    assert old.over.is_set()
+    new.ends()
+    reaches(downloads, a, "complete")
+
+
+def test_a_pause_holds_even_when_the_transfer_was_just_done(rig: Rig, downloads: DownloadQueue) -> None:
+    """What was answered to the person who asked stays true."""
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    call.ends()
+    expected = "complete"
+    with suppress(DownloadError):  # where the end came first
+        expected = downloads.pause(a.id).state
+    assert call.over.wait(PATIENCE)
+    downloads.close()
+    assert downloads.get(a.id).state == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "refused"),
+    [
+        ("complete", ("pause", "resume", "cancel")),
+        ("failed", ("pause",)),
+        ("cancelled", ("pause", "resume")),
+        ("downloading", ("remove",)),
+        ("paused", ("remove",)),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_words(
+    rig: Rig, downloads: DownloadQueue, state: str, refused: tuple[str, ...]
+) -> None:
+    """With the state it is in, which stays."""
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    match state:
+        case "complete":
+            call.ends()
+        case "failed":
+            call.ends(DownloadError("unknown_model", "There is no such model."))
+        case "cancelled":
+            downloads.cancel(a.id)
+        case "paused":
+            downloads.pause(a.id)
+    reaches(downloads, a, state)
+    for command in refused:
+        with pytest.raises(DownloadError, match=r"The download of a is .*, so it can't be") as error:
+            getattr(downloads, command)(a.id)
+        assert error.value.code == "not_possible"
+    assert downloads.get(a.id).state == state
+
+
+def test_asking_for_the_same_again_changes_nothing(rig: Rig, downloads: DownloadQueue) -> None:
+    """A second click is no error."""
+    a = ask(downloads, "a")
+    rig.fetcher.next("a")
+    assert downloads.resume(a.id) == downloads.get(a.id)
+    assert downloads.pause(a.id) == downloads.pause(a.id)
+    assert downloads.cancel(a.id) == downloads.cancel(a.id)
+
+
+def test_unknown_downloads_and_names_are_refused(downloads: DownloadQueue) -> None:
+    with pytest.raises(DownloadError, match="not the name") as error:
+        ask(downloads, "no name")
+    assert error.value.code == "invalid_name"
+    commands = (
+        downloads.get,
+        downloads.pause,
+        downloads.resume,
+        downloads.cancel,
+        downloads.remove,
+        downloads.follow,
+    )
+    for command in commands:
+        with pytest.raises(DownloadNotFound, match="no download 'nope'"):
+            command("nope")
+    assert downloads.all() == ()
+
+
+def test_what_broke_off_is_tried_again_by_itself(rig: Rig, downloads: DownloadQueue) -> None:
+    """Twice, saying so; the third time it has failed, with the source's words."""
+    a = ask(downloads, "a")
+    for _ in range(2):
+        rig.fetcher.next("a").ends(BROKEN)
+    last = rig.fetcher.next("a")
+    assert downloads.get(a.id).message == "The connection broke. Trying again in 0 s."
+    assert downloads.get(a.id).state == "downloading"
+    last.ends(BROKEN)
+    failed = reaches(downloads, a, "failed")
+    assert (failed.error, failed.message, failed.may_resume) == ("interrupted", "The connection broke.", True)
+    downloads.resume(a.id)
+    rig.fetcher.next("a").ends()
+    assert reaches(downloads, a, "complete").error is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DownloadError("unknown_model", "There is no such model."),
+        DownloadError("interrupted", "It can't go on.", may_resume=False),
+        DownloadError("digest_mismatch", "It is damaged.", may_resume=True),
+    ],
+)
+def test_what_another_try_would_not_mend_is_not_tried_again(
+    rig: Rig, downloads: DownloadQueue, error: DownloadError
+) -> None:
+    a = ask(downloads, "a")
+    rig.fetcher.next("a").ends(error)
+    assert reaches(downloads, a, "failed").error == error.code
+    assert rig.fetcher.idle
+
+
+@pytest.mark.parametrize("command", ["pause", "cancel"])
+def test_a_pause_between_two_tries_can_be_cut_short(rig: Rig, command: str) -> None:
+    """However long it would have been."""
+    downloads = rig.queue(at_once=1, retry_pauses=(3600.0,))
+    a = ask(downloads, "a")
+    rig.fetcher.next("a").ends(BROKEN)
+    wait_until(lambda: "Trying again in 3600 s" in downloads.get(a.id).message, "the pause")
+    getattr(downloads, command)(a.id)
+    ask(downloads, "b")
+    rig.fetcher.next("b")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), Aborted()])
+def test_a_fetcher_that_fails_in_a_way_nobody_foresaw_costs_its_own_download_only(rig: Rig, error: Exception) -> None:
+    """An end without a reason as well: no job stays under way with nobody at work."""
+    downloads = rig.queue(at_once=1)
+    a = ask(downloads, "a")
+    rig.fetcher.next("a").ends(error)
+    failed = reaches(downloads, a, "failed")
+    assert (failed.error, failed.may_resume) == ("internal_error", True)
+    ask(downloads, "b")
+    rig.fetcher.next("b")
+
+
+def test_a_disk_that_fills_up_stops_the_download(rig: Rig, downloads: DownloadQueue) -> None:
+    """As soon as the rest doesn't fit, looking at most once a second."""
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    call.sees(0, 50 * 10**9)
+    rig.free = 2 * 10**9
+    call.sees(10**9, 50 * 10**9)
+    assert downloads.get(a.id).state == "downloading", "not looked at again within a second"
+    rig.now += 1.0
+    call.sees(2 * 10**9, 50 * 10**9)
+    failed = reaches(downloads, a, "failed")
+    assert (failed.error, failed.may_resume, failed.completed_bytes) == ("disk_full", True, 2 * 10**9)
+    assert "48.0 GB" in failed.message
+
+
+def test_following_shows_every_step_to_the_end(rig: Rig, downloads: DownloadQueue) -> None:
+    """The view at hand first, None while nothing happens, the end last."""
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    views = downloads.follow(a.id, heartbeat=0.01)
+    assert next(views) == downloads.get(a.id)
+    assert next(views) is None
+    call.sees(40, 100)
+    moved = next(views)
+    assert moved is not None
+    assert moved.percent == 40
+    call.ends()
+    rest = [view for view in views if view is not None]
+    assert [view.state for view in rest] == ["complete"]
+    assert rest[0].version > moved.version
+
+
+@pytest.mark.parametrize(("command", "state"), [("pause", "paused"), ("cancel", "cancelled")])
+def test_following_ends_when_nothing_more_will_happen(
+    rig: Rig, downloads: DownloadQueue, command: str, state: str
+) -> None:
+    a = ask(downloads, "a")
+    rig.fetcher.next("a")
+    views = downloads.follow(a.id)
+    next(views)
+    getattr(downloads, command)(a.id)
+    assert [view.state for view in views if view is not None] == [state]
+
+
+def test_following_ends_when_the_download_leaves_the_list_or_the_app_stops(downloads: DownloadQueue) -> None:
+    """At once, not with the next heartbeat."""
+    a, b = ask(downloads, "a"), ask(downloads, "b")
+    ended: queue.Queue[str] = queue.Queue()
+
+    def follow(download: Download) -> None:
+        for _ in downloads.follow(download.id, heartbeat=60.0):
+            pass
+        ended.put(download.model)
+
+    for download in (a, b):
+        threading.Thread(target=follow, args=(download,), daemon=True).start()
+    downloads.cancel(a.id)
+    downloads.remove(a.id)
+    assert ended.get(timeout=PATIENCE) == "a"
+    downloads.close()
+    assert ended.get(timeout=PATIENCE) == "b"
+
+
+def test_waiting_for_news(rig: Rig, downloads: DownloadQueue) -> None:
+    """The version grows with every change; without one the wait ends in time."""
+    before = downloads.version
+    assert downloads.wait_newer(before, timeout=0.01) == before
+    threading.Thread(target=ask, args=(downloads, "a"), daemon=True).start()
+    assert downloads.wait_newer(before, timeout=PATIENCE) > before
+    rig.fetcher.next("a")
+
+
+def test_a_restart_goes_on_where_it_was(rig: Rig, tmp_path: Path) -> None:
+    """In the old order and with the old figures; what was paused stays so, what had ended is still listed."""
+    store = open_store(tmp_path / "switchyard.db")
+    rig.store = DownloadRepository(store)  # type: ignore[assignment]
+    first = rig.queue(at_once=1)
+    done = ask(first, "done")
+    rig.fetcher.next("done").ends()
+    reaches(first, done, "complete")
+    running, held, waiting = (ask(first, name) for name in ("running", "held", "waiting"))
+    call = rig.fetcher.next("running")
+    call.sees(70, 100)
+    first.pause(held.id)
+    first.close()
+    assert call.over.is_set(), "no transfer survives"
+    assert first.get(running.id).state == "downloading", "stopping is no failure"
+
+    second = rig.queue(at_once=1)
+    assert [(d.id, d.state) for d in second.all()] == [
+        (running.id, "downloading"),
+        (held.id, "paused"),
+        (waiting.id, "queued"),
+        (done.id, "complete"),
+    ]
+    again = second.get(running.id)
+    assert (again.percent, again.completed_bytes, again.total_bytes) == (70, 70, 100)
+    rig.fetcher.next("running").ends()
+    rig.fetcher.next("waiting").ends()
+    reaches(second, waiting, "complete")
+    second.close()
+    store.close()
+
+
+def test_nothing_is_accepted_that_would_be_lost(rig: Rig, downloads: DownloadQueue) -> None:
+    """Once the app stops, commands are refused instead of forgotten."""
+    a = ask(downloads, "a")
+    downloads.close()
+    for command in (lambda: ask(downloads, "b"), lambda: downloads.pause(a.id), lambda: downloads.cancel(a.id)):
+        with pytest.raises(DownloadError, match="Switchyard is stopping") as error:
+            command()
+        assert error.value.code == "stopping"
+    assert {row.state for row in rig.store.rows.values()} == {"downloading"}
+
+
+def test_figures_are_stored_now_and_then_and_states_at_once(rig: Rig, downloads: DownloadQueue) -> None:
+    """A hundred reports in two seconds are no hundred writes."""
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    before = len(rig.store.written)
+    for n in range(100):
+        call.sees(n, 100)
+    assert len(rig.store.written) == before
+    rig.now += 2.0
+    call.sees(99, 100)
+    assert rig.store.rows[a.id].completed_bytes == 99
+    downloads.pause(a.id)
+    assert rig.store.rows[a.id].state == "paused"
+
+
+def test_a_store_that_fails_stops_no_download(rig: Rig) -> None:
+    """A full disk costs the last states only as long as it is full."""
+    downloads = rig.queue(at_once=1)
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    rig.store.broken = True
+    call.ends(DownloadError("disk_full", "The disk is full.", may_resume=True))
+    reaches(downloads, a, "failed")
+    ask(downloads, "b")
+    rig.fetcher.next("b")
+    rig.store.broken = False
+    ask(downloads, "c")
+    assert {row.model: row.state for row in rig.store.rows.values()} == {
+        "a": "failed",
+        "b": "downloading",
+        "c": "queued",
+    }
+
+
+def test_only_the_latest_that_ended_are_kept(rig: Rig, downloads: DownloadQueue) -> None:
+    """Here and in the store; what is unfinished always is."""
+    ids = []
+    for n in range(FINISHED_KEPT + 5):
+        asked = ask(downloads, f"m{n}")
+        rig.fetcher.next(f"m{n}").ends()
+        reaches(downloads, asked, "complete")
+        ids.append(asked.id)
+    unfinished = ask(downloads, "last")
+    assert [d.id for d in downloads.all()] == [unfinished.id, *reversed(ids[5:])]
+    assert set(rig.store.rows) == {unfinished.id, *ids[5:]}
+    downloads.remove(ids[-1])
+    assert ids[-1] not in rig.store.rows
+
+
+def test_a_listener_that_fails_harms_nobody(rig: Rig) -> None:
+    def fail(_: Download) -> None:
+        raise ZeroDivisionError
+
+    downloads = rig.queue(at_once=1, on_complete=fail)
+    a = ask(downloads, "a")
+    rig.fetcher.next("a").ends()
+    reaches(downloads, a, "complete")
+    ask(downloads, "b")
+    rig.fetcher.next("b")
+
+
+def test_who_hears_that_it_is_complete_finds_the_model(rig: Rig) -> None:
+    """The listener, which has the catalogue look again, is through before anybody is told."""
+    stages: list[str] = []
+    downloads = rig.queue(on_complete=lambda download: stages.append(downloads.get(download.id).state))
+    a = ask(downloads, "a")
+    views = downloads.follow(a.id)
+    rig.fetcher.next("a").ends()
+    assert [view.state for view in views if view is not None][-1] == "complete"
+    assert stages == ["downloading"]
+
+
+class Busy:
+    """A source whose transfers end by themselves, well or not, and which notes what goes on side by side."""
+
+    source: Source = "ollama"
+
+    def __init__(self, seed: int) -> None:
+        self._lock = threading.Lock()
+        self._chance = random.Random(seed)
+        self._working: Counter[str] = Counter()
+        self.most_at_once = 0
+        self.same_at_once: set[str] = set()
+
+    def check_name(self, name: str) -> str:
+        return name
+
+    def fetch(self, name: str, report: Report, abort: Abort) -> None:
+        with self._lock:
+            self._working[name] += 1
+            self.most_at_once = max(self.most_at_once, self._working.total())
+            self._note(name)
+            fate = self._chance.random()
+        try:
+            for n in range(3):
+                report(Seen("downloading", {"layer": Part(n, 3)}))
+                abort.wait(0.001)
+            if fate < 0.2:
+                raise DownloadError("unknown_model", "There is no such model.")
+            if fate < 0.4:
+                raise BROKEN
+        finally:
+            with self._lock:
+                self._working[name] -= 1
+
+    def discard(self, name: str) -> None:
+        with self._lock:
+            self._working[name] += 1
+            self._note(name)
+            self._working[name] -= 1
+
+    def _note(self, name: str) -> None:
+        if self._working[name] > 1:
+            self.same_at_once.add(name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_lost_when_many_hands_pull_at_once(rig: Rig, seed: int) -> None:
+    """Four threads ask, pause, resume, cancel and remove at random.
+
+    Never more at work than may be, never two on the same model, and each job ends as the last accepted command says.
+    """
+    busy = Busy(seed)
+    downloads = rig.queue(busy, at_once=2)
+    accepted: list[Download] = []
+    removed: set[str] = set()
+    failures: list[Exception] = []
+
+    def pull(hand: int) -> None:
+        chance = random.Random(f"{seed}.{hand}")
+        for _ in range(6):
+            listed = downloads.all()
+            command = chance.choice(["request", "pause", "resume", "cancel", "remove"])
             try:
-                name = rng.choice(names)
-                job = queue.request(name, "ollama", "test")
-                verb = rng.choice([queue.pause, queue.resume, queue.cancel])
-                verb(job.id)
-                transfer = desk.script.running.get(name)
-                if transfer is not None and rng.random() < 0.3:
-                    transfer.end()
-            except (DownloadError, DownloadNotFound):
-                continue
+                if command == "request" or not listed:
+                    accepted.append(ask(downloads, chance.choice("abcde")))
+                elif command == "remove":
+                    chosen = chance.choice(listed).id
+                    downloads.remove(chosen)
+                    removed.add(chosen)
+                else:
+                    accepted.append(getattr(downloads, command)(chance.choice(listed).id))
+            except (DownloadError, DownloadNotFound) as error:
+                if getattr(error, "code", "not_possible") != "not_possible":
+                    failures.append(error)
             except Exception as error:
-                errors.append(error)
+                failures.append(error)
 
-    threads = [threading.Thread(target=meddle, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    for job in [j for j in queue.all() if not j.final]:
-        queue.cancel(job.id)
-    wait_until(lambda: not desk.script.running, "every transfer to end")
-    assert all(job.final for job in queue.all())
-    assert desk.script.violations == []
-    assert desk.script.most <= 2
+    hands = [threading.Thread(target=pull, args=(n,)) for n in range(4)]
+    for hand in hands:
+        hand.start()
+    for hand in hands:
+        hand.join()
+    assert failures == []
+    wait_until(lambda: all(d.final or d.state == "paused" for d in downloads.all()), "every job to end", PATIENCE)
+    downloads.close()
 
-
-def test_the_disk_rule_keeps_its_margin_and_finds_a_folder_that_is_not_there_yet(tmp_path):
-    """What lies elsewhere or has no known size can't be checked, and passes."""
-    asked: list[Path] = []
-
-    def free(folder: Path) -> int:
-        asked.append(folder)
-        return 10 * MB
-
-    check = DiskCheck({"ollama": lambda: tmp_path / "not" / "yet"}, margin_bytes=4 * MB, free_bytes=free)
-    check.check("ollama", 6 * MB)
-    with pytest.raises(DownloadError, match="disk_margin_gb"):
-        check.check("ollama", 6 * MB + 1)
-    assert set(asked) == {tmp_path}
-    check.check("ollama", None)
-    check.check("huggingface", 10**15)
-    DiskCheck({"ollama": lambda: None}, margin_bytes=0).check("ollama", 10**15)
-
-
-def test_views_are_values():
-    """A view handed out never changes under its reader."""
-    view = Download("1", "ollama", "a", "queued", "test", 0.0)
-    assert replace(view, percent=3).percent == 3
-    assert view.percent == 0
+    assert busy.most_at_once <= 2
+    assert busy.same_at_once == set()
+    last: dict[str, Download] = {}
+    for view in sorted(accepted, key=lambda view: view.version):
+        last[view.id] = view
+    kept = {d.id: d for d in downloads.all()}
+    for download_id, wish in last.items():
+        if download_id not in kept:
+            assert download_id in removed
+        elif wish.state in ("paused", "cancelled"):
+            assert kept[download_id].state == wish.state
+        else:
+            assert kept[download_id].state in ("complete", "failed")
+    assert {row.id: row.state for row in rig.store.rows.values()} == {d.id: d.state for d in kept.values()}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from blueprints.live import Live
-from services.downloads.queue import Download
+from services.downloads.download import Download
 from services.providers.local_services import ServiceStatus
 from services.status import ModelStatus, Status
 from services.switching.events import LoadView, SwitchView

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.console import Console, wait_until
@@ -226,7 +227,9 @@ def test_ollama_is_started_and_stopped_over_http(start_console, tmp_path):
         assert _service(console)["state"] == "stopped"
         started = console.post("/api/providers/services/start", {"service": "ollama"}).json()
         assert (started["status"], started["service"], started["port"]) == ("started", "ollama", fake.port)
-        assert started["pid"] > 0
+        environment = psutil.Process(started["pid"]).environ()
+        assert environment["OLLAMA_CONTEXT_LENGTH"] == "4096"
+        assert "OLLAMA_NOPRUNE" not in environment
         console.wait_for(lambda s: A in s["models"], "its models")
         console.switch(A)
         console.stop()
@@ -241,6 +244,25 @@ def test_ollama_is_started_and_stopped_over_http(start_console, tmp_path):
         gone = console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "its models to go")
         assert gone["models"][A]["error"] is None
         assert fake.processes() == []
+
+
+def test_a_server_started_beside_an_unfinished_download_keeps_its_pieces(start_console, tmp_path):
+    """Ollama would delete partial files that are older than an hour."""
+    with closing(FakeOllama(tmp_path / "ollama", registry={"big:latest": {"size": 10**9}})) as fake:
+        console = start_console(ollama_base_url=fake.url, ollama_binary=fake.binary, environment=fake.environment)
+        headers = {"Accept": "application/json"}
+        job = console.post("/api/providers/models/download", {"model": "big"}, headers=headers).json()
+        console.post(f"/api/providers/models/downloads/{job['id']}/pause")
+        started = console.post("/api/providers/services/start", {"service": "ollama"}).json()
+        assert psutil.Process(started["pid"]).environ()["OLLAMA_NOPRUNE"] == "1"
+
+
+def test_the_configured_model_answers_when_nothing_is_loaded(start_console, ollama):
+    """Seed 004's OLLAMA_MODEL: a request that names no model gets it, switched to on the way."""
+    console = start_console(ollama_base_url=ollama.url, environment={"OLLAMA_MODEL": "tiny-b"})
+    console.wait_for(lambda s: B in s["models"], "the models")
+    assert console.ask("Hello").json()["choices"][0]["message"]["content"]
+    assert ollama.ps() == [B]
 
 
 def test_a_foreign_ollama_is_never_stopped(console, ollama):

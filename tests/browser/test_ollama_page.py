@@ -1,0 +1,144 @@
+"""The Ollama card on the Models page, and Ollama's models among the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import OpenPage
+from tests.browser.ollama_steps import SIZE, Workbench, card, offer
+from tests.browser.steps import choose, expect_active, row, visit
+from tests.support.console import NO_OLLAMA
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Workbench]:
+    """An Ollama with a model, not running."""
+    bench = Workbench(
+        tmp_path,
+        models={"tiny-a:latest": {}},
+        registry={"llama3.2:latest": {"size": SIZE}},
+    )
+    yield bench
+    bench.close()
+
+
+def test_ollama_is_started_and_stopped_from_the_page(bench: Workbench, page: Page) -> None:
+    """Start shows its process and version, and its models appear; Stop ends it; both are read out."""
+    console = bench.start()
+    visit(page, console, "/models")
+    expect(card(page)).to_contain_text("Not running")
+    expect(offer(page, "llama3.2").get_by_role("button")).to_be_disabled()
+    expect(page.locator("#downloads")).to_contain_text("These come from Ollama, which is not running.")
+    card(page).get_by_role("button", name="Start").click()
+    expect(card(page)).to_contain_text("Running")
+    (server,) = bench.ollama.servers()
+    expect(card(page)).to_contain_text(re.compile(rf"Process\s*{server.pid}"))
+    expect(card(page)).to_contain_text(re.compile(r"Version\s*0\.24\.0"))
+    expect(card(page)).to_contain_text(re.compile(r"Running\s*for \d+ s"))
+    expect(card(page)).to_contain_text(re.compile(r"Started\s*here"))
+    expect(card(page)).to_contain_text(bench.ollama.url.removeprefix("http://"))
+    expect(page.locator("#announcer")).to_contain_text("Ollama is running.")
+    expect(row(page, "tiny-a:latest")).to_be_visible()
+    expect(offer(page, "llama3.2").get_by_role("button")).to_be_enabled()
+    card(page).get_by_text("Last lines of its log").click()
+    expect(card(page).locator("pre")).to_contain_text("Listening on")
+    card(page).get_by_role("button", name="Stop").click()
+    expect(card(page)).to_contain_text("Not running")
+    expect(page.locator("#announcer")).to_contain_text("Ollama is not running.")
+    assert not psutil.pid_exists(server.pid)
+
+
+def test_a_start_under_way_is_shown_and_can_be_called_off(bench: Workbench, open_page: OpenPage) -> None:
+    """The page goes on while Ollama starts, says so in every tab, and Stop ends it."""
+    bench.ollama.set_fault("hang")
+    console = bench.start()
+    first, second = open_page(tolerate=("status of 409", "status of 502", "status of 504")), open_page()
+    for page in (first, second):
+        visit(page, console, "/models")
+    card(first).get_by_role("button", name="Start").click()
+    for page in (first, second):
+        expect(card(page).locator(".word")).to_have_text("Starting")
+        expect(card(page).get_by_role("button", name="Starting")).to_be_disabled()
+    card(second).get_by_role("button", name="Stop").click()
+    for page in (first, second):
+        expect(card(page)).to_contain_text("Not running")
+    assert bench.ollama.servers() == []
+
+
+def test_a_start_that_fails_says_why(bench: Workbench, page: Page) -> None:
+    """The cause and its log stand on the card until they are put away."""
+    bench.ollama.set_fault("crash_on_start", "Error: no space for the cache")
+    console = bench.start()
+    visit(page, console, "/models")
+    card(page).get_by_role("button", name="Start").click()
+    expect(card(page).locator(".word")).to_have_text("Failed")
+    expect(card(page).locator(".service-error")).to_contain_text("no space for the cache")
+    card(page).get_by_role("button", name="Dismiss").click()
+    expect(card(page)).to_contain_text("Not running")
+
+
+def test_an_ollama_that_somebody_else_started_is_left_to_them(bench: Workbench, page: Page) -> None:
+    """Its process is named, and instead of a button stands why there is none."""
+    bench.ollama.start()
+    console = bench.start()
+    visit(page, console, "/models")
+    expect(card(page)).to_contain_text("Another program started it, so it is stopped there.")
+    assert bench.ollama.process is not None
+    expect(card(page)).to_contain_text(re.compile(rf"Process\s*{bench.ollama.process.pid}"))
+    expect(card(page).get_by_role("button", name="Stop")).to_have_count(0)
+
+
+def test_where_ollama_is_not_installed_the_card_is_small(bench: Workbench, page: Page) -> None:
+    """It is optional, and a link leads to it."""
+    console = bench.start(ollama_binary="/no/such/ollama", ollama_base_url=NO_OLLAMA)
+    visit(page, console, "/models")
+    expect(card(page)).to_contain_text("Not installed")
+    link = card(page).get_by_role("link", name="ollama.com/download")
+    expect(link).to_have_attribute("href", "https://ollama.com/download")
+    expect(link).to_have_attribute("rel", "noreferrer")
+    expect(card(page).get_by_role("button")).to_have_count(0)
+    expect(card(page).locator("dl")).to_have_count(0)
+    expect(page.get_by_label("From")).to_have_value("huggingface")
+
+
+def test_a_model_that_another_program_unloads_is_no_failure(bench: Workbench, page: Page) -> None:
+    """Its row says who did it, as a caution, and it can be loaded again."""
+    bench.ollama.start()
+    console = bench.start()
+    console.switch("tiny-a:latest")
+    visit(page, console, "/models")
+    bench.ollama.unload("tiny-a:latest")
+    it = row(page, "tiny-a:latest")
+    expect(it.locator(".model-warning")).to_contain_text("another program")
+    expect(it.locator(".model-error")).to_have_count(0)
+    expect(it.locator(".word")).to_have_count(0)
+    expect(it.get_by_role("button", name="Load tiny-a:latest")).to_be_visible()
+
+
+def test_ollamas_models_are_chosen_like_any_other(bench: Workbench, page: Page) -> None:
+    """They are in the chat page's menu; one click loads one."""
+    bench.ollama.start()
+    console = bench.start()
+    visit(page, console, "/")
+    choose(page, "tiny-a:latest")
+    expect_active(page, "tiny-a:latest")
+    assert bench.ollama.ps() == ["tiny-a:latest"]
+
+
+def test_without_script_ollama_is_started_and_stopped(bench: Workbench, open_page: OpenPage) -> None:
+    """Two forms, and back on the page at the card."""
+    console = bench.start()
+    page = open_page(java_script_enabled=False)
+    visit(page, console, "/models")
+    card(page).get_by_role("button", name="Start").click()
+    expect(page).to_have_url(f"{console.url}/models#ollama")
+    expect(card(page)).to_contain_text("Running")
+    card(page).get_by_role("button", name="Stop").click()
+    expect(card(page)).to_contain_text("Not running")
+    assert bench.ollama.servers() == []

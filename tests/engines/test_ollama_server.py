@@ -1,0 +1,94 @@
+"""The ollama engine on an Ollama server: conformance, a switch, a chat and a download.
+
+`make test-ollama OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=…` runs this file, unchanged, against a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from services.engines.ollama import Ollama
+from services.engines.ollama_instance import ServerProcess
+from services.switching.engine import Endpoint, Instance, Model
+from tests.conftest import StartConsole
+from tests.engines.conformance import EngineCase, EngineConformance
+from tests.support.console import Console
+from tests.support.ollama_server import OllamaServer, ollama_server
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
+    with ollama_server(tmp_path_factory.mktemp("ollama")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: OllamaServer) -> OllamaServer:
+    """The server with nothing loaded."""
+    running.empty()
+    return running
+
+
+class TestOnAServer(EngineConformance):
+    """The promises of the port."""
+
+    @pytest.fixture
+    def case(self, server: OllamaServer) -> Iterator[EngineCase]:
+        engine = Ollama(server.url, local=True, process=lambda: ServerProcess(server.pid))
+        engine.prepare()
+        good, other, missing = (Model(name, "ollama", name) for name in (server.model, server.other, "missing:latest"))
+
+        def serves(endpoint: Endpoint) -> bool:
+            return endpoint.model in server.ps()
+
+        def end(_: Instance) -> None:
+            server.unload(server.model)
+
+        yield EngineCase(engine, good, other, missing, end=end, serves=serves)
+        engine.close()
+
+
+@pytest.fixture
+def console(start_console: StartConsole, server: OllamaServer) -> Console:
+    console = start_console(
+        ollama_base_url=server.url, ollama_binary=server.binary, ollama_insecure_registry=True, disk_margin_gb=0
+    )
+    console.wait_for(lambda s: {server.model, server.other} <= set(s["models"]), "its models")
+    return console
+
+
+def test_switching_there_and_back_unloads_and_loads_for_real(console: Console, server: OllamaServer):
+    """Seed 002: after each switch Ollama holds the new model and not the old one."""
+    for old, new in ((None, server.model), (server.model, server.other), (server.other, server.model)):
+        answer = console.post("/ollama/models/switch", {"model": new}).json()
+        assert (answer["status"], answer["old_model"], answer["new_model"]) == ("success", old, new)
+        assert server.ps() == [new]
+        assert console.status()["active_model"] == new
+
+
+def test_a_chat_streams_and_asks_for_no_second_load(console: Console, server: OllamaServer):
+    """The answer comes token by token; the context and the model stay as the switch left them."""
+    console.post("/ollama/models/switch", {"model": server.other})
+    before = console.model(server.other)
+    with closing(console.ask("Hello", stream=True, max_tokens=8)) as answer:
+        lines = [line for line in answer.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    assert len(lines) > 2
+    assert console.model(server.other)["device"] == before["device"]
+    assert server.ps() == [server.other]
+
+
+def test_a_model_is_deleted_and_downloaded_again(console: Console, server: OllamaServer):
+    """Through the command, from its registry, to the end; then it can be switched to."""
+    console.switch(server.model)
+    console.delete(f"/api/providers/models/{server.model}")
+    assert server.model not in server.tags()
+    body = {"model": server.model, "source": "ollama"}
+    with closing(console.post("/api/providers/models/download", body, stream=True)) as answer:
+        assert '"status": "complete"' in answer.text
+    assert server.model in server.tags()
+    console.wait_for(lambda s: server.model in s["models"], "the model")
+    console.switch(server.model)
