@@ -141,6 +141,7 @@ class OllamaInstance:
             gone = self._wait_gone(deadline) or self._end_by_force(grace)
         except OllamaUnreachable as error:
             if not error.refused:
+                self._stopping.clear()
                 raise
             gone = True
         except OllamaError as error:
@@ -148,6 +149,7 @@ class OllamaInstance:
                 raise EngineError(f"Ollama refuses to unload {self.model.id}: {error}.") from None
             gone = True  # its files are gone, and with them the model
         if not gone:
+            self._stopping.clear()  # it serves on, and its end has to be noticed
             raise EngineError(
                 f"Ollama did not unload {self.model.id} within {grace:.0f} s: another program may be using it. "
                 "It goes on serving; try again later."

@@ -145,6 +145,7 @@ class TestShared:
                 instance.stop(0.5)
             assert case.serves(endpoint)
             server.clear_faults()
+            wait_until(lambda: bool(case.exits), "its end, which came late, to be noticed")
 
     def test_on_a_server_of_ours_a_model_that_will_not_go_is_ended(
         self, server: FakeOllama, make_engine: Callable[..., Ollama]
