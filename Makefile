@@ -14,7 +14,7 @@ help: ## explain the targets
 run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
 	@$(BIN)/gunicorn --config gunicorn.conf.py
 
-test: $(DEV_READY) browser ## set up and run every test
+test: $(DEV_READY) browser docker ## set up and run every test
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
@@ -45,9 +45,12 @@ lock: $(DEV_READY) ## pin what requirements*.in name
 clean: ## remove the environment and caches (the state folder stays)
 	@rm -rf .venv .venv-train .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: browser
+.PHONY: browser docker
 browser:
 	@tools/ensure_chromium.sh
+
+docker:
+	@tools/ensure_docker.sh
 
 $(RUN_READY): requirements.txt
 	@test -d .venv || $(PYTHON) -m venv .venv

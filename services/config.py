@@ -33,7 +33,7 @@ class ModelEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(pattern=MODEL_ID_PATTERN)]
-    engine: Literal["llamacpp", "ollama"] = "llamacpp"
+    engine: Literal["llamacpp", "ollama", "vllm"] = "llamacpp"
     source: Annotated[str, Field(min_length=1)]
     description: str = ""
     size_gb: Annotated[float, Field(gt=0)] | None = None
@@ -125,6 +125,18 @@ class Settings(BaseModel):
     ollama_registry_url: str = Field("https://registry.ollama.ai", description="where Ollama models come from")
     ollama_insecure_registry: bool = Field(False, description="let Ollama pull from registries without TLS")
 
+    docker_host: str | None = Field(None, description="where Docker answers; default: its usual socket")
+    vllm_image: str = Field(
+        "vllm/vllm-openai:latest",
+        pattern=r"^[a-z0-9][A-Za-z0-9._:/@-]{0,254}$",
+        description="the image that vLLM models run in",
+    )
+    vllm_cache_dir: Path = Field(Path("~/.cache/vllm"), description="folder for what vLLM compiles, kept between loads")
+    vllm_shm_gb: float = Field(8, gt=0, le=1024, description="shared memory of a vLLM container")
+    hub_cache_dir: Path = Field(
+        Path("~/.cache/huggingface"), description="the Hugging Face cache that vLLM containers load weights from"
+    )
+
     update_check_hours: float = Field(
         24, ge=0, le=8760, description="how often to ask the registry for newer versions of Ollama models; 0: never"
     )
@@ -187,8 +199,8 @@ class Settings(BaseModel):
 
 LIST_KEYS = {"allowed_hosts", "preserve_models"}
 FILE_ONLY = {"models", "recommended"}
-UNPREFIXED = {"OLLAMA_BASE_URL": "ollama_base_url", "OLLAMA_MODEL": "ollama_model"}
-"""Seed 004's names, which other programs read as well; the prefixed ones win."""
+UNPREFIXED = {"OLLAMA_BASE_URL": "ollama_base_url", "OLLAMA_MODEL": "ollama_model", "DOCKER_HOST": "docker_host"}
+"""Names that other programs read as well; the prefixed ones win."""
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 
 import structlog
@@ -16,11 +18,14 @@ from services.downloads.library import Library
 from services.downloads.ollama_pull import OllamaFetcher
 from services.downloads.queue import DownloadQueue
 from services.downloads.updates import UpdateCheck
+from services.engines.docker_runtime import DockerRuntime
 from services.engines.llamacpp import LlamaCpp
 from services.engines.llamacpp_instance import GpuBytes
 from services.engines.ollama import Ollama
 from services.engines.ollama_instance import ServerProcess
 from services.engines.processes import ProcessRegistry
+from services.engines.vllm import Vllm
+from services.engines.vllm_spec import VllmSettings
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
 from services.gateway.router import Router
@@ -110,7 +115,11 @@ def build_services(settings: Settings) -> Services:
         on_change=board.touch,
     )
     ollama = _ollama(settings, service, devices)
-    engines: dict[str, Engine] = {"llamacpp": _llamacpp(settings, registry, devices), "ollama": ollama}
+    engines: dict[str, Engine] = {
+        "llamacpp": _llamacpp(settings, registry, devices),
+        "ollama": ollama,
+        "vllm": _vllm(settings, devices),
+    }
     catalog = Catalog(settings.models, engines)
     catalog.on_change(board.publish)
     learned = Learned(LoadRepository(store))
@@ -162,6 +171,24 @@ def _ollama(settings: Settings, service: OllamaService, devices: DeviceMonitor) 
         gpus=lambda: [reading.id for reading in devices.readings if reading.kind == "gpu"],
         gpu_bytes=_gpu_bytes(devices),
         context_length=settings.ollama_context_length,
+    )
+
+
+def _vllm(settings: Settings, devices: DeviceMonitor) -> Vllm:
+    owner = hashlib.sha256(str(settings.state_dir.resolve()).encode()).hexdigest()[:12]
+    passed_on = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+    return Vllm(
+        DockerRuntime(settings.docker_host),
+        VllmSettings(
+            image=settings.vllm_image,
+            owner=owner,
+            hub_cache=settings.hub_cache_dir.expanduser(),
+            compile_cache=settings.vllm_cache_dir.expanduser(),
+            shm_bytes=int(settings.vllm_shm_gb * 1e9),
+            environment={name: os.environ[name] for name in passed_on if os.environ.get(name)},
+        ),
+        readings=lambda: devices.readings,
+        gpu_bytes=_gpu_bytes(devices),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.console import FAKE_LLAMA_SERVER, Console
+from tests.support.docker import DockerEngine, docker_engine
 
 StartConsole = Callable[..., Console]
 
@@ -43,3 +45,12 @@ def start_stand_in(start_console: StartConsole) -> StartConsole:
         return start_console(toml=toml, llamacpp_server=FAKE_LLAMA_SERVER, **options)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[DockerEngine]:
+    """A real Docker engine of the test run's own, with the stand-in vLLM's image; who makes containers removes them."""
+    if os.geteuid() != 0:
+        pytest.skip("a Docker engine of one's own needs root")
+    with docker_engine() as engine:
+        yield engine

@@ -64,7 +64,11 @@ class Console:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
                 cwd=ROOT,
-                env={k: v for k, v in os.environ.items() if not k.startswith(("SWITCHYARD_", "OLLAMA_", "HF_"))}
+                env={
+                    k: v
+                    for k, v in os.environ.items()
+                    if not k.startswith(("SWITCHYARD_", "OLLAMA_", "HF_", "DOCKER_"))
+                }
                 | self.environment,
                 stdout=log,
                 stderr=log,

@@ -1,0 +1,139 @@
+"""What goes wrong with Docker, in words that say what to do."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+from collections.abc import Iterator
+
+import requests
+import urllib3
+
+from services.engines.containers import (
+    Container,
+    ContainerError,
+    ContainerGone,
+    ImageMissing,
+    NameTaken,
+    NoGpuRuntime,
+    NotOurs,
+    RuntimeDown,
+    RuntimeForbidden,
+    RuntimeHangs,
+)
+
+FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+"""What the SDK and the libraries below it raise when a question to Docker fails."""
+
+
+def explain(error: Exception, deed: str, host: str, seconds: float) -> ContainerError:
+    """A failed question as one of the port's errors.
+
+    `deed` is what Docker was asked to do ("start the container x"), `seconds` how long it had for the answer.
+    """
+    if isinstance(error, requests.HTTPError):
+        return _explain_refusal(error, deed)
+    causes = list(_causes(error))
+    if is_timeout(error):
+        return RuntimeHangs(
+            f"Docker did not {deed} within {seconds:.0f} s: its daemon may be stuck. See whether `docker info` "
+            "answers; restart it if it doesn't (sudo systemctl restart docker)."
+        )
+    if any(isinstance(cause, PermissionError) for cause in causes):
+        return RuntimeForbidden(
+            f"The user {_user()} may not use Docker at {host}. Add it to the group docker (sudo usermod -aG docker "
+            f"{_user()}), log in again, and restart Switchyard."
+        )
+    if any(isinstance(cause, FileNotFoundError) for cause in causes) and not _installed():
+        return RuntimeDown(
+            f"Docker is not installed: there is no {host} and no docker program. Install Docker Engine "
+            "(https://docs.docker.com/engine/install/), or set DOCKER_HOST to where one answers."
+        )
+    return RuntimeDown(
+        f"Docker does not answer at {host}: its daemon is not running. Start it (sudo systemctl start docker), "
+        "or set DOCKER_HOST to where one answers."
+    )
+
+
+def is_timeout(error: Exception) -> bool:
+    causes = list(_causes(error))
+    if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+        return False  # urllib3 calls every connection that can't be made a kind of timeout
+    late = (TimeoutError, BlockingIOError, requests.Timeout, urllib3.exceptions.TimeoutError)
+    return any(isinstance(cause, late) for cause in causes)
+
+
+def status_of(error: requests.HTTPError) -> int:
+    return 0 if error.response is None else error.response.status_code
+
+
+def words_of(error: requests.HTTPError) -> str:
+    """What Docker says in an error answer: `{"message": …}` (API 1.41)."""
+    response = error.response
+    if response is None:
+        return str(error)
+    try:
+        return str(response.json()["message"]).strip()
+    except (ValueError, KeyError, TypeError):
+        return response.text.strip() or f"HTTP {response.status_code}"
+
+
+def image_missing(image: str) -> ImageMissing:
+    return ImageMissing(f"The image {image} is not on Docker's machine. Pull it: docker pull {image}")
+
+
+def name_taken(name: str, holder: Container | None) -> NameTaken:
+    if holder is None or holder.managed:
+        return NameTaken(f"Switchyard has a container named {name} already. Try again.", holder)
+    return NameTaken(
+        f"The name {name} is taken by a container that Switchyard did not make (image {holder.image}), and so leaves "
+        f"alone. Rename or remove it: docker rename {name} {name}-old",
+        holder,
+    )
+
+
+def not_ours(container: Container) -> NotOurs:
+    return NotOurs(
+        f"Switchyard did not make the container {container.name} (image {container.image}), and so leaves it alone. "
+        f"If it is in the way, stop it yourself: docker stop {container.name}"
+    )
+
+
+def lost(host: str) -> RuntimeDown:
+    return RuntimeDown(
+        f"Docker at {host} went away: its daemon stopped or restarts. Start it again (sudo systemctl start docker)."
+    )
+
+
+def _explain_refusal(error: requests.HTTPError, deed: str) -> ContainerError:
+    words = words_of(error)
+    if status_of(error) == 404 and "no such container" in words.lower():
+        return ContainerGone(f"Docker could not {deed}: it was removed by somebody else. Load the model again.")
+    if "could not select device driver" in words:
+        return NoGpuRuntime(
+            "Docker can't give GPUs to containers: NVIDIA's container runtime is missing. Install the package "
+            "nvidia-container-toolkit, run sudo nvidia-ctk runtime configure --runtime=docker, and restart Docker."
+        )
+    return ContainerError(f"Docker could not {deed}: {words.rstrip('.')}. Docker's own log may say more.")
+
+
+def _causes(error: object) -> Iterator[BaseException]:
+    """An error and all that it wraps: libraries keep the first cause in `args`, or as a context."""
+    waiting, seen = [error], set()
+    while waiting:
+        cause = waiting.pop()
+        if isinstance(cause, BaseException) and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            waiting += [*cause.args, cause.__cause__, cause.__context__]
+
+
+def _installed() -> bool:
+    return any(shutil.which(program) for program in ("dockerd", "docker"))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "that Switchyard runs as"

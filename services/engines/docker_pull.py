@@ -1,0 +1,131 @@
+"""Pulls of images: what Docker says about their layers, added up, and an end whenever it is asked for."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from services.downloads.fetcher import Abort, Aborted
+from services.engines.containers import ContainerError, ImageMissing, PullReport
+from services.engines.docker_errors import FAILURES, words_of
+from services.engines.docker_streams import LiveStream
+
+ARRIVED = ("Verifying Checksum", "Download complete", "Extracting", "Pull complete", "Already exists")
+UNKNOWN_IMAGE = ("manifest unknown", "not found", "does not exist", "access denied")
+
+Line = dict[str, Any]
+"""One line of Docker's answer: `{"id": layer, "status": words, "progressDetail": {"current", "total"}}` (API 1.41)."""
+
+
+@dataclass(slots=True)
+class _Layer:
+    done: int = 0
+    size: int | None = None
+
+
+class Layers:
+    """Bytes of an image that are here, from Docker's lines. They never become fewer, though Docker tries again."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, _Layer] = {}
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        key, status = line.get("id"), line.get("status", "")
+        if key is None or (key not in self._layers and status.startswith("Pulling from")):
+            return
+        layer = self._layers.setdefault(key, _Layer())
+        if status in ARRIVED:
+            layer.size = layer.done if layer.size is None else layer.size
+            layer.done = layer.size
+        elif status == "Downloading":
+            detail = line.get("progressDetail") or {}
+            size = max(int(detail.get("total") or 0), layer.size or 0)
+            layer.done = max(layer.done, int(detail.get("current") or 0))
+            layer.size = max(size, layer.done) if size > 0 else None
+
+    @property
+    def done(self) -> int:
+        return sum(layer.done for layer in self._layers.values())
+
+    @property
+    def total(self) -> int | None:
+        """None until the size of every layer is known; small ones tell theirs by having arrived."""
+        sizes = [layer.size for layer in self._layers.values()]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if sizes and len(known) == len(sizes) else None
+
+
+class Pull:
+    """One pull. Docker may say nothing for long, so a thread listens to it and `run` can be called off at any time.
+
+    `ask` begins it; `explain` turns what `ask` and its stream raise into one of the port's errors.
+    """
+
+    def __init__(
+        self, image: str, ask: Callable[[], LiveStream[Line]], explain: Callable[[Exception], ContainerError]
+    ) -> None:
+        self._image = image
+        self._ask = ask
+        self._explain = explain
+        self._heard: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._lines: LiveStream[Line] | None = None
+        self._over = False
+
+    def run(self, report: PullReport, abort: Abort) -> None:
+        """Block until the image is here. Raises Aborted, ImageMissing and other ContainerErrors."""
+        abort.applies_to(lambda: self._heard.put(Aborted()))
+        layers = Layers()
+        threading.Thread(target=self._listen, name=f"pull-{self._image}", daemon=True).start()
+        try:
+            while (heard := self._heard.get()) is not None:
+                if isinstance(heard, Exception):
+                    raise heard
+                if "error" in heard:
+                    raise refused(self._image, str(heard["error"]))
+                layers.take(heard)
+                report(layers.done, layers.total)
+        finally:
+            self._stop_listening()
+
+    def _listen(self) -> None:
+        try:
+            lines = self._ask()
+            with self._lock:
+                self._lines = lines
+                over = self._over
+            if over:
+                lines.close()
+            for line in lines:
+                self._heard.put(line)
+            self._heard.put(None)
+        except requests.HTTPError as error:
+            self._heard.put(refused(self._image, words_of(error)))
+        except FAILURES as error:
+            self._heard.put(self._explain(error))
+        except Exception as error:  # whatever it is, `run` waits for it
+            self._heard.put(error)
+
+    def _stop_listening(self) -> None:
+        """Docker gives a pull up when nobody listens to it any more."""
+        with self._lock:
+            self._over = True
+            lines = self._lines
+        if lines is not None:
+            lines.close()
+
+
+def refused(image: str, words: str) -> ContainerError:
+    """Docker's words for a pull that failed, as one of the port's errors."""
+    if any(mark in words.lower() for mark in UNKNOWN_IMAGE):
+        return ImageMissing(
+            f"There is no image {image} to pull, or it needs a login: {words}. Check its name, or run docker login."
+        )
+    if "no space left" in words.lower():
+        return ContainerError(f"Docker's disk is full, so {image} can't be pulled. Make room: docker system prune")
+    return ContainerError(f"Docker could not pull {image}: {words}. Check this machine's network, then try again.")

@@ -1,0 +1,167 @@
+"""Engine `vllm`: one container for each model that the settings list, run by whatever runs containers.
+
+What is running is looked at in the background: a runtime that hangs must not freeze a page, nor the switcher.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+import structlog
+
+from services.engines.containers import Container, ContainerError, ContainerRuntime
+from services.engines.vllm_instance import GpuBytes, VllmInstance, answers
+from services.engines.vllm_spec import OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
+from services.http import control_session
+from services.memory.ledger import Reading
+from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 2.0
+CLOSE_SECONDS = 2.0
+
+Run = tuple[str, float | None]
+"""One run of a container: its id and when it was started. The same container can run again."""
+
+
+def run_of(container: Container) -> Run:
+    return container.id, container.started_at
+
+
+class Vllm:
+    """`readings` gives this machine's devices, GPUs first. The runtime is only touched when a vLLM model is listed."""
+
+    name = "vllm"
+    outlives_app = True
+
+    def __init__(
+        self,
+        runtime: ContainerRuntime,
+        settings: VllmSettings,
+        *,
+        readings: Callable[[], Sequence[Reading]],
+        gpu_bytes: GpuBytes = lambda _device, _pid: None,
+    ) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._readings = readings
+        self._gpu_bytes = gpu_bytes
+        self._models: dict[str, Model] = {}
+        self._instances: weakref.WeakSet[VllmInstance] = weakref.WeakSet()
+        self._found: Mapping[str, Container] = {}
+        self._over: set[Run] = set()
+        self._tidied = False
+        self._stopped = threading.Event()
+        self._http = control_session()
+        self._watch = threading.Thread(target=self._run, name="vllm-look", daemon=True)
+
+    def discover(self) -> Sequence[Model]:
+        return ()  # a container runs what the settings list, nothing by itself
+
+    def describe(self, model: Model) -> Model:
+        self._models[model.id] = model
+        return replace(model, fault=self._fault(model))
+
+    def estimate(self, model: Model) -> Need:
+        """Only where nothing is declared: vLLM claims what it is told to, so a declared need is what it will take."""
+        return Need(self._device(model), 0 if model.required_bytes else required_bytes(model), "estimated")
+
+    def settings_key(self, model: Model) -> str:
+        options = sorted((key, str(value)) for key, value in model.options.items())
+        return (
+            f"{model.options.get('image') or self._settings.image} {self._device(model)} {options} {model.size_bytes}"
+        )
+
+    def launch(self, model: Model, on_exit: OnExit) -> VllmInstance:
+        if model.fault:
+            raise EngineError(model.fault)
+        return self._instance(model, on_exit, None)
+
+    def loaded(self) -> Collection[str]:
+        return {model.source for model_id in self._found if (model := self._models.get(model_id)) is not None}
+
+    def adopt(self, model: Model, on_exit: OnExit, /) -> VllmInstance | None:
+        container = self._found.get(model.id)
+        return self._instance(model, on_exit, container) if container is not None else None
+
+    def remove(self, model: Model) -> None:
+        raise EngineError(
+            f"The files of {model.id} lie in the Hugging Face cache, which other programs share: delete them there. "
+            "The model itself is listed in the settings."
+        )
+
+    def prepare(self) -> None:
+        if self._models and not self._watch.is_alive():
+            self._watch.start()
+
+    def close(self) -> None:
+        self._stopped.set()
+        if self._watch.is_alive():
+            self._watch.join(CLOSE_SECONDS)  # a look under way would open what is closed here
+        self._http.close()
+        self._runtime.close()
+
+    def _instance(self, model: Model, on_exit: OnExit, running: Container | None) -> VllmInstance:
+        device = self._device(model)
+        spec = spec_of(model, self._settings, device=device, share=self._share(model, device))
+        instance = VllmInstance(self._runtime, model, spec, device, on_exit, self._gpu_bytes, self._note_end, running)
+        self._instances.add(instance)
+        return instance
+
+    def _note_end(self, container: Container) -> None:
+        """A run that was stopped: a look that began before must not find it again."""
+        self._over.add(run_of(container))
+        self._found = {m: c for m, c in self._found.items() if run_of(c) not in self._over}
+
+    def _fault(self, model: Model) -> str | None:
+        device = self._device(model)
+        if device == HOST_DEVICE or any(reading.id == device for reading in self._readings()):
+            return None
+        return f"There is no GPU {device} on this machine."
+
+    def _device(self, model: Model) -> str:
+        asked = model.options.get("device")
+        if asked is not None:
+            return str(asked)
+        return next((reading.id for reading in self._readings() if reading.kind == "gpu"), HOST_DEVICE)
+
+    def _share(self, model: Model, device: str) -> float | None:
+        total = next((r.total_bytes for r in self._readings() if r.id == device and r.kind == "gpu"), None)
+        if total is None:
+            return None
+        return share_of(model.required_bytes or required_bytes(model), total)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._look()
+            except ContainerError as error:
+                log.info("the containers can't be looked at", reason=str(error))
+            except Exception:
+                log.exception("a look at the containers failed")
+            self._stopped.wait(LOOK_SECONDS)
+
+    def _look(self) -> None:
+        """Find the containers of ours that are ready. At the first look, what a crash left half loaded is removed."""
+        ready: dict[str, Container] = {}
+        for container in self._runtime.find({OWNER_LABEL: self._settings.owner}):
+            known = {instance.container_id for instance in self._instances}
+            model = self._models.get(container.model or "")
+            if container.state != "running":
+                continue
+            if model is not None and self._serves(container, model):
+                ready[model.id] = container
+            elif container.id not in known and not self._tidied:
+                log.warning("removing a container that an earlier run left behind", name=container.name)
+                self._runtime.remove(container.id)
+        self._tidied = True
+        self._found = {m: c for m, c in ready.items() if run_of(c) not in self._over}
+
+    def _serves(self, container: Container, model: Model) -> bool:
+        return container.host_port is not None and answers(
+            self._http, f"http://127.0.0.1:{container.host_port}", model.id
+        )

@@ -1,0 +1,435 @@
+"""Why a vLLM server did not come up, from its own lines. Pure.
+
+The texts are those of vLLM 0.5 to 0.33, PyTorch 2.1 to 2.13 and huggingface_hub 0.23 to 1.x. One failure is told many
+times over: by the worker that met it, by the engine that waited for the worker, by the server that waited for the
+engine. The first cause is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+FailureCode = Literal[
+    "out_of_memory",
+    "memory_not_free",
+    "no_room_for_cache",
+    "context_too_long",
+    "context_beyond_model",
+    "memory_changed",
+    "gated_model",
+    "model_not_found",
+    "hub_unreachable",
+    "damaged_file",
+    "disk_full",
+    "bad_argument",
+    "unsupported",
+    "no_gpu",
+    "engine_failed",
+]
+
+MARKS = ("rror", "RROR", "xception", "is restricted", "Not Found", "gated repo")
+"""A line without any of these says nothing about a failure."""
+
+LONGEST_CAUSE = 300
+
+_TELLING_LEVELS = ("", "ERROR", "CRITICAL")
+_QUOTED = ("    ", '  File "')
+"""How a traceback's places and its quotations of source code begin."""
+_SECONDARY, _PRINTED, _LOGGED, _RECOGNISED = range(4)
+"""How much a line is worth as the cause: the echo of another one, an exception nobody logged (it can be one that was
+survived), an exception that vLLM itself calls an error or that is probably understood, one that is understood."""
+
+Figures = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failed start: `cause` is vLLM's own telling line without its prefixes, `advice` what to do about it, with the
+    figures from the log."""
+
+    code: FailureCode
+    cause: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """A failure that is understood by one of its `marks`; `figures` are searched for by the names of their groups."""
+
+    code: FailureCode
+    marks: tuple[str, ...]
+    advice: Callable[[Figures], str]
+    figures: tuple[re.Pattern[str], ...] = ()
+    worth: int = _RECOGNISED
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    failure: Failure
+    worth: int
+    figures: int
+
+
+class FailureLog:
+    """Keeps the first cause among the lines it is given."""
+
+    def __init__(self) -> None:
+        self._found: _Finding | None = None
+        self._serving = False
+        self._dying = False
+
+    @property
+    def failure(self) -> Failure | None:
+        return self._found.failure if self._found else None
+
+    def serve(self) -> None:
+        """The server is up: what was found so far was survived, and errors of single requests are to be expected."""
+        self._found, self._serving, self._dying = None, True, False
+
+    def read(self, level: str, message: str, known: Figures) -> None:
+        """Take in one line, split into its level (empty: it has none) and its text with its indentation.
+
+        `known` are figures that earlier lines told.
+        """
+        if level not in _TELLING_LEVELS or message.startswith(_QUOTED):
+            return
+        found = _find(level, message, known)
+        if found is None:
+            return
+        if found.worth == _SECONDARY:
+            self._dying = True
+        if self._serving and not self._dying and (level == "" or found.failure.code != "out_of_memory"):
+            return
+        if self._found is None or _tells_more(found, self._found):
+            self._found = found
+
+
+def _tells_more(new: _Finding, old: _Finding) -> bool:
+    """Whether a later line is nearer to the cause, or tells the same failure with more figures."""
+    same = new.failure.code == old.failure.code and new.worth == old.worth
+    return new.worth > old.worth or (same and new.figures > old.figures)
+
+
+def _find(level: str, message: str, known: Figures) -> _Finding | None:
+    rule = next((rule for mark, rule in _MARKED if mark in message), None)
+    if rule is not None:
+        told = {**known, **_figures(rule, message)}
+        return _Finding(Failure(rule.code, _clean(message), rule.advice(told)), rule.worth, len(told))
+    if any(mark in message for mark in _ECHOES):
+        worth = _SECONDARY
+    elif _EXCEPTION.match(message):
+        worth = _LOGGED if level else _PRINTED
+    else:
+        return None
+    return _Finding(Failure("engine_failed", _clean(message), "What it logged says more."), worth, 0)
+
+
+def _figures(rule: _Rule, message: str) -> dict[str, str]:
+    told: dict[str, str] = {}
+    for pattern in rule.figures:
+        found = pattern.search(message)
+        if found is not None:
+            told |= {name: text.rstrip(".") for name, text in found.groupdict().items() if text}
+    return told
+
+
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w{0,60}\.){0,8}(\w{0,60}(?:Error|Exception))(?::\s*(.*))?$")
+_REFUSAL = re.compile(r"Value error, |[\w.]{1,60}(?: serve)?: error: ")
+_SAYS_NOTHING = ("ValueError", "RuntimeError", "OSError", "AssertionError", "Exception")
+
+
+def _clean(message: str) -> str:
+    """The message without the exception's module, what pydantic and argparse put around it and, where it says
+    nothing, the exception's name."""
+    text = message.strip()
+    exception = _EXCEPTION.match(text)
+    if exception is not None:
+        name, said = exception.group(1), exception.group(2)
+        text = name if not said else said if name in _SAYS_NOTHING else f"{name}: {said}"
+    refusal = _REFUSAL.match(text)
+    text = text[refusal.end() :] if refusal is not None else text
+    text = text.split(" [type=", 1)[0].strip()
+    return text if len(text) <= LONGEST_CAUSE else f"{text[: LONGEST_CAUSE - 1].rstrip()}…"
+
+
+def _out_of_memory(told: Figures) -> str:
+    if "sequences" in told:
+        return (
+            f"There was no memory left to answer {told['sequences']} requests at once. Set a smaller max_num_seqs, or "
+            "a smaller gpu_memory_utilization."
+        )
+    words = f"It asked for {told['asked']} more" if "asked" in told else "The device ran out of memory"
+    if "free" in told:
+        words += f"; {told['free']}"
+        words += f" of {told['total']} was free" if "total" in told else " was free"
+    return (
+        f"{words}. Unload what else is on the device, or load it with a shorter context (max_model_len), fewer "
+        "requests at once (max_num_seqs) or quantised, or choose a smaller model."
+    )
+
+
+def _memory_not_free(told: Figures) -> str:
+    words = "Less memory is free on the device than its share (gpu_memory_utilization) asks for."
+    if {"free", "total", "asked", "share"} <= told.keys():
+        words = (
+            f"{told['free']} of {told['total']} GiB were free when it started, and it asks for {told['asked']} GiB "
+            f"(gpu_memory_utilization {told['share']})."
+        )
+    most = _largest_share(told)
+    lower = f"set gpu_memory_utilization to {most:.2f} or less" if most else "set a smaller gpu_memory_utilization"
+    return f"{words} Unload what else is on the device, or {lower}."
+
+
+def _largest_share(told: Figures) -> float:
+    """The largest gpu_memory_utilization that what was free allows, in hundredths; 0 when unknown."""
+    try:
+        return math.floor(100 * float(told["free"]) / float(told["total"])) / 100
+    except (KeyError, ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def _no_room_for_cache(told: Figures) -> str:
+    short = f": {told['missing']} was missing to have any" if "missing" in told else ""
+    return (
+        f"The weights left no memory for its cache{short}. Give it more of the device (gpu_memory_utilization), or "
+        "load it quantised or choose a smaller model."
+    )
+
+
+def _context_too_long(told: Figures) -> str:
+    words = f"A context of {told['asked']} tokens" if "asked" in told else "The context"
+    if "needed" in told and "free" in told:
+        words += f" needs {told['needed']} GiB of cache, and there are {told['free']} GiB."
+    else:
+        words += " does not fit into the cache."
+    if "fits" in told:
+        words += f" The longest that fits is {told['fits']} tokens: set max_model_len to that or less,"
+    else:
+        words += " Set a smaller max_model_len,"
+    return f"{words} or give it more of the device (gpu_memory_utilization)."
+
+
+def _context_beyond_model(told: Figures) -> str:
+    if {"asked", "limit"} <= told.keys():
+        return (
+            f"It is to take {told['asked']} tokens, and the model is made for {told['limit']}. Set max_model_len to "
+            f"{told['limit']} or less."
+        )
+    return "It is to take more tokens than the model is made for. Set a smaller max_model_len."
+
+
+def _memory_changed(told: Figures) -> str:
+    change = f" ({told['before']} to {told['after']})" if {"before", "after"} <= told.keys() else ""
+    return (
+        f"Another program changed how much memory is free while vLLM measured it{change}. Load it again once nothing "
+        "else starts or stops on the device."
+    )
+
+
+def _gated_model(told: Figures) -> str:
+    model, page = told.get("model", "The model"), told.get("model", "the model")
+    if "refused" in told:
+        return (
+            f"The account of HF_TOKEN has no access to {page}. Ask for it on the model's page on Hugging Face, and "
+            "load it again once it is granted."
+        )
+    return (
+        f"{model} is gated. Accept its terms on its page on Hugging Face, and set HF_TOKEN to a token of the account "
+        "that did."
+    )
+
+
+def _say(text: str) -> Callable[[Figures], str]:
+    """Advice that needs no figures."""
+    return lambda _told: text
+
+
+_NUMBER = r"-?\d{1,12}(?:\.\d{1,9})?"
+_SIZE = rf"{_NUMBER} (?:[KMGT]iB|bytes)"
+
+_RULES = (
+    _Rule(
+        "memory_not_free",
+        ("less than desired GPU memory utilization",),
+        _memory_not_free,
+        (
+            re.compile(rf"\((?P<free>{_NUMBER})/(?P<total>{_NUMBER}) GiB\)"),
+            re.compile(rf"utilization \((?P<share>{_NUMBER}), (?P<asked>{_NUMBER}) GiB\)"),
+        ),
+    ),
+    _Rule("no_room_for_cache", ("No available memory for the cache blocks",), _no_room_for_cache),
+    _Rule(
+        "context_too_long",
+        ("To serve at least one request with", "larger than the maximum number of tokens"),
+        _context_too_long,
+        (
+            re.compile(r"max seq len \((?P<asked>\d{1,12})\)"),
+            re.compile(rf"(?P<needed>{_NUMBER}) GiB KV cache is needed"),
+            re.compile(rf"available KV cache memory \((?P<free>{_NUMBER}) GiB\)"),
+            re.compile(r"(?:maximum model length is|stored in KV cache \() ?(?P<fits>\d[\d,]{0,15})"),
+        ),
+    ),
+    _Rule(
+        "context_beyond_model",
+        ("greater than the derived max_model_len",),
+        _context_beyond_model,
+        (
+            re.compile(r"max_model_len \((?P<asked>\d{1,12})\)"),
+            re.compile(r"derived max_model_len \(\w{1,60}=(?P<limit>\d{1,12})"),
+        ),
+    ),
+    _Rule(
+        "memory_changed",
+        ("Error in memory profiling",),
+        _memory_changed,
+        (
+            re.compile(rf"Initial (?:free|used) memory (?P<before>{_NUMBER}(?: ?GiB)?)"),
+            re.compile(rf"(?:current free|currently used) memory (?P<after>{_NUMBER}(?: ?GiB)?)"),
+        ),
+    ),
+    _Rule(
+        "out_of_memory",
+        (
+            "out of memory",
+            "OutOfMemoryError",
+            "not enough GPU memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            "can't allocate memory",
+            "Cannot allocate memory",
+            "MemoryError",
+        ),
+        _out_of_memory,
+        (
+            re.compile(rf"[Tt]ried to allocate (?P<asked>{_SIZE})"),
+            re.compile(rf"total capaci?ty of (?P<total>{_SIZE})"),  # PyTorch 2.1 leaves the i out
+            re.compile(rf"of which (?P<free>{_SIZE}) is free"),
+            re.compile(r"warming up sampler with (?P<sequences>\d{1,9}) dummy requests"),
+        ),
+    ),
+    _Rule(
+        "gated_model",
+        ("GatedRepoError", "access gated repo", "a gated repo", "Access to model"),
+        _gated_model,
+        (
+            re.compile(r"Access to model (?P<model>\S{1,200}) is restricted"),
+            re.compile(r"(?P<refused>not in the authorized list)"),
+        ),
+    ),
+    _Rule(
+        "model_not_found",
+        (
+            "RepositoryNotFoundError",
+            "Repository Not Found",
+            "RevisionNotFoundError",
+            "HFValidationError",
+            "is not a valid model identifier",
+            "Invalid repository ID or local directory",
+        ),
+        _say(
+            "There is neither a folder nor a model on Hugging Face of that name that can be seen from here. Check the "
+            "name; if the model is private, set HF_TOKEN."
+        ),
+        (re.compile(r"huggingface\.co/(?:api/models/)?(?P<model>[\w.-]{1,100}/[\w.-]{1,100})"),),
+    ),
+    _Rule(
+        "hub_unreachable",
+        (
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "We couldn't connect to",
+            "outgoing traffic has been disab",
+        ),
+        _say(
+            "Not all of the model's files are here, and Hugging Face could not be asked for them. Check the network "
+            "and HF_HUB_OFFLINE, or download the model first."
+        ),
+    ),
+    _Rule(
+        "damaged_file",
+        (
+            "SafetensorError",
+            "PytorchStreamReader failed",
+            "UnpicklingError",
+            "Consistency check failed",
+            "Cannot find any model weights",
+        ),
+        _say(
+            "A file with the model's weights is damaged or incomplete. Delete the model's files and download it again."
+        ),
+    ),
+    _Rule(
+        "disk_full",
+        ("No space left on device",),
+        _say(
+            "The disk is full, or the container's shared memory (/dev/shm) is. Delete what isn't needed, or give it "
+            "more shared memory."
+        ),
+    ),
+    _Rule(
+        "no_gpu",
+        (
+            "No CUDA GPUs are available",
+            "Found no NVIDIA driver",
+            "no CUDA-capable device",
+            "CUDA driver version is insufficient",
+            "Failed to infer device type",
+        ),
+        _say(
+            "vLLM found no GPU that it can use. Check the driver, and that containers are given the GPU (the NVIDIA "
+            "Container Toolkit)."
+        ),
+    ),
+    _Rule(
+        "unsupported",
+        (
+            "are not supported for now",
+            "failed to be inspected",
+            "does not recognize this architecture",
+            "Unknown quantization method",
+            "compute capability",
+            "no kernel image is available",
+        ),
+        _say("This version of vLLM can't run the model on this device. Try a newer image, or another build of it."),
+    ),
+    _Rule(
+        "bad_argument",
+        ("contains custom code which must be executed",),
+        _say("It brings code of its own. If you trust who made it, set trust_remote_code for this model."),
+    ),
+    _Rule(
+        "bad_argument",
+        ("vllm: error: ", "vllm serve: error: ", ".py: error: ", "Value error, "),
+        _say("This version of vLLM refuses the model's settings. Correct its arguments, or use another image."),
+    ),
+    _Rule(
+        "gated_model",
+        ("401 Client Error", "403 Client Error", "Client error '401", "Client error '403"),
+        _gated_model,
+        worth=_LOGGED,  # what follows says whether it is gated, or isn't there
+    ),
+)
+"""In the order in which they are tried."""
+_MARKED = tuple((mark, rule) for rule in _RULES for mark in rule.marks)
+
+_ECHOES = (
+    "See root cause above",
+    "See stack trace",
+    "WorkerProc initialization failed",
+    "EngineCore failed to start",
+    "WorkerProc failed to start",
+    "Engine process failed to start",
+    "EngineCore hit an exception",
+    "EngineCore encountered",
+    "WorkerProc hit an exception",
+    "EngineDeadError",
+    "Engine loop",
+    "Background loop",
+    "died unexpectedly",
+    "died, exit code",
+    "RuntimeError: cancelled",
+)
+"""What vLLM says of a failure that it has told, or is about to tell."""

@@ -1,0 +1,364 @@
+"""One vLLM server in a container: created or used again, followed through its log, warmed up, stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import requests
+import structlog
+
+from services.downloads.fetcher import Abort, Aborted
+from services.engines.containers import (
+    Container,
+    ContainerError,
+    ContainerGone,
+    ContainerRuntime,
+    ContainerSpec,
+    ImageMissing,
+    NameTaken,
+    RuntimeDown,
+    RuntimeHangs,
+    Stream,
+)
+from services.engines.vllm_log import VllmLog
+from services.http import control_session
+from services.switching.engine import (
+    HOST_DEVICE,
+    Endpoint,
+    Evidence,
+    Exit,
+    LoadFailed,
+    Model,
+    OnExit,
+    Report,
+    Usage,
+)
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 0.05
+PROBE_SECONDS = 2.0
+MEASURE_SECONDS = 2.0
+TAIL_LINES = 60
+AGAIN_SECONDS = 0.5
+
+GpuBytes = Callable[[str, int], int | None]
+
+
+class VllmInstance:
+    """A model loading, loaded or being unloaded in a container of its own."""
+
+    def __init__(
+        self,
+        runtime: ContainerRuntime,
+        model: Model,
+        spec: ContainerSpec,
+        device: str,
+        on_exit: OnExit,
+        gpu_bytes: GpuBytes,
+        on_end: Callable[[Container], None],
+        running: Container | None = None,
+    ) -> None:
+        self.model = model
+        self._runtime = runtime
+        self._spec = spec
+        self._device = device
+        self._on_exit = on_exit
+        self._gpu_bytes = gpu_bytes
+        self._on_end = on_end
+        self._abort = Abort()
+        self._stopping = threading.Event()
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._log = VllmLog()
+        self._news: list[Evidence] = []
+        self._container = running
+        self._stream: Stream[bytes] | None = None
+        self._endpoint: Endpoint | None = None
+        self._usage: Usage | None = None
+        self._tail = ""
+        self._http = control_session()
+        if running is not None:
+            self._endpoint = self._where(running)
+            threading.Thread(target=self._outlive, name="vllm-adopted", daemon=True).start()
+
+    @property
+    def container_id(self) -> str | None:
+        return self._container.id if self._container is not None else None
+
+    @property
+    def pid(self) -> int | None:
+        return self._container.pid if self._container is not None else None
+
+    def wait_ready(self, report: Report, timeout: float) -> Endpoint:
+        deadline = time.monotonic() + timeout
+        if self._endpoint is not None:
+            return self._endpoint
+        try:
+            container_id = self._bring_up(report)
+            return self._follow(container_id, report, deadline)
+        except Aborted:
+            raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
+        except ContainerError as error:
+            self._fail_if_stopped()
+            raise LoadFailed(str(error), self.log_tail()) from None
+
+    def warm_up(self, timeout: float) -> None:
+        assert self._endpoint is not None, "wait_ready comes first"
+        hello = [{"role": "user", "content": "Hello"}]
+        answer = self._ask("/v1/chat/completions", {"messages": hello}, timeout)
+        if answer.status_code == 400:  # a base model has no template for chats
+            answer = self._ask("/v1/completions", {"prompt": "Hello"}, timeout)
+        if answer.status_code != 200:
+            raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
+
+    def usage(self) -> Usage | None:
+        return self._usage
+
+    def stop(self, grace: float) -> None:
+        self._stopping.set()
+        self._abort()
+        container_id = self.container_id
+        if container_id is None:
+            return
+        try:
+            self._runtime.stop(container_id, grace)
+        except ContainerGone:
+            pass
+        except ContainerError:
+            if self._endpoint is not None and not self._ended.is_set():
+                self._stopping.clear()  # it serves on, and its end has to be noticed
+            raise
+        assert self._container is not None
+        self._on_end(self._container)
+        self._ended.set()
+        with self._lock:
+            stream = self._stream
+        if stream is not None:
+            stream.close()
+
+    def log_tail(self) -> str:
+        if self._container is not None and not self._tail:
+            with suppress(ContainerError):
+                return self._runtime.logs_tail(self._container.id, TAIL_LINES)
+        return self._tail
+
+    def warning(self) -> str | None:
+        return None
+
+    def _bring_up(self, report: Report) -> str:
+        """Create the container, or use the one that is there, and start it; what it says is read from its first word.
+
+        A container of an older spec is replaced. Raises ContainerError and Aborted.
+        """
+        self._abort.check()
+        container_id = self._existing()
+        if container_id is None:
+            container_id = self._create(report)
+        self._container = self._runtime.inspect(container_id)
+        stream = self._runtime.attach(container_id)
+        with self._lock:
+            self._stream = stream
+        threading.Thread(target=self._listen, args=(stream,), name="vllm-log", daemon=True).start()
+        self._abort.check()
+        self._runtime.start(container_id)
+        self._container = self._runtime.inspect(container_id)
+        return container_id
+
+    def _existing(self) -> str | None:
+        """A container of ours that was made from the same spec; another one of ours is removed."""
+        found = self._runtime.by_name(self._spec.name)
+        if found is None:
+            return None
+        if not found.managed:
+            raise NameTaken(
+                f"A container named {self._spec.name} exists that Switchyard did not make, so it is left alone. "
+                "Remove or rename it, then try again.",
+                found,
+            )
+        if found.spec_hash != self._spec.spec_hash or found.state not in ("created", "exited"):
+            self._runtime.remove(found.id)
+            return None
+        return found.id
+
+    def _create(self, report: Report) -> str:
+        for mount in self._spec.mounts:
+            if mount.source.startswith("/") and not mount.read_only:  # Docker would make it, as root's
+                with suppress(OSError):
+                    Path(mount.source).mkdir(parents=True, exist_ok=True)
+        try:
+            return self._runtime.create(self._spec)
+        except ImageMissing:
+            report(Evidence("downloading", None, f"pulling the image {self._spec.image}"))
+
+        def arrived(done: int, total: int | None) -> None:
+            words = f"{done / 1e9:.1f}" + (f" of {total / 1e9:.1f} GB" if total else " GB")
+            report(Evidence("downloading", done / total if total else None, f"{words} of the image"))
+
+        self._runtime.pull(self._spec.image, arrived, self._abort)
+        return self._runtime.create(self._spec)
+
+    def _follow(self, container_id: str, report: Report, deadline: float) -> Endpoint:
+        """Until it is healthy and lists the model. Raises LoadFailed with the first cause in its log."""
+        report(Evidence("loading_weights", None, "starting vLLM"))
+        while True:
+            with self._lock:
+                news, self._news = self._news, []
+            for evidence in news:
+                report(evidence)
+            self._fail_if_stopped()
+            if self._ended.is_set():
+                raise self._failure(container_id)
+            if time.monotonic() > deadline:
+                raise LoadFailed("It was not ready in time. Its log says how far it came.", self.log_tail())
+            endpoint = self._where(self._container)
+            if endpoint is not None and self._answers(endpoint):
+                self._endpoint = endpoint
+                self._measure()
+                threading.Thread(target=self._keep_measuring, name="vllm-memory", daemon=True).start()
+                return endpoint
+            self._ended.wait(LOOK_SECONDS)
+
+    def _listen(self, stream: Stream[bytes]) -> None:
+        """Read what it writes until nothing more comes, which is its end, or the runtime's."""
+        try:
+            for data in stream:
+                news = self._log.feed(data)
+                with self._lock:
+                    self._news += news
+        except ContainerError as error:
+            log.warning("a container's output broke off", model=self.model.id, error=str(error))
+        finally:
+            stream.close()
+        self._after_the_end()
+
+    def _outlive(self) -> None:
+        """Watch a container that was found running: its log so far isn't read again."""
+        assert self._container is not None
+        self._measure()
+        threading.Thread(target=self._keep_measuring, name="vllm-memory", daemon=True).start()
+        self._after_the_end()
+
+    def _after_the_end(self) -> None:
+        """Find out how it ended; a runtime that was only restarted may still have it running."""
+        assert self._container is not None
+        code: int | None = None
+        while not self._stopping.is_set():
+            try:
+                code = self._runtime.wait(self._container.id, AGAIN_SECONDS)
+                if code is not None:
+                    break
+            except ContainerGone:
+                self._tell(Exit("Its container was removed"))
+                return
+            except (RuntimeDown, RuntimeHangs):
+                if self._gone_with_its_runtime():
+                    break
+                self._stopping.wait(AGAIN_SECONDS)
+            except ContainerError as error:
+                log.warning("a container can't be looked at", model=self.model.id, error=str(error))
+                self._stopping.wait(AGAIN_SECONDS)
+        self._keep_tail()
+        failure = self._log.failure
+        if failure is not None:
+            self._tell(Exit(f"{failure.cause.rstrip('.')}. {failure.advice.rstrip('.')}"))
+        else:
+            self._tell(Exit("Docker went away, and the container with it" if code is None else say_exit(code)))
+
+    def _gone_with_its_runtime(self) -> bool:
+        """Whether it no longer answers while nobody can say what became of its container."""
+        return self._endpoint is None or not self._answers(self._endpoint)
+
+    def _tell(self, exit: Exit) -> None:
+        self._ended.set()
+        if not self._stopping.is_set() and self._endpoint is not None:
+            self._on_exit(exit)
+
+    def _failure(self, container_id: str) -> LoadFailed:
+        """Why it ended before it was ready."""
+        failure = self._log.failure
+        if failure is not None and failure.code != "engine_failed":
+            return LoadFailed(f"{failure.cause.rstrip('.')}. {failure.advice}", self.log_tail())
+        try:
+            container = self._runtime.inspect(container_id)
+        except ContainerError as error:
+            return LoadFailed(str(error), self.log_tail())
+        if container.oom_killed:  # of which vLLM's log shows an echo at most
+            words = "The system ran out of memory while it was loading. Free some, then try again."
+            return LoadFailed(words, self.log_tail())
+        if failure is not None:
+            return LoadFailed(f"{failure.cause.rstrip('.')}. {failure.advice}", self.log_tail())
+        return LoadFailed(f"{say_exit(container.exit_code or 0)} while loading", self.log_tail())
+
+    def _fail_if_stopped(self) -> None:
+        if self._stopping.is_set():
+            raise LoadFailed("It was stopped while loading.", self.log_tail())
+
+    def _keep_tail(self) -> None:
+        if self._container is not None:
+            with suppress(ContainerError):
+                self._tail = self._runtime.logs_tail(self._container.id, TAIL_LINES)
+
+    def _where(self, container: Container | None) -> Endpoint | None:
+        port = container.host_port if container is not None else None
+        return Endpoint(f"http://127.0.0.1:{port}", model=self.model.id) if port else None
+
+    def _answers(self, endpoint: Endpoint) -> bool:
+        return answers(self._http, endpoint.origin, self.model.id)
+
+    def _ask(self, path: str, question: dict[str, object], timeout: float) -> requests.Response:
+        assert self._endpoint is not None
+        body = {"model": self.model.id, "max_tokens": 1, **question}
+        try:
+            return self._http.post(self._endpoint.origin + path, json=body, timeout=timeout)
+        except requests.RequestException as error:
+            self._fail_if_stopped()
+            raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
+
+    def _keep_measuring(self) -> None:
+        while not self._ended.wait(MEASURE_SECONDS):
+            self._measure()
+
+    def _measure(self) -> None:
+        """Take a reading of what its processes hold; Docker is asked here so that `usage` never has to wait for it."""
+        if self._container is None:
+            return
+        try:
+            pids = self._runtime.pids(self._container.id)
+        except ContainerError:
+            return
+        if self._device == HOST_DEVICE:
+            held = sum(_resident(pid) for pid in pids)
+        else:
+            held = sum(self._gpu_bytes(self._device, pid) or 0 for pid in pids)
+        if held:
+            self._usage = Usage(self._device, held)
+
+
+def answers(http: requests.Session, origin: str, model_id: str) -> bool:
+    """Whether a vLLM is healthy *and* lists the model. A published port may accept and reset before anybody listens."""
+    try:
+        if http.get(f"{origin}/health", timeout=PROBE_SECONDS).status_code != 200:
+            return False
+        listed = http.get(f"{origin}/v1/models", timeout=PROBE_SECONDS)
+        return listed.status_code == 200 and model_id in [m.get("id") for m in listed.json().get("data") or []]
+    except (requests.RequestException, ValueError):
+        return False
+
+
+def say_exit(code: int) -> str:
+    """An exit code in words. Code 0 is no success: nobody asked it to end."""
+    words = {0: "by itself, as if all were well", 137: "by SIGKILL, as the system does when memory runs out"}
+    return f"Its container ended {words.get(code, f'with exit code {code}')}"
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0

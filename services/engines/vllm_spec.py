@@ -1,0 +1,103 @@
+"""Which container a vLLM model runs in, and what it takes. Pure.
+
+Options of a listed model: `image`, `arguments` (added to `vllm serve`), `environment`, `context_length`, `device` (a
+GPU's UUID, or `host` for the CPU build), `shm_gb`, `mounts` (`[["/data/models", "/models"]]`, read-only).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.engines.containers import MODEL_LABEL, ContainerSpec, Mount
+from services.switching.engine import HOST_DEVICE, Model
+
+GIB = 2**30
+PORT = 8000
+OWNER_LABEL = "switchyard.owner"
+HUB_CACHE = "/root/.cache/huggingface"
+COMPILE_CACHE = "/root/.cache/vllm"
+LEAST_SHARE, MOST_SHARE = 0.02, 0.98
+RUNTIME_BYTES = 3 * GIB
+"""The device's context (about 1 GiB) and what profiling and graphs take (1 to 3 GiB)."""
+CACHE_SHARE = 0.15
+"""Room for the KV cache beside the weights, where nobody has said what a model needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """What every model starts from. `owner` tells the containers of one Switchyard from another's on the same engine.
+
+    `environment` goes into each container: a token for gated models, and that the hub must not be asked.
+    """
+
+    image: str
+    owner: str
+    hub_cache: Path
+    compile_cache: Path
+    shm_bytes: int = 8 * GIB
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def spec_of(model: Model, settings: VllmSettings, *, device: str, share: float | None) -> ContainerSpec:
+    """The container for a model. `share` is what it may claim of its GPU's memory, None for the CPU build.
+
+    vLLM claims its share whatever the model's size, and refuses to start unless that much is free.
+    """
+    options = model.options
+    command = [model.source, "--served-model-name", model.id, "--host", "0.0.0.0", "--port", str(PORT)]
+    if share is not None:
+        command += ["--gpu-memory-utilization", f"{share:.3f}"]
+    if options.get("context_length"):
+        command += ["--max-model-len", str(options["context_length"])]
+    command += [str(argument) for argument in _list(options.get("arguments"))]
+    return ContainerSpec(
+        name=container_name(model.id, settings.owner),
+        image=str(options.get("image") or settings.image),
+        port=PORT,
+        command=tuple(command),
+        environment={**settings.environment, **_texts(options.get("environment"))},
+        labels={MODEL_LABEL: model.id, OWNER_LABEL: settings.owner},
+        mounts=(
+            Mount(str(settings.hub_cache), HUB_CACHE),
+            Mount(str(settings.compile_cache), COMPILE_CACHE),
+            *(Mount(str(source), str(target), read_only=True) for source, target in _pairs(options.get("mounts"))),
+        ),
+        gpus=() if device == HOST_DEVICE else (device,),
+        shm_bytes=int(float(str(options["shm_gb"])) * 1e9) if "shm_gb" in options else settings.shm_bytes,
+    )
+
+
+def container_name(model_id: str, owner: str) -> str:
+    """A name that Docker takes (`[a-zA-Z0-9][a-zA-Z0-9_.-]+`), one for each model of each owner."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", model_id).strip("-.")[:40]
+    return f"switchyard-{stem}-{hashlib.sha256(f'{owner} {model_id}'.encode()).hexdigest()[:8]}"
+
+
+def required_bytes(model: Model) -> int:
+    """What it takes before it was ever loaded: weights, cache and runtime; 0 when not even its size is known."""
+    if not model.size_bytes:
+        return 0
+    return int(model.size_bytes * (1 + CACHE_SHARE)) + RUNTIME_BYTES
+
+
+def share_of(need_bytes: int, total_bytes: int) -> float:
+    """The flag that makes vLLM claim `need_bytes` of a device, rounded up to a thousandth."""
+    if total_bytes <= 0:
+        return MOST_SHARE
+    return min(MOST_SHARE, max(LEAST_SHARE, (need_bytes * 1000 // total_bytes + 1) / 1000))
+
+
+def _list(value: object) -> Sequence[object]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _pairs(value: object) -> list[tuple[object, object]]:
+    return [(pair[0], pair[1]) for pair in _list(value) if isinstance(pair, (list, tuple)) and len(pair) == 2]
+
+
+def _texts(value: object) -> dict[str, str]:
+    return {str(key): str(text) for key, text in value.items()} if isinstance(value, Mapping) else {}

@@ -1,0 +1,65 @@
+"""Uses the container runtime as the app does, with everything patched; run by test_docker_runtime.
+
+Arguments: where Docker answers, the stand-in's image, the daemon's pid. Ends with 0 when all went well.
+"""
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from contextlib import closing  # noqa: E402
+
+import gevent  # noqa: E402
+
+from services.engines.containers import ContainerSpec, RuntimeHangs  # noqa: E402
+from services.engines.docker_runtime import DockerRuntime  # noqa: E402
+
+LONGEST_PAUSE = 0.3
+"""Seconds that the loop may stand still, on a busy machine."""
+
+
+def main(host: str, image: str, daemon: int) -> None:
+    runtime = DockerRuntime(host, timeout=10)
+    container_id = runtime.create(ContainerSpec("gevent", image, 8000, ("m",), {"FAKE_VLLM": '{"load_seconds": 0.2}'}))
+    pauses: list[float] = []
+    gevent.spawn(watch, pauses)
+    output = runtime.attach(container_id)
+    reader = gevent.spawn(b"".join, output)
+    runtime.start(container_id)
+    assert runtime.wait(container_id, 1.0) is None
+    output.close()
+    assert b"startup complete" in reader.get(timeout=5)
+    events = runtime.events({})
+    listener = gevent.spawn(list, events)
+    runtime.stop(container_id, 5)
+    gevent.sleep(0.1)
+    events.close()
+    assert [event.kind for event in listener.get(timeout=5)] == ["die"]
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        with closing(DockerRuntime(host, timeout=0.5)) as hasty:
+            hasty.inspect(container_id)
+    except RuntimeHangs:
+        pass
+    else:
+        raise AssertionError("a daemon that hangs answered")
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+    runtime.remove(container_id)
+    runtime.close()
+    assert max(pauses) < LONGEST_PAUSE, f"the loop stood still for {max(pauses):.2f} s"
+
+
+def watch(pauses: list[float]) -> None:
+    while True:
+        began = time.monotonic()
+        gevent.sleep(0.01)
+        pauses.append(time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

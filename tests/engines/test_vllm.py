@@ -1,0 +1,223 @@
+"""The vllm engine against the port's conformance suite, in real containers of a stand-in that replays vLLM's logs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import requests
+
+from services.engines.containers import MANAGED_LABEL
+from services.engines.docker_runtime import DockerRuntime
+from services.engines.vllm import Vllm
+from services.engines.vllm_spec import VllmSettings, container_name, required_bytes, share_of, spec_of
+from services.memory.ledger import Reading
+from services.switching.engine import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
+from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
+from tests.support.console import wait_until
+from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+
+HOST = Reading("host", "System memory", "host", 16 * 10**9, 12 * 10**9)
+OWNER = "test"
+
+
+def model(name: str, **faults: object) -> Model:
+    environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0.4, **faults})}
+    return Model(name, "vllm", f"org/{name}", size_bytes=10_000_000, options={"environment": environment})
+
+
+@pytest.fixture
+def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., Vllm]]:
+    """Engines on the real daemon, as restarts of the app would make them."""
+    made: list[Vllm] = []
+
+    def make(*models: Model, owner: str = OWNER) -> Vllm:
+        settings = VllmSettings(STAND_IN_IMAGE, owner, tmp_path / "hub", tmp_path / "compiled", shm_bytes=64_000_000)
+        engine = Vllm(DockerRuntime(docker.host), settings, readings=lambda: [HOST])
+        for listed in models:
+            engine.describe(listed)
+        engine.prepare()
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+    docker.remove_containers()
+
+
+class TestVllm(EngineConformance):
+    """The promises of the port, and those of containers."""
+
+    @pytest.fixture
+    def case(self, docker: DockerEngine, make_engine: Callable[..., Vllm]) -> EngineCase:
+        good, other, damaged = model("good", hold_mb=30), model("other"), model("damaged", log="corrupt-shard")
+
+        def end(instance: Instance) -> None:
+            docker.client.kill(_container_of(instance))
+
+        def serves(endpoint: Endpoint) -> bool:
+            try:
+                return requests.get(f"{endpoint.origin}/health", timeout=5).status_code == 200
+            except requests.ConnectionError:
+                return False
+
+        return EngineCase(make_engine(good, other, damaged), good, other, damaged, end=end, serves=serves)
+
+    def test_every_stage_is_seen_and_shards_are_counted(self, case: EngineCase):
+        """From the live output, progress bars included."""
+        seen: list[Evidence] = []
+        instance = case.launch(model("good", load_seconds=1.5))
+        instance.wait_ready(seen.append, LOAD_SECONDS)
+        instance.stop(GRACE)
+        assert {e.stage for e in seen} >= {"loading_weights", "initializing_gpu", "warming_up"}
+        assert any("shards" in (e.detail or "") for e in seen)
+
+    def test_an_end_with_exit_code_0_is_a_failure_too(self, case: EngineCase):
+        """An engine that dies after it was ready can exit so."""
+        instance = case.launch(model("good", exit_ready=0.3))
+        instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        wait_until(lambda: bool(case.exits), "the exit to be reported")
+        assert "as if all were well" in case.exits[0].cause
+        assert not case.exits[0].released
+
+    def test_a_removed_container_is_noticed(self, case: EngineCase, docker: DockerEngine):
+        """Behind our back, by force."""
+        with case.ready() as (instance, _):
+            docker.client.remove_container(_container_of(instance), force=True)
+            wait_until(lambda: bool(case.exits), "the exit to be reported")
+
+    def test_out_of_memory_comes_with_figures_and_advice(self, case: EngineCase):
+        """The first cause, not the echo `Engine core initialization failed`."""
+        instance = case.launch(model("good", out_of_memory=True))
+        with pytest.raises(LoadFailed, match="CUDA out of memory") as caught:
+            instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        instance.stop(GRACE)
+        assert "1.12 GiB" in str(caught.value)
+        assert "See root cause above" not in str(caught.value)
+
+    def test_a_hanging_load_can_be_stopped(self, case: EngineCase):
+        """Its container is stopped with it."""
+        instance = case.launch(model("good", hang_at="loading_weights"))
+        with pytest.raises(LoadFailed, match="not ready in time"):
+            instance.wait_ready(lambda _: None, 3)
+        instance.stop(GRACE)
+        assert case.exits == []
+
+    def test_a_container_that_ignores_sigterm_is_killed(self, case: EngineCase):
+        """After the grace, by force."""
+        instance = case.launch(model("good", ignore_sigterm=True))
+        endpoint = instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        instance.stop(1)
+        assert not case.serves(endpoint)
+
+    def test_a_stopped_container_is_used_again_until_its_spec_changes(self, case: EngineCase):
+        """The same one for the same spec; a new one for a changed one, under the same name."""
+        ids = []
+        for wanted in (case.good, case.good, replace(case.good, options={**case.good.options, "context_length": 512})):
+            instance = case.launch(wanted)
+            instance.wait_ready(lambda _: None, LOAD_SECONDS)
+            ids.append(_container_of(instance))
+            instance.stop(GRACE)
+        assert ids[0] == ids[1] != ids[2]
+
+    def test_a_foreign_container_of_that_name_is_left_alone(self, case: EngineCase, docker: DockerEngine):
+        """A clear error; it goes on running."""
+        foreign = docker.run_foreign(container_name("good", OWNER), ["org/x"])
+        instance = case.launch()
+        with pytest.raises(EngineError, match="did not make"):
+            instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        instance.stop(GRACE)
+        assert docker.client.inspect_container(foreign)["State"]["Running"]
+
+    def test_a_missing_image_says_what_to_do(self, case: EngineCase):
+        """There is no registry here: the pull fails in words."""
+        options = {**case.good.options, "image": "127.0.0.1:9/nowhere/vllm:1"}
+        instance = case.launch(replace(case.good, options=options))
+        with pytest.raises(EngineError) as caught:
+            instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        instance.stop(GRACE)
+        assert "nowhere/vllm" in str(caught.value)
+
+    def test_a_restart_of_the_app_finds_what_is_ready(self, case: EngineCase, make_engine: Callable[..., Vllm]):
+        """By label; it answers, its end is noticed, and stopping works."""
+        with case.ready() as (_, endpoint):
+            later = make_engine(case.good)
+            wait_until(lambda: case.good.source in later.loaded(), "the container to be found")
+            adopted = later.adopt(case.good, case.exits.append)
+            assert adopted is not None
+            assert adopted.wait_ready(lambda _: None, 0) == endpoint
+            wait_until(lambda: adopted.usage() is not None, "its memory to be measured")
+            adopted.stop(GRACE)
+            assert not case.serves(endpoint)
+            assert case.good.source not in later.loaded()
+
+    def test_a_restart_of_the_app_clears_away_what_was_half_loaded(
+        self, docker: DockerEngine, make_engine: Callable[..., Vllm]
+    ):
+        """Nobody has followed its log; another Switchyard's containers are none of its business."""
+        settings = VllmSettings(STAND_IN_IMAGE, OWNER, Path("/tmp"), Path("/tmp"), shm_bytes=64_000_000)
+        half = spec_of(model("half", hang_at="loading_weights"), settings, device="host", share=None)
+        others = spec_of(
+            model("theirs", hang_at="loading_weights"), replace(settings, owner="other"), device="host", share=None
+        )
+        with closing(DockerRuntime(docker.host)) as runtime:
+            for spec in (half, others):
+                runtime.start(runtime.create(spec))
+            make_engine(model("half"))
+            wait_until(lambda: runtime.by_name(half.name) is None, "the half loaded one to be removed")
+            assert runtime.by_name(others.name) is not None
+
+    def test_a_daemon_that_goes_away_takes_its_models_along(self, case: EngineCase, docker: DockerEngine):
+        """Stopped in good order, it stops its containers; a later load works again."""
+        with case.ready(), docker.stopped():
+            wait_until(lambda: bool(case.exits), "the exit to be reported")
+        with case.ready() as (_, endpoint):
+            assert case.serves(endpoint)
+
+    def test_a_stopped_daemon_says_what_to_do(self, case: EngineCase, docker: DockerEngine):
+        """In the load's error."""
+        with docker.stopped():
+            instance = case.launch()
+            with pytest.raises(EngineError, match="Docker"):
+                instance.wait_ready(lambda _: None, LOAD_SECONDS)
+
+
+def test_the_spec_is_what_docker_needs(tmp_path):
+    """Names that Docker takes, the share for a GPU and none for the CPU build, labels, options of the entry."""
+    settings = VllmSettings("vllm/vllm-openai:latest", "me", tmp_path / "hub", tmp_path / "compiled")
+    options = {"context_length": 4096, "arguments": ["--enforce-eager"], "environment": {"A": "b"}, "shm_gb": 1}
+    wanted = Model("Qwen/Qwen2.5-0.5B-Instruct", "vllm", "Qwen/Qwen2.5-0.5B-Instruct", options=options)
+    spec = spec_of(wanted, settings, device="GPU-1", share=0.25)
+    assert spec.name.startswith("switchyard-Qwen-Qwen2.5-0.5B-Instruct-")
+    assert spec.command[:3] == ("Qwen/Qwen2.5-0.5B-Instruct", "--served-model-name", "Qwen/Qwen2.5-0.5B-Instruct")
+    assert ("--gpu-memory-utilization", "0.250") in zip(spec.command, spec.command[1:], strict=False)
+    assert spec.command[-3:] == ("--max-model-len", "4096", "--enforce-eager")
+    assert (spec.gpus, spec.shm_bytes, spec.environment) == (("GPU-1",), 10**9, {"A": "b"})
+    assert spec.all_labels[MANAGED_LABEL] == "1"
+    on_cpu = spec_of(wanted, settings, device="host", share=None)
+    assert "--gpu-memory-utilization" not in on_cpu.command
+    assert on_cpu.gpus == ()
+    assert on_cpu.spec_hash != spec.spec_hash
+
+
+@pytest.mark.parametrize(("need", "total", "share"), [(10, 100, 0.101), (0, 100, 0.02), (200, 100, 0.98), (5, 0, 0.98)])
+def test_the_share_covers_the_need(need, total, share):
+    """Rounded up, within what vLLM takes."""
+    assert share_of(need, total) == pytest.approx(share)
+
+
+def test_without_a_size_nothing_is_claimed_to_be_known():
+    """Unknown is 0 bytes for the planner, which then says so."""
+    assert required_bytes(Model("x", "vllm", "x")) == 0
+    assert required_bytes(model("x")) > 10_000_000
+
+
+def _container_of(instance: Instance) -> str:
+    container_id = instance.container_id  # type: ignore[attr-defined]
+    assert container_id is not None
+    return str(container_id)

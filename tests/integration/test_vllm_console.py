@@ -1,0 +1,152 @@
+"""A console whose settings list vLLM models: switched like any other, in real containers of the stand-in."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.support.console import Console, wait_until
+from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+
+StartConsole = Callable[..., Console]
+A, B, BAD = "org/model-a", "org/model-b", "org/bad"
+
+
+def entry(model: str, *, required_gb: float = 0.1, **faults: object) -> str:
+    fake = json.dumps({"load_seconds": 0.6, **faults})
+    return (
+        f'[[models]]\nid = "{model}"\nengine = "vllm"\nsource = "{model}"\n'
+        f"size_gb = 0.05\nrequired_gb = {required_gb}\n"
+        f"[models.options]\nshm_gb = 0.064\nenvironment = {{ FAKE_VLLM = {json.dumps(fake)} }}\n"
+    )
+
+
+def big(model: str, **faults: object) -> str:
+    """One that takes what it declares: 300 MB."""
+    return entry(model, required_gb=0.3, hold_mb=280, **faults)
+
+
+MODELS = entry(A) + entry(B) + entry(BAD, out_of_memory=True)
+
+
+@pytest.fixture
+def start(docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> Iterator[Callable[..., Console]]:
+    def start(toml: str = MODELS, **settings: object) -> Console:
+        return start_console(
+            toml=toml,
+            vllm_image=STAND_IN_IMAGE,
+            docker_host=docker.host,
+            hub_cache_dir=tmp_path / "hub",
+            vllm_cache_dir=tmp_path / "compiled",
+            **settings,
+        )
+
+    yield start
+    docker.remove_containers()
+
+
+def running(docker: DockerEngine) -> list[str]:
+    """The models whose containers run."""
+    return sorted(c["Labels"]["switchyard.model"] for c in docker.client.containers())
+
+
+def test_a_switch_makes_a_container_and_a_chat_reaches_it(start, docker):
+    """Stages from its log, the first token before it is ready, requests by the name that vLLM knows."""
+    console = start(entry(A, load_seconds=2))
+    events = list(console.switch_stream(A))
+    assert events[-1][0] == "complete"
+    phases = [data["phase"] for name, data in events if name == "progress" and "phase" in data]
+    assert {"loading_weights", "warming_up"} <= set(phases)
+    assert any("shards" in str(data.get("detail")) for _, data in events)
+    progress = [data["progress"] for _, data in events if "progress" in data]
+    assert progress == sorted(progress)
+    assert running(docker) == [A]
+    assert console.ask("Hello").json()["choices"][0]["message"]["content"]
+    with closing(console.ask("Hello", model="auto", stream=True)) as answer:
+        assert answer.text.rstrip().endswith("data: [DONE]")
+
+
+def test_where_only_one_fits_the_old_container_is_stopped_first(start, docker):
+    """By the ledger: a budget for one."""
+    console = start(big(A) + big(B), memory_budget_gb=0.4)
+    console.switch(A)
+    console.switch(B)
+    assert running(docker) == [B]
+    console.switch(A)
+    assert running(docker) == [A]
+    assert len(docker.client.containers(all=True)) == 2  # the stopped one waits for its next turn
+
+
+def test_a_failed_load_says_the_first_cause_and_brings_the_old_model_back(start, docker):
+    """Out of memory, with the figures from the log and what to change."""
+    console = start(big(A) + big(BAD, out_of_memory=True), memory_budget_gb=0.4)
+    console.switch(A)
+    answer = console.post("/v1/models/switch", {"target_model": BAD, "wait": True})
+    assert answer.status_code == 502
+    assert "CUDA out of memory" in answer.json()["message"]
+    assert f"{A} is running again" in answer.json()["message"]
+    assert running(docker) == [A]
+    assert console.status()["active_model"] == A
+
+
+def test_containers_and_embedded_models_share_one_list_and_one_ledger(start):
+    """One of each, both loaded, both in the books."""
+    console = start()
+    console.switch(A)
+    console.switch("switchyard-mini")
+    found = console.wait_for(lambda s: (s["models"][A]["gpu_memory_used_gb"] or 0) > 0, "the container's memory")
+    assert {m for m, v in found["models"].items() if v["status"] == "running"} == {A, "switchyard-mini"}
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_restart_of_the_app_goes_on_with_its_containers(start, docker, end):
+    """Two of them, found by label, neither loaded again."""
+    console = start()
+    console.switch(A)
+    console.switch(B)
+    before = {c["Id"] for c in docker.client.containers()}
+    console.stop() if end == "stop" else console.kill()
+    console.start()
+    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, B)} == {"running"}, "both to be found")
+    assert {c["Id"] for c in docker.client.containers()} == before
+    assert console.ask("Hello", model=A).status_code == 200
+
+
+def test_killed_during_a_load_nothing_is_left_over(start, docker):
+    """The half loaded container is removed by the next start, and the status is true."""
+    console = start(entry(A, hang_at="loading_weights") + entry(B))
+    console.post("/v1/models/switch", {"target_model": A})
+    wait_until(lambda: running(docker) == [A], "the container to start")
+    console.kill()
+    console.start()
+    wait_until(lambda: running(docker) == [], "the half loaded container to go")
+    assert console.states()[A] == "stopped"
+    console.switch(B)
+
+
+def test_status_answers_while_docker_hangs(start, docker):
+    """A stuck daemon freezes no page: under 100 ms each, by the best of a few."""
+    console = start()
+    console.switch(A)
+    with docker.hanging():
+        took = []
+        for _ in range(5):
+            began = time.monotonic()
+            assert console.get("/v1/models/status").status_code == 200
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.1
+        assert console.get("/models").status_code == 200
+
+
+def test_without_docker_the_switch_says_what_to_do(start_console):
+    """Its own message with the next step; the other models are not concerned."""
+    console = start_console(toml=entry(A), docker_host="unix:///nowhere/docker.sock")
+    answer = console.post("/v1/models/switch", {"target_model": A, "wait": True})
+    assert answer.status_code == 502
+    assert "Docker" in answer.json()["message"]
+    console.switch("switchyard-mini")

@@ -1,0 +1,240 @@
+"""A real Docker engine for tests: a daemon of their own, its data in a temporary folder, ended with them.
+
+It leaves the machine's own Docker alone: another socket, other folders, another bridge, another namespace in
+containerd, and no rules in the firewall (published ports work through Docker's own proxy process). It needs root.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from docker import APIClient
+from docker.errors import APIError
+
+from tests.support.console import ROOT, wait_until
+
+STAND_IN_IMAGE = "switchyard-test/vllm:0.32.0"
+FAKE_VLLM_SERVER = ROOT / "tests" / "fakes" / "vllm_server.py"
+TRANSCRIPTS = ROOT / "tests" / "transcripts" / "vllm"
+API_VERSION = "1.41"
+UNNEEDED = re.compile(
+    r"tests?|unittest|(site|dist)-packages|config-.*|idlelib|tkinter|ensurepip|lib2to3|distutils|.*\.opt-[12]\.pyc"
+)
+"""What the stand-in has no use for in Python's library."""
+ADD_BRIDGE, REMOVE_BRIDGE, SET_FLAGS = 0x89A0, 0x89A1, 0x8914
+"""SIOCBRADDBR, SIOCBRDELBR and SIOCSIFFLAGS of linux/sockios.h."""
+
+
+class DockerEngine:
+    """A Docker daemon that is ours alone, with the switches that tests need. `host` is what DOCKER_HOST takes."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="swd-", dir="/tmp"))  # paths of sockets must be short
+        self._bridge = f"swd{os.getpid()}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.socket = self._folder / "s"
+        self.host = f"unix://{self.socket}"
+        self.client = APIClient(base_url=self.host, version=API_VERSION, timeout=60)
+        (self._folder / "daemon.json").write_text("{}")
+        _bridge(ADD_BRIDGE, self._bridge)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        return (self._folder / "log").read_text(errors="replace")
+
+    def start(self) -> DockerEngine:
+        """Start the daemon and wait until it answers; also after `stop` and `kill`, with the same data."""
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *("setpriv", "--pdeathsig", "TERM"),  # it must not outlive a test run that is killed
+                    *(_program("dockerd"), "--config-file", str(self._folder / "daemon.json")),
+                    *("--data-root", str(self._folder / "data"), "--exec-root", str(self._folder / "exec")),
+                    *("--pidfile", str(self._folder / "pid"), "--host", self.host, "--log-level", "warn"),
+                    *("--containerd-namespace", self._bridge, "--containerd-plugins-namespace", f"{self._bridge}p"),
+                    *("--bridge", self._bridge, "--iptables=false", "--ip-masq=false", "--ip-forward=false"),
+                    *("--shutdown-timeout", "1"),
+                ],
+                env={k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(self._answers, "Docker's daemon to answer")
+        return self
+
+    def stop(self) -> None:
+        """End it in good order, as `systemctl stop docker` does: its containers end as well."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon, which takes its containerd along: the containers go on."""
+        self._end(signal.SIGKILL)
+        # Where nobody reaps it, the next daemon would take the dead containerd for one that runs.
+        (self._folder / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It takes connections and never answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It doesn't run."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def remove_containers(self) -> None:
+        """Also those that are just being made or removed, as a daemon that hung for a while may do."""
+        wait_until(self._emptied, "Docker to have no container")
+
+    def run_foreign(self, name: str, command: list[str], **host_options: Any) -> str:
+        """A container that Switchyard did not make, running; its id. `host_options` as `docker run` has them."""
+        labels = host_options.pop("labels", {})
+        environment = host_options.pop("environment", {})
+        made = self.client.create_container(
+            STAND_IN_IMAGE,
+            command,
+            name=name,
+            labels=labels,
+            environment=environment,
+            host_config=self.client.create_host_config(**host_options),
+        )
+        self.client.start(made["Id"])
+        return str(made["Id"])
+
+    def close(self) -> None:
+        """End everything that it started and remove its traces."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self.remove_containers()
+            self.stop()
+        self.client.close()
+        _unmount_below(self._folder)
+        _bridge(REMOVE_BRIDGE, self._bridge)
+        shutil.rmtree(self._folder)
+
+    def _emptied(self) -> bool:
+        entries = self.client.containers(all=True)
+        for entry in entries:
+            with suppress(APIError):
+                self.client.remove_container(entry["Id"], v=True, force=True)
+        return not entries
+
+    def _end(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+        self._process.wait(30)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"Docker's daemon ended:\n{self.log}"
+        try:
+            return _listens(self.socket) and bool(self.client.ping())
+        except OSError:
+            return False
+
+
+@contextmanager
+def docker_engine() -> Iterator[DockerEngine]:
+    """An engine that runs and holds the stand-in's image."""
+    engine = DockerEngine()
+    try:
+        engine.start()
+        import_stand_in(engine.client)
+        yield engine
+    finally:
+        engine.close()
+
+
+def import_stand_in(client: APIClient, name: str = STAND_IN_IMAGE) -> None:
+    """Make the image of the stand-in: this machine's own Python, its libraries, and the recorded logs; nothing else."""
+    with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+        libraries = _pack_python(file)
+        file.flush()
+        folders = ":".join(sorted({str(path.parent) for path in libraries}))
+        changes = ['ENTRYPOINT ["vllm", "serve"]', f"ENV LD_LIBRARY_PATH={folders}", "EXPOSE 8000"]
+        repository, tag = name.split(":")
+        client.import_image_from_file(file.name, repository=repository, tag=tag, changes=changes)
+
+
+def _pack_python(file: IO[bytes]) -> list[Path]:
+    """Write the stand-in's root folder as a tar; the shared libraries that are in it."""
+    python, library = Path(sys.executable).resolve(), Path(os.__file__).parent
+    extensions = [path for path in library.glob("lib-dynload/*.so") if "tkinter" not in path.name]
+    libraries = _libraries(python, *extensions)
+    with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:
+        for folder in ("tmp", "root", "etc"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o1777
+            tar.addfile(entry)
+        tar.add(library, filter=lambda entry: None if UNNEEDED.fullmatch(Path(entry.name).name) else entry)
+        for path in (python, *libraries):
+            tar.add(path)
+        link = tarfile.TarInfo("usr/bin/python3")
+        link.type, link.linkname = tarfile.SYMTYPE, str(python)
+        tar.addfile(link)
+        tar.add(FAKE_VLLM_SERVER, "usr/local/bin/vllm")
+        tar.add(TRANSCRIPTS, "transcripts")
+    return libraries
+
+
+def _libraries(*programs: Path) -> list[Path]:
+    """The shared libraries that programs need, as the loader finds them here."""
+    found = subprocess.run(["ldd", *programs], capture_output=True, text=True, timeout=60, check=True)
+    return sorted({Path(path) for path in re.findall(r"(/\S+) \(0x", found.stdout)})
+
+
+def _listens(path: Path) -> bool:
+    """Whether anybody does: docker-py leaves a socket open when it finds nobody."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def _program(name: str) -> str:
+    """Where a program is; those that root starts need not be on the path."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    assert found is not None, f"{name} is missing: run tools/ensure_docker.sh"
+    return found
+
+
+def _bridge(request: int, name: str) -> None:
+    """Add or remove a network bridge; one can be removed once it is down."""
+    with socket.socket() as any_socket:
+        if request == REMOVE_BRIDGE:
+            fcntl.ioctl(any_socket, SET_FLAGS, struct.pack("16sH22x", name.encode(), 0))
+        fcntl.ioctl(any_socket, request, name.encode() + b"\0")
+
+
+def _unmount_below(folder: Path) -> None:
+    """What a daemon that was killed has left mounted, the innermost first."""
+    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for path in reversed([path for path in mounted if path.startswith(f"{folder}/")]):
+        subprocess.run(["umount", "--lazy", path], timeout=30, check=True)
