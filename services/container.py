@@ -20,7 +20,6 @@ from services.downloads.queue import DownloadQueue
 from services.downloads.updates import UpdateCheck
 from services.engines.docker_runtime import DockerRuntime
 from services.engines.llamacpp import LlamaCpp
-from services.engines.llamacpp_instance import GpuBytes
 from services.engines.ollama import Ollama
 from services.engines.ollama_instance import ServerProcess
 from services.engines.processes import ProcessRegistry
@@ -34,7 +33,7 @@ from services.providers.local_services import OllamaService, find_ollama
 from services.status import StatusService
 from services.store.database import Store
 from services.store.repository import ConversationRepository, DownloadRepository, LoadRepository, open_store
-from services.switching.engine import Engine
+from services.switching.engine import Engine, GpuBytes
 from services.switching.events import Board
 from services.switching.learning import Learned
 from services.switching.planner import Planner

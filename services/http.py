@@ -1,6 +1,8 @@
-"""Control-plane HTTP: short questions to engines, each with a timeout. Streams go through the gateway's relay."""
+"""Control-plane HTTP: short questions to engines, each with a timeout; streams go through the relay. And who is here."""
 
 from __future__ import annotations
+
+import ipaddress
 
 import requests
 
@@ -11,3 +13,11 @@ def control_session(headers: dict[str, str] | None = None) -> requests.Session:
     session.trust_env = False
     session.headers.update(headers or {})
     return session
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address, without its port, is this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

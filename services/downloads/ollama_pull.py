@@ -23,10 +23,11 @@ from services.downloads.ollama_output import (
     explain,
     short_digest,
 )
-from services.downloads.ollama_registry import Manifest, fetch_manifest, is_loopback
+from services.downloads.ollama_registry import Manifest, fetch_manifest
 from services.downloads.ollama_rounding import Unrounding
 from services.downloads.ollama_stream import pull_by_stream
 from services.engines.processes import ProcessRegistry
+from services.http import is_loopback
 
 log = structlog.get_logger(__name__)
 

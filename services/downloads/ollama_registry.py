@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import requests
 
 from services.downloads.fetcher import DownloadError
 from services.downloads.ollama_names import DEFAULT_HOST, OllamaName
-from services.http import control_session
+from services.http import control_session, is_loopback
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 MAX_BYTES = 4_000_000
@@ -54,16 +53,6 @@ def fetch_manifest(name: OllamaName, registry_url: str, *, insecure: bool, timeo
         raise _unreachable(name, f"{_host(origin)} did not answer ({type(error).__name__})") from None
     except ValueError as error:
         raise _unreachable(name, f"{_host(origin)} answered, but {error}") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address, without its port, is this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _origin(host: str, insecure: bool) -> str:

@@ -25,11 +25,11 @@ from services.engines.gguf import (
     read_header,
     split_parts,
 )
-from services.engines.llamacpp_instance import GpuBytes, LlamaCppInstance
+from services.engines.llamacpp_instance import LlamaCppInstance
 from services.engines.llamacpp_launch import EmbeddedLauncher, Launcher, NativeLauncher, Order
 from services.engines.processes import ProcessRegistry
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE, EngineError, LoadFailed, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, LoadFailed, Model, Need, OnExit
 
 log = structlog.get_logger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 import psutil
 import requests
@@ -12,16 +11,24 @@ import requests
 from services.engines.llamacpp_launch import Launcher, Order, Started
 from services.engines.processes import say_exit
 from services.http import control_session
-from services.switching.engine import HOST_DEVICE, Endpoint, Evidence, Exit, LoadFailed, Model, OnExit, Report, Usage
+from services.switching.engine import (
+    HOST_DEVICE,
+    Endpoint,
+    Evidence,
+    Exit,
+    GpuBytes,
+    LoadFailed,
+    Model,
+    OnExit,
+    Report,
+    Usage,
+)
 
 LOOK_SECONDS = 0.01
 """How often a load is looked at; readiness has to be noticed within 50 ms."""
 SLOW_AFTER_SECONDS = 10.0
 LONG_SECONDS = 30.0
 PROBE_TIMEOUT = 5.0
-
-GpuBytes = Callable[[str, int], int | None]
-"""(device id, pid) to the bytes that process holds there, None when the driver doesn't say."""
 
 
 class LlamaCppInstance:

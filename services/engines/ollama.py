@@ -18,11 +18,11 @@ from pathlib import Path
 
 from services.engines.gguf import GGUFError, estimate_bytes, read_header
 from services.engines.ollama_api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
-from services.engines.ollama_instance import GpuBytes, OllamaInstance, Server, ServerProcess
+from services.engines.ollama_instance import OllamaInstance, Server, ServerProcess
 from services.engines.ollama_runners import models_folder_of
 from services.engines.ollama_watch import Look, OllamaWatch
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit
 
 LIST_SECONDS = 1.0
 FIRST_LIST_SECONDS = 0.5

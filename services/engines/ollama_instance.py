@@ -23,6 +23,7 @@ from services.switching.engine import (
     Endpoint,
     EngineError,
     Exit,
+    GpuBytes,
     LoadFailed,
     Model,
     OnExit,
@@ -35,8 +36,6 @@ log = structlog.get_logger(__name__)
 OBSERVE_SECONDS = 0.05
 GONE_LOOK_SECONDS = 0.02
 CHANGED_HANDS = "Ollama unloaded it: another program asked for that, or for room"
-
-GpuBytes = Callable[[str, int], int | None]
 
 
 @dataclass(frozen=True, slots=True)

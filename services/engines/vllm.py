@@ -13,11 +13,11 @@ from dataclasses import replace
 import structlog
 
 from services.engines.containers import Container, ContainerError, ContainerRuntime
-from services.engines.vllm_instance import GpuBytes, VllmInstance, answers
+from services.engines.vllm_instance import VllmInstance, answers
 from services.engines.vllm_spec import OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.http import control_session
 from services.memory.ledger import Reading
-from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit
 
 log = structlog.get_logger(__name__)
 

@@ -32,6 +32,7 @@ from services.switching.engine import (
     Endpoint,
     Evidence,
     Exit,
+    GpuBytes,
     LoadFailed,
     Model,
     OnExit,
@@ -46,8 +47,6 @@ PROBE_SECONDS = 2.0
 MEASURE_SECONDS = 2.0
 TAIL_LINES = 60
 AGAIN_SECONDS = 0.5
-
-GpuBytes = Callable[[str, int], int | None]
 
 
 class VllmInstance:

@@ -5,7 +5,6 @@ Format of Ollama 0.24.0: `GET /api/version` answers `{"version": "0.24.0"}`.
 
 from __future__ import annotations
 
-import ipaddress
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -14,7 +13,7 @@ import psutil
 import requests
 from urllib3.exceptions import NewConnectionError
 
-from services.http import control_session
+from services.http import control_session, is_loopback
 from services.offhub import off_hub
 
 PROBE_TIMEOUT = 2.0
@@ -50,7 +49,7 @@ class Address:
         host = parts.hostname or ""
         port = parts.port or (443 if parts.scheme == "https" else 80)
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return cls(base_url.rstrip("/"), authority, port, parts.scheme == "http" and _is_loopback(host))
+        return cls(base_url.rstrip("/"), authority, port, parts.scheme == "http" and is_loopback(host))
 
     def look(self) -> Seen:
         """Ask for the version once; takes `PROBE_TIMEOUT` seconds at most."""
@@ -95,13 +94,6 @@ def listener_on(port: int) -> Listener:
                 process = psutil.Process(connection.pid)
                 return Listener(process.pid, process.name(), process.create_time())
     return Listener()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _nobody_listens(error: requests.ConnectionError) -> bool:

@@ -114,6 +114,8 @@ class LoadFailed(EngineError):
         self.log_tail = log_tail
 
 
+GpuBytes = Callable[[str, int], int | None]
+"""(device id, pid) to the bytes that process holds there, None when the driver doesn't say."""
 Report = Callable[[Evidence], None]
 OnExit = Callable[[Exit], None]
 """Called once, from any thread, when an instance ends without having been asked to."""
