@@ -1,4 +1,4 @@
-"""Control-plane HTTP: short questions to engines, each with a timeout; streams go through the relay. And who is here."""
+"""Control-plane HTTP: short questions to engines, each with a timeout. Streams go through the relay."""
 
 from __future__ import annotations
 
