@@ -91,14 +91,9 @@ def _context() -> dict[str, Any]:
         "live": live,
         "back": "/models",
         "updates": {model_id: _Update(name, live.download(name)) for model_id, name in sources.items()},
-        "offers": [_Offer(r, _download_of(r, live)) for r in found.library.recommendations()],
+        "offers": [_Offer(r, live.download(r.name)) for r in found.library.recommendations()],
         "ollama_address": found.settings.ollama_base_url,
     }
-
-
-def _download_of(recommended: Recommended, live: Live) -> Download | None:
-    """Names are listed with their tag, and recommended without one where that goes without saying."""
-    return live.download(recommended.model) or live.download(f"{recommended.model}:latest")
 
 
 @bp.get("/models/plan")

@@ -120,7 +120,10 @@ class Settings(BaseModel):
     ollama_model: str | None = Field(None, description="Ollama model that answers when nothing is loaded")
     ollama_binary: str | None = Field(None, description="the ollama program; default: the one on PATH")
     ollama_context_length: int | None = Field(
-        None, ge=128, le=1_048_576, description="context of Ollama models, in tokens; default: context_length"
+        None,
+        ge=128,
+        le=1_048_576,
+        description="context of Ollama models, in tokens; default: context_length, or the server's own",
     )
     ollama_registry_url: str = Field("https://registry.ollama.ai", description="where Ollama models come from")
     ollama_insecure_registry: bool = Field(False, description="let Ollama pull from registries without TLS")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 from services.downloads.fetcher import Source
 from services.store.records import DownloadRecord, DownloadState
 
 FINAL: frozenset[DownloadState] = frozenset({"complete", "failed", "cancelled"})
+WAITING = "Waiting for its turn"
 MOVING: frozenset[DownloadState] = frozenset({"downloading", "verifying"})
 
 
@@ -32,7 +33,7 @@ class Download:
     state: DownloadState
     requested_by: str
     created_at: float
-    message: str = "Waiting for its turn"
+    message: str = WAITING
     percent: int = 0
     completed_bytes: int = 0
     total_bytes: int | None = None
@@ -56,39 +57,10 @@ class Download:
 
 def restored(record: DownloadRecord) -> Download:
     """A stored download as it goes on: what was under way waits for its turn again."""
-    unfinished = record.state in ("queued", "downloading", "verifying")
-    return Download(
-        id=record.id,
-        source=record.source,
-        model=record.model,
-        state="queued" if unfinished else record.state,
-        requested_by=record.requested_by,
-        created_at=record.created_at,
-        message="Waiting for its turn" if unfinished else record.message,
-        percent=record.percent,
-        completed_bytes=record.completed_bytes,
-        total_bytes=record.total_bytes,
-        error=record.error,
-        may_resume=record.may_resume,
-        started_at=record.started_at,
-        finished_at=record.finished_at,
-    )
+    view = Download(**asdict(record))
+    return replace(view, state="queued", message=WAITING) if view.moving else view
 
 
 def record_of(view: Download) -> DownloadRecord:
-    return DownloadRecord(
-        id=view.id,
-        source=view.source,
-        model=view.model,
-        state=view.state,
-        requested_by=view.requested_by,
-        message=view.message,
-        percent=view.percent,
-        completed_bytes=view.completed_bytes,
-        total_bytes=view.total_bytes,
-        error=view.error,
-        may_resume=view.may_resume,
-        created_at=view.created_at,
-        started_at=view.started_at,
-        finished_at=view.finished_at,
-    )
+    """What is stored of a download."""
+    return DownloadRecord(**{field.name: getattr(view, field.name) for field in fields(DownloadRecord)})

@@ -5,10 +5,11 @@ A fetcher is straight-line blocking code; the queue runs it in a worker and stop
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from services.abort import Abort
 
 Source = Literal["ollama", "huggingface"]
 Phase = Literal["resolving", "downloading", "verifying", "writing"]
@@ -47,46 +48,6 @@ class DownloadError(Exception):
         self.code = code
         self.message = message
         self.may_resume = may_resume
-
-
-class Aborted(Exception):
-    """The transfer was stopped because somebody asked for it."""
-
-
-class Abort:
-    """Stops a transfer wherever it is. Called from any thread, once or more."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._act: Callable[[], None] | None = None
-        self._requested = threading.Event()
-
-    @property
-    def requested(self) -> bool:
-        return self._requested.is_set()
-
-    def __call__(self) -> None:
-        with self._lock:
-            self._requested.set()
-            act = self._act
-        if act is not None:
-            act()
-
-    def applies_to(self, act: Callable[[], None]) -> None:
-        """What has to be done to stop it from now on. Raises Aborted when that was asked for already."""
-        with self._lock:
-            self._act = act
-        self.check()
-
-    def check(self) -> None:
-        """Raises Aborted when stopping was asked for."""
-        if self.requested:
-            raise Aborted
-
-    def wait(self, seconds: float) -> None:
-        """Pause; raises Aborted as soon as stopping is asked for."""
-        self._requested.wait(seconds)
-        self.check()
 
 
 Report = Callable[[Seen], None]

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
+from services.abort import Abort
 from services.downloads import hub_files, hub_names
-from services.downloads.fetcher import Abort, DownloadError, Part, Report, Seen, Source
-from services.engines.processes import ProcessRegistry, Record, say_exit
+from services.downloads.fetcher import DownloadError, Part, Report, Seen, Source
+from services.engines.processes import ProcessRegistry, say_exit, signal_group
 
 ROOT = Path(__file__).parents[2]
 TERM_SECONDS = 0.5
@@ -130,7 +129,8 @@ class _Child:
         self._reader = threading.Thread(target=self._read, name=f"hub-{self._process.pid}", daemon=True)
         self._reader.start()
         try:
-            self._record(Path(argv[0]).name)
+            if registry is not None:
+                registry.add_child(self._process.pid, argv[0])
         except OSError:
             self.stop()
             raise
@@ -151,8 +151,7 @@ class _Child:
         """
         for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
             if self._process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, number)
+                signal_group(self._process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(seconds)
         if self._process.poll() is None:
@@ -163,12 +162,6 @@ class _Child:
                 pipe.close()
         if self._registry is not None:
             self._registry.remove(self._process.pid)
-
-    def _record(self, program: str) -> None:
-        if self._registry is not None:
-            with suppress(psutil.NoSuchProcess):
-                started = psutil.Process(self._process.pid).create_time()
-                self._registry.add(Record(self._process.pid, started, program))
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from services.catalog import GB, Catalog
 from services.config import Recommendation
-from services.downloads.fetcher import Source
-from services.downloads.ollama_names import OllamaName
+from services.downloads import hub_names
+from services.downloads.fetcher import DownloadError, Source
 from services.downloads.updates import UpdateCheck
+from services.engines.ollama_names import full_name
 from services.switching.engine import Model
 from services.switching.jobs import SwitchError
 from services.switching.switcher import Switcher
@@ -16,9 +18,13 @@ from services.switching.switcher import Switcher
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """A model that people are pointed to. `installed` is its id in the catalogue once it is here, else None."""
+    """A model that people are pointed to. `installed` is its id in the catalogue once it is here, else None.
+
+    `model` is as the settings write it, `name` as its source does, which is how its download is listed.
+    """
 
     model: str
+    name: str
     source: Source
     description: str
     size_bytes: int | None
@@ -67,6 +73,7 @@ class Library:
         return [
             Recommended(
                 model=r.model,
+                name=_name_of(r),
                 source=r.source,
                 description=r.description,
                 size_bytes=None if r.size_gb is None else int(r.size_gb * GB),
@@ -94,15 +101,26 @@ class Library:
         return Removed(model.id, freed)
 
     def _find(self, wanted: Recommendation) -> str | None:
-        if wanted.source == "ollama":
-            name = _ollama_name(wanted.model)
-            return next((m.id for m in self._catalog.models.values() if (m.engine, m.source) == ("ollama", name)), None)
-        folder = wanted.model.partition(":")[0].partition("@")[0].removesuffix(".gguf")
-        return next((m.id for m in self._catalog.models.values() if m.id.startswith(folder)), None)
+        """The id of a recommended model that is here."""
+        name = _name_of(wanted)
+        return next((m.id for m in self._catalog.models.values() if _is(m, wanted.source, name)), None)
 
 
-def _ollama_name(text: str) -> str:
-    try:
-        return OllamaName.parse(text).full
-    except ValueError:
-        return text
+def _name_of(wanted: Recommendation) -> str:
+    """Its name as its source writes it; what can't be one stays as it is, and its download will say so."""
+    if wanted.source == "ollama":
+        return full_name(wanted.model)
+    with suppress(DownloadError):
+        return str(hub_names.parse(wanted.model))
+    return wanted.model
+
+
+def _is(model: Model, source: Source, name: str) -> bool:
+    """Whether a model of the catalogue came from `source` under this name."""
+    if source == "ollama":
+        return (model.engine, model.source) == ("ollama", name)
+    with suppress(DownloadError):
+        wanted = hub_names.parse(name)
+        _, below, path = model.source.partition(f"/{wanted.repo_id}/")  # where a download from the hub lands
+        return model.engine == "llamacpp" and bool(below) and wanted.covers(path)
+    return False

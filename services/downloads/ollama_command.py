@@ -9,14 +9,12 @@ import signal
 import subprocess
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
-import psutil
-
-from services.downloads.fetcher import Abort, DownloadError
-from services.downloads.ollama_names import OllamaName
+from services.abort import Abort
+from services.downloads.fetcher import DownloadError
 from services.downloads.ollama_output import Failed, FrameParser, PullEvent, Succeeded
-from services.engines.processes import ProcessRegistry, Record, say_exit
+from services.engines.ollama_names import OllamaName
+from services.engines.processes import ProcessRegistry, say_exit, signal_group
 
 TICK_SECONDS = 0.2
 """How often an abort and the end of the process are looked for while nothing is drawn; it draws every 0.1 s."""
@@ -90,7 +88,7 @@ def _running(
             os.close(write_end)
         try:
             if registry is not None:
-                _record(process.pid, Path(argv[0]).name, registry)
+                registry.add_child(process.pid, argv[0])
             yield process, stderr
         finally:
             _end(process)
@@ -98,22 +96,11 @@ def _running(
                 registry.remove(process.pid)
 
 
-def _record(pid: int, program: str, registry: ProcessRegistry) -> None:
-    """Write the child down, so that one that outlives a killed Switchyard is ended by the next."""
-    with suppress(psutil.NoSuchProcess):
-        registry.add(Record(pid, psutil.Process(pid).create_time(), program))
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupt the whole group, as Ctrl-C would, then kill what is left of it. Reaps the process."""
     if process.poll() is None:
-        _signal_group(process.pid, signal.SIGINT)
+        signal_group(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
-    _signal_group(process.pid, signal.SIGKILL)
+    signal_group(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from services.downloads.fetcher import Abort, DownloadError, Part, Phase, Report, Seen, Source
+from services.abort import Abort
+from services.downloads.fetcher import DownloadError, Part, Phase, Report, Seen, Source
 from services.downloads.ollama_command import pull_by_command
-from services.downloads.ollama_names import OllamaName
 from services.downloads.ollama_output import (
     DrawnLayer,
     Failed,
@@ -26,6 +26,7 @@ from services.downloads.ollama_output import (
 from services.downloads.ollama_registry import Manifest, fetch_manifest
 from services.downloads.ollama_rounding import Unrounding
 from services.downloads.ollama_stream import pull_by_stream
+from services.engines.ollama_names import OllamaName
 from services.engines.processes import ProcessRegistry
 from services.http import is_loopback
 

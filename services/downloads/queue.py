@@ -17,9 +17,10 @@ from typing import Any, Literal, Protocol
 
 import structlog
 
+from services.abort import Abort, Aborted
 from services.downloads.disk import DiskCheck
-from services.downloads.download import Download, DownloadNotFound, record_of, restored
-from services.downloads.fetcher import Abort, Aborted, DownloadError, Fetcher, Phase, Source
+from services.downloads.download import WAITING, Download, DownloadNotFound, record_of, restored
+from services.downloads.fetcher import DownloadError, Fetcher, Phase, Source
 from services.downloads.progress import Figures
 from services.downloads.transfer import TransferObserver
 from services.store.records import DownloadRecord, DownloadState, new_id
@@ -278,7 +279,7 @@ class DownloadQueue:
     def _queue_again(self, job: _Job) -> None:
         del self._jobs[job.view.id]  # to the end of the queue
         self._jobs[job.view.id] = job
-        self._change(job, state="queued", message="Waiting for its turn", error=None, finished_at=None)
+        self._change(job, state="queued", message=WAITING, error=None, finished_at=None)
         self._schedule()
 
     def _schedule(self) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.ollama_names import OllamaName
 from services.downloads.ollama_registry import fetch_manifest
 from services.engines.ollama_api import Installed
+from services.engines.ollama_names import OllamaName
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, TypeVar
 
-from services.downloads.fetcher import Abort
+from services.abort import Abort
 from services.switching.engine import EngineError
 
 MANAGED_LABEL = "switchyard.managed"

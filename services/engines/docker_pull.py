@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from services.downloads.fetcher import Abort, Aborted
+from services.abort import Abort, Aborted
 from services.engines.containers import ContainerError, ImageMissing, PullReport
 from services.engines.docker_errors import FAILURES, words_of
 from services.engines.docker_streams import LiveStream

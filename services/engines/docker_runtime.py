@@ -14,7 +14,7 @@ from typing import Any
 
 import requests
 
-from services.downloads.fetcher import Abort
+from services.abort import Abort
 from services.engines.containers import (
     MANAGED_LABEL,
     Container,

@@ -124,7 +124,7 @@ class LlamaCpp:
         )
         return LlamaCppInstance(model, key, order, self._launcher, on_exit, self._gpu_bytes)
 
-    def loaded(self) -> Collection[str]:
+    def loaded(self, _models: Sequence[Model], /) -> Collection[Model]:
         return ()  # its processes are children of the app: none is there that wasn't launched here
 
     def adopt(self, _model: Model, _on_exit: OnExit, /) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from services.engines.gguf import GGUFError, estimate_bytes, read_header
 from services.engines.ollama_api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
 from services.engines.ollama_instance import OllamaInstance, Server, ServerProcess
+from services.engines.ollama_names import full_name
 from services.engines.ollama_runners import models_folder_of
 from services.engines.ollama_watch import Look, OllamaWatch
 from services.offhub import off_hub
@@ -112,8 +113,11 @@ class Ollama:
         self._show(installed)
         return self._instance(model, self._served_name(model, installed), on_exit, ready=False)
 
-    def loaded(self) -> Collection[str]:
-        return {self._source_of(name) for name in self._watch.latest.models}
+    def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
+        """Of two that are listed with the same source, the first: it is one model in Ollama's memory."""
+        by_source = {model.source: model for model in reversed(models)}
+        sources = {self._source_of(name) for name in self._watch.latest.models}
+        return [model for source, model in by_source.items() if source in sources]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> OllamaInstance | None:
         names = [name for name in self._watch.latest.models if self._source_of(name) == model.source]
@@ -246,11 +250,6 @@ class Ollama:
             if self._estimates[key]:
                 return self._estimates[key]
         return int((model.size_bytes or 0) * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES if model.size_bytes else 0
-
-
-def full_name(name: str) -> str:
-    """A model's name with its tag: `llama3.2` is `llama3.2:latest`."""
-    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _aliases(model_id: str, source: str) -> tuple[str, ...]:

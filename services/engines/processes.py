@@ -86,6 +86,10 @@ class ProcessRegistry:
         draft.write_text(json.dumps(asdict(record)), encoding="utf-8")
         draft.replace(self._path(record.pid))
 
+    def add_child(self, pid: int, program: str) -> None:
+        """Write down a child that the next start has to end if this app can't. `program` is its path or name."""
+        self.add(Record(pid, _start_time(pid), Path(program).name))
+
     def remove(self, pid: int) -> None:
         self._path(pid).unlink(missing_ok=True)
 
@@ -102,7 +106,7 @@ class ProcessRegistry:
                     continue
                 _end_orphans(record.pid, record.mark)
             elif record is not None and _is_alive(record):
-                _signal_group(record.pid, signal.SIGKILL)
+                signal_group(record.pid, signal.SIGKILL)
                 ended.append(record.pid)
             path.unlink(missing_ok=True)
         if ended:
@@ -161,10 +165,10 @@ class GroupLeader:
     def stop(self, grace: float) -> None:
         """SIGTERM to the whole group, SIGKILL after `grace` seconds; returns when the process is gone."""
         if not self.exited:
-            _signal_group(self.pid, signal.SIGTERM)
+            signal_group(self.pid, signal.SIGTERM)
         if not self.wait(grace):
             log.warning("process ignored SIGTERM, killing it", pid=self.pid, grace=grace)
-            _signal_group(self.pid, signal.SIGKILL)
+            signal_group(self.pid, signal.SIGKILL)
             self.wait(grace)
 
     def log_tail(self) -> str:
@@ -235,7 +239,7 @@ class ChildProcess(GroupLeader):
 
     def _watch(self) -> None:
         code = self._process.wait()
-        _signal_group(self.pid, signal.SIGKILL)  # whatever it started and left behind
+        signal_group(self.pid, signal.SIGKILL)  # whatever it started and left behind
         self._registry.remove(self.pid)
         self._exited.set()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -292,7 +296,8 @@ def say_exit(code: int) -> str:
     return f"was ended by signal {-code}"
 
 
-def _signal_group(pid: int, number: signal.Signals) -> None:
+def signal_group(pid: int, number: signal.Signals) -> None:
+    """Send a signal to every process of a group; one that is gone will do."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
@@ -306,7 +311,7 @@ def _end_orphans(group: int, mark: str) -> None:
     members = [pid for pid in psutil.pids() if _group_of(pid) == group]
     if any(_carries(pid, mark) for pid in members):
         log.warning("ending what a service left behind", service=group, pids=members)
-        _signal_group(group, signal.SIGKILL)
+        signal_group(group, signal.SIGKILL)
 
 
 def _group_of(pid: int) -> int | None:

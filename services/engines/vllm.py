@@ -81,8 +81,8 @@ class Vllm:
             raise EngineError(model.fault)
         return self._instance(model, on_exit, None)
 
-    def loaded(self) -> Collection[str]:
-        return {model.source for model_id in self._found if (model := self._models.get(model_id)) is not None}
+    def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
+        return [model for model in models if model.id in self._found]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> VllmInstance | None:
         container = self._found.get(model.id)

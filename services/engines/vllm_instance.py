@@ -12,7 +12,7 @@ import psutil
 import requests
 import structlog
 
-from services.downloads.fetcher import Abort, Aborted
+from services.abort import Abort, Aborted
 from services.engines.containers import (
     Container,
     ContainerError,

@@ -20,6 +20,7 @@ PORT = 8000
 OWNER_LABEL = "switchyard.owner"
 HUB_CACHE = "/root/.cache/huggingface"
 COMPILE_CACHE = "/root/.cache/vllm"
+"""Paths in the container: vllm/vllm-openai runs as root, and these are where its home keeps weights and kernels."""
 LEAST_SHARE, MOST_SHARE = 0.02, 0.98
 RUNTIME_BYTES = 3 * GIB
 """The device's context (about 1 GiB) and what profiling and graphs take (1 to 3 GiB)."""

@@ -179,8 +179,8 @@ class Engine(Protocol):
     def launch(self, model: Model, on_exit: OnExit) -> Instance:
         """Begin loading, and return at once. Raises EngineError when it can't even begin."""
 
-    def loaded(self) -> Collection[str]:
-        """The sources of the models that are ready there, whoever had them loaded, as last seen. Asks nobody."""
+    def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
+        """Which of these models of it are ready there, whoever had them loaded, as last seen. Asks nobody."""
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> Instance | None:
         """The instance of a model that is loaded though nobody here launched it; ready. None when it isn't there."""

@@ -66,18 +66,6 @@ class Planner:
             others=[Alternative(m.id, self.need(m)) for m in self._catalog.models.values() if not m.fault],
         )
 
-    def model(self, model_id: str) -> Model:
-        """Raises UnknownModel."""
-        return self._catalog.get(model_id)
-
-    def model_of(self, engine: str, source: str) -> Model | None:
-        """The model of the catalogue that an engine knows as `source`."""
-        return next((m for m in self._catalog.models.values() if (m.engine, m.source) == (engine, source)), None)
-
-    def refresh_catalog(self) -> None:
-        """Look at the engines' models again."""
-        self._catalog.refresh()
-
     def account(self, device: str, holdings: Iterable[Holding]) -> Account:
         """One device's memory, measured now. Raises EngineError when there is no such device."""
         for reading in self._devices.sample():

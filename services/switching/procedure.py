@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from services.catalog import Catalog
 from services.config import Settings
 from services.store.records import LoadRecord
 from services.switching.engine import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
@@ -63,6 +64,7 @@ class Procedure:
         fleet: Fleet,
         planner: Planner,
         learned: Learned,
+        catalog: Catalog,
         engines: Mapping[str, Engine],
         hub: Hub,
     ) -> None:
@@ -70,6 +72,7 @@ class Procedure:
         self._fleet = fleet
         self._planner = planner
         self._learned = learned
+        self._catalog = catalog
         self._engines = engines
         self._hub = hub
 
@@ -130,14 +133,17 @@ class Procedure:
 
         So a restart of the app finds what it left, and what another client of an engine did is seen, not fought.
         """
-        found = [(engine, source) for engine in self._engines.values() for source in engine.loaded()]
-        adopted = [self._adopt(engine, source) for engine, source in found]
+        listed = list(self._catalog.models.values())
+        found = [
+            (engine, model)
+            for engine in self._engines.values()
+            for model in engine.loaded([m for m in listed if m.engine == engine.name])
+            if self._fleet.get(model.id) is None
+        ]
+        adopted = [self._adopt(engine, model) for engine, model in found]
         return any(adopted)
 
-    def _adopt(self, engine: Engine, source: str) -> bool:
-        model = self._planner.model_of(engine.name, source)
-        if model is None or self._fleet.get(model.id) is not None:
-            return False
+    def _adopt(self, engine: Engine, model: Model) -> bool:
 
         def ended(exit: Exit) -> None:
             if instance is not None:
@@ -184,7 +190,7 @@ class Procedure:
         return True
 
     def _usable(self, model_id: str) -> Model:
-        model = self._planner.model(model_id)
+        model = self._catalog.get(model_id)
         if model.fault:
             raise SwitchError("model_unusable", f"{model.id} can't be loaded: {model.fault}")
         return model
@@ -348,7 +354,7 @@ class Procedure:
 
     def _remove(self, job: Job) -> None:
         """Unload a model if it is loaded, then delete its files. Here, so that nothing loads it meanwhile."""
-        model = self._planner.model(job.target)
+        model = self._catalog.get(job.target)
         self._fleet.forgive(model.id)
         member = self._fleet.running(model.id)
         if member is not None:
@@ -356,7 +362,7 @@ class Procedure:
             job.unloaded.append(model.id)
         engine = self._engines[model.engine]
         self._hub.await_worker(lambda: engine.remove(model), cancellable=False)
-        self._hub.await_worker(self._planner.refresh_catalog, cancellable=False)
+        self._hub.await_worker(self._catalog.refresh, cancellable=False)
         self._fleet.publish()
         job.finish("success")
 
@@ -392,7 +398,7 @@ class Procedure:
             if job.superseded:
                 break
             with suppress(LoadFailed, EngineError, SwitchError, Cancelled):
-                model = self._planner.model(model_id)
+                model = self._catalog.get(model_id)
                 plan = self._planner.plan(model, auto_unload=False)
                 if plan.feasible:
                     self._load(model, plan, story)

@@ -89,7 +89,7 @@ class Switcher:
         self._closing = False
         self._fleet = Fleet(board)
         self._planner = planner
-        self._procedure = Procedure(settings, self._fleet, planner, learned, engines, self)
+        self._procedure = Procedure(settings, self._fleet, planner, learned, catalog, engines, self)
         self._thread = threading.Thread(target=self._run, name="switcher", daemon=True)
 
     def start(self) -> None:

@@ -20,7 +20,7 @@ import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.downloads.fetcher import Abort, Aborted
+from services.abort import Abort, Aborted
 from services.engines.containers import (
     MANAGED_LABEL,
     MODEL_LABEL,

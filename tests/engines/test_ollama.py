@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from services.engines.ollama import Ollama, full_name
+from services.engines.ollama import Ollama
 from services.engines.ollama_api import OllamaApi, OllamaUnreachable
 from services.engines.ollama_instance import CHANGED_HANDS, ServerProcess
+from services.engines.ollama_names import full_name
 from services.switching.engine import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase
 from tests.support.console import free_port, wait_until
@@ -163,7 +164,7 @@ class TestShared:
     def test_what_another_client_loaded_is_found_and_adopted(self, case: EngineCase, server: FakeOllama):
         """Ready at once, answering, and unloaded like one of ours."""
         server.load("tiny-b")
-        wait_until(lambda: "tiny-b:latest" in case.engine.loaded(), "the look that finds it")
+        wait_until(lambda: case.other in case.engine.loaded([case.other]), "the look that finds it")
         adopted = case.engine.adopt(case.engine.describe(case.other), case.exits.append)
         assert adopted is not None
         endpoint = adopted.wait_ready(lambda _: None, 0)
@@ -200,7 +201,7 @@ class TestShared:
         endpoint = instance.wait_ready(lambda _: None, LOAD_SECONDS)
         instance.warm_up(LOAD_SECONDS)
         assert str(endpoint.model).startswith("switchyard/")
-        assert engine.loaded() == {"tiny-a:latest"}
+        assert list(engine.loaded([wanted])) == [wanted]
         assert not any(m.id.startswith("switchyard/") for m in engine.discover())
         (loaded,) = OllamaApi(server.url).running()
         assert loaded.context_length == 512

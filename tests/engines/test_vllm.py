@@ -147,14 +147,14 @@ class TestVllm(EngineConformance):
         """By label; it answers, its end is noticed, and stopping works."""
         with case.ready() as (_, endpoint):
             later = make_engine(case.good)
-            wait_until(lambda: case.good.source in later.loaded(), "the container to be found")
+            wait_until(lambda: case.good in later.loaded([case.good]), "the container to be found")
             adopted = later.adopt(case.good, case.exits.append)
             assert adopted is not None
             assert adopted.wait_ready(lambda _: None, 0) == endpoint
             wait_until(lambda: adopted.usage() is not None, "its memory to be measured")
             adopted.stop(GRACE)
             assert not case.serves(endpoint)
-            assert case.good.source not in later.loaded()
+            assert case.good not in later.loaded([case.good])
 
     def test_a_restart_of_the_app_clears_away_what_was_half_loaded(
         self, docker: DockerEngine, make_engine: Callable[..., Vllm]

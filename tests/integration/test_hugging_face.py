@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.downloads.fetcher import Abort, Aborted, DownloadError, Part
+from services.abort import Abort, Aborted
+from services.downloads.fetcher import DownloadError, Part
 from services.downloads.hub_errors import explain
 from services.downloads.hub_names import parse
 from services.downloads.hugging_face import HuggingFaceFetcher

@@ -117,6 +117,19 @@ def test_a_restart_of_the_app_goes_on_with_its_containers(start, docker, end):
     assert console.ask("Hello", model=A).status_code == 200
 
 
+def test_two_entries_of_one_model_are_found_again_both(start, docker):
+    """The same weights under two ids are two containers: after a restart neither is lost to the books."""
+    twins = entry(A) + entry(A).replace(f'id = "{A}"', 'id = "twin"')
+    console = start(twins)
+    console.switch(A)
+    console.switch("twin")
+    console.kill()
+    console.start()
+    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, "twin")} == {"running"}, "both to be found")
+    console.post("/v1/models/twin/stop")
+    assert running(docker) == [A]
+
+
 def test_killed_during_a_load_nothing_is_left_over(start, docker):
     """The half loaded container is removed by the next start, and the status is true."""
     console = start(entry(A, hang_at="loading_weights") + entry(B))

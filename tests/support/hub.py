@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.downloads.fetcher import Abort, DownloadError, Seen
+from services.abort import Abort
+from services.downloads.fetcher import DownloadError, Seen
 from services.downloads.hugging_face import HuggingFaceFetcher
 from tests.fakes.hub import FakeHub, Repo
 from tests.support.console import PATIENCE

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from services.abort import Abort, Aborted
 from services.downloads.disk import DiskCheck
 from services.downloads.download import Download, DownloadNotFound
-from services.downloads.fetcher import Abort, Aborted, DownloadError, Fetcher, Part, Report, Seen, Source
+from services.downloads.fetcher import DownloadError, Fetcher, Part, Report, Seen, Source
 from services.downloads.queue import FINISHED_KEPT, DownloadQueue
 from services.store.records import DownloadRecord
 from services.store.repository import DownloadRepository, open_store

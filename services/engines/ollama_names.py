@@ -73,3 +73,11 @@ def _is_host(text: str) -> bool:
     """Whether it can be told from a namespace, which has neither dots nor a port."""
     host, _, port = text.partition(":")
     return bool(port and 0 < int(port) < 65_536) or (not port and ("." in host or host == "localhost"))
+
+
+def full_name(text: str) -> str:
+    """A name as `/api/tags` lists it: `llama3.2` is `llama3.2:latest`. What can't be a name stays as it is."""
+    try:
+        return OllamaName.parse(text).full
+    except ValueError:
+        return text

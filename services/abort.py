@@ -1,0 +1,46 @@
+"""Calling off something long that runs in another thread: a download, the pull of an image."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Aborted(Exception):
+    """It was stopped because somebody asked for that."""
+
+
+class Abort:
+    """Stops something wherever it is. Called from any thread, once or more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._act: Callable[[], None] | None = None
+        self._requested = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        return self._requested.is_set()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._requested.set()
+            act = self._act
+        if act is not None:
+            act()
+
+    def applies_to(self, act: Callable[[], None]) -> None:
+        """What has to be done to stop it from now on. Raises Aborted when that was asked for already."""
+        with self._lock:
+            self._act = act
+        self.check()
+
+    def check(self) -> None:
+        """Raises Aborted when stopping was asked for."""
+        if self.requested:
+            raise Aborted
+
+    def wait(self, seconds: float) -> None:
+        """Pause; raises Aborted as soon as stopping is asked for."""
+        self._requested.wait(seconds)
+        self.check()
