@@ -111,7 +111,7 @@ class EngineConformance:
     def test_stopping_a_load_makes_the_waiting_one_fail(self, case: EngineCase):
         """`stop` from another thread: `wait_ready` raises, and no exit is reported."""
         instance = case.launch()
-        stopper = threading.Thread(target=instance.stop, args=(GRACE,))
+        stopper = threading.Thread(target=instance.stop, args=(GRACE,), daemon=True)
         stopper.start()
         stopper.join()
         with pytest.raises(LoadFailed):

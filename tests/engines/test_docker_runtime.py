@@ -205,7 +205,7 @@ def test_closing_a_stream_ends_it_in_the_thread_that_reads_it(runtime: DockerRun
     if opened == "attach":
         wait_until(lambda: "version" in runtime.logs_tail(container_id, 10), "the stand-in to hang")
     seen: list[object] = []
-    reader = threading.Thread(target=lambda: seen.extend(stream))
+    reader = threading.Thread(target=lambda: seen.extend(stream), daemon=True)
     reader.start()
     stream.close()
     reader.join(5)

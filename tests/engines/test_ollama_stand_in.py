@@ -464,7 +464,7 @@ def test_a_loaded_model_is_a_process_that_holds_its_memory(own: FakeOllama) -> N
     """Its memory grows while it loads; it is no loaded model until it is ready; the log tells the way."""
     own.set_fault("slow_load", 0.6)
     own.start(OLLAMA_DEBUG="1")
-    loading = threading.Thread(target=own.load, args=("tiny-a",))
+    loading = threading.Thread(target=own.load, args=("tiny-a",), daemon=True)
     loading.start()
     sizes: list[int] = []
     while loading.is_alive():

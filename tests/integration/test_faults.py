@@ -130,7 +130,7 @@ def test_a_new_switch_cancels_the_running_one_by_default(start_stand_in):
     """The first one's follower is told that it was replaced, and by what."""
     console = start_stand_in(stand_in("slow", "slow_load:30") + GOOD)
     ended: list[tuple[str, dict]] = []
-    follower = threading.Thread(target=lambda: ended.extend(console.switch_stream("slow")))
+    follower = threading.Thread(target=lambda: ended.extend(console.switch_stream("slow")), daemon=True)
     follower.start()
     console.wait_for(lambda s: s["models"]["slow"]["status"] == "loading", "the load to begin")
     console_two = _second_client(console)
@@ -148,7 +148,7 @@ def test_a_new_switch_can_be_refused_or_queued_instead(start_stand_in):
     console.post("/v1/models/switch", {"target_model": "slow"})
     refused = console.post("/v1/models/switch", {"target_model": "good", "replace": "refuse"})
     assert (refused.status_code, refused.json()["error"]) == (409, "switch_in_progress")
-    waiting = threading.Thread(target=lambda: _second_client(console).switch("good", replace="queue"))
+    waiting = threading.Thread(target=lambda: _second_client(console).switch("good", replace="queue"), daemon=True)
     waiting.start()
     wait_until(
         lambda: [q["model"] for q in console.get("/v1/models/switch").json()["queue"]] == ["good"],
@@ -175,7 +175,9 @@ def test_a_busy_model_finishes_its_answer_before_it_is_unloaded(start_stand_in):
     console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
     console.switch("talker")
     answers: list[str] = []
-    asking = threading.Thread(target=lambda: answers.append(_second_client(console).ask("Hello", model="talker").text))
+    asking = threading.Thread(
+        target=lambda: answers.append(_second_client(console).ask("Hello", model="talker").text), daemon=True
+    )
     asking.start()
     console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
     assert console.switch("good")["unloaded_models"] == ["talker"]
@@ -190,11 +192,11 @@ def test_a_cancel_while_draining_leaves_the_model_serving(start_stand_in):
     )
     console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
     console.switch("talker")
-    asking = threading.Thread(target=lambda: _second_client(console).ask("Hello", model="talker"))
+    asking = threading.Thread(target=lambda: _second_client(console).ask("Hello", model="talker"), daemon=True)
     asking.start()
     console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
     switching = threading.Thread(
-        target=lambda: _second_client(console).post("/v1/models/switch", {"target_model": "good"})
+        target=lambda: _second_client(console).post("/v1/models/switch", {"target_model": "good"}), daemon=True
     )
     switching.start()
     console.wait_for(lambda s: (s["switch"] or {}).get("stage") == "draining", "the drain to begin")

@@ -98,7 +98,8 @@ def test_waiting_requests_are_visible_and_bounded(start_stand_in):
     console = start_stand_in(stand_in("slow", "slow_load:1.5"), queue_limit=2)
     answers: list[int] = []
     threads = [
-        threading.Thread(target=lambda: answers.append(_ask_alone(console, "slow").status_code)) for _ in range(2)
+        threading.Thread(target=lambda: answers.append(_ask_alone(console, "slow").status_code), daemon=True)
+        for _ in range(2)
     ]
     for thread in threads:
         thread.start()

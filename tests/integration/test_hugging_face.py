@@ -423,7 +423,7 @@ PARENT = """
 import sys
 from pathlib import Path
 {patch}
-from services.downloads.fetcher import Abort, Aborted
+from services.abort import Abort, Aborted
 from services.downloads.hugging_face import HuggingFaceFetcher
 from services.engines.processes import ProcessRegistry
 folder = Path(sys.argv[1])

@@ -202,7 +202,7 @@ def test_random_switches_never_over_commit(start_console, ollama):
             if sum(host["models"].values()) + host["reserved_gb"] > budget_gb:
                 overs.append(sum(host["models"].values()) + host["reserved_gb"])
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     rng = random.Random(7)
     names = [*list(MODELS)[:4], MINI, SMALL]

@@ -52,7 +52,7 @@ def serving(answer: Answer) -> Iterator[str]:
             """Say nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
@@ -122,7 +122,7 @@ class Running:
 
     def __enter__(self) -> Running:
         self.abort = Abort()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
@@ -483,7 +483,7 @@ def _silent_server(said: bytes) -> Iterator[tuple[str, list[socket.socket]]]:
             connection.sendall(said)
             accepted.append(connection)
 
-        thread = threading.Thread(target=accept)
+        thread = threading.Thread(target=accept, daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}", accepted
@@ -586,7 +586,7 @@ from gevent import monkey
 monkey.patch_all()
 import sys, threading, time
 import gevent
-from services.downloads.fetcher import Abort, Aborted
+from services.abort import Abort, Aborted
 from services.downloads.ollama_pull import OllamaFetcher
 
 binary = sys.argv[2] or None

@@ -95,7 +95,7 @@ class OtherProgram(BaseHTTPRequestHandler):
 def web_server(port: int) -> Iterator[None]:
     """A program that has nothing to do with Ollama."""
     with ThreadingHTTPServer(("127.0.0.1", port), OtherProgram) as server:
-        serving = threading.Thread(target=server.serve_forever, args=(0.01,))
+        serving = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         serving.start()
         try:
             yield
@@ -374,7 +374,7 @@ def test_something_else_at_the_address_is_told_from_ollama(answer: bytes, words:
                 connection.recv(4096)
                 connection.sendall(answer)
 
-        serving = threading.Thread(target=serve)
+        serving = threading.Thread(target=serve, daemon=True)
         serving.start()
         seen = Address.parse(f"http://127.0.0.1:{server.getsockname()[1]}").look()
         serving.join()

@@ -66,7 +66,7 @@ def test_where_only_one_fits_the_other_is_unloaded_and_the_status_says_so_at_eve
         while not done.is_set():
             moments.append(tight.status())
 
-    looking = threading.Thread(target=look)
+    looking = threading.Thread(target=look, daemon=True)
     looking.start()
     answer = tight.switch(SMALL)
     done.set()
@@ -159,7 +159,7 @@ def test_ten_switches_in_one_second_end_in_one_clear_state(console):
         answer = console.post("/v1/models/switch", {"target_model": target, "wait": True})
         answers[number] = (answer.status_code, answer.json())
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(10)]
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(10)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -240,7 +240,7 @@ def test_two_sends_at_once_make_one_answer(chats: Chats, generator: FakeGenerato
         except ChatBusy:
             results.put("busy")
 
-    threads = [threading.Thread(target=send) for _ in range(8)]
+    threads = [threading.Thread(target=send, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -374,7 +374,7 @@ def test_two_readers_see_the_same(chats: Chats, generator: FakeGenerator, conver
     def follow(reader: int) -> None:
         seen[reader].extend(m for m in chats.follow(sent.id) if m is not None)
 
-    readers = [threading.Thread(target=follow, args=(n,)) for n in range(2)]
+    readers = [threading.Thread(target=follow, args=(n,), daemon=True) for n in range(2)]
     readers[0].start()
     stream.say("a", "b")
     until(chats, sent.id, "ab")

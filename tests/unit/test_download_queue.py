@@ -693,7 +693,7 @@ def test_nothing_is_lost_when_many_hands_pull_at_once(rig: Rig, seed: int) -> No
             except Exception as error:
                 failures.append(error)
 
-    hands = [threading.Thread(target=pull, args=(n,)) for n in range(4)]
+    hands = [threading.Thread(target=pull, args=(n,), daemon=True) for n in range(4)]
     for hand in hands:
         hand.start()
     for hand in hands:

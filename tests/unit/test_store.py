@@ -272,7 +272,7 @@ def test_many_writers_at_once(chats: ConversationRepository) -> None:
         except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    threads = [threading.Thread(target=write, args=(n,), daemon=True) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -12,7 +12,7 @@ def test_a_drain_waits_for_those_inside_and_lets_nobody_in():
     traffic = Traffic()
     assert traffic.enter()
     drained: list[bool] = []
-    drain = threading.Thread(target=lambda: drained.append(traffic.drain(5)))
+    drain = threading.Thread(target=lambda: drained.append(traffic.drain(5)), daemon=True)
     drain.start()
     while traffic.enter():
         traffic.leave()  # until the drain has closed the door
