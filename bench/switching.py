@@ -24,8 +24,8 @@ from bench import wire
 from bench.figures import Row, spread
 from bench.rig import ROOT, Rig, end, wait_until, worker
 from services.config import Settings
-from services.engines.gguf import read_header
-from services.engines.llamacpp_launch import PROGRAM, Order
+from services.engines.llamacpp.gguf import read_header
+from services.engines.llamacpp.launch import PROGRAM, Order
 from services.switching.engine import HOST_DEVICE
 from tests.support.console import Console
 

@@ -10,7 +10,7 @@ from services.config import Recommendation
 from services.downloads import hub_names
 from services.downloads.fetcher import DownloadError, Source
 from services.downloads.updates import UpdateCheck
-from services.engines.ollama_names import full_name
+from services.engines.ollama.names import full_name
 from services.switching.engine import Model
 from services.switching.jobs import SwitchError
 from services.switching.switcher import Switcher

@@ -26,7 +26,7 @@ from services.downloads.ollama_output import (
 from services.downloads.ollama_registry import Manifest, fetch_manifest
 from services.downloads.ollama_rounding import Unrounding
 from services.downloads.ollama_stream import pull_by_stream
-from services.engines.ollama_names import OllamaName
+from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry
 from services.http import is_loopback
 

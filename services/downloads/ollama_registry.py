@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import requests
 
 from services.downloads.fetcher import DownloadError
-from services.engines.ollama_names import DEFAULT_HOST, OllamaName
+from services.engines.ollama.names import DEFAULT_HOST, OllamaName
 from services.http import control_session, is_loopback
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"

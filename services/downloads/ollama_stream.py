@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError
 from services.downloads.ollama_output import PullEvent, Succeeded, explain, parse_line
-from services.engines.ollama_names import OllamaName
+from services.engines.ollama.names import OllamaName
 
 CONNECT_SECONDS = 0.8
 """One try to connect; short, so that an abort is noticed within a second."""

@@ -9,8 +9,8 @@ import structlog
 
 from services.downloads.fetcher import DownloadError
 from services.downloads.ollama_registry import fetch_manifest
-from services.engines.ollama_api import Installed
-from services.engines.ollama_names import OllamaName
+from services.engines.ollama.api import Installed
+from services.engines.ollama.names import OllamaName
 
 log = structlog.get_logger(__name__)
 

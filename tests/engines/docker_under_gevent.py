@@ -15,8 +15,8 @@ from contextlib import closing  # noqa: E402
 
 import gevent  # noqa: E402
 
-from services.engines.containers import ContainerSpec, RuntimeHangs  # noqa: E402
-from services.engines.docker_runtime import DockerRuntime  # noqa: E402
+from services.engines.containers.docker_runtime import DockerRuntime  # noqa: E402
+from services.engines.containers.port import ContainerSpec, RuntimeHangs  # noqa: E402
 
 LONGEST_PAUSE = 0.3
 """Seconds that the loop may stand still, on a busy machine."""

@@ -21,7 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.abort import Abort, Aborted
-from services.engines.containers import (
+from services.engines.containers.docker_pull import Layers
+from services.engines.containers.docker_runtime import DockerRuntime
+from services.engines.containers.docker_streams import payloads
+from services.engines.containers.port import (
     MANAGED_LABEL,
     MODEL_LABEL,
     SPEC_LABEL,
@@ -37,9 +40,6 @@ from services.engines.containers import (
     RuntimeForbidden,
     RuntimeHangs,
 )
-from services.engines.docker_pull import Layers
-from services.engines.docker_runtime import DockerRuntime
-from services.engines.docker_streams import payloads
 from tests.support.console import ROOT, free_port, wait_until
 from tests.support.docker import STAND_IN_IMAGE, TRANSCRIPTS, DockerEngine
 from tests.support.image_registry import image_registry
@@ -544,7 +544,9 @@ def test_under_gevent_other_greenlets_go_on_while_docker_is_waited_for(docker: D
 
 def test_the_app_starts_without_the_sdk():
     """It is loaded by the first call alone: those without containers don't pay its memory."""
-    code = "import sys, services.engines.docker_runtime as d; d.DockerRuntime(); print('docker' in sys.modules)"
+    code = (
+        "import sys, services.engines.containers.docker_runtime as d; d.DockerRuntime(); print('docker' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import requests
 
-from services.engines.llamacpp import LlamaCpp, id_of
-from services.engines.llamacpp_instance import first_cause
+from services.engines.llamacpp.engine import LlamaCpp, id_of
+from services.engines.llamacpp.instance import first_cause
 from services.engines.processes import ProcessRegistry
 from services.switching.engine import Endpoint, Instance, Model
 from tests.engines.conformance import EngineCase, EngineConformance
@@ -145,4 +145,4 @@ def _answers(endpoint: Endpoint) -> bool:
 
 
 def _children() -> list[int]:
-    return [p.pid for p in psutil.Process().children() if "llamacpp_server" in " ".join(p.cmdline())]
+    return [p.pid for p in psutil.Process().children() if "llamacpp/server.py" in " ".join(p.cmdline())]

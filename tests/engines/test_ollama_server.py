@@ -10,8 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from services.engines.ollama import Ollama
-from services.engines.ollama_instance import ServerProcess
+from services.engines.ollama.engine import Ollama
+from services.engines.ollama.instance import ServerProcess
 from services.switching.engine import Endpoint, Instance, Model
 from tests.conftest import StartConsole
 from tests.engines.conformance import EngineCase, EngineConformance

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from services.engines.containers import MANAGED_LABEL
-from services.engines.docker_runtime import DockerRuntime
-from services.engines.vllm import Vllm
-from services.engines.vllm_spec import VllmSettings, container_name, required_bytes, share_of, spec_of
+from services.engines.containers.docker_runtime import DockerRuntime
+from services.engines.containers.port import MANAGED_LABEL
+from services.engines.vllm.engine import Vllm
+from services.engines.vllm.spec import VllmSettings, container_name, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
 from services.switching.engine import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance

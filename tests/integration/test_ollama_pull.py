@@ -25,7 +25,7 @@ from services.downloads.fetcher import DownloadError, Seen
 from services.downloads.ollama_pull import OllamaFetcher
 from services.downloads.ollama_registry import MAX_BYTES, fetch_manifest
 from services.downloads.progress import TransferProgress
-from services.engines.ollama_names import OllamaName
+from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry
 from tests.support.console import wait_until
 from tests.support.ollama import TINY_B, FakeOllama, FakeRegistry

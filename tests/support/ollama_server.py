@@ -16,7 +16,7 @@ from pathlib import Path
 
 import requests
 
-from services.engines.ollama_names import full_name
+from services.engines.ollama.names import full_name
 from tests.support.console import DEMO_MODELS, free_port, wait_until
 from tests.support.ollama import FakeOllama
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.engines.gguf import (
+from services.engines.llamacpp.gguf import (
     GGUFError,
     GGUFHeader,
     estimate_bytes,
@@ -25,8 +25,8 @@ from services.engines.gguf import (
     read_header,
     split_parts,
 )
-from services.engines.gguf_parts import BLOCKS
-from services.engines.gguf_wire import say_bytes
+from services.engines.llamacpp.gguf_parts import BLOCKS
+from services.engines.llamacpp.gguf_wire import say_bytes
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 300
 MIB = 1 << 20

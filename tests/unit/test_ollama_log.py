@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engines.ollama_log import LoadLog, evidence_in, first_cause
+from services.engines.ollama.log import LoadLog, evidence_in, first_cause
 from services.switching.engine import Evidence
 
 LINES = (

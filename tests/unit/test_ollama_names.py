@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engines.ollama_names import MAX_LENGTH, OllamaName
+from services.engines.ollama.names import MAX_LENGTH, OllamaName
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.engines.vllm_log import VllmLog
+from services.engines.vllm.log import VllmLog
 
 RECORDED = Path(__file__).parents[1] / "transcripts" / "vllm"
 SERVING = "INFO:     Application startup complete.\n"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engines.vllm_facts import Facts
-from services.engines.vllm_log import LONGEST_LINE, VllmLog, says_failure, says_progress
+from services.engines.vllm.facts import Facts
+from services.engines.vllm.log import LONGEST_LINE, VllmLog, says_failure, says_progress
 from services.switching.engine import Evidence
 from services.switching.progress import ORDER
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import structlog
 
-from services.engines.ollama_api import FOR_EVER, LongRequest, OllamaApi, OllamaError, OllamaUnreachable, Running
-from services.engines.ollama_load import LoadObserver
-from services.engines.ollama_log import first_cause
-from services.engines.ollama_runners import end_runner, resident, runner_of
-from services.engines.ollama_watch import Look, OllamaWatch
+from services.engines.ollama.api import FOR_EVER, LongRequest, OllamaApi, OllamaError, OllamaUnreachable, Running
+from services.engines.ollama.load import LoadObserver
+from services.engines.ollama.log import first_cause
+from services.engines.ollama.runners import end_runner, resident, runner_of
+from services.engines.ollama.watch import Look, OllamaWatch
 from services.engines.processes import tail
 from services.switching.engine import (
     HOST_DEVICE,

@@ -13,7 +13,7 @@ from docker.transport.unixconn import UnixHTTPConnection  # type: ignore[import-
 from docker.types import DeviceRequest, LogConfig, Mount  # type: ignore[import-untyped]
 from docker.utils import parse_repository_tag  # type: ignore[import-untyped]
 
-from services.engines.containers import ContainerError, ContainerSpec
+from services.engines.containers.port import ContainerError, ContainerSpec
 
 SCHEMES = ("unix://", "tcp://")
 FIRST_VERSION = "1.41"

@@ -18,7 +18,7 @@ import psutil
 from services.engines.processes import ChildProcess, ProcessRegistry
 from services.switching.engine import HOST_DEVICE, EngineError
 
-PROGRAM = Path(__file__).with_name("llamacpp_server.py")
+PROGRAM = Path(__file__).with_name("server.py")
 STANDBY_STOP_SECONDS = 2.0
 SETTLE_SECONDS = 0.5
 """How long after a load the next process is started ahead: not while the first token is being waited for."""
@@ -123,7 +123,7 @@ class NativeLauncher:
 
 
 class EmbeddedLauncher:
-    """Runs `llamacpp_server.py`, one process of it always started ahead when `standby` is on.
+    """Runs `server.py`, one process of it always started ahead when `standby` is on.
 
     Starting Python and importing llama.cpp is 55 of the 75 ms that a tiny model takes to its first token (measured
     with xllamacpp 2026.10 on two cores); a process that waits with that behind it needs 16 ms.
@@ -162,7 +162,7 @@ class EmbeddedLauncher:
 
 
 class _Embedded:
-    """One `llamacpp_server.py`, waiting for its order or serving."""
+    """One `server.py`, waiting for its order or serving."""
 
     def __init__(self, registry: ProcessRegistry) -> None:
         self._on_end: OnEnd | None = None

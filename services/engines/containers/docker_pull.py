@@ -11,9 +11,9 @@ from typing import Any
 import requests
 
 from services.abort import Abort, Aborted
-from services.engines.containers import ContainerError, ImageMissing, PullReport
-from services.engines.docker_errors import FAILURES, words_of
-from services.engines.docker_streams import LiveStream
+from services.engines.containers.docker_errors import FAILURES, words_of
+from services.engines.containers.docker_streams import LiveStream
+from services.engines.containers.port import ContainerError, ImageMissing, PullReport
 
 ARRIVED = ("Verifying Checksum", "Download complete", "Extracting", "Pull complete", "Already exists")
 UNKNOWN_IMAGE = ("manifest unknown", "not found", "does not exist", "access denied")

@@ -4,7 +4,7 @@ Started ahead of time it waits, imported and empty, for its order: one JSON line
 JSON line per event: `{"event": "standby"}`, `{"event": "loading"}`, `{"event": "ready", "origin": "http://…"}`.
 What llama.cpp says goes to stderr. It imports nothing of the app, so that it starts quickly.
 
-Run as `python -I -S llamacpp_server.py SITE_PACKAGES`: skipping `site` saves about 15 ms of a 90 ms start (measured).
+Run as `python -I -S server.py SITE_PACKAGES`: skipping `site` saves about 15 ms of a 90 ms start (measured).
 """
 
 import json

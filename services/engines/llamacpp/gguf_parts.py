@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.engines.gguf_wire import Cursor, GGUFError, Value, say_bytes
+from services.engines.llamacpp.gguf_wire import Cursor, GGUFError, Value, say_bytes
 
 MAX_VALUES = 1 << 16
 MAX_TENSORS = 1 << 20

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.engines.gguf_parts import Part, read_part, round_up
-from services.engines.gguf_wire import GGUFError, Skipped, Value
+from services.engines.llamacpp.gguf_parts import Part, read_part, round_up
+from services.engines.llamacpp.gguf_wire import GGUFError, Skipped, Value
 
 __all__ = [
     "GGUFError",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import requests
 import urllib3
 
-from services.engines.containers import (
+from services.engines.containers.port import (
     Container,
     ContainerError,
     ContainerGone,

@@ -8,7 +8,7 @@ import time
 import psutil
 import requests
 
-from services.engines.llamacpp_launch import Launcher, Order, Started
+from services.engines.llamacpp.launch import Launcher, Order, Started
 from services.engines.processes import say_exit
 from services.http import control_session
 from services.switching.engine import (

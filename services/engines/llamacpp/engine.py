@@ -1,6 +1,6 @@
 """The embedded default engine: llama.cpp, one child process per model.
 
-`xllamacpp` (llama.cpp's server in a wheel) runs in `llamacpp_server.py`; a native `llama-server` can be named instead.
+`xllamacpp` (llama.cpp's server in a wheel) runs in `server.py`; a native `llama-server` can be named instead.
 Both answer on a loopback port behind a key that only this process knows.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import structlog
 
-from services.engines.gguf import (
+from services.engines.llamacpp.gguf import (
     GGUFError,
     GGUFHeader,
     estimate_bytes,
@@ -25,8 +25,8 @@ from services.engines.gguf import (
     read_header,
     split_parts,
 )
-from services.engines.llamacpp_instance import LlamaCppInstance
-from services.engines.llamacpp_launch import EmbeddedLauncher, Launcher, NativeLauncher, Order
+from services.engines.llamacpp.instance import LlamaCppInstance
+from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, Order
 from services.engines.processes import ProcessRegistry
 from services.offhub import off_hub
 from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, LoadFailed, Model, Need, OnExit

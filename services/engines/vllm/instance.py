@@ -13,7 +13,7 @@ import requests
 import structlog
 
 from services.abort import Abort, Aborted
-from services.engines.containers import (
+from services.engines.containers.port import (
     Container,
     ContainerError,
     ContainerGone,
@@ -25,7 +25,7 @@ from services.engines.containers import (
     RuntimeHangs,
     Stream,
 )
-from services.engines.vllm_log import VllmLog
+from services.engines.vllm.log import VllmLog
 from services.http import control_session
 from services.switching.engine import (
     HOST_DEVICE,

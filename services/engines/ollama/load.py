@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from services.engines.ollama_log import LoadLog
+from services.engines.ollama.log import LoadLog
 from services.switching.engine import Evidence, Report
 
 MOST_AT_ONCE = 1_000_000

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import structlog
 
-from services.engines.containers import Container, ContainerError, ContainerRuntime
-from services.engines.vllm_instance import VllmInstance, answers
-from services.engines.vllm_spec import OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
+from services.engines.containers.port import Container, ContainerError, ContainerRuntime
+from services.engines.vllm.instance import VllmInstance, answers
+from services.engines.vllm.spec import OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.http import control_session
 from services.memory.ledger import Reading
 from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.engines.containers import MODEL_LABEL, ContainerSpec, Mount
+from services.engines.containers.port import MODEL_LABEL, ContainerSpec, Mount
 from services.switching.engine import HOST_DEVICE, Model
 
 GIB = 2**30

@@ -16,12 +16,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from services.engines.gguf import GGUFError, estimate_bytes, read_header
-from services.engines.ollama_api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
-from services.engines.ollama_instance import OllamaInstance, Server, ServerProcess
-from services.engines.ollama_names import full_name
-from services.engines.ollama_runners import models_folder_of
-from services.engines.ollama_watch import Look, OllamaWatch
+from services.engines.llamacpp.gguf import GGUFError, estimate_bytes, read_header
+from services.engines.ollama.api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
+from services.engines.ollama.instance import OllamaInstance, Server, ServerProcess
+from services.engines.ollama.names import full_name
+from services.engines.ollama.runners import models_folder_of
+from services.engines.ollama.watch import Look, OllamaWatch
 from services.offhub import off_hub
 from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit
 

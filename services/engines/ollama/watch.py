@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import structlog
 
-from services.engines.ollama_api import OllamaApi, OllamaUnreachable, Running
+from services.engines.ollama.api import OllamaApi, OllamaUnreachable, Running
 from services.switching.engine import EngineError
 
 log = structlog.get_logger(__name__)

@@ -15,7 +15,20 @@ from typing import Any
 import requests
 
 from services.abort import Abort
-from services.engines.containers import (
+from services.engines.containers.docker_errors import (
+    FAILURES,
+    explain,
+    image_missing,
+    is_timeout,
+    lost,
+    name_taken,
+    not_ours,
+    status_of,
+    words_of,
+)
+from services.engines.containers.docker_pull import Line, Pull
+from services.engines.containers.docker_streams import LiveStream, attached_output, json_lines, raw_socket
+from services.engines.containers.port import (
     MANAGED_LABEL,
     Container,
     ContainerError,
@@ -27,19 +40,6 @@ from services.engines.containers import (
     RuntimeStatus,
     Stream,
 )
-from services.engines.docker_errors import (
-    FAILURES,
-    explain,
-    image_missing,
-    is_timeout,
-    lost,
-    name_taken,
-    not_ours,
-    status_of,
-    words_of,
-)
-from services.engines.docker_pull import Line, Pull
-from services.engines.docker_streams import LiveStream, attached_output, json_lines, raw_socket
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 CALL_SECONDS = 15.0
@@ -253,7 +253,7 @@ class DockerRuntime:
 
 
 def _sdk() -> Any:
-    from services.engines import docker_sdk
+    from services.engines.containers import docker_sdk
 
     return docker_sdk
 

@@ -1,0 +1,1 @@
+"""What runs containers: the port, and the local Docker daemon behind it."""

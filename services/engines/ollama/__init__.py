@@ -1,0 +1,1 @@
+"""Ollama: a server that others use too."""

@@ -1,0 +1,1 @@
+"""vLLM: one container for each model."""
