@@ -159,7 +159,7 @@ def ask_to_delete() -> str:
         "fragments/delete.html" if request.htmx else "pages/delete.html",
         live=live,
         model=model,
-        loaded=status is not None and status.state in ("running", "loading", "unloading"),
+        loaded=status is not None and status.state in ("running", "loading", "unloading", "asleep"),
         frees=found.library.frees(model),
     )
 

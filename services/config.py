@@ -135,6 +135,9 @@ class Settings(BaseModel):
         description="the image that vLLM models run in",
     )
     vllm_cache_dir: Path = Field(Path("~/.cache/vllm"), description="folder for what vLLM compiles, kept between loads")
+    vllm_sleep: bool = Field(
+        True, description="let vLLM models on GPUs sleep in this machine's RAM instead of being stopped"
+    )
     vllm_shm_gb: float = Field(8, gt=0, le=1024, description="shared memory of a vLLM container")
     hub_cache_dir: Path = Field(
         Path("~/.cache/huggingface"), description="the Hugging Face cache that vLLM containers load weights from"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import structlog
@@ -24,6 +25,7 @@ from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
 from services.engines.processes import ProcessRegistry
 from services.engines.vllm.engine import Vllm
+from services.engines.vllm.instance import GpuHeld
 from services.engines.vllm.spec import VllmSettings
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
@@ -185,9 +187,11 @@ def _vllm(settings: Settings, devices: DeviceMonitor) -> Vllm:
             compile_cache=settings.vllm_cache_dir.expanduser(),
             shm_bytes=int(settings.vllm_shm_gb * 1e9),
             environment={name: os.environ[name] for name in passed_on if os.environ.get(name)},
+            sleep=settings.vllm_sleep,
         ),
         readings=lambda: devices.readings,
-        gpu_bytes=_gpu_bytes(devices),
+        gpu_bytes=_gpu_bytes_now(devices),
+        settle=devices.settle,
     )
 
 
@@ -232,6 +236,16 @@ def _downloads(
 def _gpu_bytes(devices: DeviceMonitor) -> GpuBytes:
     def held(device: str, pid: int) -> int | None:
         return next((r.process_bytes.get(pid) for r in devices.readings if r.id == device), None)
+
+    return held
+
+
+def _gpu_bytes_now(devices: DeviceMonitor) -> GpuHeld:
+    """By a reading of its own: how much a model kept in its sleep must not be told by one from before it slept."""
+
+    def held(device: str, pids: Collection[int]) -> int:
+        reading = next((r for r in devices.sample() if r.id == device), None)
+        return sum(reading.process_bytes.get(pid, 0) for pid in pids) if reading is not None else 0
 
     return held
 

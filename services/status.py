@@ -16,7 +16,7 @@ from services.switching.planner import Planner
 
 KEEP_SECONDS = 0.25
 
-ModelState = Literal["running", "loading", "unloading", "failed", "stopped"]
+ModelState = Literal["running", "loading", "unloading", "asleep", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +137,11 @@ class StatusService:
         )
 
 
-_MENU_ORDER: dict[ModelState, int] = {"running": 0, "loading": 0, "unloading": 0, "stopped": 1, "failed": 2}
+_MENU_ORDER: dict[ModelState, int] = {
+    "running": 0,
+    "loading": 0,
+    "unloading": 0,
+    "asleep": 1,
+    "stopped": 2,
+    "failed": 3,
+}

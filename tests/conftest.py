@@ -53,3 +53,11 @@ def docker() -> Iterator[DockerEngine]:
     assert os.geteuid() == 0, "A Docker engine of one's own needs root: run the tests as root."
     with docker_engine() as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def gpu_docker() -> Iterator[DockerEngine]:
+    """Another one, which can hand GPUs to containers; `tests/fakes/gpu` is their driver."""
+    assert os.geteuid() == 0, "A Docker engine of one's own needs root: run the tests as root."
+    with docker_engine(gpus=True) as engine:
+        yield engine

@@ -69,7 +69,13 @@ def model_document(model: ModelStatus) -> Json:
     }
 
 
-_HEALTH = {"running": "healthy", "loading": "starting", "unloading": "stopping", "failed": "unhealthy"}
+_HEALTH = {
+    "running": "healthy",
+    "loading": "starting",
+    "unloading": "stopping",
+    "asleep": "asleep",
+    "failed": "unhealthy",
+}
 
 
 def gpu_document(devices: tuple[Account, ...]) -> Json:
@@ -135,6 +141,7 @@ def plan_document(plan: Plan) -> Json:
                 "frees_gb": gb(u.frees_bytes),
                 "idle_seconds": None if u.idle_seconds is None else round(u.idle_seconds),
                 "reload_seconds": _rounded(u.reload_seconds),
+                "sleeps": u.sleeps,
             }
             for u in plan.unload
         ],

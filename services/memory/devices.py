@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,6 +18,9 @@ from services.switching.engine import HOST_DEVICE
 log = structlog.get_logger(__name__)
 
 STOP_SECONDS = 2.0
+SETTLE_SECONDS = 5.0
+SETTLE_LOOK_SECONDS = 0.25
+SETTLED_BYTES = 64 * 2**20
 
 
 class DeviceMonitor:
@@ -44,6 +48,24 @@ class DeviceMonitor:
         with self._sampling:
             self._readings = off_hub(self._read)
             return self._readings
+
+    def settle(self, device: str, timeout: float = SETTLE_SECONDS) -> None:
+        """Block until a device's free memory stands still, at most `timeout` seconds.
+
+        A driver frees memory for a while after its process has ended, and vLLM refuses to start when the free memory
+        grows while it takes stock ("Error in memory profiling").
+        """
+        deadline = time.monotonic() + timeout
+        before = self._free(device)
+        while time.monotonic() < deadline:
+            self._stopping.wait(SETTLE_LOOK_SECONDS)
+            now = self._free(device)
+            if abs(now - before) < SETTLED_BYTES:
+                return
+            before = now
+
+    def _free(self, device: str) -> int:
+        return next((r.free_bytes for r in self.sample() if r.id == device), 0)
 
     def start(self) -> None:
         """Keep `readings` fresh until `stop`."""

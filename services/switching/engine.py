@@ -67,6 +67,17 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """What a loaded model goes on holding while it sleeps, which is sooner ended than a load begun anew.
+
+    `keeps_bytes` of its device; `host_bytes` of this machine's RAM, besides what it holds of that awake.
+    """
+
+    keeps_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """One observation of a load: the stage it is in and, where something was counted, how far it is.
 
@@ -122,7 +133,7 @@ OnExit = Callable[[Exit], None]
 
 
 class Instance(Protocol):
-    """A model launched on an engine: being loaded, loaded, or being unloaded."""
+    """A model launched on an engine: being loaded, loaded, asleep, or being unloaded."""
 
     @property
     def model(self) -> Model: ...
@@ -147,11 +158,41 @@ class Instance(Protocol):
         Raises EngineError when it can't be made to go: it goes on serving then.
         """
 
+    @property
+    def asleep(self) -> bool:
+        """Whether it sleeps: it holds little of its device, and answers nobody until `wake`."""
+
+    def rest(self) -> Rest | None:
+        """What it would keep if it slept instead of being stopped; None when it can't sleep."""
+
+    def sleep(self, timeout: float, /) -> None:
+        """Block until it sleeps. Raises EngineError; nobody knows how it is then, so it has to be stopped."""
+
+    def wake(self, report: Report, timeout: float, /) -> Endpoint:
+        """Block until one that sleeps answers again. Raises LoadFailed, as `wait_ready` does."""
+
     def log_tail(self) -> str:
         """The last lines of what the engine said about this instance."""
 
     def warning(self) -> str | None:
         """What people should know about it though it works: it runs partly on the CPU, it will be unloaded at five."""
+
+
+class Sleepless:
+    """The part of `Instance` about sleep, for engines whose models can't."""
+
+    @property
+    def asleep(self) -> bool:
+        return False
+
+    def rest(self) -> Rest | None:
+        return None
+
+    def sleep(self, _timeout: float, /) -> None:
+        raise EngineError("This engine's models can't sleep.")
+
+    def wake(self, _report: Report, _timeout: float, /) -> Endpoint:
+        raise LoadFailed("This engine's models can't sleep, so there is nothing to wake.")
 
 
 class Engine(Protocol):
@@ -180,10 +221,10 @@ class Engine(Protocol):
         """Begin loading, and return at once. Raises EngineError when it can't even begin."""
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        """Which of these models of it are ready there, whoever had them loaded, as last seen. Asks nobody."""
+        """Which of these models of it are loaded there, or asleep, whoever had that done, as last seen. Asks nobody."""
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> Instance | None:
-        """The instance of a model that is loaded though nobody here launched it; ready. None when it isn't there."""
+        """The instance of a model that is loaded, or asleep, without having been launched here; None where it isn't."""
 
     def remove(self, model: Model) -> None:
         """Delete the files of a model that is not loaded. Raises EngineError when they can't be, or must not."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from services.switching.engine import Basis, Endpoint, Usage
+from services.switching.engine import Basis, Endpoint, Rest, Usage
 from services.switching.traffic import Traffic
 
-InstanceState = Literal["loading", "running", "unloading"]
+InstanceState = Literal["loading", "running", "unloading", "asleep"]
 SwitchStage = Literal[
     "requested",
     "checking_memory",
@@ -61,6 +61,7 @@ class InstanceView:
     reserved_bytes: int = 0
     loaded_at: float | None = None
     warning: str | None = None
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Unloading:
-    """A model that a switch unloads, and the reason in words."""
+    """A model that a switch unloads, or puts to sleep, and the reason in words."""
 
     model: str
     reason: str
+    sleeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ class Member:
             reserved_bytes=self.reserved_bytes,
             loaded_at=self.loaded_at,
             warning=self.warning,
+            rest=self.instance.rest() if self.state == "running" else None,
         )
 
 
@@ -81,14 +82,23 @@ class Fleet:
         member = self._members.get(model_id)
         return member if member is not None and member.state == "running" else None
 
+    def held(self, model_id: str) -> Member | None:
+        """The instance of a model that is loaded, awake or asleep, with nothing under way."""
+        member = self._members.get(model_id)
+        return member if member is not None and member.state in ("running", "asleep") else None
+
     def add(self, member: Member) -> None:
         self._members[member.model.id] = member
         self.forgive(member.model.id)
 
     def remove(self, member: Member) -> None:
-        """Forget an instance that is gone. If it was the active one, the most recently used other one is now."""
+        """Forget an instance that is gone."""
         if self._members.get(member.model.id) is member:
             del self._members[member.model.id]
+        self.retire(member)
+
+    def retire(self, member: Member) -> None:
+        """An instance answers no more. If it was the active one, the most recently used other one is now."""
         if self.active == member.model.id:
             left = [m for m in self if m.state == "running"]
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)

@@ -38,11 +38,11 @@ class Learned:
         self._remember(load)
         self._store.add(load)
 
-    def history(self, model: Model, engine: Engine) -> History:
-        """How long loading took before; the declared time when it never was loaded."""
-        ready = self._ready(model, engine)
+    def history(self, model: Model, engine: Engine, *, waking: bool = False) -> History:
+        """How long loading took before, or waking it; the declared time when it never was loaded."""
+        ready = self._ready(model.id, engine, load_key(model, engine, waking=waking))
         if not ready:
-            return History(model.load_seconds, basis="declared")
+            return History(None if waking else model.load_seconds, basis="declared")
         return learn([cast("dict[Stage, float]", r.stage_seconds) for r in ready])
 
     def need(self, model: Model, engine: Engine) -> Need:
@@ -51,21 +51,26 @@ class Learned:
         figures: list[tuple[int, Basis]] = [(estimate.bytes, estimate.basis)]
         if model.required_bytes:
             figures.append((model.required_bytes, "declared"))
-        measured = [r.memory_bytes for r in self._ready(model, engine) if r.memory_bytes]
+        ready = self._ready(model.id, engine, load_key(model, engine))
+        measured = [r.memory_bytes for r in ready if r.memory_bytes]
         if measured:
             figures.append((percentile_95(measured), "learned"))
         size, basis = max(figures, key=lambda figure: (figure[0], -_BASIS_RANK[figure[1]]))
         return Need(estimate.device, size, basis)
 
-    def _ready(self, model: Model, engine: Engine) -> list[LoadRecord]:
-        key = (model.id, model.engine, engine.settings_key(model))
+    def _ready(self, model_id: str, engine: Engine, key: str) -> list[LoadRecord]:
         with self._lock:
-            return [r for r in self._loads.get(key, ()) if r.outcome == "ready"]
+            return [r for r in self._loads.get((model_id, engine.name, key), ()) if r.outcome == "ready"]
 
     def _remember(self, record: LoadRecord) -> None:
         key = (record.model, record.engine, record.settings_key)
         with self._lock:
             self._loads[key] = [*self._loads.get(key, ()), record][-KEPT_PER_KEY:]
+
+
+def load_key(model: Model, engine: Engine, *, waking: bool = False) -> str:
+    """Under which settings a load is remembered. Waking is another thing than loading, and is learned by itself."""
+    return f"{engine.settings_key(model)} waking" if waking else engine.settings_key(model)
 
 
 def percentile_95(sizes: Sequence[int]) -> int:

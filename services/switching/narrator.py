@@ -52,7 +52,7 @@ class Narrator:
         self._show(
             percent=UNLOADING_FROM,
             eta_seconds=plan.estimated_seconds,
-            unloads=tuple(Unloading(u.model, reason) for u in plan.unload),
+            unloads=tuple(Unloading(u.model, reason, u.sleeps) for u in plan.unload),
         )
         self._job.tell(
             "stage", stage="unloading_models", progress=UNLOADING_FROM, unloading=[u.model for u in plan.unload]

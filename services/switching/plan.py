@@ -5,18 +5,19 @@ Pure: a function of the target, the ledger and what is loaded. Sizes are bytes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from services.config import Strategy
-from services.switching.engine import Basis, Need
+from services.switching.engine import HOST_DEVICE, Basis, Need, Rest
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model that is loaded, seen as something that could be unloaded.
 
-    `keep` says in words why it must stay (a pin, a load under way), None when it may go.
+    `keep` says in words why it must stay (a pin, a load under way), None when it may go. `spilled_bytes` are what it
+    holds of this machine's RAM besides. `rest` is what it would keep asleep, None where it can't sleep or does already.
     """
 
     model: str
@@ -27,16 +28,29 @@ class Loaded:
     reload_seconds: float | None = None
     favorite: bool = False
     keep: str | None = None
+    spilled_bytes: int = 0
+    asleep: bool = False
+    rest: Rest | None = None
+    wake_seconds: float | None = None
+
+    def held_on(self, device: str) -> int:
+        if device == self.device:
+            return self.bytes
+        return self.spilled_bytes if device == HOST_DEVICE else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """A model that has to go, what that frees and what it costs to bring it back."""
+    """A model that has to go, what that frees on the plan's device, and how long it takes to bring it back.
+
+    `sleeps`: it is put to sleep, because what it keeps then is not needed.
+    """
 
     model: str
     frees_bytes: int
     idle_seconds: float | None
     reload_seconds: float | None
+    sleeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,32 +117,36 @@ def make_plan(
     auto_unload: bool = True,
     instead_of: str | None = None,
     others: Sequence[Alternative] = (),
+    host_available_bytes: int = 0,
 ) -> Plan:
     """Choose what to unload so that `need` fits.
 
-    Models that answer somebody right now go last; those that must stay, never. What was chosen first but turned
-    out not to be needed is kept after all, so that no plan unloads more than it has to. `instead_of` goes in any case.
+    Models that answer somebody right now go last, those asleep first; those that must stay, never. What was chosen
+    first but turned out not to be needed is kept after all, so that no plan unloads more than it has to. `instead_of`
+    goes in any case. What goes is put to sleep where that frees enough too, and fits into `host_available_bytes`.
     """
-    candidates = [m for m in loaded if m.device == need.device and m.model != target]
+    device = need.device
+    candidates = [m for m in loaded if (m.device == device or m.held_on(device)) and m.model != target]
     may_go = [m for m in candidates if _keeps(m, strategy, auto_unload) is None]
-    may_go.sort(key=lambda m: (m.in_flight > 0, *_RANKS[strategy](m), m.model))
-    freeable = sum(m.bytes for m in may_go)
+    may_go.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[strategy](m), m.model))
+    freeable = sum(m.held_on(device) for m in may_go)
     short = need.bytes - available_bytes
     feasible = short <= freeable
     named = [m for m in loaded if m.model == instead_of != target and m.keep is None]
     rest = [m for m in may_go if m not in named]
-    freed = sum(m.bytes for m in named if m.device == need.device)
-    chosen = [*named, *_enough(rest, short - freed)] if feasible else []
+    freed = sum(m.held_on(device) for m in named)
+    chosen = [*named, *_enough(rest, short - freed, device)] if feasible else []
+    spare = sum(m.held_on(device) for m in chosen) - short
     return Plan(
         target=target,
         feasible=feasible,
-        device=need.device,
+        device=device,
         required_bytes=need.bytes,
         memory_basis=need.basis,
         available_bytes=available_bytes,
         total_bytes=total_bytes,
         freeable_bytes=freeable,
-        unload=tuple(Unload(m.model, m.bytes, m.idle_seconds, m.reload_seconds) for m in chosen),
+        unload=tuple(_unloads(chosen, device, spare, host_available_bytes)),
         blocked_by=tuple(_blocked(candidates, strategy, auto_unload)) if not feasible else (),
         estimated_seconds=load_seconds,
         alternatives=() if feasible else _alternatives(target, need, available_bytes + freeable, others),
@@ -169,18 +187,35 @@ def _blocked(candidates: Sequence[Loaded], strategy: Strategy, auto_unload: bool
     return [Blocked(model, reason) for model, reason in reasons if reason is not None]
 
 
-def _enough(ranked: Sequence[Loaded], short: int) -> list[Loaded]:
+def _enough(ranked: Sequence[Loaded], short: int, device: str) -> list[Loaded]:
     chosen: list[Loaded] = []
     for model in ranked:
-        if sum(m.bytes for m in chosen) >= short:
+        if sum(m.held_on(device) for m in chosen) >= short:
             break
         chosen.append(model)
-    surplus = sum(m.bytes for m in chosen) - short
+    surplus = sum(m.held_on(device) for m in chosen) - short
     for model in reversed(list(chosen)):
-        if model.bytes <= surplus:
+        if model.held_on(device) <= surplus:
             chosen.remove(model)
-            surplus -= model.bytes
+            surplus -= model.held_on(device)
     return chosen
+
+
+def _unloads(chosen: Sequence[Loaded], device: str, spare: int, host_spare: int) -> Iterator[Unload]:
+    """How each of them goes: asleep as long as there is room for what it keeps then, else stopped.
+
+    Nobody is put to sleep into the memory that the plan is to make free: that of the host, for an embedded model.
+    """
+    for model in chosen:
+        frees = model.held_on(device)
+        rest = model.rest if device != HOST_DEVICE else None
+        keeps = rest.keeps_bytes if rest is not None and model.device == device else 0
+        if rest is not None and keeps <= min(spare, frees) and rest.host_bytes <= host_spare:
+            spare -= keeps
+            host_spare -= rest.host_bytes
+            yield Unload(model.model, frees - keeps, model.idle_seconds, model.wake_seconds, sleeps=True)
+        else:
+            yield Unload(model.model, frees, model.idle_seconds, model.reload_seconds)
 
 
 def _alternatives(target: str, need: Need, room: int, others: Sequence[Alternative]) -> tuple[str, ...]:

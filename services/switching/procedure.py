@@ -21,9 +21,9 @@ from services.store.records import LoadRecord
 from services.switching.engine import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
 from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job, SwitchError
-from services.switching.learning import Learned
+from services.switching.learning import Learned, load_key
 from services.switching.narrator import Narrator, memory_figures
-from services.switching.plan import Plan, refusal, say_gb
+from services.switching.plan import Plan, Unload, refusal, say_gb
 from services.switching.planner import Planner
 from services.switching.progress import Progress
 
@@ -117,13 +117,14 @@ class Procedure:
     def abandon(self, job: Job) -> None:
         """End a job after an error nobody foresaw, and put away what it was loading."""
         error = SwitchError("internal_error", "Switchyard failed to carry this out; its log has the details.")
-        for member in [m for m in self._fleet if m.state != "running"]:
+        for member in [m for m in self._fleet if m.state in ("loading", "unloading")]:
             self._put_away(member)
         Narrator(job, self._fleet).end("failed", error)
 
     def stop_all(self) -> None:
         """Stop every instance that needs the app, which is going away. Answers under way get a moment to end."""
-        for member in [m for m in self._fleet if m.state != "running" or not m.engine.outlives_app]:
+        leaving = [m for m in self._fleet if m.state in ("loading", "unloading") or not m.engine.outlives_app]
+        for member in leaving:
             self._hub.await_worker(lambda m=member: m.traffic.drain(LAST_ANSWERS_SECONDS), cancellable=False)  # type: ignore[misc]
             with suppress(EngineError):
                 self._put_away(member)
@@ -153,12 +154,15 @@ class Procedure:
         if instance is None:
             return False
         member = Member(model, engine, instance, self._planner.need(model).device, 0, "running")
-        member.endpoint = instance.wait_ready(lambda _: None, 0)
         member.loaded_at = time.time()
+        if instance.asleep:
+            member.state = "asleep"
+        else:
+            member.endpoint = instance.wait_ready(lambda _: None, 0)
         self._fleet.add(member)
-        if self._fleet.active is None:
+        if self._fleet.active is None and member.state == "running":
             self._fleet.active = model.id
-        log.info("found a model loaded", model=model.id, engine=engine.name)
+        log.info("found a model loaded", model=model.id, engine=engine.name, state=member.state)
         return True
 
     def _switch(self, job: Job, story: Narrator) -> None:
@@ -171,9 +175,9 @@ class Procedure:
         plan = self._make_plan(job, model)
         story.planned(plan)
         for unload in plan.unload:
-            self._unload(job, story, unload.model)
+            self._unload(job, story, unload)
         if plan.unload:
-            self._wait_for_memory(story, plan)
+            self._wait_for_room(story, plan)
         member = self._load(model, plan, story, job)
         if job.request.activate or self._fleet.active is None:  # asked now: a second click may have joined meanwhile
             self._fleet.active = member.model.id
@@ -211,26 +215,48 @@ class Procedure:
             )
         return plan
 
-    def _unload(self, job: Job, story: Narrator, model_id: str) -> None:
-        """Drain one instance, then stop it. Called off while draining, it goes on serving."""
+    def _unload(self, job: Job, story: Narrator, unload: Unload) -> None:
+        """Drain one instance, then stop it or put it to sleep. Called off while draining, it goes on serving."""
         self._hub.check_cancelled()
-        member = self._fleet.running(model_id)
+        member = self._fleet.held(unload.model)
         if member is None:
             return  # it ended by itself meanwhile
-        story.step("draining", model_id)
+        story.step("draining", unload.model)
         try:
             self._hub.await_worker(lambda: member.traffic.drain(self._settings.drain_timeout_seconds))
         except Cancelled:
-            member.traffic.reopen()
+            if member.state == "running":
+                member.traffic.reopen()
             raise
-        story.step("unloading", model_id)
-        self._put_away(member)
-        job.unloaded.append(model_id)
+        story.step("unloading", unload.model)
+        if unload.sleeps:
+            self._put_to_sleep(member)
+        else:
+            self._put_away(member)
+        job.unloaded.append(unload.model)
+
+    def _put_to_sleep(self, member: Member) -> None:
+        """Let it go on in its sleep, for less memory; one that can't is stopped. Raises EngineError like that."""
+        member.state = "unloading"
+        member.traffic.drain(0)
+        self._fleet.publish()
+        try:
+            self._hub.await_worker(
+                lambda: member.instance.sleep(self._settings.unload_timeout_seconds), cancellable=False
+            )
+        except EngineError as error:
+            log.warning("a model can't sleep, so it is stopped", model=member.model.id, reason=str(error))
+            self._put_away(member)
+            return
+        member.state = "asleep"
+        member.measure()
+        self._fleet.retire(member)
+        self._fleet.publish()
 
     def _put_away(self, member: Member) -> None:
         """Stop an instance whatever it is doing; when this returns it is gone.
 
-        Raises EngineError when a running one won't go; then it goes on serving.
+        Raises EngineError when a loaded one won't go; then it goes on as it was.
         """
         before, member.state = member.state, "unloading"
         member.traffic.drain(0)
@@ -239,14 +265,28 @@ class Procedure:
         try:
             self._hub.await_worker(lambda: member.instance.stop(grace), cancellable=False)
         except EngineError:
-            if before == "running":
+            if before in ("running", "asleep"):
                 member.state = before
-                member.traffic.reopen()
+                if before == "running":
+                    member.traffic.reopen()
                 self._fleet.publish()
                 raise
             log.exception("a load that was given up did not go", model=member.model.id)
         self._fleet.remove(member)
         self._fleet.publish()
+
+    def _wait_for_room(self, story: Narrator, plan: Plan) -> None:
+        """Until there is room for the target. Models that keep too much of it in their sleep are stopped after all."""
+        try:
+            self._wait_for_memory(story, plan)
+        except SwitchError:
+            sleepers = [m for m in (self._fleet.held(u.model) for u in plan.unload) if m and m.state == "asleep"]
+            if not sleepers:
+                raise
+            for member in sleepers:
+                log.warning("a model keeps too much in its sleep, so it is stopped", model=member.model.id)
+                self._put_away(member)
+            self._wait_for_memory(story, plan)
 
     def _wait_for_memory(self, story: Narrator, plan: Plan) -> None:
         """Until the device *measures* free: an engine's exit and the driver's account of it can lie apart."""
@@ -265,13 +305,18 @@ class Procedure:
             self._hub.await_worker(lambda: time.sleep(MEMORY_LOOK_SECONDS))
 
     def _load(self, model: Model, plan: Plan, story: Narrator, job: Job | None = None) -> Member:
-        """Launch a model and see it through its first token; then, and only then, requests are routed to it."""
+        """Bring a model up and see it through its first token; then, and only then, requests are routed to it.
+
+        One that sleeps is woken. If it can't be, it is stopped and loaded anew.
+        """
         self._hub.check_cancelled()
         engine = self._engines[model.engine]
-        progress = Progress(self._learned.history(model, engine))
+        history = self._planner.history(model)
+        sleeper = self._fleet.held(model.id)
+        progress = Progress(history)
         began = time.monotonic()
-        story.loading(model.id, self._planner.load_seconds(model))
-        member = self._launch(model, engine, plan)
+        story.loading(model.id, history.total_seconds)
+        member = self._launch(model, engine, plan) if sleeper is None else self._begin_to_wake(sleeper)
         if job is not None:
             job.mark_started()
         evidence: deque[Evidence] = deque()
@@ -289,17 +334,33 @@ class Procedure:
             story.observed(member, estimate)
 
         def see_through() -> None:
-            member.endpoint = member.instance.wait_ready(report, self._settings.load_timeout_seconds)
+            bring_up = member.instance.wait_ready if sleeper is None else member.instance.wake
+            member.endpoint = bring_up(report, self._settings.load_timeout_seconds)
             report(Evidence("warming_up"))
             member.instance.warm_up(self._settings.warm_up_timeout_seconds)
 
         try:
             self._hub.await_worker(see_through, interval=OBSERVE_SECONDS, on_tick=look)
-        except (Cancelled, LoadFailed) as error:
-            self._give_up(member, error)
+        except Cancelled:
+            self._put_away(member)
+            raise
+        except LoadFailed as error:
+            self._put_away(member)
+            if sleeper is not None:
+                log.warning("a model did not wake, so it is loaded anew", model=model.id, cause=error.cause)
+                return self._load(model, plan, story, job)
+            self._fleet.fail(model.id, error.cause, error.log_tail)
+            log.warning("a load failed", model=model.id, cause=error.cause)
             raise
         total = time.monotonic() - began
-        self._note_ready(member, progress.stage_seconds(total), total)
+        key = load_key(model, engine, waking=sleeper is not None)
+        self._note_ready(member, key, progress.stage_seconds(total), total)
+        return member
+
+    def _begin_to_wake(self, member: Member) -> Member:
+        self._fleet.forgive(member.model.id)
+        member.state, member.reserved_bytes = "loading", self._planner.need(member.model).bytes
+        self._fleet.publish()
         return member
 
     def _launch(self, model: Model, engine: Engine, plan: Plan) -> Member:
@@ -318,21 +379,16 @@ class Procedure:
         self._fleet.publish()
         return member
 
-    def _give_up(self, member: Member, error: Cancelled | LoadFailed) -> None:
-        self._put_away(member)
-        if isinstance(error, LoadFailed):
-            self._fleet.fail(member.model.id, error.cause, error.log_tail)
-            log.warning("a load failed", model=member.model.id, cause=error.cause)
-
-    def _note_ready(self, member: Member, stages: Mapping[Any, float], total: float) -> None:
+    def _note_ready(self, member: Member, key: str, stages: Mapping[Any, float], total: float) -> None:
         member.state, member.load, member.reserved_bytes = "running", None, 0
         member.loaded_at = time.time()
+        member.traffic.reopen()
         member.measure()
         self._fleet.publish()
         record = LoadRecord(
             model=member.model.id,
             engine=member.engine.name,
-            settings_key=member.engine.settings_key(member.model),
+            settings_key=key,
             outcome="ready",
             total_seconds=total,
             stage_seconds=dict(stages),
@@ -345,7 +401,7 @@ class Procedure:
 
     def _stop(self, job: Job) -> None:
         self._fleet.forgive(job.target)
-        member = self._fleet.running(job.target)
+        member = self._fleet.held(job.target)
         if member is not None:
             self._drain_and_put_away(member)
             job.unloaded.append(job.target)
@@ -356,7 +412,7 @@ class Procedure:
         """Unload a model if it is loaded, then delete its files. Here, so that nothing loads it meanwhile."""
         model = self._catalog.get(job.target)
         self._fleet.forgive(model.id)
-        member = self._fleet.running(model.id)
+        member = self._fleet.held(model.id)
         if member is not None:
             self._drain_and_put_away(member)
             job.unloaded.append(model.id)
@@ -369,7 +425,7 @@ class Procedure:
     def _unload_for_restart(self, job: Job) -> None:
         """Make way for the same model; it becomes the active one again only if it was."""
         job.request = replace(job.request, activate=self._fleet.active == job.target)
-        member = self._fleet.running(job.target)
+        member = self._fleet.held(job.target)
         if member is not None:
             self._drain_and_put_away(member)
 

@@ -320,7 +320,7 @@ class Switcher:
 
     def _note_exit(self, message: _Exited) -> None:
         member = next((m for m in self._fleet if m.instance is message.instance), None)
-        if member is None or member.state != "running":
+        if member is None or member.state not in ("running", "asleep"):
             return  # a load that fails is told by its worker, an unload is wanted
         log.warning("a model ended by itself", model=member.model.id, cause=message.exit.cause)
         self._lose(member, message.exit)

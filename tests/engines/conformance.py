@@ -68,6 +68,21 @@ class EngineConformance:
         model = case.engine.describe(case.good)
         assert case.engine.settings_key(model) == case.engine.settings_key(case.engine.describe(case.good))
 
+    def test_what_can_sleep_wakes_and_what_can_not_says_so(self, case: EngineCase):
+        """It offers a rest only if it can take one; an order to sleep that it can't follow is an EngineError."""
+        with case.ready() as (instance, endpoint):
+            assert not instance.asleep
+            if instance.rest() is None:
+                with pytest.raises(EngineError):
+                    instance.sleep(GRACE)
+            else:
+                instance.sleep(GRACE)
+                assert instance.asleep
+                assert instance.wake(lambda _: None, LOAD_SECONDS) == endpoint
+                instance.warm_up(LOAD_SECONDS)
+            assert not instance.asleep
+            assert case.serves(endpoint)
+
     def test_a_load_reports_stages_in_order_and_ends_at_an_endpoint_that_lists_the_model(self, case: EngineCase):
         """Readiness is the engine's own word; fractions stay between 0 and 1 and stages don't go back."""
         seen: list[Evidence] = []

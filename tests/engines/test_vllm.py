@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +18,29 @@ from services.engines.vllm.spec import VllmSettings, container_name, required_by
 from services.memory.ledger import Reading
 from services.switching.engine import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
+from tests.fakes.gpu.pynvml import TOTAL_BYTES, nvmlDeviceGetComputeRunningProcesses
 from tests.support.console import wait_until
 from tests.support.docker import STAND_IN_IMAGE, DockerEngine
 
 HOST = Reading("host", "System memory", "host", 16 * 10**9, 12 * 10**9)
+GPU = Reading("GPU-1", "Stand-in GPU", "gpu", TOTAL_BYTES, TOTAL_BYTES)
 OWNER = "test"
 
 
 def model(name: str, **faults: object) -> Model:
-    environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0.4, **faults})}
+    environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0.4, "gpu_bytes": TOTAL_BYTES, **faults})}
     return Model(name, "vllm", f"org/{name}", size_bytes=10_000_000, options={"environment": environment})
+
+
+def _gpu_bytes(_device: str, pids: Collection[int]) -> int:
+    return sum(p.usedGpuMemory for p in nvmlDeviceGetComputeRunningProcesses(0) if p.pid in pids)
+
+
+def _serves(endpoint: Endpoint) -> bool:
+    try:
+        return requests.get(f"{endpoint.origin}/health", timeout=5).status_code == 200
+    except requests.ConnectionError:
+        return False
 
 
 @pytest.fixture
@@ -35,9 +48,9 @@ def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., 
     """Engines on the real daemon, as restarts of the app would make them."""
     made: list[Vllm] = []
 
-    def make(*models: Model, owner: str = OWNER) -> Vllm:
+    def make(*models: Model, owner: str = OWNER, docker: DockerEngine = docker, on: Reading = HOST) -> Vllm:
         settings = VllmSettings(STAND_IN_IMAGE, owner, tmp_path / "hub", tmp_path / "compiled", shm_bytes=64_000_000)
-        engine = Vllm(DockerRuntime(docker.host), settings, readings=lambda: [HOST])
+        engine = Vllm(DockerRuntime(docker.host), settings, readings=lambda: [on], gpu_bytes=_gpu_bytes)
         for listed in models:
             engine.describe(listed)
         engine.prepare()
@@ -50,6 +63,28 @@ def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., 
     docker.remove_containers()
 
 
+class TestVllmOnGpu(EngineConformance):
+    """The promises of the port where models can sleep."""
+
+    @pytest.fixture
+    def case(self, gpu_docker: DockerEngine, make_engine: Callable[..., Vllm]) -> Iterator[EngineCase]:
+        good, other, damaged = model("good"), model("other"), model("damaged", log="corrupt-shard")
+        engine = make_engine(good, other, damaged, docker=gpu_docker, on=GPU)
+
+        def end(instance: Instance) -> None:
+            gpu_docker.client.kill(_container_of(instance))
+
+        yield EngineCase(engine, good, other, damaged, end=end, serves=_serves)
+        gpu_docker.remove_containers()
+
+    def test_it_offers_to_sleep(self, case: EngineCase):
+        """By what its log said of its weights."""
+        with case.ready() as (instance, _):
+            rest = instance.rest()
+            assert rest is not None
+            assert rest.host_bytes > 0
+
+
 class TestVllm(EngineConformance):
     """The promises of the port, and those of containers."""
 
@@ -60,13 +95,7 @@ class TestVllm(EngineConformance):
         def end(instance: Instance) -> None:
             docker.client.kill(_container_of(instance))
 
-        def serves(endpoint: Endpoint) -> bool:
-            try:
-                return requests.get(f"{endpoint.origin}/health", timeout=5).status_code == 200
-            except requests.ConnectionError:
-                return False
-
-        return EngineCase(make_engine(good, other, damaged), good, other, damaged, end=end, serves=serves)
+        return EngineCase(make_engine(good, other, damaged), good, other, damaged, end=end, serves=_serves)
 
     def test_every_stage_is_seen_and_shards_are_counted(self, case: EngineCase):
         """From the live output, progress bars included."""
@@ -196,13 +225,35 @@ def test_the_spec_is_what_docker_needs(tmp_path):
     assert spec.name.startswith("switchyard-Qwen-Qwen2.5-0.5B-Instruct-")
     assert spec.command[:3] == ("Qwen/Qwen2.5-0.5B-Instruct", "--served-model-name", "Qwen/Qwen2.5-0.5B-Instruct")
     assert ("--gpu-memory-utilization", "0.250") in zip(spec.command, spec.command[1:], strict=False)
-    assert spec.command[-3:] == ("--max-model-len", "4096", "--enforce-eager")
-    assert (spec.gpus, spec.shm_bytes, spec.environment) == (("GPU-1",), 10**9, {"A": "b"})
+    assert spec.command[-4:] == ("--max-model-len", "4096", "--enable-sleep-mode", "--enforce-eager")
+    assert (spec.gpus, spec.shm_bytes) == (("GPU-1",), 10**9)
+    assert spec.environment == {"A": "b", "VLLM_SERVER_DEV_MODE": "1"}
     assert spec.all_labels[MANAGED_LABEL] == "1"
     on_cpu = spec_of(wanted, settings, device="host", share=None)
     assert "--gpu-memory-utilization" not in on_cpu.command
+    assert "--enable-sleep-mode" not in on_cpu.command
+    assert on_cpu.environment == {"A": "b"}
     assert on_cpu.gpus == ()
     assert on_cpu.spec_hash != spec.spec_hash
+
+
+@pytest.mark.parametrize(
+    ("image", "sleeps"),
+    [
+        ("vllm/vllm-openai:v0.8.4", False),
+        ("vllm/vllm-openai:v0.8.5", True),
+        ("vllm/vllm-openai:v0.11.0", True),
+        ("vllm/vllm-openai:latest", True),
+        ("registry:5000/vllm", True),
+    ],
+)
+def test_a_model_may_sleep_where_its_image_can(tmp_path, image, sleeps):
+    """Since 0.8.5; an older server ends at a flag that it doesn't know. An entry may say no."""
+    settings = VllmSettings(image, "me", tmp_path / "hub", tmp_path / "compiled")
+    spec = spec_of(Model("a", "vllm", "a"), settings, device="GPU-1", share=0.5)
+    assert ("--enable-sleep-mode" in spec.command) is sleeps
+    awake = Model("a", "vllm", "a", options={"sleep": False})
+    assert "--enable-sleep-mode" not in spec_of(awake, settings, device="GPU-1", share=0.5).command
 
 
 @pytest.mark.parametrize(("need", "total", "share"), [(10, 100, 0.101), (0, 100, 0.02), (200, 100, 0.98), (5, 0, 0.98)])
@@ -211,10 +262,12 @@ def test_the_share_covers_the_need(need, total, share):
     assert share_of(need, total) == pytest.approx(share)
 
 
-def test_without_a_size_nothing_is_claimed_to_be_known():
-    """Unknown is 0 bytes for the planner, which then says so."""
-    assert required_bytes(Model("x", "vllm", "x")) == 0
-    assert required_bytes(model("x")) > 10_000_000
+def test_without_a_size_it_takes_what_vllm_takes_by_itself(make_engine):
+    """Nearly the whole GPU, as it does when it is told nothing; on the CPU nobody knows."""
+    unknown = Model("x", "vllm", "x")
+    assert make_engine(on=GPU).estimate(unknown).bytes == round(0.92 * TOTAL_BYTES)
+    assert make_engine().estimate(unknown).bytes == 0
+    assert make_engine(on=GPU).estimate(model("x")).bytes == required_bytes(model("x")) > 10_000_000
 
 
 def _container_of(instance: Instance) -> str:

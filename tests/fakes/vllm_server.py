@@ -13,6 +13,10 @@ variable FAKE_VLLM holds its switches as a JSON object:
     exit_ready: S          ends by itself that long after it was ready, with `exit_code` (0)
     refuse_first: true     answers completions with an error
     refuse_sleep: true     answers /sleep with an error
+    refuse_wake: true      answers /wake_up with an error
+    exit_asleep: true      ends by itself once it sleeps
+    gpu_bytes: N           the size of the stand-in GPU, of which it claims what --gpu-memory-utilization says
+    asleep_bytes: N        what it keeps of that while it sleeps (1.5 GB)
     crash_answering: true  ends in the middle of an answer
     slow_tokens: S         waits that long before each token
     slow_stop: S           takes that long to end after SIGTERM
@@ -45,6 +49,7 @@ STAGES = {
     "warming_up": b"KV cache size",
 }
 """The stages and what the log says at the beginning of each."""
+ASLEEP_BYTES = 1_500_000_000
 READY = b"Application startup complete."
 RECORDED_MODEL = b"models/tiny-b"
 PIECE = re.compile(rb"\r?[^\r\n]*(?:\r?\n)?")
@@ -107,7 +112,7 @@ def write_log(arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
         if READY in piece:
             return
         if stage is not None:
-            enter(stage, faults)
+            enter(stage, arguments, faults)
         time.sleep(pause)
 
 
@@ -120,10 +125,22 @@ def staged(pieces: list[bytes]) -> Iterator[tuple[str | None, bytes]]:
         yield stage, piece
 
 
-def enter(stage: str, faults: dict[str, Any]) -> None:
+def claim(arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
+    """Take what it was told to of the stand-in GPU."""
+    if "gpu_bytes" in faults:
+        hold(int(faults["gpu_bytes"] * float(arguments.gpu_memory_utilization or 0.92)))
+
+
+def hold(size: int) -> None:
+    """Hold that much of it: its driver (`tests/fakes/gpu`) looks here."""
+    Path("/tmp/gpu_bytes").write_text(str(size))
+
+
+def enter(stage: str, arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
     """Do what the switches say for the beginning of a stage."""
     if stage == "loading_weights":
         held.append(os.urandom(1) * int(float(faults.get("hold_mb", 0)) * 1e6))
+        claim(arguments, faults)
         if faults.get("out_of_memory"):
             die(OUT_OF_MEMORY)
     if faults.get("hang_at") == stage:
@@ -154,6 +171,7 @@ class FakeServer(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
+        self.arguments = arguments
         self.model = arguments.model
         self.names = arguments.served_model_name or [arguments.model]
         self.max_model_len = int(arguments.max_model_len)
@@ -194,10 +212,17 @@ class Handler(BaseHTTPRequestHandler):
                 self._error(500, "the stand-in refuses to sleep", "InternalServerError")
             else:
                 self.server.sleep_level = int(parse_qs(url.query).get("level", ["1"])[0])
+                hold(self.server.faults.get("asleep_bytes", ASLEEP_BYTES))
                 self._reply(200, b"", "text/plain")
+                if self.server.faults.get("exit_asleep"):
+                    os._exit(0)
         elif url.path in ("/wake_up", "/collective_rpc", "/reset_prefix_cache") and self.server.can_sleep:
+            if url.path == "/wake_up" and self.server.faults.get("refuse_wake"):
+                self._error(500, "the stand-in refuses to wake up", "InternalServerError")
+                return
             if url.path == "/wake_up":
                 self.server.sleep_level = 0
+                claim(self.server.arguments, self.server.faults)
             self._reply(200, b"", "text/plain")
         elif url.path in ("/v1/chat/completions", "/v1/completions"):
             if self._allowed():

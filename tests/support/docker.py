@@ -40,16 +40,26 @@ ADD_BRIDGE, REMOVE_BRIDGE, SET_FLAGS = 0x89A0, 0x89A1, 0x8914
 
 
 class DockerEngine:
-    """A Docker daemon that is ours alone, with the switches that tests need. `host` is what DOCKER_HOST takes."""
+    """A Docker daemon that is ours alone, with the switches that tests need. `host` is what DOCKER_HOST takes.
 
-    def __init__(self) -> None:
+    With `gpus` it hands GPUs to containers, as far as it can tell: NVIDIA's hook, which makes them appear there, is one
+    that does nothing.
+    """
+
+    def __init__(self, *, gpus: bool = False) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="swd-", dir="/tmp"))  # paths of sockets must be short
-        self._bridge = f"swd{os.getpid()}"
+        self._bridge = f"swd{os.getpid()}{'g' if gpus else ''}"
         self._process: subprocess.Popen[bytes] | None = None
         self.socket = self._folder / "s"
         self.host = f"unix://{self.socket}"
         self.client = APIClient(base_url=self.host, version=API_VERSION, timeout=60)
         (self._folder / "daemon.json").write_text("{}")
+        self._gpus = gpus
+        if gpus:
+            hook = self._folder / "bin" / "nvidia-container-runtime-hook"
+            hook.parent.mkdir()
+            hook.write_text("#!/bin/sh\n")
+            hook.chmod(0o755)
         _bridge(ADD_BRIDGE, self._bridge)
 
     @property
@@ -74,7 +84,7 @@ class DockerEngine:
                     *("--bridge", self._bridge, "--iptables=false", "--ip-masq=false", "--ip-forward=false"),
                     *("--shutdown-timeout", "1"),
                 ],
-                env={k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")},
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -141,6 +151,12 @@ class DockerEngine:
         _bridge(REMOVE_BRIDGE, self._bridge)
         shutil.rmtree(self._folder)
 
+    def _environment(self) -> dict[str, str]:
+        environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+        if self._gpus:
+            environment["PATH"] = f"{self._folder / 'bin'}:{environment['PATH']}"
+        return environment
+
     def _emptied(self) -> bool:
         entries = self.client.containers(all=True)
         for entry in entries:
@@ -163,9 +179,9 @@ class DockerEngine:
 
 
 @contextmanager
-def docker_engine() -> Iterator[DockerEngine]:
+def docker_engine(*, gpus: bool = False) -> Iterator[DockerEngine]:
     """An engine that runs and holds the stand-in's image."""
-    engine = DockerEngine()
+    engine = DockerEngine(gpus=gpus)
     try:
         engine.start()
         import_stand_in(engine.client)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -33,6 +34,8 @@ class FakeGpu:
     graphics: list[tuple[int, int | None]] = field(default_factory=list)
     broken: bool = False
     tells_processes: bool = True
+    used: list[int] = field(default_factory=lambda: [4 * GB])
+    """One reading after another; the last one stays."""
 
 
 class FakeNvml:
@@ -68,8 +71,9 @@ class FakeNvml:
     def nvmlDeviceGetName(self, _gpu: FakeGpu) -> str:
         return "Fake GPU"
 
-    def nvmlDeviceGetMemoryInfo(self, _gpu: FakeGpu) -> SimpleNamespace:
-        return SimpleNamespace(total=24 * GB, free=20 * GB, used=4 * GB)
+    def nvmlDeviceGetMemoryInfo(self, gpu: FakeGpu) -> SimpleNamespace:
+        used = gpu.used.pop(0) if len(gpu.used) > 1 else gpu.used[0]
+        return SimpleNamespace(total=24 * GB, free=24 * GB - used, used=used)
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGpu) -> list[SimpleNamespace]:
         if not gpu.tells_processes:
@@ -109,6 +113,18 @@ def test_a_gpu_that_vanishes_is_dropped() -> None:
     monitor.sample()
     nvml.gpus.pop()
     assert ids(monitor) == ["GPU-a", HOST_DEVICE]
+
+
+def test_memory_that_is_being_freed_is_waited_for() -> None:
+    """Until two readings agree; for one that never does, no longer than was said."""
+    gpu = FakeGpu("GPU-a", used=[20 * GB, 9 * GB, 5 * GB, 4 * GB, 4 * GB])
+    monitor = DeviceMonitor(None, nvml=FakeNvml([gpu]))
+    monitor.settle("GPU-a")
+    assert gpu.used == [4 * GB]
+    restless = FakeGpu("GPU-b", used=[GB, 2 * GB] * 50)
+    began = time.monotonic()
+    DeviceMonitor(None, nvml=FakeNvml([restless])).settle("GPU-b", timeout=0.6)
+    assert 0.5 < time.monotonic() - began < 5
 
 
 def test_no_driver_is_normal() -> None:

@@ -21,6 +21,7 @@ from services.switching.engine import (
     Model,
     OnExit,
     Report,
+    Sleepless,
     Usage,
 )
 
@@ -31,7 +32,7 @@ LONG_SECONDS = 30.0
 PROBE_TIMEOUT = 5.0
 
 
-class LlamaCppInstance:
+class LlamaCppInstance(Sleepless):
     """One llama.cpp server process and the model in it."""
 
     def __init__(

@@ -28,6 +28,7 @@ from services.switching.engine import (
     Model,
     OnExit,
     Report,
+    Sleepless,
     Usage,
 )
 
@@ -63,7 +64,7 @@ class Server:
     gpu_bytes: GpuBytes
 
 
-class OllamaInstance:
+class OllamaInstance(Sleepless):
     """A model loading, loaded or being unloaded.
 
     `name` is Ollama's for it; `blob` tells the file of its weights as soon as that is known.

@@ -8,16 +8,16 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 
 from services.engines.containers.port import Container, ContainerError, ContainerRuntime
-from services.engines.vllm.instance import VllmInstance, answers
-from services.engines.vllm.spec import OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
+from services.engines.vllm.instance import GpuHeld, VllmInstance, answers, origin_of, sleeps
+from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.http import control_session
 from services.memory.ledger import Reading
-from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
 
 log = structlog.get_logger(__name__)
 
@@ -28,12 +28,23 @@ Run = tuple[str, float | None]
 """One run of a container: its id and when it was started. The same container can run again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A container of ours that is ready, and whether the model in it sleeps."""
+
+    container: Container
+    asleep: bool
+
+
 def run_of(container: Container) -> Run:
     return container.id, container.started_at
 
 
 class Vllm:
-    """`readings` gives this machine's devices, GPUs first. The runtime is only touched when a vLLM model is listed."""
+    """`readings` gives this machine's devices, GPUs first. `settle` waits until a device's free memory stands still.
+
+    The runtime is only touched when a vLLM model is listed.
+    """
 
     name = "vllm"
     outlives_app = True
@@ -44,15 +55,17 @@ class Vllm:
         settings: VllmSettings,
         *,
         readings: Callable[[], Sequence[Reading]],
-        gpu_bytes: GpuBytes = lambda _device, _pid: None,
+        gpu_bytes: GpuHeld = lambda _device, _pids: 0,
+        settle: Callable[[str], None] = lambda _device: None,
     ) -> None:
         self._runtime = runtime
         self._settings = settings
         self._readings = readings
         self._gpu_bytes = gpu_bytes
+        self._settle = settle
         self._models: dict[str, Model] = {}
         self._instances: weakref.WeakSet[VllmInstance] = weakref.WeakSet()
-        self._found: Mapping[str, Container] = {}
+        self._found: Mapping[str, Found] = {}
         self._over: set[Run] = set()
         self._tidied = False
         self._stopped = threading.Event()
@@ -68,7 +81,10 @@ class Vllm:
 
     def estimate(self, model: Model) -> Need:
         """Only where nothing is declared: vLLM claims what it is told to, so a declared need is what it will take."""
-        return Need(self._device(model), 0 if model.required_bytes else required_bytes(model), "estimated")
+        device = self._device(model)
+        if model.required_bytes:
+            return Need(device, 0, "estimated")
+        return Need(device, required_bytes(model) or int(DEFAULT_SHARE * self._gpu_total(device)), "estimated")
 
     def settings_key(self, model: Model) -> str:
         options = sorted((key, str(value)) for key, value in model.options.items())
@@ -85,8 +101,8 @@ class Vllm:
         return [model for model in models if model.id in self._found]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> VllmInstance | None:
-        container = self._found.get(model.id)
-        return self._instance(model, on_exit, container) if container is not None else None
+        found = self._found.get(model.id)
+        return self._instance(model, on_exit, found) if found is not None else None
 
     def remove(self, model: Model) -> None:
         raise EngineError(
@@ -105,17 +121,30 @@ class Vllm:
         self._http.close()
         self._runtime.close()
 
-    def _instance(self, model: Model, on_exit: OnExit, running: Container | None) -> VllmInstance:
+    def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
         device = self._device(model)
-        spec = spec_of(model, self._settings, device=device, share=self._share(model, device))
-        instance = VllmInstance(self._runtime, model, spec, device, on_exit, self._gpu_bytes, self._note_end, running)
+        instance = VllmInstance(
+            self._runtime,
+            model,
+            spec_of(model, self._settings, device=device, share=self._share(model, device)),
+            device,
+            on_exit,
+            self._gpu_bytes,
+            self._settle,
+            self._note_end,
+            running=found.container if found is not None else None,
+            asleep=found is not None and found.asleep,
+        )
         self._instances.add(instance)
         return instance
 
     def _note_end(self, container: Container) -> None:
         """A run that was stopped: a look that began before must not find it again."""
         self._over.add(run_of(container))
-        self._found = {m: c for m, c in self._found.items() if run_of(c) not in self._over}
+        self._found = self._without_ended(self._found)
+
+    def _without_ended(self, found: Mapping[str, Found]) -> Mapping[str, Found]:
+        return {model: f for model, f in found.items() if run_of(f.container) not in self._over}
 
     def _fault(self, model: Model) -> str | None:
         device = self._device(model)
@@ -130,10 +159,12 @@ class Vllm:
         return next((reading.id for reading in self._readings() if reading.kind == "gpu"), HOST_DEVICE)
 
     def _share(self, model: Model, device: str) -> float | None:
-        total = next((r.total_bytes for r in self._readings() if r.id == device and r.kind == "gpu"), None)
-        if total is None:
-            return None
-        return share_of(model.required_bytes or required_bytes(model), total)
+        need, total = model.required_bytes or required_bytes(model), self._gpu_total(device)
+        return share_of(need, total) if need and total else None
+
+    def _gpu_total(self, device: str) -> int:
+        """0 where it is no GPU."""
+        return next((r.total_bytes for r in self._readings() if r.id == device and r.kind == "gpu"), 0)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -147,21 +178,17 @@ class Vllm:
 
     def _look(self) -> None:
         """Find the containers of ours that are ready. At the first look, what a crash left half loaded is removed."""
-        ready: dict[str, Container] = {}
+        ready: dict[str, Found] = {}
         for container in self._runtime.find({OWNER_LABEL: self._settings.owner}):
             known = {instance.container_id for instance in self._instances}
             model = self._models.get(container.model or "")
             if container.state != "running":
                 continue
-            if model is not None and self._serves(container, model):
-                ready[model.id] = container
+            origin = origin_of(container)
+            if model is not None and origin is not None and answers(self._http, origin, model.id):
+                ready[model.id] = Found(container, sleeps(self._http, origin) is True)
             elif container.id not in known and not self._tidied:
                 log.warning("removing a container that an earlier run left behind", name=container.name)
                 self._runtime.remove(container.id)
         self._tidied = True
-        self._found = {m: c for m, c in ready.items() if run_of(c) not in self._over}
-
-    def _serves(self, container: Container, model: Model) -> bool:
-        return container.host_port is not None and answers(
-            self._http, f"http://127.0.0.1:{container.host_port}", model.id
-        )
+        self._found = self._without_ended(ready)

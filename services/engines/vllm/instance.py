@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,17 +26,19 @@ from services.engines.containers.port import (
     Stream,
 )
 from services.engines.vllm.log import VllmLog
+from services.engines.vllm.spec import SLEEP_FLAG
 from services.http import control_session
 from services.switching.engine import (
     HOST_DEVICE,
     Endpoint,
+    EngineError,
     Evidence,
     Exit,
-    GpuBytes,
     LoadFailed,
     Model,
     OnExit,
     Report,
+    Rest,
     Usage,
 )
 
@@ -47,6 +49,12 @@ PROBE_SECONDS = 2.0
 MEASURE_SECONDS = 2.0
 TAIL_LINES = 60
 AGAIN_SECONDS = 0.5
+KEPT_ASLEEP = 2 * 2**30
+"""What one that sleeps keeps of its GPU, as long as it wasn't measured: 1 to 2 GiB (vLLM 0.11 to 0.33)."""
+
+
+GpuHeld = Callable[[str, Collection[int]], int]
+"""(device id, pids) to the bytes that those processes hold there, measured now; 0 when the driver doesn't say."""
 
 
 class VllmInstance:
@@ -59,9 +67,11 @@ class VllmInstance:
         spec: ContainerSpec,
         device: str,
         on_exit: OnExit,
-        gpu_bytes: GpuBytes,
+        gpu_bytes: GpuHeld,
+        settle: Callable[[str], None],
         on_end: Callable[[Container], None],
         running: Container | None = None,
+        asleep: bool = False,
     ) -> None:
         self.model = model
         self._runtime = runtime
@@ -69,6 +79,7 @@ class VllmInstance:
         self._device = device
         self._on_exit = on_exit
         self._gpu_bytes = gpu_bytes
+        self._settle = settle
         self._on_end = on_end
         self._abort = Abort()
         self._stopping = threading.Event()
@@ -81,6 +92,8 @@ class VllmInstance:
         self._endpoint: Endpoint | None = None
         self._usage: Usage | None = None
         self._tail = ""
+        self._asleep = asleep
+        self._kept_asleep: int | None = None
         self._http = control_session()
         if running is not None:
             self._endpoint = self._where(running)
@@ -141,6 +154,35 @@ class VllmInstance:
         if stream is not None:
             stream.close()
 
+    @property
+    def asleep(self) -> bool:
+        return self._asleep
+
+    def rest(self) -> Rest | None:
+        weights = self._log.facts.weights_bytes or self.model.size_bytes
+        if SLEEP_FLAG not in self._spec.command or not weights:
+            return None
+        return Rest(self._kept_asleep or KEPT_ASLEEP, weights)
+
+    def sleep(self, timeout: float) -> None:
+        """Level 1: the weights go to this machine's RAM, the KV cache is dropped."""
+        if not self._order("/sleep?level=1", timeout) or not self._sleeps():
+            raise EngineError(f"{self.model.id} did not go to sleep.")
+        self._asleep = True
+        self._measure()
+        self._kept_asleep = self._usage.bytes if self._usage is not None else None
+
+    def wake(self, report: Report, timeout: float) -> Endpoint:
+        assert self._endpoint is not None
+        report(Evidence("loading_weights", None, "waking up"))
+        woken = self._order("/wake_up", timeout)
+        self._fail_if_stopped()
+        if not woken or self._sleeps() is not False:
+            raise LoadFailed("It did not wake up.", self.log_tail())
+        self._asleep = False
+        self._measure()
+        return self._endpoint
+
     def log_tail(self) -> str:
         if self._container is not None and not self._tail:
             with suppress(ContainerError):
@@ -164,6 +206,8 @@ class VllmInstance:
         with self._lock:
             self._stream = stream
         threading.Thread(target=self._listen, args=(stream,), name="vllm-log", daemon=True).start()
+        if self._device != HOST_DEVICE:
+            self._settle(self._device)
         self._abort.check()
         self._runtime.start(container_id)
         self._container = self._runtime.inspect(container_id)
@@ -304,8 +348,8 @@ class VllmInstance:
                 self._tail = self._runtime.logs_tail(self._container.id, TAIL_LINES)
 
     def _where(self, container: Container | None) -> Endpoint | None:
-        port = container.host_port if container is not None else None
-        return Endpoint(f"http://127.0.0.1:{port}", model=self.model.id) if port else None
+        origin = origin_of(container) if container is not None else None
+        return Endpoint(origin, model=self.model.id) if origin is not None else None
 
     def _answers(self, endpoint: Endpoint) -> bool:
         return answers(self._http, endpoint.origin, self.model.id)
@@ -318,6 +362,22 @@ class VllmInstance:
         except requests.RequestException as error:
             self._fail_if_stopped()
             raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
+
+    def _order(self, path: str, timeout: float) -> bool:
+        """Have vLLM do something that has no body, which it answers when it is done; whether it was done."""
+        assert self._endpoint is not None
+        try:
+            answer = self._http.post(self._endpoint.origin + path, timeout=timeout)
+        except requests.RequestException as error:
+            log.warning("vLLM did not answer", model=self.model.id, path=path, error=str(error))
+            return False
+        if answer.status_code != 200:
+            log.warning("vLLM refused", model=self.model.id, path=path, status=answer.status_code)
+        return answer.status_code == 200
+
+    def _sleeps(self) -> bool | None:
+        assert self._endpoint is not None
+        return sleeps(self._http, self._endpoint.origin)
 
     def _keep_measuring(self) -> None:
         while not self._ended.wait(MEASURE_SECONDS):
@@ -334,9 +394,14 @@ class VllmInstance:
         if self._device == HOST_DEVICE:
             held = sum(_resident(pid) for pid in pids)
         else:
-            held = sum(self._gpu_bytes(self._device, pid) or 0 for pid in pids)
-        if held:
-            self._usage = Usage(self._device, held)
+            held = self._gpu_bytes(self._device, pids)
+        if held:  # asleep, its weights are in this machine's RAM
+            self._usage = Usage(self._device, held, spilled_bytes=sum(map(_resident, pids)) if self._asleep else 0)
+
+
+def origin_of(container: Container) -> str | None:
+    """Where its vLLM answers; None unless it runs."""
+    return f"http://127.0.0.1:{container.host_port}" if container.host_port else None
 
 
 def answers(http: requests.Session, origin: str, model_id: str) -> bool:
@@ -348,6 +413,15 @@ def answers(http: requests.Session, origin: str, model_id: str) -> bool:
         return listed.status_code == 200 and model_id in [m.get("id") for m in listed.json().get("data") or []]
     except (requests.RequestException, ValueError):
         return False
+
+
+def sleeps(http: requests.Session, origin: str) -> bool | None:
+    """Whether a vLLM sleeps; None when it doesn't say, as one without a sleep mode."""
+    try:
+        answer = http.get(f"{origin}/is_sleeping", timeout=PROBE_SECONDS)
+        return bool(answer.json()["is_sleeping"]) if answer.status_code == 200 else None
+    except (requests.RequestException, ValueError, KeyError, TypeError):
+        return None
 
 
 def say_exit(code: int) -> str:

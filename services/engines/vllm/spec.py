@@ -1,7 +1,8 @@
 """Which container a vLLM model runs in, and what it takes. Pure.
 
 Options of a listed model: `image`, `arguments` (added to `vllm serve`), `environment`, `context_length`, `device` (a
-GPU's UUID, or `host` for the CPU build), `shm_gb`, `mounts` (`[["/data/models", "/models"]]`, read-only).
+GPU's UUID, or `host` for the CPU build), `shm_gb`, `mounts` (`[["/data/models", "/models"]]`, read-only), `sleep`
+(whether it may sleep instead of being stopped).
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ OWNER_LABEL = "switchyard.owner"
 HUB_CACHE = "/root/.cache/huggingface"
 COMPILE_CACHE = "/root/.cache/vllm"
 """Paths in the container: vllm/vllm-openai runs as root, and these are where its home keeps weights and kernels."""
+SLEEP_FLAG, SLEEP_SWITCH = "--enable-sleep-mode", "VLLM_SERVER_DEV_MODE"
+SLEEPS_FROM = (0, 8, 5)
+"""The first vLLM whose server has /sleep, /wake_up and /is_sleeping, which it offers in that mode alone."""
+TAG_VERSION = re.compile(r":v?(\d+)\.(\d+)\.(\d+)")
 LEAST_SHARE, MOST_SHARE = 0.02, 0.98
+DEFAULT_SHARE = 0.92
+"""What vLLM 0.33 claims of a GPU when it is told nothing (0.9 before)."""
 RUNTIME_BYTES = 3 * GIB
 """The device's context (about 1 GiB) and what profiling and graphs take (1 to 3 GiB)."""
 CACHE_SHARE = 0.15
@@ -41,6 +48,7 @@ class VllmSettings:
     compile_cache: Path
     shm_bytes: int = 8 * GIB
     environment: Mapping[str, str] = field(default_factory=dict)
+    sleep: bool = True
 
 
 def spec_of(model: Model, settings: VllmSettings, *, device: str, share: float | None) -> ContainerSpec:
@@ -54,13 +62,18 @@ def spec_of(model: Model, settings: VllmSettings, *, device: str, share: float |
         command += ["--gpu-memory-utilization", f"{share:.3f}"]
     if options.get("context_length"):
         command += ["--max-model-len", str(options["context_length"])]
+    image = str(options.get("image") or settings.image)
+    environment = {**settings.environment, **_texts(options.get("environment"))}
+    if device != HOST_DEVICE and options.get("sleep", settings.sleep) and can_sleep(image):
+        command += [SLEEP_FLAG]
+        environment[SLEEP_SWITCH] = "1"
     command += [str(argument) for argument in _list(options.get("arguments"))]
     return ContainerSpec(
         name=container_name(model.id, settings.owner),
-        image=str(options.get("image") or settings.image),
+        image=image,
         port=PORT,
         command=tuple(command),
-        environment={**settings.environment, **_texts(options.get("environment"))},
+        environment=environment,
         labels={MODEL_LABEL: model.id, OWNER_LABEL: settings.owner},
         mounts=(
             Mount(str(settings.hub_cache), HUB_CACHE),
@@ -70,6 +83,12 @@ def spec_of(model: Model, settings: VllmSettings, *, device: str, share: float |
         gpus=() if device == HOST_DEVICE else (device,),
         shm_bytes=int(float(str(options["shm_gb"])) * 1e9) if "shm_gb" in options else settings.shm_bytes,
     )
+
+
+def can_sleep(image: str) -> bool:
+    """Whether the vLLM of an image has a sleep mode. One whose tag names no version is taken as new."""
+    version = TAG_VERSION.search(image)
+    return version is None or tuple(int(part) for part in version.groups()) >= SLEEPS_FROM
 
 
 def container_name(model_id: str, owner: str) -> str:

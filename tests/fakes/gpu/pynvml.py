@@ -1,0 +1,64 @@
+"""A stand-in for NVIDIA's driver library, as much of it as Switchyard uses, for a machine with one GPU of 80 GB.
+
+Its folder comes first on a console's PYTHONPATH. A process holds what a stand-in vLLM has written to `/tmp/gpu_bytes`
+in its container, which is seen through `/proc`: so it is gone with the process, as real GPU memory is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+UUID = "GPU-5ca1ab1e-0000-4000-8000-000000000001"
+TOTAL_BYTES = 80_000_000_000
+
+
+class NVMLError(Exception):
+    """What the library raises."""
+
+
+class NVMLError_LibraryNotFound(NVMLError):
+    """No driver."""
+
+
+def nvmlInit() -> None: ...
+
+
+def nvmlDeviceGetCount() -> int:
+    return 1
+
+
+def nvmlDeviceGetHandleByIndex(index: int) -> int:
+    return index
+
+
+def nvmlDeviceGetUUID(_handle: int) -> str:
+    return UUID
+
+
+def nvmlDeviceGetName(_handle: int) -> str:
+    return "Stand-in GPU"
+
+
+def nvmlDeviceGetMemoryInfo(_handle: int) -> SimpleNamespace:
+    used = sum(size for _, size in _held())
+    return SimpleNamespace(total=TOTAL_BYTES, used=used, free=TOTAL_BYTES - used)
+
+
+def nvmlDeviceGetComputeRunningProcesses(_handle: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in _held()]
+
+
+def nvmlDeviceGetGraphicsRunningProcesses(_handle: int) -> list[SimpleNamespace]:
+    return []
+
+
+def _held() -> Iterator[tuple[int, int]]:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            program = (process / "cmdline").read_bytes().split(b"\0")
+            if b"/usr/local/bin/vllm" in program[:2]:  # not the container's init, whose root is the same
+                yield int(process.name), int((process / "root" / "tmp" / "gpu_bytes").read_text())
+        except (OSError, ValueError):  # it has ended, or holds nothing yet
+            continue

@@ -1,0 +1,181 @@
+"""vLLM models on a GPU that sleep instead of being stopped: a console over real containers and a stand-in GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.gpu.pynvml import TOTAL_BYTES
+from tests.support.console import ROOT, Console, wait_until
+from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+
+A, B, C = "org/model-a", "org/model-b", "org/model-c"
+
+
+def entry(model: str, *, required_gb: float = 60, size_gb: float = 0.05, **faults: object) -> str:
+    fake = json.dumps({"load_seconds": 0.6, "gpu_bytes": TOTAL_BYTES, **faults})
+    return (
+        f'[[models]]\nid = "{model}"\nengine = "vllm"\nsource = "{model}"\n'
+        f"size_gb = {size_gb}\nrequired_gb = {required_gb}\n"
+        f"[models.options]\nshm_gb = 0.064\nenvironment = {{ FAKE_VLLM = {json.dumps(fake)} }}\n"
+    )
+
+
+@pytest.fixture
+def start(
+    gpu_docker: DockerEngine, start_console: Callable[..., Console], tmp_path: Path
+) -> Iterator[Callable[..., Console]]:
+    def start(toml: str = entry(A) + entry(B), **settings: object) -> Console:
+        return start_console(
+            toml=toml,
+            vllm_image=STAND_IN_IMAGE,
+            docker_host=gpu_docker.host,
+            hub_cache_dir=tmp_path / "hub",
+            vllm_cache_dir=tmp_path / "compiled",
+            environment={"PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu")},
+            **settings,
+        )
+
+    yield start
+    gpu_docker.remove_containers()
+
+
+def running(docker: DockerEngine) -> list[str]:
+    """The models whose containers run."""
+    return sorted(c["Labels"]["switchyard.model"] for c in docker.client.containers())
+
+
+def plan(console: Console, model: str) -> dict[str, object]:
+    return console.post("/v1/models/switch/plan", {"target_model": model}).json()
+
+
+def gpu_held(console: Console, model: str) -> float:
+    device = next(d for d in console.status()["gpu"]["devices"] if d["kind"] == "gpu")
+    return float(device["models"].get(model, 0))
+
+
+def test_the_model_that_makes_room_sleeps_and_is_woken_by_the_next_switch(start, gpu_docker):
+    """Announced by the plan, its own state in the status, the same container woken, requests answered after it."""
+    console = start()
+    console.switch(A)
+    assert 59 < gpu_held(console, A) <= 61
+    (unload,) = plan(console, B)["unload"]
+    assert unload["model"] == A
+    assert unload["sleeps"] is True
+    assert unload["reload_seconds"] is None  # nobody has seen it wake
+
+    console.switch(B)
+    assert console.states() == {**console.states(), A: "asleep", B: "running"}
+    assert running(gpu_docker) == [A, B]
+    assert gpu_held(console, A) == 1.5
+    before = {c["Id"]: c["Created"] for c in gpu_docker.client.containers()}
+
+    events = list(console.switch_stream(A))
+    assert events[-1][0] == "complete"
+    assert any(data.get("detail") == "waking up" for _, data in events)
+    progress = [data["progress"] for _, data in events if "progress" in data]
+    assert progress == sorted(progress)
+    assert console.states() == {**console.states(), A: "running", B: "asleep"}
+    assert {c["Id"]: c["Created"] for c in gpu_docker.client.containers()} == before
+    assert console.ask("Hello", model=A).status_code == 200
+    assert console.status()["active_model"] == A
+
+    (unload,) = plan(console, B)["unload"]
+    assert unload["reload_seconds"] < 10  # learned from this waking, apart from the load
+
+
+def test_one_that_refuses_to_sleep_is_stopped(start, gpu_docker):
+    """The switch goes on as if there were no sleep."""
+    console = start(entry(A, refuse_sleep=True) + entry(B))
+    console.switch(A)
+    console.switch(B)
+    assert console.states()[A] == "stopped"
+    assert running(gpu_docker) == [B]
+
+
+def test_one_that_keeps_too_much_in_its_sleep_is_stopped_after_all(start, gpu_docker):
+    """What was estimated turns out wrong, as the device measures; next time the plan knows."""
+    console = start(entry(A, asleep_bytes=30_000_000_000) + entry(B), memory_timeout_seconds=1)
+    console.switch(A)
+    console.switch(B)
+    assert console.states()[A] == "stopped"
+    assert running(gpu_docker) == [B]
+
+
+def test_one_that_does_not_wake_is_loaded_anew(start):
+    """In the same switch, which succeeds."""
+    console = start(entry(A, refuse_wake=True) + entry(B))
+    console.switch(A)
+    console.switch(B)
+    assert console.states()[A] == "asleep"
+    console.switch(A)
+    assert console.ask("Hello", model=A).status_code == 200
+
+
+def test_without_room_in_this_machines_memory_nobody_sleeps(start, gpu_docker):
+    """Their weights would go there."""
+    console = start(memory_budget_gb=0.01)
+    console.switch(A)
+    assert plan(console, B)["unload"][0]["sleeps"] is False
+    console.switch(B)
+    assert running(gpu_docker) == [B]
+
+
+def test_sleep_can_be_switched_off(start, gpu_docker):
+    """For all models by the setting, for one by its option."""
+    console = start(vllm_sleep=False)
+    console.switch(A)
+    console.switch(B)
+    assert running(gpu_docker) == [B]
+
+
+def test_a_sleeper_is_stopped_by_request_and_where_its_rest_is_needed(start, gpu_docker):
+    """Unload ends a sleep; so does a model that needs nearly the whole GPU."""
+    console = start(entry(A) + entry(B) + entry(C, required_gb=79))
+    console.switch(A)
+    console.switch(B)
+    assert console.post(f"/v1/models/{A}/stop").status_code == 200
+    assert console.states()[A] == "stopped"
+    assert running(gpu_docker) == [B]
+    console.switch(A)
+    assert console.states()[B] == "asleep"
+    console.switch(C)
+    assert running(gpu_docker) == [C]
+
+
+def test_the_end_of_a_sleeper_is_noticed(start):
+    """It can't be woken any more, so it isn't said to sleep."""
+    console = start(entry(A, exit_asleep=True) + entry(B))
+    console.switch(A)
+    console.switch(B)
+    console.wait_for(lambda s: s["models"][A]["status"] in ("failed", "stopped"), "the end to be noticed")
+    console.switch(A)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_restart_of_the_app_finds_who_sleeps(start, gpu_docker, end):
+    """And wakes them like any other."""
+    console = start()
+    console.switch(A)
+    console.switch(B)
+    console.stop() if end == "stop" else console.kill()
+    console.start()
+    console.wait_for(lambda s: (s["models"][A]["status"], s["models"][B]["status"]) == ("asleep", "running"), "both")
+    assert console.status()["active_model"] == B
+    console.switch(A)
+    assert running(gpu_docker) == [A, B]
+
+
+def test_a_switch_called_off_wakes_what_had_made_way(start, gpu_docker):
+    """Back as it was, without a load."""
+    console = start(entry(A) + entry(B, hang_at="loading_weights"))
+    console.switch(A)
+    console.post("/v1/models/switch", {"target_model": B})
+    wait_until(lambda: running(gpu_docker) == [A, B], "the container to start")
+    console.delete("/v1/models/switch")
+    console.wait_for(lambda s: s["models"][A]["status"] == "running" and not s["switch"], "the old model to be back")
+    assert console.status()["active_model"] == A
+    assert console.ask("Hello", model=A).status_code == 200
