@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.gpu.pynvml import TOTAL_BYTES
-from tests.support.console import ROOT, Console, wait_until
-from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.console import Console, wait_until
+from tests.support.docker import DockerEngine
+from tests.support.vllm import gpu_entry as entry
+from tests.support.vllm import models_running as running
+from tests.support.vllm import on_gpu
 
 A, B, C = "org/model-a", "org/model-b", "org/model-c"
-
-
-def entry(model: str, *, required_gb: float = 60, size_gb: float = 0.05, **faults: object) -> str:
-    fake = json.dumps({"load_seconds": 0.6, "gpu_bytes": TOTAL_BYTES, **faults})
-    return (
-        f'[[models]]\nid = "{model}"\nengine = "vllm"\nsource = "{model}"\n'
-        f"size_gb = {size_gb}\nrequired_gb = {required_gb}\n"
-        f"[models.options]\nshm_gb = 0.064\nenvironment = {{ FAKE_VLLM = {json.dumps(fake)} }}\n"
-    )
 
 
 @pytest.fixture
@@ -29,23 +21,10 @@ def start(
     gpu_docker: DockerEngine, start_console: Callable[..., Console], tmp_path: Path
 ) -> Iterator[Callable[..., Console]]:
     def start(toml: str = entry(A) + entry(B), **settings: object) -> Console:
-        return start_console(
-            toml=toml,
-            vllm_image=STAND_IN_IMAGE,
-            docker_host=gpu_docker.host,
-            hub_cache_dir=tmp_path / "hub",
-            vllm_cache_dir=tmp_path / "compiled",
-            environment={"PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu")},
-            **settings,
-        )
+        return start_console(toml=toml, **on_gpu(gpu_docker, tmp_path), **settings)
 
     yield start
     gpu_docker.remove_containers()
-
-
-def running(docker: DockerEngine) -> list[str]:
-    """The models whose containers run."""
-    return sorted(c["Labels"]["switchyard.model"] for c in docker.client.containers())
 
 
 def plan(console: Console, model: str) -> dict[str, object]:

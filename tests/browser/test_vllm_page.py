@@ -1,0 +1,59 @@
+"""vLLM models that sleep, on the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.browser.steps import choice, choose, dialog, expect_active, menu, row, visit
+from tests.support.console import Console
+from tests.support.docker import DockerEngine
+from tests.support.vllm import gpu_entry, on_gpu
+
+FIRST, SECOND = "Qwen/Qwen2.5-Coder-32B-Instruct-GPTQ-Int4-with-a-long-name-1", "openai/gpt-oss-20b"
+
+
+@pytest.fixture
+def console(gpu_docker: DockerEngine, start_console: Callable[..., Console], tmp_path: Path) -> Iterator[Console]:
+    """The first model asleep, the second one answering, after both have been woken once."""
+    console = start_console(toml=gpu_entry(FIRST) + gpu_entry(SECOND), **on_gpu(gpu_docker, tmp_path))
+    for model in (FIRST, SECOND, FIRST, SECOND):
+        console.switch(model)
+    yield console
+    gpu_docker.remove_containers()
+
+
+def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, page: Page) -> None:
+    """In the menu with its word and the time to wake it; the plan says who sleeps for it in turn."""
+    visit(page, console)
+    page.locator("#model-button").click()
+    expect(choice(page, FIRST).locator(".word")).to_have_text("Asleep")
+    expect(choice(page, FIRST)).to_contain_text("to wake")
+    assert Axe().run(page).response["violations"] == []
+    page.keyboard.press("Escape")
+    expect(menu(page)).to_be_hidden()
+    choose(page, FIRST)
+    expect(dialog(page)).to_contain_text(f"To wake {FIRST}")
+    expect(dialog(page)).to_contain_text(f"put {SECOND} to sleep")
+    dialog(page).get_by_role("button", name="Switch").click()
+    expect_active(page, FIRST)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
+def test_the_table_shows_what_it_keeps_and_lets_it_be_unloaded(console, open_page, scheme, width) -> None:
+    """A state by shape and word, its memory in the bar; Unload frees that as well; axe finds nothing."""
+    page = open_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    visit(page, console, "/models")
+    sleeper = row(page, FIRST)
+    expect(sleeper.locator(".word")).to_have_text("Asleep")
+    expect(sleeper).to_contain_text("1.5 GB")
+    expect(sleeper).to_contain_text("to wake")
+    assert Axe().run(page).response["violations"] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sleeper.get_by_role("button", name=f"Unload {FIRST}").click()
+    expect(sleeper.locator(".word")).to_have_count(0)
+    assert console.states()[FIRST] == "stopped"

@@ -1,0 +1,36 @@
+"""vLLM models for consoles in tests: entries of the settings file, and what a console needs to run them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.fakes.gpu.pynvml import TOTAL_BYTES
+from tests.support.console import ROOT
+from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+
+
+def gpu_entry(model: str, *, required_gb: float = 60, **faults: object) -> str:
+    """A `[[models]]` table for a model on the stand-in GPU of 80 GB, with the stand-in vLLM's switches."""
+    fake = json.dumps({"load_seconds": 0.6, "gpu_bytes": TOTAL_BYTES, **faults})
+    return (
+        f'[[models]]\nid = "{model}"\nengine = "vllm"\nsource = "{model}"\nsize_gb = 0.05\n'
+        f"required_gb = {required_gb}\n"
+        f"[models.options]\nshm_gb = 0.064\nenvironment = {{ FAKE_VLLM = {json.dumps(fake)} }}\n"
+    )
+
+
+def on_gpu(docker: DockerEngine, folder: Path) -> dict[str, object]:
+    """A console's options for a machine with the stand-in GPU."""
+    return {
+        "vllm_image": STAND_IN_IMAGE,
+        "docker_host": docker.host,
+        "hub_cache_dir": folder / "hub",
+        "vllm_cache_dir": folder / "compiled",
+        "environment": {"PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu")},
+    }
+
+
+def models_running(docker: DockerEngine) -> list[str]:
+    """The models whose containers run."""
+    return sorted(c["Labels"]["switchyard.model"] for c in docker.client.containers())
