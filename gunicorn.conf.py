@@ -58,9 +58,11 @@ def post_worker_init(worker):
 
     services = worker.app.callable.extensions["switchyard"]
     services.start()
+    services.restart.possible = True
 
     def leave_in_time():
         while worker.alive:
+            worker.alive = not services.restart.due  # the arbiter starts another one in its place
             gevent.sleep(0.1)
         services.close()
         worker.hang_up()

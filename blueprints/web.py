@@ -51,6 +51,7 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "engine_unreachable": 502,
     "queue_full": 503,
     "stopping": 503,
+    "restart_unavailable": 503,
     "queue_timeout": 504,
     "invalid_name": 422,
     "ollama_not_found": 503,

@@ -143,6 +143,11 @@ class Settings(BaseModel):
         Path("~/.cache/huggingface"), description="the Hugging Face cache that vLLM containers load weights from"
     )
 
+    env_file: Path | None = Field(
+        None, description="a compose project's .env file, where /api/switch-model writes the model it switches to"
+    )
+    env_key: str = Field("MODEL_ID", pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$", description="the variable for it there")
+
     update_check_hours: float = Field(
         24, ge=0, le=8760, description="how often to ask the registry for newer versions of Ollama models; 0: never"
     )

@@ -27,14 +27,22 @@ from services.engines.processes import ProcessRegistry
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.instance import GpuHeld
 from services.engines.vllm.spec import VllmSettings
+from services.env_file import ComposeChoice, EnvFile
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
 from services.providers.local_services import OllamaService, find_ollama
+from services.restart import Restart
 from services.status import StatusService
 from services.store.database import Store
-from services.store.repository import ConversationRepository, DownloadRepository, LoadRepository, open_store
+from services.store.repository import (
+    ConversationRepository,
+    DownloadRepository,
+    LoadRepository,
+    NoteRepository,
+    open_store,
+)
 from services.switching.engine import Engine, GpuBytes
 from services.switching.events import Board
 from services.switching.learning import Learned
@@ -64,6 +72,8 @@ class Services:
     devices: DeviceMonitor
     watch: CatalogWatch
     store: Store
+    restart: Restart
+    compose: ComposeChoice
 
     def start(self) -> None:
         """Begin to look after models: readings, the catalogue's watch, the switcher, the model to preload."""
@@ -84,14 +94,15 @@ class Services:
     def close(self) -> None:
         """Stop answers, downloads, models and engines, in this order.
 
-        Leaves no process behind but a local service, which the next start finds again.
+        Leaves no process behind but what the next start finds again: a local service, and when that is at once, the
+        models that are loaded.
         """
         self.board.close()
         self.chats.close()
         self.updates.stop()
         self.watch.stop()
         self.downloads.close()
-        self.switcher.close()
+        self.switcher.close(for_good=not self.restart.due)
         for engine in self.engines.values():
             engine.close()
         self.ollama_service.close()
@@ -100,7 +111,7 @@ class Services:
 
 
 def build_services(settings: Settings) -> Services:
-    """Wire every service. Starts nothing but ends what an earlier run left behind."""
+    """Wire every service. Starts nothing but ends what an earlier run left half done."""
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     registry = ProcessRegistry(settings.state_dir)
     registry.end_leftovers()
@@ -125,7 +136,7 @@ def build_services(settings: Settings) -> Services:
     catalog.on_change(board.publish)
     learned = Learned(LoadRepository(store))
     planner = Planner(settings, board, catalog, engines, devices, learned)
-    switcher = Switcher(settings, board, catalog, engines, planner, learned)
+    switcher = Switcher(settings, board, catalog, engines, planner, learned, NoteRepository(store))
     downloads = _downloads(settings, store, registry, ollama, catalog)
     updates = UpdateCheck(
         ollama.installed,
@@ -152,6 +163,8 @@ def build_services(settings: Settings) -> Services:
         devices=devices,
         watch=CatalogWatch(catalog),
         store=store,
+        restart=Restart(),
+        compose=ComposeChoice(EnvFile(settings.env_file, settings.env_key) if settings.env_file else None),
     )
 
 

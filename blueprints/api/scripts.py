@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blueprints.api.spec import documented
 from blueprints.web import ApiError, client_name, parse_body, services, switch_error
+from services.config import ConfigError, load_settings
+from services.env_file import EnvFileError
 from services.status import ModelStatus, Status
 
 bp = Blueprint("scripts", __name__)
@@ -26,14 +28,25 @@ class SwitchQuery(BaseModel):
 @bp.post("/api/switch-model")
 @documented(query=SwitchQuery, errors=(409, 502, 503))
 def switch_model() -> Response:
-    """Begin to switch to a model, and answer at once."""
+    """Begin to switch to a model, and answer at once.
+
+    With the setting `env_file` the model's id is written there as well; if the switch fails, the one before is again.
+    """
     model_id = request.args.get("model_id") or _from_form_or_json()
     if not model_id:
         raise ApiError(
             "invalid_value", "model_id is missing: say ?model_id=… with the id of a model.", param="model_id"
         )
     found = services()
-    job = found.switcher.switch(model_id, requested_by=client_name())
+    model_id = found.catalog.get(model_id).id
+    try:
+        job = found.compose.choose(
+            model_id,
+            lambda: found.switcher.switch(model_id, requested_by=client_name()),
+            found.settings.longest_switch_seconds,
+        )
+    except EnvFileError as error:
+        raise ApiError("env_file_unusable", f"Nothing was switched: {error}") from None
     if job.error is not None:
         raise switch_error(job.error)
     model = found.status.current().model(model_id)
@@ -48,6 +61,26 @@ def switch_model() -> Response:
             "estimated_time_seconds": DEFAULT_ESTIMATE_SECONDS if seconds is None else round(seconds, 1),
         }
     )
+
+
+@bp.post("/api/restart-api")
+@documented(errors=(409, 503))
+def restart_api() -> Response:
+    """Answer, then restart the app with its settings read anew. Models stay loaded, and requests wait meanwhile."""
+    found = services()
+    if not found.restart.possible:
+        raise ApiError("restart_unavailable", "Whatever runs Switchyard here can't restart it: do that by hand.")
+    if (switch := found.board.current.switch) is not None:
+        raise ApiError(
+            "switch_in_progress",
+            f"The switch to {switch.to_model} would be lost by a restart. Wait for it, or cancel it.",
+        )
+    try:
+        load_settings()
+    except ConfigError as error:
+        raise ApiError("settings_unusable", f"Switchyard goes on as it is. {error}") from None
+    found.restart.request()
+    return jsonify({"status": "restarting", "message": "Switchyard restarts. Models that are loaded stay loaded."})
 
 
 class OllamaSwitchBody(BaseModel):

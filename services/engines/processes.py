@@ -1,8 +1,9 @@
 """Child processes that can't be lost: own process group, remembered on disk, stopped or found again.
 
-Children outlive a killed worker, so each is recorded in `<state_dir>/processes/` before anyone relies on it. At the
-next start an engine that an earlier run left behind is ended (`ProcessRegistry.end_leftovers`); a service goes on and
-is found again (`ProcessRegistry.adopt`).
+Children outlive a worker that restarts or is killed, so each is recorded in `<state_dir>/processes/` before anyone
+relies on it. At the next start an engine that an earlier run left behind is ended (`ProcessRegistry.end_leftovers`),
+unless it had got so far that it can be taken over (`ProcessRegistry.engines`); a service goes on and is found again
+(`ProcessRegistry.adopt`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -52,7 +53,8 @@ class Record:
     """What is written down about one child.
 
     `started` is seconds since the epoch: of an engine as the system reckons it, which tells it from a later process
-    with the same pid. `mark` and all below it are those of a service, empty for an engine.
+    with the same pid. `mark` is that of a service. `name` is a service's, or the model in an engine that answers at
+    `address`, made as `spec` says, to those who know `key`; empty for one that doesn't answer yet.
     """
 
     pid: int
@@ -63,6 +65,8 @@ class Record:
     name: str = ""
     address: str = ""
     log: str = ""
+    spec: str = ""
+    key: str = field(default="", repr=False)
 
 
 class ProcessRegistry:
@@ -81,8 +85,9 @@ class ProcessRegistry:
         return self._logs / f"{stem}-{os.getpid()}-{int(time.time())}-{self._sequence}.log"
 
     def add(self, record: Record) -> None:
-        """Write a child down; whole or not at all, since half a record would lose it."""
+        """Write a child down, for the eyes of this user; whole or not at all, since half a record would lose it."""
         draft = self._records / f"{record.pid}.draft"
+        draft.touch(mode=0o600)
         draft.write_text(json.dumps(asdict(record)), encoding="utf-8")
         draft.replace(self._path(record.pid))
 
@@ -90,11 +95,32 @@ class ProcessRegistry:
         """Write down a child that the next start has to end if this app can't. `program` is its path or name."""
         self.add(Record(pid, _start_time(pid), Path(program).name))
 
+    def note_ready(self, pid: int, *, name: str, address: str, log: str, spec: str, key: str) -> None:
+        """Complete the record of an engine that answers now, so that a later run of the app can go on with it."""
+        record = _read(self._path(pid))
+        if record is not None:
+            self.add(replace(record, name=name, address=address, log=log, spec=spec, key=key))
+
+    def engines(self) -> list[Record]:
+        """The engines that answered when an earlier run ended, and are alive."""
+        records = [record for path in self._records.glob("*.json") if (record := _read(path)) is not None]
+        return [r for r in records if r.role == "engine" and r.address and _is_alive(r)]
+
+    def take_over(self, engine: Record, on_exit: OnExit) -> AdoptedProcess:
+        """Go on with one of `engines`. Raises psutil.NoSuchProcess when it has ended meanwhile."""
+        return AdoptedProcess(engine, self, on_exit)
+
+    def end(self, engine: Record) -> None:
+        """Kill one of `engines` that nobody goes on with."""
+        log.warning("ending an engine that an earlier run left behind", pid=engine.pid, model=engine.name)
+        signal_group(engine.pid, signal.SIGKILL)
+        self.remove(engine.pid)
+
     def remove(self, pid: int) -> None:
         self._path(pid).unlink(missing_ok=True)
 
     def end_leftovers(self) -> list[int]:
-        """Kill every recorded engine that an earlier run left alive; returns their pids.
+        """Kill every recorded engine that an earlier run left alive before it answered; returns their pids.
 
         Services live on. Of one that died meanwhile, what it started and left behind is ended.
         """
@@ -106,6 +132,8 @@ class ProcessRegistry:
                     continue
                 _end_orphans(record.pid, record.mark)
             elif record is not None and _is_alive(record):
+                if record.address:
+                    continue
                 signal_group(record.pid, signal.SIGKILL)
                 ended.append(record.pid)
             path.unlink(missing_ok=True)
@@ -250,7 +278,7 @@ class ChildProcess(GroupLeader):
 
 
 class AdoptedProcess(GroupLeader):
-    """A service that an earlier run started.
+    """A service, or an engine, that an earlier run started.
 
     `on_exit(None)` is called from a watcher thread once it is gone: only a parent is told the exit code. Raises
     psutil.NoSuchProcess when it is gone already.
@@ -361,7 +389,7 @@ def _read(path: Path) -> Record | None:
     """A record; None when it can't be read, or names no start time (the child had ended before it was written)."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        texts = {key: str(record.get(key, "")) for key in ("program", "mark", "name", "address", "log")}
+        texts = {key: str(record.get(key, "")) for key in ("program", "mark", "name", "address", "log", "spec", "key")}
         role = str(record.get("role", "engine"))
         return Record(pid=int(record["pid"]), started=float(record["started"]), role=role, **texts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in `migrations/`. A database that is there already needs no Alembic, whose import takes 0.2 s."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")

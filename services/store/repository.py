@@ -10,13 +10,14 @@ from sqlalchemy.orm import Session
 
 from services.store.database import Store, StoreError, open_store
 from services.store.records import Conversation, DownloadRecord, LoadRecord, Message, new_id
-from services.store.tables import ConversationRow, DownloadRow, LoadRow, MessageRow
+from services.store.tables import ConversationRow, DownloadRow, LoadRow, MessageRow, NoteRow
 
 __all__ = [
     "ConversationRepository",
     "DownloadRepository",
     "LoadRecord",
     "LoadRepository",
+    "NoteRepository",
     "Store",
     "StoreError",
     "open_store",
@@ -114,6 +115,22 @@ class DownloadRepository:
         """Whether there was one to delete."""
         with self._store.writing() as session:
             return _changed(session, delete(DownloadRow).where(DownloadRow.id == download_id)) > 0
+
+
+class NoteRepository:
+    """What the app remembers of itself between two runs, by key."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def get(self, key: str) -> str | None:
+        with self._store.reading() as session:
+            row = session.get(NoteRow, key)
+            return None if row is None else row.value
+
+    def put(self, key: str, value: str) -> None:
+        with self._store.writing() as session:
+            session.merge(NoteRow(key=key, value=value))
 
 
 class LoadRepository:

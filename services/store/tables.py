@@ -67,6 +67,13 @@ class DownloadRow(Base):
     finished_at: Mapped[float | None]
 
 
+class NoteRow(Base):
+    __tablename__ = "notes"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
+
+
 class LoadRow(Base):
     __tablename__ = "loads"
     __table_args__ = (Index("ix_loads_key", "model", "engine", "settings_key", "at"),)

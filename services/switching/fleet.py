@@ -6,12 +6,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Protocol
 
 from services.memory.ledger import Holding, holdings_of
 from services.switching.engine import Endpoint, Engine, Instance, Model, Usage
 from services.switching.events import Board, Failure, InstanceState, InstanceView, LoadView, SwitchView
 from services.switching.traffic import Traffic
 
+ACTIVE = "active_model"
+FIND_SECONDS = 30.0
+"""How long after a start what the run before had loaded may turn up; later it was somebody else who loaded it."""
 NOTICEABLE_BYTES = 1_000_000
 """A change of use below this is not worth a new version of the snapshot."""
 
@@ -62,15 +66,35 @@ class Member:
         )
 
 
-class Fleet:
-    """Every instance by model id, the failures, and which model is the active one."""
+class Notes(Protocol):
+    """What is remembered between two runs of the app, by key."""
 
-    def __init__(self, board: Board) -> None:
+    def get(self, key: str) -> str | None: ...
+
+    def put(self, key: str, value: str) -> None: ...
+
+
+class Fleet:
+    """Every instance by model id, the failures, and which model is the active one, also from one run to the next."""
+
+    def __init__(self, board: Board, notes: Notes) -> None:
         self._board = board
+        self._notes = notes
         self._members: dict[str, Member] = {}
         self._failures: dict[str, Failure] = {}
         self._notices: dict[str, str] = {}
-        self.active: str | None = None
+        self._active: str | None = None
+        self._before = notes.get(ACTIVE)
+        self._found_by = time.monotonic() + FIND_SECONDS
+
+    @property
+    def active(self) -> str | None:
+        return self._active
+
+    def activate(self, model_id: str) -> None:
+        """Requests that name no model go to this one from now on."""
+        self._before = None
+        self._note_active(model_id)
 
     def __iter__(self) -> Iterator[Member]:
         return iter(list(self._members.values()))
@@ -91,6 +115,16 @@ class Fleet:
         self._members[member.model.id] = member
         self.forgive(member.model.id)
 
+    def take_in(self, member: Member) -> None:
+        """Add an instance that was found loaded. The active model of the run before is that again once it is found."""
+        self.add(member)
+        if member.state != "running":
+            return
+        if member.model.id == self._before and time.monotonic() < self._found_by:
+            self.activate(member.model.id)
+        elif self._active is None:
+            self._note_active(member.model.id)
+
     def remove(self, member: Member) -> None:
         """Forget an instance that is gone."""
         if self._members.get(member.model.id) is member:
@@ -102,7 +136,7 @@ class Fleet:
         if self.active == member.model.id:
             left = [m for m in self if m.state == "running"]
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
-            self.active = left[-1].model.id if left else None
+            self._note_active(left[-1].model.id if left else None)
 
     def fail(self, model_id: str, cause: str, log_tail: str) -> None:
         self._failures[model_id] = Failure(cause, log_tail, time.time())
@@ -123,6 +157,11 @@ class Fleet:
         """Fresh readings of all; True when one changed noticeably."""
         changed = [member.measure() for member in self]
         return any(changed)
+
+    def _note_active(self, model_id: str | None) -> None:
+        self._active = model_id
+        if model_id is not None and self._before is None:
+            self._notes.put(ACTIVE, model_id)
 
     def publish(self, **more: SwitchView | tuple[str, ...] | None) -> None:
         """Publish the instances as they are now, with `switch`, `last_switch` or `queued` where given."""

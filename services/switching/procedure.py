@@ -121,10 +121,15 @@ class Procedure:
             self._put_away(member)
         Narrator(job, self._fleet).end("failed", error)
 
-    def stop_all(self) -> None:
-        """Stop every instance that needs the app, which is going away. Answers under way get a moment to end."""
-        leaving = [m for m in self._fleet if m.state in ("loading", "unloading") or not m.engine.outlives_app]
-        for member in leaving:
+    def stop_all(self, *, for_good: bool = True) -> None:
+        """Stop every instance that needs the app, which is going away. Answers under way get a moment to end.
+
+        Unless it goes `for_good` the app is back at once, and finds those that are loaded.
+        """
+        for member in self._fleet:
+            stays = member.engine.outlives_app or not for_good
+            if stays and member.state in ("running", "asleep"):
+                continue
             self._hub.await_worker(lambda m=member: m.traffic.drain(LAST_ANSWERS_SECONDS), cancellable=False)  # type: ignore[misc]
             with suppress(EngineError):
                 self._put_away(member)
@@ -159,9 +164,7 @@ class Procedure:
             member.state = "asleep"
         else:
             member.endpoint = instance.wait_ready(lambda _: None, 0)
-        self._fleet.add(member)
-        if self._fleet.active is None and member.state == "running":
-            self._fleet.active = model.id
+        self._fleet.take_in(member)
         log.info("found a model loaded", model=model.id, engine=engine.name, state=member.state)
         return True
 
@@ -180,7 +183,7 @@ class Procedure:
             self._wait_for_room(story, plan)
         member = self._load(model, plan, story, job)
         if job.request.activate or self._fleet.active is None:  # asked now: a second click may have joined meanwhile
-            self._fleet.active = member.model.id
+            self._fleet.activate(member.model.id)
         story.ready()
 
     def _already_there(self, job: Job) -> bool:
@@ -188,7 +191,7 @@ class Procedure:
         if member is None:
             return False
         if job.request.activate:
-            self._fleet.active = job.target
+            self._fleet.activate(job.target)
         self._fleet.publish()
         job.finish("already_loaded")
         return True
@@ -460,5 +463,5 @@ class Procedure:
                     self._load(model, plan, story)
                     restored.append(model_id)
         if story.view.from_model in restored:
-            self._fleet.active = story.view.from_model
+            self._fleet.activate(story.view.from_model)
         return restored

@@ -21,7 +21,7 @@ from services.catalog import Catalog
 from services.config import Settings, Strategy
 from services.switching.engine import Engine, Exit, Instance
 from services.switching.events import Board
-from services.switching.fleet import Fleet, Member
+from services.switching.fleet import Fleet, Member, Notes
 from services.switching.jobs import Cancelled, Job, Replace, Request, SwitchError
 from services.switching.learning import Learned
 from services.switching.plan import Plan
@@ -63,8 +63,11 @@ class _Tick:
     """Something to look at: a worker's result, a new observation."""
 
 
+@dataclass(frozen=True)
 class _Close:
-    """No more jobs."""
+    """No more jobs. `for_good`: whatever needs the app goes too."""
+
+    for_good: bool
 
 
 _Message = _Submit | _Cancel | _Exited | _Dismiss | _Tick | _Close
@@ -81,13 +84,15 @@ class Switcher:
         engines: Mapping[str, Engine],
         planner: Planner,
         learned: Learned,
+        notes: Notes,
     ) -> None:
         self._catalog = catalog
         self._mailbox: queue.Queue[_Message] = queue.Queue()
         self._waiting: deque[Job] = deque()
         self._current: Job | None = None
         self._closing = False
-        self._fleet = Fleet(board)
+        self._for_good = True
+        self._fleet = Fleet(board, notes)
         self._planner = planner
         self._procedure = Procedure(settings, self._fleet, planner, learned, catalog, engines, self)
         self._thread = threading.Thread(target=self._run, name="switcher", daemon=True)
@@ -157,10 +162,13 @@ class Switcher:
         """The job under way."""
         return self._current
 
-    def close(self, timeout: float = 30.0) -> None:
-        """Call off what is under way, stop every instance, and return."""
+    def close(self, timeout: float = 30.0, *, for_good: bool = True) -> None:
+        """Call off what is under way, stop every instance, and return.
+
+        Unless the app goes `for_good`, what is loaded stays: the next run takes it over.
+        """
         if self._thread.is_alive():
-            self._mailbox.put(_Close())
+            self._mailbox.put(_Close(for_good))
             self._thread.join(timeout)
 
     # What the procedure needs while it runs in the switcher's greenlet.
@@ -225,7 +233,7 @@ class Switcher:
                 log.exception("the switcher failed")
         for job in self._waiting:
             job.finish("cancelled", SwitchError("cancelled", "Switchyard is stopping."))
-        self._procedure.stop_all()
+        self._procedure.stop_all(for_good=self._for_good)
 
     def _next(self) -> None:
         if not self._waiting:
@@ -258,7 +266,7 @@ class Switcher:
                 self._fleet.publish(last_switch=None)
                 message.reply.set_result(None)
             case _Close():
-                self._closing = True
+                self._closing, self._for_good = True, message.for_good
                 self._call_off("Switchyard is stopping.", superseded=True)
 
     def _look_around(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import pytest
 
-from tests.support.console import stand_in
+from tests.support.console import Console, stand_in, wait_until
 
 MINI = "switchyard-mini"
 
@@ -90,3 +93,118 @@ def test_every_page_and_answer_carries_the_security_headers(console):
         assert "script-src 'self'" in headers["Content-Security-Policy"]
         assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_switch_model_writes_the_choice_into_the_env_file_of_a_compose_project(start_stand_in, tmp_path):
+    """Seed 000: at once, other lines untouched; a switch that fails leaves what was there before."""
+    path = tmp_path / ".env"
+    path.write_text("# ours\nHF_TOKEN='secret'\nVLLM_MODEL=old\nX=1\n")
+    console = start_stand_in(stand_in("good") + stand_in("bad", "crash_loading"), env_file=path, env_key="VLLM_MODEL")
+    assert console.post("/api/switch-model?model_id=good").status_code == 200
+    assert path.read_text() == "# ours\nHF_TOKEN='secret'\nVLLM_MODEL=good\nX=1\n"
+    console.wait_for(lambda s: s["models"]["good"]["status"] == "running", "the model")
+    assert console.post("/api/switch-model?model_id=nope").status_code == 404
+    console.post("/api/switch-model?model_id=bad")
+    console.wait_for(lambda s: s["models"]["bad"]["status"] == "failed" and not s["switch"], "the failure")
+    wait_until(lambda: "VLLM_MODEL=good" in path.read_text(), "the file to follow")
+    assert console.states()["good"] == "running"
+
+
+def test_nothing_is_switched_when_the_env_file_can_not_be_written(start_stand_in, tmp_path):
+    """The answer says so; the file and the models stay as they are."""
+    console = start_stand_in(stand_in("good"), env_file=tmp_path)
+    answer = console.post("/api/switch-model?model_id=good")
+    assert (answer.status_code, answer.json()["error"]) == (409, "env_file_unusable")
+    assert "Nothing was switched" in answer.json()["message"]
+    assert console.states()["good"] == "stopped"
+
+
+def restart(console: Console) -> None:
+    """Ask for a restart and wait until another process answers."""
+    worker = {child.pid for child in console.children()}
+    answer = console.post("/api/restart-api")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["status"] == "restarting"
+    wait_until(lambda: not worker & {child.pid for child in console.children()}, "the old worker to end")
+
+
+def test_restart_api_restarts_the_app_and_the_models_answer_on(start_console):
+    """Seed 000: the same engine processes, the same active model, the settings read anew, no request refused."""
+    console = start_console(standby="false")
+    console.switch("switchyard-small")
+    console.switch(MINI)
+    before = sorted(process.pid for process in console.engines())
+    assert len(before) == 2
+    config = Path(console.environment["SWITCHYARD_CONFIG"])
+    config.write_text(config.read_text() + 'strategy = "oldest_first"\n')
+    restart(console)
+    assert console.get("/healthz").status_code == 200  # the address stays open: this waits for the new worker
+    states = console.wait_for(
+        lambda s: [m["status"] for m in s["models"].values()] == ["running", "running"], "both to be found"
+    )
+    assert states["active_model"] == MINI
+    assert sorted(process.pid for process in console.engines()) == before
+    assert console.ask("Hello", model="switchyard-small").status_code == 200
+    assert console.ask("Hello").json()["model"]
+    console.post(f"/v1/models/{MINI}/stop")
+    assert len(console.engines()) == 1
+    restart(console)
+    console.wait_for(lambda s: s["active_model"] == "switchyard-small", "it to be found again")
+    assert console.stop() == 0
+    assert all(map(ended, before))
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has: one that was taken over is reaped by whoever is its parent by then."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wrong(start_stand_in):
+    """In both cases the app goes on as it is."""
+    console = start_stand_in(stand_in("slow", "slow_load:60"))
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    answer = console.post("/api/restart-api")
+    assert (answer.status_code, answer.json()["error"]) == (409, "switch_in_progress")
+    console.delete("/v1/models/switch")
+    console.wait_for(lambda s: s["switch"] is None, "the switch to end")
+    config = Path(console.environment["SWITCHYARD_CONFIG"])
+    config.write_text(config.read_text() + "\n[nonsense]\n")
+    answer = console.post("/api/restart-api")
+    assert (answer.status_code, answer.json()["error"]) == (409, "settings_unusable")
+    assert "nonsense" in answer.json()["message"]
+    assert console.get("/healthz").status_code == 200
+
+
+def test_after_a_crash_of_the_app_a_loaded_model_is_taken_over(start_console):
+    """Nothing is loaded again; a model whose settings have changed meanwhile is not the same any more."""
+    console = start_console(standby="false")
+    console.switch(MINI)
+    console.switch("switchyard-small")
+    before = {process.pid for process in console.engines()}
+    console.kill()
+    console.start()
+    found = console.wait_for(lambda s: s["models"]["switchyard-small"]["status"] == "running", "it to be found")
+    assert found["active_model"] == "switchyard-small"
+    assert {process.pid for process in console.engines()} == before
+    console.kill()
+    console.environment["SWITCHYARD_CONTEXT_LENGTH"] = "1024"
+    console.start()
+    wait_until(lambda: all(map(ended, before)), "the old engines to be ended")
+    assert set(console.states().values()) == {"stopped"}
+
+
+def test_the_end_of_an_engine_that_was_taken_over_is_noticed(start_console):
+    """Nobody tells us of it, as it is no child of ours any more."""
+    console = start_console(standby="false")
+    console.switch(MINI)
+    console.kill()
+    console.start()
+    console.wait_for(lambda s: s["models"][MINI]["status"] == "running", "it to be found")
+    (engine,) = console.engines()
+    engine.kill()
+    failed = console.wait_for(lambda s: s["models"][MINI]["status"] == "failed", "its end to be noticed")
+    assert "ended" in failed["models"][MINI]["error"]
+    console.switch(MINI)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.support.console import DEMO_MODELS, Console, wait_until
+from tests.support.console import DEMO_MODELS, Console, stand_in, wait_until
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 
@@ -212,15 +212,16 @@ def test_sigterm_ends_every_process(console):
     assert not alive
 
 
-def test_what_a_crash_leaves_behind_is_ended_at_the_next_start(console):
-    """SIGKILL to the app leaves the engine running; the next start finds it by its record and ends it."""
-    console.switch(MINI)
+def test_what_a_crash_leaves_half_loaded_is_ended_at_the_next_start(start_stand_in):
+    """SIGKILL to the app leaves the engine running; the next start finds it by its record, and nobody followed it."""
+    console = start_stand_in(stand_in("slow", "slow_load:60"))
+    console.post("/v1/models/switch", {"target_model": "slow"})
     engines = console.engines()
     console.kill()
     assert any(p.is_running() for p in engines)
     console.start()
     wait_until(lambda: not any(_alive(p) for p in engines), "the engines of the earlier run to be gone")
-    assert console.states()[MINI] == "stopped"
+    assert console.states()["slow"] == "stopped"
 
 
 def test_a_second_copy_on_the_same_state_folder_says_why_it_does_not_start(console, start_console):

@@ -92,6 +92,43 @@ def test_the_next_run_ends_an_engine_and_leaves_a_service_alone(state: Path) -> 
     service.stop(GRACE)
 
 
+def test_an_engine_that_answered_can_be_taken_over_by_the_next_run(state: Path) -> None:
+    """With all that is needed to go on with it, for this user's eyes alone; its end is noticed, and its record goes."""
+    engine = Run(state).start(service=None)
+    registry = ProcessRegistry(state)
+    assert registry.engines() == []
+    registry.note_ready(engine.pid, name="m", address="http://127.0.0.1:1", log=str(engine.log_path), spec="s", key="k")
+    assert registry.end_leftovers() == []
+    (record,) = registry.engines()
+    assert (record.pid, record.name, record.address, record.spec, record.key) == (
+        engine.pid,
+        "m",
+        "http://127.0.0.1:1",
+        "s",
+        "k",
+    )
+    assert "'k'" not in repr(record)
+    path = state / "processes" / f"{engine.pid}.json"
+    assert path.stat().st_mode & 0o077 == 0
+    ends: list[int | None] = []
+    found = registry.take_over(record, ends.append)
+    assert found.log_tail() == engine.log_tail()
+    found.stop(GRACE)
+    wait_until(lambda: ends == [None], "its end to be noticed")
+    assert not path.exists()
+
+
+def test_an_engine_that_nobody_takes_over_is_ended(state: Path) -> None:
+    """By the one who looked through them."""
+    engine = Run(state).start(service=None)
+    registry = ProcessRegistry(state)
+    registry.note_ready(engine.pid, name="m", address="http://127.0.0.1:1", log="", spec="", key="")
+    (record,) = registry.engines()
+    registry.end(record)
+    assert engine.wait(GRACE)
+    assert registry.engines() == []
+
+
 def test_a_record_of_an_older_version_is_an_engine_s(state: Path) -> None:
     """Records had no role once: pid, start time and program only."""
     engine = Run(state).start(service=None)

@@ -26,14 +26,16 @@ from services.engines.llamacpp.gguf import (
     split_parts,
 )
 from services.engines.llamacpp.instance import LlamaCppInstance
-from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, Order
-from services.engines.processes import ProcessRegistry
+from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
+from services.engines.processes import GroupLeader, ProcessRegistry, Record
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, LoadFailed, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, Endpoint, EngineError, GpuBytes, LoadFailed, Model, Need, OnExit
 
 log = structlog.get_logger(__name__)
 
 REPACKED_SHARE = 0.1
+ADOPT_SECONDS = 2.0
+"""How long a process that was left behind may take to answer, and to stop if it doesn't."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class LlamaCpp:
         self._parallel = parallel
         self._gpu_bytes = gpu_bytes
         self._files: dict[Path, _File] = {}
+        self._registry = registry
+        self._left: dict[str, Record] | None = None
         self._launcher: Launcher = (
             NativeLauncher(native_server, registry) if native_server else EmbeddedLauncher(registry, standby=standby)
         )
@@ -111,6 +115,17 @@ class LlamaCpp:
         if model.fault:
             raise LoadFailed(model.fault)
         key = secrets.token_urlsafe(24)
+
+        def note(process: GroupLeader, endpoint: Endpoint) -> None:
+            self._registry.note_ready(
+                process.pid,
+                name=model.id,
+                address=endpoint.origin,
+                log=str(process.log_path),
+                spec=self._spec(model),
+                key=key,
+            )
+
         header = self._look(self._path(model)).header
         order = Order(
             path=model.source,
@@ -122,13 +137,40 @@ class LlamaCpp:
             device=_device(model),
             arguments=tuple(str(a) for a in _list(model.options.get("arguments"))),
         )
-        return LlamaCppInstance(model, key, order, self._launcher, on_exit, self._gpu_bytes)
+        return LlamaCppInstance(
+            model,
+            key,
+            order.device,
+            lambda ended: self._launcher.start(order, key, ended),
+            on_exit,
+            self._gpu_bytes,
+            note,
+        )
 
-    def loaded(self, _models: Sequence[Model], /) -> Collection[Model]:
-        return ()  # its processes are children of the app: none is there that wasn't launched here
+    def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
+        if self._left is None:
+            self._left = self._take_stock(models)
+        return [model for model in models if model.id in self._left]
 
-    def adopt(self, _model: Model, _on_exit: OnExit, /) -> None:
-        return None
+    def adopt(self, model: Model, on_exit: OnExit, /) -> LlamaCppInstance | None:
+        record = self._left.pop(model.id, None) if self._left else None
+        if record is None:
+            return None
+
+        def find(ended: OnEnd) -> Started:
+            return Started(self._registry.take_over(record, ended), record.address)
+
+        try:
+            instance = LlamaCppInstance(model, record.key, _device(model), find, on_exit, self._gpu_bytes)
+        except psutil.NoSuchProcess:
+            return None
+        try:
+            instance.wait_ready(lambda _: None, ADOPT_SECONDS)
+        except LoadFailed as error:
+            log.warning("an engine that was left behind does not answer", model=model.id, reason=str(error))
+            instance.stop(ADOPT_SECONDS)
+            return None
+        return instance
 
     def remove(self, model: Model) -> None:
         path = self._path(model)
@@ -148,6 +190,20 @@ class LlamaCpp:
 
     def close(self) -> None:
         self._launcher.close()
+
+    def _take_stock(self, models: Sequence[Model]) -> dict[str, Record]:
+        """What an earlier run of the app left loaded, by model. What nobody would load like that is ended."""
+        specs = {model.id: self._spec(model) for model in models}
+        left = {}
+        for record in self._registry.engines():
+            if specs.get(record.name) == record.spec and record.name not in left:
+                left[record.name] = record
+            else:
+                self._registry.end(record)
+        return left
+
+    def _spec(self, model: Model) -> str:
+        return f"{self.settings_key(model)} {model.source}"
 
     def _path(self, model: Model) -> Path:
         path = Path(model.source).expanduser()

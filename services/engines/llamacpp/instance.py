@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 import requests
 
-from services.engines.llamacpp.launch import Launcher, Order, Started
-from services.engines.processes import say_exit
+from services.engines.llamacpp.launch import OnEnd, Started
+from services.engines.processes import GroupLeader, say_exit
 from services.http import control_session
 from services.switching.engine import (
     HOST_DEVICE,
@@ -33,21 +34,32 @@ PROBE_TIMEOUT = 5.0
 
 
 class LlamaCppInstance(Sleepless):
-    """One llama.cpp server process and the model in it."""
+    """One llama.cpp server process and the model in it.
+
+    `start` brings the process up, or finds it; `on_warm` is told once it has given its first token.
+    """
 
     def __init__(
-        self, model: Model, key: str, order: Order, launcher: Launcher, on_exit: OnExit, gpu_bytes: GpuBytes
+        self,
+        model: Model,
+        key: str,
+        device: str,
+        start: Callable[[OnEnd], Started],
+        on_exit: OnExit,
+        gpu_bytes: GpuBytes,
+        on_warm: Callable[[GroupLeader, Endpoint], None] = lambda _process, _endpoint: None,
     ) -> None:
         self.model = model
-        self._device = order.device
+        self._device = device
         self._gpu_bytes = gpu_bytes
+        self._on_warm = on_warm
         self._on_exit = on_exit
         self._stopping = threading.Event()
         self._http = control_session({"Authorization": f"Bearer {key}"})
         self._endpoint: Endpoint | None = None
         self._key = key
         self._launched_at = time.monotonic()
-        self._started: Started = launcher.start(order, key, self._ended)
+        self._started = start(self._ended)
 
     @property
     def pid(self) -> int:
@@ -78,6 +90,7 @@ class LlamaCppInstance(Sleepless):
             raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
         if answer.status_code != 200:
             raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
+        self._on_warm(self._started.process, self._endpoint)
 
     def usage(self) -> Usage | None:
         if self._device != HOST_DEVICE:
@@ -99,9 +112,9 @@ class LlamaCppInstance(Sleepless):
     def warning(self) -> str | None:
         return None
 
-    def _ended(self, code: int) -> None:
+    def _ended(self, code: int | None) -> None:
         if not self._stopping.is_set():
-            self._on_exit(Exit(f"Its process {say_exit(code)}"))
+            self._on_exit(Exit(f"Its process {'ended' if code is None else say_exit(code)}"))
 
     def _fail_if_gone(self) -> None:
         process = self._started.process

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import psutil
 
-from services.engines.processes import ChildProcess, ProcessRegistry
+from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry
 from services.switching.engine import HOST_DEVICE, EngineError
 
 PROGRAM = Path(__file__).with_name("server.py")
@@ -23,7 +23,8 @@ STANDBY_STOP_SECONDS = 2.0
 SETTLE_SECONDS = 0.5
 """How long after a load the next process is started ahead: not while the first token is being waited for."""
 
-OnEnd = Callable[[int], None]
+OnEnd = Callable[[int | None], None]
+"""Takes the exit code as subprocess counts, None when nobody can say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Started:
     when it begins with the model, so all it reads counts from its start.
     """
 
-    def __init__(self, process: ChildProcess, origin: str | None = None) -> None:
+    def __init__(self, process: GroupLeader, origin: str | None = None) -> None:
         self.process = process
         self._origin = origin
         self._before: tuple[int, int] | None = None if origin is None else (0, 0)
