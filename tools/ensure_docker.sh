@@ -1,12 +1,18 @@
 #!/bin/sh
-# Installs Debian's Docker engine for the tests, where there is none yet; they run a daemon of their own. It needs ps to
-# list the processes of a container.
+# Installs what the tests of containers need from Debian, where it is missing: the Docker engine (they run a daemon of
+# their own, which needs ps to list the processes of a container), Compose, and what the app's image is made of.
 set -eu
-for folder in $(echo "$PATH" | tr ':' ' ') /usr/sbin /sbin; do
-    if [ -x "$folder/dockerd" ]; then exit 0; fi
+PATH="$PATH:/usr/sbin:/sbin"
+missing=""
+if ! command -v dockerd >/dev/null; then missing="docker.io"; fi
+if ! command -v docker-compose >/dev/null; then missing="$missing docker-compose"; fi
+for package in procps libgomp1 tini; do
+    if ! dpkg --status "$package" >/dev/null 2>&1; then missing="$missing $package"; fi
 done
+if [ -z "$missing" ]; then exit 0; fi
 as_root=""
 if [ "$(id -u)" -ne 0 ]; then as_root="sudo"; fi
-echo "Installing Docker for the tests" >&2
+echo "Installing for the tests of containers: $missing" >&2
 $as_root apt-get update -qq
-DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends docker.io procps >/dev/null
+# shellcheck disable=SC2086 # several words
+DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing >/dev/null

@@ -77,7 +77,7 @@ class DockerEngine:
             self._process = subprocess.Popen(
                 [
                     *("setpriv", "--pdeathsig", "TERM"),  # it must not outlive a test run that is killed
-                    *(_program("dockerd"), "--config-file", str(self._folder / "daemon.json")),
+                    *(program("dockerd"), "--config-file", str(self._folder / "daemon.json")),
                     *("--data-root", str(self._folder / "data"), "--exec-root", str(self._folder / "exec")),
                     *("--pidfile", str(self._folder / "pid"), "--host", self.host, "--log-level", "warn"),
                     *("--containerd-namespace", self._bridge, "--containerd-plugins-namespace", f"{self._bridge}p"),
@@ -205,7 +205,7 @@ def _pack_python(file: IO[bytes]) -> list[Path]:
     """Write the stand-in's root folder as a tar; the shared libraries that are in it."""
     python, library = Path(sys.executable).resolve(), Path(os.__file__).parent
     extensions = [path for path in library.glob("lib-dynload/*.so") if "tkinter" not in path.name]
-    libraries = _libraries(python, *extensions)
+    libraries = libraries_of(python, *extensions)
     with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:
         for folder in ("tmp", "root", "etc"):
             entry = tarfile.TarInfo(folder)
@@ -222,7 +222,7 @@ def _pack_python(file: IO[bytes]) -> list[Path]:
     return libraries
 
 
-def _libraries(*programs: Path) -> list[Path]:
+def libraries_of(*programs: Path) -> list[Path]:
     """The shared libraries that programs need, as the loader finds them here."""
     found = subprocess.run(["ldd", *programs], capture_output=True, text=True, timeout=60, check=True)
     return sorted({Path(path) for path in re.findall(r"(/\S+) \(0x", found.stdout)})
@@ -234,7 +234,7 @@ def _listens(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """Where a program is; those that root starts need not be on the path."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     assert found is not None, f"{name} is missing: run tools/ensure_docker.sh"
