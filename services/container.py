@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from services.providers.local_services import OllamaService, find_ollama
 from services.restart import Restart
 from services.status import StatusService
 from services.store.database import Store
+from services.store.records import new_id
 from services.store.repository import (
     ConversationRepository,
     DownloadRepository,
@@ -117,6 +117,7 @@ def build_services(settings: Settings) -> Services:
     registry.end_leftovers()
     registry.prune_logs()
     store = open_store(settings.state_dir / "switchyard.db")
+    notes = NoteRepository(store)
     devices = DeviceMonitor(settings.memory_budget_bytes)
     board = Board()
     service = OllamaService(
@@ -130,13 +131,13 @@ def build_services(settings: Settings) -> Services:
     engines: dict[str, Engine] = {
         "llamacpp": _llamacpp(settings, registry, devices),
         "ollama": ollama,
-        "vllm": _vllm(settings, devices),
+        "vllm": _vllm(settings, devices, _owner(notes)),
     }
     catalog = Catalog(settings.models, engines)
     catalog.on_change(board.publish)
     learned = Learned(LoadRepository(store))
     planner = Planner(settings, board, catalog, engines, devices, learned)
-    switcher = Switcher(settings, board, catalog, engines, planner, learned, NoteRepository(store))
+    switcher = Switcher(settings, board, catalog, engines, planner, learned, notes)
     downloads = _downloads(settings, store, registry, ollama, catalog)
     updates = UpdateCheck(
         ollama.installed,
@@ -188,8 +189,17 @@ def _ollama(settings: Settings, service: OllamaService, devices: DeviceMonitor) 
     )
 
 
-def _vllm(settings: Settings, devices: DeviceMonitor) -> Vllm:
-    owner = hashlib.sha256(str(settings.state_dir.resolve()).encode()).hexdigest()[:12]
+def _owner(notes: NoteRepository) -> str:
+    """What tells the containers of this Switchyard from those of another one on the same engine.
+
+    Its state's own: the path of the state folder is the same in every container that Switchyard itself runs in.
+    """
+    owner = notes.get("owner") or new_id()[:12]
+    notes.put("owner", owner)
+    return owner
+
+
+def _vllm(settings: Settings, devices: DeviceMonitor, owner: str) -> Vllm:
     passed_on = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
     return Vllm(
         DockerRuntime(settings.docker_host),

@@ -200,18 +200,20 @@ def test_a_stop_that_comes_while_it_starts_is_obeyed(boxed):
     assert time.monotonic() - begun < 10
 
 
-def test_what_a_killed_worker_leaves_behind_is_reaped(compose, boxed):
-    """Its engines are ended by the next worker and end as no zombies; so does an orphan that nobody knows."""
+def test_what_a_killed_worker_leaves_behind_is_taken_over_or_reaped(compose, boxed):
+    """The loaded engine goes on; the one that stood by ends as no zombie, and so does an orphan that nobody knows."""
     boxed.id = compose().up()
     boxed.await_ready()
     boxed.switch("switchyard-mini")
     worker = boxed.worker
-    engines = worker.children(recursive=True)
-    assert engines
+    wait_until(lambda: len(worker.children()) == 2, "the next engine to stand by")
+    engines = worker.children()
     assert boxed.run("sh", "-c", "sleep 0.1 &")[0] == 0
     worker.kill()
-    wait_until(lambda: not any(p.is_running() for p in (worker, *engines)), "worker and engines to be gone")
+    wait_until(lambda: not worker.is_running(), "the worker to be gone")
     boxed.await_ready()
+    boxed.wait_for(lambda s: s["models"]["switchyard-mini"]["status"] == "running", "the model to be found")
+    wait_until(lambda: len([p for p in engines if p.is_running()]) == 1, "the engine that stood by to be gone")
     wait_until(lambda: psutil.STATUS_ZOMBIE not in boxed.states.values(), "zombies to be reaped")
     assert "sleep" not in boxed.states
     assert boxed.ask("Hello", model="switchyard-mini").status_code == 200
