@@ -156,6 +156,33 @@ def test_status_answers_while_docker_hangs(start, docker):
         assert console.get("/models").status_code == 200
 
 
+def test_a_daemon_restarted_during_a_load_ends_it_with_the_truth_and_the_next_one_works(start, docker):
+    """All its containers end with it: the load fails in words, no model is said to run that doesn't."""
+    console = start(entry(A) + entry(B, hang_at="loading_weights"))
+    console.switch(A)
+    console.post("/v1/models/switch", {"target_model": B})
+    wait_until(lambda: running(docker) == [A, B], "the container to start")
+    with docker.stopped():
+        found = console.wait_for(lambda s: s["switch"] is None, "the switch to end")
+        assert found["models"][B]["status"] == "failed"
+        found = console.wait_for(lambda s: s["models"][A]["status"] != "running", "the loss of the other to be noticed")
+        assert found["active_model"] is None
+    console.switch(A)
+    assert console.ask("Hello", model=A).status_code == 200
+
+
+def test_a_container_removed_behind_our_back_is_a_failure_and_is_made_again(start, docker):
+    """Its model is said to have failed, and why; the next switch makes another."""
+    console = start(entry(A))
+    console.switch(A)
+    (container,) = docker.client.containers()
+    docker.client.remove_container(container["Id"], force=True)
+    found = console.wait_for(lambda s: s["models"][A]["status"] == "failed", "the loss to be noticed")
+    assert "removed" in found["models"][A]["error"]
+    console.switch(A)
+    assert running(docker) == [A]
+
+
 def test_without_docker_the_switch_says_what_to_do(start_console):
     """Its own message with the next step; the other models are not concerned."""
     console = start_console(toml=entry(A), docker_host="unix:///nowhere/docker.sock")

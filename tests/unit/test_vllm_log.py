@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engines.vllm.facts import Facts
+from services.engines.vllm.facts import Facts, footprint
 from services.engines.vllm.log import LONGEST_LINE, VllmLog, says_failure, says_progress
 from services.switching.engine import Evidence
 from services.switching.progress import ORDER
@@ -174,6 +174,7 @@ def test_a_recorded_start_tells_what_it_took():
         max_concurrency=128.0,
         init_seconds=3.04,
     )
+    assert footprint(Facts(kv_cache_bytes=GIB)) is None
 
 
 def test_0_5_is_understood():
@@ -215,6 +216,7 @@ def test_0_6_is_understood():
         graph_seconds=34.0,
         init_seconds=37.47,
     )
+    assert footprint(log.facts) == pytest.approx((7.1694 + 26.60 + 0.41 + 1) * GIB, abs=4)
 
 
 def test_0_8_is_understood():

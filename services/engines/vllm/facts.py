@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 GIB = 2**30
+CONTEXT_BYTES = GIB
+"""What CUDA's context takes of a device beside what is allocated in it, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,16 @@ class Facts:
     graph_bytes: int | None = None
     graph_seconds: float | None = None
     init_seconds: float | None = None
+
+
+def footprint(facts: Facts) -> int | None:
+    """What one device holds of a server that is ready, as it said itself; None when it said too little.
+
+    Its weights, its cache and its graphs, and the device's context, which it doesn't mention.
+    """
+    if facts.weights_bytes is None or facts.kv_cache_bytes is None:
+        return None
+    return facts.weights_bytes + facts.kv_cache_bytes + (facts.graph_bytes or 0) + CONTEXT_BYTES
 
 
 def learn(facts: Facts, line: str) -> Facts:

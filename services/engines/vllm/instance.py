@@ -25,6 +25,7 @@ from services.engines.containers.port import (
     RuntimeHangs,
     Stream,
 )
+from services.engines.vllm.facts import footprint
 from services.engines.vllm.log import VllmLog
 from services.engines.vllm.spec import SLEEP_FLAG
 from services.http import control_session
@@ -49,6 +50,7 @@ PROBE_SECONDS = 2.0
 MEASURE_SECONDS = 2.0
 TAIL_LINES = 60
 AGAIN_SECONDS = 0.5
+SIGKILLED = 137
 KEPT_ASLEEP = 2 * 2**30
 """What one that sleeps keeps of its GPU, as long as it wasn't measured: 1 to 2 GiB (vLLM 0.11 to 0.33)."""
 
@@ -311,7 +313,20 @@ class VllmInstance:
         if failure is not None:
             self._tell(Exit(f"{failure.cause.rstrip('.')}. {failure.advice.rstrip('.')}"))
         else:
-            self._tell(Exit("Docker went away, and the container with it" if code is None else say_exit(code)))
+            self._tell(Exit("Docker went away, and the container with it" if code is None else self._say_end(code)))
+
+    def _say_end(self, code: int) -> str:
+        """How a container that was ready ended. One removed by force is killed first, and gone a moment later."""
+        assert self._container is not None
+        if code == SIGKILLED:
+            self._stopping.wait(AGAIN_SECONDS)
+        try:
+            ended = self._runtime.inspect(self._container.id)
+        except ContainerGone:
+            return "Its container was removed"
+        except ContainerError:
+            return say_exit(code)
+        return "The system ran out of memory and ended its container" if ended.oom_killed else say_exit(code)
 
     def _gone_with_its_runtime(self) -> bool:
         """Whether it no longer answers while nobody can say what became of its container."""
@@ -383,6 +398,10 @@ class VllmInstance:
         while not self._ended.wait(MEASURE_SECONDS):
             self._measure()
 
+    def _said_to_hold(self) -> int:
+        """By its log, where the driver doesn't tell what a process holds (WSL, MIG, another pid namespace)."""
+        return KEPT_ASLEEP if self._asleep else footprint(self._log.facts) or 0
+
     def _measure(self) -> None:
         """Take a reading of what its processes hold; Docker is asked here so that `usage` never has to wait for it."""
         if self._container is None:
@@ -394,7 +413,7 @@ class VllmInstance:
         if self._device == HOST_DEVICE:
             held = sum(_resident(pid) for pid in pids)
         else:
-            held = self._gpu_bytes(self._device, pids)
+            held = self._gpu_bytes(self._device, pids) or self._said_to_hold()
         if held:  # asleep, its weights are in this machine's RAM
             self._usage = Usage(self._device, held, spilled_bytes=sum(map(_resident, pids)) if self._asleep else 0)
 
@@ -426,7 +445,7 @@ def sleeps(http: requests.Session, origin: str) -> bool | None:
 
 def say_exit(code: int) -> str:
     """An exit code in words. Code 0 is no success: nobody asked it to end."""
-    words = {0: "by itself, as if all were well", 137: "by SIGKILL, as the system does when memory runs out"}
+    words = {0: "by itself, as if all were well", SIGKILLED: "by SIGKILL"}
     return f"Its container ended {words.get(code, f'with exit code {code}')}"
 
 
