@@ -18,9 +18,10 @@ from services.engines.vllm.spec import VllmSettings, container_name, required_by
 from services.memory.ledger import Reading
 from services.switching.engine import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
-from tests.fakes.gpu.pynvml import TOTAL_BYTES, nvmlDeviceGetComputeRunningProcesses
+from tests.fakes.gpu.pynvml import TOTAL_BYTES, held_on
 from tests.support.console import wait_until
 from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.vllm import GPU_NAME, ON_GPU
 
 HOST = Reading("host", "System memory", "host", 16 * 10**9, 12 * 10**9)
 GPU = Reading("GPU-1", "Stand-in GPU", "gpu", TOTAL_BYTES, TOTAL_BYTES)
@@ -28,12 +29,12 @@ OWNER = "test"
 
 
 def model(name: str, **faults: object) -> Model:
-    environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0.4, "gpu_bytes": TOTAL_BYTES, **faults})}
+    environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0.4, **ON_GPU, **faults})}
     return Model(name, "vllm", f"org/{name}", size_bytes=10_000_000, options={"environment": environment})
 
 
 def _gpu_bytes(_device: str, pids: Collection[int]) -> int:
-    return sum(p.usedGpuMemory for p in nvmlDeviceGetComputeRunningProcesses(0) if p.pid in pids)
+    return sum(size for pid, size in held_on(GPU_NAME) if pid in pids)
 
 
 def _serves(endpoint: Endpoint) -> bool:

@@ -15,7 +15,8 @@ variable FAKE_VLLM holds its switches as a JSON object:
     refuse_sleep: true     answers /sleep with an error
     refuse_wake: true      answers /wake_up with an error
     exit_asleep: true      ends by itself once it sleeps
-    gpu_bytes: N           the size of the stand-in GPU, of which it claims what --gpu-memory-utilization says
+    gpu: NAME              the stand-in GPU (`tests/fakes/gpu`) that it runs on
+    gpu_bytes: N           that GPU's size, of which it claims what --gpu-memory-utilization says
     asleep_bytes: N        what it keeps of that while it sleeps (1.5 GB)
     crash_answering: true  ends in the middle of an answer
     slow_tokens: S         waits that long before each token
@@ -127,13 +128,14 @@ def staged(pieces: list[bytes]) -> Iterator[tuple[str | None, bytes]]:
 
 def claim(arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
     """Take what it was told to of the stand-in GPU."""
-    if "gpu_bytes" in faults:
-        hold(int(faults["gpu_bytes"] * float(arguments.gpu_memory_utilization or 0.92)))
+    if "gpu" in faults:
+        hold(int(faults["gpu_bytes"] * float(arguments.gpu_memory_utilization or 0.92)), faults)
 
 
-def hold(size: int) -> None:
-    """Hold that much of it: its driver (`tests/fakes/gpu`) looks here."""
-    Path("/tmp/gpu_bytes").write_text(str(size))
+def hold(size: int, faults: dict[str, Any]) -> None:
+    """Hold that much of it: its driver looks here."""
+    if "gpu" in faults:
+        Path(f"/tmp/gpu_{faults['gpu']}").write_text(str(size))
 
 
 def enter(stage: str, arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
@@ -212,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._error(500, "the stand-in refuses to sleep", "InternalServerError")
             else:
                 self.server.sleep_level = int(parse_qs(url.query).get("level", ["1"])[0])
-                hold(self.server.faults.get("asleep_bytes", ASLEEP_BYTES))
+                hold(self.server.faults.get("asleep_bytes", ASLEEP_BYTES), self.server.faults)
                 self._reply(200, b"", "text/plain")
                 if self.server.faults.get("exit_asleep"):
                     os._exit(0)

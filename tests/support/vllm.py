@@ -1,18 +1,23 @@
-"""vLLM models for consoles in tests: entries of the settings file, and what a console needs to run them."""
+"""vLLM models in tests: entries of the settings file, and what a console needs to run them."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from tests.fakes.gpu.pynvml import TOTAL_BYTES
 from tests.support.console import ROOT
 from tests.support.docker import STAND_IN_IMAGE, DockerEngine
 
+GPU_NAME = f"of_run_{os.getpid()}"
+ON_GPU = {"gpu": GPU_NAME, "gpu_bytes": TOTAL_BYTES}
+"""The switches of a stand-in vLLM on this run's stand-in GPU."""
+
 
 def gpu_entry(model: str, *, required_gb: float = 60, **faults: object) -> str:
     """A `[[models]]` table for a model on the stand-in GPU of 80 GB, with the stand-in vLLM's switches."""
-    fake = json.dumps({"load_seconds": 0.6, "gpu_bytes": TOTAL_BYTES, **faults})
+    fake = json.dumps({"load_seconds": 0.6, **ON_GPU, **faults})
     return (
         f'[[models]]\nid = "{model}"\nengine = "vllm"\nsource = "{model}"\nsize_gb = 0.05\n'
         f"required_gb = {required_gb}\n"
@@ -27,7 +32,7 @@ def on_gpu(docker: DockerEngine, folder: Path) -> dict[str, object]:
         "docker_host": docker.host,
         "hub_cache_dir": folder / "hub",
         "vllm_cache_dir": folder / "compiled",
-        "environment": {"PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu")},
+        "environment": {"PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu"), "STAND_IN_GPU": GPU_NAME},
     }
 
 

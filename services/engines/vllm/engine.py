@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import structlog
 
 from services.engines.containers.port import Container, ContainerError, ContainerRuntime
-from services.engines.vllm.instance import GpuHeld, VllmInstance, answers, origin_of, sleeps
+from services.engines.vllm.instance import GpuHeld, VllmInstance
+from services.engines.vllm.server import server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.http import control_session
 from services.memory.ledger import Reading
@@ -184,9 +185,9 @@ class Vllm:
             model = self._models.get(container.model or "")
             if container.state != "running":
                 continue
-            origin = origin_of(container)
-            if model is not None and origin is not None and answers(self._http, origin, model.id):
-                ready[model.id] = Found(container, sleeps(self._http, origin) is True)
+            server = server_in(container, self._http, model.id) if model is not None else None
+            if model is not None and server is not None and server.answers():
+                ready[model.id] = Found(container, server.is_asleep() is True)
             elif container.id not in known and not self._tidied:
                 log.warning("removing a container that an earlier run left behind", name=container.name)
                 self._runtime.remove(container.id)

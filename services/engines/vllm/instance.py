@@ -27,6 +27,7 @@ from services.engines.containers.port import (
 )
 from services.engines.vllm.facts import footprint
 from services.engines.vllm.log import VllmLog
+from services.engines.vllm.server import VllmServer, server_in
 from services.engines.vllm.spec import SLEEP_FLAG
 from services.http import control_session
 from services.switching.engine import (
@@ -46,7 +47,6 @@ from services.switching.engine import (
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 0.05
-PROBE_SECONDS = 2.0
 MEASURE_SECONDS = 2.0
 TAIL_LINES = 60
 AGAIN_SECONDS = 0.5
@@ -91,14 +91,14 @@ class VllmInstance:
         self._news: list[Evidence] = []
         self._container = running
         self._stream: Stream[bytes] | None = None
-        self._endpoint: Endpoint | None = None
+        self._server: VllmServer | None = None
         self._usage: Usage | None = None
         self._tail = ""
         self._asleep = asleep
         self._kept_asleep: int | None = None
         self._http = control_session()
         if running is not None:
-            self._endpoint = self._where(running)
+            self._server = server_in(running, self._http, model.id)
             threading.Thread(target=self._outlive, name="vllm-adopted", daemon=True).start()
 
     @property
@@ -111,8 +111,8 @@ class VllmInstance:
 
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
         deadline = time.monotonic() + timeout
-        if self._endpoint is not None:
-            return self._endpoint
+        if self._server is not None:
+            return self._server.endpoint
         try:
             container_id = self._bring_up(report)
             return self._follow(container_id, report, deadline)
@@ -123,13 +123,14 @@ class VllmInstance:
             raise LoadFailed(str(error), self.log_tail()) from None
 
     def warm_up(self, timeout: float) -> None:
-        assert self._endpoint is not None, "wait_ready comes first"
-        hello = [{"role": "user", "content": "Hello"}]
-        answer = self._ask("/v1/chat/completions", {"messages": hello}, timeout)
-        if answer.status_code == 400:  # a base model has no template for chats
-            answer = self._ask("/v1/completions", {"prompt": "Hello"}, timeout)
-        if answer.status_code != 200:
-            raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
+        assert self._server is not None, "wait_ready comes first"
+        try:
+            refusal = self._server.first_token(timeout)
+        except requests.RequestException as error:
+            self._fail_if_stopped()
+            raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
+        if refusal is not None:
+            raise LoadFailed(f"Its first answer was an error: {refusal}", self.log_tail())
 
     def usage(self) -> Usage | None:
         return self._usage
@@ -145,7 +146,7 @@ class VllmInstance:
         except ContainerGone:
             pass
         except ContainerError:
-            if self._endpoint is not None and not self._ended.is_set():
+            if self._server is not None and not self._ended.is_set():
                 self._stopping.clear()  # it serves on, and its end has to be noticed
             raise
         assert self._container is not None
@@ -167,23 +168,23 @@ class VllmInstance:
         return Rest(self._kept_asleep or KEPT_ASLEEP, weights)
 
     def sleep(self, timeout: float) -> None:
-        """Level 1: the weights go to this machine's RAM, the KV cache is dropped."""
-        if not self._order("/sleep?level=1", timeout) or not self._sleeps():
+        assert self._server is not None
+        if not self._server.sleep(timeout):
             raise EngineError(f"{self.model.id} did not go to sleep.")
         self._asleep = True
         self._measure()
         self._kept_asleep = self._usage.bytes if self._usage is not None else None
 
     def wake(self, report: Report, timeout: float) -> Endpoint:
-        assert self._endpoint is not None
+        assert self._server is not None
         report(Evidence("loading_weights", None, "waking up"))
-        woken = self._order("/wake_up", timeout)
+        woken = self._server.wake(timeout)
         self._fail_if_stopped()
-        if not woken or self._sleeps() is not False:
+        if not woken:
             raise LoadFailed("It did not wake up.", self.log_tail())
         self._asleep = False
         self._measure()
-        return self._endpoint
+        return self._server.endpoint
 
     def log_tail(self) -> str:
         if self._container is not None and not self._tail:
@@ -251,6 +252,8 @@ class VllmInstance:
     def _follow(self, container_id: str, report: Report, deadline: float) -> Endpoint:
         """Until it is healthy and lists the model. Raises LoadFailed with the first cause in its log."""
         report(Evidence("loading_weights", None, "starting vLLM"))
+        assert self._container is not None
+        server = server_in(self._container, self._http, self.model.id)
         while True:
             with self._lock:
                 news, self._news = self._news, []
@@ -261,12 +264,11 @@ class VllmInstance:
                 raise self._failure(container_id)
             if time.monotonic() > deadline:
                 raise LoadFailed("It was not ready in time. Its log says how far it came.", self.log_tail())
-            endpoint = self._where(self._container)
-            if endpoint is not None and self._answers(endpoint):
-                self._endpoint = endpoint
+            if server is not None and server.answers():
+                self._server = server
                 self._measure()
                 threading.Thread(target=self._keep_measuring, name="vllm-memory", daemon=True).start()
-                return endpoint
+                return server.endpoint
             self._ended.wait(LOOK_SECONDS)
 
     def _listen(self, stream: Stream[bytes]) -> None:
@@ -330,11 +332,11 @@ class VllmInstance:
 
     def _gone_with_its_runtime(self) -> bool:
         """Whether it no longer answers while nobody can say what became of its container."""
-        return self._endpoint is None or not self._answers(self._endpoint)
+        return self._server is None or not self._server.answers()
 
     def _tell(self, exit: Exit) -> None:
         self._ended.set()
-        if not self._stopping.is_set() and self._endpoint is not None:
+        if not self._stopping.is_set() and self._server is not None:
             self._on_exit(exit)
 
     def _failure(self, container_id: str) -> LoadFailed:
@@ -362,38 +364,6 @@ class VllmInstance:
             with suppress(ContainerError):
                 self._tail = self._runtime.logs_tail(self._container.id, TAIL_LINES)
 
-    def _where(self, container: Container | None) -> Endpoint | None:
-        origin = origin_of(container) if container is not None else None
-        return Endpoint(origin, model=self.model.id) if origin is not None else None
-
-    def _answers(self, endpoint: Endpoint) -> bool:
-        return answers(self._http, endpoint.origin, self.model.id)
-
-    def _ask(self, path: str, question: dict[str, object], timeout: float) -> requests.Response:
-        assert self._endpoint is not None
-        body = {"model": self.model.id, "max_tokens": 1, **question}
-        try:
-            return self._http.post(self._endpoint.origin + path, json=body, timeout=timeout)
-        except requests.RequestException as error:
-            self._fail_if_stopped()
-            raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
-
-    def _order(self, path: str, timeout: float) -> bool:
-        """Have vLLM do something that has no body, which it answers when it is done; whether it was done."""
-        assert self._endpoint is not None
-        try:
-            answer = self._http.post(self._endpoint.origin + path, timeout=timeout)
-        except requests.RequestException as error:
-            log.warning("vLLM did not answer", model=self.model.id, path=path, error=str(error))
-            return False
-        if answer.status_code != 200:
-            log.warning("vLLM refused", model=self.model.id, path=path, status=answer.status_code)
-        return answer.status_code == 200
-
-    def _sleeps(self) -> bool | None:
-        assert self._endpoint is not None
-        return sleeps(self._http, self._endpoint.origin)
-
     def _keep_measuring(self) -> None:
         while not self._ended.wait(MEASURE_SECONDS):
             self._measure()
@@ -416,31 +386,6 @@ class VllmInstance:
             held = self._gpu_bytes(self._device, pids) or self._said_to_hold()
         if held:  # asleep, its weights are in this machine's RAM
             self._usage = Usage(self._device, held, spilled_bytes=sum(map(_resident, pids)) if self._asleep else 0)
-
-
-def origin_of(container: Container) -> str | None:
-    """Where its vLLM answers; None unless it runs."""
-    return f"http://127.0.0.1:{container.host_port}" if container.host_port else None
-
-
-def answers(http: requests.Session, origin: str, model_id: str) -> bool:
-    """Whether a vLLM is healthy *and* lists the model. A published port may accept and reset before anybody listens."""
-    try:
-        if http.get(f"{origin}/health", timeout=PROBE_SECONDS).status_code != 200:
-            return False
-        listed = http.get(f"{origin}/v1/models", timeout=PROBE_SECONDS)
-        return listed.status_code == 200 and model_id in [m.get("id") for m in listed.json().get("data") or []]
-    except (requests.RequestException, ValueError):
-        return False
-
-
-def sleeps(http: requests.Session, origin: str) -> bool | None:
-    """Whether a vLLM sleeps; None when it doesn't say, as one without a sleep mode."""
-    try:
-        answer = http.get(f"{origin}/is_sleeping", timeout=PROBE_SECONDS)
-        return bool(answer.json()["is_sleeping"]) if answer.status_code == 200 else None
-    except (requests.RequestException, ValueError, KeyError, TypeError):
-        return None
 
 
 def say_exit(code: int) -> str:

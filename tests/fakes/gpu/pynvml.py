@@ -1,17 +1,20 @@
 """A stand-in for NVIDIA's driver library, as much of it as Switchyard uses, for a machine with one GPU of 80 GB.
 
-Its folder comes first on a console's PYTHONPATH. A process holds what a stand-in vLLM has written to `/tmp/gpu_bytes`
-in its container, which is seen through `/proc`: so it is gone with the process, as real GPU memory is.
+Its folder comes first on a console's PYTHONPATH, and STAND_IN_GPU names the GPU, so that two runs of the tests don't
+share one. A process holds what a stand-in vLLM has written to `/tmp/gpu_NAME` in its container, which is seen through
+`/proc`: so it is gone with the process, as real GPU memory is.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 UUID = "GPU-5ca1ab1e-0000-4000-8000-000000000001"
 TOTAL_BYTES = 80_000_000_000
+NAME = os.environ.get("STAND_IN_GPU", "")
 
 
 class NVMLError(Exception):
@@ -42,23 +45,24 @@ def nvmlDeviceGetName(_handle: int) -> str:
 
 
 def nvmlDeviceGetMemoryInfo(_handle: int) -> SimpleNamespace:
-    used = sum(size for _, size in _held())
+    used = sum(size for _, size in held_on(NAME))
     return SimpleNamespace(total=TOTAL_BYTES, used=used, free=TOTAL_BYTES - used)
 
 
 def nvmlDeviceGetComputeRunningProcesses(_handle: int) -> list[SimpleNamespace]:
-    return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in _held()]
+    return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in held_on(NAME)]
 
 
 def nvmlDeviceGetGraphicsRunningProcesses(_handle: int) -> list[SimpleNamespace]:
     return []
 
 
-def _held() -> Iterator[tuple[int, int]]:
+def held_on(gpu: str) -> Iterator[tuple[int, int]]:
+    """Every process that holds some of it, and how many bytes."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             program = (process / "cmdline").read_bytes().split(b"\0")
             if b"/usr/local/bin/vllm" in program[:2]:  # not the container's init, whose root is the same
-                yield int(process.name), int((process / "root" / "tmp" / "gpu_bytes").read_text())
+                yield int(process.name), int((process / "root" / "tmp" / f"gpu_{gpu}").read_text())
         except (OSError, ValueError):  # it has ended, or holds nothing yet
             continue

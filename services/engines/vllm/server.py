@@ -1,0 +1,85 @@
+"""A vLLM server as its endpoints show it: whether it answers, its first token, its sleep.
+
+`/health` and `/v1/models` of vLLM 0.5 to 0.33; since 0.8.5, in development mode, `/sleep`, `/wake_up` and
+`/is_sleeping`.
+"""
+
+from __future__ import annotations
+
+import requests
+import structlog
+
+from services.engines.containers.port import Container
+from services.switching.engine import Endpoint
+
+log = structlog.get_logger(__name__)
+
+PROBE_SECONDS = 2.0
+
+
+class VllmServer:
+    """One server that serves `model_id` at `origin`."""
+
+    def __init__(self, http: requests.Session, origin: str, model_id: str) -> None:
+        self._http = http
+        self._model_id = model_id
+        self.endpoint = Endpoint(origin, model=model_id)
+
+    def answers(self) -> bool:
+        """Whether it is healthy *and* lists the model. A published port may accept and reset before anybody listens."""
+        try:
+            if self._get("/health").status_code != 200:
+                return False
+            listed = self._get("/v1/models")
+            return listed.status_code == 200 and self._model_id in [m.get("id") for m in listed.json()["data"] or []]
+        except (requests.RequestException, ValueError, KeyError, AttributeError):
+            return False
+
+    def first_token(self, timeout: float) -> str | None:
+        """Have it generate one token; what it answered instead if it didn't. Raises requests.RequestException."""
+        hello = [{"role": "user", "content": "Hello"}]
+        answer = self._ask("/v1/chat/completions", {"messages": hello}, timeout)
+        if answer.status_code == 400:  # a base model has no template for chats
+            answer = self._ask("/v1/completions", {"prompt": "Hello"}, timeout)
+        return None if answer.status_code == 200 else answer.text[:300]
+
+    def is_asleep(self) -> bool | None:
+        """None when it doesn't say, as one without a sleep mode."""
+        try:
+            answer = self._get("/is_sleeping")
+            return bool(answer.json()["is_sleeping"]) if answer.status_code == 200 else None
+        except (requests.RequestException, ValueError, KeyError, TypeError):
+            return None
+
+    def sleep(self, timeout: float) -> bool:
+        """Level 1: the weights go to this machine's RAM, the KV cache is dropped. Whether it sleeps then."""
+        return self._order("/sleep?level=1", timeout) and self.is_asleep() is True
+
+    def wake(self, timeout: float) -> bool:
+        """Whether it is awake then."""
+        return self._order("/wake_up", timeout) and self.is_asleep() is False
+
+    def _get(self, path: str) -> requests.Response:
+        return self._http.get(self.endpoint.origin + path, timeout=PROBE_SECONDS)
+
+    def _ask(self, path: str, question: dict[str, object], timeout: float) -> requests.Response:
+        body = {"model": self._model_id, "max_tokens": 1, **question}
+        return self._http.post(self.endpoint.origin + path, json=body, timeout=timeout)
+
+    def _order(self, path: str, timeout: float) -> bool:
+        """Have it do something that it answers, without a body, when it is done; whether it was done."""
+        try:
+            answer = self._http.post(self.endpoint.origin + path, timeout=timeout)
+        except requests.RequestException as error:
+            log.warning("vLLM did not answer", model=self._model_id, path=path, error=str(error))
+            return False
+        if answer.status_code != 200:
+            log.warning("vLLM refused", model=self._model_id, path=path, status=answer.status_code)
+        return answer.status_code == 200
+
+
+def server_in(container: Container, http: requests.Session, model_id: str) -> VllmServer | None:
+    """The server in a container; None unless that runs."""
+    if not container.host_port:
+        return None
+    return VllmServer(http, f"http://127.0.0.1:{container.host_port}", model_id)
