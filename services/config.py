@@ -198,6 +198,10 @@ class Settings(BaseModel):
         return None if self.memory_budget_gb is None else int(self.memory_budget_gb * 1e9)
 
     @property
+    def disk_margin_bytes(self) -> int:
+        return int(self.disk_margin_gb * 1e9)
+
+    @property
     def longest_switch_seconds(self) -> float:
         """When a switch must have ended, one way or the other, its rollback included."""
         one = self.drain_timeout_seconds + 2 * self.unload_timeout_seconds + self.memory_timeout_seconds

@@ -13,6 +13,7 @@ from services.chats import Chats
 from services.config import Settings
 from services.downloads.disk import DiskCheck
 from services.downloads.fetcher import Fetcher, Source
+from services.downloads.hub_process import HubProcess
 from services.downloads.hugging_face import HuggingFaceFetcher
 from services.downloads.library import Library
 from services.downloads.ollama_pull import OllamaFetcher
@@ -26,6 +27,7 @@ from services.engines.processes import ProcessRegistry
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.instance import GpuHeld
 from services.engines.vllm.spec import VllmSettings
+from services.engines.vllm.weights import Weights
 from services.env_file import ComposeChoice, EnvFile
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
@@ -119,6 +121,7 @@ def build_services(settings: Settings) -> Services:
     store = open_store(settings.state_dir / "switchyard.db")
     notes = NoteRepository(store)
     devices = DeviceMonitor(settings.memory_budget_bytes)
+    hub = HubProcess(registry)
     board = Board()
     service = OllamaService(
         settings.ollama_base_url,
@@ -131,14 +134,14 @@ def build_services(settings: Settings) -> Services:
     engines: dict[str, Engine] = {
         "llamacpp": _llamacpp(settings, registry, devices),
         "ollama": ollama,
-        "vllm": _vllm(settings, devices, _owner(notes)),
+        "vllm": _vllm(settings, devices, hub, _owner(notes)),
     }
     catalog = Catalog(settings.models, engines)
     catalog.on_change(board.publish)
     learned = Learned(LoadRepository(store))
     planner = Planner(settings, board, catalog, engines, devices, learned)
     switcher = Switcher(settings, board, catalog, engines, planner, learned, notes)
-    downloads = _downloads(settings, store, registry, ollama, catalog)
+    downloads = _downloads(settings, store, registry, hub, ollama, catalog)
     updates = UpdateCheck(
         ollama.installed,
         settings.ollama_registry_url,
@@ -199,19 +202,21 @@ def _owner(notes: NoteRepository) -> str:
     return owner
 
 
-def _vllm(settings: Settings, devices: DeviceMonitor, owner: str) -> Vllm:
+def _vllm(settings: Settings, devices: DeviceMonitor, hub: HubProcess, owner: str) -> Vllm:
+    hub_cache = settings.hub_cache_dir.expanduser()
     passed_on = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
     return Vllm(
         DockerRuntime(settings.docker_host),
         VllmSettings(
             image=settings.vllm_image,
             owner=owner,
-            hub_cache=settings.hub_cache_dir.expanduser(),
+            hub_cache=hub_cache,
             compile_cache=settings.vllm_cache_dir.expanduser(),
             shm_bytes=int(settings.vllm_shm_gb * 1e9),
             environment={name: os.environ[name] for name in passed_on if os.environ.get(name)},
             sleep=settings.vllm_sleep,
         ),
+        Weights(hub_cache, hub, margin_bytes=settings.disk_margin_bytes),
         readings=lambda: devices.readings,
         gpu_bytes=_gpu_bytes_now(devices),
         settle=devices.settle,
@@ -231,7 +236,7 @@ def _ollama_environment(settings: Settings, downloads: DownloadQueue) -> dict[st
 
 
 def _downloads(
-    settings: Settings, store: Store, registry: ProcessRegistry, ollama: Ollama, catalog: Catalog
+    settings: Settings, store: Store, registry: ProcessRegistry, hub: HubProcess, ollama: Ollama, catalog: Catalog
 ) -> DownloadQueue:
     fetchers: dict[Source, Fetcher] = {
         "ollama": OllamaFetcher(
@@ -241,11 +246,11 @@ def _downloads(
             insecure=settings.ollama_insecure_registry,
             registry=registry,
         ),
-        "huggingface": HuggingFaceFetcher(settings.models_dir, registry=registry),
+        "huggingface": HuggingFaceFetcher(settings.models_dir, hub),
     }
     disk = DiskCheck(
         {"ollama": ollama.models_folder, "huggingface": lambda: settings.models_dir},
-        margin_bytes=int(settings.disk_margin_gb * 1e9),
+        margin_bytes=settings.disk_margin_bytes,
     )
     return DownloadQueue(
         fetchers,

@@ -22,8 +22,13 @@ from services.downloads.hub_names import HubName
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def explain(error: Exception, name: HubName) -> DownloadError | None:
-    """`error` as a DownloadError; None for what nobody foresaw."""
+def explain(
+    error: Exception, name: HubName, place: str = "the models folder", advice: str = "Check it and try again."
+) -> DownloadError | None:
+    """`error` as a DownloadError; None for what nobody foresaw.
+
+    `place` is where the files go, `advice` what to do when it can't be written.
+    """
     hub = urlsplit(constants.ENDPOINT).hostname or "the hub"
     match error:
         case DownloadError():
@@ -58,7 +63,7 @@ def explain(error: Exception, name: HubName) -> DownloadError | None:
         case httpx2.HTTPError() | httpx2.InvalidURL():
             return DownloadError("hub_error", f"{hub} answered in a way that can't be used: {error}.")
         case OSError():
-            return _explain_disk(error)
+            return _explain_disk(error, place, advice)
     return None
 
 
@@ -80,16 +85,16 @@ def _explain_status(error: HfHubHTTPError, hub: str) -> DownloadError:
     return DownloadError("hub_error", f"{hub} refused the request ({status}, {said}).")
 
 
-def _explain_disk(error: OSError) -> DownloadError:
+def _explain_disk(error: OSError, place: str, advice: str) -> DownloadError:
     if error.errno in NO_SPACE:
         return DownloadError(
             "disk_full",
-            "The disk of the models folder is full. Make room and try again; what has arrived is kept.",
+            f"The disk of {place} is full. Make room and try again; what has arrived is kept.",
             may_resume=True,
         )
     where = f" ({error.filename})" if error.filename else ""
     return DownloadError(
         "disk_error",
-        f"The models folder can't be written: {error.strerror or error}{where}. Check it and try again.",
+        f"{place[0].upper()}{place[1:]} can't be written: {error.strerror or error}{where}. {advice}",
         may_resume=True,
     )

@@ -9,16 +9,45 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hub_names import HubName
+from services.downloads.hub_names import HubName, choose
 
 SUFFIX = ".incomplete"
 DIGEST_CHARACTERS = 16
+
+
+class ModelsLayout:
+    """The models folder as a place for one model's files; the engine never sees half of a split one."""
+
+    place = "the models folder"
+    advice = "Check it and try again."
+    together = True
+
+    def __init__(self, models_dir: Path, name: HubName) -> None:
+        self._folder = folder_of(models_dir, name)
+        self._name = name
+
+    def choose(self, listed: Iterable[str]) -> Sequence[str]:
+        return choose(self._name, listed)
+
+    def destination(self, path: str, _digest: str) -> Path:
+        return self._folder / path
+
+    def leftovers(self, destinations: Collection[Path]) -> Iterable[Path]:
+        return [
+            other
+            for destination in destinations
+            for other in destination.parent.glob(f"*{SUFFIX}")
+            if other.name.startswith(f"{destination.name}.")
+        ]
+
+    def finish(self, commit: str | None, digests: Mapping[str, str]) -> None:
+        """Nothing is left to do."""
 
 
 def folder_of(models_dir: Path, name: HubName) -> Path:
@@ -30,10 +59,11 @@ def unfinished(destination: Path, digest: str) -> Path:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[BinaryIO]:
+def held(path: Path, what: str) -> Iterator[BinaryIO]:
     """An unfinished file, open at its end and locked: two downloads may name the same file (by tag and by path).
 
-    Created where there is none, and not left behind empty. Raises DownloadError `busy` when another download has it.
+    Created where there is none, and not left behind empty. Raises DownloadError `busy` when another download has it:
+    `what` is being fetched, in words.
     """
     with path.open("ab") as file:
         try:
@@ -41,7 +71,7 @@ def held(path: Path) -> Iterator[BinaryIO]:
         except BlockingIOError:
             raise DownloadError(
                 "busy",
-                f"Another download is fetching {path.name.removesuffix(SUFFIX)} just now. Try again when it is done.",
+                f"Another download is fetching {what} just now. Try again when it is done.",
                 may_resume=True,
             ) from None
         try:
@@ -66,5 +96,5 @@ def discard(models_dir: Path, name: HubName) -> None:
 
 def remove(unfinished_file: Path) -> None:
     """Remove it, unless a download has it."""
-    with suppress(DownloadError, FileNotFoundError), held(unfinished_file):
+    with suppress(DownloadError, FileNotFoundError), held(unfinished_file, unfinished_file.name):
         unfinished_file.unlink()

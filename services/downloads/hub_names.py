@@ -84,7 +84,7 @@ def _models(name: HubName, listed: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The files of every GGUF model listed, in order, by the path of its first."""
     models: dict[str, tuple[str, ...]] = {}
     for path in sorted(path for path in listed if path.endswith(".gguf")):
-        if not _stays_below(path):
+        if not stays_below(path):
             raise DownloadError(
                 "unsafe_path",
                 f"{name.repo_id} lists the file {path[:100]!r}, which would land outside of the models folder. Nothing "
@@ -137,7 +137,8 @@ def _first_part(path: str) -> str:
     return path if match is None else f"{match['stem']}-00001-of-{match['count']}.gguf"
 
 
-def _stays_below(path: str) -> bool:
+def stays_below(path: str) -> bool:
+    """Whether a path that a repository lists stays below the folder it is put into."""
     return "\\" not in path and path.isprintable() and not {"", ".", ".."} & set(path.split("/"))
 
 

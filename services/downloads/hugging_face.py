@@ -2,170 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from services.abort import Abort
 from services.downloads import hub_files, hub_names
-from services.downloads.fetcher import DownloadError, Part, Report, Seen, Source
-from services.engines.processes import ProcessRegistry, say_exit, signal_group
-
-ROOT = Path(__file__).parents[2]
-TERM_SECONDS = 0.5
-KILL_SECONDS = 5.0
-"""How long a child may take to end after SIGTERM, and after SIGKILL."""
-QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-"""Without it huggingface_hub 2.4 asks the hub for a list of programs that may have called it, and tells which did."""
-
-Lines = queue.Queue[str | None]
-"""What a child says, line by line; None wakes the reader: the child is gone, or somebody aborts."""
+from services.downloads.fetcher import Report, Seen, Source
+from services.downloads.hub_process import HubProcess
 
 
 class HuggingFaceFetcher:
-    """Runs one `hub_child` per transfer. The token goes to it as it came: HF_TOKEN in the environment.
-
-    `stall_seconds` is how long a child may say nothing, `retry_pause` its first pause when a connection fails.
-    """
+    """Brings GGUF files through `process`."""
 
     source: Source = "huggingface"
 
-    def __init__(
-        self,
-        models_dir: Path,
-        *,
-        registry: ProcessRegistry | None = None,
-        stall_seconds: float = 120.0,
-        retry_pause: float = 1.0,
-    ) -> None:
+    def __init__(self, models_dir: Path, process: HubProcess) -> None:
         self._models_dir = models_dir.absolute()
-        self._registry = registry
-        self._stall_seconds = stall_seconds
-        self._retry_pause = retry_pause
+        self._process = process
 
     def check_name(self, name: str) -> str:
         return str(hub_names.parse(name))
 
     def fetch(self, name: str, report: Report, abort: Abort) -> None:
-        """See `Fetcher`. DownloadError codes: `invalid_name`, `unknown_model`, `no_gguf`, `choose_file`,
-        `incomplete_set`, `unsafe_path`, `access_denied`, `hub_unreachable`, `hub_error`, `disk_full`, `disk_error`,
-        `busy`, `digest_mismatch`, `stalled`, `interrupted`.
-        """
+        """See `Fetcher`; the codes of its DownloadError are those of `HubProcess.fetch`, and `invalid_name`."""
         checked = self.check_name(name)
         abort.check()
         report(Seen("resolving"))
-        argv = [sys.executable, "-m", "services.downloads.hub_child", f"--pause={self._retry_pause}"]
-        try:
-            child = _Child([*argv, str(self._models_dir), checked], self._registry)
-        except OSError as error:
-            raise DownloadError(
-                "interrupted",
-                f"The process that fetches {checked} can't be started: {error.strerror or error}. Try again.",
-                may_resume=True,
-            ) from None
-        try:
-            abort.applies_to(child.wake)
-            self._follow(child, checked, report, abort)
-        finally:
-            child.stop()
+        self._process.fetch("models", self._models_dir, checked, report, abort)
 
     def discard(self, name: str) -> None:
         """Removes unfinished files that `name` covers, but for those another download is fetching."""
         hub_files.discard(self._models_dir, hub_names.parse(name))
-
-    def _follow(self, child: _Child, name: str, report: Report, abort: Abort) -> None:
-        """Pass on what the child says until it is done. Raises what `fetch` raises."""
-        while True:
-            try:
-                line = child.lines.get(timeout=self._stall_seconds)
-            except queue.Empty:
-                raise DownloadError(
-                    "stalled",
-                    f"Nothing came of {name} for {self._stall_seconds:.0f} s. Check the network and try again; what "
-                    "has arrived is kept.",
-                    may_resume=True,
-                ) from None
-            abort.check()
-            if line is None:
-                raise DownloadError(
-                    "interrupted",
-                    f"The process that fetched {name} {child.say_end()}. Try again; what has arrived is kept.",
-                    may_resume=True,
-                )
-            said = json.loads(line)
-            if "error" in said:
-                raise DownloadError(said["error"], said["message"], may_resume=said["may_resume"])
-            if "done" in said:
-                return
-            parts = {path: Part(here, total) for path, (here, total) in said["parts"].items()}
-            report(Seen(said["phase"], parts, said["expected_bytes"]))
-
-
-class _Child:
-    """A running `hub_child`, in a process group of its own and recorded, so that it can't be lost."""
-
-    def __init__(self, argv: Sequence[str], registry: ProcessRegistry | None) -> None:
-        self.lines: Lines = queue.Queue()
-        self._registry = registry
-        log = Path(os.devnull) if registry is None else registry.new_log("hugging-face")
-        with log.open("ab") as log_file:
-            self._process = subprocess.Popen(
-                list(argv),
-                cwd=ROOT,
-                stdin=subprocess.PIPE,  # never written: its end tells the child that this process is gone
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                env={**os.environ, **QUIET},
-                start_new_session=True,
-                text=True,
-            )
-        self._reader = threading.Thread(target=self._read, name=f"hub-{self._process.pid}", daemon=True)
-        self._reader.start()
-        try:
-            if registry is not None:
-                registry.add_child(self._process.pid, argv[0])
-        except OSError:
-            self.stop()
-            raise
-
-    def wake(self) -> None:
-        self.lines.put(None)
-
-    def say_end(self) -> str:
-        try:
-            return say_exit(self._process.wait(KILL_SECONDS))
-        except subprocess.TimeoutExpired:
-            return "says nothing more"
-
-    def stop(self) -> None:
-        """Returns when it is gone: SIGTERM, which it doesn't catch, then SIGKILL.
-
-        One that hangs in the kernel (a dead network disk) can't be ended; its record stays for the next start.
-        """
-        for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
-            if self._process.poll() is None:
-                signal_group(self._process.pid, number)
-                with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(seconds)
-        if self._process.poll() is None:
-            return
-        self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        if self._registry is not None:
-            self._registry.remove(self._process.pid)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.endswith("\n"):  # a child that is killed may leave half a line
-                self.lines.put(line)
-        self.wake()

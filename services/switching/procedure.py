@@ -330,7 +330,7 @@ class Procedure:
 
         def look() -> None:
             now = time.monotonic() - began
-            estimate = progress.advance(None, now)
+            estimate = progress.advance(evidence.popleft() if evidence else None, now)
             while evidence:
                 estimate = progress.advance(evidence.popleft(), now)
             member.usage = member.instance.usage() or member.usage

@@ -20,6 +20,7 @@ from services.abort import Abort, Aborted
 from services.downloads.fetcher import DownloadError, Part
 from services.downloads.hub_errors import explain
 from services.downloads.hub_names import parse
+from services.downloads.hub_process import HubProcess
 from services.downloads.hugging_face import HuggingFaceFetcher
 from services.engines.processes import ProcessRegistry
 from tests.fakes.hub import COMMIT, FakeHub, Repo
@@ -59,7 +60,7 @@ def models(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fetcher(models: Path, registry: ProcessRegistry) -> HuggingFaceFetcher:
-    return HuggingFaceFetcher(models, registry=registry, stall_seconds=20, retry_pause=RETRY_PAUSE)
+    return HuggingFaceFetcher(models, HubProcess(registry, stall_seconds=20, retry_pause=RETRY_PAUSE))
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -331,7 +332,7 @@ def test_a_page_that_is_no_hub_is_said(hub: FakeHub, fetcher: HuggingFaceFetcher
 
 def test_silence_for_too_long_is_a_stall(hub: FakeHub, models: Path, registry: ProcessRegistry) -> None:
     hub.faults.hang_after = 100_000
-    fetcher = HuggingFaceFetcher(models, registry=registry, stall_seconds=1.5)
+    fetcher = HuggingFaceFetcher(models, HubProcess(registry, stall_seconds=1.5))
     failure = Fetch(fetcher, "yard/mini").failure()
     assert (failure.code, failure.may_resume) == ("stalled", True)
     assert children_of_this_process() == []
@@ -403,7 +404,7 @@ def test_a_bad_name_is_refused_before_anything_runs(fetcher: HuggingFaceFetcher,
 
 def test_a_models_folder_that_cant_be_written_is_said(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    fetcher = HuggingFaceFetcher(tmp_path / "file" / "models")
+    fetcher = HuggingFaceFetcher(tmp_path / "file" / "models", HubProcess())
     failure = Fetch(fetcher, "yard/mini").failure()
     assert failure.code == "disk_error"
     assert hub.sent == 0
@@ -424,6 +425,7 @@ import sys
 from pathlib import Path
 {patch}
 from services.abort import Abort, Aborted
+from services.downloads.hub_process import HubProcess
 from services.downloads.hugging_face import HuggingFaceFetcher
 from services.engines.processes import ProcessRegistry
 folder = Path(sys.argv[1])
@@ -434,7 +436,8 @@ def report(seen):
         if {stop} and part.completed > 100_000:
             abort()
 try:
-    HuggingFaceFetcher(folder / "models", registry=ProcessRegistry(folder / "state")).fetch("yard/mini", report, abort)
+    process = HubProcess(ProcessRegistry(folder / "state"))
+    HuggingFaceFetcher(folder / "models", process).fetch("yard/mini", report, abort)
 except Aborted:
     print("aborted", flush=True)
     sys.exit("huggingface_hub" in sys.modules)

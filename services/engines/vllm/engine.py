@@ -16,6 +16,7 @@ from services.engines.containers.port import Container, ContainerError, Containe
 from services.engines.vllm.instance import GpuHeld, VllmInstance
 from services.engines.vllm.server import server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
+from services.engines.vllm.weights import Weights
 from services.http import control_session
 from services.memory.ledger import Reading
 from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
@@ -54,6 +55,7 @@ class Vllm:
         self,
         runtime: ContainerRuntime,
         settings: VllmSettings,
+        weights: Weights,
         *,
         readings: Callable[[], Sequence[Reading]],
         gpu_bytes: GpuHeld = lambda _device, _pids: 0,
@@ -61,6 +63,7 @@ class Vllm:
     ) -> None:
         self._runtime = runtime
         self._settings = settings
+        self._weights = weights
         self._readings = readings
         self._gpu_bytes = gpu_bytes
         self._settle = settle
@@ -78,7 +81,8 @@ class Vllm:
 
     def describe(self, model: Model) -> Model:
         self._models[model.id] = model
-        return replace(model, fault=self._fault(model))
+        size = model.size_bytes or self._weights.size_bytes(model)
+        return replace(model, size_bytes=size, fault=self._fault(model))
 
     def estimate(self, model: Model) -> Need:
         """Only where nothing is declared: vLLM claims what it is told to, so a declared need is what it will take."""
@@ -133,6 +137,7 @@ class Vllm:
             self._gpu_bytes,
             self._settle,
             self._note_end,
+            self._weights,
             running=found.container if found is not None else None,
             asleep=found is not None and found.asleep,
         )

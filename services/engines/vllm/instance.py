@@ -29,6 +29,7 @@ from services.engines.vllm.facts import footprint
 from services.engines.vllm.log import VllmLog
 from services.engines.vllm.server import VllmServer, server_in
 from services.engines.vllm.spec import SLEEP_FLAG
+from services.engines.vllm.weights import Weights
 from services.http import control_session
 from services.switching.engine import (
     HOST_DEVICE,
@@ -72,6 +73,7 @@ class VllmInstance:
         gpu_bytes: GpuHeld,
         settle: Callable[[str], None],
         on_end: Callable[[Container], None],
+        weights: Weights,
         running: Container | None = None,
         asleep: bool = False,
     ) -> None:
@@ -83,6 +85,7 @@ class VllmInstance:
         self._gpu_bytes = gpu_bytes
         self._settle = settle
         self._on_end = on_end
+        self._weights = weights
         self._abort = Abort()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -110,12 +113,11 @@ class VllmInstance:
         return self._container.pid if self._container is not None else None
 
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
-        deadline = time.monotonic() + timeout
         if self._server is not None:
             return self._server.endpoint
         try:
             container_id = self._bring_up(report)
-            return self._follow(container_id, report, deadline)
+            return self._follow(container_id, report, time.monotonic() + timeout)  # a download has its own limits
         except Aborted:
             raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
         except ContainerError as error:
@@ -198,10 +200,12 @@ class VllmInstance:
     def _bring_up(self, report: Report) -> str:
         """Create the container, or use the one that is there, and start it; what it says is read from its first word.
 
-        A container of an older spec is replaced. Raises ContainerError and Aborted.
+        The weights come first. A container of an older spec is replaced. Raises ContainerError, LoadFailed and Aborted.
         """
         self._abort.check()
+        self._weights.announce(self.model, self._spec.environment, report)
         container_id = self._existing()
+        self._weights.bring(self.model, self._spec.environment, report, self._abort)
         if container_id is None:
             container_id = self._create(report)
         self._container = self._runtime.inspect(container_id)

@@ -1,8 +1,8 @@
 """Which container a vLLM model runs in, and what it takes. Pure.
 
-Options of a listed model: `image`, `arguments` (added to `vllm serve`), `environment`, `context_length`, `device` (a
-GPU's UUID, or `host` for the CPU build), `shm_gb`, `mounts` (`[["/data/models", "/models"]]`, read-only), `sleep`
-(whether it may sleep instead of being stopped).
+Options of a listed model: `image`, `revision` (a branch, tag or commit on the hub), `arguments` (added to `vllm
+serve`), `environment`, `context_length`, `device` (a GPU's UUID, or `host` for the CPU build), `shm_gb`, `mounts`
+(`[["/data/models", "/models"]]`, read-only), `sleep` (whether it may sleep instead of being stopped).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def spec_of(model: Model, settings: VllmSettings, *, device: str, share: float |
     command = [model.source, "--served-model-name", model.id, "--host", "0.0.0.0", "--port", str(PORT)]
     if share is not None:
         command += ["--gpu-memory-utilization", f"{share:.3f}"]
+    if options.get("revision"):
+        command += ["--revision", str(options["revision"])]
     if options.get("context_length"):
         command += ["--max-model-len", str(options["context_length"])]
     image = str(options.get("image") or settings.image)
