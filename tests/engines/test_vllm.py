@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 import requests
 
+from services.downloads.hub_process import HubProcess
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.port import MANAGED_LABEL
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.spec import VllmSettings, container_name, required_bytes, share_of, spec_of
+from services.engines.vllm.weights import Weights
 from services.memory.ledger import Reading
 from services.switching.engine import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
 from tests.fakes.gpu.pynvml import TOTAL_BYTES, held_on
 from tests.support.console import wait_until
 from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.hub import TINY_MODEL, fill_cache
 from tests.support.vllm import GPU_NAME, ON_GPU
 
 HOST = Reading("host", "System memory", "host", 16 * 10**9, 12 * 10**9)
@@ -46,12 +49,22 @@ def _serves(endpoint: Endpoint) -> bool:
 
 @pytest.fixture
 def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., Vllm]]:
-    """Engines on the real daemon, as restarts of the app would make them."""
+    """Engines on the real daemon, as restarts of the app would make them; their models are in the cache already."""
     made: list[Vllm] = []
+    for name in ("good", "other", "damaged"):
+        fill_cache(tmp_path / "hub", f"org/{name}", TINY_MODEL)
 
     def make(*models: Model, owner: str = OWNER, docker: DockerEngine = docker, on: Reading = HOST) -> Vllm:
-        settings = VllmSettings(STAND_IN_IMAGE, owner, tmp_path / "hub", tmp_path / "compiled", shm_bytes=64_000_000)
-        engine = Vllm(DockerRuntime(docker.host), settings, readings=lambda: [on], gpu_bytes=_gpu_bytes)
+        settings = VllmSettings(
+            STAND_IN_IMAGE,
+            owner,
+            tmp_path / "hub",
+            tmp_path / "compiled",
+            shm_bytes=64_000_000,
+            environment={"HF_HUB_OFFLINE": "1"},
+        )
+        weights = Weights(tmp_path / "hub", HubProcess())
+        engine = Vllm(DockerRuntime(docker.host), settings, weights, readings=lambda: [on], gpu_bytes=_gpu_bytes)
         for listed in models:
             engine.describe(listed)
         engine.prepare()
@@ -220,13 +233,26 @@ class TestVllm(EngineConformance):
 def test_the_spec_is_what_docker_needs(tmp_path):
     """Names that Docker takes, the share for a GPU and none for the CPU build, labels, options of the entry."""
     settings = VllmSettings("vllm/vllm-openai:latest", "me", tmp_path / "hub", tmp_path / "compiled")
-    options = {"context_length": 4096, "arguments": ["--enforce-eager"], "environment": {"A": "b"}, "shm_gb": 1}
+    options = {
+        "context_length": 4096,
+        "revision": "v2",
+        "arguments": ["--enforce-eager"],
+        "environment": {"A": "b"},
+        "shm_gb": 1,
+    }
     wanted = Model("Qwen/Qwen2.5-0.5B-Instruct", "vllm", "Qwen/Qwen2.5-0.5B-Instruct", options=options)
     spec = spec_of(wanted, settings, device="GPU-1", share=0.25)
     assert spec.name.startswith("switchyard-Qwen-Qwen2.5-0.5B-Instruct-")
     assert spec.command[:3] == ("Qwen/Qwen2.5-0.5B-Instruct", "--served-model-name", "Qwen/Qwen2.5-0.5B-Instruct")
     assert ("--gpu-memory-utilization", "0.250") in zip(spec.command, spec.command[1:], strict=False)
-    assert spec.command[-4:] == ("--max-model-len", "4096", "--enable-sleep-mode", "--enforce-eager")
+    assert spec.command[-6:] == (
+        "--revision",
+        "v2",
+        "--max-model-len",
+        "4096",
+        "--enable-sleep-mode",
+        "--enforce-eager",
+    )
     assert (spec.gpus, spec.shm_bytes) == (("GPU-1",), 10**9)
     assert spec.environment == {"A": "b", "VLLM_SERVER_DEV_MODE": "1"}
     assert spec.all_labels[MANAGED_LABEL] == "1"

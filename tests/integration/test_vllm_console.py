@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.hub import COMMIT, FakeHub, Repo
 from tests.support.console import Console, wait_until
 from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.hub import TINY_MODEL, fill_cache, hub_environment
 
 StartConsole = Callable[..., Console]
 A, B, BAD = "org/model-a", "org/model-b", "org/bad"
@@ -36,9 +38,13 @@ MODELS = entry(A) + entry(B) + entry(BAD, out_of_memory=True)
 
 @pytest.fixture
 def start(docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> Iterator[Callable[..., Console]]:
-    def start(toml: str = MODELS, **settings: object) -> Console:
+    def start(toml: str = MODELS, hub: FakeHub | None = None, **settings: object) -> Console:
+        """With models that are in the cache already, or those of a hub."""
+        for model in (A, B, BAD) if hub is None else ():
+            fill_cache(tmp_path / "hub", model, TINY_MODEL)
         return start_console(
             toml=toml,
+            environment={"HF_HUB_OFFLINE": "1"} if hub is None else hub_environment(hub.url, tmp_path / "home"),
             vllm_image=STAND_IN_IMAGE,
             docker_host=docker.host,
             hub_cache_dir=tmp_path / "hub",
@@ -190,3 +196,43 @@ def test_without_docker_the_switch_says_what_to_do(start_console):
     assert answer.status_code == 502
     assert "Docker" in answer.json()["message"]
     console.switch("switchyard-mini")
+
+
+WEIGHTS = {**TINY_MODEL, "model.safetensors": bytes(range(256)) * 12_000}
+
+
+def test_weights_that_are_missing_come_first_with_their_bytes(start, tmp_path):
+    """The stage is `downloading`, from 0 to 20 %; then it loads. The next load downloads nothing."""
+    with FakeHub({A: Repo(WEIGHTS)}) as hub:
+        hub.faults.bytes_per_second = 2_000_000
+        console = start(entry(A, load_seconds=1), hub)
+        events = list(console.switch_stream(A))
+        assert events[-1][0] == "complete"
+        seen = [data for name, data in events if name == "progress" and data.get("phase") == "downloading"]
+        told = [data["progress"] for data in seen]
+        assert told[0] < 5 <= 10 < told[-1] <= 20
+        assert told == sorted(told)
+        assert any("of 3.1 MB of the weights" in str(data.get("detail")) for data in seen)
+        assert (tmp_path / f"hub/hub/models--org--model-a/snapshots/{COMMIT}/config.json").is_file()
+
+        console.post(f"/v1/models/{A}/stop")
+        hub.requests.clear()
+        events = list(console.switch_stream(A))
+        assert events[-1][0] == "complete"
+        assert "downloading" not in [data.get("phase") for _, data in events]
+        assert [request.path for request in hub.requests] == [f"/api/models/{A}"]
+
+
+def test_a_download_under_way_is_called_off_with_its_load(start, docker):
+    """Within a second no more bytes come, and no container is made."""
+    with FakeHub({A: Repo(WEIGHTS)}) as hub:
+        hub.faults.bytes_per_second = 400_000
+        console = start(entry(A), hub)
+        console.post("/v1/models/switch", {"target_model": A})
+        wait_until(lambda: hub.sent > 100_000, "some bytes")
+        asked_at = time.monotonic()
+        console.post(f"/v1/models/{A}/stop")
+        console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "the load to be called off")
+        assert time.monotonic() - asked_at < 1.5
+        wait_until(lambda: not [c for c in console.children() if "hub_child" in " ".join(c.cmdline())], "its end", 1)
+        assert docker.client.containers(all=True) == []

@@ -12,10 +12,12 @@ import pytest
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError, Seen
 from services.downloads.hugging_face import HuggingFaceFetcher
-from tests.fakes.hub import FakeHub, Repo
+from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
 from tests.support.console import PATIENCE
 
 RETRY_PAUSE = 0.02
+TINY_MODEL = {"config.json": b"{}", "tokenizer.json": b"{} ", "model.safetensors": b"weights" * 100}
+"""As much as makes a model that vLLM would load, by the names of its files."""
 
 
 @contextmanager
@@ -72,3 +74,15 @@ class Fetch(threading.Thread):
         """The phases in order, each once in a row."""
         phases = [seen.phase for seen in self.seen]
         return [phase for before, phase in zip([None, *phases], phases, strict=False) if phase != before]
+
+
+def fill_cache(hub_cache: Path, repo_id: str, files: Mapping[str, bytes]) -> None:
+    """Put a model below `hub_cache` (which holds the folder `hub`) as huggingface_hub leaves it."""
+    folder = hub_cache / "hub" / f"models--{repo_id.replace('/', '--')}"
+    snapshot = folder / "snapshots" / COMMIT
+    for made in (folder / "blobs", folder / "refs", snapshot):
+        made.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        (folder / "blobs" / git_id(content)).write_bytes(content)
+        (snapshot / path).symlink_to(f"../../blobs/{git_id(content)}")
+    (folder / "refs" / "main").write_text(COMMIT)

@@ -1,0 +1,74 @@
+"""Which files vLLM takes of a repository: pure rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.downloads.fetcher import DownloadError
+from services.downloads.hub_names import parse
+from services.downloads.hub_weights import choose, lacking, weights_of
+
+NAME = parse("org/model")
+
+
+@pytest.mark.parametrize(
+    ("listed", "weights"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["pytorch_model.bin", "training_args.bin", "consolidated.00.pt"], ["pytorch_model.bin"]),
+        (["model.pt", "optimizer.pt"], ["model.pt"]),
+        (["model-00001-of-00001.safetensors", "consolidated.safetensors"], ["consolidated.safetensors"]),
+        (["model.safetensors", "original/model.safetensors", "metal/model.bin"], ["model.safetensors"]),
+        (["shards/a.safetensors", "original/a.safetensors", "onnx/b.bin"], ["shards/a.safetensors"]),
+        (["model.gguf", "model.onnx", "original/consolidated.00.pth"], []),
+    ],
+)
+def test_weights_are_taken_in_one_format(listed, weights):
+    """What vLLM prefers, never the same weights twice."""
+    assert list(weights_of(listed)) == weights
+
+
+def test_beside_the_weights_all_comes_that_is_neither_weights_nor_media():
+    """Configuration, tokenizer, templates and code, also from folders."""
+    beside = [
+        "config.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "modeling.py",
+        "1_Pooling/config.json",
+    ]
+    others = ["pytorch_model.bin", "onnx/model.onnx", "model.gguf", "picture.png", "data.tar.gz", "old.pth"]
+    assert set(choose(NAME, [*beside, *others, "model.safetensors"])) == {*beside, "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("listed", "code"), [(["model.gguf", "config.json"], "no_weights"), (["../x.json", "a.safetensors"], "unsafe_path")]
+)
+def test_what_cant_be_loaded_is_refused(listed, code):
+    """Before a byte has come."""
+    with pytest.raises(DownloadError) as caught:
+        choose(NAME, listed)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("sizes", "indexed", "lack"),
+    [
+        ({"config.json": 2, "model.safetensors": 9}, [], ()),
+        ({"params.json": 2, "consolidated.safetensors": 9}, [], ()),
+        ({"model.safetensors": 9}, [], ("config.json",)),
+        ({"config.json": 2}, [], ("weights",)),
+        ({"config.json": 2, "tokenizer.json": None, "model.safetensors": 9}, [], ("tokenizer.json",)),
+        ({"config.json": 2, "model-00001-of-00002.safetensors": 9}, [], ("1 parts of model",)),
+        (
+            {"config.json": 2, "model-00001-of-00002.safetensors": 9},
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            ("model-00002-of-00002.safetensors",),
+        ),
+        ({"config.json": 2, "a.safetensors": 9}, ["a.safetensors", "more/b.safetensors"], ("more/b.safetensors",)),
+    ],
+)
+def test_what_is_missing_is_named(sizes, indexed, lack):
+    """By the index where there is one, else by what shards are called."""
+    assert lacking(sizes, indexed) == lack
