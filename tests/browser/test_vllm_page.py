@@ -20,7 +20,7 @@ FIRST, SECOND = "Qwen/Qwen2.5-Coder-32B-Instruct-GPTQ-Int4-with-a-long-name-1", 
 @pytest.fixture
 def console(gpu_docker: DockerEngine, start_console: Callable[..., Console], tmp_path: Path) -> Iterator[Console]:
     """The first model asleep, the second one answering, after both have been woken once."""
-    console = start_console(toml=gpu_entry(FIRST) + gpu_entry(SECOND), **on_gpu(gpu_docker, tmp_path))
+    console = start_console(toml=gpu_entry(FIRST) + gpu_entry(SECOND), **on_gpu(gpu_docker, tmp_path, FIRST, SECOND))
     for model in (FIRST, SECOND, FIRST, SECOND):
         console.switch(model)
     yield console

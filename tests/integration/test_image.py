@@ -16,6 +16,7 @@ import requests
 from tests.support.app_image import AppImage, Compose, build
 from tests.support.console import NO_OLLAMA, ROOT, Console, wait_until
 from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.hub import TINY_MODEL, fill_cache
 
 pytestmark = pytest.mark.timeout(600)  # the first test to come waits for the build
 
@@ -245,9 +246,11 @@ def test_a_folder_that_it_may_not_write_to_is_named_with_the_remedy(docker, boxe
 def test_with_the_docker_socket_vllm_models_run_and_are_measured(docker, compose, boxed, tmp_path):
     """compose.docker.yaml: the group opens the socket, folders are the same in here, pids are the host's."""
     hub, compiled = tmp_path / "hub", tmp_path / "compiled"
+    fill_cache(hub, "org/model", TINY_MODEL)
     (tmp_path / "models.toml").write_text(
         '[[models]]\nid = "org/model"\nengine = "vllm"\nsource = "org/model"\nsize_gb = 0.05\nrequired_gb = 0.1\n'
-        '[models.options]\nshm_gb = 0.064\ndevice = "host"\nenvironment = { FAKE_VLLM = "{\\"load_seconds\\": 0.3}" }\n'
+        '[models.options]\nshm_gb = 0.064\ndevice = "host"\n'
+        '[models.options.environment]\nHF_HUB_OFFLINE = "1"\nFAKE_VLLM = "{\\"load_seconds\\": 0.3}"\n'
     )
     listed = tmp_path / "listed.yaml"
     listed.write_text(f"services: {{switchyard: {{volumes: ['{tmp_path}/models.toml:/data/switchyard.toml:ro']}}}}")

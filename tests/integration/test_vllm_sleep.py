@@ -21,7 +21,7 @@ def start(
     gpu_docker: DockerEngine, start_console: Callable[..., Console], tmp_path: Path
 ) -> Iterator[Callable[..., Console]]:
     def start(toml: str = entry(A) + entry(B), **settings: object) -> Console:
-        return start_console(toml=toml, **on_gpu(gpu_docker, tmp_path), **settings)
+        return start_console(toml=toml, **on_gpu(gpu_docker, tmp_path, A, B, C), **settings)
 
     yield start
     gpu_docker.remove_containers()

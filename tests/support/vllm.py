@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.fakes.gpu.pynvml import TOTAL_BYTES
 from tests.support.console import ROOT
 from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.hub import TINY_MODEL, fill_cache
 
 GPU_NAME = f"of_run_{os.getpid()}"
 ON_GPU = {"gpu": GPU_NAME, "gpu_bytes": TOTAL_BYTES}
@@ -25,14 +26,20 @@ def gpu_entry(model: str, *, required_gb: float = 60, **faults: object) -> str:
     )
 
 
-def on_gpu(docker: DockerEngine, folder: Path) -> dict[str, object]:
-    """A console's options for a machine with the stand-in GPU."""
+def on_gpu(docker: DockerEngine, folder: Path, *models: str) -> dict[str, object]:
+    """A console's options for a machine with the stand-in GPU, which has the files of these models already."""
+    for model in models:
+        fill_cache(folder / "hub", model, TINY_MODEL)
     return {
         "vllm_image": STAND_IN_IMAGE,
         "docker_host": docker.host,
         "hub_cache_dir": folder / "hub",
         "vllm_cache_dir": folder / "compiled",
-        "environment": {"PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu"), "STAND_IN_GPU": GPU_NAME},
+        "environment": {
+            "PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu"),
+            "STAND_IN_GPU": GPU_NAME,
+            "HF_HUB_OFFLINE": "1",
+        },
     }
 
 
