@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.fakes.hub import COMMIT, FakeHub, Repo
@@ -198,6 +199,16 @@ def test_without_docker_the_switch_says_what_to_do(start_console):
     console.switch("switchyard-mini")
 
 
+def fetching(console: Console) -> list[int]:
+    """The pids of the programs that fetch from the hub and still run."""
+    found = []
+    for child in console.children():
+        with suppress(psutil.Error):  # one that has ended meanwhile has no command line
+            if "services.downloads.hub_child" in child.cmdline():
+                found.append(child.pid)
+    return found
+
+
 WEIGHTS = {**TINY_MODEL, "model.safetensors": bytes(range(256)) * 12_000}
 
 
@@ -230,9 +241,10 @@ def test_a_download_under_way_is_called_off_with_its_load(start, docker):
         console = start(entry(A), hub)
         console.post("/v1/models/switch", {"target_model": A})
         wait_until(lambda: hub.sent > 100_000, "some bytes")
+        assert len(fetching(console)) == 1
         asked_at = time.monotonic()
         console.post(f"/v1/models/{A}/stop")
         console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "the load to be called off")
         assert time.monotonic() - asked_at < 1.5
-        wait_until(lambda: not [c for c in console.children() if "hub_child" in " ".join(c.cmdline())], "its end", 1)
+        wait_until(lambda: fetching(console) == [], "the one who fetches to end", 1)
         assert docker.client.containers(all=True) == []
