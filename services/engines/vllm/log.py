@@ -195,8 +195,10 @@ _PHASES: tuple[tuple[str, Evidence], ...] = (
     ("Directly load ", Evidence("initializing_gpu", 0.6, "compiled before")),
     ("torch.compile take", Evidence("initializing_gpu", 0.75, "compiled")),
     ("torch.compile took", Evidence("initializing_gpu", 0.75, "compiled")),
+    ("Warming up model for the compilation", Evidence("initializing_gpu", None, "compiling for this CPU")),
     ("Initial profiling/warmup run took", Evidence("initializing_gpu", 0.8, "measuring memory")),
     ("Memory profiling takes", Evidence("initializing_gpu", 0.8, "measuring memory")),
+    ("Warming up done", Evidence("initializing_gpu", 0.9)),
     ("Profiling CUDA graph memory", Evidence("initializing_gpu", 0.85, "measuring memory")),
     ("Available KV cache memory", Evidence("initializing_gpu", 0.95, "setting up its cache")),
     ("KV cache size:", Evidence("initializing_gpu", 1.0)),
@@ -205,8 +207,6 @@ _PHASES: tuple[tuple[str, Evidence], ...] = (
     ("cpu blocks: ", Evidence("initializing_gpu", 1.0)),
     ("Capturing the model for CUDA graphs", Evidence("warming_up")),
     ("Capturing cudagraphs for decoding", Evidence("warming_up")),
-    ("Warming up model for the compilation", Evidence("warming_up", None, "compiling for this CPU")),
-    ("Warming up done", Evidence("warming_up", 0.9)),
     ("Graph capturing finished in", Evidence("warming_up", 0.95)),
     ("init engine (", _UP),
     ("Starting vLLM server on", _UP),
@@ -215,7 +215,8 @@ _PHASES: tuple[tuple[str, Evidence], ...] = (
     ("Application startup complete.", _UP),
 )
 """The lines that mark a step, in the order of a start. A fraction is how far the stage usually is by then; the
-compilation on a CPU, most of its warm-up, has none, so that earlier starts say how far it is."""
+compilation on a CPU has none, so that earlier starts say how far it is. vLLM calls that a warm-up, but a GPU's is
+initialisation too, and the cache comes after it."""
 
 _PROGRESS_MARKS = tuple(
     dict.fromkeys(("% Completed | ", "Capturing CUDA graph", *(mark for mark, _ in _PHASES), *FACT_MARKS))
