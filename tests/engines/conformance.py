@@ -26,6 +26,7 @@ class EngineCase:
     """One engine with two models that load and one that can't.
 
     `end` takes a loaded one away behind the engine's back; `serves` tells whether an endpoint still has its model.
+    `load_seconds` is how long a load, or a first answer, may take.
     """
 
     engine: Engine
@@ -34,6 +35,7 @@ class EngineCase:
     damaged: Model
     end: Callable[[Instance], object]
     serves: Callable[[Endpoint], bool]
+    load_seconds: float = LOAD_SECONDS
     exits: list[Exit] = field(default_factory=list)
 
     def launch(self, model: Model | None = None) -> Instance:
@@ -44,8 +46,8 @@ class EngineCase:
         """The good model (or another), loaded and warm; stopped at the end."""
         instance = self.launch(model)
         try:
-            endpoint = instance.wait_ready(lambda _: None, LOAD_SECONDS)
-            instance.warm_up(LOAD_SECONDS)
+            endpoint = instance.wait_ready(lambda _: None, self.load_seconds)
+            instance.warm_up(self.load_seconds)
             yield instance, endpoint
         finally:
             instance.stop(GRACE)
@@ -88,7 +90,7 @@ class EngineConformance:
         seen: list[Evidence] = []
         instance = case.launch()
         try:
-            endpoint = instance.wait_ready(seen.append, LOAD_SECONDS)
+            endpoint = instance.wait_ready(seen.append, case.load_seconds)
             listed = requests.get(f"{endpoint.origin}/v1/models", headers=dict(endpoint.headers), timeout=5).json()
             assert (endpoint.model or case.good.id) in [m["id"] for m in listed["data"]]
         finally:
@@ -130,7 +132,7 @@ class EngineConformance:
         stopper.start()
         stopper.join()
         with pytest.raises(LoadFailed):
-            instance.wait_ready(lambda _: None, LOAD_SECONDS)
+            instance.wait_ready(lambda _: None, case.load_seconds)
         assert case.exits == []
 
     def test_an_exit_nobody_asked_for_is_reported_once_with_its_cause(self, case: EngineCase):
@@ -159,7 +161,7 @@ class EngineConformance:
 def _load(case: EngineCase, model: Model) -> None:
     instance = case.launch(model)
     try:
-        instance.wait_ready(lambda _: None, LOAD_SECONDS)
+        instance.wait_ready(lambda _: None, case.load_seconds)
     finally:
         instance.stop(GRACE)
 
