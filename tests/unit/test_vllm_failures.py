@@ -318,6 +318,46 @@ def test_the_death_of_a_serving_engine_is_told_by_its_cause():
     assert (log.failure.code, log.failure.cause) == ("engine_failed", "The scheduled requests must be the same set")
 
 
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (
+            [
+                "(EngineCore pid=19) ERROR 11-21 12:04:42 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
+                "unexpectedly (exit code: None), shutting down executor.",
+                "(EngineCore pid=19) ERROR 11-21 12:04:42 [core.py:1512] EngineCore encountered a fatal error.",
+                "(EngineCore pid=19) ERROR 11-21 12:04:42 [core.py:1512] Traceback (most recent call last):",
+                '(EngineCore pid=19) ERROR 11-21 12:04:42 [core.py:1512]     raise RuntimeError("Executor failed.")',
+                "(EngineCore pid=19) ERROR 11-21 12:04:42 [core.py:1512] RuntimeError: Executor failed.",
+                "(APIServer pid=7) ERROR 11-21 12:04:42 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: "
+                "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+                "Process EngineCore:",
+                "RuntimeError: Executor failed.",
+            ],
+            "Worker proc VllmWorker-0 died unexpectedly (exit code: None), shutting down executor.",
+        ),
+        (
+            [
+                "(APIServer pid=7) WARNING 11-21 12:05:12 [core_client.py:817] [shutdown] MPClient: engine core exited "
+                "unexpectedly; starting cleanup",
+                "(APIServer pid=7) ERROR 11-21 12:05:12 [async_llm.py:906] AsyncLLM output_handler failed.",
+                "(APIServer pid=7) ERROR 11-21 12:05:12 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: "
+                "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+            ],
+            "EngineDeadError: EngineCore encountered an issue.",
+        ),
+    ],
+    ids=["worker", "engine"],
+)
+def test_a_process_of_it_that_was_killed_is_told_as_that(lines, cause):
+    """What 0.32 wrote when one of its processes got a SIGKILL: nobody could tell why, and there is no trace to see."""
+    log = read(SERVING)
+    log.feed("\n".join([*lines, ""]))
+    assert log.failure is not None
+    assert (log.failure.code, log.failure.cause) == ("engine_failed", cause)
+    assert "memory runs out" in log.failure.advice
+
+
 def test_many_lines_of_failures_take_no_memory():
     """Only one cause is kept, cut to a length that can be shown."""
     log = VllmLog()

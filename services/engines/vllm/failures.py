@@ -143,8 +143,8 @@ _SAYS_NOTHING = ("ValueError", "RuntimeError", "OSError", "AssertionError", "Exc
 
 
 def _clean(message: str) -> str:
-    """The message without the exception's module, what pydantic and argparse put around it and, where it says
-    nothing, the exception's name."""
+    """The message without the exception's module, what pydantic and argparse put around it, what it says of a trace
+    that isn't shown and, where it says nothing, the exception's name."""
     text = message.strip()
     exception = _EXCEPTION.match(text)
     if exception is not None:
@@ -152,7 +152,7 @@ def _clean(message: str) -> str:
         text = name if not said else said if name in _SAYS_NOTHING else f"{name}: {said}"
     refusal = _REFUSAL.match(text)
     text = text[refusal.end() :] if refusal is not None else text
-    text = text.split(" [type=", 1)[0].strip()
+    text = text.split(" [type=", 1)[0].split(" See stack trace", 1)[0].strip()
     return text if len(text) <= LONGEST_CAUSE else f"{text[: LONGEST_CAUSE - 1].rstrip()}…"
 
 
@@ -411,6 +411,14 @@ _RULES = (
         _gated_model,
         worth=_LOGGED,  # what follows says whether it is gated, or isn't there
     ),
+    _Rule(
+        "engine_failed",
+        ("died unexpectedly", "died, exit code", "RuntimeError: Executor failed", "EngineDeadError"),
+        _say(
+            "Where its log has no other error, the system ended one of its processes, as it does when memory runs out."
+        ),
+        worth=_SECONDARY,
+    ),
 )
 """In the order in which they are tried."""
 _MARKED = tuple((mark, rule) for rule in _RULES for mark in rule.marks)
@@ -425,11 +433,8 @@ _ECHOES = (
     "EngineCore hit an exception",
     "EngineCore encountered",
     "WorkerProc hit an exception",
-    "EngineDeadError",
     "Engine loop",
     "Background loop",
-    "died unexpectedly",
-    "died, exit code",
     "RuntimeError: cancelled",
 )
 """What vLLM says of a failure that it has told, or is about to tell."""
