@@ -6,7 +6,7 @@ RUN_READY := .venv/.ready-run
 DEV_READY := .venv/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-ollama lint format bench demo-models lock clean
+.PHONY: help run test test-ollama test-vllm lint format bench demo-models lock clean
 
 help: ## explain the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,6 +19,10 @@ test: $(DEV_READY) browser docker ## set up and run every test
 
 test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
 	@OLLAMA_TEST_BINARY="$(OLLAMA)" $(BIN)/python -m pytest tests/engines/test_ollama_server.py tests/engines/test_ollama_stand_in.py $(ARGS)
+
+test-vllm: $(DEV_READY) docker ## the vLLM suite on a real one: its CPU build in .venv-vllm (4 GB), in real containers
+	@PYTHON="$(PYTHON)" tools/ensure_vllm.sh
+	@$(BIN)/python -m pytest tests/vllm_real --timeout 1200 $(ARGS)
 
 lint: $(DEV_READY) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -43,7 +47,7 @@ lock: $(DEV_READY) ## pin what requirements*.in name
 	@$(BIN)/pip-compile --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --upgrade requirements-dev.in
 
 clean: ## remove the environment and caches (the state folder stays)
-	@rm -rf .venv .venv-train .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .venv-train .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .PHONY: browser docker
 browser:
