@@ -80,8 +80,8 @@ class EngineConformance:
             else:
                 instance.sleep(GRACE)
                 assert instance.asleep
-                assert instance.wake(lambda _: None, LOAD_SECONDS) == endpoint
-                instance.warm_up(LOAD_SECONDS)
+                assert instance.wake(lambda _: None, case.load_seconds) == endpoint
+                instance.warm_up(case.load_seconds)
             assert not instance.asleep
             assert case.serves(endpoint)
 
