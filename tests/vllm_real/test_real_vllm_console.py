@@ -26,7 +26,8 @@ from tests.support.real_vllm import (
 COMPILED, EAGER, DAMAGED = "tiny-a", "tiny-b", "damaged"
 NEEDS_GB, BUDGET_GB = 4, 6
 """One measures about 3 GB; the budget has room for one."""
-TOKENS = 24
+TOKENS = 400
+"""Enough for a second: a token takes a few milliseconds, so that those of one busy moment come in one piece."""
 THERE, OVER, FAILED, BACK = "there", "over", "failed", "back"
 
 Events = list[tuple[str, dict[str, Any]]]
@@ -115,7 +116,7 @@ def _tell(console: Console, docker: DockerEngine) -> Story:
     console.start()
     console.wait_for(lambda s: s["models"][EAGER]["status"] == "running", "the model to be found again")
     note("restarted")
-    answer = console.ask("Hello", model=EAGER, max_tokens=TOKENS)
+    answer = console.ask("Hello", model=EAGER, max_tokens=8)
     story.answer_after_restart = answer.json()["choices"][0]["message"]["content"]
     switch(BACK, COMPILED)
     console.post(f"/v1/models/{COMPILED}/stop")
@@ -126,7 +127,7 @@ def _tell(console: Console, docker: DockerEngine) -> Story:
 def _streamed(console: Console, model: str) -> list[bytes]:
     """A streamed answer, in the pieces in which it came."""
     hello = [{"role": "user", "content": "Hello"}]
-    question = {"model": model, "messages": hello, "max_tokens": TOKENS, "stream": True}
+    question = {"model": model, "messages": hello, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     with closing(console.post("/v1/chat/completions", question, stream=True)) as answer:
         return list(answer.iter_content(None))
 
