@@ -61,6 +61,8 @@ class Progress:
         self._evidence = Evidence("loading_weights")  # what a load without a word is taken to do
         self._heard = False
         self._began: dict[Stage, float] = {}
+        self._counted: dict[Stage, float] = {}
+        """Since when a stage has been counted from nothing: much of it can have passed before (vLLM's 20 to 40 s)."""
         self._elapsed = 0.0
         self._percent = 0
 
@@ -74,6 +76,8 @@ class Progress:
             self._evidence, self._heard = evidence, True
         stage = self._evidence.stage
         self._began.setdefault(stage, self._elapsed if self._began else 0.0)
+        if self._evidence.fraction is not None and self._evidence.fraction <= ENOUGH_TO_EXTRAPOLATE:
+            self._counted.setdefault(stage, self._elapsed)
         fraction, basis = self._fraction()
         low, high = STAGES[stage]
         self._percent = max(self._percent, min(99, int(low + (high - low) * fraction)))
@@ -104,18 +108,26 @@ class Progress:
         return self._elapsed - self._began[self._evidence.stage]
 
     def _eta(self, fraction: float, basis: Basis | None) -> float | None:
-        stages = self._history.stage_seconds
+        history, stage = self._history, self._evidence.stage
+        stages = history.stage_seconds
         later = sum(stages.get(s, 0.0) for s in ORDER[_order(self._evidence) + 1 :])
-        if basis == "measured" and fraction > ENOUGH_TO_EXTRAPOLATE and (stages or self._history.total_seconds is None):
-            return self._in_stage() * (1 - fraction) / fraction + later
+        left = self._left_by_pace(fraction) if basis == "measured" else None
+        if stage == "downloading":  # what is known of a load says nothing about that
+            return None if left is None else left + (later or history.total_seconds or 0.0)
         if stages:
-            usual = stages.get(self._evidence.stage, 0.0)
-            left = usual * (1 - fraction) if basis == "measured" else usual - self._in_stage()
+            left = stages.get(stage, 0.0) - self._in_stage() if left is None else left
             return left + later if left + later > 0 else None
-        if self._history.total_seconds:
-            left = self._history.total_seconds - self._elapsed
+        if history.total_seconds:
+            left = history.total_seconds - self._elapsed
             return left if left > 0 else None
-        return None
+        return left or None  # 0 of this stage is no figure for those to come
+
+    def _left_by_pace(self, fraction: float) -> float | None:
+        """Seconds left of this stage at the pace that was counted so far; None while that says nothing."""
+        if fraction <= ENOUGH_TO_EXTRAPOLATE:
+            return None
+        since = self._counted.get(self._evidence.stage, self._began[self._evidence.stage])
+        return (self._elapsed - since) * (1 - fraction) / fraction
 
 
 def _order(evidence: Evidence) -> int:

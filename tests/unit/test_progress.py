@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,40 @@ def test_percent_lies_in_the_stages_range(stage, fraction):
     """Seed 001's ranges hold for what is measured."""
     low, high = STAGES[stage]
     assert low <= Progress(History()).advance(Evidence(stage, fraction), 1.0).percent <= high
+
+
+def test_what_passed_before_counting_began_is_not_part_of_the_pace():
+    """vLLM starts for half a minute before it reads its shards."""
+    progress = Progress(History())
+    progress.advance(Evidence("loading_weights", None, "starting vLLM"), 0.0)
+    assert progress.advance(Evidence("loading_weights", 0.0, "0 of 4 shards"), 30.0).eta_seconds is None
+    assert progress.advance(Evidence("loading_weights", 0.5, "2 of 4 shards"), 34.0).eta_seconds == 4.0
+
+
+def test_the_end_of_a_stage_is_not_said_to_be_the_end_of_the_load():
+    """Where nobody knows how long the later stages take, as in a first load."""
+    progress = Progress(History())
+    progress.advance(Evidence("loading_weights", 0.0), 0.0)
+    assert progress.advance(Evidence("loading_weights", 1.0, "4 of 4 shards"), 8.0).eta_seconds is None
+
+
+def test_a_stage_that_is_counted_from_nothing_keeps_to_what_was_learned_until_there_is_a_pace():
+    """It doesn't jump to the stage's whole time at its first count."""
+    history = History(40.0, {"loading_weights": 30.0, "warming_up": 10.0})
+    progress = Progress(history)
+    assert progress.advance(Evidence("loading_weights"), 20.0).eta_seconds == 20.0
+    assert progress.advance(Evidence("loading_weights", 0.0, "0 of 4 shards"), 20.0).eta_seconds == 20.0
+
+
+@pytest.mark.parametrize(
+    ("history", "later"),
+    [(History(), 0.0), (History(60.0, basis="declared"), 60.0), (History(30.0, {"loading_weights": 30.0}), 30.0)],
+)
+def test_the_time_left_of_a_download_includes_the_load_as_far_as_that_is_known(history, later):
+    """And is none as long as there is no pace."""
+    progress = Progress(history)
+    assert progress.advance(Evidence("downloading", 0.0), 1.0).eta_seconds is None
+    assert progress.advance(Evidence("downloading", 0.25), 11.0).eta_seconds == 30.0 + later
 
 
 def test_measured_bytes_extrapolate_to_the_time_left():
