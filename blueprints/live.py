@@ -31,6 +31,7 @@ NEWS_SECONDS = 60.0
 _STAGE_WORDS: dict[SwitchStage, str] = {
     "requested": "Getting ready",
     "checking_memory": "Checking memory",
+    "downloading": "Downloading",
     "draining": "Letting answers under way finish",
     "unloading": "Unloading",
     "waiting_for_memory": "Waiting until the memory is free",

@@ -110,6 +110,7 @@ class StatusService:
 
     def _model(self, model: Model, snapshot: Snapshot) -> ModelStatus:
         view = snapshot.instances.get(model.id)
+        arriving = _arriving(model, snapshot) if view is None else None
         failure = snapshot.failures.get(model.id)
         need = self._planner.need(model)
         held = view.usage.bytes + view.usage.spilled_bytes if view and view.usage else None
@@ -118,7 +119,7 @@ class StatusService:
         return ModelStatus(
             id=model.id,
             engine=model.engine,
-            state=view.state if view else "failed" if error else "stopped",
+            state=view.state if view else "loading" if arriving else "failed" if error else "stopped",
             active=model.id == snapshot.active_model,
             description=model.description,
             tags=model.tags,
@@ -127,7 +128,7 @@ class StatusService:
             required_bytes=need.bytes or None,
             memory_basis="measured" if held else need.basis if need.bytes else None,
             estimated_load_seconds=self._planner.load_seconds(model),
-            load=view.load if view else None,
+            load=view.load if view else arriving,
             device=view.device if view else None,
             in_flight=view.traffic.in_flight if view else 0,
             last_used=view.traffic.last_used if view else None,
@@ -135,6 +136,14 @@ class StatusService:
             warning=" ".join(words for words in cautions if words) or None,
             log_tail=failure.log_tail if failure else "",
         )
+
+
+def _arriving(model: Model, snapshot: Snapshot) -> LoadView | None:
+    """How far the download of the model that is switched to is, which comes before its load."""
+    switch = snapshot.switch
+    if switch is None or switch.to_model != model.id or switch.stage != "downloading":
+        return None
+    return LoadView(switch.percent, switch.stage, switch.detail, switch.basis, switch.eta_seconds)
 
 
 _MENU_ORDER: dict[ModelState, int] = {

@@ -143,7 +143,7 @@ def _loading_status(status: Status) -> dict[str, object]:
     switch, last = status.switch, status.last_switch
     active = status.model(status.active_model) if status.active_model else None
     if switch is not None:
-        loading = switch.stage in ("loading", "warming_up")
+        loading = switch.stage in ("downloading", "loading", "warming_up")
         return _document(
             "loading" if loading else "starting",
             active,

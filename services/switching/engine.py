@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from services.abort import Abort
+
 Basis = Literal["measured", "learned", "declared", "estimated"]
 """Where a figure comes from, best first."""
 
@@ -216,6 +218,13 @@ class Engine(Protocol):
 
     def settings_key(self, model: Model) -> str:
         """Whatever changes how long a load takes or how much it holds, as one short string."""
+
+    def bring(self, model: Model, report: Report, abort: Abort, /) -> None:
+        """Block until all that loading it takes is on this machine. It comes before anybody makes room for it.
+
+        Reports the stage `downloading` if there is something to bring, else nothing. Raises EngineError, and Aborted
+        within a second of `abort`.
+        """
 
     def launch(self, model: Model, on_exit: OnExit) -> Instance:
         """Begin loading, and return at once. Raises EngineError when it can't even begin."""

@@ -18,6 +18,7 @@ InstanceState = Literal["loading", "running", "unloading", "asleep"]
 SwitchStage = Literal[
     "requested",
     "checking_memory",
+    "downloading",
     "draining",
     "unloading",
     "waiting_for_memory",

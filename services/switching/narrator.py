@@ -1,6 +1,7 @@
 """Tells how a job goes: as seed 001's events to those who follow it, and as the switch on the board to everyone.
 
-Overall percent of a switch: 0 checking memory, 20-50 unloading, then the load's own percentage mapped onto the rest.
+Overall percent of a switch: 0 checking memory, 0-20 downloading, 20-50 unloading, then the load's own percentage mapped
+onto the rest.
 It never falls, and 100 is said only when the model is ready.
 """
 
@@ -42,6 +43,26 @@ class Narrator:
     def begin(self) -> None:
         self._show(stage="checking_memory")
         self._job.tell("stage", stage="checking_memory", progress=0)
+
+    def bringing(self, estimate: Estimate) -> None:
+        """What the target needs is being brought to this machine; nobody has made room for it yet."""
+        self._show(
+            stage="downloading",
+            percent=estimate.percent,
+            detail=estimate.detail,
+            basis=estimate.basis,
+            eta_seconds=estimate.eta_seconds,
+        )
+        self._job.tell(
+            "progress",
+            stage="downloading",
+            phase=estimate.stage,
+            progress=self.view.percent,
+            model=self._job.target,
+            eta=_eta(estimate.eta_seconds),
+            detail=estimate.detail,
+            basis=estimate.basis,
+        )
 
     def planned(self, plan: Plan) -> None:
         self._load_seconds = plan.estimated_seconds

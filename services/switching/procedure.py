@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from services.abort import Abort, Aborted
 from services.catalog import Catalog
 from services.config import Settings
 from services.store.records import LoadRecord
@@ -176,6 +177,10 @@ class Procedure:
         story.begin()
         model = self._usable(job.target)
         plan = self._make_plan(job, model)
+        if self._bring(job, model, story):  # which takes its time: now its size is known, and much may have changed
+            self._hub.await_worker(self._catalog.refresh)
+            model = self._usable(job.target)
+            plan = self._make_plan(job, model)
         story.planned(plan)
         for unload in plan.unload:
             self._unload(job, story, unload)
@@ -217,6 +222,46 @@ class Procedure:
                 "confirmation_required", f"Loading {model.id} would unload {names}. Confirm it.", plan=plan
             )
         return plan
+
+    def _bring(self, job: Job, model: Model, story: Narrator) -> bool:
+        """Have what the load takes brought to this machine, while everything else goes on; whether anything had to be.
+
+        Called off, it has ended when this is left.
+        """
+        if self._fleet.get(model.id) is not None:
+            return False
+        engine = self._engines[model.engine]
+        progress = Progress(self._planner.history(model))
+        began = time.monotonic()
+        evidence: deque[Evidence] = deque()
+        abort = Abort()
+        brought = False
+
+        def report(seen: Evidence) -> None:
+            evidence.append(seen)
+            self._hub.wake()
+
+        def look() -> None:
+            nonlocal brought
+            if job.cancel_reason is not None:
+                abort()
+            while evidence:
+                story.bringing(progress.advance(evidence.popleft(), time.monotonic() - began))
+                if not brought:
+                    job.mark_started()
+                brought = True
+
+        try:
+            self._hub.await_worker(
+                lambda: engine.bring(model, report, abort), cancellable=False, interval=OBSERVE_SECONDS, on_tick=look
+            )
+        except Aborted:
+            raise Cancelled from None
+        except EngineError as error:
+            self._fleet.fail(model.id, str(error), "")
+            raise
+        self._hub.check_cancelled()
+        return brought
 
     def _unload(self, job: Job, story: Narrator, unload: Unload) -> None:
         """Drain one instance, then stop it or put it to sleep. Called off while draining, it goes on serving."""

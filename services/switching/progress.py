@@ -61,8 +61,9 @@ class Progress:
         self._evidence = Evidence("loading_weights")  # what a load without a word is taken to do
         self._heard = False
         self._began: dict[Stage, float] = {}
-        self._counted: dict[Stage, float] = {}
-        """Since when a stage has been counted from nothing: much of it can have passed before (vLLM's 20 to 40 s)."""
+        self._counted: dict[Stage, tuple[float, float]] = {}
+        """When counting began in a stage, and from where: much of it can have passed before (vLLM's 20 to 40 s), and a
+        download can go on from the middle."""
         self._elapsed = 0.0
         self._percent = 0
 
@@ -76,8 +77,9 @@ class Progress:
             self._evidence, self._heard = evidence, True
         stage = self._evidence.stage
         self._began.setdefault(stage, self._elapsed if self._began else 0.0)
-        if self._evidence.fraction is not None and self._evidence.fraction <= ENOUGH_TO_EXTRAPOLATE:
-            self._counted.setdefault(stage, self._elapsed)
+        if self._evidence.fraction is not None and stage not in self._counted:
+            fresh = self._evidence.fraction <= ENOUGH_TO_EXTRAPOLATE or stage == "downloading"
+            self._counted[stage] = (self._elapsed, self._evidence.fraction) if fresh else (self._began[stage], 0.0)
         fraction, basis = self._fraction()
         low, high = STAGES[stage]
         self._percent = max(self._percent, min(99, int(low + (high - low) * fraction)))
@@ -124,10 +126,10 @@ class Progress:
 
     def _left_by_pace(self, fraction: float) -> float | None:
         """Seconds left of this stage at the pace that was counted so far; None while that says nothing."""
-        if fraction <= ENOUGH_TO_EXTRAPOLATE:
+        since, start = self._counted[self._evidence.stage]
+        if fraction - start <= ENOUGH_TO_EXTRAPOLATE:
             return None
-        since = self._counted.get(self._evidence.stage, self._began[self._evidence.stage])
-        return (self._elapsed - since) * (1 - fraction) / fraction
+        return (self._elapsed - since) * (1 - fraction) / (fraction - start)
 
 
 def _order(evidence: Evidence) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 import requests
 
+from services.abort import Abort
 from services.switching.engine import Endpoint, Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
 from services.switching.progress import ORDER
 from tests.support.console import wait_until
@@ -39,7 +40,9 @@ class EngineCase:
     exits: list[Exit] = field(default_factory=list)
 
     def launch(self, model: Model | None = None) -> Instance:
-        return self.engine.launch(self.engine.describe(model or self.good), self.exits.append)
+        described = self.engine.describe(model or self.good)
+        self.engine.bring(described, lambda _: None, Abort())
+        return self.engine.launch(described, self.exits.append)
 
     @contextmanager
     def ready(self, model: Model | None = None) -> Iterator[tuple[Instance, Endpoint]]:

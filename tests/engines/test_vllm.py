@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from services.abort import Abort
 from services.downloads.hub_process import HubProcess
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.port import MANAGED_LABEL
@@ -178,13 +179,13 @@ class TestVllm(EngineConformance):
         assert docker.client.inspect_container(foreign)["State"]["Running"]
 
     def test_a_missing_image_says_what_to_do(self, case: EngineCase):
-        """There is no registry here: the pull fails in words."""
+        """There is no registry here: the pull fails in words, before anybody has made room for the model."""
         options = {**case.good.options, "image": "127.0.0.1:9/nowhere/vllm:1"}
-        instance = case.launch(replace(case.good, options=options))
+        seen: list[Evidence] = []
         with pytest.raises(EngineError) as caught:
-            instance.wait_ready(lambda _: None, LOAD_SECONDS)
-        instance.stop(GRACE)
+            case.engine.bring(replace(case.good, options=options), seen.append, Abort())
         assert "nowhere/vllm" in str(caught.value)
+        assert [evidence.stage for evidence in seen] == ["downloading"]
 
     def test_a_restart_of_the_app_finds_what_is_ready(self, case: EngineCase, make_engine: Callable[..., Vllm]):
         """By label; it answers, its end is noticed, and stopping works."""
@@ -223,9 +224,11 @@ class TestVllm(EngineConformance):
             assert case.serves(endpoint)
 
     def test_a_stopped_daemon_says_what_to_do(self, case: EngineCase, docker: DockerEngine):
-        """In the load's error."""
+        """Before anybody has made room for the model, and in the load's error if it stops after that."""
+        instance = case.launch()
         with docker.stopped():
-            instance = case.launch()
+            with pytest.raises(EngineError, match="Docker"):
+                case.engine.bring(case.good, lambda _: None, Abort())
             with pytest.raises(EngineError, match="Docker"):
                 instance.wait_ready(lambda _: None, LOAD_SECONDS)
 

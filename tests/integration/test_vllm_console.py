@@ -234,6 +234,35 @@ def test_weights_that_are_missing_come_first_with_their_bytes(start, tmp_path):
         assert [request.path for request in hub.requests] == [f"/api/models/{A}"]
 
 
+def test_while_weights_come_the_model_in_use_answers_on(start, docker):
+    """Nobody makes room for a model that isn't here yet; its row says that it is on its way."""
+    with FakeHub({A: Repo(TINY_MODEL), B: Repo(WEIGHTS)}) as hub:
+        hub.faults.bytes_per_second = 1_000_000
+        console = start(big(A) + big(B), hub, memory_budget_gb=0.4)
+        console.switch(A)
+        console.post("/v1/models/switch", {"target_model": B})
+        found = console.wait_for(lambda s: (s["models"][B]["load_progress"] or 0) >= 5, "the download to come along")
+        assert (found["models"][B]["status"], found["models"][B]["stage"]) == ("loading", "downloading")
+        assert (found["models"][A]["status"], found["active_model"]) == ("running", A)
+        assert console.ask("Hello", model=A).status_code == 200
+        console.wait_for(lambda s: s["active_model"] == B, "the switch to end")
+        assert running(docker) == [B]
+
+
+def test_a_download_that_fails_costs_nobody_a_model(start, docker):
+    """The one in use was not touched; the words are those of the hub's answer."""
+    with FakeHub({A: Repo(TINY_MODEL), B: Repo(TINY_MODEL, gated="hf_secret")}) as hub:
+        console = start(big(A) + big(B), hub, memory_budget_gb=0.4)
+        console.switch(A)
+        (before,) = docker.client.containers()
+        answer = console.post("/v1/models/switch", {"target_model": B, "wait": True})
+        assert answer.status_code == 502
+        assert "HF_TOKEN" in answer.json()["message"]
+        assert console.model(B)["status"] == "failed"
+        assert [c["Id"] for c in docker.client.containers()] == [before["Id"]]
+        assert console.status()["active_model"] == A
+
+
 def test_a_download_under_way_is_called_off_with_its_load(start, docker):
     """Within a second no more bytes come, and no container is made."""
     with FakeHub({A: Repo(WEIGHTS)}) as hub:

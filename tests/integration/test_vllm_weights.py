@@ -119,7 +119,7 @@ def test_progress_goes_by_bytes_and_reaches_the_end(hub, weights):
     hub.faults.cut_after, hub.faults.cuts, hub.faults.refuse_ranges = 200_000, 1, True
     seen = Bringing(weights).result().seen
     assert {evidence.stage for evidence in seen} == {"downloading"}
-    fractions = [evidence.fraction for evidence in seen]
+    fractions = [evidence.fraction for evidence in seen if evidence.fraction is not None]
     assert fractions == sorted(fractions)
     assert fractions[0] < 0.01
     assert fractions[-1] == 1.0
@@ -154,27 +154,17 @@ def test_stopping_ends_the_bytes_within_a_second_and_the_next_load_goes_on(hub, 
     sent = hub.sent
     again = Bringing(weights).result()
     assert hub.sent - sent <= TOTAL - kept + 8_192  # what was under way
-    assert again.seen[0].fraction == pytest.approx(kept / TOTAL)
+    assert next(e.fraction for e in again.seen if e.fraction is not None) == pytest.approx(kept / TOTAL)
     assert snapshot(cache) == FILES
 
 
 def test_what_is_there_is_not_asked_for_again(hub, weights):
-    """One listing, no evidence of a download; nothing is announced."""
+    """One listing, no evidence of a download."""
     Bringing(weights).result()
     hub.requests.clear()
     again = Bringing(weights).result()
     assert [request.path for request in hub.requests] == ["/api/models/org/model"]
     assert again.seen == []
-    weights.announce(listed(), {}, again.seen.append)
-    assert again.seen == []
-
-
-def test_a_missing_model_is_announced_as_a_download(hub, weights):
-    """Before anything else is seen of its load."""
-    seen: list[Evidence] = []
-    weights.announce(listed(), {}, seen.append)
-    assert [evidence.stage for evidence in seen] == ["downloading"]
-    assert hub.requests == []
 
 
 def test_offline_takes_what_is_there_and_asks_nobody(hub, weights, cache):

@@ -72,6 +72,13 @@ def test_the_time_left_of_a_download_includes_the_load_as_far_as_that_is_known(h
     assert progress.advance(Evidence("downloading", 0.25), 11.0).eta_seconds == 30.0 + later
 
 
+def test_a_download_that_goes_on_from_the_middle_is_not_taken_to_be_that_fast():
+    """Half of it was there already."""
+    progress = Progress(History())
+    assert progress.advance(Evidence("downloading", 0.5), 1.0).eta_seconds is None
+    assert progress.advance(Evidence("downloading", 0.6), 11.0).eta_seconds == pytest.approx(40.0)
+
+
 def test_measured_bytes_extrapolate_to_the_time_left():
     """A quarter read in ten seconds leaves thirty, and says that it was measured."""
     estimate = Progress(History()).advance(Evidence("loading_weights", 0.25, "1 of 4 GB read"), 10.0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import structlog
 
+from services.abort import Abort
 from services.engines.llamacpp.gguf import (
     GGUFError,
     GGUFHeader,
@@ -29,7 +30,17 @@ from services.engines.llamacpp.instance import LlamaCppInstance
 from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
 from services.engines.processes import GroupLeader, ProcessRegistry, Record
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE, Endpoint, EngineError, GpuBytes, LoadFailed, Model, Need, OnExit
+from services.switching.engine import (
+    HOST_DEVICE,
+    Endpoint,
+    EngineError,
+    GpuBytes,
+    LoadFailed,
+    Model,
+    Need,
+    OnExit,
+    Report,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -110,6 +121,9 @@ class LlamaCpp:
         return (
             f"{self._launcher.kind} ctx={self._context(model)} slots={self._slots(model)} {options} {model.size_bytes}"
         )
+
+    def bring(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
+        """Its models are here: what is not is downloaded by a job of its own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> LlamaCppInstance:
         if model.fault:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from services.abort import Abort
 from services.engines.llamacpp.gguf import GGUFError, estimate_bytes, read_header
 from services.engines.ollama.api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
 from services.engines.ollama.instance import OllamaInstance, Server, ServerProcess
@@ -23,7 +24,7 @@ from services.engines.ollama.names import full_name
 from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Look, OllamaWatch
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
 
 LIST_SECONDS = 1.0
 FIRST_LIST_SECONDS = 0.5
@@ -101,6 +102,9 @@ class Ollama:
     def settings_key(self, model: Model) -> str:
         place = "here" if self._server.local else self._api.base_url
         return f"{place} ctx={self._context(model)} device={self._device(model)} {model.digest}"
+
+    def bring(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
+        """Its models are here: what is not is downloaded by a job of its own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> OllamaInstance:
         if model.fault:

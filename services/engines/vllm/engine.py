@@ -9,17 +9,19 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
-from services.engines.containers.port import Container, ContainerError, ContainerRuntime
+from services.abort import Abort
+from services.engines.containers.port import Container, ContainerError, ContainerRuntime, ContainerSpec
 from services.engines.vllm.instance import GpuHeld, VllmInstance
 from services.engines.vllm.server import server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.engines.vllm.weights import Weights
 from services.http import control_session
 from services.memory.ledger import Reading
-from services.switching.engine import HOST_DEVICE, EngineError, Model, Need, OnExit
+from services.switching.engine import HOST_DEVICE, EngineError, Evidence, Model, Need, OnExit, Report
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +99,14 @@ class Vllm:
             f"{model.options.get('image') or self._settings.image} {self._device(model)} {options} {model.size_bytes}"
         )
 
+    def bring(self, model: Model, report: Report, abort: Abort, /) -> None:
+        """The image, then the weights."""
+        spec = self._spec(model)
+        if not self._runtime.image_present(spec.image):
+            report(Evidence("downloading", None, f"pulling the image {spec.image}"))
+            self._runtime.pull(spec.image, partial(_report_image, report), abort)
+        self._weights.bring(model, spec.environment, report, abort)
+
     def launch(self, model: Model, on_exit: OnExit) -> VllmInstance:
         if model.fault:
             raise EngineError(model.fault)
@@ -127,17 +137,15 @@ class Vllm:
         self._runtime.close()
 
     def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
-        device = self._device(model)
         instance = VllmInstance(
             self._runtime,
             model,
-            spec_of(model, self._settings, device=device, share=self._share(model, device)),
-            device,
+            self._spec(model),
+            self._device(model),
             on_exit,
             self._gpu_bytes,
             self._settle,
             self._note_end,
-            self._weights,
             running=found.container if found is not None else None,
             asleep=found is not None and found.asleep,
         )
@@ -151,6 +159,10 @@ class Vllm:
 
     def _without_ended(self, found: Mapping[str, Found]) -> Mapping[str, Found]:
         return {model: f for model, f in found.items() if run_of(f.container) not in self._over}
+
+    def _spec(self, model: Model) -> ContainerSpec:
+        device = self._device(model)
+        return spec_of(model, self._settings, device=device, share=self._share(model, device))
 
     def _fault(self, model: Model) -> str | None:
         device = self._device(model)
@@ -198,3 +210,8 @@ class Vllm:
                 self._runtime.remove(container.id)
         self._tidied = True
         self._found = self._without_ended(ready)
+
+
+def _report_image(report: Report, done: int, total: int | None) -> None:
+    words = f"{done / 1e9:.1f}" + (f" of {total / 1e9:.1f} GB" if total else " GB")
+    report(Evidence("downloading", done / total if total else None, f"{words} of the image"))

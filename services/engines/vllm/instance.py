@@ -19,7 +19,6 @@ from services.engines.containers.port import (
     ContainerGone,
     ContainerRuntime,
     ContainerSpec,
-    ImageMissing,
     NameTaken,
     RuntimeDown,
     RuntimeHangs,
@@ -29,7 +28,6 @@ from services.engines.vllm.facts import footprint
 from services.engines.vllm.log import VllmLog
 from services.engines.vllm.server import VllmServer, server_in
 from services.engines.vllm.spec import SLEEP_FLAG
-from services.engines.vllm.weights import Weights
 from services.http import control_session
 from services.switching.engine import (
     HOST_DEVICE,
@@ -73,7 +71,6 @@ class VllmInstance:
         gpu_bytes: GpuHeld,
         settle: Callable[[str], None],
         on_end: Callable[[Container], None],
-        weights: Weights,
         running: Container | None = None,
         asleep: bool = False,
     ) -> None:
@@ -85,7 +82,6 @@ class VllmInstance:
         self._gpu_bytes = gpu_bytes
         self._settle = settle
         self._on_end = on_end
-        self._weights = weights
         self._abort = Abort()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -113,11 +109,11 @@ class VllmInstance:
         return self._container.pid if self._container is not None else None
 
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
+        deadline = time.monotonic() + timeout
         if self._server is not None:
             return self._server.endpoint
         try:
-            container_id = self._bring_up(report)
-            return self._follow(container_id, report, time.monotonic() + timeout)  # a download has its own limits
+            return self._follow(self._bring_up(), report, deadline)
         except Aborted:
             raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
         except ContainerError as error:
@@ -197,17 +193,15 @@ class VllmInstance:
     def warning(self) -> str | None:
         return None
 
-    def _bring_up(self, report: Report) -> str:
+    def _bring_up(self) -> str:
         """Create the container, or use the one that is there, and start it; what it says is read from its first word.
 
-        The weights come first. A container of an older spec is replaced. Raises ContainerError, LoadFailed and Aborted.
+        A container of an older spec is replaced. Raises ContainerError and Aborted.
         """
         self._abort.check()
-        self._weights.announce(self.model, self._spec.environment, report)
         container_id = self._existing()
-        self._weights.bring(self.model, self._spec.environment, report, self._abort)
         if container_id is None:
-            container_id = self._create(report)
+            container_id = self._create()
         self._container = self._runtime.inspect(container_id)
         stream = self._runtime.attach(container_id)
         with self._lock:
@@ -236,21 +230,11 @@ class VllmInstance:
             return None
         return found.id
 
-    def _create(self, report: Report) -> str:
+    def _create(self) -> str:
         for mount in self._spec.mounts:
             if mount.source.startswith("/") and not mount.read_only:  # Docker would make it, as root's
                 with suppress(OSError):
                     Path(mount.source).mkdir(parents=True, exist_ok=True)
-        try:
-            return self._runtime.create(self._spec)
-        except ImageMissing:
-            report(Evidence("downloading", None, f"pulling the image {self._spec.image}"))
-
-        def arrived(done: int, total: int | None) -> None:
-            words = f"{done / 1e9:.1f}" + (f" of {total / 1e9:.1f} GB" if total else " GB")
-            report(Evidence("downloading", done / total if total else None, f"{words} of the image"))
-
-        self._runtime.pull(self._spec.image, arrived, self._abort)
         return self._runtime.create(self._spec)
 
     def _follow(self, container_id: str, report: Report, deadline: float) -> Endpoint:

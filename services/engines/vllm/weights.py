@@ -52,12 +52,6 @@ class Weights:
             return None
         return CachedModel(self._cache, name).size_bytes() if name is not None else None
 
-    def announce(self, model: Model, environment: Mapping[str, str], report: Report) -> None:
-        """Say that a load begins with a download where it does, before it is taken to be at a later stage."""
-        name = _name_of(model, environment)
-        if name is not None and CachedModel(self._cache, name).lacking():
-            report(Evidence("downloading", 0.0, "asking what there is to download"))
-
     def bring(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
         """Block until all that vLLM loads of a model is in the cache.
 
@@ -72,6 +66,8 @@ class Weights:
             if lacking:
                 raise LoadFailed(self._say_offline(name, lacking))
             return
+        if lacking:
+            report(Evidence("downloading", None, "asking what there is to download"))
         progress = _Progress(report)
         observer = TransferObserver(self._disk, "huggingface", time.monotonic, progress.tell)
         try:
