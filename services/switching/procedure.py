@@ -7,53 +7,26 @@ a cancel is noticed; so each step can be left by `Cancelled`, and what it had be
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from services.abort import Abort, Aborted
 from services.catalog import Catalog
 from services.config import Settings
-from services.store.records import LoadRecord
-from services.switching.engine import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
+from services.switching.engine import Engine, EngineError, Exit, LoadFailed, Model
 from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job, SwitchError
-from services.switching.learning import Learned, load_key
+from services.switching.lifecycle import Hub, Lifecycle
 from services.switching.narrator import Narrator, memory_figures
 from services.switching.plan import Plan, Unload, refusal, say_gb
 from services.switching.planner import Planner
-from services.switching.progress import Progress
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
-OBSERVE_SECONDS = 0.2
-"""How often a load's figures are refreshed while nothing new is reported."""
 MEMORY_LOOK_SECONDS = 0.05
 LAST_ANSWERS_SECONDS = 3.0
-
-
-class Hub(Protocol):
-    """What the procedure needs of the switcher that runs it."""
-
-    def await_worker(
-        self,
-        function: Callable[[], T],
-        *,
-        cancellable: bool = True,
-        interval: float | None = None,
-        on_tick: Callable[[], None] = ...,
-    ) -> T: ...
-
-    def check_cancelled(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-    def report_exit(self, instance: Instance, exit: Exit) -> None: ...
 
 
 class Procedure:
@@ -64,7 +37,7 @@ class Procedure:
         settings: Settings,
         fleet: Fleet,
         planner: Planner,
-        learned: Learned,
+        lifecycle: Lifecycle,
         catalog: Catalog,
         engines: Mapping[str, Engine],
         hub: Hub,
@@ -72,7 +45,7 @@ class Procedure:
         self._settings = settings
         self._fleet = fleet
         self._planner = planner
-        self._learned = learned
+        self._lifecycle = lifecycle
         self._catalog = catalog
         self._engines = engines
         self._hub = hub
@@ -119,7 +92,7 @@ class Procedure:
         """End a job after an error nobody foresaw, and put away what it was loading."""
         error = SwitchError("internal_error", "Switchyard failed to carry this out; its log has the details.")
         for member in [m for m in self._fleet if m.state in ("loading", "unloading")]:
-            self._put_away(member)
+            self._lifecycle.put_away(member)
         Narrator(job, self._fleet).end("failed", error)
 
     def stop_all(self, *, for_good: bool = True) -> None:
@@ -133,7 +106,7 @@ class Procedure:
                 continue
             self._hub.await_worker(lambda m=member: m.traffic.drain(LAST_ANSWERS_SECONDS), cancellable=False)  # type: ignore[misc]
             with suppress(EngineError):
-                self._put_away(member)
+                self._lifecycle.put_away(member)
 
     def adopt_found(self) -> bool:
         """Take in the models that engines have loaded though nobody here asked for it; whether there were any.
@@ -177,7 +150,7 @@ class Procedure:
         story.begin()
         model = self._usable(job.target)
         plan = self._make_plan(job, model)
-        if self._bring(job, model, story):  # which takes its time: now its size is known, and much may have changed
+        if self._lifecycle.bring(job, model, story):  # a while later its size is known, and much may have changed
             self._hub.await_worker(self._catalog.refresh)
             model = self._usable(job.target)
             plan = self._make_plan(job, model)
@@ -186,7 +159,7 @@ class Procedure:
             self._unload(job, story, unload)
         if plan.unload:
             self._wait_for_room(story, plan)
-        member = self._load(model, plan, story, job)
+        member = self._lifecycle.load(model, plan, story, job)
         if job.request.activate or self._fleet.active is None:  # asked now: a second click may have joined meanwhile
             self._fleet.activate(member.model.id)
         story.ready()
@@ -223,46 +196,6 @@ class Procedure:
             )
         return plan
 
-    def _bring(self, job: Job, model: Model, story: Narrator) -> bool:
-        """Have what the load takes brought to this machine, while everything else goes on; whether anything had to be.
-
-        Called off, it has ended when this is left.
-        """
-        if self._fleet.get(model.id) is not None:
-            return False
-        engine = self._engines[model.engine]
-        progress = Progress(self._planner.history(model))
-        began = time.monotonic()
-        evidence: deque[Evidence] = deque()
-        abort = Abort()
-        brought = False
-
-        def report(seen: Evidence) -> None:
-            evidence.append(seen)
-            self._hub.wake()
-
-        def look() -> None:
-            nonlocal brought
-            if job.cancel_reason is not None:
-                abort()
-            while evidence:
-                story.bringing(progress.advance(evidence.popleft(), time.monotonic() - began))
-                if not brought:
-                    job.mark_started()
-                brought = True
-
-        try:
-            self._hub.await_worker(
-                lambda: engine.bring(model, report, abort), cancellable=False, interval=OBSERVE_SECONDS, on_tick=look
-            )
-        except Aborted:
-            raise Cancelled from None
-        except EngineError as error:
-            self._fleet.fail(model.id, str(error), "")
-            raise
-        self._hub.check_cancelled()
-        return brought
-
     def _unload(self, job: Job, story: Narrator, unload: Unload) -> None:
         """Drain one instance, then stop it or put it to sleep. Called off while draining, it goes on serving."""
         self._hub.check_cancelled()
@@ -278,50 +211,10 @@ class Procedure:
             raise
         story.step("unloading", unload.model)
         if unload.sleeps:
-            self._put_to_sleep(member)
+            self._lifecycle.put_to_sleep(member)
         else:
-            self._put_away(member)
+            self._lifecycle.put_away(member)
         job.unloaded.append(unload.model)
-
-    def _put_to_sleep(self, member: Member) -> None:
-        """Let it go on in its sleep, for less memory; one that can't is stopped. Raises EngineError like that."""
-        member.state = "unloading"
-        member.traffic.drain(0)
-        self._fleet.publish()
-        try:
-            self._hub.await_worker(
-                lambda: member.instance.sleep(self._settings.unload_timeout_seconds), cancellable=False
-            )
-        except EngineError as error:
-            log.warning("a model can't sleep, so it is stopped", model=member.model.id, reason=str(error))
-            self._put_away(member)
-            return
-        member.state = "asleep"
-        member.measure()
-        self._fleet.retire(member)
-        self._fleet.publish()
-
-    def _put_away(self, member: Member) -> None:
-        """Stop an instance whatever it is doing; when this returns it is gone.
-
-        Raises EngineError when a loaded one won't go; then it goes on as it was.
-        """
-        before, member.state = member.state, "unloading"
-        member.traffic.drain(0)
-        self._fleet.publish()
-        grace = self._settings.unload_timeout_seconds
-        try:
-            self._hub.await_worker(lambda: member.instance.stop(grace), cancellable=False)
-        except EngineError:
-            if before in ("running", "asleep"):
-                member.state = before
-                if before == "running":
-                    member.traffic.reopen()
-                self._fleet.publish()
-                raise
-            log.exception("a load that was given up did not go", model=member.model.id)
-        self._fleet.remove(member)
-        self._fleet.publish()
 
     def _wait_for_room(self, story: Narrator, plan: Plan) -> None:
         """Until there is room for the target. Models that keep too much of it in their sleep are stopped after all."""
@@ -333,7 +226,7 @@ class Procedure:
                 raise
             for member in sleepers:
                 log.warning("a model keeps too much in its sleep, so it is stopped", model=member.model.id)
-                self._put_away(member)
+                self._lifecycle.put_away(member)
             self._wait_for_memory(story, plan)
 
     def _wait_for_memory(self, story: Narrator, plan: Plan) -> None:
@@ -352,106 +245,11 @@ class Procedure:
                 )
             self._hub.await_worker(lambda: time.sleep(MEMORY_LOOK_SECONDS))
 
-    def _load(self, model: Model, plan: Plan, story: Narrator, job: Job | None = None) -> Member:
-        """Bring a model up and see it through its first token; then, and only then, requests are routed to it.
-
-        One that sleeps is woken. If it can't be, it is stopped and loaded anew.
-        """
-        self._hub.check_cancelled()
-        engine = self._engines[model.engine]
-        history = self._planner.history(model)
-        sleeper = self._fleet.held(model.id)
-        progress = Progress(history)
-        began = time.monotonic()
-        story.loading(model.id, history.total_seconds)
-        member = self._launch(model, engine, plan) if sleeper is None else self._begin_to_wake(sleeper)
-        if job is not None:
-            job.mark_started()
-        evidence: deque[Evidence] = deque()
-
-        def report(seen: Evidence) -> None:
-            evidence.append(seen)
-            self._hub.wake()
-
-        def look() -> None:
-            now = time.monotonic() - began
-            estimate = progress.advance(evidence.popleft() if evidence else None, now)
-            while evidence:
-                estimate = progress.advance(evidence.popleft(), now)
-            member.usage = member.instance.usage() or member.usage
-            story.observed(member, estimate)
-
-        def see_through() -> None:
-            bring_up = member.instance.wait_ready if sleeper is None else member.instance.wake
-            member.endpoint = bring_up(report, self._settings.load_timeout_seconds)
-            report(Evidence("warming_up"))
-            member.instance.warm_up(self._settings.warm_up_timeout_seconds)
-
-        try:
-            self._hub.await_worker(see_through, interval=OBSERVE_SECONDS, on_tick=look)
-        except Cancelled:
-            self._put_away(member)
-            raise
-        except LoadFailed as error:
-            self._put_away(member)
-            if sleeper is not None:
-                log.warning("a model did not wake, so it is loaded anew", model=model.id, cause=error.cause)
-                return self._load(model, plan, story, job)
-            self._fleet.fail(model.id, error.cause, error.log_tail)
-            log.warning("a load failed", model=model.id, cause=error.cause)
-            raise
-        total = time.monotonic() - began
-        key = load_key(model, engine, waking=sleeper is not None)
-        self._note_ready(member, key, progress.stage_seconds(total), total)
-        return member
-
-    def _begin_to_wake(self, member: Member) -> Member:
-        self._fleet.forgive(member.model.id)
-        member.state, member.reserved_bytes = "loading", self._planner.need(member.model).bytes
-        self._fleet.publish()
-        return member
-
-    def _launch(self, model: Model, engine: Engine, plan: Plan) -> Member:
-        self._fleet.forgive(model.id)
-
-        def ended(exit: Exit) -> None:
-            self._hub.report_exit(instance, exit)
-
-        try:
-            instance = self._hub.await_worker(lambda: engine.launch(model, ended), cancellable=False)
-        except EngineError as error:
-            self._fleet.fail(model.id, str(error), "")
-            raise
-        member = Member(model, engine, instance, plan.device, plan.required_bytes)
-        self._fleet.add(member)
-        self._fleet.publish()
-        return member
-
-    def _note_ready(self, member: Member, key: str, stages: Mapping[Any, float], total: float) -> None:
-        member.state, member.load, member.reserved_bytes = "running", None, 0
-        member.loaded_at = time.time()
-        member.traffic.reopen()
-        member.measure()
-        self._fleet.publish()
-        record = LoadRecord(
-            model=member.model.id,
-            engine=member.engine.name,
-            settings_key=key,
-            outcome="ready",
-            total_seconds=total,
-            stage_seconds=dict(stages),
-            memory_bytes=member.usage.bytes if member.usage else None,
-            device=member.device,
-            at=member.loaded_at,
-        )
-        self._learned.record(record)
-        log.info("model ready", model=member.model.id, seconds=round(total, 3))
-
     def _stop(self, job: Job) -> None:
         self._fleet.forgive(job.target)
         member = self._fleet.held(job.target)
         if member is not None:
-            self._drain_and_put_away(member)
+            self._lifecycle.drain_and_put_away(member)
             job.unloaded.append(job.target)
         self._fleet.publish()
         job.finish("success")
@@ -462,7 +260,7 @@ class Procedure:
         self._fleet.forgive(model.id)
         member = self._fleet.held(model.id)
         if member is not None:
-            self._drain_and_put_away(member)
+            self._lifecycle.drain_and_put_away(member)
             job.unloaded.append(model.id)
         engine = self._engines[model.engine]
         self._hub.await_worker(lambda: engine.remove(model), cancellable=False)
@@ -475,12 +273,7 @@ class Procedure:
         job.request = replace(job.request, activate=self._fleet.active == job.target)
         member = self._fleet.held(job.target)
         if member is not None:
-            self._drain_and_put_away(member)
-
-    def _drain_and_put_away(self, member: Member) -> None:
-        seconds = self._settings.drain_timeout_seconds
-        self._hub.await_worker(lambda: member.traffic.drain(seconds), cancellable=False)
-        self._put_away(member)
+            self._lifecycle.drain_and_put_away(member)
 
     def _undo(self, job: Job, story: Narrator, error: SwitchError) -> None:
         """Bring back what was unloaded, unless another switch is coming; then say how it ended."""
@@ -505,7 +298,7 @@ class Procedure:
                 model = self._catalog.get(model_id)
                 plan = self._planner.plan(model, auto_unload=False)
                 if plan.feasible:
-                    self._load(model, plan, story)
+                    self._lifecycle.load(model, plan, story)
                     restored.append(model_id)
         if story.view.from_model in restored:
             self._fleet.activate(story.view.from_model)

@@ -24,6 +24,7 @@ from services.switching.events import Board
 from services.switching.fleet import Fleet, Member, Notes
 from services.switching.jobs import Cancelled, Job, Replace, Request, SwitchError
 from services.switching.learning import Learned
+from services.switching.lifecycle import Lifecycle
 from services.switching.plan import Plan
 from services.switching.planner import Planner
 from services.switching.procedure import Procedure
@@ -94,7 +95,8 @@ class Switcher:
         self._for_good = True
         self._fleet = Fleet(board, notes)
         self._planner = planner
-        self._procedure = Procedure(settings, self._fleet, planner, learned, catalog, engines, self)
+        lifecycle = Lifecycle(settings, self._fleet, planner, learned, engines, self)
+        self._procedure = Procedure(settings, self._fleet, planner, lifecycle, catalog, engines, self)
         self._thread = threading.Thread(target=self._run, name="switcher", daemon=True)
 
     def start(self) -> None:
