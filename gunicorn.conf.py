@@ -62,7 +62,8 @@ def post_worker_init(worker):
 
     def leave_in_time():
         while worker.alive:
-            worker.alive = not services.restart.due  # the arbiter starts another one in its place
+            if services.restart.due:
+                worker.alive = False  # the arbiter starts another one in its place
             gevent.sleep(0.1)
         services.close()
         worker.hang_up()
@@ -76,3 +77,13 @@ def worker_exit(_server, worker):
     app = getattr(worker.app, "callable", None)
     if app is not None:
         app.extensions["switchyard"].close()
+
+
+def on_exit(_server):
+    """The app goes for good: no engine stays that nobody could unload, such as when a worker could not start again."""
+    from services.engines.processes import ProcessRegistry
+
+    registry = ProcessRegistry(settings.state_dir)
+    registry.end_leftovers()
+    for engine in registry.engines():
+        registry.end(engine)

@@ -94,6 +94,7 @@ class Settings(BaseModel):
     preload: str | None = Field(None, description="model to load when the app starts")
     drain_timeout_seconds: Seconds = Field(30, description="how long requests in flight may finish before an unload")
     unload_timeout_seconds: Seconds = Field(15, description="how long an engine may take to stop before it is killed")
+    sleep_timeout_seconds: Seconds = Field(120, description="how long a model may take to fall asleep")
     memory_timeout_seconds: Seconds = Field(20, description="how long to wait until freed memory measures free")
     load_timeout_seconds: Seconds = Field(1800, description="how long a load may take")
     warm_up_timeout_seconds: Seconds = Field(120, description="how long the first token may take")
@@ -204,7 +205,8 @@ class Settings(BaseModel):
     @property
     def longest_switch_seconds(self) -> float:
         """When a switch must have ended, one way or the other, its rollback included."""
-        one = self.drain_timeout_seconds + 2 * self.unload_timeout_seconds + self.memory_timeout_seconds
+        one = self.drain_timeout_seconds + 2 * self.unload_timeout_seconds + 2 * self.memory_timeout_seconds
+        one += self.sleep_timeout_seconds
         return 2 * (one + self.load_timeout_seconds + self.warm_up_timeout_seconds)
 
     @property

@@ -53,6 +53,8 @@ from services.switching.switcher import Switcher
 
 log = structlog.get_logger(__name__)
 
+FIRST_LOOK_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Services:
@@ -88,8 +90,10 @@ class Services:
         self.downloads.start()
         self.updates.start()
         preload = self.settings.preload
+        if not self.switcher.wait_looked(FIRST_LOOK_SECONDS) or self.board.current.instances:
+            return  # what was loaded before stays; whoever wants another model switches to it
         if preload is not None and preload in self.catalog.models:
-            self.switcher.switch(preload, requested_by="preload")
+            self.switcher.switch(preload, requested_by="preload", auto_unload=False, activate=False)
         elif preload is not None:
             log.warning("the model to preload is not in the catalogue", model=preload)
 

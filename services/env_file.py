@@ -19,6 +19,7 @@ log = structlog.get_logger(__name__)
 PLAIN = re.compile(r"[A-Za-z0-9._:/@+-]*")
 """What stands without quotes, as every id of a listed model."""
 MODE = 0o600
+FOLLOW_SECONDS = 60.0
 
 
 class EnvFileError(Exception):
@@ -36,18 +37,26 @@ class EnvFile:
         self._path = path
         self._key = key
 
-    def read(self) -> str | None:
-        """The value, without quotes; None when there is no such line."""
-        return value_of(self._content(), self._key)
+    def raw(self) -> bytes | None:
+        """The value as it stands there, quotes included; None when there is no such line."""
+        return raw_value(self._content(), self._key)
 
-    def write(self, value: str | None) -> None:
-        """Set the value; None takes the line out."""
+    def write(self, value: str) -> None:
+        self._change(lambda content: with_raw(content, self._key, quoted(value)))
+
+    def restore(self, raw: bytes | None) -> None:
+        """Have the line as `raw` told it; None takes it out."""
+        self._change(
+            lambda content: without_line(content, self._key) if raw is None else with_raw(content, self._key, raw)
+        )
+
+    def _change(self, change: Callable[[bytes], bytes]) -> None:
         before = self._content()
-        content = without_line(before, self._key) if value is None else with_value(before, self._key, value)
-        if content == before:
+        after = change(before)
+        if after == before:
             return
         try:
-            self._replace(content)
+            self._replace(after)
         except OSError as error:
             raise EnvFileError(f"{self._path} can't be written: {error.strerror or error}.") from None
 
@@ -82,10 +91,10 @@ class ComposeChoice:
         self._file = file
         self._lock = threading.Lock()
         self._under_way = 0
-        self._settled: str | None = None
+        self._settled: bytes | None = None
         """What stood there before the choices that are under way: one that fails must not bring back another."""
 
-    def choose(self, model_id: str, switch: Callable[[], Job], timeout: float) -> Job:
+    def choose(self, model_id: str, switch: Callable[[], Job]) -> Job:
         """Write the choice down, then begin the switch. If that fails, what stood there before stands there again.
 
         Raises EnvFileError, before anything is switched.
@@ -95,7 +104,7 @@ class ComposeChoice:
             return switch()
         with self._lock:
             if not self._under_way:
-                self._settled = file.read()
+                self._settled = file.raw()
             file.write(model_id)
             self._under_way += 1
         try:
@@ -105,7 +114,8 @@ class ComposeChoice:
             raise
 
         def follow() -> None:
-            job.wait_done(timeout)
+            while not job.wait_done(FOLLOW_SECONDS):
+                continue
             self._end(file, model_id, succeeded=job.outcome in ("success", "already_loaded"))
 
         threading.Thread(target=follow, name="env-file", daemon=True).start()
@@ -115,40 +125,39 @@ class ComposeChoice:
         with self._lock:
             self._under_way -= 1
             if succeeded:
-                self._settled = model_id
+                self._settled = quoted(model_id)
                 return
             try:
-                if file.read() == model_id:  # else somebody has chosen something else meanwhile
-                    file.write(self._settled)
+                if file.raw() == quoted(model_id):  # else somebody has chosen something else meanwhile
+                    file.restore(self._settled)
             except EnvFileError as error:
                 log.warning("the choice of a model that failed is still written down", reason=str(error))
 
 
-def value_of(content: bytes, key: str) -> str | None:
-    """The value of the last line that sets `key`, as compose reads it: the last one counts."""
-    found = list(_pattern(key).finditer(content))
-    if not found:
-        return None
-    value = found[-1]["value"].decode("utf-8", "replace").strip()
-    quoted = re.fullmatch(r"(['\"])(.*)\1", value)
-    return quoted[2] if quoted else value
-
-
-def with_value(content: bytes, key: str, value: str) -> bytes:
-    """The content with the last line that sets `key` changed, or one added at its end.
-
-    Raises EnvFileError for a value that no line can hold.
-    """
-    if not PLAIN.fullmatch(value) and re.search(r"['\x00-\x1f\x7f]", value):
+def quoted(value: str) -> bytes:
+    """A value as a line holds it. Raises EnvFileError for one that no line can hold."""
+    if PLAIN.fullmatch(value):
+        return value.encode()
+    if re.search(r"['\x00-\x1f\x7f]", value):
         raise EnvFileError(f"{value!r} can't be written into a .env file.")
-    text = (value if PLAIN.fullmatch(value) else f"'{value}'").encode()
+    return f"'{value}'".encode()
+
+
+def raw_value(content: bytes, key: str) -> bytes | None:
+    """The value of the last line that sets `key`, which is the one that counts, without a comment behind it."""
+    found = list(_pattern(key).finditer(content))
+    return found[-1]["value"] if found else None
+
+
+def with_raw(content: bytes, key: str, raw: bytes) -> bytes:
+    """The content with the last line that sets `key` changed, or one added at its end."""
     found = list(_pattern(key).finditer(content))
     if found:
         start, end = found[-1].span("value")
-        return content[:start] + text + content[end:]
+        return content[:start] + raw + content[end:]
     newline = b"\r\n" if b"\r\n" in content else b"\n"
     gap = b"" if not content or content.endswith(b"\n") else newline
-    return content + gap + key.encode() + b"=" + text + newline
+    return content + gap + key.encode() + b"=" + raw + newline
 
 
 def without_line(content: bytes, key: str) -> bytes:
@@ -161,7 +170,7 @@ def without_line(content: bytes, key: str) -> bytes:
 
 
 def _pattern(key: str) -> re.Pattern[bytes]:
-    """A line `KEY=value`, with what may stand before it; the value up to the end of the line."""
-    return re.compile(
-        rb"^[ \t]*(?:export[ \t]+)?" + re.escape(key).encode() + rb"[ \t]*=[ \t]*(?P<value>[^\r\n]*)", re.MULTILINE
-    )
+    """A line `KEY=value`, with what may stand before and behind it: a quoted value, or one up to ` #` or the end."""
+    before = rb"^[ \t]*(?:export[ \t]+)?" + re.escape(key).encode() + rb"[ \t]*=[ \t]*"
+    value = rb"""(?P<value>'[^'\r\n]*'|"[^"\r\n]*"|[^\r\n]*?)"""
+    return re.compile(before + value + rb"(?=[ \t]*(?:[ \t]\#[^\r\n]*)?\r?$)", re.MULTILINE)

@@ -10,7 +10,7 @@ from typing import Literal
 from services.catalog import Catalog
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
-from services.switching.engine import Basis, Model
+from services.switching.engine import Basis, Model, Usage
 from services.switching.events import Board, LoadView, Snapshot, SwitchView
 from services.switching.planner import Planner
 
@@ -113,7 +113,7 @@ class StatusService:
         arriving = _arriving(model, snapshot) if view is None else None
         failure = snapshot.failures.get(model.id)
         need = self._planner.need(model)
-        held = view.usage.bytes + view.usage.spilled_bytes if view and view.usage else None
+        held = _held(view.usage, asleep=view.state == "asleep") if view and view.usage else None
         error = model.fault or (failure.cause if failure else None)
         cautions = (view.warning if view else None, snapshot.notices.get(model.id))
         return ModelStatus(
@@ -136,6 +136,11 @@ class StatusService:
             warning=" ".join(words for words in cautions if words) or None,
             log_tail=failure.log_tail if failure else "",
         )
+
+
+def _held(usage: Usage, *, asleep: bool) -> int:
+    """What a model holds. The weights of one that sleeps are in this machine's RAM, which is not what is asked."""
+    return usage.bytes if asleep else usage.bytes + usage.spilled_bytes
 
 
 def _arriving(model: Model, snapshot: Snapshot) -> LoadView | None:

@@ -15,6 +15,7 @@ from services.status import ModelStatus, Status
 
 bp = Blueprint("scripts", __name__)
 
+NEED_A_FULL_START = ("host", "port", "state_dir")
 DEFAULT_ESTIMATE_SECONDS = 60
 """What seed 000 answers when nobody knows how long a load takes."""
 
@@ -43,7 +44,6 @@ def switch_model() -> Response:
         job = found.compose.choose(
             model_id,
             lambda: found.switcher.switch(model_id, requested_by=client_name()),
-            found.settings.longest_switch_seconds,
         )
     except EnvFileError as error:
         raise ApiError("env_file_unusable", f"Nothing was switched: {error}") from None
@@ -76,9 +76,15 @@ def restart_api() -> Response:
             f"The switch to {switch.to_model} would be lost by a restart. Wait for it, or cancel it.",
         )
     try:
-        load_settings()
+        wanted = load_settings()
     except ConfigError as error:
         raise ApiError("settings_unusable", f"Switchyard goes on as it is. {error}") from None
+    changed = [name for name in NEED_A_FULL_START if getattr(wanted, name) != getattr(found.settings, name)]
+    if changed:
+        raise ApiError(
+            "settings_unusable",
+            f"Switchyard goes on as it is: {' and '.join(changed)} changed, which takes stopping and starting it.",
+        )
     found.restart.request()
     return jsonify({"status": "restarting", "message": "Switchyard restarts. Models that are loaded stay loaded."})
 

@@ -170,9 +170,12 @@ def _answer(job: Job, *, wait: bool) -> Response:
 
 
 def _action(job: Job) -> Response:
-    job.wait_done(services().settings.longest_switch_seconds)
+    longest = services().settings.longest_switch_seconds
+    ended = job.wait_done(longest)
     if job.error is not None:
         raise switch_error(job.error)
+    if not ended:
+        raise ApiError("engine_timeout", f"{job.target} still waits for its turn after {longest:.0f} s.")
     return jsonify({"status": "success", "model": job.target})
 
 

@@ -88,9 +88,10 @@ class CacheLayout:
 
     def __init__(self, cache: Path, name: HubName) -> None:
         self.place = f"the Hugging Face cache {cache}"
+        give = f"sudo chown -R {os.geteuid()} {shlex.quote(str(_there(cache)))}"
         self.advice = (
-            "vLLM's containers write there as root: give it to the user that Switchyard runs as "
-            f"(sudo chown -R {os.geteuid()} {shlex.quote(str(cache))}), or let hub_cache_dir name another folder."
+            f"vLLM's containers write there as root: give it to the user that Switchyard runs as ({give}), or let "
+            "hub_cache_dir name another folder."
         )
         self._name = name
         self._model = CachedModel(cache, name)
@@ -148,3 +149,8 @@ def _draft(path: Path) -> Path:
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     draft.unlink(missing_ok=True)
     return draft
+
+
+def _there(path: Path) -> Path:
+    """A folder, or where it would have to be made: the nearest one above it that exists."""
+    return next((folder for folder in (path, *path.parents) if folder.is_dir()), path)

@@ -33,7 +33,7 @@ START_TIME_TOLERANCE = 1.0
 LOOK_SECONDS = 0.1
 """How often a process that isn't our child is looked at: nobody tells us of its end."""
 MARK_VARIABLE = "STARTED_BY_SWITCHYARD"
-"""Environment variable of a service: a word that no other process has, inherited by all that it starts."""
+"""Environment variable of a child: a word that no other process has, inherited by all that it starts."""
 
 
 OnExit = Callable[[int | None], None]
@@ -53,7 +53,7 @@ class Record:
     """What is written down about one child.
 
     `started` is seconds since the epoch: of an engine as the system reckons it, which tells it from a later process
-    with the same pid. `mark` is that of a service. `name` is a service's, or the model in an engine that answers at
+    with the same pid where there is no `mark`. `name` is a service's, or the model in an engine that answers at
     `address`, made as `spec` says, to those who know `key`; empty for one that doesn't answer yet.
     """
 
@@ -225,7 +225,7 @@ class ChildProcess(GroupLeader):
     ) -> None:
         self._registry = registry
         self._on_exit = on_exit
-        mark = {} if service is None else {MARK_VARIABLE: uuid.uuid4().hex}
+        mark = {MARK_VARIABLE: uuid.uuid4().hex}
         with log_path.open("ab") as log_file:
             self._process = subprocess.Popen(
                 list(argv),
@@ -237,13 +237,12 @@ class ChildProcess(GroupLeader):
                 text=True,
             )
         super().__init__(self._process.pid, time.time(), log_path)
-        record = Record(self.pid, _start_time(self.pid), Path(argv[0]).name)
+        record = Record(self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE])
         if service is not None:
             record = replace(
                 record,
                 started=self.started_at,
                 role="service",
-                mark=mark[MARK_VARIABLE],
                 name=service.name,
                 address=service.address,
                 log=str(log_path),
@@ -372,17 +371,20 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _is_alive(record: Record) -> bool:
+    """Whether a recorded process is; one without a mark is told by its start time."""
+    if record.mark:
+        return _is_still(record)
     now = _start_time(record.pid)
     return now is not None and record.started is not None and abs(now - record.started) < START_TIME_TOLERANCE
 
 
-def _is_still(service: Record) -> bool:
-    """Whether the recorded service is alive, told by its mark.
+def _is_still(record: Record) -> bool:
+    """Whether the recorded process is alive, told by its mark.
 
     A start time would not do for something that runs for weeks: it is reckoned from the wall clock, which is set
     anew when a machine wakes up.
     """
-    return _group_of(service.pid) == service.pid and _carries(service.pid, service.mark)
+    return _group_of(record.pid) == record.pid and _carries(record.pid, record.mark)
 
 
 def _read(path: Path) -> Record | None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from services.memory.ledger import Holding, holdings_of
-from services.switching.engine import Endpoint, Engine, Instance, Model, Usage
+from services.switching.engine import Endpoint, Engine, Exit, Instance, Model, Usage
 from services.switching.events import Board, Failure, InstanceState, InstanceView, LoadView, SwitchView
 from services.switching.traffic import Traffic
 
@@ -36,6 +36,8 @@ class Member:
     usage: Usage | None = None
     loaded_at: float | None = None
     warning: str | None = None
+    exit: Exit | None = None
+    """How it ended by itself while something was under way with it; whoever had begun that decides what it means."""
 
     def measure(self) -> bool:
         """Take a fresh reading of what it holds and how it is; True when that changed noticeably."""
@@ -114,6 +116,18 @@ class Fleet:
     def add(self, member: Member) -> None:
         self._members[member.model.id] = member
         self.forgive(member.model.id)
+
+    def lose(self, member: Member, exit: Exit) -> None:
+        """An instance ended without having been asked to: forget it, and say why."""
+        self.remove(member)
+        if exit.released:
+            self.note(member.model.id, f"{exit.cause}.")
+        else:
+            self.fail(member.model.id, f"{exit.cause}.", member.instance.log_tail())
+
+    def fall_to(self, model_id: str) -> None:
+        """Requests that name no model go to this one for want of another; the active one of before may turn up."""
+        self._note_active(model_id)
 
     def take_in(self, member: Member) -> None:
         """Add an instance that was found loaded. The active model of the run before is that again once it is found."""

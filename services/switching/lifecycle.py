@@ -20,7 +20,6 @@ from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job
 from services.switching.learning import Learned, load_key
 from services.switching.narrator import Narrator
-from services.switching.plan import Plan
 from services.switching.planner import Planner
 from services.switching.progress import Progress
 
@@ -74,8 +73,6 @@ class Lifecycle:
 
         Called off, it has ended when this is left.
         """
-        if self._fleet.get(model.id) is not None:
-            return False
         engine = self._engines[model.engine]
         progress = Progress(self._planner.history(model))
         began = time.monotonic()
@@ -109,7 +106,7 @@ class Lifecycle:
         self._hub.check_cancelled()
         return brought
 
-    def load(self, model: Model, plan: Plan, story: Narrator, job: Job | None = None) -> Member:
+    def load(self, model: Model, story: Narrator, job: Job | None = None) -> Member:
         """Bring a model up and see it through its first token; then, and only then, requests are routed to it.
 
         One that sleeps is woken. If it can't be, it is stopped and loaded anew.
@@ -121,7 +118,7 @@ class Lifecycle:
         progress = Progress(history)
         began = time.monotonic()
         story.loading(model.id, history.total_seconds)
-        member = self._launch(model, engine, plan) if sleeper is None else self._begin_to_wake(sleeper)
+        member = self._launch(model, engine) if sleeper is None else self._begin_to_wake(sleeper)
         if job is not None:
             job.mark_started()
         evidence: deque[Evidence] = deque()
@@ -146,6 +143,8 @@ class Lifecycle:
 
         try:
             self._hub.await_worker(see_through, interval=OBSERVE_SECONDS, on_tick=look)
+            if member.exit is not None:
+                raise LoadFailed(f"{member.exit.cause}.", member.instance.log_tail())
         except Cancelled:
             self.put_away(member)
             raise
@@ -153,7 +152,7 @@ class Lifecycle:
             self.put_away(member)
             if sleeper is not None:
                 log.warning("a model did not wake, so it is loaded anew", model=model.id, cause=error.cause)
-                return self.load(model, plan, story, job)
+                return self.load(model, story, job)
             self._fleet.fail(model.id, error.cause, error.log_tail)
             log.warning("a load failed", model=model.id, cause=error.cause)
             raise
@@ -168,7 +167,7 @@ class Lifecycle:
         self._fleet.publish()
         return member
 
-    def _launch(self, model: Model, engine: Engine, plan: Plan) -> Member:
+    def _launch(self, model: Model, engine: Engine) -> Member:
         self._fleet.forgive(model.id)
 
         def ended(exit: Exit) -> None:
@@ -179,7 +178,8 @@ class Lifecycle:
         except EngineError as error:
             self._fleet.fail(model.id, str(error), "")
             raise
-        member = Member(model, engine, instance, plan.device, plan.required_bytes)
+        need = self._planner.need(model)
+        member = Member(model, engine, instance, need.device, need.bytes)
         self._fleet.add(member)
         self._fleet.publish()
         return member
@@ -211,16 +211,19 @@ class Lifecycle:
         self._fleet.publish()
         try:
             self._hub.await_worker(
-                lambda: member.instance.sleep(self._settings.unload_timeout_seconds), cancellable=False
+                lambda: member.instance.sleep(self._settings.sleep_timeout_seconds), cancellable=False
             )
         except EngineError as error:
             log.warning("a model can't sleep, so it is stopped", model=member.model.id, reason=str(error))
             member.state = "running"
             self.put_away(member)
             return
-        member.state = "asleep"
-        member.measure()
-        self._fleet.retire(member)
+        if member.exit is not None:
+            self._fleet.lose(member, member.exit)
+        else:
+            member.state = "asleep"
+            member.measure()
+            self._fleet.retire(member)
         self._fleet.publish()
 
     def put_away(self, member: Member) -> None:
@@ -235,7 +238,7 @@ class Lifecycle:
         try:
             self._hub.await_worker(lambda: member.instance.stop(grace), cancellable=False)
         except EngineError:
-            if before in ("running", "asleep"):
+            if before in ("running", "asleep") and member.exit is None:
                 member.state = before
                 if before == "running":
                     member.traffic.reopen()

@@ -32,6 +32,7 @@ class Narrator:
         self._steps_done = 0
         self._load_seconds: float | None = None
         self._rolling_back = False
+        self._brought: LoadView | None = None
         self.view = SwitchView(
             id=job.id,
             to_model=job.target,
@@ -46,6 +47,10 @@ class Narrator:
 
     def bringing(self, estimate: Estimate) -> None:
         """What the target needs is being brought to this machine; nobody has made room for it yet."""
+        load = LoadView(estimate.percent, estimate.stage, estimate.detail, estimate.basis, estimate.eta_seconds)
+        if self._brought is not None and _same(self._brought, load):
+            return
+        self._brought = load
         self._show(
             stage="downloading",
             percent=estimate.percent,

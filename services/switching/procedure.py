@@ -15,7 +15,7 @@ import structlog
 
 from services.catalog import Catalog
 from services.config import Settings
-from services.switching.engine import Engine, EngineError, Exit, LoadFailed, Model
+from services.switching.engine import Engine, EngineError, Exit, Instance, LoadFailed, Model
 from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job, SwitchError
 from services.switching.lifecycle import Hub, Lifecycle
@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 MEMORY_LOOK_SECONDS = 0.05
 LAST_ANSWERS_SECONDS = 3.0
+ADOPT_SECONDS = 2.0
 
 
 class Procedure:
@@ -125,6 +126,8 @@ class Procedure:
 
     def _adopt(self, engine: Engine, model: Model) -> bool:
 
+        instance: Instance | None = None
+
         def ended(exit: Exit) -> None:
             if instance is not None:
                 self._hub.report_exit(instance, exit)
@@ -137,20 +140,27 @@ class Procedure:
         if instance.asleep:
             member.state = "asleep"
         else:
-            member.endpoint = instance.wait_ready(lambda _: None, 0)
+            try:
+                member.endpoint = instance.wait_ready(lambda _: None, ADOPT_SECONDS)
+            except LoadFailed as error:
+                log.warning("a model that was found loaded is gone", model=model.id, reason=str(error))
+                return False
         self._fleet.take_in(member)
         log.info("found a model loaded", model=model.id, engine=engine.name, state=member.state)
         return True
 
     def _switch(self, job: Job, story: Narrator) -> None:
-        if job.request.kind == "restart":
-            self._unload_for_restart(job)
-        elif self._already_there(job):
+        restart = job.request.kind == "restart"
+        if not restart and self._already_there(job):
             return
         story.begin()
         model = self._usable(job.target)
         plan = self._make_plan(job, model)
-        if self._lifecycle.bring(job, model, story):  # a while later its size is known, and much may have changed
+        asleep = not restart and self._fleet.held(model.id) is not None
+        brought = not asleep and self._lifecycle.bring(job, model, story)
+        if restart:
+            self._unload_for_restart(job)
+        if brought or restart:  # a while later a model's size is known, and much may have changed
             self._hub.await_worker(self._catalog.refresh)
             model = self._usable(job.target)
             plan = self._make_plan(job, model)
@@ -159,9 +169,11 @@ class Procedure:
             self._unload(job, story, unload)
         if plan.unload:
             self._wait_for_room(story, plan)
-        member = self._lifecycle.load(model, plan, story, job)
-        if job.request.activate or self._fleet.active is None:  # asked now: a second click may have joined meanwhile
+        member = self._lifecycle.load(model, story, job)
+        if job.request.activate:  # asked now: a second click may have joined meanwhile
             self._fleet.activate(member.model.id)
+        elif self._fleet.active is None:
+            self._fleet.fall_to(member.model.id)
         story.ready()
 
     def _already_there(self, job: Job) -> bool:
@@ -204,13 +216,13 @@ class Procedure:
             return  # it ended by itself meanwhile
         story.step("draining", unload.model)
         try:
-            self._hub.await_worker(lambda: member.traffic.drain(self._settings.drain_timeout_seconds))
+            drained = self._hub.await_worker(lambda: member.traffic.drain(self._settings.drain_timeout_seconds))
         except Cancelled:
             if member.state == "running":
                 member.traffic.reopen()
             raise
         story.step("unloading", unload.model)
-        if unload.sleeps:
+        if unload.sleeps and drained:  # put to sleep while it answers, vLLM breaks (its issues 45520 and 28714)
             self._lifecycle.put_to_sleep(member)
         else:
             self._lifecycle.put_away(member)
@@ -298,7 +310,7 @@ class Procedure:
                 model = self._catalog.get(model_id)
                 plan = self._planner.plan(model, auto_unload=False)
                 if plan.feasible:
-                    self._lifecycle.load(model, plan, story)
+                    self._lifecycle.load(model, story)
                     restored.append(model_id)
         if story.view.from_model in restored:
             self._fleet.activate(story.view.from_model)

@@ -93,6 +93,7 @@ class Switcher:
         self._current: Job | None = None
         self._closing = False
         self._for_good = True
+        self._looked = threading.Event()
         self._fleet = Fleet(board, notes)
         self._planner = planner
         lifecycle = Lifecycle(settings, self._fleet, planner, learned, engines, self)
@@ -226,8 +227,16 @@ class Switcher:
         self._mailbox.put(_Submit(request, replace, reply))
         return reply.result(REPLY_SECONDS)
 
+    def wait_looked(self, timeout: float) -> bool:
+        """Whether the first look at what the engines have loaded is over, after at most `timeout` seconds."""
+        return self._looked.wait(timeout)
+
     def _run(self) -> None:
-        self._look_around()
+        try:
+            self._look_around()
+        except Exception:
+            log.exception("the first look at the engines failed")
+        self._looked.set()
         while not self._closing:
             try:
                 self._next()
@@ -330,19 +339,18 @@ class Switcher:
 
     def _note_exit(self, message: _Exited) -> None:
         member = next((m for m in self._fleet if m.instance is message.instance), None)
-        if member is None or member.state not in ("running", "asleep"):
+        if member is not None and member.state not in ("running", "asleep"):
+            member.exit = message.exit
+            return
+        if member is None:
             return  # a load that fails is told by its worker, an unload is wanted
         log.warning("a model ended by itself", model=member.model.id, cause=message.exit.cause)
         self._lose(member, message.exit)
 
     def _lose(self, member: Member, exit: Exit) -> None:
-        model_id = member.model.id
-        self._fleet.remove(member)
+        self._fleet.lose(member, exit)
         if exit.released:
-            self._fleet.note(model_id, f"{exit.cause}.")
-            self._blame_current(model_id)
-        else:
-            self._fleet.fail(model_id, f"{exit.cause}.", member.instance.log_tail())
+            self._blame_current(member.model.id)
         self._fleet.publish()
 
     def _blame_current(self, model_id: str) -> None:

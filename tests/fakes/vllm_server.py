@@ -15,6 +15,7 @@ variable FAKE_VLLM holds its switches as a JSON object:
     refuse_sleep: true     answers /sleep with an error
     refuse_wake: true      answers /wake_up with an error
     exit_asleep: true      ends by itself once it sleeps
+    exit_falling_asleep: true   says that it sleeps, and ends when it is asked about that
     gpu: NAME              the stand-in GPU (`tests/fakes/gpu`) that it runs on
     gpu_bytes: N           that GPU's size, of which it claims what --gpu-memory-utilization says
     asleep_bytes: N        what it keeps of that while it sleeps (1.5 GB)
@@ -200,6 +201,8 @@ class Handler(BaseHTTPRequestHandler):
             self._reply(200, self._metrics().encode(), "text/plain; version=0.0.4")
         elif path == "/is_sleeping" and self.server.can_sleep:
             self._json(200, {"is_sleeping": self.server.sleep_level > 0})
+            if self.server.sleep_level and self.server.faults.get("exit_falling_asleep"):
+                os._exit(0)
         elif path == "/v1/models":
             if self._allowed():
                 self._json(200, {"object": "list", "data": [self._card(name) for name in self.server.names]})

@@ -162,6 +162,28 @@ def ended(pid: int) -> bool:
         return True
 
 
+def test_what_is_loaded_is_not_displaced_by_the_preload_of_a_restart(start_console):
+    """The preload is for an app that finds nothing."""
+    console = start_console(standby="false", preload=MINI, memory_budget_gb=0.11)
+    console.wait_for(lambda s: s["active_model"] == MINI, "the preload")
+    console.switch("switchyard-small")
+    assert console.states()[MINI] == "stopped"
+    restart(console)
+    assert console.ask("Hello").status_code == 200  # at once, by whoever was active
+    assert console.status()["active_model"] == "switchyard-small"
+    assert console.states()[MINI] == "stopped"
+
+
+def test_a_stop_that_comes_with_a_restart_leaves_no_engine_behind(start_console):
+    """The app goes for good after all, and nobody could unload it any more."""
+    console = start_console(standby="false")
+    console.switch(MINI)
+    (engine,) = console.engines()
+    assert console.post("/api/restart-api").status_code == 200
+    console.stop()
+    wait_until(lambda: ended(engine.pid), "the engine to end")
+
+
 def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wrong(start_stand_in):
     """In both cases the app goes on as it is."""
     console = start_stand_in(stand_in("slow", "slow_load:60"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.support.console import Console, wait_until
 from tests.support.docker import DockerEngine
@@ -79,9 +81,39 @@ def test_one_that_keeps_too_much_in_its_sleep_is_stopped_after_all(start, gpu_do
     """What was estimated turns out wrong, as the device measures; next time the plan knows."""
     console = start(entry(A, asleep_bytes=30_000_000_000) + entry(B), memory_timeout_seconds=1)
     console.switch(A)
+    assert plan(console, B)["unload"][0]["sleeps"] is True
     console.switch(B)
     assert console.states()[A] == "stopped"
     assert running(gpu_docker) == [B]
+    console.switch(A)
+    assert plan(console, B)["unload"][0]["sleeps"] is False
+
+
+def test_one_that_goes_on_answering_is_stopped_and_not_put_to_sleep(start, gpu_docker):
+    """vLLM breaks when it is put to sleep while it generates; its patience is over, so it is stopped."""
+    console = start(entry(A, slow_tokens=1.5) + entry(B), drain_timeout_seconds=1)
+    console.switch(A)
+    question = {"model": A, "messages": [{"role": "user", "content": "Hello"}]}
+    asking = threading.Thread(
+        target=lambda: requests.post(f"{console.url}/v1/chat/completions", json=question, timeout=60), daemon=True
+    )
+    asking.start()
+    console.wait_for(lambda s: s["models"][A]["in_flight"] == 1, "the question to be under way")
+    console.switch(B)
+    assert console.states()[A] == "stopped"
+    assert running(gpu_docker) == [B]
+    asking.join(30)
+    assert not asking.is_alive()
+
+
+def test_one_that_dies_while_it_falls_asleep_is_not_said_to_sleep(start, gpu_docker):
+    """Its end comes while it is being unloaded, which asks for no exit; nothing stays in the books."""
+    console = start(entry(A, exit_falling_asleep=True) + entry(B))
+    console.switch(A)
+    console.switch(B)
+    console.wait_for(lambda s: s["models"][A]["status"] in ("failed", "stopped"), "the truth")
+    assert running(gpu_docker) == [B]
+    assert gpu_held(console, A) == 0
 
 
 def test_one_that_does_not_wake_is_loaded_anew(start):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.env_file import ComposeChoice, EnvFile, EnvFileError, value_of, with_value, without_line
+from services.env_file import ComposeChoice, EnvFile, EnvFileError, quoted, raw_value, with_raw, without_line
 from services.switching.jobs import Job, Request, SwitchError
 from tests.support.console import wait_until
 
@@ -36,9 +36,9 @@ values = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,40}", fullmatch=True) |
 def test_a_value_is_set_and_every_other_byte_stays(before, line, after, value):
     """Wherever the line stands, and where there is none; twice is the same as once."""
     content = before + line + after
-    written = with_value(content, KEY, value)
-    assert value_of(written, KEY) == value
-    assert with_value(written, KEY, value) == written
+    written = with_raw(content, KEY, quoted(value))
+    assert raw_value(written, KEY) == quoted(value)
+    assert with_raw(written, KEY, quoted(value)) == written
     assert written.startswith(before)
     if line:
         assert written.endswith(after)
@@ -56,15 +56,26 @@ def test_a_line_taken_out_leaves_the_others(before, after):
 
 def test_of_two_lines_the_last_counts():
     """As compose reads it."""
-    assert value_of(b"MODEL_ID=a\nMODEL_ID=b\n", KEY) == "b"
-    assert with_value(b"MODEL_ID=a\nMODEL_ID=b\n", KEY, "c") == b"MODEL_ID=a\nMODEL_ID=c\n"
+    assert raw_value(b"MODEL_ID=a\nMODEL_ID=b\n", KEY) == b"b"
+    assert with_raw(b"MODEL_ID=a\nMODEL_ID=b\n", KEY, b"c") == b"MODEL_ID=a\nMODEL_ID=c\n"
+
+
+@pytest.mark.parametrize("value", [b"old  # ours", b'"it\'s" # ours', b"'a # b'", b""])
+def test_what_stood_there_comes_back_to_the_byte(value):
+    """Its quotes and the comment behind it, which stays there all the while."""
+    content = b"A=1\nMODEL_ID=" + value + b"\nB=2\n"
+    written = with_raw(content, KEY, b"new")
+    assert written.count(b"# ours") == content.count(b"# ours")
+    before = raw_value(content, KEY)
+    assert before is not None
+    assert with_raw(written, KEY, before) == content
 
 
 @pytest.mark.parametrize("value", ["a'b", "a\nOTHER=1", "a\x00"])
 def test_a_value_that_would_break_out_of_its_line_is_refused(value):
     """No second variable gets in this way."""
     with pytest.raises(EnvFileError):
-        with_value(b"", KEY, value)
+        quoted(value)
 
 
 def test_the_file_keeps_its_mode_and_its_link_and_leaves_no_draft(tmp_path: Path):
@@ -98,7 +109,7 @@ def test_a_file_that_can_not_be_written_says_so_and_nothing_begins(tmp_path: Pat
         return Job(Request("switch", "m", "test"))
 
     with pytest.raises(EnvFileError, match="can't be written"):
-        choice.choose("m", switch, 1)
+        choice.choose("m", switch)
     assert begun == []
 
 
@@ -108,10 +119,10 @@ def test_what_stood_there_stands_there_again_when_the_switch_fails(tmp_path: Pat
     file = EnvFile(tmp_path / ".env", KEY)
     file.write("old")
     job = Job(Request("switch", "new", "test"))
-    assert ComposeChoice(file).choose("new", lambda: job, 5) is job
-    assert file.read() == "new"
+    assert ComposeChoice(file).choose("new", lambda: job) is job
+    assert file.raw() == b"new"
     job.finish("failed" if error else "success", error)
-    wait_until(lambda: file.read() == expected, "the file to follow")
+    wait_until(lambda: file.raw() == expected.encode(), "the file to follow")
 
 
 @pytest.mark.parametrize(("outcome", "expected"), [("success", "b"), ("failed", "old")])
@@ -121,8 +132,8 @@ def test_a_later_choice_is_not_taken_back_and_does_not_bring_back_an_earlier_one
     file.write("old")
     first, second = Job(Request("switch", "a", "test")), Job(Request("switch", "b", "test"))
     choice = ComposeChoice(file)
-    choice.choose("a", lambda: first, 5)
-    choice.choose("b", lambda: second, 5)
+    choice.choose("a", lambda: first)
+    choice.choose("b", lambda: second)
     first.finish("cancelled")
     second.finish(outcome)
-    wait_until(lambda: file.read() == expected, "the file to follow")
+    wait_until(lambda: file.raw() == expected.encode(), "the file to follow")

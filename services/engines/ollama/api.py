@@ -1,6 +1,6 @@
 """Ollama's HTTP API, as far as the adapter needs it. Shapes as recorded from 0.24.0; figures are bytes and seconds.
 
-No call here decides anything: what the answers mean for a model's life is in `ollama_instance.py`.
+No call here decides anything: what the answers mean for a model's life is in `instance.py`.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 2.0
 CLOSE_SECONDS = 2.0
+FIRST_LOOK_SECONDS = 2.0
 
 Run = tuple[str, float | None]
 """One run of a container: its id and when it was started. The same container can run again."""
@@ -73,6 +74,8 @@ class Vllm:
         self._instances: weakref.WeakSet[VllmInstance] = weakref.WeakSet()
         self._found: Mapping[str, Found] = {}
         self._over: set[Run] = set()
+        self._kept_asleep: dict[str, int] = {}
+        self._looked = threading.Event()
         self._tidied = False
         self._stopped = threading.Event()
         self._http = control_session()
@@ -105,6 +108,7 @@ class Vllm:
         if not self._runtime.image_present(spec.image):
             report(Evidence("downloading", None, f"pulling the image {spec.image}"))
             self._runtime.pull(spec.image, partial(_report_image, report), abort)
+            report = partial(_report_second_half, report)
         self._weights.bring(model, spec.environment, report, abort)
 
     def launch(self, model: Model, on_exit: OnExit) -> VllmInstance:
@@ -128,6 +132,7 @@ class Vllm:
     def prepare(self) -> None:
         if self._models and not self._watch.is_alive():
             self._watch.start()
+            self._looked.wait(FIRST_LOOK_SECONDS)  # what runs is known when the first request comes
 
     def close(self) -> None:
         self._stopped.set()
@@ -148,6 +153,8 @@ class Vllm:
             self._note_end,
             running=found.container if found is not None else None,
             asleep=found is not None and found.asleep,
+            kept_asleep=self._kept_asleep.get(model.id),
+            on_sleep=partial(self._kept_asleep.__setitem__, model.id),
         )
         self._instances.add(instance)
         return instance
@@ -192,6 +199,7 @@ class Vllm:
                 log.info("the containers can't be looked at", reason=str(error))
             except Exception:
                 log.exception("a look at the containers failed")
+            self._looked.set()
             self._stopped.wait(LOOK_SECONDS)
 
     def _look(self) -> None:
@@ -214,4 +222,9 @@ class Vllm:
 
 def _report_image(report: Report, done: int, total: int | None) -> None:
     words = f"{done / 1e9:.1f}" + (f" of {total / 1e9:.1f} GB" if total else " GB")
-    report(Evidence("downloading", done / total if total else None, f"{words} of the image"))
+    report(Evidence("downloading", done / total / 2 if total else None, f"{words} of the image"))
+
+
+def _report_second_half(report: Report, seen: Evidence) -> None:
+    """The weights, where the image had to come first: which of them takes longer nobody knows beforehand."""
+    report(replace(seen, fraction=None if seen.fraction is None else 0.5 + seen.fraction / 2))

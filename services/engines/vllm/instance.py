@@ -73,6 +73,8 @@ class VllmInstance:
         on_end: Callable[[Container], None],
         running: Container | None = None,
         asleep: bool = False,
+        kept_asleep: int | None = None,
+        on_sleep: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
         self.model = model
         self._runtime = runtime
@@ -94,7 +96,8 @@ class VllmInstance:
         self._usage: Usage | None = None
         self._tail = ""
         self._asleep = asleep
-        self._kept_asleep: int | None = None
+        self._kept_asleep = kept_asleep
+        self._on_sleep = on_sleep
         self._http = control_session()
         if running is not None:
             self._server = server_in(running, self._http, model.id)
@@ -171,7 +174,9 @@ class VllmInstance:
             raise EngineError(f"{self.model.id} did not go to sleep.")
         self._asleep = True
         self._measure()
-        self._kept_asleep = self._usage.bytes if self._usage is not None else None
+        if self._usage is not None:
+            self._kept_asleep = self._usage.bytes
+            self._on_sleep(self._usage.bytes)
 
     def wake(self, report: Report, timeout: float) -> Endpoint:
         assert self._server is not None
@@ -323,6 +328,8 @@ class VllmInstance:
         return self._server is None or not self._server.answers()
 
     def _tell(self, exit: Exit) -> None:
+        assert self._container is not None
+        self._on_end(self._container)
         self._ended.set()
         if not self._stopping.is_set() and self._server is not None:
             self._on_exit(exit)

@@ -120,8 +120,8 @@ def _words(phase: Phase, done: int, total: int) -> str:
 def _name_of(model: Model, environment: Mapping[str, str]) -> HubName | None:
     """What to bring from the hub; None for what is left to vLLM. Raises LoadFailed for an impossible revision."""
     arguments = model.options.get("arguments")
-    given = [str(argument).partition("=")[0] for argument in arguments] if isinstance(arguments, (list, tuple)) else []
-    if any(argument in OTHER_ARGUMENTS for argument in given) or any(key in OTHER_ENVIRONMENT for key in environment):
+    given = [str(a).partition("=")[0] for a in arguments] if isinstance(arguments, (list, tuple)) else []
+    if {name.replace("_", "-") for name in given} & {*OTHER_ARGUMENTS} or {*OTHER_ENVIRONMENT} & environment.keys():
         return None
     try:
         name = parse(model.source)
