@@ -72,6 +72,8 @@ class Job:
     load_seconds: float | None = None
     cancel_reason: str | None = None
     superseded: bool = False
+    bringing: bool = False
+    """Whether something it needs is being downloaded: it has touched nothing yet, so others may go between."""
     _events: list[JobEvent] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _started: bool = False

@@ -94,6 +94,7 @@ class Lifecycle:
                     job.mark_started()
                 brought = True
 
+        job.bringing = True
         try:
             self._hub.await_worker(
                 lambda: engine.bring(model, report, abort), cancellable=False, interval=OBSERVE_SECONDS, on_tick=look
@@ -103,6 +104,8 @@ class Lifecycle:
         except EngineError as error:
             self._fleet.fail(model.id, str(error), "")
             raise
+        finally:
+            job.bringing = False
         self._hub.check_cancelled()
         return brought
 

@@ -252,12 +252,16 @@ class Switcher:
             return
         self._current = job = self._waiting.popleft()
         try:
+            self._carry_out(job)
+        finally:
+            self._current = None
+
+    def _carry_out(self, job: Job) -> None:
+        try:
             self._procedure.carry_out(job)
         except Exception:
             log.exception("a job ended in a way nobody foresaw", model=job.target)
             self._procedure.abandon(job)
-        finally:
-            self._current = None
 
     def _serve(self, timeout: float) -> None:
         """Take one message, or measure what is loaded when none comes."""
@@ -308,10 +312,19 @@ class Switcher:
             self._supersede(request.model)
         elif request.kind in ("stop", "remove") and current is not None and current.target == request.model:
             self._call_off(f"{request.model} is to be {'unloaded' if request.kind == 'stop' else 'deleted'}.")
+        if current is not None and current.bringing and self._goes_between(request, current):
+            message.reply.set_result(job)
+            self._carry_out(job)
+            return
         self._waiting.append(job)
         if current is not None:
             self._fleet.publish(queued=self.queued())
         message.reply.set_result(job)
+
+    def _goes_between(self, request: Request, current: Job) -> bool:
+        """Whether something can be done at once while a download is under way, which may take hours."""
+        member = self._fleet.held(request.model)
+        return request.kind == "stop" and request.model != current.target and member is not None
 
     def _supersede(self, model_id: str) -> None:
         """Make way for a switch to `model_id`: call off the one under way, and those that wait."""

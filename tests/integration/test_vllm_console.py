@@ -249,6 +249,21 @@ def test_while_weights_come_the_model_in_use_answers_on(start, docker):
         assert running(docker) == [B]
 
 
+def test_while_weights_come_another_model_can_be_unloaded(start, docker):
+    """At once, and not when the download is over."""
+    with FakeHub({A: Repo(TINY_MODEL), B: Repo(WEIGHTS)}) as hub:
+        console = start(entry(A) + entry(B), hub)
+        console.switch(A)
+        hub.faults.bytes_per_second = 300_000
+        console.post("/v1/models/switch", {"target_model": B})
+        assert console.post(f"/v1/models/{A}/stop").status_code == 200
+        assert running(docker) == []
+        found = console.status()
+        assert found["models"][B]["stage"] == "downloading"
+        hub.faults.bytes_per_second = None
+        console.wait_for(lambda s: s["active_model"] == B, "the switch to end")
+
+
 def test_a_download_that_fails_costs_nobody_a_model(start, docker):
     """The one in use was not touched; the words are those of the hub's answer."""
     with FakeHub({A: Repo(TINY_MODEL), B: Repo(TINY_MODEL, gated="hf_secret")}) as hub:

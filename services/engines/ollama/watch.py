@@ -16,6 +16,7 @@ from services.switching.engine import EngineError
 log = structlog.get_logger(__name__)
 
 INTERVAL_SECONDS = 1.0
+FIRST_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,15 @@ class OllamaWatch:
         self._interval = interval
         self._looking = threading.Lock()
         self._stopped = threading.Event()
+        self._looked = threading.Event()
         self.latest = Look(float("-inf"), False, MappingProxyType({}))
         self._thread = threading.Thread(target=self._run, name="ollama-look", daemon=True)
 
     def start(self) -> None:
+        """Look from now on. The first look is waited for, a moment: what runs is known when the first request comes."""
         if not self._thread.is_alive() and not self._stopped.is_set():
             self._thread.start()
+            self._looked.wait(FIRST_LOOK_SECONDS)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -71,4 +75,5 @@ class OllamaWatch:
                 self.look()
             except Exception:
                 log.exception("a look at Ollama failed")
+            self._looked.set()
             self._stopped.wait(self._interval)
