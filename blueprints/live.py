@@ -172,9 +172,13 @@ class Live:
 
     @property
     def lock(self) -> str | None:
-        """Why no message can be sent now, and until when; None when it can."""
+        """Why no message can be sent now, and until when; None when it can.
+
+        While a model is still being downloaded, the active one answers on.
+        """
         switch = self.status.switch
-        if switch is not None:
+        answers = self.active is not None and self.active.state == "running"
+        if switch is not None and not (answers and switch.stage == "downloading"):
             eta = switch.eta_seconds
             return f"Switching to {switch.to_model}" + (f", {about(eta)}" if eta is not None else "")
         if self.active is None:

@@ -86,6 +86,9 @@ def test_the_composer_says_why_it_is_locked_and_until_when() -> None:
     assert live(switch=switch(eta_seconds=45)).lock == "Switching to small, about 45 s"
     assert live(switch=switch()).lock == "Switching to small"
     assert live(models=(RUNNING, MODEL), active_model="large").lock is None
+    arriving = switch(stage="downloading", eta_seconds=3600)
+    assert live(models=(RUNNING, MODEL), active_model="large", switch=arriving).lock is None
+    assert live(switch=arriving).lock is not None
 
 
 @pytest.mark.parametrize(
