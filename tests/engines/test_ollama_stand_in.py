@@ -475,7 +475,7 @@ def test_a_loaded_model_is_a_process_that_holds_its_memory(own: FakeOllama) -> N
     assert sizes[0] < sizes[-1] - 10_000_000
     assert len(set(sizes)) > 3, "it grows step by step"
     assert 'level=DEBUG source=server.go:1438 msg="model load progress 0.50"' in own.said()
-    assert re.search(r'level=INFO source=server.go:1432 msg="llama runner started in 0\.\d\d seconds"', own.said())
+    assert re.search(r'level=INFO source=server.go:1432 msg="llama runner started in \d\.\d\d seconds"', own.said())
     own.kill()
     assert [runner.is_running() for runner in own.runners()] == [True], "a killed server orphans its runner"
     own.start()

@@ -17,7 +17,8 @@ from schemathesis.specs.openapi.checks import content_type_conformance, status_c
 from tests.support.console import DEMO_MODELS, Console
 
 SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-ENDLESS = {"/v1/events"}
+LEFT_OUT = {"/v1/events", "/api/restart-api"}
+"""One never ends, one would take the app away from under the others; both have tests of their own."""
 ENGINE_TROUBLE = {502, 503, 504}
 """Statuses that say truthfully that an engine failed; none of them is a failure of the app itself."""
 
@@ -43,7 +44,7 @@ def test_every_endpoint_keeps_its_description_under_fuzzing(described):
     schema = schemathesis.openapi.from_url(f"{described.url}/openapi.json")
     for result in schema.get_all_operations():
         operation = result.ok()
-        if operation.path not in ENDLESS:
+        if operation.path not in LEFT_OUT:
             _fuzz(operation)
     assert described.get("/readyz").status_code == 200
 
