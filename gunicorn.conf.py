@@ -37,19 +37,20 @@ def on_starting(_server):
     global _lock
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     path = settings.state_dir / "lock"
-    _lock = path.open("a+")
+    lock = path.open("a+")
     try:
-        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        _lock.seek(0)
+        lock.seek(0)
         sys.exit(
             f"Switchyard is already running on the state folder {settings.state_dir.resolve()} (process "
-            f"{_lock.read().strip() or 'unknown'}). Stop it first, or give this copy its own SWITCHYARD_STATE_DIR and "
+            f"{lock.read().strip() or 'unknown'}). Stop it first, or give this copy its own SWITCHYARD_STATE_DIR and "
             "SWITCHYARD_PORT."
         )
-    _lock.truncate(0)
-    _lock.write(str(os.getpid()))
-    _lock.flush()
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    _lock = lock
 
 
 def post_worker_init(worker):
@@ -81,6 +82,8 @@ def worker_exit(_server, worker):
 
 def on_exit(_server):
     """The app goes for good: no engine stays that nobody could unload, such as when a worker could not start again."""
+    if _lock is None:
+        return  # the engines there are another copy's
     from services.engines.processes import ProcessRegistry
 
     registry = ProcessRegistry(settings.state_dir)

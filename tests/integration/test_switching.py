@@ -226,8 +226,10 @@ def test_what_a_crash_leaves_half_loaded_is_ended_at_the_next_start(start_stand_
 
 def test_a_second_copy_on_the_same_state_folder_says_why_it_does_not_start(console, start_console):
     """One worker, one state folder: the message names the folder, the running process and what to do."""
+    console.switch(MINI)
     with pytest.raises(AssertionError, match=r"already running on the state folder[\s\S]*SWITCHYARD_STATE_DIR"):
         start_console(state_dir=console.environment["SWITCHYARD_STATE_DIR"])
+    assert console.ask("Hello").status_code == 200  # the first one's engine is left alone
 
 
 def _alive(process: psutil.Process) -> bool:
