@@ -19,6 +19,7 @@ from services.downloads.library import Library
 from services.downloads.ollama_pull import OllamaFetcher
 from services.downloads.queue import DownloadQueue
 from services.downloads.updates import UpdateCheck
+from services.downloads.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.ollama.engine import Ollama
@@ -27,7 +28,6 @@ from services.engines.processes import ProcessRegistry
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.instance import GpuHeld
 from services.engines.vllm.spec import VllmSettings
-from services.engines.vllm.weights import Weights
 from services.env_file import ComposeChoice, EnvFile
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
@@ -220,7 +220,7 @@ def _vllm(settings: Settings, devices: DeviceMonitor, hub: HubProcess, owner: st
             environment={name: os.environ[name] for name in passed_on if os.environ.get(name)},
             sleep=settings.vllm_sleep,
         ),
-        Weights(hub_cache, hub, margin_bytes=settings.disk_margin_bytes),
+        VllmWeights(hub_cache, hub, margin_bytes=settings.disk_margin_bytes),
         readings=lambda: devices.readings,
         gpu_bytes=_gpu_bytes_now(devices),
         settle=devices.settle,

@@ -13,11 +13,11 @@ import requests
 
 from services.abort import Abort
 from services.downloads.hub_process import HubProcess
+from services.downloads.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.port import MANAGED_LABEL
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.spec import VllmSettings, container_name, required_bytes, share_of, spec_of
-from services.engines.vllm.weights import Weights
 from services.memory.ledger import Reading
 from services.switching.engine import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
@@ -64,7 +64,7 @@ def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., 
             shm_bytes=64_000_000,
             environment={"HF_HUB_OFFLINE": "1"},
         )
-        weights = Weights(tmp_path / "hub", HubProcess())
+        weights = VllmWeights(tmp_path / "hub", HubProcess())
         engine = Vllm(DockerRuntime(docker.host), settings, weights, readings=lambda: [on], gpu_bytes=_gpu_bytes)
         for listed in models:
             engine.describe(listed)

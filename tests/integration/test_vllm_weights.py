@@ -15,8 +15,8 @@ from huggingface_hub import snapshot_download
 
 from services.abort import Abort, Aborted
 from services.downloads.hub_process import HubProcess
+from services.downloads.vllm_weights import VllmWeights
 from services.engines.processes import ProcessRegistry
-from services.engines.vllm.weights import Weights
 from services.switching.engine import Evidence, LoadFailed, Model
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
 from tests.support.console import PATIENCE, free_port, wait_until
@@ -54,8 +54,10 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def weights(cache: Path, tmp_path: Path) -> Weights:
-    return Weights(cache, HubProcess(ProcessRegistry(tmp_path / "state"), stall_seconds=20, retry_pause=RETRY_PAUSE))
+def weights(cache: Path, tmp_path: Path) -> VllmWeights:
+    return VllmWeights(
+        cache, HubProcess(ProcessRegistry(tmp_path / "state"), stall_seconds=20, retry_pause=RETRY_PAUSE)
+    )
 
 
 def listed(source: str = "org/model", **options: object) -> Model:
@@ -65,7 +67,7 @@ def listed(source: str = "org/model", **options: object) -> Model:
 class Bringing(threading.Thread):
     """One `bring` in a thread of its own, and all that it reports."""
 
-    def __init__(self, weights: Weights, model: Model | None = None, **environment: str) -> None:
+    def __init__(self, weights: VllmWeights, model: Model | None = None, **environment: str) -> None:
         super().__init__(daemon=True)
         self._act = lambda: weights.bring(model or listed(), environment, self.seen.append, self.abort)
         self.abort = Abort()
@@ -220,7 +222,7 @@ def test_the_token_and_the_revision_are_those_of_the_model(weights, cache):
 @pytest.mark.usefixtures("hub")
 def test_room_that_has_to_stay_free_is_respected(cache):
     """disk_margin_gb counts here too."""
-    weights = Weights(cache, HubProcess(), margin_bytes=10**18)
+    weights = VllmWeights(cache, HubProcess(), margin_bytes=10**18)
     with pytest.raises(LoadFailed, match="stay free"):
         Bringing(weights).result()
 

@@ -10,10 +10,10 @@ import pytest
 import requests
 
 from services.downloads.hub_process import HubProcess
+from services.downloads.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.spec import VllmSettings
-from services.engines.vllm.weights import Weights
 from services.memory.ledger import Reading
 from services.switching.engine import Endpoint, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, EngineCase, EngineConformance
@@ -47,7 +47,7 @@ class TestRealVllm(EngineConformance):
     def case(self, docker: DockerEngine, tmp_path: Path) -> Iterator[EngineCase]:
         shm_bytes = SHM_GB * 10**9
         settings = VllmSettings(REAL_IMAGE, "test", tmp_path / "hub", tmp_path / "compiled", shm_bytes=shm_bytes)
-        weights = Weights(tmp_path / "hub", HubProcess())
+        weights = VllmWeights(tmp_path / "hub", HubProcess())
         engine = Vllm(DockerRuntime(docker.host), settings, weights, readings=lambda: [HOST])
         good, other, damaged = model("tiny-a"), model("tiny-b"), model("damaged")
 

@@ -1,7 +1,7 @@
 """The embedded default engine: llama.cpp, one child process per model.
 
 `xllamacpp` (llama.cpp's server in a wheel) runs in `server.py`; a native `llama-server` can be named instead.
-Both answer on a loopback port behind a key that only this process knows.
+Both answer on a loopback port behind a key that only this app knows.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import structlog
 
@@ -18,7 +19,6 @@ from services.engines.containers.port import Container, ContainerError, Containe
 from services.engines.vllm.instance import GpuHeld, VllmInstance
 from services.engines.vllm.server import server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
-from services.engines.vllm.weights import Weights
 from services.http import control_session
 from services.memory.ledger import Reading
 from services.switching.engine import HOST_DEVICE, EngineError, Evidence, Model, Need, OnExit, Report
@@ -43,6 +43,16 @@ class Found:
 
 def run_of(container: Container) -> Run:
     return container.id, container.started_at
+
+
+class Weights(Protocol):
+    """Whatever brings a model's weights to where its container looks for them."""
+
+    def size_bytes(self, model: Model) -> int | None:
+        """How large they are, where they are here; None where they aren't. Asks nobody, never raises."""
+
+    def bring(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
+        """Block until they are here; `environment` is the container's. Raises LoadFailed, and Aborted on `abort`."""
 
 
 class Vllm:

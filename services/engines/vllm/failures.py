@@ -55,6 +55,10 @@ class Failure:
     cause: str
     advice: str
 
+    @property
+    def words(self) -> str:
+        return f"{self.cause.rstrip('.')}. {self.advice}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Rule:

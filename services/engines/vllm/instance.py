@@ -306,7 +306,7 @@ class VllmInstance:
         self._keep_tail()
         failure = self._log.failure
         if failure is not None:
-            self._tell(Exit(f"{failure.cause.rstrip('.')}. {failure.advice.rstrip('.')}"))
+            self._tell(Exit(failure.words.rstrip(".")))
         else:
             self._tell(Exit("Docker went away, and the container with it" if code is None else self._say_end(code)))
 
@@ -338,7 +338,7 @@ class VllmInstance:
         """Why it ended before it was ready."""
         failure = self._log.failure
         if failure is not None and failure.code != "engine_failed":
-            return LoadFailed(f"{failure.cause.rstrip('.')}. {failure.advice}", self.log_tail())
+            return LoadFailed(failure.words, self.log_tail())
         try:
             container = self._runtime.inspect(container_id)
         except ContainerError as error:
@@ -347,7 +347,7 @@ class VllmInstance:
             words = "The system ran out of memory while it was loading. Free some, then try again."
             return LoadFailed(words, self.log_tail())
         if failure is not None:
-            return LoadFailed(f"{failure.cause.rstrip('.')}. {failure.advice}", self.log_tail())
+            return LoadFailed(failure.words, self.log_tail())
         return LoadFailed(f"{say_exit(container.exit_code or 0)} while loading", self.log_tail())
 
     def _fail_if_stopped(self) -> None:

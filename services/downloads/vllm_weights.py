@@ -36,7 +36,7 @@ FATAL = ("disk_full", "digest_mismatch")
 """What would be no better if vLLM tried: a load doesn't go on with an older version then."""
 
 
-class Weights:
+class VllmWeights:
     """`hub_cache` is what containers have as their ~/.cache/huggingface; `margin_bytes` of its disk stay free."""
 
     def __init__(self, hub_cache: Path, process: HubProcess, *, margin_bytes: int = 0) -> None:
