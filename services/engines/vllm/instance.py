@@ -173,10 +173,10 @@ class VllmInstance:
         if not self._server.sleep(timeout):
             raise EngineError(f"{self.model.id} did not go to sleep.")
         self._asleep = True
-        self._measure()
-        if self._usage is not None:
-            self._kept_asleep = self._usage.bytes
-            self._on_sleep(self._usage.bytes)
+        kept = self._measure()
+        if kept is not None:  # what was measured before it slept must not be taken for what it keeps
+            self._kept_asleep = kept.bytes
+            self._on_sleep(kept.bytes)
 
     def wake(self, report: Report, timeout: float) -> Endpoint:
         assert self._server is not None
@@ -367,20 +367,26 @@ class VllmInstance:
         """By its log, where the driver doesn't tell what a process holds (WSL, MIG, another pid namespace)."""
         return KEPT_ASLEEP if self._asleep else footprint(self._log.facts) or 0
 
-    def _measure(self) -> None:
-        """Take a reading of what its processes hold; Docker is asked here so that `usage` never has to wait for it."""
+    def _measure(self) -> Usage | None:
+        """Take a reading of what its processes hold; Docker is asked here so that `usage` never has to wait for it.
+
+        None when that can't be known now; the reading before stays.
+        """
         if self._container is None:
-            return
+            return None
         try:
             pids = self._runtime.pids(self._container.id)
         except ContainerError:
-            return
+            return None
         if self._device == HOST_DEVICE:
             held = sum(_resident(pid) for pid in pids)
         else:
             held = self._gpu_bytes(self._device, pids) or self._said_to_hold()
-        if held:  # asleep, its weights are in this machine's RAM
-            self._usage = Usage(self._device, held, spilled_bytes=sum(map(_resident, pids)) if self._asleep else 0)
+        if not held:
+            return None
+        spilled = sum(map(_resident, pids)) if self._asleep else 0  # asleep, its weights are in this machine's RAM
+        self._usage = usage = Usage(self._device, held, spilled_bytes=spilled)
+        return usage
 
 
 def say_exit(code: int) -> str:
