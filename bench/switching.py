@@ -26,7 +26,7 @@ from bench.rig import ROOT, Rig, end, wait_until, worker
 from services.config import Settings
 from services.engines.llamacpp.gguf import read_header
 from services.engines.llamacpp.launch import PROGRAM, Order
-from services.switching.engine import HOST_DEVICE
+from services.engines.port import HOST_DEVICE
 from tests.support.console import Console
 
 PAIRS = 15

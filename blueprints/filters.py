@@ -10,7 +10,7 @@ from flask import Blueprint
 from markupsafe import Markup
 
 from blueprints.markdown import render_markdown
-from services.switching.engine import Basis
+from services.engines.port import Basis
 
 bp = Blueprint("filters", __name__)
 

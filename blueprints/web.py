@@ -18,9 +18,9 @@ from services.config import Settings
 from services.container import Services
 from services.downloads.download import DownloadNotFound
 from services.downloads.fetcher import DownloadError
+from services.engines.port import EngineError
 from services.gateway.router import GatewayError
 from services.providers.local_services import ServiceError
-from services.switching.engine import EngineError
 from services.switching.jobs import SwitchError
 from services.switching.narrator import memory_figures
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from services.config import ModelEntry
-from services.switching.engine import Engine, Model
+from services.engines.port import Engine, Model
 
 GB = 1_000_000_000
 

@@ -24,6 +24,7 @@ from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
+from services.engines.port import Engine, GpuBytes
 from services.engines.processes import ProcessRegistry
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.instance import GpuHeld
@@ -45,7 +46,6 @@ from services.store.repository import (
     NoteRepository,
     open_store,
 )
-from services.switching.engine import Engine, GpuBytes
 from services.switching.events import Board
 from services.switching.learning import Learned
 from services.switching.planner import Planner

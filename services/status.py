@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.catalog import Catalog
+from services.engines.port import Basis, Model, Usage
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
-from services.switching.engine import Basis, Model, Usage
 from services.switching.events import Board, LoadView, Snapshot, SwitchView
 from services.switching.planner import Planner
 

@@ -11,7 +11,7 @@ from services.downloads import hub_names
 from services.downloads.fetcher import DownloadError, Source
 from services.downloads.updates import UpdateCheck
 from services.engines.ollama.names import full_name
-from services.switching.engine import Model
+from services.engines.port import Model
 from services.switching.jobs import SwitchError
 from services.switching.switcher import Switcher
 

@@ -20,7 +20,7 @@ from services.downloads.hub_names import HubName, parse
 from services.downloads.hub_process import HubProcess
 from services.downloads.progress import Figures
 from services.downloads.transfer import TransferObserver
-from services.switching.engine import Evidence, LoadFailed, Model, Report
+from services.engines.port import Evidence, LoadFailed, Model, Report
 
 log = structlog.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from geventhttpclient.connectionpool import ConnectionPool
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
 
+from services.engines.port import Endpoint
 from services.gateway.router import ClientGone, GatewayError
-from services.switching.engine import Endpoint
 
 CONNECT_SECONDS = 5.0
 CONNECTIONS_PER_ENGINE = 1024

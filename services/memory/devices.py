@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import structlog
 
+from services.engines.port import HOST_DEVICE
 from services.memory.ledger import Reading
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE
 
 log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from services.switching.engine import HOST_DEVICE, Usage
+from services.engines.port import HOST_DEVICE, Usage
 
 DeviceKind = Literal["gpu", "host"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from services.switching.engine import Basis, Endpoint, Rest, Usage
+from services.engines.port import Basis, Endpoint, Rest, Usage
 from services.switching.traffic import Traffic
 
 InstanceState = Literal["loading", "running", "unloading", "asleep"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
+from services.engines.port import Endpoint, Engine, Exit, Instance, Model, Usage
 from services.memory.ledger import Holding, holdings_of
-from services.switching.engine import Endpoint, Engine, Exit, Instance, Model, Usage
 from services.switching.events import Board, Failure, InstanceState, InstanceView, LoadView, SwitchView
 from services.switching.traffic import Traffic
 

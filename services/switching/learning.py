@@ -7,8 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+from services.engines.port import Basis, Engine, Model, Need, Stage
 from services.store.records import LoadRecord
-from services.switching.engine import Basis, Engine, Model, Need, Stage
 from services.switching.progress import History, learn
 
 Key = tuple[str, str, str]

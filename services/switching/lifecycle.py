@@ -14,8 +14,8 @@ import structlog
 
 from services.abort import Abort, Aborted
 from services.config import Settings
+from services.engines.port import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
 from services.store.records import LoadRecord
-from services.switching.engine import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
 from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job
 from services.switching.learning import Learned, load_key

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from services.config import Strategy
-from services.switching.engine import HOST_DEVICE, Basis, Need, Rest
+from services.engines.port import HOST_DEVICE, Basis, Need, Rest
 
 
 @dataclass(frozen=True, slots=True)

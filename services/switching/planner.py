@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from services.catalog import Catalog
 from services.config import Settings, Strategy
+from services.engines.port import HOST_DEVICE, Engine, EngineError, Model, Need
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, Holding, account, holdings_of
-from services.switching.engine import HOST_DEVICE, Engine, EngineError, Model, Need
 from services.switching.events import Board, InstanceView
 from services.switching.learning import Learned
 from services.switching.plan import Alternative, Loaded, Plan, make_plan

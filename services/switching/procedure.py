@@ -15,7 +15,7 @@ import structlog
 
 from services.catalog import Catalog
 from services.config import Settings
-from services.switching.engine import Engine, EngineError, Exit, Instance, LoadFailed, Model
+from services.engines.port import Engine, EngineError, Exit, Instance, LoadFailed, Model
 from services.switching.fleet import Fleet, Member
 from services.switching.jobs import Cancelled, Job, SwitchError
 from services.switching.lifecycle import Hub, Lifecycle

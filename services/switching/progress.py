@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from services.switching.engine import Basis, Evidence, Stage
+from services.engines.port import Basis, Evidence, Stage
 
 STAGES: Mapping[Stage, tuple[int, int]] = {
     "downloading": (0, 20),

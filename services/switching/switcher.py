@@ -19,7 +19,7 @@ import structlog
 
 from services.catalog import Catalog
 from services.config import Settings, Strategy
-from services.switching.engine import Engine, Exit, Instance
+from services.engines.port import Engine, Exit, Instance
 from services.switching.events import Board
 from services.switching.fleet import Fleet, Member, Notes
 from services.switching.jobs import Cancelled, Job, Replace, Request, SwitchError

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from services.abort import Abort
-from services.switching.engine import Endpoint, Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
+from services.engines.port import Endpoint, Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
 from services.switching.progress import ORDER
 from tests.support.console import wait_until
 
@@ -57,7 +57,7 @@ class EngineCase:
 
 
 class EngineConformance:
-    """The promises of `services.switching.engine`."""
+    """The promises of `services.engines.port`."""
 
     def test_a_model_is_described_with_its_size_and_an_estimate(self, case: EngineCase):
         """Before any load: how large it is and what it will take, labelled estimated."""

@@ -14,8 +14,8 @@ import requests
 
 from services.engines.llamacpp.engine import LlamaCpp, id_of
 from services.engines.llamacpp.instance import first_cause
+from services.engines.port import Endpoint, Instance, Model
 from services.engines.processes import ProcessRegistry
-from services.switching.engine import Endpoint, Instance, Model
 from tests.engines.conformance import EngineCase, EngineConformance
 from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, wait_until
 

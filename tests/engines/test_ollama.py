@@ -17,7 +17,7 @@ from services.engines.ollama.api import OllamaApi, OllamaUnreachable
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import CHANGED_HANDS, ServerProcess
 from services.engines.ollama.names import full_name
-from services.switching.engine import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
+from services.engines.port import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase
 from tests.support.console import free_port, wait_until
 from tests.support.ollama import FakeOllama

@@ -12,7 +12,7 @@ import pytest
 
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
-from services.switching.engine import Endpoint, Instance, Model
+from services.engines.port import Endpoint, Instance, Model
 from tests.conftest import StartConsole
 from tests.engines.conformance import EngineCase, EngineConformance
 from tests.support.console import Console

@@ -16,10 +16,10 @@ from services.downloads.hub_process import HubProcess
 from services.downloads.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.port import MANAGED_LABEL
+from services.engines.port import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.spec import VllmSettings, container_name, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
-from services.switching.engine import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
 from tests.fakes.gpu.pynvml import TOTAL_BYTES, held_on
 from tests.support.console import wait_until

@@ -16,8 +16,8 @@ from huggingface_hub import snapshot_download
 from services.abort import Abort, Aborted
 from services.downloads.hub_process import HubProcess
 from services.downloads.vllm_weights import VllmWeights
+from services.engines.port import Evidence, LoadFailed, Model
 from services.engines.processes import ProcessRegistry
-from services.switching.engine import Evidence, LoadFailed, Model
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
 from tests.support.console import PATIENCE, free_port, wait_until
 from tests.support.hub import RETRY_PAUSE, TINY_MODEL, fill_cache, hub_running

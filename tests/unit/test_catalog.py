@@ -10,7 +10,7 @@ import pytest
 
 from services.catalog import Catalog, UnknownModel
 from services.config import ModelEntry
-from services.switching.engine import Model
+from services.engines.port import Model
 
 
 class Shelf:

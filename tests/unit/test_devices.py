@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from services.engines.port import HOST_DEVICE
 from services.memory.devices import DeviceMonitor
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE
 
 GB = 10**9
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.engines.port import Usage
 from services.memory.ledger import Holding, Reading, account
-from services.switching.engine import Usage
 
 GB = 10**9
 SIZES = st.integers(0, 64 * GB)

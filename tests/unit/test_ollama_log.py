@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.engines.ollama.log import LoadLog, evidence_in, first_cause
-from services.switching.engine import Evidence
+from services.engines.port import Evidence
 
 LINES = (
     'time=2026-11-21T03:13:35.777Z level=INFO source=server.go:1385 msg="waiting for llama runner to start"\n'

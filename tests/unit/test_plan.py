@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.switching.engine import Need, Rest
+from services.engines.port import Need, Rest
 from services.switching.plan import Alternative, Loaded, Plan, make_plan, refusal
 
 STRATEGIES = ("largest_first", "oldest_first", "preserve_favorites", "cheapest_reload")

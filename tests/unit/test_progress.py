@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.switching.engine import Evidence
+from services.engines.port import Evidence
 from services.switching.progress import ORDER, STAGES, History, Progress, learn
 
 evidence = st.none() | st.builds(

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.engines.port import Evidence
 from services.engines.vllm.facts import Facts, footprint
 from services.engines.vllm.log import LONGEST_LINE, VllmLog, says_failure, says_progress
-from services.switching.engine import Evidence
 from services.switching.progress import ORDER
 
 RECORDED = Path(__file__).parents[1] / "transcripts" / "vllm"

@@ -12,10 +12,10 @@ import requests
 from services.downloads.hub_process import HubProcess
 from services.downloads.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
+from services.engines.port import Endpoint, Evidence, Instance, LoadFailed, Model
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.spec import VllmSettings
 from services.memory.ledger import Reading
-from services.switching.engine import Endpoint, Evidence, Instance, LoadFailed, Model
 from tests.engines.conformance import GRACE, EngineCase, EngineConformance
 from tests.support.console import wait_until
 from tests.support.docker import DockerEngine

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from services.abort import Abort
-from services.switching.engine import EngineError
+from services.engines.port import EngineError
 
 MANAGED_LABEL = "switchyard.managed"
 MODEL_LABEL = "switchyard.model"

@@ -28,9 +28,7 @@ from services.engines.llamacpp.gguf import (
 )
 from services.engines.llamacpp.instance import LlamaCppInstance
 from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
-from services.engines.processes import GroupLeader, ProcessRegistry, Record
-from services.offhub import off_hub
-from services.switching.engine import (
+from services.engines.port import (
     HOST_DEVICE,
     Endpoint,
     EngineError,
@@ -41,6 +39,8 @@ from services.switching.engine import (
     OnExit,
     Report,
 )
+from services.engines.processes import GroupLeader, ProcessRegistry, Record
+from services.offhub import off_hub
 
 log = structlog.get_logger(__name__)
 

@@ -10,9 +10,7 @@ import psutil
 import requests
 
 from services.engines.llamacpp.launch import OnEnd, Started
-from services.engines.processes import GroupLeader, say_exit
-from services.http import control_session
-from services.switching.engine import (
+from services.engines.port import (
     HOST_DEVICE,
     Endpoint,
     Evidence,
@@ -25,6 +23,8 @@ from services.switching.engine import (
     Sleepless,
     Usage,
 )
+from services.engines.processes import GroupLeader, say_exit
+from services.http import control_session
 
 LOOK_SECONDS = 0.01
 """How often a load is looked at; readiness has to be noticed within 50 ms."""

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import psutil
 
+from services.engines.port import HOST_DEVICE, EngineError
 from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry
-from services.switching.engine import HOST_DEVICE, EngineError
 
 PROGRAM = Path(__file__).with_name("server.py")
 STANDBY_STOP_SECONDS = 2.0

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import requests
 
+from services.engines.port import EngineError
 from services.http import control_session
-from services.switching.engine import EngineError
 
 ASK_SECONDS = 5.0
 LOOK_SECONDS = 2.0

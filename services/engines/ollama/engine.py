@@ -23,8 +23,8 @@ from services.engines.ollama.instance import OllamaInstance, Server, ServerProce
 from services.engines.ollama.names import full_name
 from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Look, OllamaWatch
+from services.engines.port import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
 from services.offhub import off_hub
-from services.switching.engine import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
 
 LIST_SECONDS = 1.0
 FIRST_LIST_SECONDS = 0.5

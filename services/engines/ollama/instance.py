@@ -17,8 +17,7 @@ from services.engines.ollama.load import LoadObserver
 from services.engines.ollama.log import first_cause
 from services.engines.ollama.runners import end_runner, resident, runner_of
 from services.engines.ollama.watch import Look, OllamaWatch
-from services.engines.processes import tail
-from services.switching.engine import (
+from services.engines.port import (
     HOST_DEVICE,
     Endpoint,
     EngineError,
@@ -31,6 +30,7 @@ from services.switching.engine import (
     Sleepless,
     Usage,
 )
+from services.engines.processes import tail
 
 log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.engines.ollama.log import LoadLog
-from services.switching.engine import Evidence, Report
+from services.engines.port import Evidence, Report
 
 MOST_AT_ONCE = 1_000_000
 

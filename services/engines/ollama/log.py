@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from services.switching.engine import Evidence
+from services.engines.port import Evidence
 
 _PROGRESS = re.compile(r'msg="?model load progress (\d?\.\d+)')
 _STARTED = re.compile(r'msg="(?:llama runner|llama-server) started in [\d.]+ seconds"')

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import structlog
 
 from services.engines.ollama.api import OllamaApi, OllamaUnreachable, Running
-from services.switching.engine import EngineError
+from services.engines.port import EngineError
 
 log = structlog.get_logger(__name__)
 

@@ -16,12 +16,12 @@ import structlog
 
 from services.abort import Abort
 from services.engines.containers.port import Container, ContainerError, ContainerRuntime, ContainerSpec
+from services.engines.port import HOST_DEVICE, EngineError, Evidence, Model, Need, OnExit, Report
 from services.engines.vllm.instance import GpuHeld, VllmInstance
 from services.engines.vllm.server import server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.http import control_session
 from services.memory.ledger import Reading
-from services.switching.engine import HOST_DEVICE, EngineError, Evidence, Model, Need, OnExit, Report
 
 log = structlog.get_logger(__name__)
 

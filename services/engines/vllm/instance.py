@@ -24,12 +24,7 @@ from services.engines.containers.port import (
     RuntimeHangs,
     Stream,
 )
-from services.engines.vllm.facts import footprint
-from services.engines.vllm.log import VllmLog
-from services.engines.vllm.server import VllmServer, server_in
-from services.engines.vllm.spec import SLEEP_FLAG
-from services.http import control_session
-from services.switching.engine import (
+from services.engines.port import (
     HOST_DEVICE,
     Endpoint,
     EngineError,
@@ -42,6 +37,11 @@ from services.switching.engine import (
     Rest,
     Usage,
 )
+from services.engines.vllm.facts import footprint
+from services.engines.vllm.log import VllmLog
+from services.engines.vllm.server import VllmServer, server_in
+from services.engines.vllm.spec import SLEEP_FLAG
+from services.http import control_session
 
 log = structlog.get_logger(__name__)
 

@@ -11,11 +11,11 @@ import codecs
 import re
 from dataclasses import replace
 
+from services.engines.port import Evidence
 from services.engines.vllm.facts import GIB, Facts, learn
 from services.engines.vllm.facts import MARKS as FACT_MARKS
 from services.engines.vllm.failures import MARKS as FAILURE_MARKS
 from services.engines.vllm.failures import Failure, FailureLog
-from services.switching.engine import Evidence
 from services.switching.progress import ORDER
 
 LONGEST_LINE = 16_384

@@ -10,7 +10,7 @@ import requests
 import structlog
 
 from services.engines.containers.port import Container
-from services.switching.engine import Endpoint
+from services.engines.port import Endpoint
 
 log = structlog.get_logger(__name__)
 

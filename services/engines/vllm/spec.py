@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.engines.containers.port import MODEL_LABEL, ContainerSpec, Mount
-from services.switching.engine import HOST_DEVICE, Model
+from services.engines.port import HOST_DEVICE, Model
 
 GIB = 2**30
 PORT = 8000
