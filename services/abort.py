@@ -1,17 +1,18 @@
-"""Calling off something long that runs in another thread: a download, the pull of an image."""
+"""Cancellation token for blocking work: a load, a download, the pull of an image."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Aborted(Exception):
-    """It was stopped because somebody asked for that."""
+    """The work was cancelled."""
 
 
 class Abort:
-    """Stops something wherever it is. Called from any thread, once or more."""
+    """Cancels one piece of work wherever it is. Called from any thread, once or more."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,10 +31,20 @@ class Abort:
             act()
 
     def applies_to(self, act: Callable[[], None]) -> None:
-        """What has to be done to stop it from now on. Raises Aborted when that was asked for already."""
+        """What stops it from now on; must not block. Raises Aborted when that was asked for already."""
         with self._lock:
             self._act = act
         self.check()
+
+    @contextmanager
+    def acting(self, act: Callable[[], None]) -> Iterator[None]:
+        """As `applies_to`, for the time of one step. Raises Aborted on entry when that was asked for already."""
+        try:
+            self.applies_to(act)
+            yield
+        finally:
+            with self._lock:
+                self._act = None
 
     def check(self) -> None:
         """Raises Aborted when stopping was asked for."""

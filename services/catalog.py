@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+import structlog
+
 from services.config import ModelEntry
 from services.engines.port import Engine, Model
+
+log = structlog.get_logger(__name__)
 
 GB = 1_000_000_000
 
@@ -31,6 +35,7 @@ class Catalog:
         self._models: Mapping[str, Model] = MappingProxyType({})
         self._aliases: Mapping[str, str] = MappingProxyType({})
         self._listeners: list[Callable[[], object]] = []
+        self._in_use: Callable[[], Iterable[Model]] = tuple
         self._refreshing = threading.Lock()  # a slow look must not overwrite what a later one found
         self.refresh()
 
@@ -48,6 +53,18 @@ class Catalog:
             return self._models[self.id_of(model_id)]
         except (KeyError, TypeError):
             raise UnknownModel(str(model_id), sorted(self._models)) from None
+
+    def names_of(self, model_id: str) -> list[str]:
+        """A model, and the others that are held in memory as one with it."""
+        model = self._models.get(model_id)
+        if model is None or model.held_as is None:
+            return [model_id]
+        same = (model.engine, model.held_as)
+        return [m.id for m in self._models.values() if (m.engine, m.held_as) == same]
+
+    def keep_listed(self, in_use: Callable[[], Iterable[Model]]) -> None:
+        """Models that are loaded stay listed though their files have gone: else nobody could name or unload them."""
+        self._in_use = in_use
 
     def on_change(self, listener: Callable[[], object]) -> None:
         self._listeners.append(listener)
@@ -69,6 +86,10 @@ class Catalog:
                 if (found.engine, found.source) not in taken:
                     free = found if found.id not in models else replace(found, id=f"{found.engine}/{found.id}")
                     models.setdefault(free.id, free)
+        for loaded in self._in_use():
+            if loaded.id not in models:
+                gone = "Its files are gone. It works as long as it stays loaded."
+                models[loaded.id] = replace(loaded, fault=gone)
         if models == self._models:
             return False
         self._aliases = MappingProxyType({alias: m.id for m in reversed(models.values()) for alias in m.aliases})
@@ -93,7 +114,10 @@ class CatalogWatch:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):
-            self._catalog.refresh()
+            try:
+                self._catalog.refresh()
+            except Exception:  # one odd answer of an engine must not end the watch
+                log.exception("the engines can't be asked for their models")
 
 
 def _listed(entry: ModelEntry) -> Model:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.catalog import Catalog, CatalogWatch
+from services.catalog import Catalog, CatalogWatch, UnknownModel
 from services.chats import Chats
 from services.config import Settings
 from services.downloads.disk import DiskCheck
@@ -34,10 +34,14 @@ from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
+from services.offhub import off_hub
 from services.providers.local_services import OllamaService, find_ollama
 from services.restart import Restart
+from services.scheduling import Threads
+from services.state_folder import StateUnwritable, check_writable
 from services.status import StatusService
 from services.store.database import Store
+from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
 from services.store.records import new_id
 from services.store.repository import (
     ConversationRepository,
@@ -47,13 +51,13 @@ from services.store.repository import (
     open_store,
 )
 from services.switching.events import Board
+from services.switching.jobs import SwitchError
 from services.switching.learning import Learned
 from services.switching.planner import Planner
+from services.switching.reconciler import FIRST_LOOK_SECONDS
 from services.switching.switcher import Switcher
 
 log = structlog.get_logger(__name__)
-
-FIRST_LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Services:
     devices: DeviceMonitor
     watch: CatalogWatch
     store: Store
+    writes: DeferredWrites
     restart: Restart
     compose: ComposeChoice
 
@@ -89,13 +94,18 @@ class Services:
         self.switcher.start()
         self.downloads.start()
         self.updates.start()
-        preload = self.settings.preload
-        if not self.switcher.wait_looked(FIRST_LOOK_SECONDS) or self.board.current.instances:
-            return  # what was loaded before stays; whoever wants another model switches to it
-        if preload is not None and preload in self.catalog.models:
-            self.switcher.switch(preload, requested_by="preload", auto_unload=False, activate=False)
-        elif preload is not None:
-            log.warning("the model to preload is not in the catalogue", model=preload)
+        if self.settings.preload is not None:
+            Threads().spawn("preload", lambda: self._preload(str(self.settings.preload)))
+
+    def _preload(self, model_id: str) -> None:
+        """Load the model that the settings name, unless something is loaded: who wants another one switches to it."""
+        self.switcher.wait_looked(FIRST_LOOK_SECONDS)
+        if self.board.current.instances:
+            return
+        try:
+            self.switcher.switch(model_id, requested_by="preload", auto_unload=False, activate=False)
+        except (UnknownModel, SwitchError) as error:
+            log.warning("the model to preload can't be loaded", model=model_id, reason=str(error))
 
     def close(self) -> None:
         """Stop answers, downloads, models and engines, in this order.
@@ -113,6 +123,7 @@ class Services:
             engine.close()
         self.ollama_service.close()
         self.devices.stop()
+        self.writes.close()
         self.store.close()
 
 
@@ -123,7 +134,8 @@ def build_services(settings: Settings) -> Services:
     registry.end_leftovers()
     registry.prune_logs()
     store = open_store(settings.state_dir / "switchyard.db")
-    notes = NoteRepository(store)
+    writes = DeferredWrites()
+    notes = DeferredNotes(NoteRepository(store), writes)
     devices = DeviceMonitor(settings.memory_budget_bytes)
     hub = HubProcess(registry)
     board = Board()
@@ -142,9 +154,12 @@ def build_services(settings: Settings) -> Services:
     }
     catalog = Catalog(settings.models, engines)
     catalog.on_change(board.publish)
-    learned = Learned(LoadRepository(store))
-    planner = Planner(settings, board, catalog, engines, devices, learned)
-    switcher = Switcher(settings, board, catalog, engines, planner, learned, notes)
+    catalog.keep_listed(lambda: [view.entry for view in board.current.instances.values()])
+    learned = Learned(DeferredLoads(LoadRepository(store), writes))
+    planner = Planner(settings, board, catalog, engines, devices, learned, Threads())
+    switcher = Switcher(
+        settings, board, catalog, engines, planner, learned, notes, check_state=lambda: _check_state(settings)
+    )
     downloads = _downloads(settings, store, registry, hub, ollama, catalog)
     updates = UpdateCheck(
         ollama.installed,
@@ -171,6 +186,7 @@ def build_services(settings: Settings) -> Services:
         devices=devices,
         watch=CatalogWatch(catalog),
         store=store,
+        writes=writes,
         restart=Restart(),
         compose=ComposeChoice(EnvFile(settings.env_file, settings.env_key) if settings.env_file else None),
     )
@@ -196,7 +212,14 @@ def _ollama(settings: Settings, service: OllamaService, devices: DeviceMonitor) 
     )
 
 
-def _owner(notes: NoteRepository) -> str:
+def _check_state(settings: Settings) -> None:
+    try:
+        off_hub(check_writable, settings.state_dir)
+    except StateUnwritable as error:
+        raise SwitchError("state_unwritable", str(error)) from None
+
+
+def _owner(notes: DeferredNotes) -> str:
     """What tells the containers of this Switchyard from those of another one on the same engine.
 
     Its state's own: the path of the state folder is the same in every container that Switchyard itself runs in.

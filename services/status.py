@@ -7,12 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import structlog
+
 from services.catalog import Catalog
-from services.engines.port import Basis, Model, Usage
+from services.engines.port import Basis, Model, Need, Usage
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
 from services.switching.events import Board, LoadView, Snapshot, SwitchView
 from services.switching.planner import Planner
+
+log = structlog.get_logger(__name__)
 
 KEEP_SECONDS = 0.25
 
@@ -94,7 +98,7 @@ class StatusService:
 
     def _look(self) -> Status:
         snapshot = self._board.current
-        views = snapshot.instances.values()
+        views = [v for v in snapshot.instances.values() if v.shares is None]
         holdings = [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
         models = [self._model(m, snapshot) for m in self._catalog.models.values()]
         models.sort(key=lambda m: (_MENU_ORDER[m.state], m.id.casefold()))
@@ -108,11 +112,19 @@ class StatusService:
             queued=snapshot.queued,
         )
 
+    def _forecast(self, model: Model) -> tuple[Need | None, float | None]:
+        """What loading it takes, in bytes and seconds. An engine that can't say doesn't spoil the whole picture."""
+        try:
+            return self._planner.need(model), self._planner.load_seconds(model)
+        except Exception as error:
+            log.warning("nobody can say what a model needs", model=model.id, error=str(error))
+            return None, None
+
     def _model(self, model: Model, snapshot: Snapshot) -> ModelStatus:
         view = snapshot.instances.get(model.id)
         arriving = _arriving(model, snapshot) if view is None else None
         failure = snapshot.failures.get(model.id)
-        need = self._planner.need(model)
+        need, seconds = self._forecast(model)
         held = _held(view.usage, asleep=view.state == "asleep") if view and view.usage else None
         error = model.fault or (failure.cause if failure else None)
         cautions = (view.warning if view else None, snapshot.notices.get(model.id))
@@ -125,13 +137,13 @@ class StatusService:
             tags=model.tags,
             size_bytes=model.size_bytes,
             used_bytes=held,
-            required_bytes=need.bytes or None,
-            memory_basis="measured" if held else need.basis if need.bytes else None,
-            estimated_load_seconds=self._planner.load_seconds(model),
+            required_bytes=(need.bytes or None) if need else None,
+            memory_basis="measured" if held else need.basis if need and need.bytes else None,
+            estimated_load_seconds=seconds,
             load=view.load if view else arriving,
             device=view.device if view else None,
             in_flight=view.traffic.in_flight if view else 0,
-            last_used=view.traffic.last_used if view else None,
+            last_used=(view.traffic.last_used if view else None) or snapshot.last_used.get(model.id),
             error=error,
             warning=" ".join(words for words in cautions if words) or None,
             log_tail=failure.log_tail if failure else "",

@@ -27,11 +27,15 @@ def healthz() -> Response:
 
 @bp.get("/readyz")
 @documented(errors=(503,))
-def readyz() -> tuple[Response, int]:
-    """Whether it can serve: the switcher runs and memory has been measured."""
+def readyz() -> Response:
+    """Whether it can serve: the switcher runs, memory was measured, and what the engines have loaded is known."""
     found = services()
-    ready = bool(found.devices.readings) and found.switcher.alive
-    return jsonify({"status": "ready" if ready else "starting"}), 200 if ready else 503
+    if bool(found.devices.readings) and found.switcher.alive and found.switcher.looked:
+        return jsonify({"status": "ready"})
+    answer = jsonify({"status": "starting"})
+    answer.status_code = 503
+    answer.headers["Retry-After"] = "1"
+    return answer
 
 
 @bp.get("/openapi.json")

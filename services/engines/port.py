@@ -29,6 +29,8 @@ class Model:
     `source` is what the engine loads (a file path for llamacpp, a name with its tag for ollama); sizes are bytes,
     times seconds, and what nobody knows is None. `aliases` are other ids that people may say. `fault` says why the
     model can't be loaded at all (a damaged file), in words. `digest` tells versions of the same source apart.
+    `held_as` tells what of it lies in memory: models of one engine with the same one are served by one instance, and
+    None is nobody's.
     """
 
     id: str
@@ -41,6 +43,7 @@ class Model:
     tags: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     digest: str | None = None
+    held_as: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     fault: str | None = None
 

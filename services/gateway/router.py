@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from services.catalog import Catalog
 from services.config import Settings
+from services.scheduling import Scheduler, Threads
 from services.switching.events import Board, InstanceView
-from services.switching.jobs import SwitchError
+from services.switching.jobs import Job, SwitchError
 from services.switching.switcher import Switcher
 
 AUTO = "auto"
+FIRST_LOOK_WAIT_SECONDS = 2.0
+"""How long a request waits after a start until it is known what the engines have loaded."""
 LOOK_SECONDS = 0.5
 """How often a waiting request looks whether its client is still there."""
 
@@ -49,11 +51,19 @@ class Admission:
 class Router:
     """Admits requests to running instances; keeps the bounded, visible queue of those that wait for one."""
 
-    def __init__(self, settings: Settings, board: Board, catalog: Catalog, switcher: Switcher) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        board: Board,
+        catalog: Catalog,
+        switcher: Switcher,
+        scheduler: Scheduler | None = None,
+    ) -> None:
         self._settings = settings
         self._board = board
         self._catalog = catalog
         self._switcher = switcher
+        self._scheduler = scheduler or Threads()
         self._lock = threading.Lock()
         self._waiting: Counter[str] = Counter()
 
@@ -72,6 +82,8 @@ class Router:
         admission = self._enter(model_id)
         if admission is not None:
             return admission
+        if not self._switcher.wait_looked(FIRST_LOOK_WAIT_SECONDS):
+            raise GatewayError("starting", "Switchyard is finding out what is loaded. Try again in a moment.", 1)
         if not self._settings.switch_on_request and not self._coming(model_id):
             raise GatewayError(
                 "model_not_loaded",
@@ -126,14 +138,16 @@ class Router:
                 self._waiting[model_id] -= 1
 
     def _wait_for(self, model_id: str, client_left: Callable[[], bool]) -> Admission:
-        deadline = time.monotonic() + self._settings.queue_timeout_seconds
-        while time.monotonic() < deadline:
-            job = self._switcher.switch(model_id, requested_by="request", replace="queue", activate=False)
-            while not job.wait_done(LOOK_SECONDS):
-                if client_left():
-                    raise ClientGone
-                if time.monotonic() > deadline:
-                    break
+        """Ask for a switch, once more if the model is unloaded before there was a place at it."""
+        deadline = self._scheduler.now() + self._settings.queue_timeout_seconds
+        while self._scheduler.now() < deadline:
+            job = self._switcher.switch(
+                model_id, requested_by="request", replace="queue", activate=False, lasting=False
+            )
+            try:
+                self._wait_done(job, deadline, client_left)
+            finally:  # a client that left causes no switch
+                self._switcher.withdraw(job)
             if isinstance(job.error, SwitchError):
                 raise GatewayError(job.error.code, job.error.message)
             admission = self._enter(model_id)
@@ -144,3 +158,11 @@ class Router:
             f"{model_id} was not ready within {self._settings.queue_timeout_seconds:.0f} s.",
             retry_after=30,
         )
+
+    def _wait_done(self, job: Job, deadline: float, client_left: Callable[[], bool]) -> None:
+        """Wait until a job has ended, or the deadline. Raises ClientGone."""
+        while not job.wait_done(LOOK_SECONDS):
+            if client_left():
+                raise ClientGone
+            if self._scheduler.now() > deadline:
+                return

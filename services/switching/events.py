@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from services.engines.port import Basis, Endpoint, Rest, Usage
+from services.engines.port import Basis, Endpoint, Model, Rest, Usage
 from services.switching.traffic import Traffic
 
 InstanceState = Literal["loading", "running", "unloading", "asleep"]
@@ -48,13 +48,18 @@ class LoadView:
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
-    """One instance as the switcher last saw it. Times are Unix seconds; `traffic` alone is live."""
+    """One instance as the switcher last saw it. Times are Unix seconds; `traffic` alone is live.
+
+    `entry` is the catalogue entry it was loaded from, which the catalogue may have lost since. `shares` names the model
+    whose instance it is as well, and whose memory is counted there.
+    """
 
     model: str
     engine: str
     state: InstanceState
     device: str
     traffic: Traffic
+    entry: Model
     pid: int | None = None
     endpoint: Endpoint | None = None
     load: LoadView | None = None
@@ -63,6 +68,7 @@ class InstanceView:
     loaded_at: float | None = None
     warning: str | None = None
     rest: Rest | None = None
+    shares: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,8 @@ class SwitchView:
 class Snapshot:
     """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the one before.
 
-    `notices` say of models what people should know though nothing failed: somebody else had it unloaded.
+    `notices` say of models what people should know though nothing failed: somebody else had it unloaded. `last_used`
+    are Unix times by model, of those that are loaded no more.
     """
 
     version: int = 0
@@ -123,6 +130,17 @@ class Snapshot:
     switch: SwitchView | None = None
     last_switch: SwitchView | None = None
     queued: tuple[str, ...] = ()
+    last_used: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def holder(self, model: Model) -> InstanceView | None:
+        """The instance that serves a model, or would: its own, else the one of a model held in memory as it is."""
+        own = self.instances.get(model.id)
+        if own is not None:
+            return self.instances.get(own.shares or model.id, own)
+        if model.held_as is None:
+            return None
+        same = (v for v in self.instances.values() if (v.engine, v.entry.held_as) == (model.engine, model.held_as))
+        return next((view for view in same if view.shares is None), None)
 
 
 class Board:

@@ -1,257 +1,296 @@
-"""What is done to one instance: brought, launched or woken, seen through its first token, put to sleep, put away.
+"""What a job does to one instance: fetch, launch or wake it, see it through its first token, drain, put to sleep, stop.
 
-Straight-line code that runs in the switcher's greenlet, as the procedure that calls it.
+Straight-line blocking code in the job's own greenlet. What it learns it tells the fleet by messages. A cancel reaches
+it through the job's token, which has the instance stopped: every step is left by the exception that it raises then.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from threading import Lock
+from types import TracebackType
+from typing import Protocol
 
 import structlog
 
 from services.abort import Abort, Aborted
 from services.config import Settings
-from services.engines.port import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
+from services.engines.port import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model, Need
+from services.scheduling import Scheduler
 from services.store.records import LoadRecord
-from services.switching.fleet import Fleet, Member
-from services.switching.jobs import Cancelled, Job
+from services.switching.fleet import Fleet, Member, read
+from services.switching.jobs import Job
 from services.switching.learning import Learned, load_key
+from services.switching.mailbox import Mailbox
 from services.switching.narrator import Narrator
 from services.switching.planner import Planner
 from services.switching.progress import Progress
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
 OBSERVE_SECONDS = 0.2
 """How often a load's figures are refreshed while nothing new is reported."""
 
 
-class Hub(Protocol):
-    """What needs the switcher that runs it: a worker for whatever blocks, in which a cancel is noticed."""
+class Slot(Protocol):
+    """The right to change what is loaded, which one job has at a time."""
 
-    def await_worker(
-        self,
-        function: Callable[[], T],
-        *,
-        cancellable: bool = True,
-        interval: float | None = None,
-        on_tick: Callable[[], None] = ...,
-    ) -> T: ...
+    def release(self, job: Job) -> None:
+        """Let others go first while this one only fetches."""
 
-    def check_cancelled(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-    def report_exit(self, instance: Instance, exit: Exit) -> None: ...
+    def acquire(self, job: Job) -> None:
+        """Wait until it is this one's turn again."""
 
 
 class Lifecycle:
-    """Changes the state of single instances. Called by the switcher's greenlet alone."""
+    """What is done to single instances, for one job after another."""
 
     def __init__(
         self,
         settings: Settings,
+        scheduler: Scheduler,
+        mailbox: Mailbox,
         fleet: Fleet,
         planner: Planner,
         learned: Learned,
         engines: Mapping[str, Engine],
-        hub: Hub,
+        on_exit: Callable[[Instance, Exit], None],
     ) -> None:
         self._settings = settings
+        self._scheduler = scheduler
+        self._mailbox = mailbox
         self._fleet = fleet
         self._planner = planner
         self._learned = learned
         self._engines = engines
-        self._hub = hub
+        self._on_exit = on_exit
 
-    def bring(self, job: Job, model: Model, story: Narrator) -> bool:
-        """Have what the load takes brought to this machine, while everything else goes on; whether anything had to be.
+    def fetch(self, job: Job, model: Model, story: Narrator, slot: Slot) -> bool:
+        """Have what the load takes fetched to this machine; whether anything had to be.
 
-        Called off, it has ended when this is left.
+        Others may change what is loaded meanwhile. Raises EngineError and Aborted.
         """
         engine = self._engines[model.engine]
         progress = Progress(self._planner.history(model))
-        began = time.monotonic()
-        evidence: deque[Evidence] = deque()
-        abort = Abort()
-        brought = False
+        began = self._scheduler.now()
+        fetched = False
 
         def report(seen: Evidence) -> None:
-            evidence.append(seen)
-            self._hub.wake()
+            nonlocal fetched
+            if not fetched:
+                fetched = True
+                slot.release(job)
+                job.mark_started()
+            story.fetching(progress.advance(seen, self._scheduler.now() - began))
 
-        def look() -> None:
-            nonlocal brought
-            if job.cancel_reason is not None:
-                abort()
-            while evidence:
-                story.bringing(progress.advance(evidence.popleft(), time.monotonic() - began))
-                if not brought:
-                    job.mark_started()
-                brought = True
-
-        job.bringing = True
         try:
-            self._hub.await_worker(
-                lambda: engine.bring(model, report, abort), cancellable=False, interval=OBSERVE_SECONDS, on_tick=look
-            )
-        except Aborted:
-            raise Cancelled from None
+            engine.bring(model, report, job.token)
         except EngineError as error:
-            self._fleet.fail(model.id, str(error), "")
+            self._mailbox.call(self._fleet.fail, model.id, str(error), "")
             raise
         finally:
-            job.bringing = False
-        self._hub.check_cancelled()
-        return brought
+            if fetched:
+                slot.acquire(job)
+        job.token.check()
+        return fetched
 
-    def load(self, model: Model, story: Narrator, job: Job | None = None) -> Member:
-        """Bring a model up and see it through its first token; then, and only then, requests are routed to it.
+    def load(self, model: Model, story: Narrator, token: Abort, on_started: Callable[[], None] = lambda: None) -> None:
+        """Load a model and see it through its first token; then, and only then, requests are routed to it.
 
-        One that sleeps is woken. If it can't be, it is stopped and loaded anew.
+        One that sleeps is woken; if it can't be, it is stopped and loaded anew. Raises EngineError and Aborted; nothing
+        of the load is left then.
         """
-        self._hub.check_cancelled()
+        token.check()
         engine = self._engines[model.engine]
-        history = self._planner.history(model)
-        sleeper = self._fleet.held(model.id)
-        progress = Progress(history)
-        began = time.monotonic()
+        need, history = self._planner.need(model), self._planner.history(model)
         story.loading(model.id, history.total_seconds)
-        member = self._launch(model, engine) if sleeper is None else self._begin_to_wake(sleeper)
-        if job is not None:
-            job.mark_started()
-        evidence: deque[Evidence] = deque()
-
-        def report(seen: Evidence) -> None:
-            evidence.append(seen)
-            self._hub.wake()
-
-        def look() -> None:
-            now = time.monotonic() - began
-            estimate = progress.advance(evidence.popleft() if evidence else None, now)
-            while evidence:
-                estimate = progress.advance(evidence.popleft(), now)
-            member.usage = member.instance.usage() or member.usage
-            story.observed(member, estimate)
-
-        def see_through() -> None:
-            bring_up = member.instance.wait_ready if sleeper is None else member.instance.wake
-            member.endpoint = bring_up(report, self._settings.load_timeout_seconds)
-            report(Evidence("warming_up"))
-            member.instance.warm_up(self._settings.warm_up_timeout_seconds)
-
+        member = self._mailbox.call(self._fleet.begin_wake, model.id, need.bytes)
+        waking = member is not None
+        if member is None:
+            member = self._launch(model, engine, need)
+        on_started()
+        follower = _Follower(self._scheduler, Progress(history), member, story)
         try:
-            self._hub.await_worker(see_through, interval=OBSERVE_SECONDS, on_tick=look)
-            if member.exit is not None:
-                raise LoadFailed(f"{member.exit.cause}.", member.instance.log_tail())
-        except Cancelled:
-            self.put_away(member)
-            raise
+            self._see_through(member, follower, token, waking=waking)
         except LoadFailed as error:
-            self.put_away(member)
-            if sleeper is not None:
+            self._give_up(member)
+            if token.requested:
+                raise Aborted from None
+            if waking:
                 log.warning("a model did not wake, so it is loaded anew", model=model.id, cause=error.cause)
-                return self.load(model, story, job)
-            self._fleet.fail(model.id, error.cause, error.log_tail)
+                self.load(model, story, token)
+                return
+            self._mailbox.call(self._fleet.fail, model.id, error.cause, error.log_tail)
             log.warning("a load failed", model=model.id, cause=error.cause)
             raise
-        total = time.monotonic() - began
-        key = load_key(model, engine, waking=sleeper is not None)
-        self._note_ready(member, key, progress.stage_seconds(total), total)
-        return member
-
-    def _begin_to_wake(self, member: Member) -> Member:
-        self._fleet.forgive(member.model.id)
-        member.state, member.reserved_bytes = "loading", self._planner.need(member.model).bytes
-        self._fleet.publish()
-        return member
-
-    def _launch(self, model: Model, engine: Engine) -> Member:
-        self._fleet.forgive(model.id)
-
-        def ended(exit: Exit) -> None:
-            self._hub.report_exit(instance, exit)
-
-        try:
-            instance = self._hub.await_worker(lambda: engine.launch(model, ended), cancellable=False)
-        except EngineError as error:
-            self._fleet.fail(model.id, str(error), "")
+        except BaseException:
+            self._give_up(member)
             raise
-        need = self._planner.need(model)
-        member = Member(model, engine, instance, need.device, need.bytes)
-        self._fleet.add(member)
-        self._fleet.publish()
-        return member
+        self._remember(member, load_key(model, engine, waking=waking), follower)
 
-    def _note_ready(self, member: Member, key: str, stages: Mapping[Any, float], total: float) -> None:
-        member.state, member.load, member.reserved_bytes = "running", None, 0
-        member.loaded_at = time.time()
-        member.traffic.reopen()
-        member.measure()
-        self._fleet.publish()
-        record = LoadRecord(
-            model=member.model.id,
-            engine=member.engine.name,
-            settings_key=key,
-            outcome="ready",
-            total_seconds=total,
-            stage_seconds=dict(stages),
-            memory_bytes=member.usage.bytes if member.usage else None,
-            device=member.device,
-            at=member.loaded_at,
-        )
-        self._learned.record(record)
-        log.info("model ready", model=member.model.id, seconds=round(total, 3))
+    def unload(self, model_id: str, token: Abort, *, sleeps: bool = False, on_drained: Callable[[], None]) -> bool:
+        """Let a model finish its answers, then stop it or put it to sleep; False when it was gone by itself.
 
-    def put_to_sleep(self, member: Member) -> None:
-        """Let it go on in its sleep, for less memory; one that can't is stopped. Raises EngineError like that."""
-        member.state = "unloading"
-        member.traffic.drain(0)
-        self._fleet.publish()
+        Raises Aborted while it drains (it goes on serving), and EngineError when it won't go (likewise).
+        """
+        member = self._mailbox.call(self._fleet.begin_drain, model_id)
+        if member is None:
+            return False
         try:
-            self._hub.await_worker(
-                lambda: member.instance.sleep(self._settings.sleep_timeout_seconds), cancellable=False
-            )
-        except EngineError as error:
-            log.warning("a model can't sleep, so it is stopped", model=member.model.id, reason=str(error))
-            member.state = "running"
-            self.put_away(member)
-            return
-        if member.exit is not None:
-            self._fleet.lose(member, member.exit)
+            drained = member.traffic.wait_idle(self._settings.drain_timeout_seconds, token)
+        except Aborted:
+            self._mailbox.call(self._fleet.resume, member)
+            raise
+        if self._mailbox.call(self._fleet.held, model_id) is not member:
+            return False
+        on_drained()
+        if sleeps and drained:  # put to sleep while it answers, vLLM breaks (its issues 45520 and 28714)
+            self._put_to_sleep(member)
         else:
-            member.state = "asleep"
-            member.measure()
-            self._fleet.retire(member)
-        self._fleet.publish()
+            self.stop(member)
+        return True
 
-    def put_away(self, member: Member) -> None:
+    def stop(self, member: Member) -> None:
         """Stop an instance whatever it is doing; when this returns it is gone.
 
         Raises EngineError when a loaded one won't go; then it goes on as it was.
         """
-        before, member.state = member.state, "unloading"
-        member.traffic.drain(0)
-        self._fleet.publish()
-        grace = self._settings.unload_timeout_seconds
+        before = self._mailbox.call(self._fleet.begin_unload, member)
         try:
-            self._hub.await_worker(lambda: member.instance.stop(grace), cancellable=False)
-        except EngineError:
-            if before in ("running", "asleep") and member.exit is None:
-                member.state = before
-                if before == "running":
-                    member.traffic.reopen()
-                self._fleet.publish()
-                raise
+            member.instance.stop(self._settings.unload_timeout_seconds)
+        except Exception as error:
+            if self._mailbox.call(self._fleet.refuse_unload, member, before):
+                raise _as_engine_error(member, error) from error
             log.exception("a load that was given up did not go", model=member.model.id)
-        self._fleet.remove(member)
-        self._fleet.publish()
+        self._mailbox.call(self._fleet.gone, member)
 
-    def drain_and_put_away(self, member: Member) -> None:
-        seconds = self._settings.drain_timeout_seconds
-        self._hub.await_worker(lambda: member.traffic.drain(seconds), cancellable=False)
-        self.put_away(member)
+    def _launch(self, model: Model, engine: Engine, need: Need) -> Member:
+        instance: Instance | None = None
+
+        def ended(exit: Exit) -> None:
+            if instance is not None:  # else `wait_ready` says so
+                self._on_exit(instance, exit)
+
+        try:
+            instance = engine.launch(model, ended)
+        except EngineError as error:
+            self._mailbox.call(self._fleet.fail, model.id, str(error), "")
+            raise
+        try:
+            return self._mailbox.call(self._fleet.begin_load, model, engine, instance, need.device, need.bytes)
+        except BaseException:  # nobody would know of it
+            instance.stop(self._settings.unload_timeout_seconds)
+            raise
+
+    def _see_through(self, member: Member, follower: _Follower, token: Abort, *, waking: bool) -> None:
+        instance = member.instance
+        with follower, token.acting(lambda: self._stop_beside(instance)):
+            come_up = instance.wake if waking else instance.wait_ready
+            endpoint = come_up(follower.report, self._settings.load_timeout_seconds)
+            follower.report(Evidence("warming_up"))
+            instance.warm_up(self._settings.warm_up_timeout_seconds)
+        token.check()
+        self._mailbox.call(self._fleet.ready, member, endpoint, read(instance))
+
+    def _stop_beside(self, instance: Instance) -> None:
+        """Stop a load from outside, in a greenlet of its own: whoever cancels must not wait for it."""
+
+        def stop() -> None:
+            try:
+                instance.stop(self._settings.unload_timeout_seconds)
+            except Exception as error:
+                log.warning("a load could not be stopped yet", model=instance.model.id, reason=str(error))
+
+        self._scheduler.spawn("stop-load", stop)
+
+    def _give_up(self, member: Member) -> None:
+        """Put away what was being loaded. One more name of an instance that serves others is only forgotten."""
+        if member.shares is not None:
+            self._mailbox.call(self._fleet.drop_name, member)
+        else:
+            self.stop(member)
+
+    def _put_to_sleep(self, member: Member) -> None:
+        """Let it go on in its sleep, for less memory; one that can't is stopped. Raises EngineError like that."""
+        self._mailbox.call(self._fleet.begin_unload, member)
+        try:
+            member.instance.sleep(self._settings.sleep_timeout_seconds)
+        except Exception as error:
+            log.warning("a model can't sleep, so it is stopped", model=member.model.id, reason=str(error))
+            self._mailbox.call(self._fleet.refuse_unload, member, "running")
+            self.stop(member)
+            return
+        self._mailbox.call(self._fleet.asleep, member, read(member.instance))
+
+    def _remember(self, member: Member, key: str, follower: _Follower) -> None:
+        total = follower.seconds
+        self._learned.record(
+            LoadRecord(
+                model=member.model.id,
+                engine=member.engine.name,
+                settings_key=key,
+                outcome="ready",
+                total_seconds=total,
+                stage_seconds=follower.stage_seconds(total),
+                memory_bytes=member.usage.bytes if member.usage and member.shares is None else None,
+                device=member.device,
+                at=self._scheduler.time(),
+            )
+        )
+        log.info("model ready", model=member.model.id, seconds=round(total, 3))
+
+
+class _Follower:
+    """Follows one load: takes in evidence as it comes, and every 0.2 s that time has passed. Closed on leaving it."""
+
+    def __init__(self, scheduler: Scheduler, progress: Progress, member: Member, story: Narrator) -> None:
+        self._scheduler = scheduler
+        self._progress = progress
+        self._member = member
+        self._story = story
+        self._began = scheduler.now()
+        self._over = False
+        self._changed = scheduler.condition()
+        self._advancing = Lock()  # held for a calculation, never for a wait
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Follower:
+        self._scheduler.spawn("follow-load", self._keep_looking)
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
+        with self._changed:
+            self._over = True
+            self.seconds = self._scheduler.now() - self._began
+            self._changed.notify_all()
+
+    def report(self, seen: Evidence) -> None:
+        """What the engine saw of the load. Called from any greenlet."""
+        self._look(seen)
+
+    def stage_seconds(self, total: float) -> dict[str, float]:
+        return {str(stage): seconds for stage, seconds in self._progress.stage_seconds(total).items()}
+
+    def _keep_looking(self) -> None:
+        while not self._wait_over():
+            try:
+                self._look(None)
+            except Exception as error:
+                log.warning("a load can't be followed", model=self._member.model.id, error=str(error))
+
+    def _wait_over(self) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._over, OBSERVE_SECONDS)
+
+    def _look(self, evidence: Evidence | None) -> None:
+        with self._advancing:
+            estimate = self._progress.advance(evidence, self._scheduler.now() - self._began)
+        if not self._over:
+            reading = read(self._member.instance)
+            self._story.observed(self._member, estimate, reading.usage, reading.pid)
+
+
+def _as_engine_error(member: Member, error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    return EngineError(f"{member.model.id} could not be unloaded: {error}.")

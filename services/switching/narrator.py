@@ -8,13 +8,14 @@ It never falls, and 100 is said only when the model is ready.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from services.engines.port import Usage
 from services.switching.events import LoadView, SwitchStage, SwitchView, Unloading
 from services.switching.fleet import Fleet, Member
-from services.switching.jobs import Job, Outcome, SwitchError
+from services.switching.jobs import Ending, Job, Outcome, SwitchError
+from services.switching.mailbox import Mailbox
 from services.switching.plan import Plan, say_gb
 from services.switching.progress import Estimate
 
@@ -23,34 +24,37 @@ _LOAD_STAGES: dict[str, SwitchStage] = {"warming_up": "warming_up"}
 
 
 class Narrator:
-    """The story of one job. Methods are called in the order in which things happen."""
+    """The story of one job. Methods are called by its greenlet, in the order in which things happen."""
 
-    def __init__(self, job: Job, fleet: Fleet) -> None:
+    def __init__(self, job: Job, mailbox: Mailbox, fleet: Fleet) -> None:
         self._job = job
+        self._mailbox = mailbox
         self._fleet = fleet
+        self._time = job.scheduler.time
         self._load_from = 0
         self._steps_done = 0
         self._load_seconds: float | None = None
         self._rolling_back = False
-        self._brought: LoadView | None = None
+        self._fetched: LoadView | None = None
+        self._observed: tuple[str, LoadView, Usage | None] | None = None
         self.view = SwitchView(
             id=job.id,
             to_model=job.target,
-            from_model=fleet.active,
+            from_model=job.chain.active,
             requested_by=job.request.requested_by,
-            started_at=time.time(),
+            started_at=self._time(),
         )
 
     def begin(self) -> None:
         self._show(stage="checking_memory")
         self._job.tell("stage", stage="checking_memory", progress=0)
 
-    def bringing(self, estimate: Estimate) -> None:
-        """What the target needs is being brought to this machine; nobody has made room for it yet."""
+    def fetching(self, estimate: Estimate) -> None:
+        """What the target needs is being fetched to this machine; nobody has made room for it yet."""
         load = LoadView(estimate.percent, estimate.stage, estimate.detail, estimate.basis, estimate.eta_seconds)
-        if self._brought is not None and _same(self._brought, load):
+        if self._fetched is not None and _same(self._fetched, load):
             return
-        self._brought = load
+        self._fetched = load
         self._show(
             stage="downloading",
             percent=estimate.percent,
@@ -103,14 +107,17 @@ class Narrator:
             "stage", stage="loading_target", progress=self.view.percent, model=model_id, eta=_eta(usual_seconds)
         )
 
-    def observed(self, member: Member, estimate: Estimate) -> None:
+    def observed(self, member: Member, estimate: Estimate, usage: Usage | None, pid: int | None) -> None:
         """A fresh look at the load under way; told only when it says something new."""
         load = LoadView(estimate.percent, estimate.stage, estimate.detail, estimate.basis, estimate.eta_seconds)
-        if member.load is not None and _same(member.load, load):
+        before, self._observed = self._observed, (member.model.id, load, usage)
+        if before is not None and before[0] == member.model.id and _same(before[1], load) and before[2] == usage:
             return
-        member.load = load
+        self._mailbox.post(self._fleet.observe, member, load, usage, pid)
         if self._rolling_back:
             self._show(eta_seconds=load.eta_seconds)
+            return
+        if before is not None and before[0] == member.model.id and _same(before[1], load):
             return
         percent = self._load_from + (100 - self._load_from) * load.percent // 100
         stage = _LOAD_STAGES.get(load.stage, "loading")
@@ -131,48 +138,53 @@ class Narrator:
         self._show(stage="rolling_back", detail=models[-1], basis=None, eta_seconds=None)
         self._job.tell("stage", stage="rolling_back", progress=self.view.percent, reloading=list(models))
 
-    def ready(self) -> None:
-        self._job.load_seconds = self._job.seconds
-        self._close("ready", percent=100, detail=None, eta_seconds=0.0)
-        self._job.tell(
+    def ready(self) -> Ending:
+        """The target answers."""
+        job = self._job
+        job.load_seconds = job.seconds
+        self._advance(stage="ready", finished_at=self._time(), percent=100, detail=None, eta_seconds=0.0)
+        job.tell(
             "complete",
             status="success",
-            model=self._job.target,
-            total_time_seconds=round(self._job.seconds, 2),
-            unloaded_models=list(self._job.unloaded),
+            model=job.target,
+            total_time_seconds=round(job.seconds, 2),
+            unloaded_models=list(job.unloaded),
         )
-        self._job.finish("success")
+        return Ending("success", None, self.view)
 
-    def end(self, outcome: Outcome, error: SwitchError, restored: Sequence[str] = ()) -> None:
-        """The job did not do what was asked: say the first cause, and what is running now."""
-        message = f"{_sentence(error.message)} {self._lost(restored)}".strip()
-        told = SwitchError(error.code, f"{message} {self._running(restored)}".strip(), **error.details)
+    def end(
+        self,
+        outcome: Outcome,
+        error: SwitchError,
+        *,
+        active: str | None,
+        restored: Sequence[str] = (),
+        missing: Mapping[str, str] | None = None,
+    ) -> Ending:
+        """The job did not do what was asked: say the first cause, and what is running now.
+
+        `missing` are the models that were unloaded and are not back, each with the reason.
+        """
+        message = f"{_sentence(error.message)} {_lost(missing or {})}".strip()
+        told = SwitchError(error.code, f"{message} {_running(restored, active)}".strip(), **error.details)
         stage: SwitchStage = "cancelled" if outcome == "cancelled" else "rolled_back" if restored else "failed"
         if error.code in ("insufficient_memory", "confirmation_required"):
             stage = "refused"
         log_tail = str(error.details.get("log_tail", ""))
-        self._close(stage, error=error.code, message=message, log_tail=log_tail, eta_seconds=None)
+        self._advance(
+            stage=stage,
+            finished_at=self._time(),
+            error=error.code,
+            message=message,
+            log_tail=log_tail,
+            eta_seconds=None,
+        )
         self._job.tell("error", error=error.code, message=told.message, **memory_figures(error))
-        self._job.finish(outcome, told)
-
-    def _lost(self, restored: Sequence[str]) -> str:
-        """What was unloaded for nothing; a switch that takes this one's place decides about that itself."""
-        lost = [m for m in self._job.unloaded if m not in restored]
-        return f"{' and '.join(lost)} was unloaded and is not back." if lost and not self._job.superseded else ""
-
-    def _running(self, restored: Sequence[str]) -> str:
-        """What runs now, for those who read this one message; the pages say it from the status."""
-        if restored:
-            return f"{' and '.join(restored)} is running again."
-        return f"{self._fleet.active} is still running." if self._fleet.active else ""
-
-    def _close(self, stage: SwitchStage, **changes: object) -> None:
-        self._advance(stage=stage, finished_at=time.time(), **changes)
-        self._fleet.publish(switch=None, last_switch=self.view)
+        return Ending(outcome, told, self.view)
 
     def _show(self, **changes: object) -> None:
         self._advance(**changes)
-        self._fleet.publish(switch=self.view)
+        self._mailbox.post(self._fleet.show, self.view)
 
     def _advance(self, **changes: object) -> None:
         percent = max(self.view.percent, int(str(changes.pop("percent", 0))))
@@ -204,6 +216,18 @@ def _eta(seconds: float | None) -> int | None:
 
 def _same(a: LoadView, b: LoadView) -> bool:
     return (a.percent, a.stage, a.detail, _eta(a.eta_seconds)) == (b.percent, b.stage, b.detail, _eta(b.eta_seconds))
+
+
+def _lost(missing: Mapping[str, str]) -> str:
+    """What was unloaded for nothing, and why it is not back."""
+    return " ".join(f"{model} was unloaded and is not back: {_sentence(why)}" for model, why in missing.items())
+
+
+def _running(restored: Sequence[str], active: str | None) -> str:
+    """What runs now, for those who read this one message; the pages say it from the status."""
+    if restored:
+        return f"{' and '.join(restored)} {'is' if len(restored) == 1 else 'are'} running again."
+    return f"{active} is still running." if active else ""
 
 
 def _sentence(text: str) -> str:

@@ -18,6 +18,7 @@ class Loaded:
 
     `keep` says in words why it must stay (a pin, a load under way), None when it may go. `spilled_bytes` are what it
     holds of this machine's RAM besides. `rest` is what it would keep asleep, None where it can't sleep or does already.
+    `drain_seconds` is how long its answers under way may take to end.
     """
 
     model: str
@@ -26,7 +27,7 @@ class Loaded:
     idle_seconds: float | None = None
     in_flight: int = 0
     reload_seconds: float | None = None
-    favorite: bool = False
+    drain_seconds: float = 0.0
     keep: str | None = None
     spilled_bytes: int = 0
     asleep: bool = False
@@ -43,7 +44,7 @@ class Loaded:
 class Unload:
     """A model that has to go, what that frees on the plan's device, and how long it takes to bring it back.
 
-    `sleeps`: it is put to sleep, because what it keeps then is not needed.
+    `sleeps`: it is put to sleep, because what it keeps then is not needed. `in_flight` requests end before it goes.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Unload:
     idle_seconds: float | None
     reload_seconds: float | None
     sleeps: bool = False
+    in_flight: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def make_plan(
     """
     device = need.device
     candidates = [m for m in loaded if (m.device == device or m.held_on(device)) and m.model != target]
-    may_go = [m for m in candidates if _keeps(m, strategy, auto_unload) is None]
+    may_go = [m for m in candidates if _keeps(m, auto_unload) is None]
     may_go.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[strategy](m), m.model))
     freeable = sum(m.held_on(device) for m in may_go)
     short = need.bytes - available_bytes
@@ -147,8 +149,8 @@ def make_plan(
         total_bytes=total_bytes,
         freeable_bytes=freeable,
         unload=tuple(_unloads(chosen, device, spare, host_available_bytes)),
-        blocked_by=tuple(_blocked(candidates, strategy, auto_unload)) if not feasible else (),
-        estimated_seconds=load_seconds,
+        blocked_by=tuple(_blocked(candidates, auto_unload)) if not feasible else (),
+        estimated_seconds=None if load_seconds is None else load_seconds + sum(m.drain_seconds for m in chosen),
         alternatives=() if feasible else _alternatives(target, need, available_bytes + freeable, others),
     )
 
@@ -174,16 +176,14 @@ def say_gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 999_500_000 else f"{size / 1e6:.0f} MB"
 
 
-def _keeps(model: Loaded, strategy: Strategy, auto_unload: bool) -> str | None:
+def _keeps(model: Loaded, auto_unload: bool) -> str | None:
     if model.keep is not None:
         return model.keep
-    if strategy == "preserve_favorites" and model.favorite:
-        return "it is a favorite"
     return None if auto_unload else "unloading without being asked is switched off"
 
 
-def _blocked(candidates: Sequence[Loaded], strategy: Strategy, auto_unload: bool) -> list[Blocked]:
-    reasons = ((m.model, _keeps(m, strategy, auto_unload)) for m in candidates)
+def _blocked(candidates: Sequence[Loaded], auto_unload: bool) -> list[Blocked]:
+    reasons = ((m.model, _keeps(m, auto_unload)) for m in candidates)
     return [Blocked(model, reason) for model, reason in reasons if reason is not None]
 
 
@@ -213,9 +213,9 @@ def _unloads(chosen: Sequence[Loaded], device: str, spare: int, host_spare: int)
         if rest is not None and keeps <= min(spare, frees) and rest.host_bytes <= host_spare:
             spare -= keeps
             host_spare -= rest.host_bytes
-            yield Unload(model.model, frees - keeps, model.idle_seconds, model.wake_seconds, sleeps=True)
+            yield Unload(model.model, frees - keeps, model.idle_seconds, model.wake_seconds, True, model.in_flight)
         else:
-            yield Unload(model.model, frees, model.idle_seconds, model.reload_seconds)
+            yield Unload(model.model, frees, model.idle_seconds, model.reload_seconds, False, model.in_flight)
 
 
 def _alternatives(target: str, need: Need, room: int, others: Sequence[Alternative]) -> tuple[str, ...]:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import structlog
 
 from services.catalog import Catalog
 from services.config import Settings, Strategy
 from services.engines.port import HOST_DEVICE, Engine, EngineError, Model, Need
-from services.memory.devices import DeviceMonitor
-from services.memory.ledger import Account, Holding, account, holdings_of
-from services.switching.events import Board, InstanceView
+from services.memory.ledger import Account, Holding, Reading, account, holdings_of
+from services.scheduling import Scheduler
+from services.switching.events import Board, InstanceView, Snapshot
 from services.switching.learning import Learned
 from services.switching.plan import Alternative, Loaded, Plan, make_plan
 from services.switching.progress import History
+from services.switching.traffic import Traffic
+
+log = structlog.get_logger(__name__)
+
+
+class Devices(Protocol):
+    """Who measures memory."""
+
+    @property
+    def readings(self) -> Sequence[Reading]:
+        """The latest readings."""
+
+    def sample(self) -> Sequence[Reading]:
+        """Fresh ones; takes a moment."""
 
 
 class Planner:
@@ -25,8 +41,9 @@ class Planner:
         board: Board,
         catalog: Catalog,
         engines: Mapping[str, Engine],
-        devices: DeviceMonitor,
+        devices: Devices,
         learned: Learned,
+        scheduler: Scheduler,
     ) -> None:
         self._settings = settings
         self._board = board
@@ -34,6 +51,7 @@ class Planner:
         self._engines = engines
         self._devices = devices
         self._learned = learned
+        self._scheduler = scheduler
 
     def plan(
         self,
@@ -44,7 +62,9 @@ class Planner:
         loads_give_way: bool = False,
         instead_of: str | None = None,
     ) -> Plan:
-        """What making `model` ready takes now. Raises EngineError when its device isn't there.
+        """What making `model` ready takes now. It measures, so never in a message to the switcher.
+
+        Raises EngineError when its device isn't there, and what its engine's estimate raises.
 
         With `loads_give_way` a load under way counts as something that could be unloaded. `instead_of` is a model that
         goes in any case.
@@ -54,18 +74,19 @@ class Planner:
         holdings = _holdings(snapshot.instances.values())
         ledger = self.account(need.device, holdings)
         auto = self._settings.auto_unload if auto_unload is None else auto_unload
-        already = snapshot.instances.get(model.id)
+        already = snapshot.holder(model)
+        others = [view for view in snapshot.instances.values() if view.shares is None and view is not already]
         return make_plan(
             model.id,
             need if already is None else _rest_of(need, already),
             available_bytes=ledger.available_bytes,
             total_bytes=ledger.total_bytes,
-            loaded=[self._loaded(view, loads_give_way) for view in snapshot.instances.values()],
+            loaded=[self._loaded(view, snapshot, loads_give_way) for view in others],
             strategy=strategy or self._settings.strategy,
             load_seconds=self.load_seconds(model) if already is None or already.state == "asleep" else 0.0,
             auto_unload=auto,
             instead_of=instead_of,
-            others=[Alternative(m.id, self.need(m)) for m in self._catalog.models.values() if not m.fault],
+            others=list(self._alternatives()),
             host_available_bytes=self._account(HOST_DEVICE, holdings).available_bytes,
         )
 
@@ -81,7 +102,17 @@ class Planner:
         known = ", ".join(r.id for r in self._devices.readings)
         raise EngineError(f"There is no device {device!r} on this machine. There are: {known}.")
 
+    def _alternatives(self) -> Iterator[Alternative]:
+        """The models that could be offered instead. One whose engine can't say what it needs is no reason to fail."""
+        for model in self._catalog.models.values():
+            if not model.fault:
+                try:
+                    yield Alternative(model.id, self.need(model))
+                except Exception as error:
+                    log.warning("nobody can say what a model needs", model=model.id, error=str(error))
+
     def need(self, model: Model) -> Need:
+        """What a model takes when loaded. Raises whatever its engine's estimate does."""
         return self._learned.need(model, self._engines[model.engine])
 
     def load_seconds(self, model: Model) -> float | None:
@@ -96,27 +127,41 @@ class Planner:
     def _history(self, model: Model, *, waking: bool) -> History:
         return self._learned.history(model, self._engines[model.engine], waking=waking)
 
-    def _loaded(self, view: InstanceView, loads_give_way: bool) -> Loaded:
-        model = self._catalog.models.get(view.model)
-        last_used = view.traffic.last_used or view.loaded_at
-        movable = view.state in ("running", "asleep") or loads_give_way
+    def _loaded(self, view: InstanceView, snapshot: Snapshot, loads_give_way: bool) -> Loaded:
+        model, traffic = view.entry, view.traffic
+        last_used = traffic.last_used or view.loaded_at
         held = view.usage.bytes if view.usage else 0
-        if model is not None and view.state == "running" and not held:
-            held = self.need(model).bytes  # a driver that doesn't tell, or one just found: unmeasured is not nothing
+        if view.state == "running" and not held:  # a driver that doesn't tell, or one just found: that is not nothing
+            held = self.need(model).bytes
         return Loaded(
             model=view.model,
             device=view.device,
             bytes=max(held, view.reserved_bytes),
-            idle_seconds=None if last_used is None else max(0.0, time.time() - last_used),
-            in_flight=view.traffic.in_flight,
-            reload_seconds=self._history(model, waking=False).total_seconds if model else None,
-            favorite=view.model in self._settings.preserve_models,
-            keep=None if movable else f"it is {view.state} right now",
+            idle_seconds=None if last_used is None else max(0.0, self._scheduler.time() - last_used),
+            in_flight=traffic.in_flight,
+            reload_seconds=self._history(model, waking=False).total_seconds,
+            drain_seconds=self._drain_seconds(traffic),
+            keep=self._keep(view, snapshot, loads_give_way),
             spilled_bytes=view.usage.spilled_bytes if view.usage else 0,
             asleep=view.state == "asleep",
             rest=view.rest,
-            wake_seconds=self._history(model, waking=True).total_seconds if model else None,
+            wake_seconds=self._history(model, waking=True).total_seconds,
         )
+
+    def _keep(self, view: InstanceView, snapshot: Snapshot, loads_give_way: bool) -> str | None:
+        """Why an instance must stay, whatever the strategy: a promise for one of its names, or something under way."""
+        names = {view.model, *(v.model for v in snapshot.instances.values() if v.shares == view.model)}
+        if kept := sorted(names.intersection(self._settings.preserve_models)):
+            return f"{kept[0]} is one of preserve_models" if kept[0] != view.model else "it is one of preserve_models"
+        movable = view.state in ("running", "asleep") or loads_give_way
+        return None if movable else f"it is {view.state} right now"
+
+    def _drain_seconds(self, traffic: Traffic) -> float:
+        """How long answers under way are likely to take: what they took in the mean, at most what a drain may take."""
+        if not traffic.in_flight:
+            return 0.0
+        longest = self._settings.drain_timeout_seconds
+        return longest if traffic.mean_seconds is None else min(longest, traffic.mean_seconds)
 
 
 def _rest_of(need: Need, view: InstanceView) -> Need:
@@ -126,4 +171,5 @@ def _rest_of(need: Need, view: InstanceView) -> Need:
 
 
 def _holdings(views: Iterable[InstanceView]) -> list[Holding]:
-    return [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
+    own = (v for v in views if v.shares is None)
+    return [part for v in own for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]

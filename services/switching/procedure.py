@@ -1,317 +1,369 @@
-"""How one job is carried out, step by step: plan, drain, unload, wait for memory, load, warm up, or undo.
+"""How one job is carried out, step by step: plan, drain, unload, wait for memory, load, warm up, or restore.
 
-Straight-line code that runs in the switcher's greenlet. Everything that blocks goes through `Hub.await_worker`, where
-a cancel is noticed; so each step can be left by `Cancelled`, and what it had begun is undone on the way out.
+Straight-line blocking code in a greenlet of its own. It reads snapshots, tells the fleet what happened by messages, and
+asks anew where a model stands after each step that takes time: another client, or a crash, may have changed that.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import structlog
 
-from services.catalog import Catalog
+from services.abort import Abort, Aborted
+from services.catalog import Catalog, UnknownModel
 from services.config import Settings
-from services.engines.port import Engine, EngineError, Exit, Instance, LoadFailed, Model
-from services.switching.fleet import Fleet, Member
-from services.switching.jobs import Cancelled, Job, SwitchError
-from services.switching.lifecycle import Hub, Lifecycle
-from services.switching.narrator import Narrator, memory_figures
+from services.engines.port import Engine, EngineError, LoadFailed, Model
+from services.scheduling import Scheduler, pause
+from services.switching.events import Board
+from services.switching.fleet import Fleet, Member, Standing
+from services.switching.jobs import Ending, Job, Outcome, SwitchError
+from services.switching.lifecycle import Lifecycle, Slot
+from services.switching.mailbox import Mailbox
+from services.switching.narrator import Narrator
 from services.switching.plan import Plan, Unload, refusal, say_gb
 from services.switching.planner import Planner
+from services.switching.reconciler import Reconciler
 
 log = structlog.get_logger(__name__)
 
 MEMORY_LOOK_SECONDS = 0.05
 LAST_ANSWERS_SECONDS = 3.0
-ADOPT_SECONDS = 2.0
 
 
 class Procedure:
-    """Carries out jobs, one after another."""
+    """Carries out jobs, one after another. `check_state` raises SwitchError when the app's state can't be written."""
 
     def __init__(
         self,
         settings: Settings,
+        scheduler: Scheduler,
+        mailbox: Mailbox,
         fleet: Fleet,
+        board: Board,
         planner: Planner,
         lifecycle: Lifecycle,
+        reconciler: Reconciler,
         catalog: Catalog,
         engines: Mapping[str, Engine],
-        hub: Hub,
+        slot: Slot,
+        check_state: Callable[[], None],
     ) -> None:
         self._settings = settings
+        self._scheduler = scheduler
+        self._mailbox = mailbox
         self._fleet = fleet
+        self._board = board
         self._planner = planner
         self._lifecycle = lifecycle
+        self._reconciler = reconciler
         self._catalog = catalog
         self._engines = engines
-        self._hub = hub
+        self._slot = slot
+        self._check_state = check_state
 
-    def carry_out(self, job: Job) -> None:
-        """Do what the job asks and finish it, whatever happens."""
-        story = Narrator(job, self._fleet)
+    def carry_out(self, job: Job) -> Ending:
+        """Do what the job asks, or undo what was done for it; whatever happens, it ends."""
+        story = Narrator(job, self._mailbox, self._fleet)
         try:
+            job.token.check()
             if job.request.kind == "stop":
-                self._stop(job)
-            elif job.request.kind == "remove":
-                self._remove(job)
-            else:
-                self._switch(job, story)
-        except Cancelled:
-            self._undo(job, story, SwitchError("cancelled", job.cancel_reason or "It was cancelled."))
-        except SwitchError as error:
-            self._undo(job, story, error)
-        except LoadFailed as error:
-            self._undo(job, story, SwitchError("load_failed", str(error), log_tail=error.log_tail))
-        except EngineError as error:
-            self._undo(job, story, SwitchError("engine_error", str(error)))
+                return self._stop(job)
+            if job.request.kind == "remove":
+                return self._remove(job)
+            return self._switch(job, story)
+        except Exception as error:
+            return self._undo(job, story, as_switch_error(job, error))
 
-    def refuses(self, job: Job) -> bool:
-        """Whether the target can't be made ready even if the load under way gave way; the job is finished then.
+    def refusal(self, job: Job) -> SwitchError | None:
+        """Why the target can't be made ready even if the load under way gave way; None when it can.
 
-        Asked before a running switch is called off for it: a target that is refused must not cost the one that works.
+        Asked before a running switch is cancelled for it: a target that is refused must not cost the one that works.
         """
         try:
             model = self._usable(job.target)
-            plan = self._planner.plan(model, job.request.strategy, job.request.auto_unload, loads_give_way=True)
-            if plan.feasible:
-                return False
-            raise SwitchError("insufficient_memory", refusal(plan), plan=plan)
-        except EngineError as error:
-            reason = SwitchError("engine_error", str(error))
-        except SwitchError as error:
-            reason = error
-        job.tell("error", error=reason.code, message=reason.message, **memory_figures(reason))
-        job.finish("failed", reason)
-        return True
-
-    def abandon(self, job: Job) -> None:
-        """End a job after an error nobody foresaw, and put away what it was loading."""
-        error = SwitchError("internal_error", "Switchyard failed to carry this out; its log has the details.")
-        for member in [m for m in self._fleet if m.state in ("loading", "unloading")]:
-            self._lifecycle.put_away(member)
-        Narrator(job, self._fleet).end("failed", error)
+            if self._board.current.instances.get(model.id) is None:
+                self._make_plan(job, model, loads_give_way=True)
+        except Exception as error:
+            return as_switch_error(job, error)
+        return None
 
     def stop_all(self, *, for_good: bool = True) -> None:
-        """Stop every instance that needs the app, which is going away. Answers under way get a moment to end.
+        """Stop every instance that needs the app, which is going away, side by side.
 
-        Unless it goes `for_good` the app is back at once, and finds those that are loaded.
+        Answers under way get a moment to end. Unless it goes `for_good` the app is back at once, and finds those that
+        are loaded.
         """
-        for member in self._fleet:
+        for member in self._mailbox.call(self._fleet.members):
             stays = member.engine.outlives_app or not for_good
-            if stays and member.state in ("running", "asleep"):
-                continue
-            self._hub.await_worker(lambda m=member: m.traffic.drain(LAST_ANSWERS_SECONDS), cancellable=False)  # type: ignore[misc]
-            with suppress(EngineError):
-                self._lifecycle.put_away(member)
+            if not (stays and member.held) and member.shares is None:
+                self._scheduler.spawn("last-stop", lambda member=member: self._stop_last(member))  # type: ignore[misc]
 
-    def adopt_found(self) -> bool:
-        """Take in the models that engines have loaded though nobody here asked for it; whether there were any.
+    def _stop_last(self, member: Member) -> None:
+        member.traffic.close()
+        member.traffic.wait_idle(LAST_ANSWERS_SECONDS, Abort())
+        try:
+            self._lifecycle.stop(member)
+        except Exception as error:
+            log.warning("a model could not be unloaded", model=member.model.id, reason=str(error))
+            self._mailbox.call(self._fleet.gone, member)
 
-        So a restart of the app finds what it left, and what another client of an engine did is seen, not fought.
-        """
-        listed = list(self._catalog.models.values())
-        found = [
-            (engine, model)
-            for engine in self._engines.values()
-            for model in engine.loaded([m for m in listed if m.engine == engine.name])
-            if self._fleet.get(model.id) is None
-        ]
-        adopted = [self._adopt(engine, model) for engine, model in found]
-        return any(adopted)
+    # A switch, or a restart.
 
-    def _adopt(self, engine: Engine, model: Model) -> bool:
-
-        instance: Instance | None = None
-
-        def ended(exit: Exit) -> None:
-            if instance is not None:
-                self._hub.report_exit(instance, exit)
-
-        instance = engine.adopt(model, ended)
-        if instance is None:
-            return False
-        member = Member(model, engine, instance, self._planner.need(model).device, 0, "running")
-        member.loaded_at = time.time()
-        if instance.asleep:
-            member.state = "asleep"
-        else:
-            try:
-                member.endpoint = instance.wait_ready(lambda _: None, ADOPT_SECONDS)
-            except LoadFailed as error:
-                log.warning("a model that was found loaded is gone", model=model.id, reason=str(error))
-                return False
-        self._fleet.take_in(member)
-        log.info("found a model loaded", model=model.id, engine=engine.name, state=member.state)
-        return True
-
-    def _switch(self, job: Job, story: Narrator) -> None:
+    def _switch(self, job: Job, story: Narrator) -> Ending:
         restart = job.request.kind == "restart"
         if not restart and self._already_there(job):
-            return
+            return Ending("already_loaded")
         story.begin()
+        inherited = list(job.chain.unloaded)
+        self._check_state()
         model = self._usable(job.target)
         plan = self._make_plan(job, model)
-        asleep = not restart and self._fleet.held(model.id) is not None
-        brought = not asleep and self._lifecycle.bring(job, model, story)
+        missing = restart or self._standing(model) == "absent"
+        if missing and self._lifecycle.fetch(job, model, story, self._slot):
+            model, plan = self._look_again(job)
         if restart:
-            self._unload_for_restart(job)
-        if brought or restart:  # a while later a model's size is known, and much may have changed
-            self._hub.await_worker(self._catalog.refresh)
-            model = self._usable(job.target)
-            plan = self._make_plan(job, model)
+            self._unload_for_restart(job, story)
+            model, plan = self._look_again(job)
         story.planned(plan)
-        for unload in plan.unload:
-            self._unload(job, story, unload)
-        if plan.unload:
-            self._wait_for_room(story, plan)
-        member = self._lifecycle.load(model, story, job)
-        if job.request.activate:  # asked now: a second click may have joined meanwhile
-            self._fleet.activate(member.model.id)
-        elif self._fleet.active is None:
-            self._fleet.fall_to(member.model.id)
-        story.ready()
+        self._make_room(job, story, plan)
+        if self._standing(model) != "running":
+            job.touch()
+            self._lifecycle.load(model, story, job.token, job.mark_started)
+        job.seal()
+        self._mailbox.call(self._use, job)
+        here = self._board.current.instances
+        job.unloaded[:0] = [m for m in inherited if m not in here and m not in job.unloaded]
+        return story.ready()
 
     def _already_there(self, job: Job) -> bool:
-        member = self._fleet.running(job.target)
-        if member is None:
+        """Whether the target answers already, and nothing else was asked for; it is the active one then, if wanted."""
+        model = self._catalog.get(job.target)
+        if self._standing(model) != "running" or self._displaced(job) is not None:
             return False
+        job.seal()
+        self._mailbox.call(self._use, job)
+        return True
+
+    def _use(self, job: Job) -> None:
+        """A message: the target answers; whether it is the active one is asked now, since others may have joined."""
         if job.request.activate:
             self._fleet.activate(job.target)
-        self._fleet.publish()
-        job.finish("already_loaded")
-        return True
+        else:
+            self._fleet.fall_to(job.target)
+
+    def _displaced(self, job: Job) -> str | None:
+        """The model that is to go for the target in any case, if it is loaded."""
+        instead_of = job.request.instead_of
+        view = self._board.current.instances.get(instead_of) if instead_of != job.target and instead_of else None
+        return view.model if view is not None else None
+
+    def _standing(self, model: Model) -> Standing:
+        """Where a model stands, once what its engine has loaded by now is taken in."""
+        self._reconciler.look_for(model)
+        return self._mailbox.call(self._fleet.standing, model.id)
+
+    def _look_again(self, job: Job) -> tuple[Model, Plan]:
+        """A while later a model's size is known, it may have left the catalogue, and much else may have changed."""
+        self._catalog.refresh()
+        model = self._usable(job.target)
+        return model, self._make_plan(job, model)
 
     def _usable(self, model_id: str) -> Model:
         model = self._catalog.get(model_id)
-        if model.fault:
+        if model.fault and model_id not in self._board.current.instances:
             raise SwitchError("model_unusable", f"{model.id} can't be loaded: {model.fault}")
         return model
 
-    def _make_plan(self, job: Job, model: Model) -> Plan:
-        self._fleet.measure()
-        self._fleet.publish()
-        plan = self._planner.plan(
-            model, job.request.strategy, job.request.auto_unload, instead_of=job.request.instead_of
-        )
-        job.plan = plan
+    def _make_plan(self, job: Job, model: Model, *, loads_give_way: bool = False) -> Plan:
+        """What has to be done; made anew when somebody joins who may do more. Raises SwitchError."""
+        while True:
+            request = job.request
+            self._reconciler.measure()
+            plan = self._planner.plan(
+                model,
+                request.strategy,
+                request.auto_unload,
+                instead_of=request.instead_of,
+                loads_give_way=loads_give_way,
+            )
+            job.plan = plan
+            error = self._objection(job, plan)
+            if error is None:
+                return plan
+            if job.seal(request):
+                raise error
+
+    def _objection(self, job: Job, plan: Plan) -> SwitchError | None:
         if not plan.feasible:
-            raise SwitchError("insufficient_memory", refusal(plan), plan=plan)
+            return SwitchError("insufficient_memory", refusal(plan), plan=plan)
         if plan.unload and self._settings.confirm_before_unload and not job.request.confirm:
             names = ", ".join(u.model for u in plan.unload)
-            raise SwitchError(
-                "confirmation_required", f"Loading {model.id} would unload {names}. Confirm it.", plan=plan
-            )
-        return plan
+            words = f"Loading {plan.target} would unload {names}. Confirm it."
+            return SwitchError("confirmation_required", words, plan=plan)
+        return None
+
+    def _unload_for_restart(self, job: Job, story: Narrator) -> None:
+        """Make way for the same model; it becomes the active one again only if it was."""
+        job.request = replace(job.request, activate=job.chain.active == job.target)
+        if self._standing(self._catalog.get(job.target)) == "absent":
+            return
+        self._drain_and_unload(job, story, job.target)
+
+    def _make_room(self, job: Job, story: Narrator, plan: Plan) -> None:
+        for unload in plan.unload:
+            self._unload(job, story, unload)
+        if plan.unload:
+            self._wait_for_room(job, story, plan)
 
     def _unload(self, job: Job, story: Narrator, unload: Unload) -> None:
-        """Drain one instance, then stop it or put it to sleep. Called off while draining, it goes on serving."""
-        self._hub.check_cancelled()
-        member = self._fleet.held(unload.model)
-        if member is None:
-            return  # it ended by itself meanwhile
-        story.step("draining", unload.model)
-        try:
-            drained = self._hub.await_worker(lambda: member.traffic.drain(self._settings.drain_timeout_seconds))
-        except Cancelled:
-            if member.state == "running":
-                member.traffic.reopen()
-            raise
-        story.step("unloading", unload.model)
-        if unload.sleeps and drained:  # put to sleep while it answers, vLLM breaks (its issues 45520 and 28714)
-            self._lifecycle.put_to_sleep(member)
-        else:
-            self._lifecycle.put_away(member)
-        job.unloaded.append(unload.model)
+        if self._drain_and_unload(job, story, unload.model, sleeps=unload.sleeps):
+            job.unloaded.append(unload.model)
 
-    def _wait_for_room(self, story: Narrator, plan: Plan) -> None:
+    def _drain_and_unload(self, job: Job, story: Narrator, model_id: str, *, sleeps: bool = False) -> bool:
+        job.touch()
+        story.step("draining", model_id)
+        owed = self._names_of(model_id)
+
+        def drained() -> None:
+            for name in owed:  # written down before it is done: a failure in between must not lose them
+                job.chain.add(name)
+            story.step("unloading", model_id)
+
+        return self._lifecycle.unload(model_id, job.token, sleeps=sleeps, on_drained=drained)
+
+    def _names_of(self, model_id: str) -> list[str]:
+        """A model, and the others that are served by the same instance."""
+        views = self._board.current.instances
+        owner = view.shares or model_id if (view := views.get(model_id)) is not None else model_id
+        others = [v.model for v in views.values() if v.model == owner or v.shares == owner]
+        return [model_id, *(other for other in others if other != model_id)]
+
+    def _wait_for_room(self, job: Job, story: Narrator, plan: Plan) -> None:
         """Until there is room for the target. Models that keep too much of it in their sleep are stopped after all."""
         try:
-            self._wait_for_memory(story, plan)
+            self._wait_for_memory(job, story, plan)
         except SwitchError:
-            sleepers = [m for m in (self._fleet.held(u.model) for u in plan.unload) if m and m.state == "asleep"]
-            if not sleepers:
+            sleepers = [self._mailbox.call(self._fleet.held, u.model) for u in plan.unload]
+            asleep = [m for m in sleepers if m is not None and m.state == "asleep"]
+            if not asleep:
                 raise
-            for member in sleepers:
+            for member in asleep:
                 log.warning("a model keeps too much in its sleep, so it is stopped", model=member.model.id)
-                self._lifecycle.put_away(member)
-            self._wait_for_memory(story, plan)
+                self._lifecycle.stop(member)
+            self._wait_for_memory(job, story, plan)
 
-    def _wait_for_memory(self, story: Narrator, plan: Plan) -> None:
+    def _wait_for_memory(self, job: Job, story: Narrator, plan: Plan) -> None:
         """Until the device *measures* free: an engine's exit and the driver's account of it can lie apart."""
         story.step("waiting_for_memory", plan.target)
-        deadline = time.monotonic() + self._settings.memory_timeout_seconds
-        while (
-            ledger := self._planner.account(plan.device, self._fleet.holdings())
-        ).available_bytes < plan.required_bytes:
-            if time.monotonic() > deadline:
+        deadline = self._scheduler.now() + self._settings.memory_timeout_seconds
+        while True:
+            holdings = self._mailbox.call(self._fleet.holdings)
+            ledger = self._planner.account(plan.device, holdings)
+            if ledger.available_bytes >= plan.required_bytes:
+                return
+            if self._scheduler.now() > deadline:
                 raise SwitchError(
                     "memory_not_freed",
                     f"{say_gb(plan.required_bytes)} should be free on {ledger.name} by now, but only "
                     f"{say_gb(ledger.available_bytes)} are: other programs hold {say_gb(ledger.other_bytes)}.",
                     plan=plan,
                 )
-            self._hub.await_worker(lambda: time.sleep(MEMORY_LOOK_SECONDS))
+            pause(self._scheduler, MEMORY_LOOK_SECONDS, job.token)
 
-    def _stop(self, job: Job) -> None:
-        self._fleet.forgive(job.target)
-        member = self._fleet.held(job.target)
-        if member is not None:
-            self._lifecycle.drain_and_put_away(member)
+    # Jobs that are no switches.
+
+    def _stop(self, job: Job) -> Ending:
+        self._mailbox.call(self._fleet.forgive, job.target)
+        if self._lifecycle.unload(job.target, job.token, on_drained=lambda: None):
             job.unloaded.append(job.target)
-        self._fleet.publish()
-        job.finish("success")
+            self._catalog.refresh()  # what was listed only because it was loaded goes now
+        return Ending("success")
 
-    def _remove(self, job: Job) -> None:
+    def _remove(self, job: Job) -> Ending:
         """Unload a model if it is loaded, then delete its files. Here, so that nothing loads it meanwhile."""
         model = self._catalog.get(job.target)
-        self._fleet.forgive(model.id)
-        member = self._fleet.held(model.id)
-        if member is not None:
-            self._lifecycle.drain_and_put_away(member)
+        self._mailbox.call(self._fleet.forgive, model.id)
+        if self._lifecycle.unload(model.id, job.token, on_drained=lambda: None):
             job.unloaded.append(model.id)
-        engine = self._engines[model.engine]
-        self._hub.await_worker(lambda: engine.remove(model), cancellable=False)
-        self._hub.await_worker(self._catalog.refresh, cancellable=False)
-        self._fleet.publish()
-        job.finish("success")
+        self._engines[model.engine].remove(model)
+        self._catalog.refresh()
+        return Ending("success")
 
-    def _unload_for_restart(self, job: Job) -> None:
-        """Make way for the same model; it becomes the active one again only if it was."""
-        job.request = replace(job.request, activate=self._fleet.active == job.target)
-        member = self._fleet.held(job.target)
-        if member is not None:
-            self._lifecycle.drain_and_put_away(member)
+    # When it did not work out.
 
-    def _undo(self, job: Job, story: Narrator, error: SwitchError) -> None:
-        """Bring back what was unloaded, unless another switch is coming; then say how it ended."""
-        if job.request.kind in ("stop", "remove"):
-            self._fleet.note(job.target, error.message)
-            self._fleet.publish()
-            job.finish("failed", error)
-            return
-        restored = []
-        if job.unloaded and not job.superseded:
-            restored = self._reload(job, story)
-        story.end("cancelled" if error.code == "cancelled" else "failed", error, restored)
+    def _undo(self, job: Job, story: Narrator, error: SwitchError) -> Ending:
+        """Restore what the chain of switches unloaded, unless the next switch inherits that; then say how it ended."""
+        job.seal()
+        outcome: Outcome = "cancelled" if error.code == "cancelled" else "failed"
+        if not job.request.switches:
+            self._mailbox.call(self._fleet.note, job.target, error.message)
+            return Ending(outcome, error)
+        restored: list[str] = []
+        missing: dict[str, str] = {}
+        if job.chain.unloaded and not job.superseded:
+            failed = job.target if error.code == "load_failed" else None
+            restored, missing = self._restore(job, story, failed)
+        if job.superseded:
+            missing = {}
+        return story.end(outcome, error, active=self._board.current.active_model, restored=restored, missing=missing)
 
-    def _reload(self, job: Job, story: Narrator) -> list[str]:
-        story.rolling_back(job.unloaded)
-        job.cancel_reason = None  # undoing can be called off too, by the next switch
-        restored = []
-        for model_id in reversed(job.unloaded):
+    def _restore(self, job: Job, story: Narrator, failed: str | None) -> tuple[list[str], dict[str, str]]:
+        """Load what the chain unloaded, the latest first. Each by itself: one that can't come back costs no other.
+
+        `failed` is the model that could not be loaded just now, which is not tried once more. Returns what is back, and
+        what is not with the reason. What a superseding switch leaves undone stays in the chain, which it inherits.
+        """
+        token = job.begin_restoring()
+        story.rolling_back(job.chain.unloaded)
+        restored: list[str] = []
+        missing: dict[str, str] = {}
+        for model_id in reversed(list(job.chain.unloaded)):
             if job.superseded:
                 break
-            with suppress(LoadFailed, EngineError, SwitchError, Cancelled):
-                model = self._catalog.get(model_id)
-                plan = self._planner.plan(model, auto_unload=False)
-                if plan.feasible:
-                    self._lifecycle.load(model, story)
-                    restored.append(model_id)
-        if story.view.from_model in restored:
-            self._fleet.activate(story.view.from_model)
-        return restored
+            try:
+                if model_id == failed:
+                    raise SwitchError("load_failed", "it could not be loaded again")
+                self._restore_one(model_id, story, token)
+                restored.append(model_id)
+            except Aborted:
+                break
+            except Exception as error:
+                reason = as_switch_error(job, error)
+                log.warning("a model is not back after a switch that failed", model=model_id, reason=reason.message)
+                missing[model_id] = reason.message
+            job.chain.strike(model_id)
+        self._mailbox.call(self._reactivate, job)
+        return restored, missing
+
+    def _restore_one(self, model_id: str, story: Narrator, token: Abort) -> None:
+        model = self._catalog.get(model_id)
+        if self._standing(model) == "running":
+            return
+        plan = self._planner.plan(model, auto_unload=False)
+        if not plan.feasible:
+            raise SwitchError("insufficient_memory", refusal(plan), plan=plan)
+        self._lifecycle.load(model, story, token)
+
+    def _reactivate(self, job: Job) -> None:
+        """A message: requests that name no model go where they went before the chain, if that answers."""
+        active = job.chain.active
+        if active is not None and self._fleet.standing(active) == "running":
+            self._fleet.activate(active)
+
+
+def as_switch_error(job: Job, error: Exception) -> SwitchError:
+    """Whatever ended a job, in the contract's terms. What nobody foresaw is logged and told as that."""
+    if isinstance(error, SwitchError):
+        return error
+    if isinstance(error, Aborted):
+        return SwitchError("cancelled", job.cancel_reason or "It was cancelled.")
+    if isinstance(error, LoadFailed):
+        return SwitchError("load_failed", str(error), log_tail=error.log_tail)
+    if isinstance(error, EngineError):
+        return SwitchError("engine_error", str(error))
+    if isinstance(error, UnknownModel):
+        return SwitchError("model_not_found", str(error))
+    log.error("a job failed in a way nobody foresaw", model=job.target, exc_info=error)
+    return SwitchError("internal_error", "Switchyard failed to carry this out; its log has the details.")

@@ -1,77 +1,48 @@
 """The single writer of all lifecycle state.
 
-One greenlet (a thread where nothing is patched) takes messages from a mailbox and carries out one job at a time.
-Whatever blocks runs in a worker while the mailbox goes on being served, so a cancel or a crash is noticed at once.
-Everyone else sends a message, or reads the snapshot on the board.
+Its mailbox owns the fleet, the queue and the board; each message is a short method that neither waits nor asks an
+engine. A job runs beside it, one at a time, in a greenlet of its own, and tells it what happened. Everyone else sends a
+message, or reads the snapshot on the board. A slow load, a hanging driver or a failing database delays nobody else.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import structlog
 
 from services.catalog import Catalog
 from services.config import Settings, Strategy
 from services.engines.port import Engine, Exit, Instance
+from services.scheduling import Condition, Scheduler, Threads
 from services.switching.events import Board
-from services.switching.fleet import Fleet, Member, Notes
-from services.switching.jobs import Cancelled, Job, Replace, Request, SwitchError
+from services.switching.fleet import Fleet, Notes
+from services.switching.jobs import Ending, Job, Replace, Request, SwitchError
 from services.switching.learning import Learned
 from services.switching.lifecycle import Lifecycle
+from services.switching.mailbox import Mailbox, MailboxClosed
 from services.switching.plan import Plan
 from services.switching.planner import Planner
-from services.switching.procedure import Procedure
+from services.switching.procedure import Procedure, as_switch_error
+from services.switching.reconciler import Reconciler
 
 log = structlog.get_logger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
-REPLY_SECONDS = 10.0
-HOUSEKEEPING_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class _Submit:
-    request: Request
-    replace: Replace
-    reply: Future[Job]
+@dataclass(eq=False)
+class _Turn:
+    """A job that only fetches, and whether it wants to go on with what changes others."""
 
-
-@dataclass(frozen=True)
-class _Cancel:
-    reply: Future[Job | None]
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Exited:
-    instance: Instance
-    exit: Exit
-
-
-@dataclass(frozen=True)
-class _Dismiss:
-    reply: Future[None]
-
-
-class _Tick:
-    """Something to look at: a worker's result, a new observation."""
-
-
-@dataclass(frozen=True)
-class _Close:
-    """No more jobs. `for_good`: whatever needs the app goes too."""
-
-    for_good: bool
-
-
-_Message = _Submit | _Cancel | _Exited | _Dismiss | _Tick | _Close
+    job: Job
+    changed: Condition
+    wanted: bool = False
+    granted: bool = False
 
 
 class Switcher:
@@ -86,27 +57,60 @@ class Switcher:
         planner: Planner,
         learned: Learned,
         notes: Notes,
+        scheduler: Scheduler | None = None,
+        check_state: Callable[[], None] = lambda: None,
     ) -> None:
+        self._scheduler = scheduler or Threads()
+        self._board = board
         self._catalog = catalog
-        self._mailbox: queue.Queue[_Message] = queue.Queue()
-        self._waiting: deque[Job] = deque()
-        self._current: Job | None = None
-        self._closing = False
-        self._for_good = True
-        self._looked = threading.Event()
-        self._fleet = Fleet(board, notes)
         self._planner = planner
-        lifecycle = Lifecycle(settings, self._fleet, planner, learned, engines, self)
-        self._procedure = Procedure(settings, self._fleet, planner, lifecycle, catalog, engines, self)
-        self._thread = threading.Thread(target=self._run, name="switcher", daemon=True)
+        self._fleet = Fleet(self._scheduler, notes)
+        self._mailbox = Mailbox(self._scheduler, self._after_each)
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._fetching: _Turn | None = None
+        self._ended: list[tuple[Job, Ending]] = []
+        self._closing = False
+        self._idle = self._scheduler.condition()
+        self._reconciler = Reconciler(
+            self._scheduler, self._mailbox, self._fleet, board, catalog, engines, planner, self._report_exit
+        )
+        lifecycle = Lifecycle(
+            settings, self._scheduler, self._mailbox, self._fleet, planner, learned, engines, self._report_exit
+        )
+        self._procedure = Procedure(
+            settings,
+            self._scheduler,
+            self._mailbox,
+            self._fleet,
+            board,
+            planner,
+            lifecycle,
+            self._reconciler,
+            catalog,
+            engines,
+            self,
+            check_state,
+        )
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin to take requests, and to look at what the engines have loaded."""
+        self._scheduler.spawn("switcher", self._mailbox.run)
+        self._reconciler.start()
 
     @property
     def alive(self) -> bool:
         """Whether it takes requests."""
-        return self._thread.is_alive() and not self._closing
+        return self._mailbox.open and not self._closing
+
+    @property
+    def looked(self) -> bool:
+        """Whether the first look at what the engines have loaded is over."""
+        return self._reconciler.looked
+
+    def wait_looked(self, timeout: float) -> bool:
+        """Wait for the first look at what the engines have loaded, at most `timeout` seconds; whether it is over."""
+        return self._reconciler.wait_looked(timeout)
 
     def switch(
         self,
@@ -119,261 +123,291 @@ class Switcher:
         auto_unload: bool | None = None,
         activate: bool = True,
         instead_of: str | None = None,
+        lasting: bool = True,
     ) -> Job:
         """Ask for a model to be made ready; returns the job, which may be one under way for the same model.
 
-        `instead_of` names a model to unload for it even where there is room for both.
+        `instead_of` names a model to unload for it even where there is room for both. What isn't `lasting` is dropped
+        once everyone who asked for it has called `withdraw`.
 
         Raises UnknownModel, and SwitchError `switch_in_progress` when `replace` is "refuse" and one is.
         """
         model_id = self._catalog.get(model_id).id
-        request = Request("switch", model_id, requested_by, strategy, confirm, auto_unload, activate, instead_of)
-        return self._submit(request, replace)
+        request = Request(
+            "switch", model_id, requested_by, strategy, confirm, auto_unload, activate, instead_of, lasting
+        )
+        objection = None
+        if replace == "cancel" and (current := self.job()) is not None and current.target != model_id:
+            objection = self._procedure.refusal(Job(request, self._scheduler))
+        return self._call(self._accept, request, replace, objection)
+
+    def withdraw(self, job: Job) -> None:
+        """A client that asked for a switch has left: it ends if nobody else wants it and it has touched nothing."""
+        self._mailbox.post(self._withdraw, job)
 
     def stop(self, model_id: str, *, requested_by: str) -> Job:
         """Ask for a model to be unloaded; a load of it under way is cancelled. Raises UnknownModel."""
-        return self._submit(Request("stop", self._catalog.get(model_id).id, requested_by), "queue")
+        return self._submit(Request("stop", self._catalog.get(model_id).id, requested_by))
 
     def restart(self, model_id: str, *, requested_by: str) -> Job:
         """Ask for a model to be unloaded and loaded again. Raises UnknownModel."""
-        return self._submit(Request("restart", self._catalog.get(model_id).id, requested_by), "queue")
+        return self._submit(Request("restart", self._catalog.get(model_id).id, requested_by))
 
     def remove(self, model_id: str, *, requested_by: str) -> Job:
         """Ask for a model's files to be deleted, unloading it first. Raises UnknownModel."""
-        return self._submit(Request("remove", self._catalog.get(model_id).id, requested_by), "queue")
+        return self._submit(Request("remove", self._catalog.get(model_id).id, requested_by))
 
-    def cancel(self, reason: str = "It was cancelled.") -> Job | None:
-        """Call off the switch under way; returns it, None when there is none."""
-        reply: Future[Job | None] = Future()
-        self._mailbox.put(_Cancel(reply, reason))
-        return reply.result(REPLY_SECONDS)
+    def cancel(self, reason: str = "It was cancelled.", *, switch_id: str | None = None) -> Job | None:
+        """Cancel the latest switch, or only the one with `switch_id`; returns it, None when there is none such."""
+        return self._call(self._cancel, reason, switch_id)
 
     def dismiss(self) -> None:
         """Forget the last switch: people have read how it ended."""
-        reply: Future[None] = Future()
-        self._mailbox.put(_Dismiss(reply))
-        reply.result(REPLY_SECONDS)
+        self._call(self._fleet.dismiss)
 
     def plan(self, model_id: str, strategy: Strategy | None = None, *, loads_give_way: bool = False) -> Plan:
-        """What switching to a model would do now. Changes nothing. Raises UnknownModel.
+        """What switching to a model would do now. Changes nothing. Raises UnknownModel, and SwitchError.
 
         With `loads_give_way` a load under way counts as something that could be unloaded.
         """
-        return self._planner.plan(self._catalog.get(model_id), strategy, loads_give_way=loads_give_way)
+        model = self._catalog.get(model_id)
+        try:
+            return self._planner.plan(model, strategy, loads_give_way=loads_give_way)
+        except Exception as error:
+            raise as_switch_error(Job(Request("switch", model.id, "plan"), self._scheduler), error) from error
 
     def job(self) -> Job | None:
         """The job under way."""
-        return self._current
+        return self._fetching.job if self._fetching is not None else self._running
 
     def close(self, timeout: float = 30.0, *, for_good: bool = True) -> None:
-        """Call off what is under way, stop every instance, and return.
+        """Cancel what is under way, stop every instance, and return after at most `timeout` seconds.
 
         Unless the app goes `for_good`, what is loaded stays: the next run takes it over.
         """
-        if self._thread.is_alive():
-            self._mailbox.put(_Close(for_good))
-            self._thread.join(timeout)
-
-    # What the procedure needs while it runs in the switcher's greenlet.
-
-    def await_worker(
-        self,
-        function: Callable[[], T],
-        *,
-        cancellable: bool = True,
-        interval: float | None = None,
-        on_tick: Callable[[], None] = lambda: None,
-    ) -> T:
-        """Run something that blocks in a worker and serve the mailbox until it is done.
-
-        `on_tick` is called after every message, and every `interval` seconds. Raises what `function` raised, and
-        Cancelled (leaving the worker to itself) as soon as the current job is called off.
-        """
-        outcome: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                outcome.set_result(function())
-            except BaseException as error:
-                outcome.set_exception(error)
-            self._mailbox.put(_Tick())
-
-        threading.Thread(target=work, name="switcher-worker", daemon=True).start()
-        while not outcome.done():
-            self._serve(interval or HOUSEKEEPING_SECONDS)
-            on_tick()
-            if cancellable and not outcome.done():
-                self.check_cancelled()
-        return outcome.result()
-
-    def check_cancelled(self) -> None:
-        """Raises Cancelled when the current job has been called off."""
-        if self._current is not None and self._current.cancel_reason is not None:
-            raise Cancelled
-
-    def wake(self) -> None:
-        """Have `on_tick` called soon: there is something new to see."""
-        self._mailbox.put(_Tick())
-
-    def report_exit(self, instance: Instance, exit: Exit) -> None:
-        """An instance ended without having been asked to."""
-        self._mailbox.put(_Exited(instance, exit))
-
-    def queued(self) -> tuple[str, ...]:
-        return tuple(job.target for job in self._waiting)
-
-    def _submit(self, request: Request, replace: Replace) -> Job:
-        reply: Future[Job] = Future()
-        self._mailbox.put(_Submit(request, replace, reply))
-        return reply.result(REPLY_SECONDS)
-
-    def wait_looked(self, timeout: float) -> bool:
-        """Whether the first look at what the engines have loaded is over, after at most `timeout` seconds."""
-        return self._looked.wait(timeout)
-
-    def _run(self) -> None:
+        deadline = self._scheduler.now() + timeout
         try:
-            self._look_around()
-        except Exception:
-            log.exception("the first look at the engines failed")
-        self._looked.set()
-        while not self._closing:
-            try:
-                self._next()
-            except Exception:  # whatever it was, the next wish has to find the switcher alive
-                log.exception("the switcher failed")
-        for job in self._waiting:
-            job.finish("cancelled", SwitchError("cancelled", "Switchyard is stopping."))
-        self._procedure.stop_all(for_good=self._for_good)
-
-    def _next(self) -> None:
-        if not self._waiting:
-            self._serve(HOUSEKEEPING_SECONDS)
+            self._mailbox.call(self._begin_to_close)
+            self._wait_idle(deadline, lambda: self._running is None and self._fetching is None)
+            self._procedure.stop_all(for_good=for_good)
+            leaving = [m for m in self._fleet.members() if for_good and not m.engine.outlives_app]
+            self._wait_idle(deadline, lambda: all(self._fleet.get(m.model.id) is not m for m in leaving))
+        except MailboxClosed:
             return
-        self._current = job = self._waiting.popleft()
-        try:
-            self._carry_out(job)
         finally:
-            self._current = None
+            self._reconciler.stop()
+            self._mailbox.close()
 
-    def _carry_out(self, job: Job) -> None:
-        try:
-            self._procedure.carry_out(job)
-        except Exception:
-            log.exception("a job ended in a way nobody foresaw", model=job.target)
-            self._procedure.abandon(job)
+    # The slot, which the running job may leave to others while it only fetches.
 
-    def _serve(self, timeout: float) -> None:
-        """Take one message, or measure what is loaded when none comes."""
-        try:
-            message = self._mailbox.get(timeout=timeout)
-        except queue.Empty:
-            self._look_around()
-            return
-        match message:
-            case _Submit():
-                self._accept(message)
-            case _Cancel():
-                message.reply.set_result(self._call_off(message.reason))
-            case _Exited():
-                self._note_exit(message)
-            case _Dismiss():
-                self._fleet.publish(last_switch=None)
-                message.reply.set_result(None)
-            case _Close():
-                self._closing, self._for_good = True, message.for_good
-                self._call_off("Switchyard is stopping.", superseded=True)
+    def release(self, job: Job) -> None:
+        self._mailbox.call(self._release, job)
 
-    def _look_around(self) -> None:
-        """Measure what is loaded, and take in what somebody else had an engine load."""
-        adopted = self._procedure.adopt_found()
-        if self._fleet.measure() or adopted:
-            self._fleet.publish()
+    def acquire(self, job: Job) -> None:
+        turn = self._mailbox.call(self._want_turn, job)
+        with turn.changed:  # bounded by the jobs that were let in between, each of which is
+            turn.changed.wait_for(lambda: turn.granted)
 
-    def _accept(self, message: _Submit) -> None:
-        request, current = message.request, self._current
+    # Messages. Short, and without waiting.
+
+    def _accept(self, request: Request, replace: Replace, objection: SwitchError | None) -> Job:
         if self._closing:
-            message.reply.set_exception(SwitchError("stopping", "Switchyard is stopping."))
-            return
-        same = self._same_job(request)
-        if same is not None:
-            if request.activate and not same.request.activate:
-                same.request = replace(same.request, activate=True)
-            message.reply.set_result(same)
-            return
-        if current is not None and message.replace == "refuse":
-            message.reply.set_exception(_in_progress(current))
-            return
-        job = Job(request)
-        if current is not None and message.replace == "cancel" and self._procedure.refuses(job):
-            message.reply.set_result(job)
-            return
-        if message.replace == "cancel":
-            self._supersede(request.model)
-        elif request.kind in ("stop", "remove") and current is not None and current.target == request.model:
-            self._call_off(f"{request.model} is to be {'unloaded' if request.kind == 'stop' else 'deleted'}.")
-        if current is not None and current.bringing and self._goes_between(request, current):
-            message.reply.set_result(job)
-            self._carry_out(job)
-            return
+            raise SwitchError("stopping", "Switchyard is stopping.")
+        current = self.job()
+        for same in [*([current] if current is not None else []), *self._waiting]:
+            if same.join(request):
+                return self._counted(same, request)
+        if current is not None and current.request.kind == "switch" and current.target == request.model:
+            replace = replace if current.cancelled or current.restoring else "queue"  # it is about to end by itself
+        if current is not None and replace == "refuse":
+            raise _in_progress(current)
+        job = Job(request, self._scheduler)
+        if objection is not None and current is not None and replace == "cancel":
+            job.tell("error", error=objection.code, message=objection.message)
+            job.finish("failed", objection)
+            return job
+        if replace == "cancel":
+            self._supersede(job)
+        elif request.kind in ("stop", "remove"):
+            self._cancel_loads(request)
         self._waiting.append(job)
-        if current is not None:
-            self._fleet.publish(queued=self.queued())
-        message.reply.set_result(job)
+        self._advance()
+        return self._counted(job, request)
 
-    def _goes_between(self, request: Request, current: Job) -> bool:
-        """Whether something can be done at once while a download is under way, which may take hours."""
-        member = self._fleet.held(request.model)
-        return request.kind == "stop" and request.model != current.target and member is not None
-
-    def _supersede(self, model_id: str) -> None:
-        """Make way for a switch to `model_id`: call off the one under way, and those that wait."""
-        self._call_off(f"It was replaced by a switch to {model_id}.", superseded=True)
-        for waiting in [j for j in self._waiting if j.request.kind == "switch"]:
-            self._waiting.remove(waiting)
-            waiting.finish("cancelled", SwitchError("cancelled", f"It was replaced by a switch to {model_id}."))
-
-    def _same_job(self, request: Request) -> Job | None:
-        """The job that already does what is asked, so that a double click or a second tab joins it."""
-        under_way = [self._current] if self._current and self._current.cancel_reason is None else []
-        for job in [*under_way, *self._waiting]:
-            if (job.request.kind, job.request.model) == (request.kind, request.model) and not job.done:
-                return job
-        return None
-
-    def _call_off(self, reason: str, *, superseded: bool = False) -> Job | None:
-        job = self._current
-        if job is None:
-            return None
-        job.superseded = job.superseded or superseded
-        if job.cancel_reason is None:
-            job.cancel_reason = reason
+    def _counted(self, job: Job, request: Request) -> Job:
+        if not request.lasting:
+            job.askers += 1
         return job
 
-    def _note_exit(self, message: _Exited) -> None:
-        member = next((m for m in self._fleet if m.instance is message.instance), None)
-        if member is not None and member.state not in ("running", "asleep"):
-            member.exit = message.exit
+    def _supersede(self, job: Job) -> None:
+        """Make way for a switch: cancel the one under way and those that wait, and inherit what they owe."""
+        reason = f"It was replaced by a switch to {job.target}."
+        current = self.job()
+        if current is not None and current.request.switches:
+            current.cancel(reason, superseded=True)
+            job.chain = current.chain
+        for waiting in [w for w in self._waiting if w.request.switches]:
+            self._waiting.remove(waiting)
+            waiting.superseded = True
+            if waiting.chain.unloaded and not job.chain.begun:
+                job.chain = waiting.chain
+            self._end(waiting, Ending("cancelled", SwitchError("cancelled", reason)))
+
+    def _cancel_loads(self, request: Request) -> None:
+        """A model is to be unloaded, or deleted: no load of it goes on, and no switch brings it back."""
+        reason = f"{request.model} is to be {'unloaded' if request.kind == 'stop' else 'deleted'}."
+        jobs = [*([self.job()] if self.job() is not None else []), *self._waiting]
+        for job in jobs:
+            if job is not None and job.request.switches:
+                for name in self._catalog.names_of(request.model):
+                    job.chain.strike(name)
+                if job.target == request.model:
+                    self._call_off(job, reason)
+
+    def _cancel(self, reason: str, switch_id: str | None) -> Job | None:
+        job = self._latest_switch() if switch_id is None else self._switch_with(switch_id)
+        if job is not None:
+            self._call_off(job, reason)
+        return job
+
+    def _latest_switch(self) -> Job | None:
+        """The switch that people mean: the one under way, or the one that supersedes it."""
+        current = self.job()
+        if current is not None and current.request.switches and not current.superseded:
+            return current
+        waiting = [w for w in self._waiting if w.request.switches]
+        inherits = [w for w in waiting if current is not None and w.chain is current.chain]
+        return next(iter(inherits or waiting), current if current is not None and current.request.switches else None)
+
+    def _switch_with(self, switch_id: str) -> Job | None:
+        current = self.job()
+        jobs = [*([current] if current is not None else []), *self._waiting]
+        return next((j for j in jobs if j.id == switch_id and j.request.switches), None)
+
+    def _call_off(self, job: Job, reason: str) -> None:
+        """Cancel a job. One that waits ends at once, unless it owes something to those a job before it unloaded."""
+        current = self.job()
+        owes = job.chain.unloaded or (current is not None and job.chain is current.chain)
+        if job in self._waiting and not owes:
+            self._waiting.remove(job)
+            self._end(job, Ending("cancelled", SwitchError("cancelled", reason)))
+        else:
+            job.cancel(reason)
+
+    def _withdraw(self, job: Job) -> None:
+        job.askers -= 1
+        if job.askers <= 0 and not job.request.lasting and not job.done and not job.touched:
+            self._call_off(job, "Nobody waits for it any more.")
+
+    def _advance(self) -> None:
+        """Give the slot to the next job, if it is free."""
+        if self._running is not None:
             return
-        if member is None:
-            return  # a load that fails is told by its worker, an unload is wanted
-        log.warning("a model ended by itself", model=member.model.id, cause=message.exit.cause)
-        self._lose(member, message.exit)
+        turn = self._fetching
+        if turn is not None and turn.wanted:
+            self._fetching, self._running = None, turn.job
+            with turn.changed:
+                turn.granted = True
+                turn.changed.notify_all()
+            return
+        job = self._next(turn)
+        if job is not None:
+            self._waiting.remove(job)
+            self._running = job
+            job.chain.begin(self._fleet.active)
+            self._scheduler.spawn(f"job-{job.id}", lambda: self._run(job))
 
-    def _lose(self, member: Member, exit: Exit) -> None:
-        self._fleet.lose(member, exit)
-        if exit.released:
-            self._blame_current(member.model.id)
-        self._fleet.publish()
+    def _next(self, turn: _Turn | None) -> Job | None:
+        """The first that waits; while another one fetches, which may take hours, the first that only unloads."""
+        if turn is None:
+            return self._waiting[0] if self._waiting else None
+        return next((j for j in self._waiting if j.request.kind == "stop" and j.target != turn.job.target), None)
 
-    def _blame_current(self, model_id: str) -> None:
-        """An engine may make room by itself for the load under way: if that fails, what it evicted comes back too.
+    def _release(self, job: Job) -> None:
+        self._running, self._fetching = None, _Turn(job, self._scheduler.condition())
+        self._advance()
 
-        Ollama evicts the working model before it finds out that the new one can't be loaded (seen with 0.24.0).
-        """
-        job = self._current
-        if job is not None and job.request.kind in ("switch", "restart") and model_id != job.target:
-            job.unloaded.append(model_id)
+    def _want_turn(self, job: Job) -> _Turn:
+        turn = self._fetching
+        assert turn is not None, "only a job that has released the slot acquires it"
+        assert turn.job is job, "only a job that has released the slot acquires it"
+        turn.wanted = True
+        self._advance()
+        return turn
+
+    def _finish(self, job: Job, ending: Ending) -> None:
+        """A job's greenlet is done with it."""
+        if self._running is job:
+            self._running = None
+        if ending.view is not None:
+            self._fleet.end_switch(ending.view)
+        self._end(job, ending)
+        self._advance()
+
+    def _end(self, job: Job, ending: Ending) -> None:
+        self._ended.append((job, ending))
+
+    def _note_exit(self, instance: Instance, exit: Exit, log_tail: str) -> None:
+        lost = self._fleet.exited(instance, exit, log_tail)
+        if lost is None:
+            return
+        log.warning("a model ended by itself", model=lost.model.id, cause=exit.cause)
+        job = self.job()
+        if exit.released and job is not None and job.request.switches and lost.model.id != job.target:
+            # An engine may make room by itself for the load under way. If that fails, what it evicted comes back too:
+            # Ollama evicts the working model before it finds out that the new one can't be loaded (seen with 0.24.0).
+            job.chain.add(lost.model.id)
+            job.unloaded.append(lost.model.id)
+
+    def _begin_to_close(self) -> None:
+        self._closing = True
+        current = self.job()
+        if current is not None:
+            current.cancel("Switchyard is stopping.", superseded=True)
+        while self._waiting:
+            self._end(self._waiting.popleft(), Ending("cancelled", SwitchError("cancelled", "Switchyard is stopping.")))
+
+    def _after_each(self) -> None:
+        """After every message: publish what it changed, and only then tell those who follow a job that it ended."""
+        queued = tuple(job.target for job in self._waiting)
+        if self._fleet.changed or queued != self._board.current.queued:
+            self._fleet.changed = False
+            self._board.publish(**self._fleet.snapshot(), queued=queued)
+        ended, self._ended = self._ended, []
+        for job, ending in ended:
+            job.finish(ending.outcome, ending.error)
+        with self._idle:
+            self._idle.notify_all()
+
+    # In greenlets of their own.
+
+    def _run(self, job: Job) -> None:
+        try:
+            ending = self._procedure.carry_out(job)
+        except Exception as error:
+            ending = Ending("failed", as_switch_error(job, error))
+        self._mailbox.post(self._finish, job, ending)
+
+    def _report_exit(self, instance: Instance, exit: Exit) -> None:
+        """An instance ended by itself; called from wherever that is noticed."""
+        try:
+            log_tail = instance.log_tail()
+        except Exception as error:
+            log_tail = f"Its log can't be read: {error}."
+        self._mailbox.post(self._note_exit, instance, exit, log_tail)
+
+    def _submit(self, request: Request) -> Job:
+        return self._call(self._accept, request, "queue", None)
+
+    def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return self._mailbox.call(function, *args, **kwargs)
+        except MailboxClosed as error:
+            raise SwitchError("stopping", str(error)) from None
+
+    def _wait_idle(self, deadline: float, condition: Callable[[], bool]) -> None:
+        with self._idle:
+            self._idle.wait_for(condition, max(0.0, deadline - self._scheduler.now()))
 
 
 def _in_progress(current: Job) -> SwitchError:

@@ -6,16 +6,23 @@ import threading
 import time
 from collections.abc import Callable
 
+from services.abort import Abort
+from services.scheduling import Condition, wait_for
+
 
 class Traffic:
     """A door with a counter. Closing it and counting are one atomic step: nobody slips in after a drain began."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time, changed: Condition | None = None) -> None:
         self._clock = clock
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = changed or threading.Condition(threading.Lock())
         self._open = True
         self._in_flight = 0
         self._last_used: float | None = None
+        self._answered = 0
+        self._busy_seconds = 0.0
+        """Seconds times requests in flight, since the beginning."""
+        self._counted_at = clock()
 
     @property
     def in_flight(self) -> int:
@@ -26,28 +33,48 @@ class Traffic:
         """Unix time of the last request's end, now while one is being answered, None when there was none."""
         return self._clock() if self._in_flight else self._last_used
 
+    @property
+    def mean_seconds(self) -> float | None:
+        """How long an answer took in the mean, None before there was one.
+
+        By Little's law, so that no request has to be timed: the time spent in flight over the number of answers.
+        """
+        return self._busy_seconds / self._answered if self._answered else None
+
     def enter(self) -> bool:
         """Count one request in; False when the instance is being drained. Each True needs one `leave`."""
         with self._changed:
             if self._open:
-                self._in_flight += 1
+                self._count(self._clock(), 1)
             return self._open
 
     def leave(self) -> None:
         with self._changed:
-            self._in_flight -= 1
-            self._last_used = self._clock()
+            self._last_used = now = self._clock()
+            self._count(now, -1)
+            self._answered += 1
             if self._in_flight == 0:
                 self._changed.notify_all()
 
-    def drain(self, timeout: float) -> bool:
-        """Let nobody in, and wait for those inside; False when some are still there after `timeout` seconds."""
+    def close(self) -> None:
+        """Let nobody in from now on."""
         with self._changed:
             self._open = False
-            return self._changed.wait_for(lambda: self._in_flight == 0 or self._open, timeout)
+
+    def wait_idle(self, timeout: float, token: Abort) -> bool:
+        """Wait for those inside; False when some are still there after `timeout` seconds.
+
+        Raises Aborted as soon as `token` is cancelled.
+        """
+        return wait_for(self._changed, lambda: self._in_flight == 0, timeout, token)
 
     def reopen(self) -> None:
         """Take a drain back."""
         with self._changed:
             self._open = True
             self._changed.notify_all()
+
+    def _count(self, now: float, change: int) -> None:
+        self._busy_seconds += self._in_flight * max(0.0, now - self._counted_at)
+        self._counted_at = now
+        self._in_flight += change

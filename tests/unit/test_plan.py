@@ -22,7 +22,6 @@ loaded_models = st.lists(
         idle_seconds=st.none() | st.floats(0, 1e6),
         in_flight=st.integers(0, 3),
         reload_seconds=st.none() | st.floats(0, 1e3),
-        favorite=st.booleans(),
         keep=st.none() | st.just("it is pinned"),
         asleep=st.booleans(),
         rest=st.none() | st.builds(Rest, st.integers(0, 60 * GB), st.integers(0, 60 * GB)),
@@ -60,14 +59,13 @@ def test_a_feasible_plan_makes_enough_room_and_not_one_unload_more(need, availab
 
 @given(st.integers(0, 200 * GB), st.integers(0, 100 * GB), loaded_models, st.sampled_from(STRATEGIES))
 def test_what_must_stay_is_never_unloaded(need, available, loaded, strategy):
-    """Pinned models, models on other devices and, when they are preserved, favorites are left alone."""
+    """Pinned models and models on other devices are left alone."""
     plan = plan_for(need, available, loaded, strategy=strategy)
     by_id = {m.model: m for m in loaded}
     for unload in plan.unload:
         model = by_id[unload.model]
         assert model.device == "gpu0"
         assert model.keep is None
-        assert not (strategy == "preserve_favorites" and model.favorite)
 
 
 @given(st.integers(1, 200 * GB), loaded_models)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
+from services.abort import Abort, Aborted
 from services.switching.traffic import Traffic
 
 
@@ -12,10 +15,10 @@ def test_a_drain_waits_for_those_inside_and_lets_nobody_in():
     traffic = Traffic()
     assert traffic.enter()
     drained: list[bool] = []
-    drain = threading.Thread(target=lambda: drained.append(traffic.drain(5)), daemon=True)
+    traffic.close()
+    drain = threading.Thread(target=lambda: drained.append(traffic.wait_idle(5, Abort())), daemon=True)
     drain.start()
-    while traffic.enter():
-        traffic.leave()  # until the drain has closed the door
+    assert not traffic.enter()
     assert drained == []
     traffic.leave()
     drain.join(5)
@@ -26,14 +29,14 @@ def test_a_drain_that_takes_too_long_says_so():
     """The bound holds: what is still in flight then is the caller's to cut."""
     traffic = Traffic()
     traffic.enter()
-    assert not traffic.drain(0.01)
+    assert not traffic.wait_idle(0.01, Abort())
     assert traffic.in_flight == 1
 
 
 def test_a_drain_can_be_taken_back():
     """After a cancelled switch the model goes on serving."""
     traffic = Traffic()
-    traffic.drain(0)
+    traffic.close()
     assert not traffic.enter()
     traffic.reopen()
     assert traffic.enter()
@@ -50,3 +53,26 @@ def test_last_used_is_now_while_answering_and_the_end_afterwards():
     traffic.leave()
     now[0] = 200.0
     assert traffic.last_used == 150.0
+
+
+def test_a_drain_ends_as_soon_as_it_is_cancelled():
+    """The token wakes whoever waits; the request inside goes on."""
+    traffic, token = Traffic(), Abort()
+    traffic.enter()
+    threading.Timer(0.01, token).start()
+    with pytest.raises(Aborted):
+        traffic.wait_idle(60, token)
+    assert traffic.in_flight == 1
+
+
+def test_how_long_answers_take_in_the_mean_is_known_without_timing_each():
+    """Little's law: two answers of 4 and 2 seconds, overlapping, took 3 s in the mean."""
+    now = [100.0]
+    traffic = Traffic(clock=lambda: now[0])
+    traffic.enter()
+    now[0] = 102.0
+    traffic.enter()
+    now[0] = 104.0
+    traffic.leave()
+    traffic.leave()
+    assert traffic.mean_seconds == 3.0

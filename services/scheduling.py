@@ -1,0 +1,75 @@
+"""What concurrent code needs of its surroundings: a clock, conditions to wait on, and greenlets.
+
+The product uses `Threads` (greenlets under gevent, threads elsewhere). Tests of the heart give it a virtual clock and
+one deterministic scheduler instead, so that thousands of interleavings run in a second.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from services.abort import Abort
+
+
+class Condition(AbstractContextManager[object], Protocol):
+    """The part of `threading.Condition` that is used: enter it, then wait or notify."""
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool: ...
+
+    def notify_all(self) -> None: ...
+
+
+class Scheduler(Protocol):
+    """A clock, conditions and greenlets. Times are seconds."""
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+
+    def time(self) -> float:
+        """Seconds since the epoch."""
+
+    def condition(self) -> Condition: ...
+
+    def spawn(self, name: str, function: Callable[[], object]) -> None:
+        """Run `function` beside the caller. It has to deal with its own exceptions."""
+
+
+class Threads:
+    """The real thing: threads, which gevent's patches make greenlets, and the system's clocks."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def time(self) -> float:
+        return time.time()
+
+    def condition(self) -> Condition:
+        return threading.Condition()
+
+    def spawn(self, name: str, function: Callable[[], object]) -> None:
+        threading.Thread(target=function, name=name, daemon=True).start()
+
+
+def pause(scheduler: Scheduler, seconds: float, token: Abort) -> None:
+    """Wait `seconds`; raises Aborted as soon as `token` is cancelled."""
+    wait_for(scheduler.condition(), lambda: False, seconds, token)
+
+
+def wait_for(changed: Condition, predicate: Callable[[], bool], timeout: float, token: Abort) -> bool:
+    """Wait on `changed` until `predicate` holds; False when it doesn't after `timeout` seconds.
+
+    Raises Aborted as soon as `token` is cancelled.
+    """
+
+    def wake() -> None:
+        with changed:
+            changed.notify_all()
+
+    with token.acting(wake), changed:
+        changed.wait_for(lambda: token.requested or predicate(), timeout)
+        token.check()
+        return predicate()

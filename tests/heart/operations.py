@@ -1,0 +1,356 @@
+"""Everything that can happen to the heart, as operations, and the promises that hold after each of them.
+
+Driven by hypothesis in `test_promises.py`, and by a plain random walk in `simulate.py`. The stubs do what they are
+told; the promises are about what the real switcher, procedure, fleet and router make of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.catalog import UnknownModel
+from services.engines.port import HOST_DEVICE
+from services.gateway.router import ClientGone, GatewayError
+from services.switching.jobs import Chain, Ending, Job, Replace, SwitchError
+from tests.heart.rig import MODELS, Heart
+from tests.heart.stub import GB, GPU, StubInstance
+
+PRESERVED = "small"
+EXPECTED_ERRORS = frozenset(
+    {
+        "cancelled",
+        "confirmation_required",
+        "engine_error",
+        "insufficient_memory",
+        "load_failed",
+        "memory_not_freed",
+        "model_not_found",
+        "model_unusable",
+        "state_unwritable",
+        "stopping",
+    }
+)
+"""What a job may end with; `internal_error` says that something was not foreseen."""
+EXPECTED_OUTCOMES = frozenset({"answered", "left", "UnknownModel", "queue_full", "queue_timeout", "model_not_loaded"})
+FAULTS = (
+    "crash_loading",
+    "hang_loading",
+    "refuse_first_token",
+    "refuse_launch",
+    "refuse_unload",
+    "refuse_sleep",
+    "refuse_wake",
+    "refuse_fetch",
+)
+SLOWNESS = ("slow_stop", "fetch_seconds")
+SETTINGS: dict[str, Any] = {
+    "preserve_models": (PRESERVED,),
+    "drain_timeout_seconds": 5,
+    "unload_timeout_seconds": 3,
+    "memory_timeout_seconds": 4,
+    "load_timeout_seconds": 20,
+    "queue_timeout_seconds": 200,
+    "queue_limit": 8,
+}
+
+
+@dataclass
+class Client:
+    """A request to the gateway: it waits for a model, is answered for a while, or leaves."""
+
+    model: str
+    answer_seconds: float
+    left: bool = False
+    outcome: str | None = None
+
+
+@dataclass
+class Watched:
+    """What a chain of switches found when it began, to compare with what it leaves."""
+
+    chain: Chain
+    running: frozenset[str]
+    excused: set[str] = field(default_factory=set)
+    """Models that went, or were not to come back, for a reason that is not the chain's."""
+
+
+class Operations:
+    """One heart and what was done to it."""
+
+    def __init__(self, seed: int) -> None:
+        self.heart = Heart(seed, **SETTINGS)
+        self.heart.on_stop = self._check_stop
+        self.jobs: list[Job] = []
+        self.ended: dict[str, int] = {}
+        self.clients: list[Client] = []
+        self.watched: dict[int, Watched] = {}
+        self.may_go: set[str] = set()
+        """Preserved models that somebody asked to unload, restart or delete, so that stopping them is right."""
+        self.broken: list[str] = []
+        """Promises that were found broken inside a greenlet, where an assertion would reach nobody."""
+        self._watch_jobs()
+
+    # What people and programs ask for.
+
+    def switch(self, model_id: str, replace: Replace, **options: Any) -> None:
+        try:
+            job = self.heart.switch(model_id, replace=replace, **options)
+        except SwitchError as error:
+            if (error.code, replace) != ("switch_in_progress", "refuse"):
+                raise
+            return
+        except UnknownModel:
+            return
+        self._asked(job)
+
+    def replace_model(self, model_id: str, instead_of: str) -> None:
+        self.switch(model_id, "cancel", instead_of=instead_of)
+
+    def start(self, model_id: str) -> None:
+        self.switch(model_id, "queue", auto_unload=False, activate=False)
+
+    def act(self, action: str, model_id: str) -> None:
+        """Stop, restart or remove a model."""
+        try:
+            job = getattr(self.heart.switcher, action)(model_id, requested_by="test")
+        except UnknownModel:
+            return
+        self.may_go.add(model_id)
+        found = next(m for m in MODELS if m.id == model_id)
+        self._excuse_all_of(found.held_as, model_id)
+        self._asked(job)
+
+    def cancel(self) -> None:
+        job = self.heart.switcher.cancel()
+        if job is not None and not job.restoring:
+            self.may_go.update([job.target])
+
+    def request(self, model_id: str, answer_seconds: float) -> None:
+        """A client asks the gateway; it is answered for a while once it gets its place."""
+        client = Client(model_id, answer_seconds)
+        self.clients.append(client)
+        heart, scheduler = self.heart, self.heart.scheduler
+
+        def ask() -> None:
+            try:
+                admission = heart.router.admit(client.model, lambda: client.left)
+            except (GatewayError, ClientGone) as error:
+                client.outcome = getattr(error, "code", "left")
+                return
+            except Exception as error:
+                client.outcome = type(error).__name__
+                return
+            try:
+                scheduler.pause(client.answer_seconds)
+            finally:
+                admission.release()
+                client.outcome = "answered"
+
+        scheduler.spawn("client", ask)
+
+    def leave(self) -> None:
+        """The client that has waited longest goes."""
+        for client in self.clients:
+            if client.outcome is None and not client.left:
+                client.left = True
+                return
+
+    # What happens by itself.
+
+    def pass_time(self, seconds: float) -> None:
+        self.heart.scheduler.pause(seconds)
+
+    def crash(self, model_id: str) -> None:
+        found = self._model(model_id)
+        if found is not None:
+            self._excuse_all_of(found.held_as, model_id)
+            self.heart.engines[found.engine].crash(found)
+
+    def load_by_other(self, model_id: str) -> None:
+        found = self._model(model_id)
+        free = GB * 10 - self.heart.machine.ours(HOST_DEVICE) - self.heart.machine.others.get(HOST_DEVICE, 0)
+        if found is not None and found.engine == "shared" and found.required_bytes <= free - self._reserved():
+            self.heart.engines["shared"].load_by_other(found)
+
+    def release_by_other(self, model_id: str) -> None:
+        found = self._model(model_id)
+        if found is not None and found.engine == "shared":
+            self._excuse_all_of(found.held_as, model_id)
+            self.heart.engines["shared"].release_by_other(found)
+
+    def take_memory(self, device: str, gigabytes: int) -> None:
+        """Other programs take memory, or give it back, as far as there is any."""
+        free = 10 * GB - self.heart.machine.ours(device) - (self._reserved() if device == HOST_DEVICE else 0)
+        self.heart.machine.others[device] = max(0, min(gigabytes * GB, free))
+
+    def set_fault(self, model_id: str, fault: str, value: float | bool) -> None:
+        found = next(m for m in MODELS if m.id == model_id)
+        setattr(self.heart.engines[found.engine].faults(found), fault, value)
+
+    def slow_driver(self, seconds: float) -> None:
+        self.heart.machine.slow_seconds = seconds
+
+    def break_store(self, broken: bool) -> None:
+        self.heart.store.broken = broken
+
+    def fill_disk(self, full: bool) -> None:
+        self.heart.state_error = "The state folder can't be written: the disk is full." if full else None
+
+    def remove_file(self, model_id: str) -> None:
+        """Somebody deletes a model's file behind the app's back."""
+        found = next(m for m in MODELS if m.id == model_id)
+        self.heart.engines[found.engine].listed.pop(model_id, None)
+        self._excuse(model_id)
+        self.heart.catalog.refresh()
+
+    def bring_files_back(self) -> None:
+        for found in MODELS:
+            self.heart.engines[found.engine].listed.setdefault(found.id, found)
+        self.heart.catalog.refresh()
+
+    def crash_app(self) -> None:
+        self._forget_jobs()
+        self.heart.crash()
+        self._watch_jobs()
+
+    def restart_app(self) -> None:
+        self.heart.restart()
+        self._forget_jobs()
+        self._watch_jobs()
+
+    # The promises.
+
+    def check(self) -> None:
+        """What holds at any moment."""
+        heart = self.heart
+        heart.scheduler.settle()
+        assert heart.scheduler.failures == [], heart.scheduler.failures
+        assert self.broken == [], self.broken
+        for device in (HOST_DEVICE, GPU):
+            assert heart.machine.ours(device) <= 10 * GB, f"over budget on {device}: {heart.machine.held}"
+        waiting = tuple(job.target for job in heart.switcher._waiting)
+        assert heart.now.queued == waiting, "the queue equals what waits"
+        for job in self.jobs:
+            assert job.error is None or job.error.code in EXPECTED_ERRORS, (job.target, job.error.code, job.error)
+
+    def rest(self) -> None:
+        """Let everything end: no wait is without bound. Then the snapshot equals the engines."""
+        heart = self.heart
+        heart.machine.slow_seconds = 0.0
+        ended = heart.scheduler.run_until(self._at_rest, 20_000)
+        assert ended, f"something waits without bound: {self._under_way()}"
+        heart.scheduler.pause(3)  # the engines are looked at each second
+        if not self._at_rest():
+            return self.rest()
+        self.check()
+        for engine in heart.engines.values():
+            listed = heart.catalog.models.values()
+            there = {m.id for m in engine.loaded([m for m in listed if m.engine == engine.name])}
+            shown = {m for m, view in heart.now.instances.items() if view.engine == engine.name}
+            assert there == shown, f"the engine {engine.name} has {there}, the snapshot says {shown}"
+        for view in heart.now.instances.values():
+            assert view.state in ("running", "asleep"), view
+            assert view.traffic.in_flight == 0, view
+        for client in self.clients:
+            assert client.outcome is not None, "every request is answered, refused or leaves"
+            assert client.outcome in {
+                "answered",
+                "left",
+                "UnknownModel",
+                "queue_full",
+                "queue_timeout",
+                *EXPECTED_ERRORS,
+            }
+        self.clients.clear()
+        self.jobs.clear()
+        self.may_go.clear()
+        return None
+
+    def _at_rest(self) -> bool:
+        switcher = self.heart.switcher
+        idle = switcher.job() is None and not switcher._waiting
+        return idle and all(client.outcome is not None for client in self.clients)
+
+    def _under_way(self) -> object:
+        switcher = self.heart.switcher
+        return switcher.job(), list(switcher._waiting), [c for c in self.clients if c.outcome is None]
+
+    def _asked(self, job: Job) -> None:
+        if job not in self.jobs:
+            self.jobs.append(job)
+
+    def _model(self, model_id: str) -> Any:
+        return next((m for e in self.heart.engines.values() for m in e.listed.values() if m.id == model_id), None)
+
+    def _reserved(self) -> int:
+        """What a load under way is still going to take: others don't take it in this world, else loads would fail."""
+        views = self.heart.now.instances.values()
+        on_host = [v for v in views if v.device == HOST_DEVICE and v.state == "loading" and v.shares is None]
+        target = self.heart.switcher.job()
+        coming = self._model(target.target) if target is not None else None
+        planned = coming.required_bytes if coming is not None else 0
+        return max([planned, *(v.reserved_bytes - (v.usage.bytes if v.usage else 0) for v in on_host)])
+
+    # Watching jobs and engines from inside.
+
+    def _watch_jobs(self) -> None:
+        procedure = self.heart.switcher._procedure
+        carry_out = procedure.carry_out
+
+        def watched(job: Job) -> Ending:
+            self._begins(job)
+            ending = carry_out(job)
+            self._ends(job, ending)
+            return ending
+
+        procedure.carry_out = watched  # type: ignore[method-assign]
+
+    def _begins(self, job: Job) -> None:
+        if job.request.switches and id(job.chain) not in self.watched:
+            states = self.heart.states()
+            running = frozenset(m for m, state in states.items() if state == "running")
+            self.watched[id(job.chain)] = Watched(job.chain, running)
+
+    def _ends(self, job: Job, ending: Ending) -> None:
+        """After any failed or cancelled chain what ran before runs again, or the reason is said."""
+        self.ended[job.id] = self.ended.get(job.id, 0) + 1
+        if self.ended[job.id] > 1:
+            self.broken.append(f"job {job.id} ended more than once")
+        watched = self.watched.get(id(job.chain))
+        if watched is None or job.superseded or ending.outcome not in ("failed", "cancelled"):
+            return
+        assert ending.error is not None
+        for model_id in watched.running - watched.excused:
+            said = f"{model_id} was unloaded and is not back" in ending.error.message
+            if self.heart.states().get(model_id) not in ("running", "loading") and not said:
+                self.broken.append(f"{model_id} ran before {job.target}, is lost, and: {ending.error.message}")
+        del self.watched[id(job.chain)]
+
+    def _check_stop(self, instance: StubInstance) -> None:
+        """An engine is told to stop something that was ready: is that allowed?"""
+        model_id = instance.model.id
+        view = self.heart.now.instances.get(model_id)
+        if view is None:
+            return
+        if model_id == PRESERVED and model_id not in self.may_go and view.state != "loading":
+            self.broken.append(f"{model_id} is preserved, and was unloaded all the same")
+        if view.traffic.enter():
+            view.traffic.leave()
+            self.broken.append(f"{model_id} is stopped while it lets requests in")
+
+    def _excuse(self, model_id: str) -> None:
+        for watched in self.watched.values():
+            watched.excused.add(model_id)
+
+    def _excuse_all_of(self, held_as: str | None, model_id: str) -> None:
+        for one in MODELS:
+            if one.id == model_id or (held_as is not None and one.held_as == held_as):
+                self._excuse(one.id)
+
+    def _forget_jobs(self) -> None:
+        """The app that had them is gone."""
+        self.jobs.clear()
+        self.watched.clear()
+        self.clients.clear()
+        self.may_go.clear()

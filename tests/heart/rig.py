@@ -1,0 +1,137 @@
+"""The heart on stubs: the real switcher, procedure, fleet and router over engines in memory and a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from services.catalog import Catalog
+from services.config import Settings
+from services.engines.port import HOST_DEVICE, Model
+from services.gateway.router import Router
+from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
+from services.switching.events import Board, Snapshot
+from services.switching.jobs import Job, SwitchError
+from services.switching.learning import Learned
+from services.switching.planner import Planner
+from services.switching.switcher import Switcher
+from tests.heart.stub import GB, GPU, Machine, StubEngine, StubInstance, StubStore, model
+from tests.heart.virtual import VirtualScheduler
+
+PATIENCE = 4000.0
+"""Virtual seconds after which a wait counts as endless: longer than every bound of the settings together."""
+
+MODELS = (
+    model("small", "solo", 2),
+    model("medium", "solo", 4),
+    model("large", "solo", 9),
+    model("alpha", "shared", 3, held_as="blob-a"),
+    model("alpha-too", "shared", 3, held_as="blob-a"),
+    model("beta", "shared", 5),
+    model("dozer", "sleepy", 6),
+    model("snorer", "sleepy", 7),
+)
+"""Ten gigabytes on each device: `large` displaces everything on the host, the two sleepers each other."""
+
+
+class Heart:
+    """One app after another over the same machine: `crash` and `restart` replace it."""
+
+    def __init__(self, seed: int = 0, models: Iterable[Model] = MODELS, **settings: Any) -> None:
+        self.scheduler = VirtualScheduler(seed)
+        self.machine = Machine(self.scheduler, {GPU: 10 * GB, HOST_DEVICE: 10 * GB})
+        self.store = StubStore()
+        self.settings = Settings(**settings)
+        self.on_stop: Callable[[StubInstance], None] = lambda _: None
+        mine = list(models)
+
+        def engine(name: str, **options: Any) -> StubEngine:
+            own = [m for m in mine if m.engine == name]
+            return StubEngine(name, self.scheduler, self.machine, own, on_stop=lambda i: self.on_stop(i), **options)
+
+        self.engines = {
+            "solo": engine("solo"),
+            "shared": engine("shared", shared=True),
+            "sleepy": engine("sleepy", device=GPU, sleeps=True),
+        }
+        self.state_error: str | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.board = Board()
+        self.writes = DeferredWrites(self.scheduler)
+        self.catalog = Catalog((), self.engines)
+        self.catalog.keep_listed(lambda: [v.entry for v in self.board.current.instances.values()])
+        learned = Learned(DeferredLoads(self.store, self.writes))
+        notes = DeferredNotes(self.store, self.writes)
+        arguments = (self.settings, self.board, self.catalog, self.engines)
+        self.planner = Planner(*arguments, self.machine, learned, self.scheduler)
+        self.switcher = Switcher(
+            *arguments, self.planner, learned, notes, scheduler=self.scheduler, check_state=self._check_state
+        )
+        self.router = Router(self.settings, self.board, self.catalog, self.switcher, self.scheduler)
+        self.switcher.start()
+        assert self.switcher.wait_looked(PATIENCE)
+
+    def _check_state(self) -> None:
+        if self.state_error is not None:
+            raise SwitchError("state_unwritable", self.state_error)
+
+    def restart(self) -> None:
+        """An orderly restart of the app, which leaves what is loaded where it is."""
+        self.switcher.close(PATIENCE, for_good=False)
+        self.crash()
+
+    def crash(self) -> None:
+        """The app dies where it stands, and starts again: a new clock goes on from the old one's time."""
+        old = self.scheduler
+        old.kill()
+        self.failures = old.failures
+        self.scheduler = fresh = VirtualScheduler(int(old.now() * 1000) + 1)
+        fresh._now = old.now()
+        self.machine.scheduler = fresh
+        for engine in self.engines.values():
+            engine.survive_restart(keep=True)
+            engine.scheduler = fresh
+        self._start()
+
+    def close(self) -> None:
+        self.scheduler.kill()
+
+    # Short forms for tests.
+
+    @property
+    def now(self) -> Snapshot:
+        return self.board.current
+
+    def model(self, model_id: str) -> Model:
+        return next(m for e in self.engines.values() for m in e.listed.values() if m.id == model_id)
+
+    def faults(self, model_id: str) -> Any:
+        found = self.model(model_id)
+        return self.engines[found.engine].faults(found)
+
+    def states(self) -> dict[str, str]:
+        return {m: view.state for m, view in self.now.instances.items()}
+
+    def switch(self, model_id: str, **options: Any) -> Job:
+        return self.switcher.switch(model_id, requested_by="test", **options)
+
+    def ready(self, model_id: str, **options: Any) -> Job:
+        """Switch, and wait for the good end."""
+        job = self.done(self.switch(model_id, **options))
+        assert job.error is None, job.error
+        return job
+
+    def done(self, job: Job) -> Job:
+        """Wait for a job's end; without one it fails the test."""
+        assert job.wait_done(PATIENCE), f"{job} has no end"
+        self.scheduler.settle()
+        return job
+
+    def until(self, condition: Callable[[], bool], what: str = "") -> None:
+        assert self.scheduler.run_until(condition, PATIENCE), f"waited in vain for {what}"
+
+    def stage(self, stage: str) -> None:
+        """Let time pass until the switch under way is at a stage."""
+        self.until(lambda: self.now.switch is not None and self.now.switch.stage == stage, stage)

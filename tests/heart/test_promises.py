@@ -1,0 +1,151 @@
+"""The heart under everything at once: a state machine of hypothesis over `operations.py`.
+
+A failing run prints its steps; the same steps replay it exactly, since the order of greenlets comes from the seed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.heart.operations import FAULTS, SLOWNESS, Operations
+from tests.heart.rig import MODELS
+from tests.heart.stub import GPU
+
+model_ids = st.sampled_from([m.id for m in MODELS])
+EXAMPLES, STEPS = 400, 50
+
+
+class Promises(RuleBasedStateMachine):
+    """Any order of wishes, faults, crashes and restarts."""
+
+    @initialize(seed=st.integers(0, 2**16))
+    def begin(self, seed: int) -> None:
+        self.operations = Operations(seed)
+
+    def teardown(self) -> None:
+        if hasattr(self, "operations"):
+            self.operations.rest()
+            self.operations.heart.close()
+
+    @rule(model_id=model_ids, replace=st.sampled_from(["cancel", "cancel", "queue", "refuse"]))
+    def switch(self, model_id, replace):
+        self.operations.switch(model_id, replace)
+
+    @rule(model_id=model_ids, instead_of=model_ids)
+    def replace_model(self, model_id, instead_of):
+        self.operations.replace_model(model_id, instead_of)
+
+    @rule(model_id=model_ids)
+    def start(self, model_id):
+        self.operations.start(model_id)
+
+    @rule(action=st.sampled_from(["stop", "stop", "restart", "remove"]), model_id=model_ids)
+    def act(self, action, model_id):
+        self.operations.act(action, model_id)
+
+    @rule()
+    def cancel(self):
+        self.operations.cancel()
+
+    @rule(model_id=model_ids, seconds=st.sampled_from([0.1, 2.0, 30.0]))
+    def request(self, model_id, seconds):
+        self.operations.request(model_id, seconds)
+
+    @rule()
+    def leave(self):
+        self.operations.leave()
+
+    @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 1.0, 4.0, 30.0]))
+    def pass_time(self, seconds):
+        self.operations.pass_time(seconds)
+
+    @rule(model_id=model_ids)
+    def crash(self, model_id):
+        self.operations.crash(model_id)
+
+    @rule(model_id=model_ids, load=st.booleans())
+    def other_client(self, model_id, load):
+        (self.operations.load_by_other if load else self.operations.release_by_other)(model_id)
+
+    @rule(device=st.sampled_from(["host", GPU]), gigabytes=st.sampled_from([0, 0, 2, 5, 9]))
+    def take_memory(self, device, gigabytes):
+        self.operations.take_memory(device, gigabytes)
+
+    @rule(model_id=model_ids, fault=st.sampled_from(FAULTS), on=st.booleans())
+    def set_fault(self, model_id, fault, on):
+        self.operations.set_fault(model_id, fault, on)
+
+    @rule(model_id=model_ids, fault=st.sampled_from(SLOWNESS), seconds=st.sampled_from([0.0, 1.5, 60.0]))
+    def set_slowness(self, model_id, fault, seconds):
+        self.operations.set_fault(model_id, fault, seconds)
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 5.0]))
+    def slow_driver(self, seconds):
+        self.operations.slow_driver(seconds)
+
+    @rule(broken=st.booleans())
+    def break_store(self, broken):
+        self.operations.break_store(broken)
+
+    @rule(full=st.booleans())
+    def fill_disk(self, full):
+        self.operations.fill_disk(full)
+
+    @rule(model_id=model_ids)
+    def remove_file(self, model_id):
+        self.operations.remove_file(model_id)
+
+    @rule()
+    def bring_files_back(self):
+        self.operations.bring_files_back()
+
+    @precondition(lambda self: hasattr(self, "operations"))
+    @rule(orderly=st.booleans())
+    def restart_app(self, orderly):
+        (self.operations.restart_app if orderly else self.operations.crash_app)()
+
+    @rule()
+    def rest(self):
+        self.operations.rest()
+
+    @invariant()
+    def promises(self):
+        if hasattr(self, "operations"):
+            self.operations.check()
+
+
+@pytest.fixture
+def quiet():
+    """No log lines: the faults here are on purpose."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.timeout(600)
+def test_whatever_happens_the_promises_hold(quiet):  # noqa: ARG001
+    """20,000 steps: budget, restore, endings, queue, snapshot, requests, preserved models, bounded waits."""
+    run_state_machine_as_test(
+        Promises,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,440 @@
+"""What a switch does, step by step, on engines that exist in memory alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.switching.jobs import SwitchError
+from tests.heart.rig import Heart
+
+
+@pytest.fixture
+def heart():
+    """An app at rest over empty engines."""
+    heart = Heart()
+    yield heart
+    heart.close()
+    assert heart.scheduler.failures == []
+
+
+def test_a_switch_loads_its_target_and_makes_it_the_active_one(heart):
+    """Requests are routed to it once it has given its first token, not before."""
+    job = heart.switch("small")
+    heart.stage("warming_up")
+    assert heart.router.admit_now("small") is None
+    heart.done(job)
+    assert (job.outcome, heart.states(), heart.now.active_model) == ("success", {"small": "running"}, "small")
+    admission = heart.router.admit_now("auto")
+    assert admission is not None
+    assert admission.instance.model == "small"
+
+
+def test_what_is_in_the_way_is_unloaded_and_said(heart):
+    """`large` needs 9 of 10 GB: the other two go."""
+    heart.ready("small")
+    heart.ready("medium")
+    job = heart.ready("large")
+    assert sorted(job.unloaded) == ["medium", "small"]
+    assert heart.states() == {"large": "running"}
+
+
+def test_a_target_that_can_not_fit_is_refused_before_anything_is_touched(heart):
+    """Other programs hold 5 GB: nothing that could be unloaded helps."""
+    heart.ready("small")
+    heart.machine.others["host"] = 5_000_000_000
+    job = heart.done(heart.switch("large"))
+    assert job.error is not None
+    assert job.error.code == "insufficient_memory"
+    assert heart.states() == {"small": "running"}
+
+
+def test_a_failed_load_restores_what_was_unloaded_and_says_both(heart):
+    """The first cause with the log tail, and what is running now."""
+    heart.ready("medium")
+    heart.faults("large").crash_loading = True
+    job = heart.done(heart.switch("large"))
+    assert job.error is not None
+    assert (job.error.code, job.error.details["log_tail"]) == ("load_failed", "the last words")
+    assert "crashed while loading" in job.error.message
+    assert "medium is running again" in job.error.message
+    assert (heart.states(), heart.now.active_model) == ({"medium": "running"}, "medium")
+    assert "large" in heart.now.failures
+
+
+@pytest.mark.parametrize(
+    "stage", ["checking_memory", "draining", "unloading", "waiting_for_memory", "loading", "warming_up"]
+)
+def test_a_cancel_at_any_stage_leaves_what_ran_before(heart, stage):
+    """Nothing is lost wherever the cancel hits: a model that drains goes on, one that was unloaded comes back."""
+    heart.ready("medium")
+    admission = heart.router.admit_now("medium")
+    heart.faults("medium").slow_stop = 3
+    heart.machine.slow_seconds = 0.2
+    job = heart.switch("large")
+    if stage not in ("checking_memory", "draining"):
+        admission.release()
+    heart.stage(stage)
+    assert heart.switcher.cancel() is job
+    heart.done(job)
+    assert (job.outcome, heart.states(), heart.now.active_model) == ("cancelled", {"medium": "running"}, "medium")
+
+
+def test_a_superseding_switch_that_fails_restores_what_ran_before_the_first(heart):
+    """Defect 2: to B, then to C, and C fails: A runs again."""
+    heart.ready("medium")
+    first = heart.switch("large")
+    heart.stage("loading")
+    heart.faults("snorer").crash_loading = True
+    second = heart.done(heart.switch("snorer"))
+    assert (first.outcome, second.outcome) == ("cancelled", "failed")
+    assert "medium is running again" in second.error.message
+    assert (heart.states(), heart.now.active_model) == ({"medium": "running"}, "medium")
+
+
+@pytest.mark.parametrize("stage", ["unloading", "loading"])
+def test_cancelling_a_superseding_switch_restores_what_ran_before_the_first(heart, stage):
+    """Defect 2: to B, then to C, then cancel, also while B is still on its way out: A runs again."""
+    heart.ready("medium")
+    heart.faults("medium").slow_stop = 3
+    heart.faults("large").slow_stop = 3
+    heart.switch("large")
+    heart.stage(stage)
+    second = heart.switch("snorer")
+    heart.scheduler.settle()
+    assert heart.switcher.cancel() is second
+    heart.done(second)
+    assert (second.outcome, heart.states(), heart.now.active_model) == ("cancelled", {"medium": "running"}, "medium")
+
+
+def test_a_switch_that_supersedes_a_rollback_inherits_what_is_not_back_yet(heart):
+    """A long chain: each time the next one comes while the rollback of the one before is under way."""
+    heart.ready("medium")
+    heart.faults("large").crash_loading = True
+    heart.switch("large")
+    heart.stage("rolling_back")
+    heart.faults("snorer").crash_loading = True
+    last = heart.done(heart.switch("snorer"))
+    assert last.outcome == "failed"
+    assert heart.states() == {"medium": "running"}
+
+
+def test_a_switch_that_supersedes_says_all_that_its_chain_unloaded(heart):
+    """`medium` went for `large`, which never came; the answer of the last switch says so."""
+    heart.ready("medium")
+    heart.switch("large")
+    heart.stage("loading")
+    assert heart.ready("snorer").unloaded == ["medium"]
+
+
+def test_what_a_user_unloads_meanwhile_is_not_brought_back(heart):
+    """`stop` strikes the model off what a failed switch restores."""
+    heart.ready("medium")
+    heart.faults("large").crash_loading = True
+    job = heart.switch("large")
+    heart.stage("loading")
+    heart.switcher.stop("medium", requested_by="test")
+    heart.done(job)
+    assert heart.states() == {}
+
+
+def test_one_model_that_can_not_come_back_costs_no_other(heart):
+    """A rollback goes model by model, keeps the first cause, and says why one is missing."""
+    heart.ready("small")
+    heart.ready("medium")
+    heart.faults("large").crash_loading = True
+    heart.faults("medium").refuse_launch = True
+    job = heart.done(heart.switch("large"))
+    assert job.error.code == "load_failed"
+    assert "medium was unloaded and is not back: The engine refuses to begin." in job.error.message
+    assert heart.states() == {"small": "running"}
+
+
+@pytest.mark.parametrize("strategy", ["largest_first", "oldest_first", "preserve_favorites", "cheapest_reload"])
+def test_preserved_models_stay_under_every_strategy(strategy):
+    """Defect 3: the setting is a promise, not a strategy."""
+    heart = Heart(preserve_models=("medium",))
+    heart.ready("medium")
+    job = heart.done(heart.switch("large", strategy=strategy))
+    assert job.error.code == "insufficient_memory"
+    assert "medium (it is one of preserve_models)" in job.error.message
+    assert heart.states() == {"medium": "running"}
+    heart.close()
+
+
+def test_a_refused_or_unconfirmed_target_does_not_cost_the_switch_under_way():
+    """What would be refused is refused at once; the load that works goes on."""
+    heart = Heart(confirm_before_unload=True)
+    heart.ready("medium")
+    first = heart.switch("snorer")
+    heart.stage("loading")
+    second = heart.done(heart.switch("large"))
+    assert second.error.code == "confirmation_required"
+    assert second.error.details["plan"].unload[0].model == "medium"
+    assert heart.done(first).outcome == "success"
+    heart.close()
+
+
+def test_an_estimate_that_fails_for_one_model_ends_no_job_of_another(heart):
+    """Defect 4: the other model is left out of the alternatives, and that is all."""
+    heart.faults("beta").refuse_estimate = True
+    assert heart.ready("small").outcome == "success"
+    job = heart.done(heart.switch("beta"))
+    assert job.error.code == "internal_error"
+    assert heart.states() == {"small": "running"}
+
+
+def test_a_database_that_fails_does_not_fail_a_load(heart):
+    """Defect 4: what a load taught is lost, the load is not."""
+    heart.store.broken = True
+    assert heart.ready("small").outcome == "success"
+
+
+def test_state_that_can_not_be_written_is_found_out_before_anything_is_touched(heart):
+    """Defect 4: a full disk must not cost the running model."""
+    heart.ready("medium")
+    heart.state_error = "The state folder /state can't be written: No space left on device."
+    job = heart.done(heart.switch("large"))
+    assert job.error.code == "state_unwritable"
+    assert "No space left" in job.error.message
+    assert heart.states() == {"medium": "running"}
+
+
+def test_a_loaded_model_whose_file_was_removed_stays_listed_and_can_be_stopped(heart):
+    """Defect 5: it holds memory and answers `auto`, so people have to be able to see it and to unload it."""
+    heart.ready("small")
+    del heart.engines["solo"].listed["small"]
+    heart.catalog.refresh()
+    assert "files are gone" in heart.catalog.get("small").fault
+    assert heart.router.admit_now("small") is not None
+    heart.router.admit_now("small")
+    heart.faults("medium")
+    assert heart.done(heart.switcher.stop("small", requested_by="test")).outcome == "success"
+    assert heart.states() == {}
+    assert "small" not in heart.catalog.models
+
+
+def test_a_model_that_leaves_the_catalogue_while_it_waits_is_an_error_of_its_job(heart):
+    """Defect 5: delete racing load: `model_not_found`, never an exception of the switcher."""
+    first = heart.switch("small")
+    second = heart.switch("medium", replace="queue")
+    del heart.engines["solo"].listed["medium"]
+    heart.catalog.refresh()
+    heart.done(first)
+    assert heart.done(second).error.code == "model_not_found"
+
+
+def test_the_queue_is_published_whenever_it_changes(heart):
+    """Defect 6: "Next: good" stayed for ever."""
+    first = heart.switch("small")
+    second = heart.switch("medium", replace="queue")
+    heart.until(lambda: heart.now.queued == ("medium",), "the queue")
+    heart.done(first)
+    heart.until(lambda: heart.now.queued == (), "the queue to empty")
+    heart.done(second)
+
+
+def test_a_switch_that_joins_a_start_keeps_its_own_right_to_unload(heart):
+    """Defect 6: a start may not unload, the switch that joins it may."""
+    heart.ready("medium")
+    blocking = heart.switch("snorer")
+    start = heart.switch("large", replace="queue", auto_unload=False, activate=False)
+    joined = heart.switch("large", replace="queue")
+    assert joined is start
+    heart.done(blocking)
+    assert heart.done(joined).outcome == "success"
+    assert (heart.states()["large"], heart.now.active_model) == ("running", "large")
+
+
+def test_a_rollback_does_not_reload_what_runs(heart):
+    """Defect 6: another client loaded it meanwhile; it counts as back."""
+    heart.ready("beta")
+    heart.faults("large").crash_loading = True
+    job = heart.switch("large")
+    heart.stage("loading")
+    heart.engines["shared"].load_by_other(heart.model("beta"))
+    heart.done(job)
+    assert heart.states() == {"beta": "running"}
+    assert len(heart.engines["shared"].here) == 1
+
+
+def test_a_target_that_another_client_loaded_meanwhile_is_noticed(heart):
+    """Defect 6: it answers already, so nothing is loaded."""
+    heart.engines["shared"].load_by_other(heart.model("beta"))
+    job = heart.done(heart.switch("beta"))
+    assert job.outcome == "already_loaded"
+    assert heart.now.active_model == "beta"
+
+
+@pytest.mark.parametrize("stage", ["draining", "unloading", "loading"])
+def test_a_cancelled_restart_brings_the_model_back(heart, stage):
+    """Defect 6: the one that was restarted is not lost."""
+    heart.ready("medium")
+    heart.faults("medium").slow_stop = 3
+    admission = heart.router.admit_now("medium")
+    job = heart.switcher.restart("medium", requested_by="test")
+    if stage != "draining":
+        admission.release()
+    heart.stage(stage)
+    heart.switcher.cancel()
+    heart.done(job)
+    assert (job.outcome, heart.states(), heart.now.active_model) == ("cancelled", {"medium": "running"}, "medium")
+
+
+def test_a_restart_that_fails_says_that_the_model_is_not_back(heart):
+    """Defect 6: it is not tried for ever, and it is said."""
+    heart.ready("medium")
+    heart.faults("medium").crash_loading = True
+    job = heart.done(heart.switcher.restart("medium", requested_by="test"))
+    assert "medium was unloaded and is not back" in job.error.message
+    assert heart.states() == {}
+
+
+def test_a_client_that_left_causes_no_switch(heart):
+    """Defect 7: its place in the queue is taken back, and the model in use stays."""
+    heart.ready("medium")
+    blocking = heart.switch("snorer")
+    left: list[bool] = []
+    outcome: list[str] = []
+
+    def ask() -> None:
+        try:
+            heart.router.admit("large", lambda: bool(left))
+        except Exception as error:
+            outcome.append(type(error).__name__)
+
+    heart.scheduler.spawn("client", ask)
+    heart.until(lambda: heart.now.queued == ("large",), "the request to wait")
+    left.append(True)
+    heart.until(lambda: bool(outcome), "the request to end")
+    heart.done(blocking)
+    heart.scheduler.pause(30)
+    assert outcome == ["ClientGone"]
+    assert heart.states() == {"medium": "running", "snorer": "running"}
+
+
+def test_two_names_of_one_instance_are_counted_once_and_go_together(heart):
+    """Defect 8: switching to the second is no load, and no memory."""
+    heart.ready("alpha")
+    heart.scheduler.pause(2)
+    assert heart.states() == {"alpha": "running", "alpha-too": "running"}
+    assert heart.ready("alpha-too").outcome == "already_loaded"
+    assert heart.planner.account("host", heart.switcher._fleet.holdings()).used_bytes == 3_000_000_000
+    assert heart.ready("large").unloaded == ["alpha"]
+    assert heart.states() == {"large": "running"}
+
+
+def test_a_cancel_names_the_switch_it_means(heart):
+    """Defect 9: a late click does not hit the next switch."""
+    first = heart.ready("small")
+    second = heart.switch("medium")
+    assert heart.switcher.cancel(switch_id=first.id) is None
+    assert heart.switcher.cancel(switch_id=second.id) is second
+    assert heart.done(second).outcome == "cancelled"
+
+
+def test_the_model_to_be_replaced_goes_even_if_the_target_is_loaded(heart):
+    """Defect 10: seed 002's switch unloads the old model."""
+    heart.ready("beta")
+    heart.ready("alpha")
+    job = heart.ready("beta", instead_of="alpha")
+    assert (job.outcome, job.unloaded) == ("success", ["alpha"])
+    assert heart.states() == {"beta": "running"}
+
+
+def test_an_engine_that_refuses_to_unload_is_believed(heart):
+    """Defect 11: the model goes on serving, and the error says why."""
+    heart.ready("medium")
+    heart.faults("medium").refuse_unload = True
+    job = heart.done(heart.switcher.stop("medium", requested_by="test"))
+    assert "refuses to unload" in job.error.message
+    assert heart.states() == {"medium": "running"}
+    admission = heart.router.admit_now("medium")
+    assert admission is not None
+
+
+def test_a_busy_model_is_called_busy_and_its_drain_counts(heart):
+    """Defect 14: the plan says who is answering, and the time includes letting it finish."""
+    heart.ready("large")
+    heart.done(heart.switcher.stop("large", requested_by="test"))
+    heart.ready("medium")
+    idle = heart.switcher.plan("large")
+    assert heart.router.admit_now("medium") is not None
+    busy = heart.switcher.plan("large")
+    assert busy.unload[0].in_flight == 1
+    assert busy.estimated_seconds == idle.estimated_seconds + heart.settings.drain_timeout_seconds
+
+
+def test_when_a_model_was_last_used_survives_its_unload(heart):
+    """Defect 14."""
+    heart.ready("small")
+    heart.router.admit_now("small").release()
+    used = heart.now.instances["small"].traffic.last_used
+    heart.done(heart.switcher.stop("small", requested_by="test"))
+    assert heart.now.last_used["small"] == used
+
+
+def test_others_are_unloaded_while_a_model_is_fetched(heart):
+    """A download may take hours; unloading something else meanwhile is no job inside a job."""
+    heart.ready("medium")
+    heart.faults("snorer").fetch_seconds = 600
+    fetching = heart.switch("snorer")
+    heart.stage("downloading")
+    stopped = heart.done(heart.switcher.stop("medium", requested_by="test"))
+    assert stopped.outcome == "success"
+    assert not fetching.done
+    assert heart.done(fetching).outcome == "success"
+
+
+def test_a_driver_that_hangs_delays_nobody_who_does_not_need_it(heart):
+    """Reading memory takes a minute: a cancel, a request to a running model and the status go on at once."""
+    heart.ready("small")
+    heart.machine.slow_seconds = 60
+    job = heart.switch("medium")
+    heart.scheduler.pause(1)
+    began = heart.scheduler.now()
+    assert heart.router.admit_now("small") is not None
+    assert heart.switcher.cancel() is job
+    assert heart.scheduler.now() == began
+
+
+def test_a_message_that_fails_harms_itself_alone(heart):
+    """The sender is told; the next message finds the mailbox alive."""
+    with pytest.raises(ZeroDivisionError):
+        heart.switcher._mailbox.call(lambda: 1 / 0)
+    assert heart.ready("small").outcome == "success"
+
+
+def test_the_same_wish_twice_is_one_job(heart):
+    """A double click, a second tab."""
+    first = heart.switch("small")
+    assert heart.switch("small") is first
+    heart.done(first)
+
+
+def test_a_switch_can_be_refused_while_one_runs(heart):
+    """`replace`: refuse."""
+    first = heart.switch("small")
+    with pytest.raises(SwitchError, match="still under way"):
+        heart.switch("medium", replace="refuse")
+    heart.done(first)
+
+
+def test_after_a_crash_of_the_app_what_runs_is_found_and_nothing_else(heart):
+    """The active model is that again; what was half loaded is gone."""
+    heart.ready("medium")
+    heart.ready("beta")
+    heart.switch("snorer")
+    heart.stage("loading")
+    heart.crash()
+    assert heart.states() == {"medium": "running", "beta": "running"}
+    assert heart.now.active_model == "beta"
+
+
+def test_sleepers_wake_sooner_and_one_that_can_not_wake_is_loaded_anew(heart):
+    """A state of its own, chosen by the plan."""
+    heart.ready("dozer")
+    heart.ready("snorer")
+    assert heart.states() == {"dozer": "asleep", "snorer": "running"}
+    heart.faults("dozer").refuse_wake = True
+    heart.ready("dozer")
+    assert heart.states()["dozer"] == "running"
