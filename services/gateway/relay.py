@@ -125,19 +125,40 @@ class Answer(HTTPSocketPoolResponse):  # type: ignore[misc]
     def arrived(self) -> bytes:
         """Body bytes that are here, waiting for some if none are; empty at the end. Raises OSError, HTTPParseError."""
         while not self._body_buffer and not self.message_complete and self._sock is not None:
-            data = self._sock.recv(BLOCK)
-            self.feed(data)
-            if not data and not self.message_complete:
-                self.release()
-                raise HTTPParseError("the engine closed the connection in mid-answer")
+            self._receive()
         chunk = bytes(self._body_buffer)
         self._body_buffer.clear()
         return chunk
+
+    def beginning(self, size: int) -> bytes:
+        """The first `size` bytes of the body, fewer when it ends before; `arrived` still gives them.
+
+        Raises GatewayError when it breaks off.
+        """
+        try:
+            while len(self._body_buffer) < size and not self.message_complete and self._sock is not None:
+                self._receive()
+        except (OSError, HTTPParseError) as error:
+            raise GatewayError("engine_unreachable", f"The engine's answer broke off: {error}.") from None
+        return bytes(self._body_buffer[:size])
 
     def abort(self) -> None:
         """Close the connection, from any greenlet: the engine notices and stops generating."""
         if self._sock is not None:
             _shut(self._sock)
+
+    def break_off(self) -> None:
+        """Give the connection back. An answer that was left in the middle is aborted, which stops the generation."""
+        if not self.message_complete:
+            self.abort()
+            self.release()
+
+    def _receive(self) -> None:
+        data = self._sock.recv(BLOCK)
+        self.feed(data)
+        if not data and not self.message_complete:
+            self.release()
+            raise HTTPParseError("the engine closed the connection in mid-answer")
 
 
 class Hangup:
@@ -270,11 +291,9 @@ class Body:
         return chunk
 
     def close(self) -> None:
-        """Give everything back; an answer that was left in the middle is aborted, which stops the generation."""
+        """Give everything back, however much of it was iterated."""
         self._over = True
-        if not self._answer.message_complete:
-            self._answer.abort()
-            self._answer.release()
+        self._answer.break_off()
         self._on_close()
 
 
