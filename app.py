@@ -8,10 +8,12 @@ from flask import Flask
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from htmx_flask import Htmx
+from limits.strategies import RateLimiter
 
 from blueprints import assets, chat, downloads, filters, local_services, models, web
 from blueprints.api import openai, operations, providers, scripts, switching
 from blueprints.api.fast_lane import FastLane
+from blueprints.guard import Guard
 from services.config import Settings, load_settings
 from services.container import build_services
 from services.logs import configure_logging
@@ -29,7 +31,8 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_body_bytes
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.extensions["switchyard"] = build_services(settings)
+    services = app.extensions["switchyard"] = build_services(settings)
+    guard = app.extensions["switchyard.guard"] = Guard(services, _limiter(app))
     Htmx().init_app(app)
     web.init_app(app)
     for module in (
@@ -46,19 +49,13 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
         openai,
     ):
         app.register_blueprint(module.bp)
-    _limit_switches(app, settings)
-    app.wsgi_app = FastLane(app.wsgi_app, app.extensions["switchyard"])  # type: ignore[method-assign]
+    app.wsgi_app = FastLane(app.wsgi_app, services, guard)  # type: ignore[method-assign]
     return app
 
 
-def _limit_switches(app: Flask, settings: Settings) -> None:
-    """Seed 001: rapid switching is limited. Everything else is not: one tab asks thirty times a minute."""
-    limiter = Limiter(
-        key_func=lambda: f"ip:{get_remote_address()}",
-        strategy="moving-window",
-        storage_uri="memory://",
-        headers_enabled=True,
-    )
+def _limiter(app: Flask) -> RateLimiter:
+    """What counts, for the guard. It limits no endpoint by itself: one tab asks thirty times a minute."""
+    limiter = Limiter(key_func=get_remote_address, strategy="moving-window", storage_uri="memory://")
     limiter.init_app(app)
-    for endpoint in ("switching.switch", "scripts.switch_model", "scripts.switch_ollama_model", "models.switch"):
-        app.view_functions[endpoint] = limiter.limit(settings.switch_rate_limit)(app.view_functions[endpoint])
+    strategy: RateLimiter = limiter.limiter
+    return strategy

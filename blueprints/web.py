@@ -1,4 +1,4 @@
-"""Shared HTTP helpers: services, request bodies, error shapes, SSE, security headers and origin checks."""
+"""Shared HTTP helpers: services, request bodies, error shapes, SSE, security headers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
 
 from flask import Flask, Response, current_app, jsonify, render_template, request
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
+from blueprints.guard import Guard, Refused
 from services.catalog import UnknownModel
 from services.chats import ChatBusy, ChatError, ConversationNotFound, MessageNotFound
-from services.config import Settings
 from services.container import Services
 from services.downloads.download import DownloadNotFound
 from services.downloads.fetcher import DownloadError
@@ -33,8 +32,6 @@ SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "same-origin"),
 )
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 STATUS_OF_CODE: Mapping[str, int] = {
     "invalid_json": 400,
@@ -101,6 +98,11 @@ def services() -> Services:
     return cast("Services", current_app.extensions["switchyard"])
 
 
+def guard() -> Guard:
+    """Who lets requests of the running app in."""
+    return cast("Guard", current_app.extensions["switchyard.guard"])
+
+
 def parse_body(shape: type[B], *, optional: bool = False) -> B:
     """The JSON body as `shape`. Raises ApiError 400 when it isn't JSON, 422 when its values are wrong."""
     raw = request.get_data(cache=True)
@@ -156,17 +158,17 @@ def client_name() -> str:
 
 
 def init_app(app: Flask) -> None:
-    """Register origin checks, security headers and error handlers."""
-    app.before_request(_check_host)
-    app.before_request(_check_origin)
+    """Register the guard, security headers and error handlers."""
+    app.before_request(lambda: guard().check(request.environ, request.endpoint))
     app.after_request(_secure)
     app.register_error_handler(ApiError, _answer_error)
+    app.register_error_handler(Refused, lambda e: _answer_error(_with_retry(e)))
     app.register_error_handler(
         UnknownModel, lambda e: _answer_error(ApiError("model_not_found", str(e), param="model"))
     )
     app.register_error_handler(SwitchError, lambda e: _answer_error(switch_error(e)))
     app.register_error_handler(EngineError, lambda e: _answer_error(ApiError("engine_error", str(e))))
-    app.register_error_handler(GatewayError, lambda e: _answer_error(gateway_error(e)))
+    app.register_error_handler(GatewayError, lambda e: _answer_error(_with_retry(e)))
     for refusal in (ServiceError, DownloadError):
         app.register_error_handler(refusal, lambda e: _answer_error(ApiError(e.code, e.message)))
     app.register_error_handler(DownloadNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
@@ -183,39 +185,9 @@ def switch_error(error: SwitchError) -> ApiError:
     return ApiError(error.code, error.message, figures=memory_figures(error))
 
 
-def gateway_error(error: GatewayError) -> ApiError:
+def _with_retry(error: GatewayError | Refused) -> ApiError:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return ApiError(error.code, error.message, headers=headers)
-
-
-def _check_host() -> None:
-    """Only names that are ours: a page elsewhere can point its own name at this address (DNS rebinding)."""
-    if not host_is_ours(request.host, services().settings):
-        message = f"This server does not answer for the host {request.host!r}. See the setting allowed_hosts."
-        raise ApiError("forbidden_host", message)
-
-
-def host_is_ours(host: str, settings: Settings) -> bool:
-    """Whether a Host header names this server, with or without a port."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:  # such as an unfinished IPv6 address
-        return False
-    return name in LOOPBACK_NAMES or name == settings.host or name in settings.allowed_hosts
-
-
-def _check_origin() -> None:
-    """A page of another site must not act here: its browser says where an unsafe request comes from."""
-    if request.method in SAFE_METHODS:
-        return
-    site = request.headers.get("Sec-Fetch-Site")
-    if site is not None:
-        allowed = site in ("same-origin", "none")
-    else:
-        origin = request.headers.get("Origin")
-        allowed = origin is None or urlsplit(origin).netloc == request.host
-    if not allowed:
-        raise ApiError("cross_origin", "This request comes from a page of another site, so it is refused.")
 
 
 def _secure(response: Response) -> Response:
@@ -288,6 +260,8 @@ def _answer_http(error: HTTPException) -> Response:
 
 
 def _say_http(error: HTTPException) -> str:
+    if error.description != type(error).description:
+        return f"{error.description}"
     limit = services().settings.max_body_mb
     return {
         404: "There is nothing at this address.",

@@ -1,23 +1,50 @@
-"""The OpenAI-compatible gateway: any `/v1` path of the engine that serves the model the request names."""
+"""The OpenAI-compatible gateway: any `/v1` path of the engine that serves the model the request names.
+
+A POST to a path that asks a model to generate switches to that model first. Everything else, and whatever is no POST,
+reaches only what is loaded: an `<img>` of another site could send it, and a misspelt path is no reason to unload
+a model. See docs/decisions/0015.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from urllib.parse import quote
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, current_app, jsonify, request
+from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from blueprints.api.fast_lane import FAILED
 from blueprints.api.passing import Client, pass_on
 from blueprints.api.spec import documented
-from blueprints.web import ApiError, services
-from services.gateway.router import ClientGone
+from blueprints.guard import SAFE_METHODS
+from blueprints.web import ApiError, guard, services
+from services.gateway.router import AUTO, Admission, ClientGone
 
 bp = Blueprint("openai", __name__)
 
 GATEWAY_ERRORS = (401, 409, 501, 502, 503, 504)
 STARTED_AT = int(time.time())
+
+GENERATING = (
+    "messages/count_tokens",
+    "responses/input_tokens",
+    "responses/compact",
+    "reranking",
+    "score",
+    "moderations",
+    "audio/transcriptions",
+    "audio/translations",
+    "audio/speech",
+    "images/generations",
+    "images/edits",
+    "images/variations",
+)
+"""What else of /v1 asks a model to work, in llama.cpp, vLLM, Ollama or OpenAI's own API: by POST, and it switches."""
+OURS = frozenset({"models", "events", "recover", "preferences", "audit"})
+"""What is Switchyard's own under /v1, with all that lies below: no engine is asked for it."""
+RELAYED_METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
 
 
 @bp.get("/v1/models")
@@ -32,7 +59,17 @@ def list_models() -> Response:
 @documented()
 def show_model(model_id: str) -> Response:
     """One model, in OpenAI's shape."""
-    return jsonify(_listed(services().catalog.get(model_id).id))
+    catalog = services().catalog
+    if catalog.id_of(model_id) not in catalog.models:
+        _check_method()
+    return jsonify(_listed(catalog.get(model_id).id))
+
+
+def _check_method() -> None:
+    """Model ids may hold slashes, so `GET /v1/models/X/start` is read as a model's name; it is a POST's address."""
+    others = set(current_app.create_url_adapter(request).allowed_methods()) - SAFE_METHODS  # type: ignore[union-attr]
+    if others:
+        raise MethodNotAllowed([*sorted(others), "OPTIONS"])
 
 
 @bp.post("/chat/completions", endpoint="short_chat_completions")
@@ -49,24 +86,73 @@ def generate() -> Response:
     The body's `model` decides which one answers: absent or `auto`, the active one. One that is not loaded is switched
     to first.
     """
-    return _relay()
+    return _relay(_admit)
 
 
-@bp.route("/v1/<path:_rest>", methods=["GET", "POST", "DELETE"])
-def anything_else(_rest: str) -> Response:
-    """Whatever else the model's engine serves."""
-    return _relay()
+def generate_otherwise() -> Response:
+    """The same for the paths that fewer engines serve."""
+    return _relay(_admit)
 
 
-def _relay() -> Response:
+for _path in GENERATING:
+    bp.add_url_rule(f"/v1/{_path}", endpoint=_path.replace("/", "_"), view_func=generate_otherwise, methods=["POST"])
+
+
+@bp.before_app_request
+def anything_else() -> Response | None:
+    """Whatever else under /v1 the engine of a loaded model serves: what no route of ours, with any method, knows."""
+    if not isinstance(request.routing_exception, NotFound) or not _may_be_an_engines(request.path):
+        return None
+    return _relay(_admit_loaded)
+
+
+def _may_be_an_engines(path: str) -> bool:
+    """Whether a path is under /v1, not ours, and leads nowhere else: what lies beside /v1 is for nobody to reach."""
+    root, *steps = path.removeprefix("/").split("/")
+    return (
+        root == "v1"
+        and request.method in RELAYED_METHODS
+        and bool(steps[0] if steps else "")
+        and steps[0] not in OURS
+        and not {".", ".."} & set(steps)
+    )
+
+
+def _admit(name: str | None, client: Client) -> Admission:
+    """A place at the model, switching to it first. Counts that as a switch."""
+    router = services().router
+    admission = router.admit_now(name)
+    if admission is None:
+        guard().count_switch_to(name, request.environ)
+        admission = router.admit(name, client.left)
+    return admission
+
+
+def _admit_loaded(name: str | None, _client: Client) -> Admission:
+    """A place at a model that runs. Raises NotFound when none is named and none is there to ask, else ApiError."""
+    found = services()
+    admission = found.router.admit_now(name)
+    if admission is not None:
+        return admission
+    named = name if name not in (None, AUTO) else found.board.current.active_model
+    if named is None:
+        raise NotFound("There is nothing at this address, and no model is loaded whose engine might know it.")
+    raise ApiError(
+        "model_not_loaded",
+        f"{found.catalog.get(named).id} is not ready, and no model is loaded for this address. "
+        "Switch to it first with POST /v1/models/switch.",
+        param="model",
+    )
+
+
+def _relay(admit: Callable[[str | None, Client], Admission]) -> Response:
     if isinstance(failed := request.environ.get(FAILED), Exception):
         return _not_passed(failed)
-    found = services()
     body = request.get_data(cache=False)
     client = Client(request.environ)
     try:
-        admission = found.router.admit(_named_model(body), client.left)
-        passed = pass_on(found.relay, admission, client, request.method, _target(), request.headers.items(), body)
+        admission = admit(_named_model(body), client)
+        passed = pass_on(services().relay, admission, client, request.method, _target(), request.headers.items(), body)
     except ClientGone as gone:
         return _not_passed(gone)
     response = Response(passed.body, status=passed.status, direct_passthrough=True)
@@ -84,7 +170,7 @@ def _not_passed(error: Exception) -> Response:
 
 def _named_model(body: bytes) -> str | None:
     """The body's `model`; None when it names none or isn't JSON that the gateway should understand."""
-    if request.method == "GET" or not body:
+    if request.method in SAFE_METHODS or not body:
         return request.args.get("model")
     if not request.mimetype.endswith("json") and not body.lstrip().startswith(b"{"):
         return request.args.get("model")

@@ -11,11 +11,20 @@ from typing import Any
 
 import gevent
 from gevent.monkey import get_original
+from werkzeug.exceptions import MethodNotAllowed, NotFound
 
-from services.gateway.relay import Body, Hangup, Relay, answer_headers
+from services.gateway.relay import Answer, Body, Hangup, Relay, answer_headers
 from services.gateway.router import Admission
 
 _poll = get_original("select", "poll")
+
+NO_ROUTE = frozenset(
+    {"not found", "file not found", "404 page not found", "method not allowed", "405 method not allowed"}
+)
+"""What engines say, in lower case, of an address that they don't serve: vLLM, llama.cpp, Ollama. A model or a response
+that they don't know is another matter, and told in other words."""
+LONGEST_REFUSAL = 4096
+"""Bytes of a 404's body that are looked at; what is longer is about more than the address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,8 @@ def pass_on(
 ) -> Passed:
     """Send one request to the instance it was admitted to. The admission is given back with the body, or on failure.
 
-    From here on the client's leaving breaks the request off, wherever it is. Raises GatewayError and ClientGone.
+    From here on the client's leaving breaks the request off, wherever it is. Raises GatewayError, ClientGone, and
+    NotFound or MethodNotAllowed when the engine serves nothing at `target`.
     """
     endpoint = admission.instance.endpoint
     assert endpoint is not None, "a running instance has an endpoint"
@@ -85,12 +95,42 @@ def pass_on(
     try:
         addressed = body if endpoint.model is None else _addressed(body, endpoint.model)
         answer = relay.send(endpoint, method, target, headers, addressed, hangup)
+        if answer.status_code in (404, 405):
+            _check_served(answer, admission.instance.model)
     except BaseException:
         finish()
         raise
     streamed = "text/event-stream" in str(answer.get("content-type"))
     relayed = Body(answer, finish, _stream_error if streamed else _cut_off)
     return Passed(answer.status_code, answer_headers(answer), relayed)
+
+
+def _check_served(answer: Answer, model: str) -> None:
+    """An engine's own words for an address that it doesn't serve are as many as there are engines: they become ours."""
+    try:
+        said = answer.beginning(LONGEST_REFUSAL)
+        if len(said) == LONGEST_REFUSAL or not _names_no_route(said):
+            return
+    except BaseException:
+        answer.break_off()
+        raise
+    answer.break_off()
+    if answer.status_code == 405:
+        allowed = str(answer.get("allow") or "")
+        raise MethodNotAllowed([method.strip() for method in allowed.split(",") if method.strip()])
+    raise NotFound(f"The engine of {model} serves nothing at this address.")
+
+
+def _names_no_route(said: bytes) -> bool:
+    """Whether a 404 is about the address alone: in the usual words, or not even in OpenAI's shape."""
+    try:
+        document = json.loads(said)
+    except (ValueError, RecursionError):
+        return True
+    error = document.get("error") if isinstance(document, dict) else None
+    if not isinstance(error, dict):
+        return True
+    return str(error.get("message", "")).strip().rstrip(".").lower() in NO_ROUTE
 
 
 def _addressed(body: bytes, model: str) -> bytes:

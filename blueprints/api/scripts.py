@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flask import Blueprint, Response, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +12,8 @@ from blueprints.web import ApiError, client_name, parse_body, services, switch_e
 from services.config import ConfigError, load_settings
 from services.env_file import EnvFileError
 from services.status import ModelStatus, Status
+from services.switching.events import SwitchView
+from services.switching.jobs import Job
 
 bp = Blueprint("scripts", __name__)
 
@@ -102,14 +104,17 @@ class OllamaSwitchBody(BaseModel):
 def switch_ollama_model() -> Response:
     """Unload the Ollama model in use, load another one, and answer when that has generated its first token.
 
-    When it can't be loaded the old one is loaded again and stays in use.
+    When it can't be loaded the old one is loaded again and stays in use. The note says what was done.
     """
     found = services()
     model = found.catalog.get(parse_body(OllamaSwitchBody).model)
     if model.engine != "ollama":
         raise ApiError("not_ollama", f"{model.id} is not an Ollama model. Use POST /v1/models/switch for it.")
-    old = _ollama_model_in_use(found.status.current())
-    job = found.switcher.switch(model.id, requested_by=client_name(), instead_of=old)
+    before = found.status.current()
+    old, target = _ollama_model_in_use(before), before.model(model.id)
+    was_loaded = target is not None and target.state == "running"
+    instead_of = old if old != model.id else None
+    job = found.switcher.switch(model.id, requested_by=client_name(), instead_of=instead_of)
     if not job.wait_done(found.settings.longest_switch_seconds):
         raise ApiError("engine_timeout", f"{model.id} was not ready in time.")
     if job.error is not None:
@@ -120,9 +125,27 @@ def switch_ollama_model() -> Response:
             "old_model": old,
             "new_model": model.id,
             "load_seconds": round(job.load_seconds or 0.0, 2),
-            "note": "Model physically unloaded and reloaded in Ollama. No server restart needed.",
+            "note": f"{_what_was_done(job, old, was_loaded)} No server restart needed.",
         }
     )
+
+
+def _what_was_done(job: Job, old: str | None, was_loaded: bool) -> str:
+    """Of unloading and loading, only what happened (seed 002 has the first sentence)."""
+    gone = list(job.unloaded)
+    loaded = not was_loaded and job.outcome == "success"
+    if loaded and old in gone:
+        gone.remove(old)
+        also = f" {_listed(gone)} unloaded too, to make room." if gone else ""
+        return f"Model physically unloaded and reloaded in Ollama.{also}"
+    unloaded = f"{_listed(gone)} physically unloaded" if gone else "nothing was unloaded"
+    if not loaded:
+        return f"{job.target} was loaded already; {unloaded}."
+    return f"{job.target} was loaded in Ollama; {unloaded}."
+
+
+def _listed(models: Sequence[str]) -> str:
+    return f"{' and '.join(models)} {'was' if len(models) == 1 else 'were'}"
 
 
 def _ollama_model_in_use(status: Status) -> str | None:
@@ -135,7 +158,7 @@ def _ollama_model_in_use(status: Status) -> str | None:
 @bp.get("/api/model-loading-status")
 @documented()
 def model_loading_status() -> Response:
-    """Whether the model of the last switch answers yet."""
+    """Whether the active model answers, or how far the switch under way is."""
     return jsonify(_loading_status(services().status.current()))
 
 
@@ -146,22 +169,41 @@ def _from_form_or_json() -> str:
 
 
 def _loading_status(status: Status) -> dict[str, object]:
+    """The switch under way, else the active model; somebody's request that failed is nobody else's error."""
     switch, last = status.switch, status.last_switch
     active = status.model(status.active_model) if status.active_model else None
     if switch is not None:
-        loading = switch.stage in ("downloading", "loading", "warming_up")
-        return _document(
-            "loading" if loading else "starting",
-            active,
-            f"Switching to {switch.to_model}",
-            switch.percent,
-            switch.stage,
-        )
-    if last is not None and last.error is not None and last.error != "cancelled":
-        return _document("error", active, last.message or "The switch failed.", last.percent, last.stage)
+        words = f"Switching to {switch.to_model}"
+        return _document(_stage_word(switch, status), active, words, switch.percent, switch.stage)
+    failure = _failure(status)
     if active is not None:
-        return _document("ready", active, f"{active.engine} is ready", 100, None)
+        ready = active.state == "running"
+        words = f"{active.engine} is ready" if ready else f"{active.id} is {active.state}"
+        words = f"{words}; {last.to_model} failed: {failure}" if failure and last else words
+        return _document("ready" if ready else "idle", active, words, 100 if ready else 0, None)
+    if failure is not None and last is not None:
+        return _document("error", None, failure, last.percent, last.stage)
     return _document("idle", None, "No model is loaded. Switch to one first.", 0, None)
+
+
+def _stage_word(switch: SwitchView, status: Status) -> str:
+    """`starting` until the target itself is loaded: others make room, or a container starts that has told nothing."""
+    if switch.stage in ("downloading", "warming_up"):
+        return "loading"
+    target = status.model(switch.to_model)
+    begun = target is not None and target.load is not None and not (target.load.detail or "").startswith("starting")
+    return "loading" if switch.stage == "loading" and begun else "starting"
+
+
+def _failure(status: Status) -> str | None:
+    """Why the switch that people last asked for failed, or its model since; None when neither did."""
+    last = status.last_switch
+    if last is None or last.error == "cancelled":
+        return None
+    if last.error is not None:
+        return None if last.requested_by == "request" else last.message or "The switch failed."
+    target = status.model(last.to_model)
+    return target.error if target is not None and target.state == "failed" else None
 
 
 def _document(

@@ -14,6 +14,8 @@ from services.gateway.relay import Answer, Hangup, Relay
 from services.gateway.router import ClientGone, GatewayError, Router
 
 JSON_HEADERS = (("Content-Type", "application/json"), ("Accept", "text/event-stream"))
+LONGEST_ERROR = 65_536
+"""Bytes of an engine's refusal that are read: one that never ends must not be waited for."""
 
 
 class ChatStream:
@@ -83,9 +85,7 @@ class ChatClient:
                     raise GenerationError(_error_text(answer))
                 yield ChatStream(instance.model, answer)
             finally:
-                if not answer.message_complete:
-                    answer.abort()
-                    answer.release()
+                answer.break_off()
         finally:
             admission.release()
 
@@ -113,13 +113,15 @@ def _delta(data: str) -> Iterator[str]:
 
 
 def _error_text(answer: Answer) -> str:
-    body = b""
-    while chunk := answer.arrived():
-        body += chunk
+    with _as_generation_error():
+        said = answer.beginning(LONGEST_ERROR)
     try:
-        return f"The engine refused: {_message(json.loads(body))}"
-    except ValueError:
-        return f"The engine answered with status {answer.status_code}."
+        document = json.loads(said)
+    except (ValueError, RecursionError):
+        document = None
+    if isinstance(document, Mapping) and "error" in document:
+        return f"The engine refused: {_message(document)}"
+    return f"The engine answered with status {answer.status_code}."
 
 
 def _message(document: Mapping[str, object]) -> str:

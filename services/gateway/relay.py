@@ -10,8 +10,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+from gevent import socket as gevent_socket
+from gevent import ssl
 from geventhttpclient.connectionpool import ConnectionPool
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
 
@@ -48,6 +50,12 @@ NOT_FORWARDED = HOP_BY_HOP | {
 }
 
 
+class Connection(gevent_socket.socket):  # type: ignore[misc]
+    """A connection to an engine. `answered`: a whole answer has come over it, so that it is used again."""
+
+    answered = False
+
+
 class Pool(ConnectionPool):  # type: ignore[misc]
     """Idle connections to one engine."""
 
@@ -62,20 +70,49 @@ class Pool(ConnectionPool):  # type: ignore[misc]
             network_timeout=timeout,
         )
 
+    def new_socket(self) -> socket.socket:
+        """A new connection, though there may be idle ones. Raises OSError."""
+        self._semaphore.acquire()
+        try:
+            return self._create_socket()  # type: ignore[no-any-return]
+        except BaseException:
+            self._semaphore.release()
+            raise
+
+    def return_socket(self, sock: Connection) -> None:
+        sock.answered = True
+        super().return_socket(sock)
+
     def after_connect(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _create_tcp_socket(self, family: int, kind: int, protocol: int) -> Connection:
+        return Connection(family, kind, protocol)
 
     def _is_socket_alive(self, sock: socket.socket) -> bool:
         """A healthy idle connection has nothing to read; the library asks `select`, which costs a turn of the hub."""
         try:
             sock.settimeout(0.0)
-            sock.recv(1, socket.MSG_PEEK)
+            Connection.recv(sock, 1, socket.MSG_PEEK)  # the bytes on the wire: a TLS socket refuses to peek at its own
         except BlockingIOError:
             sock.settimeout(self.network_timeout)
             return True
         except OSError:
             pass
         return False
+
+
+class TlsPool(Pool):
+    """Idle connections to one engine behind TLS, whose certificate has to be one that this machine trusts."""
+
+    def __init__(self, host: str, port: int, timeout: float) -> None:
+        super().__init__(host, port, timeout)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate, and whose it is
+        self._context.load_default_certs()
+
+    def _connect_socket(self, sock: Connection, address: tuple[object, ...]) -> socket.socket:
+        sock.connect(address)
+        return self._context.wrap_socket(sock, server_hostname=self._request_host)  # type: ignore[no-any-return]
 
 
 class Answer(HTTPSocketPoolResponse):  # type: ignore[misc]
@@ -88,19 +125,40 @@ class Answer(HTTPSocketPoolResponse):  # type: ignore[misc]
     def arrived(self) -> bytes:
         """Body bytes that are here, waiting for some if none are; empty at the end. Raises OSError, HTTPParseError."""
         while not self._body_buffer and not self.message_complete and self._sock is not None:
-            data = self._sock.recv(BLOCK)
-            self.feed(data)
-            if not data and not self.message_complete:
-                self.release()
-                raise HTTPParseError("the engine closed the connection in mid-answer")
+            self._receive()
         chunk = bytes(self._body_buffer)
         self._body_buffer.clear()
         return chunk
+
+    def beginning(self, size: int) -> bytes:
+        """The first `size` bytes of the body, fewer when it ends before; `arrived` still gives them.
+
+        Raises GatewayError when it breaks off.
+        """
+        try:
+            while len(self._body_buffer) < size and not self.message_complete and self._sock is not None:
+                self._receive()
+        except (OSError, HTTPParseError) as error:
+            raise GatewayError("engine_unreachable", f"The engine's answer broke off: {error}.") from None
+        return bytes(self._body_buffer[:size])
 
     def abort(self) -> None:
         """Close the connection, from any greenlet: the engine notices and stops generating."""
         if self._sock is not None:
             _shut(self._sock)
+
+    def break_off(self) -> None:
+        """Give the connection back. An answer that was left in the middle is aborted, which stops the generation."""
+        if not self.message_complete:
+            self.abort()
+            self.release()
+
+    def _receive(self) -> None:
+        data = self._sock.recv(BLOCK)
+        self.feed(data)
+        if not data and not self.message_complete:
+            self.release()
+            raise HTTPParseError("the engine closed the connection in mid-answer")
 
 
 class Hangup:
@@ -141,16 +199,21 @@ class Relay:
     ) -> Answer:
         """Pass one request on and return once the answer's headers are here. Raises GatewayError.
 
-        `target` is the path with its query. An idle connection that the engine closed meanwhile is replaced once:
-        nothing of the request can have been looked at then. Raises ClientGone once `hangup` was called.
+        `target` is the path with its query. An idle connection that the engine closed meanwhile, without a byte of an
+        answer, is replaced once by a new one. What a new one was told is never said again: the engine that closes it
+        may have generated the whole answer. Raises ClientGone once `hangup` was called.
         """
         request = _head(endpoint, method, target, headers, body) + body
         pool = self._pool(endpoint.origin)
         try:
+            sock = pool.get_socket()
+            used_before = getattr(sock, "answered", False)  # a TLS socket that is new has no such attribute
             try:
-                return self._ask(pool, request, method, hangup)
-            except (HTTPConnectionClosed, BrokenPipeError, ConnectionResetError):
-                return self._ask(pool, request, method, hangup)
+                return self._ask(pool, sock, request, method, hangup)
+            except HTTPConnectionClosed:
+                if not used_before:
+                    raise
+            return self._ask(pool, pool.new_socket(), request, method, hangup)
         except TimeoutError:
             raise GatewayError("engine_timeout", f"The engine said nothing for {self._timeout:.0f} s.") from None
         except (OSError, HTTPParseError) as error:
@@ -165,11 +228,11 @@ class Relay:
         if pool is not None:
             pool.close()
 
-    def _ask(self, pool: Pool, request: bytes, method: str, hangup: Hangup) -> Answer:
-        sock = pool.get_socket()
+    def _ask(self, pool: Pool, sock: socket.socket, request: bytes, method: str, hangup: Hangup) -> Answer:
+        """Raises HTTPConnectionClosed when the engine closed the connection without a byte of an answer."""
         try:
             hangup.applies_to(lambda: _shut(sock))
-            sock.sendall(request)
+            _send(sock, request)
         except BaseException:
             pool.release_socket(sock)
             raise
@@ -180,14 +243,24 @@ class Relay:
     def _pool(self, origin: str) -> Pool:
         pool = self._pools.get(origin)
         if pool is None:
-            address = urlsplit(origin)
             with self._lock:
                 if len(self._pools) >= POOLS_KEPT:
                     self._pools.pop(next(iter(self._pools))).close()
-                pool = self._pools.setdefault(
-                    origin, Pool(address.hostname or "127.0.0.1", address.port or 80, self._timeout)
-                )
+                pool = self._pools.setdefault(origin, _pool_for(urlsplit(origin), self._timeout))
         return pool
+
+
+def _pool_for(address: SplitResult, timeout: float) -> Pool:
+    host = address.hostname or "127.0.0.1"
+    if address.scheme == "https":
+        return TlsPool(host, address.port or 443, timeout)
+    return Pool(host, address.port or 80, timeout)
+
+
+def _send(sock: socket.socket, request: bytes) -> None:
+    """Send it all. An engine that hangs up in the middle may have said why: what it said, if anything, is read next."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(request)
 
 
 class Body:
@@ -218,17 +291,16 @@ class Body:
         return chunk
 
     def close(self) -> None:
-        """Give everything back; an answer that was left in the middle is aborted, which stops the generation."""
+        """Give everything back, however much of it was iterated."""
         self._over = True
-        if not self._answer.message_complete:
-            self._answer.abort()
-            self._answer.release()
+        self._answer.break_off()
         self._on_close()
 
 
 def _shut(sock: socket.socket) -> None:
+    """The connection itself: a TLS socket would forget its session first, under the feet of whoever reads from it."""
     with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        gevent_socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def answer_headers(answer: Answer) -> list[tuple[str, str]]:

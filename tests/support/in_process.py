@@ -1,0 +1,95 @@
+"""The app without a server: Flask's test client, the fast lane included, and a board that shows what a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from app import create_app
+from services.container import Services
+from services.engines.port import Endpoint
+from services.switching.events import InstanceState, InstanceView, LoadView, SwitchView
+from services.switching.jobs import SwitchError
+from services.switching.traffic import Traffic
+from tests.support.console import DEMO_MODELS, NO_OLLAMA
+
+
+class InProcess:
+    """An app whose services are built but not started. `asked` lists the models that the switcher was asked for."""
+
+    def __init__(self, app: Flask) -> None:
+        self.app = app
+        self.services: Services = app.extensions["switchyard"]
+        self.client: FlaskClient = app.test_client()
+        self.asked: list[str] = []
+
+    def rest(self) -> None:
+        """Nothing is loaded, and nobody was asked for anything: as it was at first."""
+        self.services.board.publish(
+            instances=MappingProxyType({}),
+            failures=MappingProxyType({}),
+            active_model=None,
+            switch=None,
+            last_switch=None,
+            queued=(),
+        )
+        self.asked.clear()
+        self.client = self.app.test_client()
+
+    def close(self) -> None:
+        for origin in list(self.services.relay._pools):
+            self.services.relay.forget(origin)
+        self.services.close()
+
+    def show(
+        self,
+        model: str,
+        state: InstanceState = "running",
+        *,
+        engine: str = "llamacpp",
+        origin: str = "http://127.0.0.1:9",
+        load: LoadView | None = None,
+    ) -> InstanceView:
+        """Put a model on the board, which becomes the active one if it runs and none is."""
+        board = self.services.board
+        view = InstanceView(model, engine, state, "host", Traffic(), endpoint=Endpoint(origin), load=load)
+        active = board.current.active_model or (model if state == "running" else None)
+        instances = MappingProxyType({**board.current.instances, model: view})
+        board.publish(instances=instances, active_model=active)
+        return view
+
+    def show_switch(self, to_model: str, *, over: bool = False, **fields: Any) -> SwitchView:
+        """Put a switch on the board: under way, or over."""
+        view = SwitchView("s", to_model, None, fields.pop("requested_by", "api"), 0.0, **fields)
+        self.services.board.publish(**{"last_switch" if over else "switch": view})
+        return view
+
+    def _note(self, model_id: str, **_options: object) -> None:
+        self.asked.append(self.services.catalog.get(model_id).id)
+        raise SwitchError("stopping", "The test has no switcher.")
+
+
+@contextmanager
+def in_process(folder: Path, **settings: object) -> Iterator[InProcess]:
+    """Such an app with its state in `folder`; the settings are create_app's."""
+    with pytest.MonkeyPatch.context() as patch:
+        (folder / "none.toml").touch()
+        patch.setenv("SWITCHYARD_CONFIG", str(folder / "none.toml"))
+        values: dict[str, Any] = {
+            "state_dir": folder / "state",
+            "models_dir": DEMO_MODELS,
+            "ollama_base_url": NO_OLLAMA,
+            **settings,
+        }
+        console = InProcess(create_app(**values))
+        patch.setattr(console.services.switcher, "switch", console._note)
+        patch.setattr(console.services.switcher, "restart", console._note)
+        yield console
+        console.close()

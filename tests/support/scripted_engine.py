@@ -1,0 +1,127 @@
+"""An engine that does on the wire exactly what a test tells it: answer, fall silent, hang up, with or without TLS."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+TLS = Path(__file__).with_name("tls")
+"""Keys of no worth to anybody: they prove that certificates are checked, and are trusted by nothing but tests."""
+AUTHORITY = TLS / "authority.pem"
+
+
+@dataclass(frozen=True)
+class Act:
+    """What happens to one request: `says` is sent, then the connection is closed if it `hangs_up`.
+
+    With `unread` it answers before it has read the request's body.
+    """
+
+    says: bytes = b""
+    hangs_up: bool = False
+    unread: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it came: over which connection (counted from 0), its first line, its body."""
+
+    connection: int
+    line: str
+    body: bytes
+
+
+def answer(status: str = "200 OK", body: object = None, *headers: str) -> bytes:
+    """A whole HTTP answer; a body that isn't bytes is told as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
+    kind = "text/plain" if isinstance(body, bytes) else "application/json"
+    lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(data)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+OK = Act(answer())
+DROP = Act(hangs_up=True)
+
+
+class ScriptedEngine:
+    """Listens on loopback. Each request that comes takes the next act; the last one stays."""
+
+    def __init__(self, *acts: Act, tls: bool = False) -> None:
+        self._acts = list(acts) or [OK]
+        self._lock = threading.Lock()
+        self._context = _context() if tls else None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self.asked: list[Asked] = []
+        self.left = threading.Event()
+        """Somebody closed a connection to it."""
+        scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
+        self.origin = f"{scheme}://{host}:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def lines(self) -> list[str]:
+        return [asked.line for asked in self.asked]
+
+    def close(self) -> None:
+        for sock in (self._listener, *self._open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(5)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            for number in range(10_000):
+                sock, _ = self._listener.accept()
+                thread = threading.Thread(target=self._serve, args=(sock, number), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _serve(self, sock: socket.socket, number: int) -> None:
+        with suppress(OSError):
+            if self._context is not None:
+                sock = self._context.wrap_socket(sock, server_side=True)
+            with sock:
+                self._open.append(sock)
+                while self._answer_one(sock, number):
+                    pass
+        self.left.set()
+
+    def _answer_one(self, sock: socket.socket, number: int) -> bool:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = sock.recv(65_536)
+            if not piece:
+                return False
+            head += piece
+        head, _, body = head.partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        with self._lock:
+            act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
+        length = 0 if act.unread else _length(lines)
+        while len(body) < length:
+            body += sock.recv(65_536)
+        with self._lock:
+            self.asked.append(Asked(number, lines[0], body))
+        sock.sendall(act.says)
+        return not act.hangs_up
+
+
+def _length(lines: Iterable[str]) -> int:
+    fields = dict(line.lower().split(": ", 1) for line in list(lines)[1:])
+    return int(fields.get("content-length", 0))
+
+
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "server.pem")
+    return context

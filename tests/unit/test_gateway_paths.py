@@ -1,0 +1,208 @@
+"""Which requests under /v1 reach an engine, which may switch for it, and what the others are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.in_process import InProcess, in_process
+from tests.support.scripted_engine import Act, ScriptedEngine, answer
+
+MINI, SMALL = "switchyard-mini", "switchyard-small"
+IMAGE_ELSEWHERE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+
+Loaded = Callable[..., ScriptedEngine]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    with in_process(tmp_path_factory.mktemp("app")) as console:
+        yield console
+
+
+@pytest.fixture
+def console(shared: InProcess) -> InProcess:
+    shared.rest()
+    return shared
+
+
+@pytest.fixture
+def loaded(console: InProcess) -> Iterator[Loaded]:
+    """Loads switchyard-mini on an engine that does what the test says."""
+    started: list[ScriptedEngine] = []
+
+    def load(*acts: Act) -> ScriptedEngine:
+        started.append(ScriptedEngine(*acts))
+        console.show(MINI, origin=started[-1].origin)
+        return started[-1]
+
+    yield load
+    for engine in started:
+        engine.close()
+
+
+def error(response) -> dict[str, object]:
+    """The error in OpenAI's shape."""
+    document = response.get_json()
+    assert set(document) == {"error"}
+    assert set(document["error"]) == {"message", "type", "param", "code"}
+    return document["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "headers"), [("GET", {}), ("GET", IMAGE_ELSEWHERE), ("HEAD", IMAGE_ELSEWHERE), ("DELETE", {})]
+)
+def test_only_a_post_switches(console, loaded, method, headers):
+    """An <img> of another site named a model, and the one in use was unloaded for it. Nobody is asked for anything."""
+    engine = loaded()
+    response = console.client.open(f"/v1/anything?model={SMALL}", method=method, headers=headers)
+    assert response.status_code == 409
+    if method != "HEAD":
+        assert error(response)["code"] == "model_not_loaded"
+    assert (console.asked, engine.asked) == ([], [])
+
+
+@pytest.mark.parametrize("state", ["asleep", "loading", "unloading"])
+def test_a_model_that_is_not_ready_is_not_woken_by_a_get(console, state):
+    """Neither named nor as the active one."""
+    console.show(SMALL, state)
+    assert error(console.client.get(f"/v1/anything?model={SMALL}"))["code"] == "model_not_loaded"
+    console.services.board.publish(active_model=SMALL)
+    assert error(console.client.get("/v1/anything"))["code"] == "model_not_loaded"
+    assert console.asked == []
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE"])
+def test_what_is_loaded_is_asked_whatever_the_path(console, loaded, method):
+    """Any other /v1 path of the engine, with its query, unchanged."""
+    engine = loaded(Act(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Odd: yes\r\n\r\n" + b"hi" * (method != "HEAD")))
+    response = console.client.open("/v1/responses/resp_1?model=auto&x=1", method=method)
+    assert (response.status_code, response.headers["X-Odd"]) == (200, "yes")
+    assert response.data == (b"" if method == "HEAD" else b"hi")
+    assert engine.lines == [f"{method} /v1/responses/resp_1?model=auto&x=1 HTTP/1.1"]
+
+
+def test_a_post_to_an_unknown_path_does_not_switch(console, loaded):
+    """A misspelt path is no reason to unload a model; which model isn't ready, and what to do, is said."""
+    engine = loaded()
+    response = console.client.post("/v1/chat/completion", json={"model": SMALL})
+    assert response.status_code == 409
+    assert SMALL in str(error(response)["message"])
+    assert (console.asked, engine.asked) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "path", ["chat/completions", "completions", "responses", "messages/count_tokens", "score", "audio/speech"]
+)
+def test_a_post_that_asks_a_model_to_work_switches(console, path):
+    """Those that all engines serve, and those that some do."""
+    console.client.post(f"/v1/{path}", json={"model": SMALL})
+    assert console.asked == [SMALL]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", {"POST", "OPTIONS"}),
+        ("PUT", "/v1/completions", {"POST", "OPTIONS"}),
+        ("DELETE", "/v1/messages/count_tokens", {"POST", "OPTIONS"}),
+        ("GET", "/chat/completions", {"POST", "OPTIONS"}),
+        ("POST", "/v1/models", {"GET", "HEAD", "OPTIONS"}),
+        ("DELETE", f"/v1/models/{MINI}", {"GET", "HEAD", "OPTIONS"}),
+        ("POST", "/v1/models/status", {"GET", "HEAD", "OPTIONS"}),
+        ("PATCH", "/v1/models/switch", {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}),
+        ("POST", "/v1/models/switch/events", {"GET", "HEAD", "OPTIONS"}),
+        ("GET", "/v1/models/switch/plan", {"POST", "OPTIONS"}),
+        ("GET", f"/v1/models/{MINI}/start", {"POST", "OPTIONS"}),
+        ("POST", "/v1/events", {"GET", "HEAD", "OPTIONS"}),
+    ],
+)
+def test_a_known_path_with_another_method_is_405(console, loaded, method, path, allowed):
+    """With Allow, in OpenAI's shape; the engine is not asked, as it would say something of its own."""
+    engine = loaded()
+    response = console.client.open(path, method=method)
+    assert response.status_code == 405
+    assert set(response.headers["Allow"].split(", ")) == allowed
+    assert error(response)["code"] == "method_not_allowed"
+    assert (console.asked, engine.asked) == ([], [])
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    "path", ["/v1", "/v1/", "/v1/models/", "/v1/events/more", "/v1/preferences/x", "/v1/x/../../api/delete", "/v1/./x"]
+)
+def test_what_is_ours_or_leads_elsewhere_is_not_passed_on(console, loaded, method, path):
+    """Engines have addresses beside /v1 that unload, delete and shut down."""
+    engine = loaded()
+    response = console.client.open(path, method=method)
+    assert response.status_code == 404
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT"])
+def test_an_unknown_path_with_nothing_loaded_is_404(console, method):
+    """No engine serves it."""
+    response = console.client.open("/v1/nonsense", method=method)
+    assert (response.status_code, error(response)["code"]) == (404, "not_found")
+
+
+NO_SUCH_ADDRESS = [
+    pytest.param(b"404 page not found", id="ollama"),
+    pytest.param({"detail": "Not Found"}, id="vllm, before 0.10"),
+    pytest.param({"error": {"message": "Not Found", "type": "NotFoundError", "param": None, "code": 404}}, id="vllm"),
+    pytest.param({"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}}, id="llama.cpp"),
+    pytest.param(b"", id="nothing"),
+]
+
+
+@pytest.mark.parametrize("body", NO_SUCH_ADDRESS)
+@pytest.mark.parametrize("path", ["/v1/nonsense", "/v1/embeddings", "/v1/rerank"])
+def test_an_address_that_the_engine_does_not_serve_is_our_404(console, loaded, path, body):
+    """On both lanes: the engine's own words for it are as many as there are engines."""
+    engine = loaded(Act(answer("404 Not Found", body)))
+    view = console.services.board.current.instances[MINI]
+    response = console.client.post(path, json={"input": "x"})
+    assert (response.status_code, error(response)["code"]) == (404, "not_found")
+    assert MINI in str(error(response)["message"])
+    assert len(engine.asked) == 1
+    assert view.traffic.in_flight == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_a_404_about_anything_else_is_the_engines_own(console, loaded, path):
+    """Such as a model or a response that it doesn't know: unchanged, byte for byte."""
+    own = {"error": {"message": "The model `x` does not exist.", "type": "NotFoundError", "param": None, "code": 404}}
+    engine = loaded(Act(answer("404 Not Found", own)))
+    response = console.client.post(path, json={"messages": []})
+    assert (response.status_code, response.get_json()) == (404, own)
+    assert len(engine.asked) == 1
+
+
+def test_a_long_404_is_passed_on_whole(console, loaded):
+    """What was looked at of it is not lost."""
+    loaded(Act(answer("404 Not Found", b"x" * 300_000)))
+    response = console.client.post("/v1/chat/completions", json={"messages": []})
+    assert (response.status_code, response.data) == (404, b"x" * 300_000)
+
+
+def test_a_method_that_the_engine_does_not_take_is_our_405(console, loaded):
+    """With the methods that it does."""
+    loaded(Act(answer("405 Method Not Allowed", {"detail": "Method Not Allowed"}, "Allow: POST")))
+    response = console.client.get("/v1/load_lora_adapter")
+    assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+    assert error(response)["code"] == "method_not_allowed"
+
+
+def test_a_404_that_breaks_off_is_an_error_of_the_engine(console, loaded):
+    """And gives its place back."""
+    loaded(Act(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{", hangs_up=True))
+    response = console.client.post("/v1/chat/completions", json={"messages": []})
+    assert (response.status_code, error(response)["code"]) == (502, "engine_unreachable")
+    assert console.services.board.current.instances[MINI].traffic.in_flight == 0
+
+
+def test_an_unknown_model_is_404_with_any_method(console, loaded):
+    """As a POST says it."""
+    loaded()
+    assert error(console.client.get("/v1/anything?model=nope"))["code"] == "model_not_found"

@@ -1,0 +1,222 @@
+"""Who may act, from which page, and how often models may be switched: the same on both lanes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+
+import pytest
+from werkzeug.test import TestResponse
+
+from blueprints.guard import ANSWERING, SWITCHING, host_is_ours, origin_is_ours
+from services.switching.events import Unloading
+from tests.support.in_process import InProcess, in_process
+from tests.support.scripted_engine import ScriptedEngine
+
+MINI, SMALL = "switchyard-mini", "switchyard-small"
+FAST, SLOW = "/v1/chat/completions", "/v1/chat/completions?lane=slow"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    """An app that allows one switch a minute to each client."""
+    with in_process(tmp_path_factory.mktemp("app"), switch_rate_limit="1/minute") as console:
+        yield console
+
+
+@pytest.fixture
+def console(shared: InProcess, request: pytest.FixtureRequest) -> InProcess:
+    """The app at rest, its client known by an address of its own, so that nothing was counted yet."""
+    shared.rest()
+    shared.client.environ_base["REMOTE_ADDR"] = request.node.name
+    return shared
+
+
+@pytest.fixture
+def engine(console: InProcess) -> Iterator[ScriptedEngine]:
+    """An engine that answers whatever it is asked, as switchyard-mini."""
+    engine = ScriptedEngine()
+    console.show(MINI, origin=engine.origin)
+    yield engine
+    engine.close()
+
+
+def use_up(console: InProcess) -> None:
+    """Ask for a switch, which is counted though it comes to nothing."""
+    assert console.client.post("/v1/models/switch", json={"target_model": "nope"}).status_code == 404
+
+
+def assert_limited(response: TestResponse) -> None:
+    assert response.status_code == 429
+    assert 0 < int(response.headers["Retry-After"]) <= 60
+
+
+WAYS = [
+    ("/v1/models/switch", {"json": {"target_model": MINI}}),
+    (f"/v1/models/switch?target_model={MINI}", {}),
+    (f"/v1/models/{MINI}/start", {}),
+    (f"/v1/models/{MINI}/restart", {}),
+    (f"/api/switch-model?model_id={MINI}", {}),
+    ("/ollama/models/switch", {"json": {"model": MINI}}),
+    ("/models/switch", {"data": {"target_model": MINI, "confirm": "yes"}}),
+    (f"/models/{MINI}/restart", {"data": {}}),
+    (FAST, {"json": {"model": MINI, "messages": HELLO}}),
+    (SLOW, {"json": {"model": MINI, "messages": HELLO}}),
+    ("/chat/completions", {"json": {"model": MINI, "messages": HELLO}}),
+    ("/v1/messages", {"json": {"model": MINI, "messages": HELLO}}),
+    ("/v1/rerank", {"json": {"model": MINI}}),
+    ("/v1/audio/speech", {"json": {"model": MINI}}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), WAYS)
+def test_every_way_to_switch_counts(console, path, body):
+    """Four of them did. Over the limit nobody is asked to switch, and when to try again is said."""
+    use_up(console)
+    response = console.client.post(path, **body)
+    assert_limited(response)
+    assert console.asked == []
+    if path.startswith(("/v1/", "/chat/")):
+        assert response.get_json()["error"]["code"] == "rate_limited"
+        assert response.get_json()["error"]["type"] == "rate_limit_error"
+    elif path.startswith(("/api/", "/ollama/")):
+        assert response.get_json()["error"] == "rate_limited"
+
+
+@pytest.mark.parametrize(("path", "body"), WAYS)
+def test_one_way_to_switch_counts_for_all_the_others(console, path, body):
+    """They share one count."""
+    console.client.post(path, **body)
+    assert_limited(console.client.post("/v1/models/switch", json={"target_model": "nope"}))
+
+
+def test_a_chat_answer_that_needs_its_model_loaded_counts(console):
+    """One of a model that runs does not, and neither does one that waits for the switch under way."""
+    use_up(console)
+    console.show(MINI, "asleep")
+    console.services.board.publish(active_model=MINI)
+    assert_limited(console.client.post("/chats", data={"text": "Hello"}))
+    assert console.services.chats.conversations() == []
+    begun = console.services.chats.create()
+    assert_limited(console.client.post(f"/chats/{begun.id}/messages", data={"text": "Hello"}))
+    console.show_switch(MINI)
+    assert console.client.post(f"/chats/{begun.id}/messages", data={"text": ""}).status_code != 429
+    console.services.board.publish(switch=None)
+    console.show(MINI, "running")
+    assert console.client.post(f"/chats/{begun.id}/messages", data={"text": ""}).status_code != 429
+
+
+@pytest.mark.parametrize("path", [FAST, SLOW, "/v1/responses"])
+def test_asking_a_model_that_runs_does_not_count(console, engine, path):
+    """However often, by its name or as the active one."""
+    use_up(console)
+    for body in ({"model": MINI}, {"model": "auto"}, {}) * 5:
+        assert console.client.post(path, json=body).status_code == 200
+    assert len(engine.asked) == 15
+
+
+def test_asking_a_model_that_is_coming_does_not_count(console):
+    """Whoever joins a switch causes none: the one under way, or one that waits for its turn."""
+    use_up(console)
+    switch = console.show_switch(MINI)
+    console.services.board.publish(queued=(SMALL,))
+    for name in (MINI, SMALL, None):
+        assert console.client.post(FAST, json={"model": name}).status_code != 429
+    assert console.asked == [MINI, SMALL, MINI]
+    console.services.board.publish(switch=None, queued=(), last_switch=switch)
+    assert_limited(console.client.post(FAST, json={"model": SMALL}))
+
+
+def test_asking_a_model_that_is_being_unloaded_counts(console, engine):
+    """It has to be loaded again for that, once the switch is over that unloads it."""
+    use_up(console)
+    console.services.board.current.instances[MINI].traffic.drain(0)
+    console.show_switch(SMALL, unloads=(Unloading(MINI, "to make room"),))
+    assert_limited(console.client.post(FAST, json={"model": MINI}))
+    assert engine.asked == []
+
+
+def test_what_causes_no_switch_does_not_count(console):
+    """Looking, planning, unknown models, GETs, cancelling; and requests where switching on request is off."""
+    for _ in range(3):
+        console.client.get("/v1/models/status")
+        console.client.post("/v1/models/switch/plan", json={"target_model": MINI})
+        assert console.client.post(FAST, json={"model": "nope"}).status_code == 404
+        assert console.client.get(f"/v1/x?model={MINI}").status_code == 409
+    use_up(console)
+
+
+def test_requests_do_not_count_where_they_may_not_switch(tmp_path):
+    """They are told so, every time."""
+    with in_process(tmp_path, switch_rate_limit="1/minute", switch_on_request=False) as console:
+        codes = [console.client.post(FAST, json={"model": MINI}).status_code for _ in range(3)]
+    assert codes == [409, 409, 409]
+
+
+def test_each_client_has_a_count_of_its_own(console):
+    """One that switches too often doesn't keep the others from switching."""
+    use_up(console)
+    other = {"REMOTE_ADDR": "somebody else"}
+    url = "/v1/models/switch?target_model=nope"
+    assert console.client.post(url, environ_overrides=other).status_code == 404
+    assert_limited(console.client.post(url, environ_overrides=other))
+
+
+def test_no_endpoint_that_switches_is_forgotten(console):
+    """A view that asks the switcher to load something is on the guard's list, and the list names real endpoints."""
+    sources = {name: inspect.getsource(view) for name, view in console.app.view_functions.items()}
+    assert {n for n, source in sources.items() if re.search(r"switcher\.(switch|restart)\(", source)} == SWITCHING
+    assert {n for n, source in sources.items() if re.search(r"chats\.(send|retry)\(", source)} == ANSWERING
+
+
+@pytest.mark.parametrize("path", [FAST, SLOW, "/v1/responses", "/v1/anything", "/v1/models/switch", "/models/switch"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+    ],
+)
+def test_a_page_of_another_site_can_not_act_on_either_lane(console, engine, path, headers):
+    """Neither ask what is loaded nor have anything loaded."""
+    response = console.client.post(path, json={"target_model": SMALL, "messages": HELLO}, headers=headers)
+    assert response.status_code == 403
+    assert (engine.asked, console.asked) == ([], [])
+
+
+@pytest.mark.parametrize("path", [FAST, SLOW])
+@pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://localhost"}, {}])
+def test_the_own_page_and_plain_scripts_can_act_on_both_lanes(console, engine, path, headers):
+    """Same origin by either header, or no browser at all."""
+    assert console.client.post(path, json={"messages": HELLO}, headers=headers).status_code == 200
+    assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("path", [FAST, SLOW])
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8787", "[", ""])
+def test_a_foreign_host_name_is_refused_on_both_lanes(console, engine, path, host):
+    """DNS rebinding."""
+    response = console.client.post(path, json={"messages": HELLO}, headers={"Host": host})
+    assert response.status_code in (400, 403)
+    assert engine.asked == []
+
+
+def test_http_1_0_needs_no_host(console):
+    """The address that it reached is the name then."""
+    guard = console.app.extensions["switchyard.guard"]
+    assert guard.refusal({"REQUEST_METHOD": "GET", "SERVER_NAME": "127.0.0.1"}) is None
+    assert guard.refusal({"REQUEST_METHOD": "GET", "SERVER_NAME": "evil.example"}).code == "forbidden_host"
+
+
+def test_hosts_and_origins_are_told_by_name_and_port(console):
+    """Another port of this machine is another site."""
+    settings = console.services.settings
+    assert all(host_is_ours(host, settings) for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8787", "[::1]:8787"))
+    ours = {"HTTP_HOST": "127.0.0.1:8787"}
+    assert origin_is_ours({**ours, "HTTP_ORIGIN": "http://127.0.0.1:8787"})
+    assert not origin_is_ours({**ours, "HTTP_ORIGIN": "http://127.0.0.1:3000"})

@@ -1,0 +1,220 @@
+"""The relay on the wire: how often an engine is asked, what a broken connection means, and TLS."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import gevent
+import pytest
+from geventhttpclient.response import HTTPParseError
+
+from services.engines.port import Endpoint
+from services.gateway.relay import Answer, Hangup, Relay
+from services.gateway.router import ClientGone, GatewayError
+from tests.support.scripted_engine import AUTHORITY, DROP, OK, Act, ScriptedEngine, answer
+
+StartEngine = Callable[..., ScriptedEngine]
+
+
+@pytest.fixture
+def engine() -> Iterator[StartEngine]:
+    """Starts scripted engines that end with the test."""
+    started: list[ScriptedEngine] = []
+
+    def start(*acts: Act, tls: bool = False) -> ScriptedEngine:
+        started.append(ScriptedEngine(*acts, tls=tls))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def start_relay() -> Iterator[Callable[..., Relay]]:
+    """Starts relays whose idle connections are closed with the test."""
+    started: list[Relay] = []
+
+    def start(timeout: float = 5) -> Relay:
+        started.append(Relay(timeout))
+        return started[-1]
+
+    yield start
+    for relay in started:
+        for origin in list(relay._pools):
+            relay.forget(origin)
+
+
+@pytest.fixture
+def relay(start_relay: Callable[..., Relay]) -> Relay:
+    return start_relay()
+
+
+def ask(relay: Relay, engine: ScriptedEngine, body: bytes = b"{}", hangup: Hangup | None = None) -> Answer:
+    endpoint = Endpoint(engine.origin)
+    return relay.send(endpoint, "POST", "/v1/chat/completions", (), body, hangup or Hangup())
+
+
+def whole(answer: Answer) -> bytes:
+    body = b""
+    while piece := answer.arrived():
+        body += piece
+    return body
+
+
+def test_an_engine_that_hangs_up_on_a_new_connection_is_not_asked_again(relay, engine):
+    """It has read the whole request, and may have generated the whole answer: the client is told, and decides."""
+    broken = engine(DROP, OK)
+    with pytest.raises(GatewayError) as caught:
+        ask(relay, broken)
+    assert caught.value.code == "engine_unreachable"
+    assert len(broken.asked) == 1
+
+
+def test_a_used_connection_that_gives_nothing_is_replaced_by_a_new_one(relay, engine):
+    """An engine may close an idle connection in the moment in which a request goes out over it."""
+    tired = engine(OK, DROP, OK)
+    whole(ask(relay, tired))
+    assert ask(relay, tired).status_code == 200
+    assert [asked.connection for asked in tired.asked] == [0, 0, 1]
+
+
+def test_the_second_try_goes_over_a_new_connection_whatever_else_is_idle(relay, engine):
+    """Two idle connections break at once when their engine restarts: the second would break as the first did."""
+    long = Act(answer(body=b"x" * 500_000))  # not all there with its headers, so that it keeps its connection
+    restarted = engine(long, long, DROP, Act(answer(body={"n": 4})))
+    first, second = ask(relay, restarted), ask(relay, restarted)
+    whole(first), whole(second)
+    assert whole(ask(relay, restarted)) == b'{"n": 4}'
+    assert [asked.connection for asked in restarted.asked] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 102 Processing\r\n\r\n"])
+def test_one_byte_of_an_answer_is_enough_not_to_ask_again(relay, engine, said):
+    """The engine was at work on it."""
+    broken = engine(OK, Act(said, hangs_up=True), OK)
+    whole(ask(relay, broken))
+    with pytest.raises(GatewayError) as caught:
+        ask(relay, broken)
+    assert caught.value.code == "engine_unreachable"
+    assert len(broken.asked) == 2
+
+
+def test_an_engine_is_asked_three_times_at_most_for_two_requests(relay, engine):
+    """The new connection that replaces a broken one is no reason to try once more."""
+    broken = engine(OK, DROP)
+    whole(ask(relay, broken))
+    with pytest.raises(GatewayError):
+        ask(relay, broken)
+    assert len(broken.asked) == 3
+
+
+def test_an_answer_that_comes_before_the_request_was_read_is_passed_on(relay, engine):
+    """An engine that refuses a long body says so and hangs up; the failing send must not hide what it said."""
+    strict = engine(Act(answer("413 Payload Too Large", {"error": "too long"}), hangs_up=True, unread=True))
+    refused = ask(relay, strict, b"x" * 20_000_000)
+    assert refused.status_code == 413
+    assert whole(refused) == b'{"error": "too long"}'
+
+
+def test_a_client_that_left_is_the_reason_and_no_second_try(relay, engine):
+    """Hung up on by us, the engine's silence is not its failure."""
+    silent, hangup = engine(OK, Act()), Hangup()
+    whole(ask(relay, silent))
+    gevent.spawn_later(0.05, hangup)
+    with pytest.raises(ClientGone):
+        ask(relay, silent, hangup=hangup)
+    assert len(silent.asked) == 2
+
+
+def test_an_https_engine_answers_over_kept_connections(relay, engine, monkeypatch):
+    """TLS at the origin's own port, its certificate signed by an authority that the system trusts."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
+    remote = engine(Act(answer(body={"hello": "there"})), tls=True)
+    for _ in range(3):
+        assert whole(ask(relay, remote)) == b'{"hello": "there"}'
+    assert [asked.connection for asked in remote.asked] == [0, 0, 0]
+    assert remote.lines[0] == "POST /v1/chat/completions HTTP/1.1"
+
+
+def test_a_used_tls_connection_that_gives_nothing_is_replaced(relay, engine, monkeypatch):
+    """As without TLS, and on a new one it isn't."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
+    tired = engine(OK, DROP, OK, tls=True)
+    whole(ask(relay, tired))
+    assert ask(relay, tired).status_code == 200
+    assert [asked.connection for asked in tired.asked] == [0, 0, 1]
+    fresh = engine(DROP, tls=True)
+    with pytest.raises(GatewayError):
+        ask(relay, fresh)
+    assert len(fresh.asked) == 1
+
+
+def test_a_tls_connection_that_was_closed_while_idle_is_noticed(relay, engine, monkeypatch):
+    """Looked at before it is used: the request isn't sent into the void first."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
+    brief = engine(Act(answer(), hangs_up=True), tls=True)
+    for _ in range(2):
+        brief.left.clear()
+        whole(ask(relay, brief))
+        assert brief.left.wait(5)
+    assert [asked.connection for asked in brief.asked] == [0, 1]
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(relay, engine):
+    """The request is not sent; the reason is told."""
+    impostor = engine(tls=True)
+    with pytest.raises(GatewayError) as caught:
+        ask(relay, impostor)
+    assert caught.value.code == "engine_unreachable"
+    assert "certificate" in caught.value.message
+    assert impostor.asked == []
+
+
+def test_leaving_breaks_a_tls_answer_off(relay, engine, monkeypatch):
+    """The engine sees its connection close, whoever waits for the next byte goes on, and nothing is left behind."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
+    begun = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
+    talker, hangup = engine(Act(begun), tls=True), Hangup()
+    streamed = ask(relay, talker, hangup=hangup)
+    assert streamed.arrived() == b"hi"
+    gevent.spawn_later(0.05, hangup)
+    with pytest.raises((OSError, HTTPParseError)):
+        streamed.arrived()
+    streamed.release()
+    assert talker.left.wait(5)
+
+
+def test_a_silent_tls_engine_times_out_like_any_other(start_relay, engine, monkeypatch):
+    """Its own error class must not turn a time-out into something else."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
+    silent = engine(Act(), tls=True)
+    with pytest.raises(GatewayError) as caught:
+        ask(start_relay(0.2), silent)
+    assert caught.value.code == "engine_timeout"
+
+
+@pytest.mark.parametrize(("origin", "port"), [("https://localhost", 443), ("http://localhost", 80)])
+def test_the_port_follows_the_scheme(relay, origin, port, monkeypatch):
+    """What an address leaves out is 443 for https, 80 for http."""
+    asked: list[int] = []
+
+    def refuse(_host: str, number: int, *_more: object) -> None:
+        asked.append(number)
+        raise OSError("nobody there")
+
+    monkeypatch.setattr("gevent.socket.getaddrinfo", refuse)
+    with pytest.raises(GatewayError):
+        relay.send(Endpoint(origin), "GET", "/v1/x", (), b"", Hangup())
+    assert asked == [port]
+
+
+def test_nothing_waits_for_ever_behind_a_failed_connection(relay, engine):
+    """A new connection that can't be made gives its place back: 2,000 failures leave the pool as it was."""
+    gone = engine()
+    gone.close()
+    for _ in range(2_000):
+        with pytest.raises(GatewayError):
+            ask(relay, gone)
+    assert threading.active_count() < 50
