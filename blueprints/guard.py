@@ -17,8 +17,6 @@ from limits.strategies import RateLimiter
 
 from services.config import Settings
 from services.container import Services
-from services.gateway.router import AUTO
-from services.switching.events import Snapshot
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -84,7 +82,7 @@ class Guard:
 
         Asking a model that runs, or that is coming already, causes none.
         """
-        if self._services.settings.switch_on_request and self._causes_switch(name):
+        if self._services.router.would_switch(name):
             self.count_switch(environ)
 
     def count_switch(self, environ: Environ) -> None:
@@ -98,28 +96,6 @@ class Guard:
             f"Models were switched too often: {self._limit} is the limit (setting switch_rate_limit).",
             retry_after=max(1, math.ceil(window.reset_time - time.time())),
         )
-
-    def _causes_switch(self, name: str | None) -> bool:
-        snapshot = self._services.board.current
-        wanted = self._wanted(name, snapshot)
-        if wanted not in self._services.catalog.models:
-            return False
-        switch = snapshot.switch
-        if wanted in snapshot.queued or (switch is not None and switch.to_model == wanted):
-            return False
-        view = snapshot.instances.get(wanted)
-        going = switch is not None and any(unloading.model == wanted for unloading in switch.unloads)
-        return going or view is None or view.state not in ("running", "loading")
-
-    def _wanted(self, name: str | None, snapshot: Snapshot) -> str:
-        """The id that the router will resolve a name to; empty when there is none."""
-        if name is not None and name != AUTO:
-            return self._services.catalog.id_of(name)
-        if snapshot.active_model is not None:
-            return snapshot.active_model
-        if snapshot.switch is not None:
-            return snapshot.switch.to_model
-        return self._services.catalog.id_of(self._services.settings.ollama_model or "")
 
 
 def host_is_ours(host: str, settings: Settings) -> bool:

@@ -29,11 +29,6 @@ class _Preview:
     unload: tuple[Unload, ...]
     abandons: SwitchView | None
 
-    @property
-    def harmless(self) -> bool:
-        """Whether nobody loses a model by it."""
-        return self.plan.feasible and not self.unload
-
 
 @dataclass(frozen=True, slots=True)
 class DownloadForm:
@@ -106,13 +101,17 @@ def plan() -> str:
 
 @bp.post("/models/switch")
 def switch() -> Response:
-    """Switch to a model, asking first when that unloads another or throws away most of a switch under way."""
+    """Switch to a model with one click: the banner names what goes for it, and Cancel restores that.
+
+    Asks first where that would throw away most of a switch under way, where the settings want a word before anything is
+    unloaded, and where nothing could come of it.
+    """
     target, activate = request.form.get("target_model", ""), request.form.get("activate", "yes")
     live = live_now()
     if request.form.get("confirm") != "yes":
-        model = live.status.model(target)
         preview = _look_ahead(live, target)
-        if preview.abandons or not (preview.harmless or (model is not None and model.state == "running")):
+        wary = services().settings.confirm_before_unload and bool(preview.unload)
+        if preview.abandons or wary or not preview.plan.feasible:
             return _ask(preview, activate)
     services().switcher.switch(
         target, requested_by=client_name(), replace="cancel", confirm=True, activate=activate == "yes"
@@ -122,8 +121,9 @@ def switch() -> Response:
 
 @bp.post("/models/cancel")
 def cancel() -> Response:
+    """Cancel the switch that the form names; one that is over already is none to cancel, nor is the next one."""
     version = services().status.current().version
-    services().switcher.cancel()
+    services().switcher.cancel(switch_id=request.form.get("switch_id") or None)
     return done(version)
 
 

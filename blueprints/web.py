@@ -11,6 +11,7 @@ from flask import Flask, Response, current_app, jsonify, render_template, reques
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
+from blueprints.api.shapes import plan_document
 from blueprints.guard import Guard, Refused
 from services.catalog import UnknownModel
 from services.chats import ChatBusy, ChatError, ConversationNotFound, MessageNotFound
@@ -22,6 +23,7 @@ from services.gateway.router import GatewayError
 from services.providers.local_services import ServiceError
 from services.switching.jobs import SwitchError
 from services.switching.narrator import memory_figures
+from services.switching.plan import Plan
 
 CSP = (
     "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -47,6 +49,8 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "engine_error": 502,
     "engine_unreachable": 502,
     "queue_full": 503,
+    "starting": 503,
+    "state_unwritable": 503,
     "stopping": 503,
     "restart_unavailable": 503,
     "queue_timeout": 504,
@@ -181,8 +185,12 @@ def init_app(app: Flask) -> None:
 
 
 def switch_error(error: SwitchError) -> ApiError:
-    """A job's error, with the figures that go with it (seed 003)."""
-    return ApiError(error.code, error.message, figures=memory_figures(error))
+    """A job's error, with the figures that go with it (seed 003), and the plan where that is what to look at."""
+    figures = memory_figures(error)
+    plan = error.details.get("plan")
+    if error.code == "confirmation_required" and isinstance(plan, Plan):
+        figures["plan"] = plan_document(plan)
+    return ApiError(error.code, error.message, figures=figures)
 
 
 def _with_retry(error: GatewayError | Refused) -> ApiError:

@@ -142,6 +142,7 @@ def plan_document(plan: Plan) -> Json:
                 "idle_seconds": None if u.idle_seconds is None else round(u.idle_seconds),
                 "reload_seconds": _rounded(u.reload_seconds),
                 "sleeps": u.sleeps,
+                "in_flight": u.in_flight,
             }
             for u in plan.unload
         ],

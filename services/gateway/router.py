@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from services.catalog import Catalog
+from services.catalog import Catalog, UnknownModel
 from services.config import Settings
 from services.scheduling import Scheduler, Threads
 from services.switching.events import Board, InstanceView
@@ -98,6 +98,24 @@ class Router:
         if name is None or name == AUTO:
             return self._enter(self._board.current.active_model or "")
         return self._enter(self._catalog.id_of(name))
+
+    def would_switch(self, name: str | None) -> bool:
+        """Whether asking the model called `name` (None or "auto": the active one) causes a switch.
+
+        Asking a model that runs, or that is coming already, causes none.
+        """
+        if not self._settings.switch_on_request:
+            return False
+        try:
+            model_id = self._resolve(name)
+        except (GatewayError, UnknownModel):
+            return False
+        snapshot = self._board.current
+        if model_id in snapshot.queued or self._coming(model_id):
+            return False
+        view, switch = snapshot.instances.get(model_id), snapshot.switch
+        going = switch is not None and any(unloading.model == model_id for unloading in switch.unloads)
+        return going or view is None or view.state not in ("running", "loading")
 
     def _resolve(self, name: str | None) -> str:
         if name is not None and name != AUTO:
