@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
@@ -26,6 +26,11 @@ ASK_SECONDS = 5.0
 LOOK_SECONDS = 2.0
 FOR_EVER = -1
 """`keep_alive` as a number: the string "-1" is an error (seen with 0.24.0)."""
+RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "low_vram")
+"""Options for which Ollama starts a runner anew when a request comes with other values (0.24; older ones the last two).
+"""
+HASH_LENGTH = 12
+_OPENED = re.compile(r"(?:FROM|ADAPTER) (.*[/\\]sha256-[0-9a-f]{64})\s*")
 FAR_AWAY_YEARS = 100
 """A model that is kept for ever expires about the year 2319."""
 
@@ -68,14 +73,34 @@ class Running:
     vram_bytes: int
     context_length: int | None
     expires_at: float | None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What `/api/show` adds: the file of the weights as Ollama sees it, and the context it was trained for."""
+    """What `/api/show` adds: the files that a runner opens, as Ollama sees them, weights first, then what is laid over
+    them (projectors, adapters); the context it was trained for; and the runner options that its Modelfile sets.
+    """
 
-    blob: str | None
-    context_length: int | None
+    blobs: tuple[str, ...] = ()
+    context_length: int | None = None
+    runner_options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def blob(self) -> str | None:
+        """The file of the weights."""
+        return self.blobs[0] if self.blobs else None
+
+    def held_as(self, options: Mapping[str, object] | None = None) -> str | None:
+        """What of it lies in memory once it is loaded with `options` besides: files and runner options, shortly.
+
+        None when nobody knows the files.
+        """
+        if not self.blobs:
+            return None
+        files = [blob.rpartition("sha256-")[2][:HASH_LENGTH] for blob in self.blobs]
+        merged = {**self.runner_options, **(options or {})}
+        return " ".join([*files, *(f"{name}={value}" for name, value in sorted(merged.items()))])
 
 
 class OllamaApi:
@@ -96,10 +121,13 @@ class OllamaApi:
 
     def show(self, name: str) -> Shown:
         document = self._post("/api/show", {"model": name})
-        blob = re.search(r"^FROM (.*[/\\]sha256-[0-9a-f]{64})\s*$", str(document.get("modelfile", "")), re.MULTILINE)
         lengths = [v for k, v in (document.get("model_info") or {}).items() if k.endswith(".context_length")]
         trained = lengths[0] if lengths and isinstance(lengths[0], int) else None
-        return Shown(blob.group(1) if blob else None, trained)
+        return Shown(
+            _opened_files(str(document.get("modelfile", ""))),
+            trained,
+            _runner_options(str(document.get("parameters") or "")),
+        )
 
     def unload(self, name: str) -> None:
         """Ask for an unload. The answer comes at once, the memory is free a little later."""
@@ -215,7 +243,37 @@ def _running(entry: Mapping[str, Any]) -> Running:
         vram_bytes=int(entry.get("size_vram") or 0),
         context_length=int(context) if context else None,
         expires_at=_unix(str(entry.get("expires_at", ""))),
+        digest=str(entry.get("digest", "")),
     )
+
+
+def _opened_files(modelfile: str) -> tuple[str, ...]:
+    """The files that a Modelfile names, which come before all that its author wrote (TEMPLATE, SYSTEM, …)."""
+    found = []
+    for line in modelfile.splitlines():
+        opened = _OPENED.fullmatch(line)
+        if opened is not None:
+            found.append(opened[1])
+        elif line.strip() and not line.startswith(("#", "FROM ", "ADAPTER ")):
+            break
+    return tuple(found)
+
+
+def _runner_options(parameters: str) -> dict[str, str]:
+    """Of `num_ctx    4096` lines, those that make a runner; numbers in one spelling (`1e+06`, `1000000`)."""
+    found = {}
+    for line in parameters.splitlines():
+        name, _, value = line.strip().partition(" ")
+        if name in RUNNER_OPTIONS:
+            found[name] = _spelled(value.strip())
+    return found
+
+
+def _spelled(value: str) -> str:
+    try:
+        return f"{float(value):.0f}"
+    except (ValueError, OverflowError):
+        return value
 
 
 def _unix(moment: str) -> float | None:
