@@ -23,6 +23,7 @@ from services.engines.ollama.names import full_name
 from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Look, OllamaWatch
 from services.engines.port import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
+from services.http import Refused
 from services.offhub import off_hub
 
 OVERHEAD_BYTES = 64_000_000
@@ -101,7 +102,7 @@ class Ollama:
             raise EngineError(model.fault)
         installed = self._inventory.list(fresh=True).get(model.source)
         if not self._inventory.known or self._watch.look().reachable is False:
-            raise unreachable(self._api.base_url, refused=True)
+            raise unreachable(self._api.base_url, Refused("nobody listens there"))
         if installed is None:
             raise EngineError(f"Ollama has no model {model.source} any more. Download it again.")
         self._inventory.show(installed.name, installed.digest)
@@ -157,7 +158,6 @@ class Ollama:
 
     def close(self) -> None:
         self._watch.stop()
-        self._api.close()
 
     def _note(self, look: Look) -> None:
         with self._lock:

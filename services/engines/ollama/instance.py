@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from services.engines.ollama.api import FOR_EVER, LongRequest, OllamaApi, OllamaError, OllamaUnreachable, Running
+from services.engines.ollama.api import FOR_EVER, OllamaApi, OllamaError, OllamaUnreachable, Running
 from services.engines.ollama.inventory import Inventory
 from services.engines.ollama.load import LoadObserver
 from services.engines.ollama.log import first_cause
@@ -32,6 +32,7 @@ from services.engines.port import (
     Usage,
 )
 from services.engines.processes import tail
+from services.http import Request
 
 log = structlog.get_logger(__name__)
 
@@ -103,7 +104,7 @@ class OllamaInstance(Sleepless):
         self._began = time.monotonic()
         self._ready_at: float | None = self._began if ready else None
         self._listed_as: str | None = None
-        self._load: LongRequest | None = None
+        self._load: Request | None = None
         self._runner: int | None = None
         self._speaks = True
 
@@ -130,7 +131,7 @@ class OllamaInstance(Sleepless):
             path, body = "/v1/chat/completions", {"model": self.name, "messages": [hello], "max_tokens": 1}
         else:
             path, body = "/v1/embeddings", {"model": self.name, "input": "Hello"}
-        self._ask(LongRequest(self._server.api.base_url, path, body, timeout), "It did not answer its first question")
+        self._ask(self._server.api.request(path, body, timeout), "It did not answer its first question")
         self._server.watch.look()
 
     def usage(self) -> Usage | None:
@@ -248,7 +249,7 @@ class OllamaInstance(Sleepless):
         self._ready_at = look.at
 
     def _load_with(self, path: str, body: dict[str, Any], report: Report, timeout: float) -> None:
-        request = LongRequest(self._server.api.base_url, path, body, timeout)
+        request = self._server.api.request(path, body, timeout)
         done = threading.Event()
         failure: list[LoadFailed] = []
 
@@ -268,14 +269,14 @@ class OllamaInstance(Sleepless):
             self._server.watch.look()  # it may have evicted others before it failed
             raise failure[0]
 
-    def _ask(self, request: LongRequest, trouble: str) -> None:
+    def _ask(self, request: Request, trouble: str) -> None:
         """Send a long request that `stop` can break off. Raises LoadFailed with the first cause."""
         with self._lock:
             self._load = request
         try:
             if self._stopping.is_set():
                 raise LoadFailed("It was stopped while loading.", self.log_tail())
-            request.answer()
+            self._server.api.answer(request)
         except (OllamaError, OllamaUnreachable) as error:
             if self._stopping.is_set():
                 raise LoadFailed("It was stopped while loading.", self.log_tail()) from None

@@ -20,7 +20,6 @@ from services.engines.port import HOST_DEVICE, EngineError, Evidence, Model, Nee
 from services.engines.vllm.instance import GpuHeld, VllmInstance
 from services.engines.vllm.server import server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
-from services.http import control_session
 from services.memory.ledger import Reading
 
 log = structlog.get_logger(__name__)
@@ -88,7 +87,6 @@ class Vllm:
         self._looked = threading.Event()
         self._tidied = False
         self._stopped = threading.Event()
-        self._http = control_session()
         self._watch = threading.Thread(target=self._run, name="vllm-look", daemon=True)
 
     def discover(self) -> Sequence[Model]:
@@ -148,7 +146,6 @@ class Vllm:
         self._stopped.set()
         if self._watch.is_alive():
             self._watch.join(CLOSE_SECONDS)  # a look under way would open what is closed here
-        self._http.close()
         self._runtime.close()
 
     def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
@@ -220,7 +217,7 @@ class Vllm:
             model = self._models.get(container.model or "")
             if container.state != "running":
                 continue
-            server = server_in(container, self._http, model.id) if model is not None else None
+            server = server_in(container, model.id) if model is not None else None
             if model is not None and server is not None and server.answers():
                 ready[model.id] = Found(container, server.is_asleep() is True)
             elif container.id not in known and not self._tidied:

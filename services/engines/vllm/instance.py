@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import requests
 import structlog
 
 from services.abort import Abort, Aborted
@@ -41,7 +40,7 @@ from services.engines.vllm.facts import footprint
 from services.engines.vllm.log import VllmLog
 from services.engines.vllm.server import VllmServer, server_in
 from services.engines.vllm.spec import SLEEP_FLAG
-from services.http import control_session
+from services.http import FetchError
 
 log = structlog.get_logger(__name__)
 
@@ -98,9 +97,8 @@ class VllmInstance:
         self._asleep = asleep
         self._kept_asleep = kept_asleep
         self._on_sleep = on_sleep
-        self._http = control_session()
         if running is not None:
-            self._server = server_in(running, self._http, model.id)
+            self._server = server_in(running, model.id)
             threading.Thread(target=self._outlive, name="vllm-adopted", daemon=True).start()
 
     @property
@@ -127,7 +125,7 @@ class VllmInstance:
         assert self._server is not None, "wait_ready comes first"
         try:
             refusal = self._server.first_token(timeout)
-        except requests.RequestException as error:
+        except FetchError as error:
             self._fail_if_stopped()
             raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
         if refusal is not None:
@@ -246,7 +244,7 @@ class VllmInstance:
         """Until it is healthy and lists the model. Raises LoadFailed with the first cause in its log."""
         report(Evidence("loading_weights", None, "starting vLLM"))
         assert self._container is not None
-        server = server_in(self._container, self._http, self.model.id)
+        server = server_in(self._container, self.model.id)
         while True:
             with self._lock:
                 news, self._news = self._news, []

@@ -175,6 +175,8 @@ class Handler(Exchange):
         """An answer to a prompt; without one, a load or an unload."""
         keep = keep_alive(body.get("keep_alive"))
         front = {"model": body["model"], "created_at": rfc3339(time.time_ns())} | nothing
+        if empty and keep == 0 and (words := self.settings.fault("refuse_unload")):
+            raise ApiError(500, words)
         if empty and keep == 0:
             self.server.scheduler.unload(model)
             self._json(200, front | {"done": True, "done_reason": "unload"})
