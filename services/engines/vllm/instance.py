@@ -87,6 +87,7 @@ class VllmInstance:
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._log = VllmLog()
         self._news: list[Evidence] = []
         self._container = running
@@ -137,7 +138,8 @@ class VllmInstance:
     def stop(self, grace: float) -> None:
         self._stopping.set()
         self._abort()
-        container_id = self.container_id
+        with self._starting:  # a container that is just being started has to be stopped after that
+            container_id, stream = self.container_id, self._stream
         if container_id is None:
             return
         try:
@@ -151,8 +153,6 @@ class VllmInstance:
         assert self._container is not None
         self._on_end(self._container)
         self._ended.set()
-        with self._lock:
-            stream = self._stream
         if stream is not None:
             stream.close()
 
@@ -199,23 +199,36 @@ class VllmInstance:
     def _bring_up(self) -> str:
         """Create the container, or use the one that is there, and start it; what it says is read from its first word.
 
-        A container of an older spec is replaced. Raises ContainerError and Aborted.
+        A container of an older spec is replaced. Raises ContainerError and Aborted; then nothing is left of what was
+        begun.
         """
         self._abort.check()
-        container_id = self._existing()
-        if container_id is None:
-            container_id = self._create()
-        self._container = self._runtime.inspect(container_id)
-        stream = self._runtime.attach(container_id)
-        with self._lock:
-            self._stream = stream
-        threading.Thread(target=self._listen, args=(stream,), name="vllm-log", daemon=True).start()
-        if self._device != HOST_DEVICE:
-            self._settle(self._device)
-        self._abort.check()
-        self._runtime.start(container_id)
+        there = self._existing()
+        container_id = there or self._create()
+        stream: Stream[bytes] | None = None
+        try:
+            self._container = self._runtime.inspect(container_id)
+            stream = self._runtime.attach(container_id)
+            if self._device != HOST_DEVICE:
+                self._settle(self._device)
+            self._start(container_id, stream)
+        except BaseException:
+            if stream is not None:
+                stream.close()  # nobody else has it yet, and that of a container that never starts would never end
+            if there is None:
+                with suppress(ContainerError):
+                    self._runtime.remove(container_id)  # whoever stopped it while it was made could not know of it
+            raise
         self._container = self._runtime.inspect(container_id)
         return container_id
+
+    def _start(self, container_id: str, stream: Stream[bytes]) -> None:
+        """Start it, unless it was stopped: one that is stopped meanwhile waits, and finds it to be ended."""
+        with self._starting:
+            self._abort.check()
+            self._runtime.start(container_id)
+            self._stream = stream
+            threading.Thread(target=self._listen, args=(stream,), name="vllm-log", daemon=True).start()
 
     def _existing(self) -> str | None:
         """A container of ours that was made from the same spec; another one of ours is removed."""

@@ -7,16 +7,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import structlog
 
 from services.engines.containers.port import Container
 from services.engines.port import Endpoint
-from services.http import Answer, FetchError, fetch
+from services.http import Answer, FetchError, TooSlow, fetch
 
 log = structlog.get_logger(__name__)
 
 PROBE_SECONDS = 2.0
+
+Condition = Literal["awake", "asleep", "silent", "absent"]
+"""Of a server: it answers, it sleeps, it takes connections but says nothing in time, or it doesn't serve the model."""
 
 
 class VllmServer:
@@ -29,12 +33,20 @@ class VllmServer:
     def answers(self) -> bool:
         """Whether it is healthy *and* lists the model. A published port may accept and reset before anybody listens."""
         try:
-            if self._get("/health").status != 200:
-                return False
-            listed = self._get("/v1/models")
-            return listed.status == 200 and self._model_id in _ids(listed.document())
+            return self._serves()
         except (FetchError, ValueError):
             return False
+
+    def condition(self) -> Condition:
+        """How it is: whoever takes the connection and says nothing in time is there, and busy or stuck."""
+        try:
+            if not self._serves():
+                return "absent"
+            return "asleep" if self._says_it_sleeps() else "awake"
+        except TooSlow:
+            return "silent"
+        except (FetchError, ValueError):
+            return "absent"
 
     def first_token(self, timeout: float) -> str | None:
         """Have it generate one token; what it answered instead if it didn't. Raises FetchError."""
@@ -47,11 +59,9 @@ class VllmServer:
     def is_asleep(self) -> bool | None:
         """None when it doesn't say, as one without a sleep mode."""
         try:
-            answer = self._get("/is_sleeping")
-            said = answer.document().get("is_sleeping") if answer.status == 200 else None
+            return self._says_it_sleeps()
         except (FetchError, ValueError):
             return None
-        return said if isinstance(said, bool) else None
 
     def sleep(self, timeout: float) -> bool:
         """Level 1: the weights go to this machine's RAM, the KV cache is dropped. Whether it sleeps then."""
@@ -60,6 +70,19 @@ class VllmServer:
     def wake(self, timeout: float) -> bool:
         """Whether it is awake then."""
         return self._order("/wake_up", timeout) and self.is_asleep() is False
+
+    def _serves(self) -> bool:
+        """Raises FetchError and ValueError."""
+        if self._get("/health").status != 200:
+            return False
+        listed = self._get("/v1/models")
+        return listed.status == 200 and self._model_id in _ids(listed.document())
+
+    def _says_it_sleeps(self) -> bool | None:
+        """Raises FetchError and ValueError."""
+        answer = self._get("/is_sleeping")
+        said = answer.document().get("is_sleeping") if answer.status == 200 else None
+        return said if isinstance(said, bool) else None
 
     def _get(self, path: str) -> Answer:
         return fetch("GET", self.endpoint.origin + path, timeout=PROBE_SECONDS)
