@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import psutil
 
@@ -35,7 +35,8 @@ PROBE_TIMEOUT = 5.0
 class LlamaCppInstance(Sleepless):
     """One llama.cpp server process and the model in it.
 
-    `start` brings the process up, or finds it; `on_warm` is told once it has given its first token.
+    `start` brings the process up, or finds it; `on_warm` is told once it has given its first token. `ready` is where
+    one answers that was found.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class LlamaCppInstance(Sleepless):
         on_exit: OnExit,
         gpu_bytes: GpuBytes,
         on_warm: Callable[[GroupLeader, Endpoint], None] = lambda _process, _endpoint: None,
+        ready: Endpoint | None = None,
     ) -> None:
         self.model = model
         self._device = device
@@ -54,8 +56,8 @@ class LlamaCppInstance(Sleepless):
         self._on_warm = on_warm
         self._on_exit = on_exit
         self._stopping = threading.Event()
-        self._endpoint: Endpoint | None = None
-        self._headers = {"Authorization": f"Bearer {key}"}
+        self._endpoint = ready
+        self._key = key
         self._launched_at = time.monotonic()
         self._started = start(self._ended)
 
@@ -66,7 +68,7 @@ class LlamaCppInstance(Sleepless):
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
         deadline = self._launched_at + timeout
         seen: Evidence | None = None
-        while not self._answers():
+        while self._endpoint is None and not self._answers():
             self._fail_if_gone()
             if time.monotonic() > deadline:
                 raise LoadFailed(f"It was not ready after {timeout:.0f} s.", self.log_tail())
@@ -83,7 +85,7 @@ class LlamaCppInstance(Sleepless):
         question = {"prompt": "Hello", "max_tokens": 1, "cache_prompt": False}
         url = f"{self._endpoint.origin}/v1/completions"
         try:
-            answer = fetch("POST", url, body=question, headers=self._headers, timeout=timeout)
+            answer = fetch("POST", url, body=question, headers=self._endpoint.headers, timeout=timeout)
         except FetchError as error:
             self._fail_if_gone()
             raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
@@ -125,10 +127,10 @@ class LlamaCppInstance(Sleepless):
     def _answers(self) -> bool:
         """Whether it is ready by its own word."""
         origin = self._started.origin()
-        if origin is None or not answers(origin, self._headers, PROBE_TIMEOUT):
-            return False
-        self._endpoint = Endpoint(origin, self._headers)
-        return True
+        endpoint = endpoint_of(origin, self._key) if origin is not None else None
+        if endpoint is not None and answers(endpoint, PROBE_TIMEOUT):
+            self._endpoint = endpoint
+        return self._endpoint is not None
 
     def _evidence(self) -> Evidence:
         total, read = self.model.size_bytes, self._started.bytes_read()
@@ -152,12 +154,17 @@ class LlamaCppInstance(Sleepless):
         return words
 
 
-def answers(origin: str, headers: Mapping[str, str], timeout: float) -> bool:
+def endpoint_of(origin: str, key: str) -> Endpoint:
+    """Of a server that answers those who know its key."""
+    return Endpoint(origin, {"Authorization": f"Bearer {key}"})
+
+
+def answers(endpoint: Endpoint, timeout: float) -> bool:
     """Whether a server is healthy *and* lists a model, each within `timeout`: its port can be open before either."""
     try:
-        if fetch("GET", f"{origin}/health", headers=headers, timeout=timeout).status != 200:
+        if fetch("GET", f"{endpoint.origin}/health", headers=endpoint.headers, timeout=timeout).status != 200:
             return False
-        listed = fetch("GET", f"{origin}/v1/models", headers=headers, timeout=timeout)
+        listed = fetch("GET", f"{endpoint.origin}/v1/models", headers=endpoint.headers, timeout=timeout)
         return listed.status == 200 and bool(listed.document().get("data"))
     except (FetchError, ValueError):
         return False
