@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import requests
-
 from services.downloads.fetcher import DownloadError
 from services.engines.ollama.names import DEFAULT_HOST, OllamaName
-from services.http import control_session, is_loopback
+from services.http import FetchError, TooLarge, fetch, is_loopback
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 MAX_BYTES = 4_000_000
 """A manifest has some hundred bytes a layer; what is larger is none."""
 TIMEOUT = 5.0
+MOST_REDIRECTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +36,27 @@ def fetch_manifest(name: OllamaName, registry_url: str, *, insecure: bool, timeo
     """Ask for a model's manifest. `registry_url` answers for names without a host.
 
     Raises DownloadError `unknown_model`, `access_denied` or `registry_unreachable`. Other schemes than HTTP's are not
-    followed anywhere (requests knows none).
+    followed anywhere.
     """
     origin = registry_url if name.host == DEFAULT_HOST else _origin(name.host, insecure)
     address = f"{origin}/v2/{name.namespace}/{name.model}/manifests/{name.tag}"
-    headers = {"Accept": MANIFEST_TYPE, "Accept-Encoding": "identity"}
     try:
-        with control_session(headers) as http, http.get(address, timeout=timeout, stream=True) as answer:
-            if answer.status_code != 200:
-                raise _refused(name, answer.status_code)
-            body = _read(answer, time.monotonic() + timeout)
-        return _manifest(body)
-    except requests.RequestException as error:
-        raise _unreachable(name, f"{_host(origin)} did not answer ({type(error).__name__})") from None
+        answer = fetch(
+            "GET",
+            address,
+            timeout=timeout,
+            headers={"Accept": MANIFEST_TYPE},
+            most_bytes=MAX_BYTES,
+            redirects=MOST_REDIRECTS,
+        )
+    except TooLarge:
+        raise _unreachable(name, f"{_host(origin)} answered, but with more than a manifest can hold") from None
+    except FetchError as error:
+        raise _unreachable(name, f"{_host(origin)} did not answer ({error})") from None
+    if answer.status != 200:
+        raise _refused(name, answer.status)
+    try:
+        return _manifest(answer.content)
     except ValueError as error:
         raise _unreachable(name, f"{_host(origin)} answered, but {error}") from None
 
@@ -62,17 +68,6 @@ def _origin(host: str, insecure: bool) -> str:
 
 def _host(origin: str) -> str:
     return urlsplit(origin).netloc
-
-
-def _read(answer: requests.Response, deadline: float) -> bytes:
-    body = bytearray()
-    for chunk in answer.iter_content(65_536):
-        body += chunk
-        if len(body) > MAX_BYTES:
-            raise ValueError("with more than a manifest can hold")
-        if time.monotonic() > deadline:
-            raise ValueError("too slowly")
-    return bytes(body)
 
 
 def _manifest(body: bytes) -> Manifest:

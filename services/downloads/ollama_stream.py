@@ -18,6 +18,7 @@ from services.abort import Abort
 from services.downloads.fetcher import DownloadError
 from services.downloads.ollama_output import PullEvent, Succeeded, explain, parse_line
 from services.engines.ollama.names import OllamaName
+from services.http import tls_context
 
 CONNECT_SECONDS = 0.8
 """One try to connect; short, so that an abort is noticed within a second."""
@@ -60,11 +61,14 @@ def pull_by_stream(
 
 def _connect(base_url: str, abort: Abort) -> HTTPConnection:
     parts = urlsplit(base_url)
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     reason: OSError | None = None
     for _ in range(CONNECT_TRIES):
         abort.check()
-        connection = kind(parts.netloc, timeout=CONNECT_SECONDS)
+        connection = (
+            HTTPSConnection(parts.netloc, timeout=CONNECT_SECONDS, context=tls_context())
+            if parts.scheme == "https"
+            else HTTPConnection(parts.netloc, timeout=CONNECT_SECONDS)
+        )
         try:
             connection.connect()
             return connection

@@ -29,8 +29,8 @@ class Model:
     `source` is what the engine loads (a file path for llamacpp, a name with its tag for ollama); sizes are bytes,
     times seconds, and what nobody knows is None. `aliases` are other ids that people may say. `fault` says why the
     model can't be loaded at all (a damaged file), in words. `digest` tells versions of the same source apart.
-    `held_as` tells what of it lies in memory: models of one engine with the same one are served by one instance, and
-    None is nobody's.
+    `held_as` says what of it lies in memory once it is loaded: models of one engine with the same are served by one
+    instance, whose memory is held once; None when that isn't known, or can't happen.
     """
 
     id: str
@@ -130,6 +130,13 @@ class LoadFailed(EngineError):
         self.log_tail = log_tail
 
 
+class NotYet(EngineError):
+    """What is to be adopted is there but doesn't answer yet: ask again at one of the next looks."""
+
+
+ADOPT_PATIENCE = 60.0
+"""Seconds for which a process or container of ours may be silent before it is adopted; then it is ended."""
+
 GpuBytes = Callable[[str, int], int | None]
 """(device id, pid) to the bytes that process holds there, None when the driver doesn't say."""
 Report = Callable[[Evidence], None]
@@ -141,7 +148,8 @@ class Instance(Protocol):
     """A model launched on an engine: being loaded, loaded, asleep, or being unloaded."""
 
     @property
-    def model(self) -> Model: ...
+    def model(self) -> Model:
+        """The model that it was made for; its `held_as` is what really lies in memory, as far as that is known."""
 
     @property
     def pid(self) -> int | None:
@@ -157,7 +165,7 @@ class Instance(Protocol):
         """What it holds now; None when that can't be known."""
 
     def stop(self, grace: float) -> None:
-        """Block until it is gone, by force after `grace` seconds.
+        """Block until it is gone, by force after `grace` seconds, and with it all that is held as the same.
 
         Safe to call twice and from another thread: a `wait_ready` or `warm_up` under way then raises LoadFailed.
         Raises EngineError when it can't be made to go: it goes on serving then.
@@ -233,10 +241,18 @@ class Engine(Protocol):
         """Begin loading, and return at once. Raises EngineError when it can't even begin."""
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        """Which of these models of it are loaded there, or asleep, whoever had that done, as last seen. Asks nobody."""
+        """Which of these models of it are loaded there, or asleep, whoever had that done, as last seen.
+
+        Of those with the same `held_as`, all. Asks nobody, and never raises: it is called every second.
+        """
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> Instance | None:
-        """The instance of a model that is loaded, or asleep, without having been launched here; None where it isn't."""
+        """The instance of a model that is loaded, or asleep, without having been launched here; None where it isn't.
+
+        Takes a few seconds at most. Raises NotYet while it is there but doesn't answer: `loaded` goes on naming it, and
+        it is to be shown, left alone, and asked for again. After ADOPT_PATIENCE seconds of silence one that is ours is
+        ended, and None returned.
+        """
 
     def remove(self, model: Model) -> None:
         """Delete the files of a model that is not loaded. Raises EngineError when they can't be, or must not."""

@@ -108,7 +108,13 @@ class ProcessRegistry:
 
     def take_over(self, engine: Record, on_exit: OnExit) -> AdoptedProcess:
         """Go on with one of `engines`. Raises psutil.NoSuchProcess when it has ended meanwhile."""
+        if not _is_alive(engine):
+            raise psutil.NoSuchProcess(engine.pid)
         return AdoptedProcess(engine, self, on_exit)
+
+    def is_alive(self, engine: Record) -> bool:
+        """Whether one of `engines` still is: its pid can be another's by now."""
+        return _is_alive(engine)
 
     def end(self, engine: Record) -> None:
         """Kill one of `engines` that nobody goes on with."""

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import psutil
-import requests
-from urllib3.exceptions import NewConnectionError
 
-from services.http import control_session, is_loopback
+from services.http import BrokenOff, FetchError, NoWay, TooSlow, fetch, is_loopback
 from services.offhub import off_hub
 
 PROBE_TIMEOUT = 2.0
@@ -53,18 +51,18 @@ class Address:
 
     def look(self) -> Seen:
         """Ask for the version once; takes `PROBE_TIMEOUT` seconds at most."""
+        version: object = None
         try:
-            with control_session() as http:
-                answer = http.get(f"{self.url}/api/version", timeout=PROBE_TIMEOUT)
-            version = answer.json().get("version") if answer.status_code == 200 else None
-        except requests.Timeout:
+            answer = fetch("GET", f"{self.url}/api/version", timeout=PROBE_TIMEOUT)
+            version = answer.document().get("version") if answer.status == 200 else None
+        except TooSlow:
             return Seen(error=f"Ollama at {self.url} hangs or is overloaded: no answer within {PROBE_TIMEOUT:.0f} s.")
-        except requests.ConnectionError as error:
-            if _nobody_listens(error):
-                return NOBODY
+        except NoWay:
+            return NOBODY
+        except BrokenOff:
             return Seen(error=f"The connection to {self.url} was cut before an answer came.")
-        except (requests.RequestException, ValueError, AttributeError):
-            version = None
+        except (FetchError, ValueError):
+            pass
         if isinstance(version, str):
             return Seen(version)
         return Seen(error=f"What answers at {self.url} is not Ollama. Check the setting ollama_base_url.")
@@ -94,8 +92,3 @@ def listener_on(port: int) -> Listener:
                 process = psutil.Process(connection.pid)
                 return Listener(process.pid, process.name(), process.create_time())
     return Listener()
-
-
-def _nobody_listens(error: requests.ConnectionError) -> bool:
-    cause = error.args[0] if error.args else None
-    return isinstance(getattr(cause, "reason", None), NewConnectionError)

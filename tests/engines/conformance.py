@@ -27,7 +27,8 @@ class EngineCase:
     """One engine with two models that load and one that can't.
 
     `end` takes a loaded one away behind the engine's back; `serves` tells whether an endpoint still has its model.
-    `load_seconds` is how long a load, or a first answer, may take.
+    `load_seconds` is how long a load, or a first answer, may take. `twin` is another name for what the good model is in
+    memory, where the engine knows such; its answers differ in nothing that a load could tell.
     """
 
     engine: Engine
@@ -37,6 +38,7 @@ class EngineCase:
     end: Callable[[Instance], object]
     serves: Callable[[Endpoint], bool]
     load_seconds: float = LOAD_SECONDS
+    twin: Model | None = None
     exits: list[Exit] = field(default_factory=list)
 
     def launch(self, model: Model | None = None) -> Instance:
@@ -159,6 +161,63 @@ class EngineConformance:
             assert (first.origin, first.model) != (second.origin, second.model)
             assert _ask(first, stream=False).json()["choices"]
             assert _ask(second, stream=False).json()["choices"]
+
+
+class SharingConformance:
+    """What an engine promises besides, that serves several of its models by one instance: `case.twin` is the second."""
+
+    @pytest.fixture
+    def twins(self, case: EngineCase) -> tuple[Model, Model]:
+        """The good model and its twin, as the catalogue has them."""
+        assert case.twin is not None
+        return case.engine.describe(case.good), case.engine.describe(case.twin)
+
+    def test_models_that_are_one_in_memory_say_so(self, case: EngineCase, twins: tuple[Model, Model]):
+        """Before any load, so that what a second one takes isn't counted twice; others differ."""
+        good, twin = twins
+        assert good.held_as is not None
+        assert good.held_as == twin.held_as
+        assert case.engine.describe(case.other).held_as != good.held_as
+
+    def test_a_twin_of_what_is_loaded_is_ready_and_answers_by_its_own_name(self, case: EngineCase):
+        """Though the engine lists the first name alone; both hold what they hold, and nothing is told to have ended."""
+        with case.ready() as (first, one), case.ready(case.twin) as (second, two):
+            assert one.model != two.model
+            assert first.model.held_as == second.model.held_as is not None
+            assert first.pid == second.pid
+            assert _ask(one, stream=False).json()["choices"]
+            assert _ask(two, stream=False).json()["choices"]
+            used = first.usage(), second.usage()
+            assert used[0] is not None
+            assert used[1] is not None
+            assert used[0].bytes == pytest.approx(used[1].bytes, rel=0.2)
+            assert case.exits == []
+
+    def test_all_that_one_instance_serves_is_found_loaded(self, case: EngineCase, twins: tuple[Model, Model]):
+        """By whichever name it was loaded; each can be taken in and answers."""
+        with case.ready():
+            found = case.engine.loaded(twins)
+            assert {model.id for model in found} == {model.id for model in twins}
+            adopted = case.engine.adopt(twins[1], case.exits.append)
+            assert adopted is not None
+            assert _ask(adopted.wait_ready(lambda _: None, 0), stream=False).json()["choices"]
+
+    def test_stopping_one_stops_its_twin_which_says_so(self, case: EngineCase, twins: tuple[Model, Model]):
+        """Stopped by the name that isn't listed: nothing is held any more; the other's end is told once."""
+        with case.ready(), case.ready(case.twin) as (second, _):
+            second.stop(GRACE)
+            wait_until(lambda: bool(case.exits), "the end of the twin to be told")
+            assert not case.engine.loaded(twins)
+        assert len(case.exits) == 1
+        assert case.exits[0].released
+        assert twins[1].id in case.exits[0].cause
+
+    def test_what_somebody_else_unloads_ends_all_twins(self, case: EngineCase):
+        """Each tells it once."""
+        with case.ready() as (first, _), case.ready(case.twin):
+            case.end(first)
+            wait_until(lambda: len(case.exits) == 2, "both exits to be reported")
+        assert [exit.released for exit in case.exits] == [True, True]
 
 
 def _load(case: EngineCase, model: Model) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+import requests
 
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
 from services.engines.port import Endpoint, Instance, Model
 from tests.conftest import StartConsole
-from tests.engines.conformance import EngineCase, EngineConformance
+from tests.engines.conformance import EngineCase, EngineConformance, SharingConformance
 from tests.support.console import Console
 from tests.support.ollama_server import OllamaServer, ollama_server
 
@@ -32,11 +33,20 @@ def server(running: OllamaServer) -> OllamaServer:
     return running
 
 
-class TestOnAServer(EngineConformance):
+@pytest.fixture
+def twin(server: OllamaServer) -> Iterator[str]:
+    """A model of the same weights with a system prompt of its own, as a Modelfile makes it."""
+    name = "twin:latest"
+    _order(server, "POST", "/api/create", {"model": name, "from": server.model, "system": "Rhyme.", "stream": False})
+    yield name
+    _order(server, "DELETE", "/api/delete", {"model": name})
+
+
+class TestOnAServer(EngineConformance, SharingConformance):
     """The promises of the port."""
 
     @pytest.fixture
-    def case(self, server: OllamaServer) -> Iterator[EngineCase]:
+    def case(self, server: OllamaServer, twin: str) -> Iterator[EngineCase]:
         engine = Ollama(server.url, local=True, process=lambda: ServerProcess(server.pid))
         engine.prepare()
         good, other, missing = (Model(name, "ollama", name) for name in (server.model, server.other, "missing:latest"))
@@ -47,7 +57,7 @@ class TestOnAServer(EngineConformance):
         def end(_: Instance) -> None:
             server.unload(server.model)
 
-        yield EngineCase(engine, good, other, missing, end=end, serves=serves)
+        yield EngineCase(engine, good, other, missing, end=end, serves=serves, twin=Model(twin, "ollama", twin))
         engine.close()
 
 
@@ -92,3 +102,9 @@ def test_a_model_is_deleted_and_downloaded_again(console: Console, server: Ollam
     assert server.model in server.tags()
     console.wait_for(lambda s: server.model in s["models"], "the model")
     console.switch(server.model)
+
+
+def _order(server: OllamaServer, method: str, path: str, body: dict[str, object]) -> None:
+    with requests.Session() as http:
+        http.trust_env = False
+        http.request(method, server.url + path, json=body, timeout=30).raise_for_status()

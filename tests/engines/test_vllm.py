@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from services.downloads.hub_process import HubProcess
 from services.downloads.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.port import MANAGED_LABEL
-from services.engines.port import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model
+from services.engines.port import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model, NotYet
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.spec import VllmSettings, container_name, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
@@ -216,6 +218,34 @@ class TestVllm(EngineConformance):
             wait_until(lambda: runtime.by_name(half.name) is None, "the half loaded one to be removed")
             assert runtime.by_name(others.name) is not None
 
+    def test_a_restart_of_the_app_gives_a_slow_server_time(
+        self, case: EngineCase, docker: DockerEngine, make_engine: Callable[..., Vllm]
+    ):
+        """It takes connections and says nothing at first: it is named, left alone, and adopted later."""
+        with case.ready() as (instance, endpoint):
+            _signal_all(docker, instance, signal.SIGSTOP)
+            later = make_engine(case.good)
+            wait_until(lambda: case.good in later.loaded([case.good]), "the silent container to be found")
+            with pytest.raises(NotYet, match="does not answer yet"):
+                later.adopt(case.good, case.exits.append)
+            _signal_all(docker, instance, signal.SIGCONT)
+            adopted = _adopted(later, case.good)
+            assert adopted.wait_ready(lambda _: None, 0) == endpoint
+            adopted.stop(GRACE)
+
+    def test_a_server_that_stays_silent_is_ended(
+        self, case: EngineCase, docker: DockerEngine, make_engine: Callable[..., Vllm], monkeypatch: pytest.MonkeyPatch
+    ):
+        """Its memory can't be had otherwise: after a minute of silence nobody expects an answer."""
+        monkeypatch.setattr("services.engines.vllm.engine.ADOPT_PATIENCE", 1.0)
+        with case.ready() as (instance, _):
+            _signal_all(docker, instance, signal.SIGSTOP)
+            later = make_engine(case.good)
+            wait_until(lambda: case.good in later.loaded([case.good]), "the silent container to be found")
+            wait_until(lambda: bool(case.exits), "the container to be removed")
+            wait_until(lambda: case.good not in later.loaded([case.good]), "it not to be named any more")
+            assert later.adopt(case.good, case.exits.append) is None
+
     def test_a_daemon_that_goes_away_takes_its_models_along(self, case: EngineCase, docker: DockerEngine):
         """Stopped in good order, it stops its containers; a later load works again."""
         with case.ready(), docker.stopped():
@@ -292,6 +322,25 @@ def test_without_a_size_it_takes_what_vllm_takes_by_itself(make_engine):
     assert make_engine(on=GPU).estimate(unknown).bytes == round(0.92 * TOTAL_BYTES)
     assert make_engine().estimate(unknown).bytes == 0
     assert make_engine(on=GPU).estimate(model("x")).bytes == required_bytes(model("x")) > 10_000_000
+
+
+def _adopted(engine: Vllm, wanted: Model) -> Instance:
+    """Taken over as soon as it answers."""
+    taken: list[Instance] = []
+
+    def answers() -> bool:
+        with suppress(NotYet):
+            taken.extend(filter(None, [engine.adopt(wanted, lambda _: None)]))
+        return bool(taken)
+
+    wait_until(answers, "it to be adopted")
+    return taken[0]
+
+
+def _signal_all(docker: DockerEngine, instance: Instance, number: signal.Signals) -> None:
+    """To every process in its container: one that is stopped goes on taking connections, and answers none."""
+    for (pid,) in docker.client.top(_container_of(instance), ps_args="-eo pid")["Processes"]:
+        os.kill(int(pid), number)
 
 
 def _container_of(instance: Instance) -> str:

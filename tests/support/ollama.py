@@ -24,7 +24,8 @@ OPTIONS of a model, all optional:
 
 Faults (seconds, percent of the weights, or true):
 
-    slow_load: s, stuck_load, crash_at_load, max_loaded: n, never_unload, unload_after: s, evict_after: s
+    slow_load: s, stuck_load, crash_at_load, max_loaded: n, unload_after: s, evict_after: s
+    never_unload, refuse_unload: text
     pull_slow: bytes/s, pull_stuck_at: %, pull_error_at: {"percent": %, "error": text}, disk_full_at: %,
     pull_kill_server_at: %, digest_mismatch, registry_down
     port_in_use, crash_on_start: text, ignore_sigterm, slow_ps: s, hang

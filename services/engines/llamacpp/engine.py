@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +28,10 @@ from services.engines.llamacpp.gguf import (
     read_header,
     split_parts,
 )
-from services.engines.llamacpp.instance import LlamaCppInstance
+from services.engines.llamacpp.instance import LlamaCppInstance, answers, endpoint_of
 from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
 from services.engines.port import (
+    ADOPT_PATIENCE,
     HOST_DEVICE,
     Endpoint,
     EngineError,
@@ -36,6 +39,7 @@ from services.engines.port import (
     LoadFailed,
     Model,
     Need,
+    NotYet,
     OnExit,
     Report,
 )
@@ -46,7 +50,7 @@ log = structlog.get_logger(__name__)
 
 REPACKED_SHARE = 0.1
 ADOPT_SECONDS = 2.0
-"""How long a process that was left behind may take to answer, and to stop if it doesn't."""
+"""How long a process that was left behind may take to answer each question of one look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,19 @@ class _File:
     header: GGUFHeader | None
     size_bytes: int
     fault: str | None
+
+
+@dataclass(slots=True)
+class Left:
+    """A process that an earlier run of the app left loaded, as long as nobody goes on with it."""
+
+    record: Record
+    silent_since: float | None = None
+
+    def is_over(self, now: float) -> bool:
+        """Whether to end it, after a look at which it did not answer: a busy one is given time."""
+        self.silent_since = now if self.silent_since is None else self.silent_since
+        return now - self.silent_since > ADOPT_PATIENCE
 
 
 class LlamaCpp:
@@ -82,7 +99,8 @@ class LlamaCpp:
         self._gpu_bytes = gpu_bytes
         self._files: dict[Path, _File] = {}
         self._registry = registry
-        self._left: dict[str, Record] | None = None
+        self._found: list[Record] = []
+        self._left: dict[str, Left] = {}
         self._launcher: Launcher = (
             NativeLauncher(native_server, registry) if native_server else EmbeddedLauncher(registry, standby=standby)
         )
@@ -110,17 +128,14 @@ class LlamaCpp:
         )
 
     def estimate(self, model: Model) -> Need:
-        header = self._look(self._path(model)).header
+        header = self._header(model)
         size = 0
         if header is not None:
-            size = estimate_bytes(header, self._context(model), self._slots(model), repack=_mapped(header))
+            size = estimate_bytes(header, self._context(model, header), self._slots(model), repack=_mapped(header))
         return Need(device=_device(model), bytes=size, basis="estimated")
 
     def settings_key(self, model: Model) -> str:
-        options = sorted((key, str(value)) for key, value in model.options.items())
-        return (
-            f"{self._launcher.kind} ctx={self._context(model)} slots={self._slots(model)} {options} {model.size_bytes}"
-        )
+        return self._key(model, self._header(model))
 
     def bring(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
         """Its models are here: what is not is downloaded by a job of its own."""
@@ -128,6 +143,8 @@ class LlamaCpp:
     def launch(self, model: Model, on_exit: OnExit) -> LlamaCppInstance:
         if model.fault:
             raise LoadFailed(model.fault)
+        self._end_left(model.id)  # asked for anew: two of it would not fit
+        header = self._header(model)
         key = secrets.token_urlsafe(24)
 
         def note(process: GroupLeader, endpoint: Endpoint) -> None:
@@ -136,16 +153,15 @@ class LlamaCpp:
                 name=model.id,
                 address=endpoint.origin,
                 log=str(process.log_path),
-                spec=self._spec(model),
+                spec=self._spec(model, header),
                 key=key,
             )
 
-        header = self._look(self._path(model)).header
         order = Order(
             path=model.source,
             mapped=header is None or _mapped(header),
             alias=model.id,
-            context_length=self._context(model),
+            context_length=self._context(model, header),
             parallel=self._slots(model),
             threads=_whole_number(model.options.get("threads"), psutil.cpu_count(logical=False) or os.cpu_count() or 1),
             device=_device(model),
@@ -162,29 +178,30 @@ class LlamaCpp:
         )
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        if self._left is None:
-            self._left = self._take_stock(models)
+        """What an earlier run left loaded as it would be loaded now; at the first call, whatever else it left is ended.
+
+        Reads nothing: the records were read by `prepare`, the files by `describe`.
+        """
+        if self._found:
+            found, self._found = self._found, []
+            self._sort_out(found, models)
         return [model for model in models if model.id in self._left]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> LlamaCppInstance | None:
-        record = self._left.pop(model.id, None) if self._left else None
-        if record is None:
+        left = self._left.get(model.id)
+        if left is None:
             return None
-
-        def find(ended: OnEnd) -> Started:
-            return Started(self._registry.take_over(record, ended), record.address)
-
-        try:
-            instance = LlamaCppInstance(model, record.key, _device(model), find, on_exit, self._gpu_bytes)
-        except psutil.NoSuchProcess:
+        endpoint = endpoint_of(left.record.address, left.record.key)
+        if answers(endpoint, ADOPT_SECONDS):
+            self._left.pop(model.id, None)
+            return self._take_over(model, left.record, endpoint, on_exit)
+        if not self._registry.is_alive(left.record):
+            self._left.pop(model.id, None)
             return None
-        try:
-            instance.wait_ready(lambda _: None, ADOPT_SECONDS)
-        except LoadFailed as error:
-            log.warning("an engine that was left behind does not answer", model=model.id, reason=str(error))
-            instance.stop(ADOPT_SECONDS)
+        if left.is_over(time.monotonic()):
+            self._end_left(model.id)
             return None
-        return instance
+        raise NotYet(f"The process of {model.id} is there, but does not answer yet.")
 
     def remove(self, model: Model) -> None:
         path = self._path(model)
@@ -200,24 +217,61 @@ class LlamaCpp:
             raise EngineError(f"The files of {model.id} can't be deleted: {error}.") from None
 
     def prepare(self) -> None:
+        self._found = self._registry.engines()
         self._launcher.prepare()
 
     def close(self) -> None:
         self._launcher.close()
+        for model_id in list(self._left):
+            self._end_left(model_id)  # nobody would know of it any more
 
-    def _take_stock(self, models: Sequence[Model]) -> dict[str, Record]:
-        """What an earlier run of the app left loaded, by model. What nobody would load like that is ended."""
-        specs = {model.id: self._spec(model) for model in models}
-        left = {}
-        for record in self._registry.engines():
-            if specs.get(record.name) == record.spec and record.name not in left:
-                left[record.name] = record
+    def _take_over(self, model: Model, record: Record, endpoint: Endpoint, on_exit: OnExit) -> LlamaCppInstance | None:
+        def find(ended: OnEnd) -> Started:
+            return Started(self._registry.take_over(record, ended), record.address)
+
+        try:
+            return LlamaCppInstance(model, record.key, _device(model), find, on_exit, self._gpu_bytes, ready=endpoint)
+        except psutil.NoSuchProcess:
+            return None
+
+    def _sort_out(self, found: Sequence[Record], models: Sequence[Model]) -> None:
+        """Tell what can be gone on with from what nobody would load like that, which is ended."""
+        specs = {model.id: self._spec(model, self._known_header(model)) for model in models}
+        strange = []
+        for record in found:
+            if specs.get(record.name) == record.spec and record.name not in self._left:
+                self._left[record.name] = Left(record)
             else:
-                self._registry.end(record)
-        return left
+                strange.append(record)
+        if strange:
+            threading.Thread(target=self._end_all, args=(strange,), name="llamacpp-leftovers", daemon=True).start()
 
-    def _spec(self, model: Model) -> str:
-        return f"{self.settings_key(model)} {model.source}"
+    def _end_all(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self._registry.end(record)
+
+    def _end_left(self, model_id: str) -> None:
+        """End what was left of a model, if something was, because nobody goes on with it."""
+        left = self._left.pop(model_id, None)
+        if left is not None and self._registry.is_alive(left.record):
+            self._registry.end(left.record)
+
+    def _spec(self, model: Model, header: GGUFHeader | None) -> str:
+        return f"{self._key(model, header)} {model.source}"
+
+    def _key(self, model: Model, header: GGUFHeader | None) -> str:
+        options = sorted((key, str(value)) for key, value in model.options.items())
+        context = self._context(model, header)
+        return f"{self._launcher.kind} ctx={context} slots={self._slots(model)} {options} {model.size_bytes}"
+
+    def _header(self, model: Model) -> GGUFHeader | None:
+        """Of its file as it is now."""
+        return self._look(self._path(model)).header
+
+    def _known_header(self, model: Model) -> GGUFHeader | None:
+        """Of its file when it was last looked at; of one that was described as its source says."""
+        known = self._files.get(Path(model.source))
+        return known.header if known is not None else None
 
     def _path(self, model: Model) -> Path:
         path = Path(model.source).expanduser()
@@ -231,9 +285,8 @@ class LlamaCpp:
             self._files[path] = known
         return known
 
-    def _context(self, model: Model) -> int:
+    def _context(self, model: Model, header: GGUFHeader | None) -> int:
         asked = _whole_number(model.options.get("context_length"), self._context_length)
-        header = self._look(self._path(model)).header
         return min(asked, header.context_length) if header and header.context_length else asked
 
     def _slots(self, model: Model) -> int:

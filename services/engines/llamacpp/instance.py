@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import psutil
-import requests
 
 from services.engines.llamacpp.launch import OnEnd, Started
 from services.engines.port import (
@@ -24,7 +23,7 @@ from services.engines.port import (
     Usage,
 )
 from services.engines.processes import GroupLeader, say_exit
-from services.http import control_session
+from services.http import FetchError, fetch
 
 LOOK_SECONDS = 0.01
 """How often a load is looked at; readiness has to be noticed within 50 ms."""
@@ -36,7 +35,8 @@ PROBE_TIMEOUT = 5.0
 class LlamaCppInstance(Sleepless):
     """One llama.cpp server process and the model in it.
 
-    `start` brings the process up, or finds it; `on_warm` is told once it has given its first token.
+    `start` brings the process up, or finds it; `on_warm` is told once it has given its first token. `ready` is where
+    one answers that was found.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class LlamaCppInstance(Sleepless):
         on_exit: OnExit,
         gpu_bytes: GpuBytes,
         on_warm: Callable[[GroupLeader, Endpoint], None] = lambda _process, _endpoint: None,
+        ready: Endpoint | None = None,
     ) -> None:
         self.model = model
         self._device = device
@@ -55,8 +56,7 @@ class LlamaCppInstance(Sleepless):
         self._on_warm = on_warm
         self._on_exit = on_exit
         self._stopping = threading.Event()
-        self._http = control_session({"Authorization": f"Bearer {key}"})
-        self._endpoint: Endpoint | None = None
+        self._endpoint = ready
         self._key = key
         self._launched_at = time.monotonic()
         self._started = start(self._ended)
@@ -68,7 +68,7 @@ class LlamaCppInstance(Sleepless):
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
         deadline = self._launched_at + timeout
         seen: Evidence | None = None
-        while not self._answers():
+        while self._endpoint is None and not self._answers():
             self._fail_if_gone()
             if time.monotonic() > deadline:
                 raise LoadFailed(f"It was not ready after {timeout:.0f} s.", self.log_tail())
@@ -83,12 +83,13 @@ class LlamaCppInstance(Sleepless):
     def warm_up(self, timeout: float) -> None:
         assert self._endpoint is not None, "wait_ready comes first"
         question = {"prompt": "Hello", "max_tokens": 1, "cache_prompt": False}
+        url = f"{self._endpoint.origin}/v1/completions"
         try:
-            answer = self._http.post(f"{self._endpoint.origin}/v1/completions", json=question, timeout=timeout)
-        except requests.RequestException as error:
+            answer = fetch("POST", url, body=question, headers=self._endpoint.headers, timeout=timeout)
+        except FetchError as error:
             self._fail_if_gone()
             raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
-        if answer.status_code != 200:
+        if answer.status != 200:
             raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
         self._on_warm(self._started.process, self._endpoint)
 
@@ -124,20 +125,12 @@ class LlamaCppInstance(Sleepless):
             raise LoadFailed(first_cause(self.log_tail(), process.exit_code or 0), self.log_tail())
 
     def _answers(self) -> bool:
-        """Whether the server is healthy *and* lists a model: its port can be open before either."""
+        """Whether it is ready by its own word."""
         origin = self._started.origin()
-        if origin is None:
-            return False
-        try:
-            if self._http.get(f"{origin}/health", timeout=PROBE_TIMEOUT).status_code != 200:
-                return False
-            listed = self._http.get(f"{origin}/v1/models", timeout=PROBE_TIMEOUT)
-            ready = listed.status_code == 200 and bool(listed.json().get("data"))
-        except (requests.RequestException, ValueError):
-            return False
-        if ready:
-            self._endpoint = Endpoint(origin, {"Authorization": f"Bearer {self._key}"})
-        return ready
+        endpoint = endpoint_of(origin, self._key) if origin is not None else None
+        if endpoint is not None and answers(endpoint, PROBE_TIMEOUT):
+            self._endpoint = endpoint
+        return self._endpoint is not None
 
     def _evidence(self) -> Evidence:
         total, read = self.model.size_bytes, self._started.bytes_read()
@@ -159,6 +152,22 @@ class LlamaCppInstance(Sleepless):
             if (total - read) * elapsed > read * LONG_SECONDS:
                 words += ", this may take a while"
         return words
+
+
+def endpoint_of(origin: str, key: str) -> Endpoint:
+    """Of a server that answers those who know its key."""
+    return Endpoint(origin, {"Authorization": f"Bearer {key}"})
+
+
+def answers(endpoint: Endpoint, timeout: float) -> bool:
+    """Whether a server is healthy *and* lists a model, each within `timeout`: its port can be open before either."""
+    try:
+        if fetch("GET", f"{endpoint.origin}/health", headers=endpoint.headers, timeout=timeout).status != 200:
+            return False
+        listed = fetch("GET", f"{endpoint.origin}/v1/models", headers=endpoint.headers, timeout=timeout)
+        return listed.status == 200 and bool(listed.document().get("data"))
+    except (FetchError, ValueError):
+        return False
 
 
 def first_cause(log_tail: str, exit_code: int) -> str:

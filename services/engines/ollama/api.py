@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import threading
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
-import requests
+import structlog
 
 from services.engines.port import EngineError
-from services.http import control_session
+from services.http import FetchError, Refused, Request
 
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 ASK_SECONDS = 5.0
 LOOK_SECONDS = 2.0
 FOR_EVER = -1
 """`keep_alive` as a number: the string "-1" is an error (seen with 0.24.0)."""
+RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "low_vram")
+"""Options for which Ollama starts a runner anew when a request comes with other values (0.24; older ones the last two).
+"""
+HASH_LENGTH = 12
+LONGEST_NAME = 500
+MOST_TOLD = 5
+_OPENED = re.compile(r"(?:FROM|ADAPTER) (.*[/\\]sha256-[0-9a-f]{64})\s*")
 FAR_AWAY_YEARS = 100
 """A model that is kept for ever expires about the year 2319."""
 
@@ -68,14 +75,34 @@ class Running:
     vram_bytes: int
     context_length: int | None
     expires_at: float | None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What `/api/show` adds: the file of the weights as Ollama sees it, and the context it was trained for."""
+    """What `/api/show` adds: the files that a runner opens, as Ollama sees them, weights first, then what is laid over
+    them (projectors, adapters); the context it was trained for; and the runner options that its Modelfile sets.
+    """
 
-    blob: str | None
-    context_length: int | None
+    blobs: tuple[str, ...] = ()
+    context_length: int | None = None
+    runner_options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def blob(self) -> str | None:
+        """The file of the weights."""
+        return self.blobs[0] if self.blobs else None
+
+    def held_as(self, options: Mapping[str, object] | None = None) -> str | None:
+        """What of it lies in memory once it is loaded with `options` besides: files and runner options, shortly.
+
+        None when nobody knows the files.
+        """
+        if not self.blobs:
+            return None
+        files = [blob.rpartition("sha256-")[2][:HASH_LENGTH] for blob in self.blobs]
+        merged = {**self.runner_options, **(options or {})}
+        return " ".join([*files, *(f"{name}={value}" for name, value in sorted(merged.items()))])
 
 
 class OllamaApi:
@@ -83,23 +110,27 @@ class OllamaApi:
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
-        self._http = control_session()
+        self._odd: dict[str, list[str]] = {}
 
     def installed(self, timeout: float = ASK_SECONDS) -> list[Installed]:
         """What is on its disk; stubs of models that run in a cloud are none of this machine's."""
-        found = self._get("/api/tags", timeout).get("models") or []
-        return [_installed(entry) for entry in found if not entry.get("remote_host")]
+        return self._entries("/api/tags", timeout, _installed)
 
     def running(self) -> list[Running]:
         """What is loaded. A model that is being loaded is absent, one just unloaded may stay for 50 ms."""
-        return [_running(entry) for entry in self._get("/api/ps", LOOK_SECONDS).get("models") or []]
+        return self._entries("/api/ps", LOOK_SECONDS, _running)
 
     def show(self, name: str) -> Shown:
         document = self._post("/api/show", {"model": name})
-        blob = re.search(r"^FROM (.*[/\\]sha256-[0-9a-f]{64})\s*$", str(document.get("modelfile", "")), re.MULTILINE)
-        lengths = [v for k, v in (document.get("model_info") or {}).items() if k.endswith(".context_length")]
-        trained = lengths[0] if lengths and isinstance(lengths[0], int) else None
-        return Shown(blob.group(1) if blob else None, trained)
+        facts = document.get("model_info")
+        lengths = [v for k, v in facts.items() if k.endswith(".context_length")] if isinstance(facts, dict) else []
+        trained = lengths[0] if lengths and _is_count(lengths[0]) else None
+        modelfile, parameters = document.get("modelfile"), document.get("parameters")
+        return Shown(
+            _opened_files(modelfile) if isinstance(modelfile, str) else (),
+            trained,
+            _runner_options(parameters) if isinstance(parameters, str) else {},
+        )
 
     def unload(self, name: str) -> None:
         """Ask for an unload. The answer comes at once, the memory is free a little later."""
@@ -107,88 +138,64 @@ class OllamaApi:
 
     def delete(self, name: str) -> None:
         """Remove a model's files. Does not unload it first."""
-        self._ask("DELETE", "/api/delete", {"model": name}, ASK_SECONDS)
+        self.answer(Request("DELETE", f"{self.base_url}/api/delete", timeout=ASK_SECONDS, body={"model": name}))
 
     def derive(self, name: str, source: str, context_length: int) -> None:
         """Make `name`: the same weights as `source`, with a context of its own. Takes no disk space."""
         body = {"model": name, "from": source, "parameters": {"num_ctx": context_length}, "stream": False}
         self._post("/api/create", body, 60.0)
 
-    def close(self) -> None:
-        self._http.close()
+    def request(self, path: str, body: Mapping[str, object], timeout: float) -> Request:
+        """A POST that may take minutes, such as a load, for `answer`. Aborting it drops it, which Ollama notices."""
+        return Request("POST", self.base_url + path, timeout=timeout, body=body)
 
-    def _get(self, path: str, timeout: float = ASK_SECONDS) -> dict[str, Any]:
-        return self._ask("GET", path, None, timeout)
+    def answer(self, request: Request) -> dict[str, Any]:
+        """Send it and block until the whole answer is here."""
+        try:
+            answer = request.answer()
+        except FetchError as error:
+            raise unreachable(self.base_url, error) from None
+        return understand(answer.status, answer.content)
+
+    def _entries(self, path: str, timeout: float, read: Callable[[Mapping[str, Any]], T | None]) -> list[T]:
+        """What `read` makes of each model that is listed there. One that it can't read is left out, the others stay.
+
+        Lists are asked for every second, so what is odd is logged when it changes.
+        """
+        listed = self.answer(Request("GET", self.base_url + path, timeout=timeout)).get("models")
+        if not isinstance(listed, list | None):
+            raise OllamaError(f"a list that can't be read: {reprlib.repr(listed)}", 200)
+        found: list[T] = []
+        odd: list[str] = []
+        for entry in listed or []:
+            try:
+                item = read(entry)
+            except (ValueError, TypeError, AttributeError, KeyError):
+                odd.append(reprlib.repr(entry))
+            else:
+                found += [] if item is None else [item]
+        if odd and odd != self._odd.get(path):
+            log.warning("Ollama lists what can't be read; it is left out", path=path, entries=odd[:MOST_TOLD])
+        self._odd[path] = odd
+        return found
 
     def _post(self, path: str, body: Mapping[str, object], timeout: float = ASK_SECONDS) -> dict[str, Any]:
-        return self._ask("POST", path, body, timeout)
-
-    def _ask(self, method: str, path: str, body: Mapping[str, object] | None, timeout: float) -> dict[str, Any]:
-        try:
-            answer = self._http.request(method, self.base_url + path, json=body, timeout=timeout)
-        except requests.ConnectionError as error:
-            raise unreachable(self.base_url, refused="refused" in str(error)) from None
-        except requests.RequestException:
-            raise unreachable(self.base_url, refused=False) from None
-        return understand(answer.status_code, answer.content)
+        return self.answer(self.request(path, body, timeout))
 
 
-class LongRequest:
-    """One POST that may take minutes, such as a load. `abort` from any thread drops it, which Ollama notices."""
-
-    def __init__(self, base_url: str, path: str, body: Mapping[str, object], timeout: float) -> None:
-        parts = urlsplit(base_url)
-        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=timeout)
-        self._base_url = base_url
-        self._path = path
-        self._body = json.dumps(body)
-        self._lock = threading.Lock()
-        self._aborted = False
-
-    def answer(self) -> dict[str, Any]:
-        """Send it and block until the whole answer is here.
-
-        Raises OllamaUnreachable, also when it was aborted, and OllamaError.
-        """
-        try:
-            self._connect()
-            self._connection.request("POST", self._path, self._body, {"Content-Type": "application/json"})
-            answer = self._connection.getresponse()
-            return understand(answer.status, answer.read())
-        except ConnectionRefusedError:
-            raise unreachable(self._base_url, refused=True) from None
-        except (OSError, HTTPException) as error:
-            raise OllamaUnreachable(f"Ollama broke off: {error or type(error).__name__}.", refused=False) from None
-        finally:
-            self._connection.close()
-
-    def abort(self) -> None:
-        with self._lock:
-            self._aborted = True
-            if self._connection.sock is not None:
-                with suppress(OSError):
-                    self._connection.sock.shutdown(socket.SHUT_RDWR)
-
-    def _connect(self) -> None:
-        self._connection.connect()
-        with self._lock:
-            if self._aborted:
-                raise ConnectionAbortedError("it was called off")
-
-
-def unreachable(base_url: str, *, refused: bool) -> OllamaUnreachable:
-    if refused:
+def unreachable(base_url: str, error: FetchError) -> OllamaUnreachable:
+    """What it means that no whole answer came, and what to do."""
+    if isinstance(error, Refused):
         words = f"Ollama is not running at {base_url}. Start it on the Models page, or with `ollama serve`."
-    else:
-        words = f"Ollama at {base_url} does not answer. Look at its log, or start it again."
-    return OllamaUnreachable(words, refused=refused)
+        return OllamaUnreachable(words, refused=True)
+    words = f"Ollama at {base_url} does not answer: {error}. Look at its log, or start it again."
+    return OllamaUnreachable(words, refused=False)
 
 
 def understand(status: int, content: bytes) -> dict[str, Any]:
     """A whole answer's document. Raises OllamaError with Ollama's own words when it is an error."""
     document: Any = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         document = json.loads(content) if content.strip() else {}
     error = document.get("error") if isinstance(document, dict) else None
     if isinstance(error, dict):  # under /v1
@@ -200,28 +207,93 @@ def understand(status: int, content: bytes) -> dict[str, Any]:
     return document
 
 
-def _installed(entry: Mapping[str, Any]) -> Installed:
-    details = entry.get("details") or {}
-    words = [details.get("parameter_size"), details.get("quantization_level")]
-    about = " ".join(str(word) for word in words if word and word != "unknown")
-    return Installed(str(entry["name"]), str(entry.get("digest", "")), int(entry.get("size") or 0), about)
+def _installed(entry: Mapping[str, Any]) -> Installed | None:
+    """None for a stub. Raises ValueError and what a wrong type makes Python raise."""
+    if entry.get("remote_host"):
+        return None
+    details = entry.get("details")
+    known = details if isinstance(details, dict) else {}
+    words = [known.get("parameter_size"), known.get("quantization_level")]
+    about = " ".join(word for word in words if isinstance(word, str) and word != "unknown")
+    return Installed(_name(entry), _text(entry, "digest"), _count(entry, "size"), about)
 
 
 def _running(entry: Mapping[str, Any]) -> Running:
-    context = entry.get("context_length")
+    """Raises ValueError and what a wrong type makes Python raise."""
     return Running(
-        name=str(entry.get("name") or entry.get("model")),
-        size_bytes=int(entry.get("size") or 0),
-        vram_bytes=int(entry.get("size_vram") or 0),
-        context_length=int(context) if context else None,
-        expires_at=_unix(str(entry.get("expires_at", ""))),
+        name=_name(entry),
+        size_bytes=_count(entry, "size"),
+        vram_bytes=_count(entry, "size_vram"),
+        context_length=_count(entry, "context_length") or None,
+        expires_at=_unix(_text(entry, "expires_at")),
+        digest=_text(entry, "digest"),
     )
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    name = _text(entry, "name") or _text(entry, "model")
+    if not name or len(name) > LONGEST_NAME or not name.isprintable():
+        raise ValueError("no name")
+    return name
+
+
+def _text(document: Mapping[str, Any], key: str) -> str:
+    """What isn't there, or is null, is empty. Raises ValueError."""
+    value = document.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{key} is no text")
+    return value or ""
+
+
+def _count(document: Mapping[str, Any], key: str) -> int:
+    """Go leaves out a number that is 0. Raises ValueError."""
+    value = document.get(key)
+    if value is None:
+        return 0
+    if not _is_count(value):
+        raise ValueError(f"{key} is no count")
+    return int(value)
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a number that Go could have meant (an int64): larger ones break whoever computes with them."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _opened_files(modelfile: str) -> tuple[str, ...]:
+    """The files that a Modelfile names, which come before all that its author wrote (TEMPLATE, SYSTEM, …)."""
+    found = []
+    for line in modelfile.splitlines():
+        opened = _OPENED.fullmatch(line)
+        if opened is not None:
+            found.append(opened[1])
+        elif line.strip() and not line.startswith(("#", "FROM ", "ADAPTER ")):
+            break
+    return tuple(found)
+
+
+def _runner_options(parameters: str) -> dict[str, str]:
+    """Of `num_ctx    4096` lines, those that make a runner; numbers in one spelling (`1e+06`, `1000000`)."""
+    found = {}
+    for line in parameters.splitlines():
+        name, _, value = line.strip().partition(" ")
+        if name in RUNNER_OPTIONS:
+            found[name] = _spelled(value.strip())
+    return found
+
+
+def _spelled(value: str) -> str:
+    try:
+        return f"{float(value):.0f}"
+    except (ValueError, OverflowError):
+        return value
 
 
 def _unix(moment: str) -> float | None:
     """RFC 3339 with nanoseconds (`2026-11-21T03:31:24.992507865Z`) as Unix time; None when it is for ever."""
     try:
         at = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", moment)).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return None if at.year - datetime.now(UTC).year > FAR_AWAY_YEARS else at.timestamp()
+    far = at.year - datetime.now(UTC).year > FAR_AWAY_YEARS
+    return None if far or at.timestamp() < 0 else at.timestamp()  # Go's zero time is in the year 1

@@ -7,9 +7,7 @@ for: that takes none, and different ones would have Ollama load the model again.
 
 from __future__ import annotations
 
-import re
 import threading
-import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -18,23 +16,19 @@ from pathlib import Path
 
 from services.abort import Abort
 from services.engines.llamacpp.gguf import GGUFError, estimate_bytes, read_header
-from services.engines.ollama.api import Installed, OllamaApi, OllamaError, OllamaUnreachable, Shown, unreachable
+from services.engines.ollama.api import Installed, OllamaApi, OllamaError, Running, unreachable
 from services.engines.ollama.instance import OllamaInstance, Server, ServerProcess
+from services.engines.ollama.inventory import OURS, Inventory, derived_name
 from services.engines.ollama.names import full_name
 from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Look, OllamaWatch
 from services.engines.port import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
+from services.http import Refused
 from services.offhub import off_hub
 
-LIST_SECONDS = 1.0
-FIRST_LIST_SECONDS = 0.5
-LIST_TIMEOUT = 3.0
-SHOW_AGAIN_SECONDS = 10.0
 OVERHEAD_BYTES = 64_000_000
 OVERHEAD_SHARE = 0.15
 """What a model takes beyond its file when the file can't be read: a runner holds 57 MB empty, the rest is cache."""
-OURS = "switchyard/"
-"""Names that begin so are made here; see `_served_name`."""
 
 
 class Ollama:
@@ -61,37 +55,34 @@ class Ollama:
     ) -> None:
         self._api = OllamaApi(base_url)
         self._watch = OllamaWatch(self._api, self._note)
-        self._server = Server(self._api, self._watch, local, process, downfall, gpu_bytes)
+        self._inventory = Inventory(self._api)
+        self._server = Server(self._api, self._watch, self._inventory, local, process, downfall, gpu_bytes)
         self._gpus = gpus
         self._context_length = context_length
         self._lock = threading.Lock()
         self._instances: weakref.WeakSet[OllamaInstance] = weakref.WeakSet()
-        self._installed: dict[str, Installed] | None = None
-        self._listed_at = float("-inf")
-        self._shown: dict[str, Shown] = {}
-        self._show_after = float("-inf")
         self._estimates: dict[tuple[str, int], int] = {}
-        self._serving = False
 
     def discover(self) -> Sequence[Model]:
-        found = [n for n in self._list() if not n.startswith(OURS)]
+        found = [n for n in self._inventory.list() if not n.startswith(OURS)]
         return [self.describe(Model(id=name, engine=self.name, source=name)) for name in found]
 
     def describe(self, model: Model) -> Model:
         source = full_name(model.source)
         model = replace(model, source=source)
-        installed = self._list().get(source)
+        installed = self._inventory.list().get(source)
         if installed is None:
-            known = self._installed is not None
+            known = self._inventory.known
             return replace(model, fault=f"Ollama has no model {source}. Download it first." if known else None)
-        if self._serving:
-            self._show(installed)
+        if self._inventory.serving:
+            self._inventory.show(installed.name, installed.digest)
         return replace(
             model,
             size_bytes=installed.size_bytes,
             description=model.description or installed.about,
             aliases=_aliases(model.id, source),
             digest=installed.digest,
+            held_as=self._held_as(replace(model, digest=installed.digest)),
         )
 
     def estimate(self, model: Model) -> Need:
@@ -109,27 +100,34 @@ class Ollama:
     def launch(self, model: Model, on_exit: OnExit) -> OllamaInstance:
         if model.fault:
             raise EngineError(model.fault)
-        installed = self._list(fresh=True).get(model.source)
-        if self._installed is None or self._watch.look().reachable is False:
-            raise unreachable(self._api.base_url, refused=True)
+        installed = self._inventory.list(fresh=True).get(model.source)
+        if not self._inventory.known or self._watch.look().reachable is False:
+            raise unreachable(self._api.base_url, Refused("nobody listens there"))
         if installed is None:
             raise EngineError(f"Ollama has no model {model.source} any more. Download it again.")
-        self._show(installed)
-        return self._instance(model, self._served_name(model, installed), on_exit, ready=False)
+        self._inventory.show(installed.name, installed.digest)
+        return self._instance(replace(model, digest=installed.digest), self._served_name(model, installed), on_exit)
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        """Of two that are listed with the same source, the first: it is one model in Ollama's memory."""
-        by_source = {model.source: model for model in reversed(models)}
-        sources = {self._source_of(name) for name in self._watch.latest.models}
-        return [model for source, model in by_source.items() if source in sources]
+        """Every model that what is listed there serves, under whichever of its names Ollama lists it.
+
+        Where nothing tells what lies in memory the listed name counts: of two models with that source, the first.
+        """
+        listed = list(self._watch.latest.models.values())
+        return list({model.id: model for entry in listed for model in self._served_by(entry, models)}.values())
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> OllamaInstance | None:
-        names = [name for name in self._watch.latest.models if self._source_of(name) == model.source]
-        return self._instance(model, names[0], on_exit, ready=True) if names else None  # asks nobody: see `loaded`
+        for entry in list(self._watch.latest.models.values()):  # asks nobody: see `loaded`
+            if self._served_by(entry, [model]):
+                name = self._name_beside(entry, model) or entry.name
+                return self._instance(model, name, on_exit, ready=True)
+        return None
 
     def remove(self, model: Model) -> None:
         base = model.source
-        for name in [n for n in self._list(fresh=True) if n.startswith(OURS) and self._source_of(n) == base]:
+        for name in [
+            n for n in self._inventory.list(fresh=True) if n.startswith(OURS) and self._inventory.source_of(n) == base
+        ]:
             with suppress(OllamaError):
                 self._api.delete(name)
         try:
@@ -137,17 +135,17 @@ class Ollama:
         except OllamaError as error:
             if error.status != 404:
                 raise
-        self._list(fresh=True)
+        self._inventory.list(fresh=True)
 
     def installed(self) -> Sequence[Installed]:
         """What is on the server's disk as last listed, without the names made here. Asks nobody."""
-        return [entry for name, entry in (self._installed or {}).items() if not name.startswith(OURS)]
+        return [entry for name, entry in self._inventory.latest.items() if not name.startswith(OURS)]
 
     def models_folder(self) -> Path | None:
         """Where a server on this machine keeps its files; None when that can't be known from here."""
         if not self._server.local:
             return None
-        blob = next((shown.blob for shown in list(self._shown.values()) if shown.blob), None)
+        blob = self._inventory.any_blob()
         if blob is not None:
             return Path(blob).parent.parent
         process = self._server.process()
@@ -155,12 +153,11 @@ class Ollama:
 
     def prepare(self) -> None:
         """Begin to watch the server."""
-        self._serving = True
+        self._inventory.serving = True
         self._watch.start()
 
     def close(self) -> None:
         self._watch.stop()
-        self._api.close()
 
     def _note(self, look: Look) -> None:
         with self._lock:
@@ -168,41 +165,34 @@ class Ollama:
         for instance in instances:
             instance.note(look)
 
-    def _instance(self, model: Model, name: str, on_exit: OnExit, *, ready: bool) -> OllamaInstance:
-        def blob() -> str | None:
-            shown = self._shown.get(model.digest or "")
-            return shown.blob if shown is not None else None
-
-        instance = OllamaInstance(self._server, model, name, blob, self._device(model), on_exit, ready=ready)
+    def _instance(self, model: Model, name: str, on_exit: OnExit, *, ready: bool = False) -> OllamaInstance:
+        instance = OllamaInstance(self._server, model, name, self._device(model), on_exit, ready=ready)
         with self._lock:
             self._instances.add(instance)
         return instance
 
-    def _list(self, *, fresh: bool = False) -> dict[str, Installed]:
-        """What is installed, at most a second old; what was last known when the server doesn't answer."""
-        with self._lock:
-            known = self._installed or {}
-            if not fresh and time.monotonic() - self._listed_at < LIST_SECONDS:
-                return known
-            self._listed_at = time.monotonic()
-        try:
-            listed = self._api.installed(LIST_TIMEOUT if self._serving else FIRST_LIST_SECONDS)
-        except (OllamaError, OllamaUnreachable):
-            return known
-        with self._lock:
-            self._installed = {entry.name: entry for entry in listed}
-            return self._installed
+    def _served_by(self, entry: Running, models: Sequence[Model]) -> list[Model]:
+        """Which of these models what is listed as `entry` serves."""
+        same = [model for model in models if self._name_beside(entry, model) is not None]
+        source = self._inventory.source_of(entry.name)
+        return same or [model for model in models if model.source == source][:1]
 
-    def _show(self, installed: Installed) -> None:
-        """Learn more of a model than the list tells, once for each version of it."""
-        if installed.digest in self._shown or time.monotonic() < self._show_after:
-            return
-        try:
-            self._shown[installed.digest] = self._api.show(installed.name)
-        except OllamaUnreachable:
-            self._show_after = time.monotonic() + SHOW_AGAIN_SECONDS  # forty models must not wait forty times
-        except OllamaError:
-            self._shown[installed.digest] = Shown(None, None)
+    def _name_beside(self, entry: Running, model: Model) -> str | None:
+        """The name to ask a model by where what is listed as `entry` is the same in memory; None where it isn't.
+
+        The names differ in what is no matter of memory, such as the system prompt, so each model is asked by its own.
+        """
+        held_as = self._inventory.held_as(entry.name, entry.digest)
+        if held_as is None or model.held_as != held_as:
+            return None
+        if self._inventory.source_of(entry.name) == model.source:
+            return entry.name
+        names = self._inventory.names_of(model.source)
+        return next((name for name in names if self._inventory.held_as(name) == held_as), None)
+
+    def _held_as(self, model: Model) -> str | None:
+        shown, context = self._inventory.shown(model.digest), self._context(model)
+        return shown.held_as({} if context is None else {"num_ctx": context}) if shown is not None else None
 
     def _served_name(self, model: Model, installed: Installed) -> str:
         """The name to load it by: its own, or one made here that carries the context that was asked for.
@@ -212,22 +202,13 @@ class Ollama:
         context = self._context(model)
         if context is None:
             return model.source
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.source)
-        name = f"{OURS}{stem}:ctx{context}-{installed.digest[:12]}"
-        if name not in self._list():
+        name = derived_name(installed, context)
+        if name not in self._inventory.list():
             try:
                 self._api.derive(name, model.source, context)
             except OllamaError as error:
                 raise EngineError(f"Ollama can't give {model.id} a context of {context} tokens: {error}.") from None
         return name
-
-    def _source_of(self, name: str) -> str:
-        """The model behind a name: itself, or what a name of ours was made from."""
-        if not name.startswith(OURS):
-            return name
-        stem = name.removeprefix(OURS).rpartition(":")[0]
-        matching = (n for n in self._installed or {} if re.sub(r"[^A-Za-z0-9._-]+", "-", n) == stem)
-        return next((n for n in matching if not n.startswith(OURS)), name)
 
     def _context(self, model: Model) -> int | None:
         """Tokens asked for in the settings, at most what it was trained for; None leaves it to the server."""
@@ -235,7 +216,7 @@ class Ollama:
         if not isinstance(asked, int):
             process = self._server.process()
             asked = None if process is not None and process.ours else self._context_length
-        shown = self._shown.get(model.digest or "")
+        shown = self._inventory.shown(model.digest)
         return min(asked, shown.context_length) if asked and shown and shown.context_length else asked
 
     def _device(self, model: Model) -> str:
@@ -245,7 +226,7 @@ class Ollama:
         return next(iter(self._gpus()), HOST_DEVICE) if self._server.local else HOST_DEVICE
 
     def _estimate_bytes(self, model: Model) -> int:
-        shown = self._shown.get(model.digest or "")
+        shown = self._inventory.shown(model.digest)
         context = self._context(model) or 4096
         if shown is not None and shown.blob is not None:
             key = (shown.blob, context)

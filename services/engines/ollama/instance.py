@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from services.engines.ollama.api import FOR_EVER, LongRequest, OllamaApi, OllamaError, OllamaUnreachable, Running
+from services.engines.ollama.api import FOR_EVER, OllamaApi, OllamaError, OllamaUnreachable, Running
+from services.engines.ollama.inventory import Inventory
 from services.engines.ollama.load import LoadObserver
 from services.engines.ollama.log import first_cause
 from services.engines.ollama.runners import end_runner, resident, runner_of
@@ -31,6 +32,7 @@ from services.engines.port import (
     Usage,
 )
 from services.engines.processes import tail
+from services.http import Request
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +51,14 @@ class ServerProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """Somebody here had a model unloaded; `at` is monotonic seconds."""
+
+    model_id: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """What every instance on one Ollama server shares.
 
@@ -58,16 +68,19 @@ class Server:
 
     api: OllamaApi
     watch: OllamaWatch
+    inventory: Inventory
     local: bool
     process: Callable[[], ServerProcess | None]
     downfall: Callable[[], str | None]
     gpu_bytes: GpuBytes
+    stops: dict[str, Stop] = field(default_factory=dict)
+    """The latest stop asked for here, by what lay in memory."""
 
 
 class OllamaInstance(Sleepless):
     """A model loading, loaded or being unloaded.
 
-    `name` is Ollama's for it; `blob` tells the file of its weights as soon as that is known.
+    `name` is Ollama's for it. It counts as loaded while Ollama lists that, or another name for the same in memory.
     """
 
     def __init__(
@@ -75,16 +88,14 @@ class OllamaInstance(Sleepless):
         server: Server,
         model: Model,
         name: str,
-        blob: Callable[[], str | None],
         device: str,
         on_exit: OnExit,
         *,
         ready: bool,
     ) -> None:
-        self.model = model
+        self._model = model
         self.name = name
         self._server = server
-        self._blob = blob
         self._device = device
         self._on_exit = on_exit
         self._lock = threading.Lock()
@@ -92,9 +103,17 @@ class OllamaInstance(Sleepless):
         self._over = False
         self._began = time.monotonic()
         self._ready_at: float | None = self._began if ready else None
-        self._load: LongRequest | None = None
+        self._listed_as: str | None = None
+        self._load: Request | None = None
         self._runner: int | None = None
         self._speaks = True
+
+    @property
+    def model(self) -> Model:
+        held_as = self._held_as
+        if held_as != self._model.held_as and held_as is not None:
+            self._model = replace(self._model, held_as=held_as)
+        return self._model
 
     @property
     def pid(self) -> int | None:
@@ -112,13 +131,13 @@ class OllamaInstance(Sleepless):
             path, body = "/v1/chat/completions", {"model": self.name, "messages": [hello], "max_tokens": 1}
         else:
             path, body = "/v1/embeddings", {"model": self.name, "input": "Hello"}
-        self._ask(LongRequest(self._server.api.base_url, path, body, timeout), "It did not answer its first question")
+        self._ask(self._server.api.request(path, body, timeout), "It did not answer its first question")
         self._server.watch.look()
 
     def usage(self) -> Usage | None:
-        seen = self._server.watch.latest.models.get(self.name)
-        if not self._server.local:
-            return None  # it holds nothing here
+        seen = self._seen(self._server.watch.latest)
+        if self._over or not self._server.local:
+            return None  # it holds nothing here; its runner may be another's by now
         runner = self._find_runner()
         held = resident(runner) if runner is not None else None
         on_gpu = self._on_gpu(seen, runner)
@@ -133,36 +152,58 @@ class OllamaInstance(Sleepless):
         self._stopping.set()
         with self._lock:
             load = self._load
+            if self._over:
+                return  # by now its name may stand for a runner with other options, which is another's
         if load is not None:
             load.abort()
+        held_as = self._held_as
+        if held_as is not None:
+            self._server.stops[held_as] = Stop(self._model.id, time.monotonic())
+        try:
+            self._unload(grace)
+        except EngineError:
+            self._stopping.clear()  # it serves on, and its end has to be noticed
+            self._server.stops.pop(held_as or "", None)
+            raise
+        with self._lock:
+            self._over = True
+
+    def _unload(self, grace: float) -> None:
+        """Ask for it, by the name that is listed, and wait until it is gone. Raises EngineError when it isn't."""
         deadline = time.monotonic() + grace
         try:
-            self._server.api.unload(self.name)
-            gone = self._wait_gone(deadline) or self._end_by_force(grace)
+            gone = not self._ask_to_unload() or self._wait_gone(deadline) or self._end_by_force(grace)
         except OllamaUnreachable as error:
             if not error.refused:
-                self._stopping.clear()
                 raise
             gone = True
         except OllamaError as error:
-            if error.status != 404:
-                raise EngineError(f"Ollama refuses to unload {self.model.id}: {error}.") from None
-            gone = True  # its files are gone, and with them the model
+            raise EngineError(f"Ollama refuses to unload {self._model.id}: {error}.") from None
         if not gone:
-            self._stopping.clear()  # it serves on, and its end has to be noticed
             raise EngineError(
-                f"Ollama did not unload {self.model.id} within {grace:.0f} s: another program may be using it. "
+                f"Ollama did not unload {self._model.id} within {grace:.0f} s: another program may be using it. "
                 "It goes on serving; try again later."
             )
-        with self._lock:
-            self._over = True
+
+    def _ask_to_unload(self) -> bool:
+        """Whether Ollama still knows a name of it: where all files are gone, so is the model."""
+        listed = self._seen(self._server.watch.latest)
+        names = [self.name] if listed is None else [listed.name, self.name]
+        for name in dict.fromkeys(names):
+            try:
+                self._server.api.unload(name)
+                return True
+            except OllamaError as error:
+                if error.status != 404:
+                    raise
+        return False
 
     def log_tail(self) -> str:
         path = self._log_path()
         return tail(path) if path is not None else ""
 
     def warning(self) -> str | None:
-        seen = self._server.watch.latest.models.get(self.name)
+        seen = self._seen(self._server.watch.latest)
         if seen is None:
             return None
         words = []
@@ -178,7 +219,7 @@ class OllamaInstance(Sleepless):
 
     def note(self, look: Look) -> None:
         """Take in a look at the server: a model that isn't there any more was unloaded by somebody else."""
-        if self._ready_at is None or look.at <= self._ready_at or self.name in look.models or look.reachable is None:
+        if self._ready_at is None or look.at <= self._ready_at or look.reachable is None or self._seen(look):
             return
         with self._lock:
             if self._over or self._stopping.is_set():
@@ -186,7 +227,7 @@ class OllamaInstance(Sleepless):
             self._over = True
         downfall = None if look.reachable else self._server.downfall()
         if look.reachable:
-            self._on_exit(Exit(CHANGED_HANDS, released=True))
+            self._on_exit(Exit(self._unloaded_with() or CHANGED_HANDS, released=True))
         elif downfall is None:
             self._on_exit(Exit("Ollama was stopped, and with it everything it had loaded", released=True))
         else:
@@ -202,12 +243,13 @@ class OllamaInstance(Sleepless):
                 raise
             self._speaks = False  # a model for embeddings only
             self._load_with("/api/embed", {**body, "input": "Hello"}, report, left)
-        self._ready_at = time.monotonic()
-        if self.name not in self._server.watch.look().models:
-            raise LoadFailed("Ollama said that it is loaded, but does not list it. Try again.", self.log_tail())
+        look = self._server.watch.look()
+        if self._seen(look) is None:
+            self._listed_as = self._find_other_name(look)
+        self._ready_at = look.at
 
     def _load_with(self, path: str, body: dict[str, Any], report: Report, timeout: float) -> None:
-        request = LongRequest(self._server.api.base_url, path, body, timeout)
+        request = self._server.api.request(path, body, timeout)
         done = threading.Event()
         failure: list[LoadFailed] = []
 
@@ -219,7 +261,7 @@ class OllamaInstance(Sleepless):
             finally:
                 done.set()
 
-        observer = LoadObserver(self._log_path(), self._resident, self.model.size_bytes, report)
+        observer = LoadObserver(self._log_path(), self._resident, self._model.size_bytes, report)
         threading.Thread(target=ask, name="ollama-load", daemon=True).start()
         while not done.wait(OBSERVE_SECONDS):
             observer.look()
@@ -227,14 +269,14 @@ class OllamaInstance(Sleepless):
             self._server.watch.look()  # it may have evicted others before it failed
             raise failure[0]
 
-    def _ask(self, request: LongRequest, trouble: str) -> None:
+    def _ask(self, request: Request, trouble: str) -> None:
         """Send a long request that `stop` can break off. Raises LoadFailed with the first cause."""
         with self._lock:
             self._load = request
         try:
             if self._stopping.is_set():
                 raise LoadFailed("It was stopped while loading.", self.log_tail())
-            request.answer()
+            self._server.api.answer(request)
         except (OllamaError, OllamaUnreachable) as error:
             if self._stopping.is_set():
                 raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
@@ -248,8 +290,8 @@ class OllamaInstance(Sleepless):
         """Whether it left the list, and its process this machine, before the deadline."""
         runner = self._find_runner()
         while time.monotonic() < deadline:
-            listed = self.name in self._server.watch.look().models
-            if not listed and (runner is None or resident(runner) is None):
+            listed = self._seen(self._server.watch.look())
+            if listed is None and (runner is None or resident(runner) is None):
                 return True
             time.sleep(GONE_LOOK_SECONDS)
         return False
@@ -259,7 +301,7 @@ class OllamaInstance(Sleepless):
         process, runner = self._server.process(), self._find_runner()
         if process is None or not process.ours or runner is None:
             return False
-        log.warning("Ollama did not unload a model, ending its runner", model=self.model.id, pid=runner)
+        log.warning("Ollama did not unload a model, ending its runner", model=self._model.id, pid=runner)
         end_runner(runner)
         return self._wait_gone(time.monotonic() + grace)
 
@@ -273,11 +315,48 @@ class OllamaInstance(Sleepless):
         held = resident(runner) if runner is not None else None
         return held[0] if held is not None else None
 
+    @property
+    def _held_as(self) -> str | None:
+        return self._server.inventory.held_as(self.name, self._model.digest)
+
+    def _seen(self, look: Look) -> Running | None:
+        """It, as Ollama lists it: under its own name, or the one by which another client loaded the same."""
+        listed = look.models.get(self.name) or look.models.get(self._listed_as or "")
+        held_as = self._held_as
+        if listed is not None or held_as is None:
+            return listed
+        inventory = self._server.inventory
+        return next((r for r in look.models.values() if inventory.held_as(r.name, r.digest) == held_as), None)
+
+    def _find_other_name(self, look: Look) -> str:
+        """The name under which a model is listed that Ollama said is loaded. Raises LoadFailed where there is none.
+
+        Options that are spelled out can come to the same as the server's defaults, which nobody knows: then it is the
+        files that tell, for Ollama has one runner for them.
+        """
+        inventory = self._server.inventory
+        for running in look.models.values():
+            inventory.show(running.name, running.digest)
+        mine = inventory.shown(self._model.digest)
+        for running in look.models.values():
+            shown = inventory.shown(running.digest)
+            if mine is not None and shown is not None and mine.blobs and mine.blobs == shown.blobs:
+                return running.name
+        raise LoadFailed("Ollama said that it is loaded, but does not list it. Try again.", self.log_tail())
+
+    def _unloaded_with(self) -> str | None:
+        """Why it is gone, where somebody here had another name of the same unloaded."""
+        stop = self._server.stops.get(self._held_as or "")
+        if stop is None or self._ready_at is None or stop.at < self._ready_at:
+            return None
+        return f"It was unloaded together with {stop.model_id}: they are one in Ollama's memory"
+
     def _find_runner(self) -> int | None:
         if self._runner is not None and resident(self._runner) is not None:
             return self._runner
         process = self._server.process() if self._server.local else None
-        blob = self._blob()
+        shown = self._server.inventory.shown(self._model.digest)
+        blob = shown.blob if shown is not None else None
         self._runner = runner_of(process.pid, blob) if process is not None and blob is not None else None
         return self._runner
 

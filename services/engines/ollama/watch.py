@@ -40,6 +40,7 @@ class OllamaWatch:
         self._interval = interval
         self._looking = threading.Lock()
         self._stopped = threading.Event()
+        self._trouble = ""
         self._looked = threading.Event()
         self.latest = Look(float("-inf"), False, MappingProxyType({}))
         self._thread = threading.Thread(target=self._run, name="ollama-look", daemon=True)
@@ -64,10 +65,16 @@ class OllamaWatch:
                 gone = error.refused
                 self.latest = Look(at, False if gone else None, MappingProxyType({} if gone else self.latest.models))
             except EngineError as error:
-                log.warning("Ollama's list of loaded models can't be read", error=str(error))
+                self._warn(str(error))
             latest = self.latest
         self._on_look(latest)
         return latest
+
+    def _warn(self, trouble: str) -> None:
+        """Say it once, not every second."""
+        if trouble != self._trouble:
+            log.warning("Ollama's list of loaded models can't be read", error=trouble)
+        self._trouble = trouble
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -6,6 +6,7 @@ What is running is looked at in the background: a runtime that hangs must not fr
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,20 @@ import structlog
 
 from services.abort import Abort
 from services.engines.containers.port import Container, ContainerError, ContainerRuntime, ContainerSpec
-from services.engines.port import HOST_DEVICE, EngineError, Evidence, Model, Need, OnExit, Report
+from services.engines.port import (
+    ADOPT_PATIENCE,
+    HOST_DEVICE,
+    EngineError,
+    Evidence,
+    Model,
+    Need,
+    NotYet,
+    OnExit,
+    Report,
+)
 from services.engines.vllm.instance import GpuHeld, VllmInstance
-from services.engines.vllm.server import server_in
+from services.engines.vllm.server import Condition, server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
-from services.http import control_session
 from services.memory.ledger import Reading
 
 log = structlog.get_logger(__name__)
@@ -39,6 +49,28 @@ class Found:
 
     container: Container
     asleep: bool
+
+
+@dataclass(slots=True)
+class Leftover:
+    """A container that an earlier run of the app left running, as long as it can't be adopted."""
+
+    refused: bool = False
+    silent_since: float | None = None
+
+    def is_over(self, condition: Condition, now: float) -> bool:
+        """Whether to end it, after a look that found it not ready.
+
+        One that says nothing may be busy, and is given time. One that takes no connections was half loaded: vLLM's
+        server listens once its engine is there, and nobody has followed its log. That has to be seen twice, since a
+        port can also be reset while Docker itself comes up.
+        """
+        if condition == "silent":
+            self.refused = False
+            self.silent_since = now if self.silent_since is None else self.silent_since
+            return now - self.silent_since > ADOPT_PATIENCE
+        before, self.refused, self.silent_since = self.refused, True, None
+        return before
 
 
 def run_of(container: Container) -> Run:
@@ -86,9 +118,9 @@ class Vllm:
         self._over: set[Run] = set()
         self._kept_asleep: dict[str, int] = {}
         self._looked = threading.Event()
-        self._tidied = False
+        self._silent: Mapping[str, Container] = {}
+        self._leftovers: dict[Run, Leftover] | None = None
         self._stopped = threading.Event()
-        self._http = control_session()
         self._watch = threading.Thread(target=self._run, name="vllm-look", daemon=True)
 
     def discover(self) -> Sequence[Model]:
@@ -127,11 +159,16 @@ class Vllm:
         return self._instance(model, on_exit, None)
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        return [model for model in models if model.id in self._found]
+        found, silent = self._found, self._silent
+        return [model for model in models if model.id in found or model.id in silent]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> VllmInstance | None:
         found = self._found.get(model.id)
-        return self._instance(model, on_exit, found) if found is not None else None
+        if found is not None:
+            return self._instance(model, on_exit, found)
+        if model.id in self._silent:
+            raise NotYet(f"The container of {model.id} runs, but does not answer yet.")
+        return None
 
     def remove(self, model: Model) -> None:
         raise EngineError(
@@ -148,7 +185,6 @@ class Vllm:
         self._stopped.set()
         if self._watch.is_alive():
             self._watch.join(CLOSE_SECONDS)  # a look under way would open what is closed here
-        self._http.close()
         self._runtime.close()
 
     def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
@@ -213,21 +249,38 @@ class Vllm:
             self._stopped.wait(LOOK_SECONDS)
 
     def _look(self) -> None:
-        """Find the containers of ours that are ready. At the first look, what a crash left half loaded is removed."""
+        """Find the containers of ours that are ready, and those that may become so; end what nobody will adopt."""
         ready: dict[str, Found] = {}
-        for container in self._runtime.find({OWNER_LABEL: self._settings.owner}):
-            known = {instance.container_id for instance in self._instances}
+        silent: dict[str, Container] = {}
+        running = [c for c in self._runtime.find({OWNER_LABEL: self._settings.owner}) if c.state == "running"]
+        if self._leftovers is None:
+            made = {instance.container_id for instance in self._instances}
+            self._leftovers = {run_of(c): Leftover() for c in running if c.id not in made}
+        for container in running:
             model = self._models.get(container.model or "")
-            if container.state != "running":
-                continue
-            server = server_in(container, self._http, model.id) if model is not None else None
-            if model is not None and server is not None and server.answers():
-                ready[model.id] = Found(container, server.is_asleep() is True)
-            elif container.id not in known and not self._tidied:
-                log.warning("removing a container that an earlier run left behind", name=container.name)
-                self._runtime.remove(container.id)
-        self._tidied = True
+            server = server_in(container, model.id) if model is not None else None
+            condition = server.condition() if server is not None else "absent"
+            if model is not None and condition in ("awake", "asleep"):
+                ready[model.id] = Found(container, condition == "asleep")
+                self._leftovers.pop(run_of(container), None)
+            elif container.id in {instance.container_id for instance in self._instances}:
+                continue  # it is being loaded, or whoever adopted it looks after it
+            elif model is None or self._is_over(container, condition):
+                self._end_leftover(container)
+            elif condition == "silent":
+                silent[model.id] = container
         self._found = self._without_ended(ready)
+        self._silent = silent
+
+    def _is_over(self, container: Container, condition: Condition) -> bool:
+        leftover = (self._leftovers or {}).get(run_of(container))
+        return leftover is not None and leftover.is_over(condition, time.monotonic())
+
+    def _end_leftover(self, container: Container) -> None:
+        """Remove a container that an earlier run left running; others that turned up since are left alone."""
+        if self._leftovers and self._leftovers.pop(run_of(container), None) is not None:
+            log.warning("removing a container that an earlier run left behind", name=container.name)
+            self._runtime.remove(container.id)
 
 
 def _report_image(report: Report, done: int, total: int | None) -> None:

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import requests
 import structlog
 
 from services.abort import Abort, Aborted
@@ -41,7 +40,7 @@ from services.engines.vllm.facts import footprint
 from services.engines.vllm.log import VllmLog
 from services.engines.vllm.server import VllmServer, server_in
 from services.engines.vllm.spec import SLEEP_FLAG
-from services.http import control_session
+from services.http import FetchError
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +87,7 @@ class VllmInstance:
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._log = VllmLog()
         self._news: list[Evidence] = []
         self._container = running
@@ -98,9 +98,8 @@ class VllmInstance:
         self._asleep = asleep
         self._kept_asleep = kept_asleep
         self._on_sleep = on_sleep
-        self._http = control_session()
         if running is not None:
-            self._server = server_in(running, self._http, model.id)
+            self._server = server_in(running, model.id)
             threading.Thread(target=self._outlive, name="vllm-adopted", daemon=True).start()
 
     @property
@@ -127,7 +126,7 @@ class VllmInstance:
         assert self._server is not None, "wait_ready comes first"
         try:
             refusal = self._server.first_token(timeout)
-        except requests.RequestException as error:
+        except FetchError as error:
             self._fail_if_stopped()
             raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
         if refusal is not None:
@@ -139,7 +138,8 @@ class VllmInstance:
     def stop(self, grace: float) -> None:
         self._stopping.set()
         self._abort()
-        container_id = self.container_id
+        with self._starting:  # a container that is just being started has to be stopped after that
+            container_id, stream = self.container_id, self._stream
         if container_id is None:
             return
         try:
@@ -153,8 +153,6 @@ class VllmInstance:
         assert self._container is not None
         self._on_end(self._container)
         self._ended.set()
-        with self._lock:
-            stream = self._stream
         if stream is not None:
             stream.close()
 
@@ -201,23 +199,36 @@ class VllmInstance:
     def _bring_up(self) -> str:
         """Create the container, or use the one that is there, and start it; what it says is read from its first word.
 
-        A container of an older spec is replaced. Raises ContainerError and Aborted.
+        A container of an older spec is replaced. Raises ContainerError and Aborted; then nothing is left of what was
+        begun.
         """
         self._abort.check()
-        container_id = self._existing()
-        if container_id is None:
-            container_id = self._create()
-        self._container = self._runtime.inspect(container_id)
-        stream = self._runtime.attach(container_id)
-        with self._lock:
-            self._stream = stream
-        threading.Thread(target=self._listen, args=(stream,), name="vllm-log", daemon=True).start()
-        if self._device != HOST_DEVICE:
-            self._settle(self._device)
-        self._abort.check()
-        self._runtime.start(container_id)
+        there = self._existing()
+        container_id = there or self._create()
+        stream: Stream[bytes] | None = None
+        try:
+            self._container = self._runtime.inspect(container_id)
+            stream = self._runtime.attach(container_id)
+            if self._device != HOST_DEVICE:
+                self._settle(self._device)
+            self._start(container_id, stream)
+        except BaseException:
+            if stream is not None:
+                stream.close()  # nobody else has it yet, and that of a container that never starts would never end
+            if there is None:
+                with suppress(ContainerError):
+                    self._runtime.remove(container_id)  # whoever stopped it while it was made could not know of it
+            raise
         self._container = self._runtime.inspect(container_id)
         return container_id
+
+    def _start(self, container_id: str, stream: Stream[bytes]) -> None:
+        """Start it, unless it was stopped: one that is stopped meanwhile waits, and finds it to be ended."""
+        with self._starting:
+            self._abort.check()
+            self._runtime.start(container_id)
+            self._stream = stream
+            threading.Thread(target=self._listen, args=(stream,), name="vllm-log", daemon=True).start()
 
     def _existing(self) -> str | None:
         """A container of ours that was made from the same spec; another one of ours is removed."""
@@ -246,7 +257,7 @@ class VllmInstance:
         """Until it is healthy and lists the model. Raises LoadFailed with the first cause in its log."""
         report(Evidence("loading_weights", None, "starting vLLM"))
         assert self._container is not None
-        server = server_in(self._container, self._http, self.model.id)
+        server = server_in(self._container, self.model.id)
         while True:
             with self._lock:
                 news, self._news = self._news, []

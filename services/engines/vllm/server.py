@@ -6,49 +6,61 @@
 
 from __future__ import annotations
 
-import requests
+from collections.abc import Mapping
+from typing import Literal
+
 import structlog
 
 from services.engines.containers.port import Container
 from services.engines.port import Endpoint
+from services.http import Answer, FetchError, TooSlow, fetch
 
 log = structlog.get_logger(__name__)
 
 PROBE_SECONDS = 2.0
 
+Condition = Literal["awake", "asleep", "silent", "absent"]
+"""Of a server: it answers, it sleeps, it takes connections but says nothing in time, or it doesn't serve the model."""
+
 
 class VllmServer:
     """One server that serves `model_id` at `origin`."""
 
-    def __init__(self, http: requests.Session, origin: str, model_id: str) -> None:
-        self._http = http
+    def __init__(self, origin: str, model_id: str) -> None:
         self._model_id = model_id
         self.endpoint = Endpoint(origin, model=model_id)
 
     def answers(self) -> bool:
         """Whether it is healthy *and* lists the model. A published port may accept and reset before anybody listens."""
         try:
-            if self._get("/health").status_code != 200:
-                return False
-            listed = self._get("/v1/models")
-            return listed.status_code == 200 and self._model_id in [m.get("id") for m in listed.json()["data"] or []]
-        except (requests.RequestException, ValueError, KeyError, AttributeError):
+            return self._serves()
+        except (FetchError, ValueError):
             return False
 
+    def condition(self) -> Condition:
+        """How it is: whoever takes the connection and says nothing in time is there, and busy or stuck."""
+        try:
+            if not self._serves():
+                return "absent"
+            return "asleep" if self._says_it_sleeps() else "awake"
+        except TooSlow:
+            return "silent"
+        except (FetchError, ValueError):
+            return "absent"
+
     def first_token(self, timeout: float) -> str | None:
-        """Have it generate one token; what it answered instead if it didn't. Raises requests.RequestException."""
+        """Have it generate one token; what it answered instead if it didn't. Raises FetchError."""
         hello = [{"role": "user", "content": "Hello"}]
         answer = self._ask("/v1/chat/completions", {"messages": hello}, timeout)
-        if answer.status_code == 400:  # a base model has no template for chats
+        if answer.status == 400:  # a base model has no template for chats
             answer = self._ask("/v1/completions", {"prompt": "Hello"}, timeout)
-        return None if answer.status_code == 200 else answer.text[:300]
+        return None if answer.status == 200 else answer.text[:300]
 
     def is_asleep(self) -> bool | None:
         """None when it doesn't say, as one without a sleep mode."""
         try:
-            answer = self._get("/is_sleeping")
-            return bool(answer.json()["is_sleeping"]) if answer.status_code == 200 else None
-        except (requests.RequestException, ValueError, KeyError, TypeError):
+            return self._says_it_sleeps()
+        except (FetchError, ValueError):
             return None
 
     def sleep(self, timeout: float) -> bool:
@@ -59,27 +71,46 @@ class VllmServer:
         """Whether it is awake then."""
         return self._order("/wake_up", timeout) and self.is_asleep() is False
 
-    def _get(self, path: str) -> requests.Response:
-        return self._http.get(self.endpoint.origin + path, timeout=PROBE_SECONDS)
+    def _serves(self) -> bool:
+        """Raises FetchError and ValueError."""
+        if self._get("/health").status != 200:
+            return False
+        listed = self._get("/v1/models")
+        return listed.status == 200 and self._model_id in _ids(listed.document())
 
-    def _ask(self, path: str, question: dict[str, object], timeout: float) -> requests.Response:
+    def _says_it_sleeps(self) -> bool | None:
+        """Raises FetchError and ValueError."""
+        answer = self._get("/is_sleeping")
+        said = answer.document().get("is_sleeping") if answer.status == 200 else None
+        return said if isinstance(said, bool) else None
+
+    def _get(self, path: str) -> Answer:
+        return fetch("GET", self.endpoint.origin + path, timeout=PROBE_SECONDS)
+
+    def _ask(self, path: str, question: dict[str, object], timeout: float) -> Answer:
         body = {"model": self._model_id, "max_tokens": 1, **question}
-        return self._http.post(self.endpoint.origin + path, json=body, timeout=timeout)
+        return fetch("POST", self.endpoint.origin + path, body=body, timeout=timeout)
 
     def _order(self, path: str, timeout: float) -> bool:
         """Have it do something that it answers, without a body, when it is done; whether it was done."""
         try:
-            answer = self._http.post(self.endpoint.origin + path, timeout=timeout)
-        except requests.RequestException as error:
+            answer = fetch("POST", self.endpoint.origin + path, timeout=timeout)
+        except FetchError as error:
             log.warning("vLLM did not answer", model=self._model_id, path=path, error=str(error))
             return False
-        if answer.status_code != 200:
-            log.warning("vLLM refused", model=self._model_id, path=path, status=answer.status_code)
-        return answer.status_code == 200
+        if answer.status != 200:
+            log.warning("vLLM refused", model=self._model_id, path=path, status=answer.status)
+        return answer.status == 200
 
 
-def server_in(container: Container, http: requests.Session, model_id: str) -> VllmServer | None:
+def _ids(listed: Mapping[str, object]) -> list[object]:
+    """Of the models that a server lists."""
+    data = listed.get("data")
+    return [entry.get("id") for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+
+
+def server_in(container: Container, model_id: str) -> VllmServer | None:
     """The server in a container; None unless that runs."""
     if not container.host_port:
         return None
-    return VllmServer(http, f"http://127.0.0.1:{container.host_port}", model_id)
+    return VllmServer(f"http://127.0.0.1:{container.host_port}", model_id)

@@ -119,7 +119,10 @@ class Manifest:
 
     @property
     def weights(self) -> Layer | None:
-        return next((layer for layer in self.layers if layer.media_type == MEDIA + "model"), None)
+        return self.layer("model")
+
+    def layer(self, kind: str) -> Layer | None:
+        return next((layer for layer in self.layers if layer.media_type == MEDIA + kind), None)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Package:
     contents: dict[str, bytes]
 
 
-def package(name: str, options: ModelOptions, parameters: dict[str, object] | None = None) -> Package:
+def package(name: str, options: ModelOptions, parameters: dict[str, object] | None = None, system: str = "") -> Package:
     """The model that `options` describe, made of its weights, a template, parameters and a configuration."""
     config = {
         "model_format": "gguf",
@@ -144,6 +147,7 @@ def package(name: str, options: ModelOptions, parameters: dict[str, object] | No
     small = [
         _small("template", b"{{ .Prompt }}".ljust(102)),
         _small("params", dumps(parameters or {"stop": ["</s>"]}).encode().ljust(59)),
+        *([_small("system", system.encode())] if system else []),
     ]
     described, content = _small("config", dumps(config).encode().ljust(416))
     described = Layer("application/vnd.docker.container.image.v1+json", described.digest, described.size)
@@ -175,6 +179,7 @@ class Installed:
     config: dict[str, Any]
     parameters: dict[str, Any]
     options: ModelOptions
+    system: str = ""
 
     @property
     def details(self) -> dict[str, object]:
@@ -264,9 +269,13 @@ class Library:
             else:
                 file.write(content)
 
-    def derive(self, name: Name, parent: Installed, parameters: dict[str, object]) -> Manifest:
-        """A model with another's weights and parameters of its own, as `create` makes it."""
-        made = package(parent.name.short, parent.options, {**parent.parameters, **parameters})
+    def copy(self, source: Installed, name: Name) -> None:
+        """Another name for the same model, down to its digest, as `cp` makes it."""
+        self.write_manifest(name, source.manifest)
+
+    def derive(self, name: Name, parent: Installed, parameters: dict[str, object], system: str = "") -> Manifest:
+        """A model with another's weights and a system prompt and parameters of its own, as `create` makes it."""
+        made = package(parent.name.short, parent.options, {**parent.parameters, **parameters}, system)
         weights = parent.manifest.weights
         layers = list(made.manifest.layers)
         if weights is not None:
@@ -285,7 +294,7 @@ class Library:
         name = Name(*path.relative_to(self._manifests).parts)
         data = path.read_bytes()
         manifest = Manifest.read(data)
-        params = next((layer for layer in manifest.layers if layer.media_type == MEDIA + "params"), None)
+        params, system = manifest.layer("params"), manifest.layer("system")
         weights = manifest.weights
         origin = weights.origin if weights else ""
         return Installed(
@@ -295,8 +304,17 @@ class Library:
             modified_ns=path.stat().st_mtime_ns,
             config=self._content(manifest.config),
             parameters=self._content(params) if params else {},
-            options=self._settings.options(origin or name.short),
+            options=self._options(origin or name.short, weights),
+            system=(self.blobs / system.file_name).read_text() if system else "",
         )
+
+    def _options(self, name: str, weights: Layer | None) -> ModelOptions:
+        """A copy behaves as what it was copied from: the model whose weights it has."""
+        configured = self._settings.models()
+        if name not in configured and weights is not None:
+            packages = ((known, package(known, options).manifest.weights) for known, options in configured.items())
+            name = next((known for known, has in packages if has and has.digest == weights.digest), name)
+        return self._settings.options(name)
 
     def _content(self, layer: Layer) -> dict[str, Any]:
         document: dict[str, Any] = json.loads((self.blobs / layer.file_name).read_bytes())

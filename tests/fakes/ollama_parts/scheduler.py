@@ -88,8 +88,9 @@ class Scheduler:
         """The model, in memory, with one more user; `release` it. Raises LoadFailed and ClientGone."""
         key = model.manifest.weights.file_name if model.manifest.weights else model.digest
         merged = {**model.parameters, **options}
-        asked = tuple(merged.get(name) for name in RUNNER_OPTIONS)
         context = int(merged.get("num_ctx") or int(os.environ.get("OLLAMA_CONTEXT_LENGTH") or 0) or 4096)
+        # The server's default, spelled out, is no other option.
+        asked = tuple({**merged, "num_ctx": context}.get(name) for name in RUNNER_OPTIONS)
         while True:
             if gone():
                 raise ClientGone
