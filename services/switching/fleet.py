@@ -32,8 +32,9 @@ Standing = Literal["absent", "loading", "running", "asleep", "unloading"]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one look at an instance gave."""
+    """What one look at an instance gave; `model` is its entry, with what is known by now of how it is held."""
 
+    model: Model
     usage: Usage | None
     warning: str | None
     rest: Rest | None
@@ -46,10 +47,10 @@ def read(instance: Instance) -> Reading:
     Nothing it meets is an error: a load that works must not fail for want of a figure.
     """
     try:
-        return Reading(instance.usage(), instance.warning(), instance.rest(), instance.pid)
+        return Reading(instance.model, instance.usage(), instance.warning(), instance.rest(), instance.pid)
     except Exception as error:
         log.warning("a model can't be measured", model=instance.model.id, error=str(error))
-        return Reading(None, None, None, None)
+        return Reading(instance.model, None, None, None, None)
 
 
 @dataclass(eq=False)
@@ -170,7 +171,7 @@ class Fleet:
     def begin_load(self, model: Model, engine: Engine, instance: Instance, device: str, reserved_bytes: int) -> Member:
         """An engine has begun to load a model."""
         self.forgive(model.id)
-        return self._add(Member(model, engine, instance, device, reserved_bytes, self._new_traffic()))
+        return self._add(Member(instance.model, engine, instance, device, reserved_bytes, self._new_traffic()))
 
     def begin_wake(self, model_id: str, reserved_bytes: int) -> Member | None:
         """A sleeper is about to be woken; None when it doesn't sleep any more."""
@@ -195,6 +196,8 @@ class Fleet:
             raise LoadFailed(f"{cause}.", member.log_tail)
         member.endpoint, member.load, member.reserved_bytes = endpoint, None, 0
         member.loaded_at = self.scheduler.time()
+        member.model = reading.model
+        self._link(member)
         self._take(member, reading)
         self._set_state(member, "running")
         member.traffic.reopen()
@@ -278,7 +281,7 @@ class Fleet:
         if model.id in self._members:
             return False
         self.forgive(model.id)
-        member = self._add(Member(model, engine, instance, device, 0, self._new_traffic()))
+        member = self._add(Member(reading.model, engine, instance, device, 0, self._new_traffic()))
         member.endpoint, member.loaded_at = endpoint, self.scheduler.time()
         member.state = "asleep" if endpoint is None else "running"
         if endpoint is None:
@@ -349,7 +352,12 @@ class Fleet:
         return member
 
     def _link(self, member: Member) -> None:
-        """Models that are held in memory as one are one instance: counted once, drained and gone together."""
+        """Models that are held in memory as one are one instance: counted once, drained and gone together.
+
+        Done before anybody is let in: their traffic is one as well.
+        """
+        if member.shares is not None:
+            return
         held_as = member.model.held_as
         for other in self:
             if held_as is not None and other is not member and other.shares is None:

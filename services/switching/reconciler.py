@@ -55,6 +55,8 @@ class Reconciler:
         self._stopped = False
         self._unseen = set(engines)
         self._adopting: set[str] = set()
+        self._silent: set[str] = set()
+        """What is loaded but doesn't answer yet, which has been said."""
         self._give_up_at = float("inf")
 
     def start(self) -> None:
@@ -150,14 +152,20 @@ class Reconciler:
         try:
             instance = engine.adopt(model, ended)
             if instance is None:
+                if model.id in self._silent:
+                    self._silent.discard(model.id)
+                    self._mailbox.post(self._fleet.forgive, model.id)
                 return
             endpoint: Endpoint | None = None
             if not instance.asleep:
                 endpoint = instance.wait_ready(lambda _: None, ADOPT_SECONDS)
         except EngineError as error:
-            log.info("a model that is loaded does not answer yet", model=model.id, reason=str(error))
-            self._mailbox.post(self._fleet.note, model.id, f"It is loaded, but does not answer: {error}")
+            if model.id not in self._silent:
+                self._silent.add(model.id)
+                log.info("a model that is loaded does not answer yet", model=model.id, reason=str(error))
+                self._mailbox.post(self._fleet.note, model.id, f"It is loaded, but does not answer yet: {error}")
             return
+        self._silent.discard(model.id)
         device = self._planner.need(model).device
         if self._mailbox.call(self._fleet.adopt, model, engine, instance, device, endpoint, read(instance)):
             log.info("found a model loaded", model=model.id, engine=engine.name, asleep=endpoint is None)

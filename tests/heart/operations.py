@@ -87,6 +87,8 @@ class Operations:
         self.watched: dict[int, Watched] = {}
         self.may_go: set[str] = set()
         """Preserved models that somebody asked to unload, restart or delete, so that stopping them is right."""
+        self.sent_away: set[str] = set()
+        """Models that somebody asked to unload, restart or delete since the last rest; that may come to pass later."""
         self.broken: list[str] = []
         """Promises that were found broken inside a greenlet, where an assertion would reach nobody."""
         self._watch_jobs()
@@ -117,8 +119,8 @@ class Operations:
         except UnknownModel:
             return
         self.may_go.add(model_id)
-        found = next(m for m in MODELS if m.id == model_id)
-        self._excuse_all_of(found.held_as, model_id)
+        held_as = next(m.held_as for m in MODELS if m.id == model_id)
+        self.sent_away.update(m.id for m in MODELS if m.id == model_id or (held_as and m.held_as == held_as))
         self._asked(job)
 
     def cancel(self) -> None:
@@ -265,6 +267,7 @@ class Operations:
         self.clients.clear()
         self.jobs.clear()
         self.may_go.clear()
+        self.sent_away.clear()
         return None
 
     def _at_rest(self) -> bool:
@@ -321,7 +324,7 @@ class Operations:
         if watched is None or job.superseded or ending.outcome not in ("failed", "cancelled"):
             return
         assert ending.error is not None
-        for model_id in watched.running - watched.excused:
+        for model_id in watched.running - watched.excused - self.sent_away:
             said = f"{model_id} was unloaded and is not back" in ending.error.message
             if self.heart.states().get(model_id) not in ("running", "loading") and not said:
                 self.broken.append(f"{model_id} ran before {job.target}, is lost, and: {ending.error.message}")
@@ -354,3 +357,4 @@ class Operations:
         self.watched.clear()
         self.clients.clear()
         self.may_go.clear()
+        self.sent_away.clear()
