@@ -95,11 +95,17 @@ class ProcessRegistry:
         """Write down a child that the next start has to end if this app can't. `program` is its path or name."""
         self.add(Record(pid, _start_time(pid), Path(program).name))
 
-    def note_ready(self, pid: int, *, name: str, address: str, log: str, spec: str, key: str) -> None:
-        """Complete the record of an engine that answers now, so that a later run of the app can go on with it."""
+    def note_ready(self, pid: int, *, name: str, address: str, log_path: str, spec: str, key: str) -> None:
+        """Complete the record of an engine that answers now, so that a later run of the app can go on with it.
+
+        Where that can't be written the engine serves all the same; the next start ends it, as one half loaded.
+        """
         record = _read(self._path(pid))
         if record is not None:
-            self.add(replace(record, name=name, address=address, log=log, spec=spec, key=key))
+            try:
+                self.add(replace(record, name=name, address=address, log=log_path, spec=spec, key=key))
+            except OSError as error:
+                log.warning("what an engine needs to be found again can't be written", pid=pid, error=str(error))
 
     def engines(self) -> list[Record]:
         """The engines that answered when an earlier run ended, and are alive."""
@@ -253,7 +259,13 @@ class ChildProcess(GroupLeader):
                 address=service.address,
                 log=str(log_path),
             )
-        registry.add(record)
+        try:
+            registry.add(record)
+        except OSError:  # nobody would find it again: a full disk has left engines running for ever
+            signal_group(self.pid, signal.SIGKILL)
+            self._process.wait()
+            self._close_pipes()
+            raise
         threading.Thread(target=self._watch, name=f"watch-{self.pid}", daemon=True).start()
 
     @property
@@ -275,11 +287,14 @@ class ChildProcess(GroupLeader):
         signal_group(self.pid, signal.SIGKILL)  # whatever it started and left behind
         self._registry.remove(self.pid)
         self._exited.set()
+        self._close_pipes()
+        self._on_exit(code)
+
+    def _close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(OSError):
                     pipe.close()
-        self._on_exit(code)
 
 
 class AdoptedProcess(GroupLeader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -97,7 +98,9 @@ def test_an_engine_that_answered_can_be_taken_over_by_the_next_run(state: Path) 
     engine = Run(state).start(service=None)
     registry = ProcessRegistry(state)
     assert registry.engines() == []
-    registry.note_ready(engine.pid, name="m", address="http://127.0.0.1:1", log=str(engine.log_path), spec="s", key="k")
+    registry.note_ready(
+        engine.pid, name="m", address="http://127.0.0.1:1", log_path=str(engine.log_path), spec="s", key="k"
+    )
     assert registry.end_leftovers() == []
     (record,) = registry.engines()
     assert (record.pid, record.name, record.address, record.spec, record.key) == (
@@ -122,7 +125,7 @@ def test_an_engine_that_nobody_takes_over_is_ended(state: Path) -> None:
     """By the one who looked through them."""
     engine = Run(state).start(service=None)
     registry = ProcessRegistry(state)
-    registry.note_ready(engine.pid, name="m", address="http://127.0.0.1:1", log="", spec="", key="")
+    registry.note_ready(engine.pid, name="m", address="http://127.0.0.1:1", log_path="", spec="", key="")
     (record,) = registry.engines()
     registry.end(record)
     assert engine.wait(GRACE)
@@ -311,3 +314,31 @@ def test_a_mute_child_logs_its_stderr_alone(state: Path) -> None:
     assert child.wait(GRACE)
     assert child.log_tail() == "a cause"
     assert child.exit_code == 0
+
+
+def test_a_child_that_can_not_be_recorded_is_ended_at_once(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: nobody would find it again, so it must not go on."""
+    run = Run(state)
+    pids: list[int] = []
+
+    def refuse(record: Record) -> None:
+        pids.append(record.pid)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run.registry, "add", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        run.start(service=None)
+    assert gone(pids[0])
+
+
+def test_an_engine_whose_record_can_not_be_completed_goes_on(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good load must not fail because what a later run needs can't be written."""
+    run = Run(state)
+    engine = run.start(service=None)
+
+    def refuse(_record: Record) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run.registry, "add", refuse)
+    run.registry.note_ready(engine.pid, name="m", address="a", log_path="l", spec="s", key="k")
+    assert not engine.exited

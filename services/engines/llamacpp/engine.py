@@ -152,7 +152,7 @@ class LlamaCpp:
                 process.pid,
                 name=model.id,
                 address=endpoint.origin,
-                log=str(process.log_path),
+                log_path=str(process.log_path),
                 spec=self._spec(model, header),
                 key=key,
             )
