@@ -305,8 +305,6 @@ class Procedure:
         if job.chain.unloaded and not job.superseded:
             failed = job.target if error.code == "load_failed" else None
             restored, missing = self._restore(job, story, failed)
-        if job.superseded:
-            missing = {}
         return story.end(outcome, error, active=self._board.current.active_model, restored=restored, missing=missing)
 
     def _restore(self, job: Job, story: Narrator, failed: str | None) -> tuple[list[str], dict[str, str]]:
@@ -327,14 +325,18 @@ class Procedure:
                     raise SwitchError("load_failed", "it could not be loaded again")
                 self._restore_one(model_id, story, token)
                 restored.append(model_id)
+                job.chain.strike(model_id)
             except Aborted:
                 break
             except Exception as error:
                 reason = as_switch_error(job, error)
                 log.warning("a model is not back after a switch that failed", model=model_id, reason=reason.message)
                 missing[model_id] = reason.message
-            job.chain.strike(model_id)
         self._mailbox.call(self._reactivate, job)
+        if job.superseded:  # its successor tries once more, and says what then is missing
+            return restored, {}
+        for model_id in missing:
+            job.chain.strike(model_id)
         return restored, missing
 
     def _restore_one(self, model_id: str, story: Narrator, token: Abort) -> None:

@@ -118,6 +118,24 @@ def test_a_switch_that_supersedes_a_rollback_inherits_what_is_not_back_yet(heart
     assert heart.states() == {"medium": "running"}
 
 
+def test_what_a_superseded_rollback_could_not_restore_is_tried_by_its_successor(heart):
+    """Found by the random walk: the reason was dropped with the switch that was superseded, and the model with it."""
+    heart.ready("beta")
+    heart.ready("small")
+    heart.faults("large").crash_loading = True
+    heart.switch("large")
+    heart.stage("loading")
+    heart.faults("beta").refuse_launch = True
+    heart.stage("rolling_back")
+    heart.until(lambda: heart.states().get("small") == "loading" or "beta" in heart.now.failures, "beta to be refused")
+    heart.until(lambda: "beta" in heart.now.failures, "beta to be refused")
+    heart.faults("snorer").crash_loading = True
+    last = heart.switch("snorer")
+    heart.faults("beta").refuse_launch = False
+    heart.done(last)
+    assert heart.states() == {"beta": "running", "small": "running"}
+
+
 def test_a_switch_that_supersedes_says_all_that_its_chain_unloaded(heart):
     """`medium` went for `large`, which never came; the answer of the last switch says so."""
     heart.ready("medium")
