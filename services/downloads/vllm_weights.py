@@ -52,6 +52,13 @@ class VllmWeights:
             return None
         return CachedModel(self._cache, name).size_bytes() if name is not None else None
 
+    def fetches(self, model: Model) -> bool:
+        """Whether its weights come from the hub through here. Asks nobody, never raises."""
+        try:
+            return _name_of(model, {}) is not None
+        except LoadFailed:
+            return False
+
     def bring(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
         """Block until all that vLLM loads of a model is in the cache.
 

@@ -31,6 +31,7 @@ class Model:
     model can't be loaded at all (a damaged file), in words. `digest` tells versions of the same source apart.
     `held_as` says what of it lies in memory once it is loaded: models of one engine with the same are served by one
     instance, whose memory is held once; None when that isn't known, or can't happen.
+    `fetch_bytes` have to come to this machine before it can be loaded: 0 when all is here.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Model:
     aliases: tuple[str, ...] = ()
     digest: str | None = None
     held_as: str | None = None
+    fetch_bytes: int | None = 0
     options: Mapping[str, object] = field(default_factory=dict)
     fault: str | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from statistics import median
 from typing import Protocol, cast
 
 from services.engines.port import Basis, Engine, Model, Need, Stage
@@ -13,6 +14,8 @@ from services.switching.progress import History, learn
 
 Key = tuple[str, str, str]
 KEPT_PER_KEY = 20
+FETCHING = "fetching"
+"""The settings key under which fetches are remembered, their bytes as `memory_bytes`."""
 _BASIS_RANK: dict[Basis, int] = {"measured": 0, "learned": 1, "declared": 2, "estimated": 3}
 
 
@@ -44,6 +47,18 @@ class Learned:
         if not ready:
             return History(None if waking else model.load_seconds, basis="declared")
         return learn([cast("dict[Stage, float]", r.stage_seconds) for r in ready])
+
+    def record_fetch(self, model: Model, engine: Engine, size: int, seconds: float, *, device: str, at: float) -> None:
+        """Remember how long fetching `size` bytes of a model took."""
+        self.record(LoadRecord(model.id, engine.name, FETCHING, "ready", seconds, {}, size, device, at))
+
+    def fetch_seconds(self, engine: Engine, size: int | None) -> float | None:
+        """How long fetching `size` bytes takes, by the pace of the latest fetches; None when nobody can know."""
+        with self._lock:
+            fetches = [r for key, loads in self._loads.items() if key[1:] == (engine.name, FETCHING) for r in loads]
+        latest = sorted(fetches, key=lambda r: r.at)[-5:]
+        paces = [r.memory_bytes / r.total_seconds for r in latest if r.memory_bytes and r.total_seconds > 0]
+        return size / median(paces) if size is not None and paces else None
 
     def need(self, model: Model, engine: Engine) -> Need:
         """max(declared, learned p95, the engine's estimate), and which of them decided."""

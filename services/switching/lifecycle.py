@@ -85,6 +85,7 @@ class Lifecycle:
 
         try:
             engine.bring(model, report, job.token)
+            seconds = self._scheduler.now() - began
         except EngineError as error:
             self._mailbox.call(self._fleet.fail, model.id, str(error), "")
             raise
@@ -92,6 +93,10 @@ class Lifecycle:
             if fetched:
                 slot.acquire(job)
         job.token.check()
+        size = model.fetch_bytes or engine.describe(model).size_bytes
+        if fetched and size:
+            device = self._planner.need(model).device
+            self._learned.record_fetch(model, engine, size, seconds, device=device, at=self._scheduler.time())
         return fetched
 
     def load(self, model: Model, story: Narrator, token: Abort, on_started: Callable[[], None] = lambda: None) -> None:

@@ -1,7 +1,7 @@
 """Tells how a job goes: as seed 001's events to those who follow it, and as the switch on the board to everyone.
 
-Overall percent of a switch: 0 checking memory, 0-20 downloading, 20-50 unloading, then the load's own percentage mapped
-onto the rest.
+Overall percent of a switch: 0 checking memory, 0-20 downloading, 20-50 unloading, then the load mapped onto the rest:
+by the time it took over the time it is forecast to take, without a forecast by its stages.
 It never falls, and 100 is said only when the model is ready.
 """
 
@@ -32,6 +32,7 @@ class Narrator:
         self._fleet = fleet
         self._time = job.scheduler.time
         self._load_from = 0
+        self._load_began = job.scheduler.now()
         self._steps_done = 0
         self._load_seconds: float | None = None
         self._rolling_back = False
@@ -99,6 +100,7 @@ class Narrator:
         )
 
     def loading(self, model_id: str, usual_seconds: float | None) -> None:
+        self._load_began = self._job.scheduler.now()
         if self._rolling_back:
             self._show(detail=model_id, eta_seconds=usual_seconds)
             return
@@ -119,7 +121,7 @@ class Narrator:
             return
         if before is not None and before[0] == member.model.id and _same(before[1], load):
             return
-        percent = self._load_from + (100 - self._load_from) * load.percent // 100
+        percent = self._load_from + int((100 - self._load_from) * self._share(load))
         stage = _LOAD_STAGES.get(load.stage, "loading")
         self._show(stage=stage, percent=percent, detail=load.detail, basis=load.basis, eta_seconds=load.eta_seconds)
         self._job.tell(
@@ -132,6 +134,16 @@ class Narrator:
             detail=load.detail,
             basis=load.basis,
         )
+
+    def _share(self, load: LoadView) -> float:
+        """How much of the load is done: the time it took over its forecast, so that percent and time left agree.
+
+        Without a forecast it is what its stage says.
+        """
+        if load.eta_seconds is None:
+            return load.percent / 100
+        elapsed = self._job.scheduler.now() - self._load_began
+        return min(0.99, elapsed / (elapsed + load.eta_seconds)) if elapsed + load.eta_seconds > 0 else 0.0
 
     def rolling_back(self, models: Sequence[str]) -> None:
         self._rolling_back = True

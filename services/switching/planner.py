@@ -116,8 +116,15 @@ class Planner:
         return self._learned.need(model, self._engines[model.engine])
 
     def load_seconds(self, model: Model) -> float | None:
-        """How long loading it usually takes, or waking it while it sleeps; None when nobody can know yet."""
-        return self.history(model).total_seconds
+        """How long loading it usually takes, what has to be fetched first included, or waking it while it sleeps.
+
+        None when nobody can know yet.
+        """
+        loading = self.history(model).total_seconds
+        if loading is None or model.fetch_bytes == 0:
+            return loading
+        fetching = self._learned.fetch_seconds(self._engines[model.engine], model.fetch_bytes)
+        return None if fetching is None else fetching + loading
 
     def history(self, model: Model) -> History:
         """What is known of how long that takes, stage by stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from services.catalog import Catalog
@@ -106,6 +107,12 @@ class Heart:
 
     def model(self, model_id: str) -> Model:
         return next(m for e in self.engines.values() for m in e.listed.values() if m.id == model_id)
+
+    def change(self, model_id: str, **fields: Any) -> None:
+        """Change a model's entry."""
+        found = self.model(model_id)
+        self.engines[found.engine].listed[model_id] = replace(found, **fields)
+        self.catalog.refresh()
 
     def faults(self, model_id: str) -> Any:
         found = self.model(model_id)

@@ -456,3 +456,33 @@ def test_sleepers_wake_sooner_and_one_that_can_not_wake_is_loaded_anew(heart):
     heart.faults("dozer").refuse_wake = True
     heart.ready("dozer")
     assert heart.states()["dozer"] == "running"
+
+
+def test_percent_and_time_left_agree_once_there_is_a_forecast(heart):
+    """Defect 14: elapsed over forecast. Three quarters of a load that takes as long as the ones before are 75 %."""
+    for _ in range(2):
+        heart.ready("small")
+        heart.done(heart.switcher.stop("small", requested_by="test"))
+    heart.engines["solo"].load_seconds = 2.0
+    job = heart.switch("small")
+    heart.stage("loading")
+    began = heart.scheduler.now()
+    heart.scheduler.pause(1.5)
+    view = heart.now.switch
+    assert view.eta_seconds is not None
+    elapsed = heart.scheduler.now() - began
+    assert abs(view.percent - 100 * elapsed / (elapsed + view.eta_seconds)) <= 15
+    assert 60 <= view.percent <= 90
+    heart.done(job)
+
+
+def test_the_forecast_of_a_model_that_is_not_here_includes_its_download(heart):
+    """Defect 14: by the pace of earlier fetches; without one nobody can know, which is said as unknown."""
+    heart.ready("snorer")
+    heart.done(heart.switcher.stop("snorer", requested_by="test"))
+    heart.change("snorer", fetch_bytes=7_000_000_000)
+    assert heart.switcher.plan("snorer").estimated_seconds is None
+    heart.faults("snorer").fetch_seconds = 70
+    heart.ready("snorer")
+    heart.done(heart.switcher.stop("snorer", requested_by="test"))
+    assert heart.switcher.plan("snorer").estimated_seconds == pytest.approx(72, abs=1)

@@ -83,6 +83,9 @@ class Weights(Protocol):
     def size_bytes(self, model: Model) -> int | None:
         """How large they are, where they are here; None where they aren't. Asks nobody, never raises."""
 
+    def fetches(self, model: Model) -> bool:
+        """Whether `bring` would fetch them at all. Asks nobody, never raises."""
+
     def bring(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
         """Block until they are here; `environment` is the container's. Raises LoadFailed, and Aborted on `abort`."""
 
@@ -128,8 +131,10 @@ class Vllm:
 
     def describe(self, model: Model) -> Model:
         self._models[model.id] = model
-        size = model.size_bytes or self._weights.size_bytes(model)
-        return replace(model, size_bytes=size, fault=self._fault(model))
+        here = self._weights.size_bytes(model)
+        size = model.size_bytes or here
+        fetch = size if here is None and self._weights.fetches(model) else 0
+        return replace(model, size_bytes=size, fetch_bytes=fetch, fault=self._fault(model))
 
     def estimate(self, model: Model) -> Need:
         """Only where nothing is declared: vLLM claims what it is told to, so a declared need is what it will take."""
