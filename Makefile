@@ -6,7 +6,7 @@ RUN_READY := .venv/.ready-run
 DEV_READY := .venv/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-ollama test-vllm lint format bench demo-models lock clean
+.PHONY: help run test test-ollama test-vllm simulate lint format bench demo-models lock clean
 
 help: ## explain the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/oll
 test-vllm: $(DEV_READY) docker ## the vLLM suite on a real one: its CPU build in .venv-vllm (4 GB), in real containers
 	@PYTHON="$(PYTHON)" tools/ensure_vllm.sh
 	@$(BIN)/python -m pytest tests/vllm_real --timeout 1200 $(ARGS)
+
+simulate: $(DEV_READY) ## millions of random steps on the heart in memory: STEPS=1000000 SEED=1
+	@$(BIN)/python -m tests.heart.simulate $(or $(STEPS),100000) $(or $(SEED),1)
 
 lint: $(DEV_READY) ## ruff and mypy
 	@$(BIN)/ruff check .

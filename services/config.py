@@ -90,7 +90,9 @@ class Settings(BaseModel):
     strategy: Strategy = Field("largest_first", description="which models a switch unloads first")
     auto_unload: bool = Field(True, description="whether a switch may unload other models to make room")
     confirm_before_unload: bool = Field(False, description="whether a switch that unloads must be confirmed")
-    preserve_models: tuple[str, ...] = Field((), description="models that preserve_favorites never unloads")
+    preserve_models: tuple[str, ...] = Field(
+        (), description="models that no switch ever unloads, whatever the strategy"
+    )
     preload: str | None = Field(None, description="model to load when the app starts")
     drain_timeout_seconds: Seconds = Field(30, description="how long requests in flight may finish before an unload")
     unload_timeout_seconds: Seconds = Field(15, description="how long an engine may take to stop before it is killed")

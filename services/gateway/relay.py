@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
+import certifi
 from gevent import socket as gevent_socket
 from gevent import ssl
 from geventhttpclient.connectionpool import ConnectionPool
@@ -109,6 +110,7 @@ class TlsPool(Pool):
         super().__init__(host, port, timeout)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate, and whose it is
         self._context.load_default_certs()
+        self._context.load_verify_locations(certifi.where())  # as the control plane trusts: `services.http.tls_context`
 
     def _connect_socket(self, sock: Connection, address: tuple[object, ...]) -> socket.socket:
         sock.connect(address)
