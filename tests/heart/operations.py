@@ -12,7 +12,7 @@ from typing import Any
 from services.catalog import UnknownModel
 from services.engines.port import HOST_DEVICE
 from services.gateway.router import ClientGone, GatewayError
-from services.switching.jobs import Chain, Ending, Job, Replace, SwitchError
+from services.switching.jobs import Ending, Job, Replace, SwitchError
 from tests.heart.rig import MODELS, Heart
 from tests.heart.stub import GB, GPU, StubInstance
 
@@ -67,9 +67,8 @@ class Client:
 
 @dataclass
 class Watched:
-    """What a chain of switches found when it began, to compare with what it leaves."""
+    """What a chain of superseding switches found when it began, to compare with what it leaves."""
 
-    chain: Chain
     running: frozenset[str]
     excused: set[str] = field(default_factory=set)
     """Models that went, or were not to come back, for a reason that is not the chain's."""
@@ -84,7 +83,9 @@ class Operations:
         self.jobs: list[Job] = []
         self.ended: dict[str, int] = {}
         self.clients: list[Client] = []
-        self.watched: dict[int, Watched] = {}
+        self.chain: Watched | None = None
+        self.owed: Watched | None = None
+        """What a superseded switch leaves to its successor."""
         self.may_go: set[str] = set()
         """Preserved models that somebody asked to unload, restart or delete, so that stopping them is right."""
         self.sent_away: set[str] = set()
@@ -245,6 +246,9 @@ class Operations:
         heart.scheduler.pause(3)  # the engines are looked at each second
         if not self._at_rest():
             return self.rest()
+        if self.owed is not None:  # its successor ended before it began
+            self._check_restored(self.owed, "a switch that nobody took over from", "")
+            self.owed = None
         self.check()
         for engine in heart.engines.values():
             listed = heart.catalog.models.values()
@@ -310,25 +314,30 @@ class Operations:
         procedure.carry_out = watched  # type: ignore[method-assign]
 
     def _begins(self, job: Job) -> None:
-        if job.request.switches and id(job.chain) not in self.watched:
+        """A switch begins: it goes on for the one that it superseded, or begins a chain of its own."""
+        if job.request.switches:
             states = self.heart.states()
             running = frozenset(m for m, state in states.items() if state == "running")
-            self.watched[id(job.chain)] = Watched(job.chain, running)
+            self.chain, self.owed = self.owed or Watched(running), None
 
     def _ends(self, job: Job, ending: Ending) -> None:
         """After any failed or cancelled chain what ran before runs again, or the reason is said."""
         self.ended[job.id] = self.ended.get(job.id, 0) + 1
         if self.ended[job.id] > 1:
             self.broken.append(f"job {job.id} ended more than once")
-        watched = self.watched.get(id(job.chain))
-        if watched is None or job.superseded or ending.outcome not in ("failed", "cancelled"):
+        if not job.request.switches:
             return
-        assert ending.error is not None
+        watched, self.chain = self.chain, None
+        if job.superseded:
+            self.owed = watched
+        elif watched is not None and ending.error is not None:
+            self._check_restored(watched, f"{job.target}, and: {ending.error.message}", ending.error.message)
+
+    def _check_restored(self, watched: Watched, after: str, said: str) -> None:
         for model_id in watched.running - watched.excused - self.sent_away:
-            said = f"{model_id} was unloaded and is not back" in ending.error.message
-            if self.heart.states().get(model_id) not in ("running", "loading") and not said:
-                self.broken.append(f"{model_id} ran before {job.target}, is lost, and: {ending.error.message}")
-        del self.watched[id(job.chain)]
+            back = self.heart.states().get(model_id) in ("running", "loading")
+            if not back and f"{model_id} was unloaded and is not back" not in said:
+                self.broken.append(f"{model_id} is lost after {after}")
 
     def _check_stop(self, instance: StubInstance) -> None:
         """An engine is told to stop something that was ready: is that allowed?"""
@@ -343,8 +352,9 @@ class Operations:
             self.broken.append(f"{model_id} is stopped while it lets requests in")
 
     def _excuse(self, model_id: str) -> None:
-        for watched in self.watched.values():
-            watched.excused.add(model_id)
+        for watched in (self.chain, self.owed):
+            if watched is not None:
+                watched.excused.add(model_id)
 
     def _excuse_all_of(self, held_as: str | None, model_id: str) -> None:
         for one in MODELS:
@@ -354,7 +364,7 @@ class Operations:
     def _forget_jobs(self) -> None:
         """The app that had them is gone."""
         self.jobs.clear()
-        self.watched.clear()
+        self.chain = self.owed = None
         self.clients.clear()
         self.may_go.clear()
         self.sent_away.clear()
