@@ -78,12 +78,14 @@ class Router:
         Blocks while the model is switched to. Raises UnknownModel, GatewayError, and ClientGone once `client_left`
         says so.
         """
+        if name is not None and (admission := self.admit_now(name)) is not None:
+            return admission
+        if not self._switcher.wait_looked(FIRST_LOOK_WAIT_SECONDS):
+            raise GatewayError("starting", "Switchyard is finding out what is loaded. Try again in a moment.", 1)
         model_id = self._resolve(name)
         admission = self._enter(model_id)
         if admission is not None:
             return admission
-        if not self._switcher.wait_looked(FIRST_LOOK_WAIT_SECONDS):
-            raise GatewayError("starting", "Switchyard is finding out what is loaded. Try again in a moment.", 1)
         if not self._settings.switch_on_request and not self._coming(model_id):
             raise GatewayError(
                 "model_not_loaded",
