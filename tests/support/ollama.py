@@ -99,6 +99,7 @@ class FakeOllama:
             "requests_log": str(self._requests),
             "faults": dict(faults),
         }
+        self._pristine = json.dumps(self._document)
         self._write()
 
     def __enter__(self) -> FakeOllama:
@@ -122,6 +123,28 @@ class FakeOllama:
                 start_new_session=True,
             )
         wait_until(self._listens, "the stand-in for Ollama to listen")
+        return self
+
+    def rest(self) -> FakeOllama:
+        """Bring it back to how it began, for the next test: no fault, nothing loaded, said or asked.
+
+        It runs again where it was ended. What was pulled is gone; what was there from the first start on is not put
+        back, so a test that deletes such a model has an Ollama of its own.
+        """
+        self._document = json.loads(self._pristine)
+        self._write()
+        if self.process is None or self.process.poll() is not None:
+            self.close()
+            self.start()
+        for name in self.tags():
+            if Name.parse(name).short not in self._document["models"]:
+                self.http.delete(f"{self.url}/api/delete", json={"model": name}, timeout=PATIENCE).raise_for_status()
+        for name in self.ps():
+            self.unload(name)
+        for path in (self.models_folder / "blobs").glob("*-partial*"):
+            path.unlink(missing_ok=True)
+        os.truncate(self.log, 0)
+        self._requests.unlink(missing_ok=True)
         return self
 
     def stop(self) -> int:
