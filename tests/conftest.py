@@ -8,35 +8,48 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, NO_OLLAMA, Console
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, NO_OLLAMA, Console, put_empty_database
 from tests.support.docker import DockerEngine, docker_engine
 
 StartConsole = Callable[..., Console]
 
 
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
-    """The app without a server: its services are built and not started, so that no engine and no greenlet runs.
-
-    It knows the demo models, of which none is loaded.
-    """
+def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Flask]]:
+    """Makes apps as `app` is; keyword arguments are settings."""
     from app import create_app  # half a second that a run without it is spared
 
     for name in [name for name in os.environ if name.startswith(("SWITCHYARD_", "OLLAMA_", "HF_", "DOCKER_"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)  # no settings file of whoever runs the tests
-    app = create_app(state_dir=tmp_path / "state", models_dir=DEMO_MODELS, ollama_base_url=NO_OLLAMA)
-    services = app.extensions["switchyard"]
-    with closing(services):
-        services.catalog.refresh()
-        yield app
+    with ExitStack() as made:
+
+        def make(**settings: object) -> Flask:
+            state = tmp_path / "app-state"
+            put_empty_database(state)
+            told = {"state_dir": state, "models_dir": DEMO_MODELS, "ollama_base_url": NO_OLLAMA, **settings}
+            app = create_app(**told)
+            services = made.enter_context(closing(app.extensions["switchyard"]))
+            services.catalog.refresh()
+            return app
+
+        yield make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Flask]) -> Flask:
+    """The app without a server: its services are built and not started, so that no engine and no greenlet runs.
+
+    It knows the demo models, of which none is loaded.
+    """
+    return make_app()
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ class Console:
 
     def start(self) -> Console:
         """Start it and wait until it answers; also again, on what the run before left. Fails with what it said."""
-        _put_empty_database(Path(self.environment["SWITCHYARD_STATE_DIR"]))
+        put_empty_database(Path(self.environment["SWITCHYARD_STATE_DIR"]))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
@@ -235,7 +235,7 @@ class Console:
         return False
 
 
-def _put_empty_database(state_dir: Path) -> None:
+def put_empty_database(state_dir: Path) -> None:
     """Give a state folder that has none a database without entries: making the tables takes a third of a start."""
     database = state_dir / "switchyard.db"
     if not database.exists():
