@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +91,7 @@ def test_cancelling_stops_the_bytes_within_a_second(console, ollama):
     job = start(console, ollama, "llama3.2")
     watch = Stopwatch()
     assert console.delete(f"{BASE}/downloads/{job['id']}").json()["status"] == "cancelled"
-    wait_until(lambda: not pulls(ollama) and kept(ollama) > 1_000_000, "the transfer to stop and write down what is there")
+    wait_until(lambda: not pulls(ollama) and kept(ollama) > 1_000_000, "the transfer to stop and say where")
     assert watch.waited < 1
     arrived = ollama.pulled_bytes("llama3.2")
     assert arrived < SIZE

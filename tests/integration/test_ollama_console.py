@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 
 import psutil
 import pytest
@@ -47,7 +46,7 @@ def shared(start_shared: StartConsole, shared_ollama: FakeOllama) -> Console:
 
 
 @pytest.fixture
-def console(shared: Console, ollama: FakeOllama) -> Console:
+def console(shared: Console, ollama: FakeOllama) -> Console:  # noqa: ARG001 — at rest first
     """A console in front of that server, which has seen its models."""
     return seeing(shared.rest())
 

@@ -6,7 +6,7 @@ import psutil
 
 
 class Stopwatch:
-    """Measures time that was waited away: the seconds, from its making on, in which the machine's cores had nothing to do.
+    """Measures time that was waited away: the seconds since its making in which the machine's cores had nothing to do.
 
     A test that says "within a second" means that nobody sleeps, polls or waits for a time-out meanwhile. By the wall
     clock it fails beside somebody's build, which takes the cores away; a core that is busy, with us or with others,
