@@ -19,6 +19,14 @@ from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, NO_OLLAMA, Con
 from tests.support.docker import DockerEngine, docker_engine
 
 StartConsole = Callable[..., Console]
+SLOWEST_FIRST = ("browser", "integration", "engines")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the files, the long ones come first, so that none is left with one at the end."""
+    if hasattr(config, "workerinput"):
+        folders = [*SLOWEST_FIRST, ""]
+        items.sort(key=lambda item: min(folders.index(part) for part in folders if part in ("", item.path.parent.name)))
 
 
 @pytest.fixture
