@@ -1,17 +1,99 @@
-"""Fixtures that every suite shares."""
+"""Fixtures that every suite shares. `tests/README.md` says which one a test asks for.
+
+From the cheapest to the dearest: `client` (Flask's test client, no process), `console` (the module's console, at rest),
+`start_shared` (for modules with another one), `start_console` (one of the test's own: 1.5 s of a core).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from flask import Flask
+from flask.testing import FlaskClient
 
-from tests.support.console import FAKE_LLAMA_SERVER, Console
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, NO_OLLAMA, Console, put_empty_database
 from tests.support.docker import DockerEngine, docker_engine
 
 StartConsole = Callable[..., Console]
+SLOWEST_FIRST = ("browser", "integration", "engines")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the files, the long ones come first, so that none is left with one at the end."""
+    if hasattr(config, "workerinput"):
+        folders = [*SLOWEST_FIRST, ""]
+        items.sort(key=lambda item: min(folders.index(part) for part in folders if part in ("", item.path.parent.name)))
+
+
+@pytest.fixture
+def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Flask]]:
+    """Makes apps as `app` is; keyword arguments are settings."""
+    from app import create_app  # half a second that a run without it is spared
+
+    for name in [name for name in os.environ if name.startswith(("SWITCHYARD_", "OLLAMA_", "HF_", "DOCKER_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)  # no settings file of whoever runs the tests
+    with ExitStack() as made:
+
+        def make(**settings: object) -> Flask:
+            state = tmp_path / "app-state"
+            put_empty_database(state)
+            told = {"state_dir": state, "models_dir": DEMO_MODELS, "ollama_base_url": NO_OLLAMA, **settings}
+            app = create_app(**told)
+            services = made.enter_context(closing(app.extensions["switchyard"]))
+            services.catalog.refresh()
+            return app
+
+        yield make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Flask]) -> Flask:
+    """The app without a server: its services are built and not started, so that no engine and no greenlet runs.
+
+    It knows the demo models, of which none is loaded.
+    """
+    return make_app()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    """Asks `app`: for what is pure HTTP."""
+    return app.test_client()
+
+
+@pytest.fixture(scope="module")
+def start_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartConsole]:
+    """Starts consoles that the tests of a module share; keyword arguments are Console's."""
+    started: list[Console] = []
+
+    def start(**options: object) -> Console:
+        console = Console(tmp_path_factory.mktemp("console"), **options)  # type: ignore[arg-type]
+        started.append(console)
+        return console.start()
+
+    yield start
+    for console in started:
+        console.close()
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartConsole) -> Console:
+    """The module's console: the embedded engine and the demo models. A module may have another one by this name."""
+    return start_shared()
+
+
+@pytest.fixture
+def console(shared: Console) -> Console:
+    """The module's console as if it had just started: nothing loaded, nothing under way, nothing to tell.
+
+    What it learned from earlier tests it still knows, as the time of a load, or a conversation.
+    """
+    return shared.rest()
 
 
 @pytest.fixture
@@ -32,14 +114,14 @@ def start_console(tmp_path: Path) -> Iterator[StartConsole]:
 
 
 @pytest.fixture
-def console(start_console: StartConsole) -> Console:
-    """A console with the embedded engine and the demo models."""
+def own_console(start_console: StartConsole) -> Console:
+    """A console of the test's own, with the embedded engine and the demo models: to end it, or to see it new."""
     return start_console()
 
 
 @pytest.fixture
 def start_stand_in(start_console: StartConsole) -> StartConsole:
-    """Starts consoles whose models run on the stand-in llama-server."""
+    """Starts consoles of the test's own whose models run on the stand-in llama-server."""
 
     def start(toml: str, **options: object) -> Console:
         return start_console(toml=toml, llamacpp_server=FAKE_LLAMA_SERVER, **options)
@@ -49,7 +131,7 @@ def start_stand_in(start_console: StartConsole) -> StartConsole:
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[DockerEngine]:
-    """A real Docker engine of the test run's own, with the stand-in vLLM's image; who makes containers removes them."""
+    """A real Docker engine of the worker's own, with the stand-in vLLM's image; who makes containers removes them."""
     assert os.geteuid() == 0, "A Docker engine of one's own needs root: run the tests as root."
     with docker_engine() as engine:
         yield engine

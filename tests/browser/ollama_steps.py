@@ -51,6 +51,35 @@ class Workbench:
         self._consoles.append(console)
         return console.start()
 
+    def rest(self, console: Console) -> Console:
+        """For the next test: Ollama as it began and running, the registry too, and a console that has seen both."""
+        self.ollama.clear_faults()
+        console.rest().call_off_downloads()
+        self.registry.rest()
+        self.ollama.rest()
+        self.await_ollama(console, "running")
+        return console
+
+    def end_ollama(self, console: Console) -> Console:
+        """For the next test: Ollama as it began but not running, which a console knows and finds no failure."""
+        self.rest(console)
+        self.ollama.end()
+        self.await_ollama(console, "stopped", "failed")
+        console.post("/services/ollama/dismiss")
+        self.await_ollama(console, "stopped")
+        return console
+
+    def await_ollama(self, console: Console, *states: str) -> None:
+        """Wait until a console says so of Ollama, and lists the models of one that runs."""
+
+        def seen() -> bool:
+            service = console.get("/api/providers/services/status").json()["services"]["ollama"]
+            return service["state"] in states and (
+                service["state"] != "running" or set(console.states()) == set(self.ollama.tags())
+            )
+
+        wait_until(seen, f"Ollama to be {' or '.join(states)}")
+
     def close(self) -> None:
         for console in self._consoles:
             console.close()

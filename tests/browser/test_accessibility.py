@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from tests.browser.conftest import StartShared, at_rest
+from tests.browser.conftest import StartShared
 from tests.browser.ollama_steps import (
     SIZE,
     Workbench,
@@ -310,7 +310,7 @@ def test_a_switch_without_a_mouse_is_read_out(page: Page, console: Console) -> N
     expect(said).to_contain_text(f"{LONG} is still running.")
     choose(page, "slow")
     expect(said).to_have_text(re.compile("^Switching to slow: [A-Z][a-z ]+\\.$"))
-    at_rest(console)
+    console.rest()
 
 
 def test_forty_models_can_be_narrowed_down(page: Page, console: Console) -> None:

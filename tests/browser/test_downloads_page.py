@@ -19,18 +19,38 @@ UNKNOWN_NAME = ("status of 422",)
 """What the browser's console says about an answer that refuses what was typed."""
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Workbench]:
-    """An Ollama that runs and holds one model, and can pull two others."""
-    bench = Workbench(tmp_path, models={"tiny-a:latest": {}}, registry=REGISTRY)
+@pytest.fixture(scope="module")
+def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    bench = Workbench(tmp_path_factory.mktemp("bench"), models={"tiny-a:latest": {}}, registry=REGISTRY)
     bench.ollama.start()
     yield bench
     bench.close()
 
 
+@pytest.fixture(scope="module")
+def shared(shared_bench: Workbench) -> Console:
+    return shared_bench.start()
+
+
 @pytest.fixture
-def console(bench: Workbench) -> Console:
-    return bench.start()
+def console(shared_bench: Workbench, shared: Console) -> Console:
+    """A console that lists the one model of Ollama's, and no download."""
+    return shared_bench.rest(shared)
+
+
+@pytest.fixture
+def bench(shared_bench: Workbench, console: Console) -> Workbench:  # noqa: ARG001 — at rest first
+    """An Ollama that runs and holds one model, and can pull two others."""
+    return shared_bench
+
+
+@pytest.fixture
+def own_bench(tmp_path: Path) -> Iterator[Workbench]:
+    """One of the test's own: what a console has heard of newer versions it doesn't forget."""
+    bench = Workbench(tmp_path, models={"tiny-a:latest": {}}, registry=REGISTRY)
+    bench.ollama.start()
+    yield bench
+    bench.close()
 
 
 def test_a_download_shows_the_same_in_two_tabs_and_goes_on_without_them(
@@ -173,16 +193,17 @@ def test_a_recommended_model_is_one_click_away(bench: Workbench, console: Consol
     expect(offer(page, "mistral").get_by_role("button")).to_be_enabled()
 
 
-def test_a_newer_version_is_found_and_downloaded(bench: Workbench, console: Console, page: Page) -> None:
+def test_a_newer_version_is_found_and_downloaded(own_bench: Workbench, page: Page) -> None:
     """Check for updates says what it found; Update downloads under the same name, and the mark goes."""
-    bench.registry.publish("tiny-a:latest")
+    console = own_bench.start()
+    own_bench.registry.publish("tiny-a:latest")
     visit(page, console, "/models")
     check = card(page).get_by_role("button", name="Check for updates")
     check.click()
     expect(page.locator("#notice")).to_contain_text("No newer versions.")
-    bench.registry.publish("tiny-a:latest", version=2)
-    bench.ollama.configure(registry={"tiny-a:latest": {"version": 2}})
-    bench.ollama.set_fault("pull_stuck_at", 50)
+    own_bench.registry.publish("tiny-a:latest", version=2)
+    own_bench.ollama.configure(registry={"tiny-a:latest": {"version": 2}})
+    own_bench.ollama.set_fault("pull_stuck_at", 50)
     check.click()
     expect(page.locator("#notice")).to_contain_text("1 model has a newer version.")
     it = row(page, "tiny-a:latest")
@@ -190,7 +211,7 @@ def test_a_newer_version_is_found_and_downloaded(bench: Workbench, console: Cons
     it.get_by_role("button", name="Update tiny-a:latest").click()
     expect(page.locator("#notice")).to_be_empty()
     expect(it.locator(".tag")).to_have_text(re.compile(r"Updating (49|50) %"))
-    bench.ollama.clear_faults()
+    own_bench.ollama.clear_faults()
     expect(it.locator(".tag")).to_have_count(0)
     expect(it.get_by_role("button", name="Update tiny-a:latest")).to_have_count(0)
 
@@ -235,14 +256,13 @@ def test_a_model_that_cannot_be_deleted_says_why(bench: Workbench, open_page: Op
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_long_name_fits_a_narrow_window(bench: Workbench, open_page: OpenPage) -> None:
+def test_a_long_name_fits_a_narrow_window(bench: Workbench, console: Console, open_page: OpenPage) -> None:
     """Sixty characters as a model and as a download, without scrolling sideways."""
     name = "a-model-whose-name-has-as-many-as-sixty-letters-in-it-all:7b"
     assert len(name) == 60
     bench.registry.publish(name, size=SIZE)
     bench.ollama.configure(registry={name: {"size": SIZE}})
     bench.ollama.set_fault("pull_stuck_at", 50)
-    console = bench.start()
     page = open_page(viewport={"width": 390, "height": 800})
     visit(page, console, "/models")
     download(page, name)

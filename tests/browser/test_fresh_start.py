@@ -26,8 +26,8 @@ MINI, SMALL = "switchyard-mini", "switchyard-small"
 
 
 @pytest.fixture
-def console(start_console) -> Console:
-    return start_console()
+def console(own_console: Console) -> Console:
+    return own_console
 
 
 def test_both_models_are_there_and_one_click_begins(page: Page, console: Console) -> None:

@@ -13,36 +13,59 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import OpenPage
 from tests.browser.ollama_steps import SIZE, Workbench, card, offer
 from tests.browser.steps import choose, expect_active, row, visit
-from tests.support.console import NO_OLLAMA
+from tests.support.console import NO_OLLAMA, Console
+
+MODELS = {"tiny-a:latest": {}}
+REGISTRY = {"llama3.2:latest": {"size": SIZE}}
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Workbench]:
-    """An Ollama with a model, not running."""
-    bench = Workbench(
-        tmp_path,
-        models={"tiny-a:latest": {}},
-        registry={"llama3.2:latest": {"size": SIZE}},
-    )
+@pytest.fixture(scope="module")
+def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    bench = Workbench(tmp_path_factory.mktemp("bench"), models=MODELS, registry=REGISTRY)
     yield bench
     bench.close()
 
 
-def test_ollama_is_started_and_stopped_from_the_page(bench: Workbench, page: Page) -> None:
+@pytest.fixture(scope="module")
+def shared(shared_bench: Workbench) -> Console:
+    return shared_bench.start()
+
+
+@pytest.fixture
+def console(shared_bench: Workbench, shared: Console) -> Console:
+    """A console that has seen Ollama before, which does not run now."""
+    return shared_bench.end_ollama(shared)
+
+
+@pytest.fixture
+def bench(shared_bench: Workbench, console: Console) -> Workbench:  # noqa: ARG001 — at rest first
+    """An Ollama with a model, not running, and the console that `console` is."""
+    return shared_bench
+
+
+@pytest.fixture
+def own_bench(tmp_path: Path) -> Iterator[Workbench]:
+    """An Ollama with a model, not running, that no console has seen yet."""
+    bench = Workbench(tmp_path, models=MODELS, registry=REGISTRY)
+    yield bench
+    bench.close()
+
+
+def test_ollama_is_started_and_stopped_from_the_page(own_bench: Workbench, page: Page) -> None:
     """Start shows its process and version, and its models appear; Stop ends it; both are read out."""
-    console = bench.start()
+    console = own_bench.start()
     visit(page, console, "/models")
     expect(card(page)).to_contain_text("Not running")
     expect(offer(page, "llama3.2").get_by_role("button")).to_be_disabled()
     expect(page.locator("#downloads")).to_contain_text("These come from Ollama, which is not running.")
     card(page).get_by_role("button", name="Start").click()
     expect(card(page)).to_contain_text("Running")
-    (server,) = bench.ollama.servers()
+    (server,) = own_bench.ollama.servers()
     expect(card(page)).to_contain_text(re.compile(rf"Process\s*{server.pid}"))
     expect(card(page)).to_contain_text(re.compile(r"Version\s*0\.24\.0"))
     expect(card(page)).to_contain_text(re.compile(r"Running\s*for \d+ s"))
     expect(card(page)).to_contain_text(re.compile(r"Started\s*here"))
-    expect(card(page)).to_contain_text(bench.ollama.url.removeprefix("http://"))
+    expect(card(page)).to_contain_text(own_bench.ollama.url.removeprefix("http://"))
     expect(page.locator("#announcer")).to_contain_text("Ollama is running.")
     expect(row(page, "tiny-a:latest")).to_be_visible()
     expect(offer(page, "llama3.2").get_by_role("button")).to_be_enabled()
@@ -54,10 +77,11 @@ def test_ollama_is_started_and_stopped_from_the_page(bench: Workbench, page: Pag
     assert not psutil.pid_exists(server.pid)
 
 
-def test_a_start_under_way_is_shown_and_can_be_called_off(bench: Workbench, open_page: OpenPage) -> None:
+def test_a_start_under_way_is_shown_and_can_be_called_off(
+    bench: Workbench, console: Console, open_page: OpenPage
+) -> None:
     """The page goes on while Ollama starts, says so in every tab, and Stop ends it."""
     bench.ollama.set_fault("hang")
-    console = bench.start()
     first, second = open_page(tolerate=("status of 409", "status of 502", "status of 504")), open_page()
     for page in (first, second):
         visit(page, console, "/models")
@@ -71,10 +95,9 @@ def test_a_start_under_way_is_shown_and_can_be_called_off(bench: Workbench, open
     assert bench.ollama.servers() == []
 
 
-def test_a_start_that_fails_says_why(bench: Workbench, page: Page) -> None:
+def test_a_start_that_fails_says_why(bench: Workbench, console: Console, page: Page) -> None:
     """The cause and its log stand on the card until they are put away."""
     bench.ollama.set_fault("crash_on_start", "Error: no space for the cache")
-    console = bench.start()
     visit(page, console, "/models")
     card(page).get_by_role("button", name="Start").click()
     expect(card(page).locator(".word")).to_have_text("Failed")
@@ -83,10 +106,9 @@ def test_a_start_that_fails_says_why(bench: Workbench, page: Page) -> None:
     expect(card(page)).to_contain_text("Not running")
 
 
-def test_an_ollama_that_somebody_else_started_is_left_to_them(bench: Workbench, page: Page) -> None:
+def test_an_ollama_that_somebody_else_started_is_left_to_them(bench: Workbench, console: Console, page: Page) -> None:
     """Its process is named, and instead of a button stands why there is none."""
     bench.ollama.start()
-    console = bench.start()
     visit(page, console, "/models")
     expect(card(page)).to_contain_text("Another program started it, so it is stopped there.")
     assert bench.ollama.process is not None
@@ -94,9 +116,9 @@ def test_an_ollama_that_somebody_else_started_is_left_to_them(bench: Workbench, 
     expect(card(page).get_by_role("button", name="Stop")).to_have_count(0)
 
 
-def test_where_ollama_is_not_installed_the_card_is_small(bench: Workbench, page: Page) -> None:
+def test_where_ollama_is_not_installed_the_card_is_small(own_bench: Workbench, page: Page) -> None:
     """It is optional, and a link leads to it."""
-    console = bench.start(ollama_binary="/no/such/ollama", ollama_base_url=NO_OLLAMA)
+    console = own_bench.start(ollama_binary="/no/such/ollama", ollama_base_url=NO_OLLAMA)
     visit(page, console, "/models")
     expect(card(page)).to_contain_text("Not installed")
     link = card(page).get_by_role("link", name="ollama.com/download")
@@ -107,10 +129,10 @@ def test_where_ollama_is_not_installed_the_card_is_small(bench: Workbench, page:
     expect(page.get_by_label("From")).to_have_value("huggingface")
 
 
-def test_a_model_that_another_program_unloads_is_no_failure(bench: Workbench, page: Page) -> None:
+def test_a_model_that_another_program_unloads_is_no_failure(bench: Workbench, console: Console, page: Page) -> None:
     """Its row says who did it, as a caution, and it can be loaded again."""
     bench.ollama.start()
-    console = bench.start()
+    bench.await_ollama(console, "running")
     console.switch("tiny-a:latest")
     visit(page, console, "/models")
     bench.ollama.unload("tiny-a:latest")
@@ -121,19 +143,18 @@ def test_a_model_that_another_program_unloads_is_no_failure(bench: Workbench, pa
     expect(it.get_by_role("button", name="Load tiny-a:latest")).to_be_visible()
 
 
-def test_ollamas_models_are_chosen_like_any_other(bench: Workbench, page: Page) -> None:
+def test_ollamas_models_are_chosen_like_any_other(bench: Workbench, console: Console, page: Page) -> None:
     """They are in the chat page's menu; one click loads one."""
     bench.ollama.start()
-    console = bench.start()
+    bench.await_ollama(console, "running")
     visit(page, console, "/")
     choose(page, "tiny-a:latest")
     expect_active(page, "tiny-a:latest")
     assert bench.ollama.ps() == ["tiny-a:latest"]
 
 
-def test_without_script_ollama_is_started_and_stopped(bench: Workbench, open_page: OpenPage) -> None:
+def test_without_script_ollama_is_started_and_stopped(bench: Workbench, console: Console, open_page: OpenPage) -> None:
     """Two forms, and back on the page at the card."""
-    console = bench.start()
     page = open_page(java_script_enabled=False)
     visit(page, console, "/models")
     card(page).get_by_role("button", name="Start").click()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
+from tests.browser.conftest import StartShared
 from tests.browser.steps import choice, choose, dialog, expect_active, menu, row, visit
 from tests.support.console import Console
 from tests.support.docker import DockerEngine
@@ -17,14 +17,26 @@ from tests.support.vllm import gpu_entry, on_gpu
 FIRST, SECOND = "Qwen/Qwen2.5-Coder-32B-Instruct-GPTQ-Int4-with-a-long-name-1", "openai/gpt-oss-20b"
 
 
-@pytest.fixture
-def console(gpu_docker: DockerEngine, start_console: Callable[..., Console], tmp_path: Path) -> Iterator[Console]:
-    """The first model asleep, the second one answering, after both have been woken once."""
-    console = start_console(toml=gpu_entry(FIRST) + gpu_entry(SECOND), **on_gpu(gpu_docker, tmp_path, FIRST, SECOND))
-    for model in (FIRST, SECOND, FIRST, SECOND):
+@pytest.fixture(scope="module")
+def shared(
+    gpu_docker: DockerEngine, start_shared: StartShared, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Console]:
+    """A console that has seen both models wake."""
+    toml, folder = gpu_entry(FIRST) + gpu_entry(SECOND), tmp_path_factory.mktemp("vllm")
+    console = start_shared(toml, **on_gpu(gpu_docker, folder, FIRST, SECOND))
+    for model in (FIRST, SECOND, FIRST):
         console.switch(model)
     yield console
     gpu_docker.remove_containers()
+
+
+@pytest.fixture
+def console(shared: Console) -> Console:
+    """The first model asleep, the second one answering, after both have been woken once."""
+    shared.switch(FIRST)
+    shared.switch(SECOND)
+    shared.post("/models/dismiss")
+    return shared
 
 
 def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, page: Page) -> None:

@@ -5,15 +5,66 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Callable
 
 import psutil
 import pytest
 
-from tests.support.console import DEMO_MODELS, Console, stand_in, wait_until
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, PATIENCE, Console, stand_in, wait_until
 
-GOOD = stand_in("good")
 TIGHT_GB = 0.65
 """A budget in which a model that needs 0.6 GB has to displace one that holds 80 MB."""
+ROOMY = (
+    stand_in("good")
+    + stand_in("soon", "slow_load:2")
+    + stand_in("slow", "slow_load:30")
+    + stand_in("bad", "crash_loading", "slow_load:1.5")
+    + stand_in("dies", "crash_ready:0.3")
+    + stand_in("huge", required_gb=900)
+)
+TIGHT = "".join(
+    [
+        stand_in("good", "hold:80", required_gb=0.6),
+        stand_in("bad", "crash_loading", required_gb=0.6),
+        stand_in("slow", "slow_load:30", required_gb=0.6),
+        stand_in("talker", "slow_tokens:0.2", "hold:80", required_gb=0.6),
+        stand_in("slow-talker", "slow_tokens:0.3", "hold:80", required_gb=0.6),
+    ]
+)
+FAILING = "".join(stand_in(fault, fault) for fault in ("crash_loading", "refuse_first", "never_ready"))
+
+StartConsole = Callable[..., Console]
+
+
+@pytest.fixture(scope="module")
+def start_stand_ins(start_shared: StartConsole) -> StartConsole:
+    def start(toml: str, **settings: object) -> Console:
+        return start_shared(toml=toml, llamacpp_server=FAKE_LLAMA_SERVER, **settings)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def shared(start_stand_ins: StartConsole) -> Console:
+    """Room for every model but `huge`."""
+    return start_stand_ins(ROOMY)
+
+
+@pytest.fixture(scope="module")
+def shared_tight(start_stand_ins: StartConsole) -> Console:
+    return start_stand_ins(TIGHT, memory_budget_gb=TIGHT_GB)
+
+
+@pytest.fixture
+def tight(shared_tight: Console) -> Console:
+    """A console at rest with room for one model of 0.6 GB, which is what each of them declares."""
+    return shared_tight.rest()
+
+
+@pytest.fixture(scope="module")
+def impatient(start_stand_ins: StartConsole) -> Console:
+    """A console whose models fail to load, each by the fault it is named after; a load may take a second."""
+    return start_stand_ins(FAILING, load_timeout_seconds=1)
 
 
 def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_stand_in, tmp_path):
@@ -30,42 +81,38 @@ def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_stand_in, tmp_path)
     assert progress == sorted(progress)
 
 
-def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(start_stand_in):
+def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(tight):
     """The first cause is said with what is running now, and the log tail is kept."""
-    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in("bad", "crash_loading", required_gb=0.6)
-    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
-    console.switch("good")
-    seen = list(console.switch_stream("bad"))
+    tight.switch("good")
+    seen = list(tight.switch_stream("bad"))
     name, error = seen[-1]
     assert (name, error["error"]) == ("error", "load_failed")
     assert "the stand-in was told to crash" in error["message"]
     assert "good is running again" in error["message"]
     assert ("stage", "rolling_back") in [(n, d.get("stage")) for n, d in seen]
-    status = console.status()
+    status = tight.status()
     assert status["models"]["bad"]["status"] == "failed"
     assert "told to crash" in status["models"]["bad"]["error"]
     assert (status["models"]["good"]["status"], status["active_model"]) == ("running", "good")
-    assert console.ask("Hello").json()["model"] == "good"
+    assert tight.ask("Hello").json()["model"] == "good"
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [("crash_loading", "told to crash"), ("refuse_first", "first answer"), ("never_ready", "not ready after 1 s")],
 )
-def test_every_way_to_fail_a_load_has_its_own_words(start_stand_in, fault, words):
+def test_every_way_to_fail_a_load_has_its_own_words(impatient, fault, words):
     """502 with the cause; the model is shown as failed with it; no process stays."""
-    console = start_stand_in(stand_in("bad", fault), load_timeout_seconds=1)
-    answer = console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
+    answer = impatient.post("/v1/models/switch", {"target_model": fault, "wait": True})
     assert (answer.status_code, answer.json()["error"]) == (502, "load_failed")
     assert words in answer.json()["message"]
-    assert console.model("bad")["status"] == "failed"
-    assert words in console.model("bad")["error"]
-    assert console.engines() == []
+    assert impatient.model(fault)["status"] == "failed"
+    assert words in impatient.model(fault)["error"]
+    assert impatient.engines() == []
 
 
-def test_a_failed_model_can_be_tried_again(start_stand_in):
+def test_a_failed_model_can_be_tried_again(console):
     """The failure is forgotten when the next load begins, and shown again when that fails too."""
-    console = start_stand_in(stand_in("bad", "crash_loading", "slow_load:0.6"))
     console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
     console.post("/v1/models/switch", {"target_model": "bad"})
     assert console.model("bad")["status"] == "loading"
@@ -81,9 +128,8 @@ def test_a_missing_server_says_which_setting_names_it(start_console):
     assert "No such file" in answer.json()["message"]
 
 
-def test_a_model_that_dies_when_ready_is_noticed_and_shown(start_stand_in):
+def test_a_model_that_dies_when_ready_is_noticed_and_shown(console):
     """At once, with the last words of its log; the app serves on and the memory is given back."""
-    console = start_stand_in(stand_in("dies", "crash_ready:0.3") + GOOD)
     console.switch("dies")
     status = console.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be noticed")
     assert "exit code 3" in status["models"]["dies"]["error"]
@@ -102,50 +148,45 @@ def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(start_stand_in
     assert not psutil.pid_exists(engine.pid)
 
 
-def test_a_load_can_be_cancelled_and_what_was_unloaded_comes_back(start_stand_in):
+def test_a_load_can_be_cancelled_and_what_was_unloaded_comes_back(tight):
     """Cancel in the middle: the half-loaded process is gone and the earlier model answers again."""
-    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in("slow", "slow_load:30", required_gb=0.6)
-    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
-    console.switch("good")
-    console.post("/v1/models/switch", {"target_model": "slow"})
-    assert console.model("slow")["status"] == "loading"
-    answer = console.delete("/v1/models/switch").json()
+    tight.switch("good")
+    tight.post("/v1/models/switch", {"target_model": "slow"})
+    assert tight.model("slow")["status"] == "loading"
+    answer = tight.delete("/v1/models/switch").json()
     assert (answer["status"], answer["model"]) == ("cancelled", "slow")
-    status = console.status()
+    status = tight.status()
     assert status["models"]["slow"]["status"] == "stopped"
     assert (status["models"]["good"]["status"], status["active_model"]) == ("running", "good")
-    assert len(console.engines()) == 1
+    assert len(tight.engines()) == 1
 
 
-def test_leaving_the_stream_does_not_cancel_the_switch(start_stand_in):
+def test_leaving_the_stream_does_not_cancel_the_switch(console):
     """001: the client's going away stops nothing."""
-    console = start_stand_in(stand_in("slow", "slow_load:0.8"))
-    stream = console.switch_stream("slow")
+    stream = console.switch_stream("soon")
     next(stream)
     stream.close()
-    console.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the switch to go on")
+    console.wait_for(lambda s: s["models"]["soon"]["status"] == "running", "the switch to go on")
 
 
-def test_a_new_switch_cancels_the_running_one_by_default(start_stand_in):
+def test_a_new_switch_cancels_the_running_one_by_default(console):
     """The first one's follower is told that it was replaced, and by what."""
-    console = start_stand_in(stand_in("slow", "slow_load:30") + GOOD)
     ended: list[tuple[str, dict]] = []
     follower = threading.Thread(target=lambda: ended.extend(console.switch_stream("slow")), daemon=True)
     follower.start()
     console.wait_for(lambda s: s["models"]["slow"]["status"] == "loading", "the load to begin")
     console_two = _second_client(console)
     console_two.switch("good")
-    follower.join(10)
+    follower.join(PATIENCE)
     assert ended[-1][0] == "error"
     assert ended[-1][1]["error"] == "cancelled"
     assert "replaced by a switch to good" in ended[-1][1]["message"]
     assert console.states()["slow"] == "stopped"
 
 
-def test_a_new_switch_can_be_refused_or_queued_instead(start_stand_in):
+def test_a_new_switch_can_be_refused_or_queued_instead(console):
     """`replace` says what happens to the one under way; the queue is visible."""
-    console = start_stand_in(stand_in("slow", "slow_load:1") + GOOD)
-    console.post("/v1/models/switch", {"target_model": "slow"})
+    console.post("/v1/models/switch", {"target_model": "soon"})
     refused = console.post("/v1/models/switch", {"target_model": "good", "replace": "refuse"})
     assert (refused.status_code, refused.json()["error"]) == (409, "switch_in_progress")
     waiting = threading.Thread(target=lambda: _second_client(console).switch("good", replace="queue"), daemon=True)
@@ -154,57 +195,48 @@ def test_a_new_switch_can_be_refused_or_queued_instead(start_stand_in):
         lambda: [q["model"] for q in console.get("/v1/models/switch").json()["queue"]] == ["good"],
         "the second switch to be queued",
     )
-    waiting.join(10)
-    assert console.states() | {"slow": "running", "good": "running"} == console.states()
+    waiting.join(PATIENCE)
+    assert console.states() | {"soon": "running", "good": "running"} == console.states()
     assert console.status()["active_model"] == "good"
 
 
-def test_a_refused_target_does_not_cancel_the_switch_under_way(start_stand_in):
+def test_a_refused_target_does_not_cancel_the_switch_under_way(console):
     """Asking for what can't fit must not cost the load that can."""
-    console = start_stand_in(stand_in("slow", "slow_load:1") + stand_in("huge", required_gb=900))
-    console.post("/v1/models/switch", {"target_model": "slow"})
+    console.post("/v1/models/switch", {"target_model": "soon"})
     assert console.post("/v1/models/switch", {"target_model": "huge"}).status_code == 409
-    console.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the first switch to finish")
+    console.wait_for(lambda s: s["models"]["soon"]["status"] == "running", "the first switch to finish")
 
 
-def test_a_busy_model_finishes_its_answer_before_it_is_unloaded(start_stand_in):
+def test_a_busy_model_finishes_its_answer_before_it_is_unloaded(tight):
     """Drain: the answer under way is complete, though the switch wants the memory."""
-    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in(
-        "talker", "slow_tokens:0.1", "hold:80", required_gb=0.6
-    )
-    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
-    console.switch("talker")
+    tight.switch("talker")
     answers: list[str] = []
     asking = threading.Thread(
-        target=lambda: answers.append(_second_client(console).ask("Hello", model="talker").text), daemon=True
+        target=lambda: answers.append(_second_client(tight).ask("Hello", model="talker").text), daemon=True
     )
     asking.start()
-    console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
-    assert console.switch("good")["unloaded_models"] == ["talker"]
-    asking.join(10)
+    tight.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
+    assert tight.switch("good")["unloaded_models"] == ["talker"]
+    asking.join(PATIENCE)
     assert "ten short words" in answers[0]
 
 
-def test_a_cancel_while_draining_leaves_the_model_serving(start_stand_in):
+def test_a_cancel_while_draining_leaves_the_model_serving(tight):
     """Nothing was unloaded yet, so nothing is lost: it takes requests again."""
-    toml = stand_in("good", "hold:80", required_gb=0.6) + stand_in(
-        "talker", "slow_tokens:0.3", "hold:80", required_gb=0.6
-    )
-    console = start_stand_in(toml, memory_budget_gb=TIGHT_GB)
-    console.switch("talker")
-    asking = threading.Thread(target=lambda: _second_client(console).ask("Hello", model="talker"), daemon=True)
+    tight.switch("slow-talker")
+    asking = threading.Thread(target=lambda: _second_client(tight).ask("Hello", model="slow-talker"), daemon=True)
     asking.start()
-    console.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
+    tight.wait_for(lambda s: s["models"]["slow-talker"]["in_flight"] == 1, "the question to arrive")
     switching = threading.Thread(
-        target=lambda: _second_client(console).post("/v1/models/switch", {"target_model": "good"}), daemon=True
+        target=lambda: _second_client(tight).post("/v1/models/switch", {"target_model": "good"}), daemon=True
     )
     switching.start()
-    console.wait_for(lambda s: (s["switch"] or {}).get("stage") == "draining", "the drain to begin")
-    assert console.delete("/v1/models/switch").json()["status"] == "cancelled"
-    assert console.ask("Hello", model="talker", max_tokens=1).status_code == 200
-    asking.join(10)
-    switching.join(10)
-    assert console.states()["talker"] == "running"
+    tight.wait_for(lambda s: (s["switch"] or {}).get("stage") == "draining", "the drain to begin")
+    assert tight.delete("/v1/models/switch").json()["status"] == "cancelled"
+    assert tight.ask("Hello", model="slow-talker", max_tokens=1).status_code == 200
+    asking.join(PATIENCE)
+    switching.join(PATIENCE)
+    assert tight.states()["slow-talker"] == "running"
 
 
 def _second_client(console: Console) -> Console:

@@ -4,57 +4,80 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import requests
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from tests.support.console import Console, stand_in, wait_until
+from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in, wait_until
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
+STAND_INS = (
+    stand_in("slow", "slow_load:1.5")
+    + stand_in("bad", "crash_loading")
+    + stand_in("talker", "slow_tokens:1")
+    + stand_in("ponderer", "slow_tokens:3")  # half a minute to the end of its answer
+    + stand_in("dies", "crash_answering")
+    + stand_in("good")
+)
+
+
 @pytest.fixture
-def client(console: Console) -> OpenAI:
+def openai(console: Console) -> Iterator[OpenAI]:
     """OpenAI's own Python client, with nothing but its base URL changed."""
-    return OpenAI(base_url=f"{console.url}/v1", api_key="none", max_retries=0)
+    with OpenAI(base_url=f"{console.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
-def test_the_openai_client_works_streaming_and_not(console, client):
+@pytest.fixture(scope="module")
+def shared_stand_ins(start_shared: Callable[..., Console]) -> Console:
+    return start_shared(toml=STAND_INS, llamacpp_server=FAKE_LLAMA_SERVER, queue_limit=2)
+
+
+@pytest.fixture
+def stand_ins(shared_stand_ins: Console) -> Console:
+    """A console at rest whose models are slow to load, crash or talk for long; two requests may wait in it."""
+    return shared_stand_ins.rest()
+
+
+def test_the_openai_client_works_streaming_and_not(console, openai):
     """Models listed, a whole answer, and the same answer in pieces."""
     console.switch(MINI)
-    assert {model.id for model in client.models.list()} == {MINI, SMALL}
-    assert client.models.retrieve(MINI).id == MINI
+    assert {model.id for model in openai.models.list()} == {MINI, SMALL}
+    assert openai.models.retrieve(MINI).id == MINI
     options = {"model": MINI, "messages": HELLO, "temperature": 0, "max_tokens": 40}
-    whole = client.chat.completions.create(**options).choices[0].message.content
-    pieces = [c.choices[0].delta.content or "" for c in client.chat.completions.create(stream=True, **options)]
+    whole = openai.chat.completions.create(**options).choices[0].message.content
+    pieces = [c.choices[0].delta.content or "" for c in openai.chat.completions.create(stream=True, **options)]
     assert len(pieces) > 3
     assert "".join(pieces) == whole
-    assert client.completions.create(model=MINI, prompt="Hello", max_tokens=2).choices[0].text is not None
+    assert openai.completions.create(model=MINI, prompt="Hello", max_tokens=2).choices[0].text is not None
 
 
-def test_asking_a_model_that_is_not_loaded_switches_to_it(console, client):
+def test_asking_a_model_that_is_not_loaded_switches_to_it(console, openai):
     """Switch on request: the answer comes from the model that was named, loaded for it."""
-    answer = client.chat.completions.create(model=SMALL, messages=HELLO, max_tokens=4)
+    answer = openai.chat.completions.create(model=SMALL, messages=HELLO, max_tokens=4)
     assert answer.model == SMALL
     assert console.states()[SMALL] == "running"
 
 
-def test_unknown_models_are_404_with_the_available_ones(console, client):
+def test_unknown_models_are_404_with_the_available_ones(console, openai):
     """In OpenAI's shape, which its client understands."""
     with pytest.raises(NotFoundError) as caught:
-        client.chat.completions.create(model="../etc/passwd", messages=HELLO)
+        openai.chat.completions.create(model="../etc/passwd", messages=HELLO)
     assert caught.value.code == "model_not_found"
     assert MINI in caught.value.message
     assert console.get("/v1/models/nope").status_code == 404
 
 
-def test_what_the_engine_refuses_is_passed_on_unchanged(console, client):
+def test_what_the_engine_refuses_is_passed_on_unchanged(console, openai):
     """The engine's own 400 reaches the client."""
     console.switch(MINI)
     with pytest.raises(BadRequestError):
-        client.chat.completions.create(model=MINI, messages=[{"role": "user"}], max_tokens=1)  # type: ignore[typeddict-item]
+        openai.chat.completions.create(model=MINI, messages=[{"role": "user"}], max_tokens=1)  # type: ignore[typeddict-item]
 
 
 def test_nothing_loaded_and_no_model_named_is_409(console):
@@ -67,13 +90,11 @@ def test_nothing_loaded_and_no_model_named_is_409(console):
     ("body", "status"),
     [(b"not json", 400), (b"[1]", 400), (b'{"model": 7}', 400), (b"{" * 100_000, 400), (b"", 409)],
 )
-def test_bad_bodies_are_answered_in_openais_shape(console, body, status):
+def test_bad_bodies_are_answered_in_openais_shape(client, body, status):
     """No JSON, the wrong kind of JSON, a wrong type, absurd nesting, nothing at all."""
-    answer = console.http.post(
-        f"{console.url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}, timeout=10
-    )
+    answer = client.post("/v1/chat/completions", data=body, content_type="application/json")
     assert answer.status_code == status
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert set(answer.json["error"]) == {"message", "type", "param", "code"}
 
 
 def test_a_body_that_is_too_large_is_413_and_the_app_serves_on(console):
@@ -93,21 +114,20 @@ def test_switching_on_request_can_be_switched_off(start_console):
     assert console.states()[MINI] == "stopped"
 
 
-def test_waiting_requests_are_visible_and_bounded(start_stand_in):
+def test_waiting_requests_are_visible_and_bounded(stand_ins):
     """Two may wait, and are seen waiting; the third is sent away with Retry-After; both are answered in the end."""
-    console = start_stand_in(stand_in("slow", "slow_load:1.5"), queue_limit=2)
     answers: list[int] = []
     threads = [
-        threading.Thread(target=lambda: answers.append(_ask_alone(console, "slow").status_code), daemon=True)
+        threading.Thread(target=lambda: answers.append(_ask_alone(stand_ins, "slow").status_code), daemon=True)
         for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     wait_until(
-        lambda: sum(q["requests"] for q in console.get("/v1/models/switch").json()["queue"]) == 2,
+        lambda: sum(q["requests"] for q in stand_ins.get("/v1/models/switch").json()["queue"]) == 2,
         "both requests to be seen waiting",
     )
-    third = console.ask("Hello", model="slow")
+    third = stand_ins.ask("Hello", model="slow")
     assert (third.status_code, third.json()["error"]["code"]) == (503, "queue_full")
     assert int(third.headers["Retry-After"]) > 0
     for thread in threads:
@@ -115,66 +135,64 @@ def test_waiting_requests_are_visible_and_bounded(start_stand_in):
     assert answers == [200, 200]
 
 
-def test_a_request_for_a_model_that_fails_to_load_is_told_why(start_stand_in):
+def test_a_request_for_a_model_that_fails_to_load_is_told_why(stand_ins):
     """The load's first cause, in OpenAI's shape."""
-    console = start_stand_in(stand_in("bad", "crash_loading"))
-    answer = console.ask("Hello", model="bad")
+    answer = stand_ins.ask("Hello", model="bad")
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "load_failed")
     assert "told to crash" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_the_generation(start_stand_in, stream):
-    """Streamed or not: the engine sees its connection close, and the request no longer counts as in flight."""
-    console = start_stand_in(stand_in("talker", "slow_tokens:1"))  # ten seconds to the end of its answer
-    console.switch("talker")
-    if stream:
-        with console.post(
-            "/v1/chat/completions", {"model": "talker", "messages": HELLO, "stream": True}, stream=True
-        ) as answer:
-            next(answer.iter_lines())
-    else:
-        with pytest.raises(requests.Timeout):
-            requests.post(
-                f"{console.url}/v1/chat/completions", json={"model": "talker", "messages": HELLO}, timeout=0.5
-            )
-    wait_until(lambda: console.model("talker")["in_flight"] == 0, "the request to be over", patience=4)
-    if stream:
-        (log,) = (console.folder / "state" / "logs").glob("llama-server-*.log")
-        wait_until(lambda: "the client went away" in log.read_text(), "the engine to notice")
+def test_a_client_that_leaves_a_stream_stops_the_generation(stand_ins):
+    """The engine sees its connection close, and the request no longer counts as in flight."""
+    stand_ins.switch("talker")
+    with stand_ins.post(
+        "/v1/chat/completions", {"model": "talker", "messages": HELLO, "stream": True}, stream=True
+    ) as answer:
+        next(answer.iter_lines())
+    wait_until(lambda: stand_ins.model("talker")["in_flight"] == 0, "the request to be over")
+    logs = (stand_ins.folder / "state" / "logs").glob("llama-server-*.log")
+    log = max(logs, key=lambda path: path.stat().st_mtime)
+    wait_until(lambda: "the client went away" in log.read_text(), "the engine to notice")
 
 
-def test_a_client_that_leaves_while_waiting_gives_up_its_place(start_stand_in):
-    """Its place in the queue is free again; the load goes on."""
-    console = start_stand_in(stand_in("slow", "slow_load:2"))
+def test_a_client_that_leaves_before_the_answer_is_not_waited_for(stand_ins):
+    """Not streamed: nothing has been written yet, and the request no longer counts as in flight."""
+    stand_ins.switch("ponderer")
     with pytest.raises(requests.Timeout):
-        requests.post(f"{console.url}/v1/chat/completions", json={"model": "slow", "messages": HELLO}, timeout=0.4)
+        requests.post(
+            f"{stand_ins.url}/v1/chat/completions", json={"model": "ponderer", "messages": HELLO}, timeout=0.5
+        )
+    wait_until(lambda: stand_ins.model("ponderer")["in_flight"] == 0, "the request to be over", patience=20)
+
+
+def test_a_client_that_leaves_while_waiting_gives_up_its_place(stand_ins):
+    """Its place in the queue is free again; the load goes on."""
+    with pytest.raises(requests.Timeout):
+        requests.post(f"{stand_ins.url}/v1/chat/completions", json={"model": "slow", "messages": HELLO}, timeout=0.4)
     wait_until(
-        lambda: sum(q["requests"] for q in console.get("/v1/models/switch").json()["queue"]) == 0,
+        lambda: sum(q["requests"] for q in stand_ins.get("/v1/models/switch").json()["queue"]) == 0,
         "the place to be free",
     )
-    console.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the load to go on")
+    stand_ins.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the load to go on")
 
 
-def test_an_engine_that_dies_in_mid_answer_is_told_in_the_stream(start_stand_in):
+def test_an_engine_that_dies_in_mid_answer_is_told_in_the_stream(stand_ins):
     """The stream ends with an error event, not with silence, and the model is shown as failed."""
-    console = start_stand_in(stand_in("dies", "crash_answering"))
-    console.switch("dies")
-    answer = console.post("/v1/chat/completions", {"messages": HELLO, "stream": True})
+    stand_ins.switch("dies")
+    answer = stand_ins.post("/v1/chat/completions", {"messages": HELLO, "stream": True})
     last = [line for line in answer.text.splitlines() if line.startswith("data: ")][-1]
     assert "broke off" in json.loads(last[6:])["error"]["message"]
-    console.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be shown")
+    stand_ins.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be shown")
 
 
-def test_an_engine_that_died_a_moment_ago_is_an_error_and_not_a_hang(start_stand_in):
+def test_an_engine_that_died_a_moment_ago_is_an_error_and_not_a_hang(stand_ins):
     """Asked right after its death it is loaded again, or the failure is told; the app serves on."""
-    console = start_stand_in(stand_in("good"))
-    console.switch("good")
-    (engine,) = console.engines()
+    stand_ins.switch("good")
+    (engine,) = stand_ins.engines()
     engine.kill()
-    answer = console.ask("Hello", model="good")
+    answer = stand_ins.ask("Hello", model="good")
     assert answer.status_code in (200, 502)
-    assert console.get("/healthz").status_code == 200
+    assert stand_ins.get("/healthz").status_code == 200
 
 
 def test_the_short_address_is_the_same_gateway(console):

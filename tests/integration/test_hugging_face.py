@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from services.engines.processes import ProcessRegistry
 from tests.fakes.hub import COMMIT, FakeHub, Repo
 from tests.support.console import DEMO_MODELS, ROOT, free_port, wait_until
 from tests.support.hub import RETRY_PAUSE, Fetch, hub_environment, hub_running
+from tests.support.stopwatch import Stopwatch
 
 MODEL = (DEMO_MODELS / "switchyard-mini.gguf").read_bytes()
 PARTS = {f"q8/big-0000{number}-of-00003.gguf": bytes([number]) * 100_000 for number in (1, 2, 3)}
@@ -227,11 +227,11 @@ def test_an_abort_stops_within_a_second_and_the_next_fetch_goes_on(
     hub.faults.bytes_per_second = 400_000
     fetch = Fetch(fetcher, "yard/mini")
     wait_until(lambda: fetch.arrived("mini.gguf") > 100_000, "some bytes")
-    asked_at = time.monotonic()
+    watch = Stopwatch()
     fetch.abort()
     with pytest.raises(Aborted):
         fetch.result()
-    assert time.monotonic() - asked_at < 1.0
+    assert watch.waited < 1.0
     assert children_of_this_process() == []
     arrived = sum(len(content) for content in files_below(models).values())
     assert arrived > 100_000

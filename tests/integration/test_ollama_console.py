@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.console import Console, wait_until
 from tests.support.ollama import FakeOllama
+from tests.support.stopwatch import Stopwatch
 
 MODELS = {
     "tiny-a:latest": {"size": 7_411_936, "hold_mb": 30},
@@ -29,19 +28,34 @@ MINI, SMALL = "switchyard-mini", "switchyard-small"
 StartConsole = Callable[..., Console]
 
 
-@pytest.fixture
-def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
-    """A server that somebody else started."""
-    with FakeOllama(tmp_path / "ollama", models=MODELS) as fake:
+@pytest.fixture(scope="module")
+def shared_ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOllama]:
+    with FakeOllama(tmp_path_factory.mktemp("ollama"), models=MODELS) as fake:
         yield fake
 
 
 @pytest.fixture
-def console(start_console: StartConsole, ollama: FakeOllama) -> Console:
+def ollama(shared_ollama: FakeOllama) -> FakeOllama:
+    """A server that somebody else started, with nothing loaded, said or asked."""
+    return shared_ollama.rest()
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartConsole, shared_ollama: FakeOllama) -> Console:
+    return start_shared(ollama_base_url=shared_ollama.url, ollama_binary=shared_ollama.binary)
+
+
+@pytest.fixture
+def console(shared: Console, ollama: FakeOllama) -> Console:  # noqa: ARG001 — at rest first
     """A console in front of that server, which has seen its models."""
-    started = start_console(ollama_base_url=ollama.url, ollama_binary=ollama.binary)
-    started.wait_for(lambda s: A in s["models"], "Ollama's models to be listed")
-    return started
+    return seeing(shared.rest())
+
+
+def seeing(console: Console) -> Console:
+    """The console, once Ollama's models are listed and the service is known to run."""
+    console.wait_for(lambda s: A in s["models"], "Ollama's models to be listed")
+    wait_until(lambda: _service(console)["state"] == "running", "Ollama to be seen")
+    return console
 
 
 def test_models_of_both_engines_stand_side_by_side(console, ollama):
@@ -134,12 +148,12 @@ def test_a_server_killed_during_a_switch_ends_it_with_the_truth(console, ollama)
     ollama.set_fault("stuck_load", True)
     console.post("/v1/models/switch", {"target_model": B})
     console.wait_for(lambda s: s["models"][B]["status"] == "loading", "the load")
-    began = time.monotonic()
+    watch = Stopwatch()
     ollama.kill()
     ended = console.wait_for(
         lambda s: s["switch"] is None and not {"running", "loading"} & set(console.states().values()), "the end"
     )
-    assert time.monotonic() - began < 5
+    assert watch.waited < 5
     assert ended["models"][B]["status"] == "failed"
     assert ended["active_model"] is None
     assert console.get("/api/model-loading-status").json()["status"] == "error"
@@ -156,12 +170,9 @@ def test_cancelling_a_stuck_load_leaves_nothing(console, ollama):
     assert console.states()[A] == "stopped"
 
 
-def test_a_model_that_will_not_go_fails_the_switch_and_serves_on(console, ollama):
+def test_a_model_that_will_not_go_fails_the_switch_and_serves_on(start_console, ollama):
     """Another program may be using it: nothing is forced on a server that isn't ours."""
-    console.stop()
-    console.environment["SWITCHYARD_UNLOAD_TIMEOUT_SECONDS"] = "0.5"
-    console.start()
-    console.wait_for(lambda s: A in s["models"], "the models")
+    console = seeing(start_console(ollama_base_url=ollama.url, unload_timeout_seconds=0.5))
     console.switch(A)
     ollama.set_fault("never_unload", True)
     answer = console.post(f"/v1/models/{A}/stop")
@@ -179,9 +190,9 @@ def test_an_ollama_that_hangs_freezes_nothing(console, ollama):
         "the hang to be noticed",
     )
     for path in ("/v1/models/status", "/models", "/api/providers/models/status"):
-        began = time.monotonic()
+        watch = Stopwatch()
         assert console.get(path).status_code == 200
-        assert time.monotonic() - began < 0.5
+        assert watch.waited < 0.5
 
 
 def test_random_switches_never_over_commit(start_console, ollama):
@@ -283,9 +294,9 @@ def test_without_ollama_the_service_says_how_to_get_it(start_console):
 def test_the_app_stops_at_once_beside_a_hanging_ollama(console, ollama):
     """SIGTERM is not held up by somebody who doesn't answer."""
     ollama.set_fault("hang", True)
-    began = time.monotonic()
+    watch = Stopwatch()
     console.stop(signal.SIGTERM)
-    assert time.monotonic() - began < 10
+    assert watch.waited < 10
 
 
 def _service(console: Console) -> dict:

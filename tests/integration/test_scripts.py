@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.console import Console, stand_in, wait_until
+from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in, wait_until
 
 MINI = "switchyard-mini"
 
 
-def test_switch_model_answers_at_once_and_the_loading_status_follows(start_stand_in):
+@pytest.fixture(scope="module")
+def shared_stand_ins(start_shared: Callable[..., Console]) -> Console:
+    models = stand_in("slow", "slow_load:0.8") + stand_in("bad", "crash_loading") + stand_in("endless", "slow_load:60")
+    return start_shared(toml=models, llamacpp_server=FAKE_LLAMA_SERVER)
+
+
+@pytest.fixture
+def stand_ins(shared_stand_ins: Console) -> Console:
+    """A console at rest whose models are slow to load, or fail."""
+    return shared_stand_ins.rest()
+
+
+def test_switch_model_answers_at_once_and_the_loading_status_follows(stand_ins):
     """Seed 000's workflow: switch, poll until ready, and its shapes."""
-    console = start_stand_in(stand_in("slow", "slow_load:0.8"))
+    console = stand_ins
     assert console.get("/api/model-loading-status").json()["status"] == "idle"
     answer = console.post("/api/switch-model?model_id=slow").json()
     assert (answer["status"], answer["message"], answer["model_id"]) == ("switching", "Switching to slow", "slow")
@@ -28,9 +41,9 @@ def test_switch_model_answers_at_once_and_the_loading_status_follows(start_stand
     assert (status["model_loaded"], status["current_model"], status["progress"]) == (True, "slow", 100)
 
 
-def test_a_failed_switch_is_an_error_in_the_loading_status(start_stand_in):
+def test_a_failed_switch_is_an_error_in_the_loading_status(stand_ins):
     """The poller learns the cause and can stop polling."""
-    console = start_stand_in(stand_in("bad", "crash_loading"))
+    console = stand_ins
     console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
     status = console.get("/api/model-loading-status").json()
     assert status["status"] == "error"
@@ -38,11 +51,11 @@ def test_a_failed_switch_is_an_error_in_the_loading_status(start_stand_in):
 
 
 @pytest.mark.parametrize(("query", "code"), [("", "invalid_value"), ("?model_id=nope", "model_not_found")])
-def test_switch_model_says_what_is_wrong(console, query, code):
+def test_switch_model_says_what_is_wrong(client, query, code):
     """Outside /v1 errors have the flat shape."""
-    answer = console.post(f"/api/switch-model{query}")
-    assert answer.json()["status"] == "error"
-    assert answer.json()["error"] == code
+    answer = client.post(f"/api/switch-model{query}")
+    assert answer.json["status"] == "error"
+    assert answer.json["error"] == code
     assert answer.status_code in (404, 422)
 
 
@@ -75,21 +88,21 @@ def test_the_own_page_and_plain_scripts_can_act(console):
         assert console.post(f"/v1/models/switch?target_model={MINI}", headers=headers).status_code == 200
 
 
-def test_switching_is_rate_limited_with_retry_after(start_console):
+def test_switching_is_rate_limited_with_retry_after(make_app):
     """Seed 001: at most N switches a minute; the refusal says when to try again."""
-    console = start_console(switch_rate_limit="2/minute")
-    codes = [console.post("/v1/models/switch", {"target_model": "nope"}).status_code for _ in range(3)]
+    client = make_app(switch_rate_limit="2/minute").test_client()
+    codes = [client.post("/v1/models/switch", json={"target_model": "nope"}).status_code for _ in range(3)]
     assert codes == [404, 404, 429]
-    answer = console.post("/v1/models/switch", {"target_model": "nope"})
+    answer = client.post("/v1/models/switch", json={"target_model": "nope"})
     assert int(answer.headers["Retry-After"]) > 0
-    assert answer.json()["error"]["code"] == "rate_limited"
-    assert console.get("/v1/models/status").status_code == 200
+    assert answer.json["error"]["code"] == "rate_limited"
+    assert client.get("/v1/models/status").status_code == 200
 
 
-def test_every_page_and_answer_carries_the_security_headers(console):
+def test_every_page_and_answer_carries_the_security_headers(client):
     """Strict CSP without inline script, no sniffing, no framing."""
     for path in ("/", "/models", "/v1/models/status", "/nothing-here"):
-        headers = console.get(path).headers
+        headers = client.get(path).headers
         assert "script-src 'self'" in headers["Content-Security-Policy"]
         assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff"
@@ -184,17 +197,19 @@ def test_a_stop_that_comes_with_a_restart_leaves_no_engine_behind(start_console)
     wait_until(lambda: ended(engine.pid), "the engine to end")
 
 
-def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wrong(start_stand_in):
+def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wrong(stand_ins):
     """In both cases the app goes on as it is."""
-    console = start_stand_in(stand_in("slow", "slow_load:60"))
-    console.post("/v1/models/switch", {"target_model": "slow"})
+    console = stand_ins
+    console.post("/v1/models/switch", {"target_model": "endless"})
     answer = console.post("/api/restart-api")
     assert (answer.status_code, answer.json()["error"]) == (409, "switch_in_progress")
     console.delete("/v1/models/switch")
     console.wait_for(lambda s: s["switch"] is None, "the switch to end")
     config = Path(console.environment["SWITCHYARD_CONFIG"])
-    config.write_text(config.read_text() + "\n[nonsense]\n")
+    usable = config.read_text()
+    config.write_text(usable + "\n[nonsense]\n")
     answer = console.post("/api/restart-api")
+    config.write_text(usable)
     assert (answer.status_code, answer.json()["error"]) == (409, "settings_unusable")
     assert "nonsense" in answer.json()["message"]
     assert console.get("/healthz").status_code == 200

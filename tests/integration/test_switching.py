@@ -10,7 +10,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.support.console import DEMO_MODELS, Console, stand_in, wait_until
+from tests.support.console import DEMO_MODELS, PATIENCE, Console, stand_in, wait_until
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 
@@ -23,10 +23,15 @@ def budget_for_one(console: Console) -> float:
     return max(needs) * 1.2
 
 
+@pytest.fixture(scope="module")
+def shared_tight(shared: Console, start_shared: Callable[..., Console]) -> Console:
+    return start_shared(memory_budget_gb=budget_for_one(shared))
+
+
 @pytest.fixture
-def tight(start_console: Callable[..., Console], console: Console) -> Console:
-    """A console whose budget holds one of the two models."""
-    return start_console(memory_budget_gb=budget_for_one(console))
+def tight(shared_tight: Console) -> Console:
+    """A console at rest whose budget holds one of the two models."""
+    return shared_tight.rest()
 
 
 def test_a_switch_streams_its_stages_in_order_and_the_model_then_answers(console):
@@ -203,12 +208,12 @@ def test_the_time_of_a_load_is_learned_and_kept_across_a_restart(start_console):
     assert console.model(MINI)["estimated_load_time_seconds"] == learned
 
 
-def test_sigterm_ends_every_process(console):
+def test_sigterm_ends_every_process(own_console):
     """No engine is left behind, the one that stands by included, and the exit is clean and soon."""
-    console.switch(MINI)
-    children = console.children()
-    assert console.stop() == 0
-    _, alive = psutil.wait_procs(children, timeout=5)
+    own_console.switch(MINI)
+    children = own_console.children()
+    assert own_console.stop() == 0
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
     assert not alive
 
 
@@ -239,10 +244,10 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def test_sigint_stops_as_cleanly_as_sigterm(console):
+def test_sigint_stops_as_cleanly_as_sigterm(own_console):
     """Ctrl-C in the terminal that runs `make run`."""
-    console.switch(MINI)
-    children = console.children()
-    assert console.stop(signal.SIGINT) == 0
-    _, alive = psutil.wait_procs(children, timeout=5)
+    own_console.switch(MINI)
+    children = own_console.children()
+    assert own_console.stop(signal.SIGINT) == 0
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
     assert not alive

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
 
+from services.engines.processes import MARK_VARIABLE
+from services.store.repository import open_store
+
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODELS = ROOT / "models"
 FAKE_LLAMA_SERVER = ROOT / "tests" / "fakes" / "llama_server.py"
-PATIENCE = 30.0
+PATIENCE = 60.0
+"""Seconds. It only ends a hang: no test passes because of it, so a busy machine may take its time."""
+PORTS = random.SystemRandom()
 NO_OLLAMA = "http://127.0.0.1:9"
 """Nobody answers there (the discard port): a test sees the Ollama that it starts itself, never this machine's."""
 
@@ -60,6 +68,8 @@ class Console:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Console:
+        """Start it and wait until it answers; also again, on what the run before left. Fails with what it said."""
+        put_empty_database(Path(self.environment["SWITCHYARD_STATE_DIR"]))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
@@ -74,7 +84,7 @@ class Console:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._answers, f"the console to answer; it said:\n{self.said()}")
+        wait_until(self._answers, f"the console to answer (it writes to {self.log})")
         return self
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -89,16 +99,45 @@ class Console:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
 
+    def rest(self) -> Console:
+        """Bring it back to rest: nothing under way, nothing loaded, nothing to tell. It starts again where it ended.
+
+        What it has learned, said and written down stays: a test that counts on none of it starts a console of its own.
+        """
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        self.delete("/v1/models/switch")
+        for model_id, state in self.states().items():
+            if state != "stopped":
+                self.post(f"/v1/models/{model_id}/stop")
+        self.wait_for(lambda s: s["switch"] is None and s["active_model"] is None, "the console to come to rest")
+        self.post("/models/dismiss")
+        return self
+
+    def call_off_downloads(self) -> None:
+        """Empty the list of downloads, whatever they are at; what has arrived of finished ones stays."""
+        downloads = "/api/providers/models/downloads"
+
+        def none_left() -> bool:
+            left = self.get(downloads).json()["downloads"]
+            for download in left:
+                self.delete(f"{downloads}/{download['id']}")  # calls it off first, then takes it from the list
+            return not left
+
+        wait_until(none_left, "the downloads to be called off")
+
     def close(self) -> None:
-        """End it and everything it started, however the test went."""
+        """End it and everything it started, at once: an orderly stop takes over a second, and has tests of its own."""
         if self.process is None:
             return
-        children = self.children()
+        left = self._recorded()
         if self.process.poll() is None:
-            self.stop()
-        for child in children:
-            if child.is_running():
-                child.kill()
+            os.killpg(self.process.pid, signal.SIGSTOP)  # so that it starts nothing while we look at what it started
+            left += self.children()
+            self.kill()
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.http.close()
 
     def said(self) -> str:
@@ -111,6 +150,16 @@ class Console:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+    def _recorded(self) -> list[psutil.Process]:
+        """Every process that it wrote down and that still runs, also one that an earlier run of the app started."""
+        found = []
+        for path in (self.folder / "state" / "processes").glob("*.json"):
+            with suppress(psutil.Error, OSError):
+                process = psutil.Process(int(path.stem))
+                if MARK_VARIABLE in process.environ():  # else the number is a stranger's by now
+                    found.append(process)
+        return found
 
     def engines(self) -> list[psutil.Process]:
         """The engine processes that hold a model (one that stands by holds none)."""
@@ -178,10 +227,29 @@ class Console:
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"the console ended with {self.process.returncode}: {self.said()}")
-        try:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.port)):
+                return False
+        with suppress(requests.ConnectionError):
             return self.get("/readyz").status_code == 200
-        except requests.ConnectionError:
-            return False
+        return False
+
+
+def put_empty_database(state_dir: Path) -> None:
+    """Give a state folder that has none a database without entries: making the tables takes a third of a start."""
+    database = state_dir / "switchyard.db"
+    if not database.exists():
+        state_dir.mkdir(parents=True, exist_ok=True)
+        database.write_bytes(_empty_database())
+
+
+@functools.cache
+def _empty_database() -> bytes:
+    """As the app itself makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "switchyard.db"
+        open_store(path).close()
+        return path.read_bytes()
 
 
 def events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -203,9 +271,16 @@ def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIE
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on loopback that nobody listens on, and that no other test run takes meanwhile, but by a bad chance.
+
+    It lies below those that the kernel hands out (from 32768), one of which could become the near end of somebody's
+    connection before a program listens on it; and it is drawn, since workers of one run ask at the same moment.
+    """
+    while True:
+        port = PORTS.randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def stand_in(model_id: str, *faults: str, source: str = "switchyard-mini.gguf", **fields: object) -> str:

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,6 +101,8 @@ class FakeOllama:
             "requests_log": str(self._requests),
             "faults": dict(faults),
         }
+        self._installed: dict[str, str] = {}
+        self._pristine = json.dumps(self._document)
         self._write()
 
     def __enter__(self) -> FakeOllama:
@@ -123,7 +126,41 @@ class FakeOllama:
                 start_new_session=True,
             )
         wait_until(self._listens, "the stand-in for Ollama to listen")
+        if not self._installed and not self._document["faults"]:
+            self._installed = self._digests()
         return self
+
+    def rest(self) -> FakeOllama:
+        """Bring it back to how it began, for the next test: no fault, the same models, nothing loaded, said or asked.
+
+        It runs again where it was ended.
+        """
+        self._document = json.loads(self._pristine)
+        self._write()
+        if self.process is None or self.process.poll() is not None:
+            self._restart()
+        for name in set(self.tags()) - set(self._installed):
+            self.http.delete(f"{self.url}/api/delete", json={"model": name}, timeout=PATIENCE).raise_for_status()
+        for name in self.ps():
+            self.unload(name)
+        for path in (self.models_folder / "blobs").glob("*-partial*"):
+            path.unlink(missing_ok=True)
+        if self._digests() != self._installed:  # one was deleted, or is another version now
+            shutil.rmtree(self.models_folder)
+            self._restart()
+        os.truncate(self.log, 0)
+        self._requests.unlink(missing_ok=True)
+        return self
+
+    def end(self) -> None:
+        """SIGKILL to everything that runs with this one's settings, whoever started it; it can be started again."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self.process is not None:
+            self.process.wait(PATIENCE)
+        # Not a wait for each one's end: an orphan may stay a zombie until somebody collects it.
+        wait_until(lambda: not self.processes(), "the stand-in's processes to end")
 
     def stop(self) -> int:
         """SIGTERM to the server that `start` started; its exit code."""
@@ -135,13 +172,7 @@ class FakeOllama:
 
     def close(self) -> None:
         """End everything that runs with this one's settings, whoever started it."""
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        if self.process is not None:
-            self.process.wait(PATIENCE)
-        # Not a wait for each one's end: an orphan may stay a zombie until somebody collects it.
-        wait_until(lambda: not self.processes(), "the stand-in's processes to end")
+        self.end()
         self.http.close()
 
     def processes(self) -> list[psutil.Process]:
@@ -218,6 +249,13 @@ class FakeOllama:
                 return False
         return "Listening on" in self.said()
 
+    def _restart(self) -> None:
+        self.end()
+        self.start()
+
+    def _digests(self) -> dict[str, str]:
+        return {model["name"]: model["digest"] for model in self._get("/api/tags")["models"]}
+
     def _signal(self, number: signal.Signals) -> int:
         assert self.process is not None
         self.process.send_signal(number)
@@ -256,8 +294,8 @@ class FakeRegistry:
         self._models: dict[str, Package] = {}
         self.seen: list[str] = []
         """The paths asked for, oldest first."""
-        for name, options in models.items():
-            self.publish(name, **options)
+        self._first = {name: dict(options) for name, options in models.items()}
+        self.rest()
         self._server = _RegistryServer(("127.0.0.1", 0), _RegistryHandler)
         self._server.registry = self
         self.port = int(self._server.server_address[1])
@@ -277,6 +315,13 @@ class FakeRegistry:
         parsed = Name.parse(name)
         self._models[parsed.manifest_path] = made = package(parsed.short, ModelOptions.of(options))
         return made.manifest
+
+    def rest(self) -> None:
+        """Offer what it offered in the beginning, and nothing else."""
+        self._models.clear()
+        for name, options in self._first.items():
+            self.publish(name, **options)
+        self.seen.clear()
 
     def close(self) -> None:
         self._server.shutdown()
