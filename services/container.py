@@ -273,10 +273,13 @@ def _gpu_bytes(devices: DeviceMonitor) -> GpuBytes:
 
 
 def _gpu_bytes_now(devices: DeviceMonitor) -> GpuHeld:
-    """By a reading of its own: how much a model kept in its sleep must not be told by one from before it slept."""
+    """By a reading of its own: how much a model kept in its sleep must not be told by one from before it slept.
+
+    0, which is unknown, while the driver doesn't answer.
+    """
 
     def held(device: str, pids: Collection[int]) -> int:
-        reading = next((r for r in devices.sample() if r.id == device), None)
+        reading = next((r for r in devices.sample() if r.id == device and not r.stale), None)
         return sum(reading.process_bytes.get(pid, 0) for pid in pids) if reading is not None else 0
 
     return held
