@@ -15,7 +15,7 @@ from services.downloads.disk import DiskCheck
 from services.downloads.fetcher import Fetcher, Source
 from services.downloads.hub_process import HubProcess
 from services.downloads.hugging_face import HuggingFaceFetcher
-from services.downloads.library import Library
+from services.downloads.library import Library, look_for
 from services.downloads.ollama_pull import OllamaFetcher
 from services.downloads.queue import DownloadQueue
 from services.downloads.updates import UpdateCheck
@@ -261,7 +261,7 @@ def _downloads(
         DownloadRepository(store),
         at_once=settings.downloads_at_once,
         disk=disk,
-        on_complete=lambda _download: catalog.refresh(),
+        on_complete=lambda download: look_for(catalog, download.source, download.model),
     )
 
 
