@@ -108,7 +108,7 @@ class Services:
         self.updates.stop()
         self.watch.stop()
         self.downloads.close()
-        self.switcher.close(for_good=not self.restart.due)
+        self.switcher.close(for_good=not self.restart.models_stay)
         for engine in self.engines.values():
             engine.close()
         self.ollama_service.close()
@@ -171,7 +171,7 @@ def build_services(settings: Settings) -> Services:
         devices=devices,
         watch=CatalogWatch(catalog),
         store=store,
-        restart=Restart(),
+        restart=Restart(settings, lambda: board.current.switch.to_model if board.current.switch else None),
         compose=ComposeChoice(EnvFile(settings.env_file, settings.env_key) if settings.env_file else None),
     )
 

@@ -12,7 +12,8 @@ from blueprints.api.fast_lane import FAILED
 from blueprints.api.passing import Client, pass_on
 from blueprints.api.spec import documented
 from blueprints.web import ApiError, services
-from services.gateway.router import ClientGone
+from services.gateway.router import Admission, ClientGone, GatewayError
+from services.restart import UNBEGUN
 
 bp = Blueprint("openai", __name__)
 
@@ -65,7 +66,7 @@ def _relay() -> Response:
     body = request.get_data(cache=False)
     client = Client(request.environ)
     try:
-        admission = found.router.admit(_named_model(body), client.left)
+        admission = _admit(body, client)
         passed = pass_on(found.relay, admission, client, request.method, _target(), request.headers.items(), body)
     except ClientGone as gone:
         return _not_passed(gone)
@@ -75,11 +76,24 @@ def _relay() -> Response:
     return response
 
 
+def _admit(body: bytes, client: Client) -> Admission:
+    """A place at the model that the body names; what waited for one when the app restarts is for the next run."""
+    found = services()
+    try:
+        return found.router.admit(_named_model(body), client.left)
+    except Exception:
+        if found.restart.requested and not client.left():
+            request.environ[UNBEGUN] = body
+        raise
+
+
 def _not_passed(error: Exception) -> Response:
     """Nobody is there to read an answer when the client has left; any other error is told as usual."""
-    if isinstance(error, ClientGone):
-        return Response(status=499)
-    raise error
+    if not isinstance(error, ClientGone):
+        raise error
+    if services().restart.requested:  # it was the app that hung up
+        raise GatewayError("stopping", "Switchyard restarts, and broke the answer off. Ask again.", retry_after=2)
+    return Response(status=499)
 
 
 def _named_model(body: bytes) -> str | None:
