@@ -5,10 +5,13 @@ Nothing imported here may open a socket or import ssl before gevent has patched 
 
 import fcntl
 import os
+import signal
 import sys
+from contextlib import suppress
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import signals
 from services.config import ConfigError, load_settings
 
 try:
@@ -29,12 +32,22 @@ keepalive = 75
 loglevel = "warning"
 proc_name = "switchyard"
 
+ANSWERS_SECONDS = 1.0
+"""How long a restart waits for answers under way."""
+ORPHAN_SECONDS = 20
+"""How long a worker without a master may take to end: nobody is left to kill it, so the kernel does."""
+
 _lock = None
 
 
-def on_starting(_server):
-    """Hold the state directory for as long as we run: two copies would fight over the same models."""
+def on_starting(server):
+    """Hold the state directory for as long as we run: two copies would fight over the same models.
+
+    The worker holds it as well, so it is free when both are gone, however they went.
+    """
     global _lock
+    if server.num_workers != 1:
+        sys.exit("Switchyard runs in one worker: models, limits and connections live in its memory.")
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     path = settings.state_dir / "lock"
     lock = path.open("a+")
@@ -51,6 +64,7 @@ def on_starting(_server):
     lock.write(str(os.getpid()))
     lock.flush()
     _lock = lock
+    signals.arrange(server)
 
 
 def post_worker_init(worker):
@@ -63,14 +77,21 @@ def post_worker_init(worker):
 
     def leave_in_time():
         while worker.alive:
-            if services.restart.due:
+            if worker.orphaned:
+                signal.alarm(ORPHAN_SECONDS)
+                services.restart.abandon()
+                worker.alive = False
+            elif services.restart.due:
+                worker.await_answers(ANSWERS_SECONDS)
                 worker.alive = False  # the arbiter starts another one in its place
             gevent.sleep(0.1)
         services.close()
         worker.hang_up()
 
     gevent.spawn(leave_in_time)
-    print(f"Switchyard is at http://{bind}", flush=True)
+    worker.take_over()
+    with suppress(OSError):  # the terminal may be gone by the time of a restart
+        print(f"Switchyard is at http://{bind}", flush=True)
 
 
 def worker_exit(_server, worker):

@@ -1,23 +1,85 @@
-"""gunicorn's gevent worker, with one addition: told to stop, it hangs up on idle connections.
+"""gunicorn's gevent worker, which can end in other ways as well.
 
-Browsers and API clients keep connections open for minutes, and gunicorn 27 waits for each until `graceful_timeout`.
+- Told to stop, it hangs up on idle connections: browsers and API clients keep them open for minutes, and gunicorn 27
+  waits for each until `graceful_timeout`.
+- Asked to restart, it begins no request any more but leaves them to the next worker, with their connections.
+- Without its master, or given up by it, it ends as for a restart: nobody wanted the models to be unloaded.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
+import gevent
+from gevent.socket import socket as GeventSocket
+from gevent.socket import wait_read
+from gunicorn.workers.base_async import ALREADY_HANDLED
 from gunicorn.workers.ggevent import GeventWorker
+
+from services.restart import UNBEGUN, RestartRefused
+from signals import drop_dead_streams, terminal
+from succession import Succession, written_again
+
+Environ = dict[str, Any]
 
 
 class Worker(GeventWorker):  # type: ignore[misc]
-    """Knows its open connections."""
+    """Knows its open connections, and what becomes of them."""
+
+    succession = Succession()
+    """The master's, as this module is; every worker inherits it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clients: set[socket.socket] = set()
+        self._busy = 0
+        self._taker: gevent.Greenlet | None = None
+
+    @property
+    def services(self) -> Any:
+        return self.app.callable.extensions["switchyard"]
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the master is gone."""
+        return bool(self.ppid != os.getppid())
+
+    def init_signals(self) -> None:
+        super().init_signals()
+        signal.signal(signal.SIGHUP, self.handle_hup)
+        signal.siginterrupt(signal.SIGHUP, False)
+        for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
+    def handle_hup(self, _number: int, _frame: object) -> None:
+        gevent.spawn(self._hang_up_signalled)
+
+    def handle_exit(self, number: int, frame: object) -> None:
+        drop_dead_streams()
+        super().handle_exit(number, frame)
+
+    def handle_abort(self, number: int, frame: object) -> None:
+        """The master gave up on it, and starts another one."""
+        with suppress(AttributeError):  # it had not begun to serve
+            self.services.restart.abandon()
+        super().handle_abort(number, frame)
+
+    def notify(self) -> None:
+        """Tell the master that it is alive. gunicorn's would end the process at once when the master is gone."""
+        super(GeventWorker, self).notify()
+
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        self._app = self.wsgi
+        self._restart = self.services.restart
+        self.wsgi = self._answer
 
     def handle(self, listener: Any, client: socket.socket, addr: Any) -> None:
         self._clients.add(client)
@@ -26,8 +88,87 @@ class Worker(GeventWorker):  # type: ignore[misc]
         finally:
             self._clients.discard(client)
 
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
+        self._busy += 1
+        try:
+            super().handle_request(listener_name, req, sock, addr)
+        finally:
+            self._busy -= 1
+        if sock not in self._clients:
+            raise StopIteration  # what comes next on it is for the next worker
+
+    def take_over(self) -> None:
+        """Answer, from now on, what the worker before has left."""
+        self._taker = gevent.spawn(self._take)
+
+    def await_answers(self, seconds: float) -> None:
+        """Block until no request is under way, at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._busy and time.monotonic() < deadline:
+            gevent.sleep(0.02)
+
     def hang_up(self) -> None:
         """End every connection once the answer under way on it is written."""
         for client in list(self._clients):
             with suppress(OSError):
-                client.shutdown(socket.SHUT_RD)
+                client._sock.shutdown(socket.SHUT_RD)  # type: ignore[attr-defined]  # gevent's own fails the reader
+
+    def _hang_up_signalled(self) -> None:
+        if terminal.says(gevent.sleep) != "restart":
+            drop_dead_streams()  # where the terminal is gone the master ends this process
+            return
+        try:
+            self.services.restart.request()
+        except RestartRefused as refused:
+            self.log.warning("SIGHUP restarts nothing. %s", refused)
+        except AttributeError:
+            self.log.warning("SIGHUP restarts nothing: the app is only just starting.")
+
+    def _answer(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes] | object:
+        """The WSGI app as gunicorn calls it."""
+        if self._restart.requested and self._leave(environ, self._read(environ)):
+            return ALREADY_HANDLED
+        answer = self._app(environ, start_response)
+        if not self._leave(environ, environ.get(UNBEGUN)):
+            return answer
+        answer.close()
+        return ALREADY_HANDLED
+
+    def _read(self, environ: Environ) -> bytes | None:
+        """The body of a request; None when it is longer than may be, which the app will say."""
+        most = self.services.settings.max_body_bytes
+        body: bytes = environ["wsgi.input"].read(most + 1)
+        environ["wsgi.input"] = BytesIO(body)
+        return body if len(body) <= most else None
+
+    def _leave(self, environ: Environ, body: bytes | None) -> bool:
+        """Leave a request that nobody has begun to the next worker, with its connection. Whether that was possible."""
+        if body is None:
+            return False
+        if self._taker is not None:
+            self._taker.kill()  # or it would take what is given here
+        client = environ["gunicorn.socket"]
+        if not self.succession.give(client, written_again(environ, body)):
+            return False
+        self._clients.discard(client)
+        return True
+
+    def _take(self) -> None:
+        while True:
+            wait_read(self.succession.fileno())
+            left = self.succession.take()
+            if left is not None:
+                descriptor, request = left
+                client = _Resumed(descriptor, request)
+                gevent.spawn(self.handle, self.sockets[0], client, client.getpeername())
+
+
+class _Resumed(GeventSocket):  # type: ignore[misc]
+    """A connection of which something was read already."""
+
+    def __init__(self, descriptor: int, read: bytes) -> None:
+        super().__init__(fileno=descriptor)
+        self._read_before = BytesIO(read)
+
+    def recv(self, size: int, *flags: int) -> bytes:
+        return self._read_before.read(size) or bytes(super().recv(size, *flags))

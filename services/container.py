@@ -15,7 +15,7 @@ from services.downloads.disk import DiskCheck
 from services.downloads.fetcher import Fetcher, Source
 from services.downloads.hub_process import HubProcess
 from services.downloads.hugging_face import HuggingFaceFetcher
-from services.downloads.library import Library
+from services.downloads.library import Library, look_for
 from services.downloads.ollama_pull import OllamaFetcher
 from services.downloads.queue import DownloadQueue
 from services.downloads.updates import UpdateCheck
@@ -118,7 +118,7 @@ class Services:
         self.updates.stop()
         self.watch.stop()
         self.downloads.close()
-        self.switcher.close(for_good=not self.restart.due)
+        self.switcher.close(for_good=not self.restart.models_stay)
         for engine in self.engines.values():
             engine.close()
         self.ollama_service.close()
@@ -187,7 +187,7 @@ def build_services(settings: Settings) -> Services:
         watch=CatalogWatch(catalog),
         store=store,
         writes=writes,
-        restart=Restart(),
+        restart=Restart(settings, lambda: board.current.switch.to_model if board.current.switch else None),
         compose=ComposeChoice(EnvFile(settings.env_file, settings.env_key) if settings.env_file else None),
     )
 
@@ -284,7 +284,7 @@ def _downloads(
         DownloadRepository(store),
         at_once=settings.downloads_at_once,
         disk=disk,
-        on_complete=lambda _download: catalog.refresh(),
+        on_complete=lambda download: look_for(catalog, download.source, download.model),
     )
 
 
@@ -296,10 +296,13 @@ def _gpu_bytes(devices: DeviceMonitor) -> GpuBytes:
 
 
 def _gpu_bytes_now(devices: DeviceMonitor) -> GpuHeld:
-    """By a reading of its own: how much a model kept in its sleep must not be told by one from before it slept."""
+    """By a reading of its own: how much a model kept in its sleep must not be told by one from before it slept.
+
+    0, which is unknown, while the driver doesn't answer.
+    """
 
     def held(device: str, pids: Collection[int]) -> int:
-        reading = next((r for r in devices.sample() if r.id == device), None)
+        reading = next((r for r in devices.sample() if r.id == device and not r.stale), None)
         return sum(reading.process_bytes.get(pid, 0) for pid in pids) if reading is not None else 0
 
     return held

@@ -20,7 +20,8 @@ from blueprints.api.passing import Client, pass_on
 from blueprints.api.spec import documented
 from blueprints.guard import SAFE_METHODS
 from blueprints.web import ApiError, guard, services
-from services.gateway.router import AUTO, Admission, ClientGone
+from services.gateway.router import AUTO, Admission, ClientGone, GatewayError
+from services.restart import UNBEGUN
 
 bp = Blueprint("openai", __name__)
 
@@ -151,7 +152,7 @@ def _relay(admit: Callable[[str | None, Client], Admission]) -> Response:
     body = request.get_data(cache=False)
     client = Client(request.environ)
     try:
-        admission = admit(_named_model(body), client)
+        admission = _place(admit, body, client)
         passed = pass_on(services().relay, admission, client, request.method, _target(), request.headers.items(), body)
     except ClientGone as gone:
         return _not_passed(gone)
@@ -161,11 +162,23 @@ def _relay(admit: Callable[[str | None, Client], Admission]) -> Response:
     return response
 
 
+def _place(admit: Callable[[str | None, Client], Admission], body: bytes, client: Client) -> Admission:
+    """A place at the model that the body names; what waited for one when the app restarts is for the next run."""
+    try:
+        return admit(_named_model(body), client)
+    except Exception:
+        if services().restart.requested and not client.left():
+            request.environ[UNBEGUN] = body
+        raise
+
+
 def _not_passed(error: Exception) -> Response:
     """Nobody is there to read an answer when the client has left; any other error is told as usual."""
-    if isinstance(error, ClientGone):
-        return Response(status=499)
-    raise error
+    if not isinstance(error, ClientGone):
+        raise error
+    if services().restart.requested:  # it was the app that hung up
+        raise GatewayError("stopping", "Switchyard restarts, and broke the answer off. Ask again.", retry_after=2)
+    return Response(status=499)
 
 
 def _named_model(body: bytes) -> str | None:

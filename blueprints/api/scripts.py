@@ -9,15 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blueprints.api.spec import documented
 from blueprints.web import ApiError, client_name, parse_body, services, switch_error
-from services.config import ConfigError, load_settings
 from services.env_file import EnvFileError
+from services.restart import RestartRefused
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchView
 from services.switching.jobs import Job
 
 bp = Blueprint("scripts", __name__)
 
-NEED_A_FULL_START = ("host", "port", "state_dir")
 DEFAULT_ESTIMATE_SECONDS = 60
 """What seed 000 answers when nobody knows how long a load takes."""
 
@@ -69,25 +68,10 @@ def switch_model() -> Response:
 @documented(errors=(409, 503))
 def restart_api() -> Response:
     """Answer, then restart the app with its settings read anew. Models stay loaded, and requests wait meanwhile."""
-    found = services()
-    if not found.restart.possible:
-        raise ApiError("restart_unavailable", "Whatever runs Switchyard here can't restart it: do that by hand.")
-    if (switch := found.board.current.switch) is not None:
-        raise ApiError(
-            "switch_in_progress",
-            f"The switch to {switch.to_model} would be lost by a restart. Wait for it, or cancel it.",
-        )
     try:
-        wanted = load_settings()
-    except ConfigError as error:
-        raise ApiError("settings_unusable", f"Switchyard goes on as it is. {error}") from None
-    changed = [name for name in NEED_A_FULL_START if getattr(wanted, name) != getattr(found.settings, name)]
-    if changed:
-        raise ApiError(
-            "settings_unusable",
-            f"Switchyard goes on as it is: {' and '.join(changed)} changed, which takes stopping and starting it.",
-        )
-    found.restart.request()
+        services().restart.request()
+    except RestartRefused as refused:
+        raise ApiError(refused.code, refused.message) from None
     return jsonify({"status": "restarting", "message": "Switchyard restarts. Models that are loaded stay loaded."})
 
 

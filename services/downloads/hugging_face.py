@@ -8,6 +8,7 @@ from services.abort import Abort
 from services.downloads import hub_files, hub_names
 from services.downloads.fetcher import Report, Seen, Source
 from services.downloads.hub_process import HubProcess
+from services.offhub import off_hub
 
 
 class HuggingFaceFetcher:
@@ -30,5 +31,8 @@ class HuggingFaceFetcher:
         self._process.fetch("models", self._models_dir, checked, report, abort)
 
     def discard(self, name: str) -> None:
-        """Removes unfinished files that `name` covers, but for those another download is fetching."""
-        hub_files.discard(self._models_dir, hub_names.parse(name))
+        """Removes unfinished files that `name` covers, but for those another download is fetching.
+
+        Beside the hub: to remove a file of many gigabytes takes a disk a while.
+        """
+        off_hub(hub_files.discard, self._models_dir, hub_names.parse(name))

@@ -106,6 +106,12 @@ class Library:
         return next((m.id for m in self._catalog.models.values() if _is(m, wanted.source, name)), None)
 
 
+def look_for(catalog: Catalog, source: Source, name: str) -> bool:
+    """Look again what there is; whether a model that came from `source` under this name can be switched to."""
+    catalog.refresh()
+    return any(_is(model, source, name) and model.fault is None for model in catalog.models.values())
+
+
 def _name_of(wanted: Recommendation) -> str:
     """Its name as its source writes it; what can't be one stays as it is, and its download will say so."""
     if wanted.source == "ollama":

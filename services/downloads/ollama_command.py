@@ -19,7 +19,8 @@ from services.engines.processes import ProcessRegistry, say_exit, signal_group
 TICK_SECONDS = 0.2
 """How often an abort and the end of the process are looked for while nothing is drawn; it draws every 0.1 s."""
 GRACE_SECONDS = 0.5
-"""How long it may take to end after SIGINT."""
+KILL_SECONDS = 5.0
+"""How long it may take to end after SIGINT, and after SIGKILL."""
 CHUNK_BYTES = 65_536
 
 
@@ -91,16 +92,21 @@ def _running(
                 registry.add_child(process.pid, argv[0])
             yield process, stderr
         finally:
-            _end(process)
-            if registry is not None:
+            ended = _end(process)
+            if ended and registry is not None:
                 registry.remove(process.pid)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the whole group, as Ctrl-C would, then kill what is left of it. Reaps the process."""
+def _end(process: subprocess.Popen[bytes]) -> bool:
+    """Interrupt the whole group, as Ctrl-C would, then kill what is left of it. Whether it is gone.
+
+    One that hangs in the kernel (a dead network disk) can't be ended; its record stays for the next start.
+    """
     if process.poll() is None:
         signal_group(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
     signal_group(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(KILL_SECONDS)
+    return process.returncode is not None

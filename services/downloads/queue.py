@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -36,6 +36,10 @@ STORE_SECONDS = 2.0
 TELL_SECONDS = 0.1
 CLOSE_SECONDS = 5.0
 FINISHED_KEPT = 50
+LISTING_SECONDS = 5.0
+"""How long a model whose files are all here may take to be listed by its engine."""
+LISTING_PAUSE = 0.1
+LISTING = "Adding it to the models"
 
 _WORDS: Mapping[Phase, str] = {
     "resolving": "Looking up what there is",
@@ -72,7 +76,8 @@ class _Job:
 class DownloadQueue:
     """Runs at most `at_once` transfers side by side. Every public method may be called from any thread.
 
-    `on_complete` is told of a download whose files are all here, just before everyone else is.
+    `on_complete` is told of a download whose files are all here before everyone else is. While it says False the model
+    can't be switched to, so it is asked again, for `listing_seconds` at most.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class DownloadQueue:
         disk: DiskCheck,
         on_complete: Callable[[Download], object] = lambda _download: None,
         retry_pauses: tuple[float, ...] = RETRY_PAUSES,
+        listing_seconds: float = LISTING_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fetchers = fetchers
@@ -92,6 +98,7 @@ class DownloadQueue:
         self._disk = disk
         self._on_complete = on_complete
         self._retry_pauses = retry_pauses
+        self._listing_seconds = listing_seconds
         self._clock = clock
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
@@ -167,19 +174,14 @@ class DownloadQueue:
 
     def pause(self, download_id: str) -> Download:
         """Stop its transfer and keep what has arrived. Raises DownloadNotFound, and DownloadError `not_possible`."""
-        with self._command():
-            job = self._find(download_id)
+        with self._stopping(download_id) as job:
             if job.view.final:
                 raise _not_possible("paused", job.view)
-            abort = job.abort
             if job.view.state != "paused":
                 self._change(
                     job, state="paused", message="Paused", position=None, bytes_per_second=None, eta_seconds=None
                 )
-                self._schedule()
-            view = job.view
-        _stop(abort)
-        return view
+            return job.view
 
     def resume(self, download_id: str) -> Download:
         """Go on from what is here; a failed one is tried again.
@@ -195,23 +197,18 @@ class DownloadQueue:
             return job.view
 
     def cancel(self, download_id: str) -> Download:
-        """Call it off: the transfer stops, what has arrived is given up.
+        """Call it off: it is cancelled on return; its transfer ends and what has arrived goes in its own time.
 
         Raises DownloadNotFound, DownloadError `not_possible`.
         """
-        with self._command():
-            job = self._find(download_id)
+        with self._stopping(download_id) as job:
             if job.view.state == "complete":
                 raise _not_possible("cancelled", job.view)
-            abort = job.abort
             if job.view.state != "cancelled":
                 self._finish(job, "cancelled", message="Cancelled", error=None)
                 if job.key not in {busy.key for busy in self._busy}:
                     self._employ(job, self._clear_away)  # else the thread that is at work on the model does that
-                self._schedule()
-            view = job.view
-        _stop(abort)
-        return view
+            return job.view
 
     def remove(self, download_id: str) -> None:
         """Take one that has ended off the list. Raises DownloadNotFound, DownloadError `not_possible`."""
@@ -259,9 +256,27 @@ class DownloadQueue:
     def _command(self) -> Iterator[None]:
         """The lock for what somebody asks for. Raises DownloadError `stopping` when it is too late for that."""
         with self._changing():
-            if self._closing:
-                raise DownloadError("stopping", "Switchyard is stopping. Downloads can be changed once it runs again.")
+            self._check_open()
             yield
+
+    @contextmanager
+    def _stopping(self, download_id: str) -> Iterator[_Job]:
+        """The lock for stopping a job: its transfer is stopped on leaving, before a store that may be slow hears of it.
+
+        Raises DownloadNotFound, DownloadError `stopping`.
+        """
+        with self._changed:
+            self._check_open()
+            job = self._find(download_id)
+            yield job
+            abort = job.abort
+            self._schedule()
+        _stop(abort)
+        self._save()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise DownloadError("stopping", "Switchyard is stopping. Downloads can be changed once it runs again.")
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -325,8 +340,8 @@ class DownloadQueue:
     def _carry_out(self, job: _Job, abort: Abort) -> None:
         """The thread of one transfer, from its start to whatever end."""
         error = self._outcome(job, abort)
-        if error is None and not abort.requested:
-            self._announce(job.view)
+        if error is None:
+            self._await_listing(job, abort)
         with self._changing():
             job.abort = None
             cancelled = job.view.state == "cancelled"
@@ -341,12 +356,34 @@ class DownloadQueue:
         if cancelled:
             self._clear_away(job)
 
-    def _announce(self, view: Download) -> None:
-        """Have the model looked for before its download is called complete: who then looks for it will find it."""
+    def _await_listing(self, job: _Job, abort: Abort) -> None:
+        """Have the model looked for until it is found: its download is called complete when it can be switched to.
+
+        One that isn't found in time is complete all the same: its files are here, its engine will say what is wrong.
+        """
+        deadline = time.monotonic() + self._listing_seconds
+        self._note(
+            job,
+            abort,
+            state="verifying",
+            message="Looking for it in its place",
+            bytes_per_second=None,
+            eta_seconds=None,
+        )
+        with suppress(Aborted):
+            abort.check()
+            while not self._listed(job.view):
+                if time.monotonic() >= deadline:
+                    log.warning("a downloaded model is not in the catalogue", model=job.view.model)
+                    return
+                abort.wait(LISTING_PAUSE)
+
+    def _listed(self, view: Download) -> bool:
         try:
-            self._on_complete(view)
-        except Exception:
-            log.exception("nobody could be told of a complete download", model=view.model)
+            return self._on_complete(view) is not False
+        except Exception as error:  # a look that fails may succeed the next time
+            log.warning("a downloaded model could not be looked for", model=view.model, error=str(error))
+            return False
 
     def _outcome(self, job: _Job, abort: Abort) -> DownloadError | None:
         """Run the transfer; why it failed. None when it is done or was stopped, which whoever did that has noted."""

@@ -1,11 +1,17 @@
-"""Watches this machine's memory: its RAM through the kernel, its GPUs through NVIDIA's driver where there is one."""
+"""Watches this machine's memory: its RAM through the kernel, its GPUs through NVIDIA's driver where there is one.
+
+The driver can hang, for as long as the machine runs. Nobody waits for it longer than `DRIVER_SECONDS`, and once it has
+hung for that long nobody waits at all: there is what it said last, marked as stale.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -13,10 +19,11 @@ import structlog
 
 from services.engines.port import HOST_DEVICE
 from services.memory.ledger import Reading
-from services.offhub import off_hub
+from services.offhub import SharedCall
 
 log = structlog.get_logger(__name__)
 
+DRIVER_SECONDS = 2.0
 STOP_SECONDS = 2.0
 SETTLE_SECONDS = 5.0
 SETTLE_LOOK_SECONDS = 0.25
@@ -29,25 +36,31 @@ class DeviceMonitor:
     `budget_bytes` caps what the host device offers. `nvml` stands in for the `pynvml` module.
     """
 
-    def __init__(self, budget_bytes: int | None, interval: float = 1.0, *, nvml: Any = None) -> None:
+    def __init__(
+        self,
+        budget_bytes: int | None,
+        interval: float = 1.0,
+        *,
+        nvml: Any = None,
+        driver_seconds: float = DRIVER_SECONDS,
+    ) -> None:
         self._budget_bytes = budget_bytes
         self._interval = interval
-        self._gpus = _Gpus(nvml)
-        self._sampling = threading.Lock()
+        self._gpus = _Gpus(nvml, driver_seconds)
         self._readings: tuple[Reading, ...] = ()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def readings(self) -> tuple[Reading, ...]:
-        """The latest readings; the first use takes them."""
+        """The latest readings; the first use takes them, every other one returns at once."""
         return self._readings or self.sample()
 
     def sample(self) -> tuple[Reading, ...]:
-        """Read every device now."""
-        with self._sampling:
-            self._readings = off_hub(self._read)
-            return self._readings
+        """Read every device now. GPUs that the driver doesn't tell of in time are as it last told, and `stale`."""
+        readings = (*self._gpus.look(), _host(self._budget_bytes))
+        self._readings = readings
+        return readings
 
     def settle(self, device: str, timeout: float = SETTLE_SECONDS) -> None:
         """Block until a device's free memory stands still, at most `timeout` seconds.
@@ -60,12 +73,16 @@ class DeviceMonitor:
         while time.monotonic() < deadline:
             self._stopping.wait(SETTLE_LOOK_SECONDS)
             now = self._free(device)
-            if abs(now - before) < SETTLED_BYTES:
+            if before is not None and now is not None and abs(now - before) < SETTLED_BYTES:
                 return
             before = now
 
-    def _free(self, device: str) -> int:
-        return next((r.free_bytes for r in self.sample() if r.id == device), 0)
+    def _free(self, device: str) -> int | None:
+        """Bytes that are free now; None when the driver doesn't tell, 0 for a device that isn't there."""
+        reading = next((r for r in self.sample() if r.id == device), None)
+        if reading is None:
+            return 0
+        return None if reading.stale else reading.free_bytes
 
     def start(self) -> None:
         """Keep `readings` fresh until `stop`."""
@@ -86,9 +103,6 @@ class DeviceMonitor:
                 log.exception("the devices could not be read")
             self._stopping.wait(self._interval)
 
-    def _read(self) -> tuple[Reading, ...]:
-        return (*self._gpus.read(), _host(self._budget_bytes))
-
 
 def _host(budget_bytes: int | None) -> Reading:
     memory = psutil.virtual_memory()
@@ -99,19 +113,63 @@ def _host(budget_bytes: int | None) -> Reading:
         total_bytes=memory.total if budget_bytes is None else min(memory.total, budget_bytes),
         free_bytes=memory.available,
         budget_bytes=budget_bytes,
+        measured_at=time.time(),
     )
 
 
 class _Gpus:
-    """NVIDIA GPUs through NVML. No driver is normal; trouble with one GPU doesn't hide the others."""
+    """NVIDIA GPUs through NVML. No driver is normal; trouble with one GPU doesn't hide the others.
 
-    def __init__(self, nvml: Any = None) -> None:
+    What is below `look` runs in a native thread, one call at a time. It keeps what it has read, also when nobody waits
+    for that any more: a driver that always takes longer than anybody waits is still heard.
+    """
+
+    def __init__(self, nvml: Any, patience: float) -> None:
         self._nvml = nvml
+        self._patience = patience
+        self._call = SharedCall(self._read)
+        self._known: tuple[float, tuple[Reading, ...]] = (float("-inf"), ())
+        """When the latest reading that has ended began (monotonic seconds), and what it was."""
         self._initialised = False
         self._absent = False
+        self._hangs = False
+        self._troubles: deque[tuple[str, Exception]] = deque()
         self._said: set[str] = set()
 
-    def read(self) -> list[Reading]:
+    def look(self) -> tuple[Reading, ...]:
+        """What the driver says now. When it doesn't within its time: what it said last, marked as stale."""
+        asked = time.monotonic()
+        if not self._absent:
+            self._measure()
+            self._tell_troubles()
+        began, known = self._known
+        return known if self._absent or began >= asked else tuple(replace(r, stale=True) for r in known)
+
+    def _measure(self) -> None:
+        try:
+            self._call(self._patience)
+        except TimeoutError:
+            if not self._hangs:
+                log.warning("NVIDIA's driver hangs: what is known of its GPUs is from before", seconds=self._patience)
+            self._hangs = True
+            return
+        if self._hangs:
+            log.info("NVIDIA's driver answers again")
+        self._hangs = False
+
+    def _tell_troubles(self) -> None:
+        """Log each trouble once, not each second. Not where it happens: the log's locks belong to the hub's thread."""
+        while self._troubles:
+            what, error = self._troubles.popleft()
+            if what not in self._said:
+                self._said.add(what)
+                log.warning(what, error=str(error))
+
+    def _read(self) -> None:
+        began = time.monotonic()
+        self._known = (began, tuple(self._read_all()))
+
+    def _read_all(self) -> list[Reading]:
         if not self._connect():
             return []
         try:
@@ -152,6 +210,7 @@ class _Gpus:
                 total_bytes=memory.total,
                 free_bytes=memory.free,
                 process_bytes=self._process_bytes(handle),
+                measured_at=time.time(),
             )
         except nvml.NVMLError as error:
             self._say(f"GPU {index} can't be read", error)
@@ -176,7 +235,4 @@ class _Gpus:
         return ()
 
     def _say(self, what: str, error: Exception) -> None:
-        """Log a trouble once, not each second."""
-        if what not in self._said:
-            self._said.add(what)
-            log.warning(what, error=str(error))
+        self._troubles.append((what, error))

@@ -19,7 +19,8 @@ class Reading:
     """One device as its driver (NVML) or the kernel (psutil) reports it.
 
     `total_bytes` is already capped by the budget where there is one (`budget_bytes`). `free_bytes` is what the
-    driver says could still be allocated. `process_bytes` is use per process id, where the driver tells.
+    driver says could still be allocated. `process_bytes` is use per process id, where the driver tells. `measured_at`
+    is Unix seconds, None where nobody noted it; `stale` means that the driver was asked since and did not answer.
     """
 
     id: str
@@ -29,6 +30,8 @@ class Reading:
     free_bytes: int
     budget_bytes: int | None = None
     process_bytes: Mapping[int, int] = field(default_factory=dict)
+    measured_at: float | None = None
+    stale: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 from services.engines.port import HOST_DEVICE
 from services.memory.devices import DeviceMonitor
 from services.offhub import off_hub
+from tests.support.console import wait_until
 from tests.support.stopwatch import Stopwatch
 
 GB = 10**9
@@ -209,6 +211,7 @@ ON_GEVENT = """
 from gevent import monkey; monkey.patch_all()
 import time, gevent
 from services.offhub import off_hub
+from tests.support.console import wait_until
 block = monkey.get_original("time", "sleep")
 ticks = []
 def tick():
@@ -231,3 +234,155 @@ def test_off_hub_lets_other_greenlets_run() -> None:
     ticks, error = run.stdout.splitlines()
     assert int(ticks) > 10
     assert error == "invalid literal for int() with base 10: 'x'"
+
+
+class HangingNvml(FakeNvml):
+    """A driver that stands still while `working` is not set, and counts who is at it."""
+
+    def __init__(self, gpus: list[FakeGpu]) -> None:
+        super().__init__(gpus)
+        self.working = threading.Event()
+        self.working.set()
+        self.entered = threading.Semaphore(0)
+        self.calls = 0
+        self.at_once = 0
+        self.most_at_once = 0
+        self._lock = threading.Lock()
+
+    def nvmlDeviceGetCount(self) -> int:
+        with self._lock:
+            self.calls += 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        self.entered.release()
+        try:
+            assert self.working.wait(30)
+            return super().nvmlDeviceGetCount()
+        finally:
+            with self._lock:
+                self.at_once -= 1
+
+
+@pytest.fixture
+def hanging() -> Iterator[HangingNvml]:
+    """A driver with one GPU; it is let go at the end, so that no thread stays behind."""
+    nvml = HangingNvml([FakeGpu("GPU-a", used=[4 * GB, 9 * GB])])
+    yield nvml
+    nvml.working.set()
+
+
+def test_while_the_driver_hangs_its_last_word_stands_and_says_that_it_is_old(hanging: HangingNvml) -> None:
+    """A GPU keeps what was last read, marked; the host is read on; nobody waits a second time, and it comes back."""
+    monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.2)
+    before = monitor.sample()
+    assert [r.stale for r in before] == [False, False]
+    hanging.working.clear()
+    gpu, host = monitor.sample()
+    assert (gpu.id, gpu.free_bytes, gpu.stale, gpu.measured_at) == ("GPU-a", 20 * GB, True, before[0].measured_at)
+    assert not host.stale
+    began = time.monotonic()
+    for _ in range(50):
+        gpu, later = monitor.sample()
+        assert gpu.stale
+    assert time.monotonic() - began < 2.0, "fifty waits of 0.2 s would be ten seconds"
+    assert later.measured_at is not None
+    assert host.measured_at is not None
+    assert later.measured_at > host.measured_at, "the host's figures stay fresh"
+    assert hanging.calls == 2, "one call hangs, no other follows it"
+    hanging.working.set()
+    wait_until(lambda: not monitor.sample()[0].stale, "the driver to be heard again")
+    assert monitor.readings[0].free_bytes == 15 * GB
+
+
+def test_gpus_of_a_driver_that_hangs_from_the_start_are_none(hanging: HangingNvml) -> None:
+    """Nothing was ever read, so nothing is made up; `readings` waits for that once."""
+    hanging.working.clear()
+    monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.2)
+    assert [r.id for r in monitor.readings] == [HOST_DEVICE]
+    began = time.monotonic()
+    for _ in range(1000):
+        assert [r.id for r in monitor.readings] == [HOST_DEVICE]
+    assert time.monotonic() - began < 1.0
+    hanging.working.set()
+    wait_until(lambda: ids(monitor) == ["GPU-a", HOST_DEVICE], "the GPU")
+
+
+def test_a_driver_that_always_takes_too_long_is_heard_all_the_same(hanging: HangingNvml) -> None:
+    """What comes when nobody waits any more is kept for the next who asks, and marked as of before."""
+    monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.05)
+    hanging.working.clear()
+    assert ids(monitor) == [HOST_DEVICE]
+    hanging.working.set()
+    wait_until(lambda: hanging.at_once == 0, "the slow call to end")
+    hanging.working.clear()
+    wait_until(lambda: ids(monitor) == ["GPU-a", HOST_DEVICE], "what it said")
+    assert monitor.readings[0].stale
+
+
+def test_readings_are_there_at_once_while_somebody_measures(hanging: HangingNvml) -> None:
+    """No reader waits for a driver that has just begun to hang."""
+    monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=5.0)
+    before = monitor.sample()
+    hanging.working.clear()
+    assert hanging.entered.acquire(timeout=5)
+    measuring = threading.Thread(target=monitor.sample)
+    measuring.start()
+    assert hanging.entered.acquire(timeout=5)
+    assert monitor.readings is before
+    hanging.working.set()
+    measuring.join(5)
+    assert not measuring.is_alive()
+
+
+def test_many_who_measure_at_once_share_one_measurement(hanging: HangingNvml) -> None:
+    """Those who come while one is under way share the next: it began after they asked, and never two run at once."""
+    monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=10.0)
+    hanging.working.clear()
+    asking = [threading.Thread(target=monitor.sample) for _ in range(20)]
+    for thread in asking:
+        thread.start()
+    assert hanging.entered.acquire(timeout=5)
+    hanging.working.set()
+    for thread in asking:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in asking)
+    assert hanging.calls <= 5
+    assert hanging.most_at_once == 1
+
+
+def test_a_device_is_not_called_settled_while_nobody_can_read_it(hanging: HangingNvml) -> None:
+    """Two equal figures from before tell nothing."""
+    monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.1)
+    monitor.sample()
+    hanging.working.clear()
+    began = time.monotonic()
+    monitor.settle("GPU-a", timeout=0.8)
+    assert time.monotonic() - began > 0.7
+
+
+HANGING_ON_GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import gevent, sys, time
+from services import offhub
+hang = monkey.get_original("threading", "Event")().wait
+offhub.CALL_SECONDS, offhub.THREADS = 0.3, 2
+shared = offhub.SharedCall(hang)
+
+def outcome(call):
+    try:
+        call()
+    except TimeoutError:
+        return "TimeoutError"
+
+print({g.get() for g in [gevent.spawn(outcome, lambda: shared(0.2)) for _ in range(20)]})
+print({g.get() for g in [gevent.spawn(outcome, lambda: offhub.off_hub(hang)) for _ in range(20)]})
+print(gevent.get_hub().threadpool.apply(len, ("the hub has its own threads",)))
+print(len(gevent.get_hub().threadpool))
+"""
+
+
+def test_native_calls_that_hang_end_for_who_asked_and_take_no_thread_of_the_hub() -> None:
+    """On gevent: each asker is told in time, host names can still be looked up, and the process can end."""
+    run = subprocess.run([sys.executable, "-c", HANGING_ON_GEVENT], capture_output=True, text=True, timeout=30)
+    assert run.stdout.splitlines() == ["{'TimeoutError'}", "{'TimeoutError'}", "27", "0"], run.stderr
+    assert run.returncode == 0

@@ -102,14 +102,17 @@ class Scripted:
 
 
 class Kept:
-    """A store in memory; `broken` makes it refuse to write."""
+    """A store in memory; `broken` makes it refuse to write, and it waits while `ready` is not set."""
 
     def __init__(self) -> None:
         self.rows: dict[str, DownloadRecord] = {}
         self.written: list[DownloadRecord] = []
         self.broken = False
+        self.ready = threading.Event()
+        self.ready.set()
 
     def save(self, record: DownloadRecord) -> None:
+        assert self.ready.wait(PATIENCE)
         if self.broken:
             raise OSError("No space left on device")
         self.rows[record.id] = record
@@ -595,10 +598,12 @@ def test_only_the_latest_that_ended_are_kept(rig: Rig, downloads: DownloadQueue)
 
 
 def test_a_listener_that_fails_harms_nobody(rig: Rig) -> None:
+    """The files are here whatever the look for them says, so the download is complete, and the next one runs."""
+
     def fail(_: Download) -> None:
         raise ZeroDivisionError
 
-    downloads = rig.queue(at_once=1, on_complete=fail)
+    downloads = rig.queue(at_once=1, on_complete=fail, listing_seconds=0.2)
     a = ask(downloads, "a")
     rig.fetcher.next("a").ends()
     reaches(downloads, a, "complete")
@@ -614,7 +619,7 @@ def test_who_hears_that_it_is_complete_finds_the_model(rig: Rig) -> None:
     views = downloads.follow(a.id)
     rig.fetcher.next("a").ends()
     assert [view.state for view in views if view is not None][-1] == "complete"
-    assert stages == ["downloading"]
+    assert stages == ["verifying"]
 
 
 class Busy:
@@ -716,3 +721,57 @@ def test_nothing_is_lost_when_many_hands_pull_at_once(rig: Rig, seed: int) -> No
         else:
             assert kept[download_id].state in ("complete", "failed")
     assert {row.id: row.state for row in rig.store.rows.values()} == {d.id: d.state for d in kept.values()}
+
+
+def test_complete_is_said_once_the_model_can_be_switched_to(rig: Rig) -> None:
+    """An engine may list a new model a second late, and a look may fail: nobody hears of the end before it is found."""
+    looks = iter([False, False, ConnectionError("Ollama is busy"), False, True])
+    seen: list[str] = []
+
+    def look(download: Download) -> bool:
+        seen.append(downloads.get(download.id).state)
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    downloads = rig.queue(on_complete=look)
+    a = ask(downloads, "a")
+    views = downloads.follow(a.id)
+    rig.fetcher.next("a").ends()
+    assert [view.state for view in views if view is not None][-1] == "complete"
+    assert seen == ["verifying"] * 5
+
+
+@pytest.mark.parametrize(("command", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_download_can_be_stopped_while_its_model_is_looked_for(rig: Rig, command: str, state: str) -> None:
+    """What was answered stays, and the place is free for the next one at once, not when the look gives up."""
+    looked = threading.Event()
+
+    def look(_: Download) -> bool:
+        looked.set()
+        return False
+
+    downloads = rig.queue(at_once=1, on_complete=look, listing_seconds=3600.0)
+    a, _ = ask(downloads, "a"), ask(downloads, "b")
+    rig.fetcher.next("a").ends()
+    assert looked.wait(PATIENCE)
+    assert getattr(downloads, command)(a.id).state == state
+    rig.fetcher.next("b")
+    assert downloads.get(a.id).state == state
+
+
+@pytest.mark.parametrize(("command", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_stopping_waits_for_no_disk(rig: Rig, command: str, state: str) -> None:
+    """The transfer is stopped and the list says so before the store, which may take its time, has heard of it."""
+    downloads = rig.queue()
+    a = ask(downloads, "a")
+    call = rig.fetcher.next("a")
+    rig.store.ready.clear()
+    stopping = threading.Thread(target=getattr(downloads, command), args=(a.id,))
+    stopping.start()
+    assert call.over.wait(PATIENCE)
+    assert downloads.get(a.id).state == state
+    rig.store.ready.set()
+    stopping.join(PATIENCE)
+    wait_until(lambda: rig.store.rows[a.id].state == state, "the store to hear of it")

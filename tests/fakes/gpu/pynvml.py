@@ -2,11 +2,13 @@
 
 Its folder comes first on a console's PYTHONPATH, and STAND_IN_GPU names the GPU, so that two runs of the tests don't
 share one. A process holds what a stand-in vLLM has written to `/tmp/gpu_NAME` in its container, which is seen through
-`/proc`: so it is gone with the process, as real GPU memory is.
+`/proc`: so it is gone with the process, as real GPU memory is. While somebody holds a lock on the file that
+STAND_IN_GPU_HANG names, the driver hangs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 UUID = "GPU-5ca1ab1e-0000-4000-8000-000000000001"
 TOTAL_BYTES = 80_000_000_000
 NAME = os.environ.get("STAND_IN_GPU", "")
+HANG = os.environ.get("STAND_IN_GPU_HANG")
 
 
 class NVMLError(Exception):
@@ -29,6 +32,9 @@ def nvmlInit() -> None: ...
 
 
 def nvmlDeviceGetCount() -> int:
+    if HANG is not None:
+        with open(HANG, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # blocks in the kernel, as a driver does
     return 1
 
 

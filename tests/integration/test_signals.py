@@ -1,0 +1,206 @@
+"""What signals do to a real gunicorn: one worker, one owner of the state folder, and no model lost by accident."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.support.console import ROOT, Console, free_port, stand_in, wait_until
+
+MINI = "switchyard-mini"
+StartConsole = Callable[..., Console]
+
+
+def test_signals_for_more_workers_or_another_master_are_refused(start_console: StartConsole) -> None:
+    """SIGTTIN started a second worker with a state of its own, SIGUSR2 a second master: now each says why not."""
+    console = start_console(standby="false")
+    before = processes(console)
+    for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2):
+        master(console).send_signal(number)
+        wait_until(lambda n=number: f"{n.name} is refused" in console.said(), f"{number.name} to be refused")
+    worker(console).send_signal(signal.SIGUSR2)
+    worker(console).send_signal(signal.SIGTTIN)
+    assert console.get("/readyz").status_code == 200
+    assert processes(console) == before
+
+
+def test_sighup_restarts_the_app_and_keeps_its_models(start_console: StartConsole) -> None:
+    """As `/api/restart-api`: it unloaded everything. The same engine answers the new worker."""
+    console = start_console(standby="false")
+    console.switch(MINI)
+    (engine,) = console.engines()
+    old = worker(console)
+    master(console).send_signal(signal.SIGHUP)
+    wait_until(lambda: gone(old.pid), "the old worker to end")
+    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be found again")
+    assert [e.pid for e in console.engines()] == [engine.pid]
+    assert console.ask("Hello").status_code == 200
+
+
+def test_sighup_is_refused_while_a_switch_would_be_lost(start_stand_in: StartConsole) -> None:
+    """As `/api/restart-api`; the log says so, and the switch ends as if nothing had happened."""
+    console = start_stand_in(stand_in("slow", "slow_load:3"))
+    old = worker(console)
+    console.post("/v1/models/switch", {"target_model": "slow"})
+    master(console).send_signal(signal.SIGHUP)
+    wait_until(lambda: "The switch to slow would be lost" in console.said(), "the refusal")
+    console.wait_for(lambda s: s["active_model"] == "slow", "the switch")
+    assert worker(console) == old
+
+
+def test_sighup_means_nothing_to_who_was_told_to_ignore_it(start_console: StartConsole) -> None:
+    """`nohup` says so by a signal that is ignored from the start."""
+    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        console = start_console(standby="false")
+    finally:
+        signal.signal(signal.SIGHUP, ours)
+    before = processes(console)
+    for process in (master(console), worker(console)):
+        process.send_signal(signal.SIGHUP)
+    master(console).send_signal(signal.SIGUSR2)  # served after it
+    wait_until(lambda: "SIGUSR2 is refused" in console.said(), "the signals to be served")
+    assert console.get("/readyz").status_code == 200
+    assert processes(console) == before
+
+
+def test_closing_its_terminal_stops_the_app(start_console: StartConsole) -> None:
+    """It went on deaf, with port and lock held. Now everything ends in order, models as well: nobody is there."""
+    console = start_console(standby="false")
+    console.stop()
+    with terminal(console) as close:
+        wait_until(lambda: answers(console), "the console on its terminal")
+        console.switch(MINI)
+        (engine,) = console.engines()
+        everything = [master(console), *console.children()]
+        close()
+        wait_until(lambda: all(gone(process.pid) for process in everything), "every process to end")
+    assert gone(engine.pid)
+    wait_until(lambda: free(console), "port and lock")
+
+
+def test_killing_the_master_alone_frees_the_lock_and_loses_no_model(start_console: StartConsole) -> None:
+    """The worker notices and ends as for a restart; the next start goes on with the same engine."""
+    console = start_console(standby="false")
+    console.switch(MINI)
+    (engine,) = console.engines()
+    left = worker(console)
+    assert console.stop(signal.SIGKILL) == -signal.SIGKILL
+    wait_until(lambda: gone(left.pid) and free(console), "the worker to end, and to let go of port and lock")
+    assert engine.is_running()
+    console.start()
+    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be found again")
+    assert [e.pid for e in console.engines()] == [engine.pid]
+
+
+def test_a_worker_that_its_master_gives_up_leaves_its_models(start_console: StartConsole) -> None:
+    """gunicorn ends one that hangs by SIGABRT and starts another: that goes on with the same engine."""
+    console = start_console(standby="false")
+    console.switch(MINI)
+    (engine,) = console.engines()
+    old = worker(console)
+    old.send_signal(signal.SIGABRT)
+    wait_until(lambda: gone(old.pid), "the worker to end")
+    wait_until(lambda: answers(console), "the next worker")  # what was kept open to the old one is broken
+    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be found again")
+    assert [e.pid for e in console.engines()] == [engine.pid]
+
+
+def test_it_does_not_start_with_two_workers(tmp_path: Path) -> None:
+    """Two would fight over the same models; the message says so."""
+    environment = {"SWITCHYARD_STATE_DIR": str(tmp_path / "state"), "SWITCHYARD_PORT": str(free_port())}
+    command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "--workers", "2"]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    assert "one worker" in run.stderr
+
+
+def master(console: Console) -> psutil.Process:
+    assert console.process is not None
+    return psutil.Process(console.process.pid)
+
+
+def worker(console: Console) -> psutil.Process:
+    """The one process below the master that is no engine."""
+    engines = {engine.pid for engine in console.engines()}
+    (found,) = (child for child in master(console).children() if child.pid not in engines)
+    return found
+
+
+def processes(console: Console) -> set[int]:
+    return {child.pid for child in console.children()}
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended: one whose parent has as well is reaped by somebody else."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def free(console: Console) -> bool:
+    """Whether another copy could start: nobody has the port or the lock on the state folder."""
+    with closing(socket.socket()) as probe, (console.folder / "state" / "lock").open("a") as lock:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", console.port))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def answers(console: Console) -> bool:
+    try:
+        return console.get("/readyz").status_code == 200
+    except OSError:
+        return False
+
+
+@contextmanager
+def terminal(console: Console) -> Iterator[Callable[[], None]]:
+    """Runs the console as `make run` in a terminal does: a job of a shell that leads the session. Yields its end."""
+    ours, theirs = pty.openpty()
+    shell = "import fcntl, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); subprocess.call(sys.argv[1:])"
+    gunicorn = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"]
+    session = subprocess.Popen(
+        [sys.executable, "-c", shell, *gunicorn],
+        cwd=ROOT,
+        env={**os.environ, **console.environment},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    open_ends = [ours]
+
+    def close() -> None:
+        while open_ends:
+            os.close(open_ends.pop())
+
+    try:
+        wait_until(lambda: bool(psutil.Process(session.pid).children()), "gunicorn")
+        (found,) = psutil.Process(session.pid).children()
+        console.process = found  # type: ignore[assignment]
+        yield close
+    finally:
+        close()
+        for process in psutil.Process(session.pid).children(recursive=True) if session.poll() is None else []:
+            process.kill()
+        session.kill()
+        session.wait()
+        console.process = None
