@@ -37,6 +37,7 @@ FAULTS = (
     "crash_loading",
     "hang_loading",
     "refuse_first_token",
+    "crash_when_ready",
     "refuse_launch",
     "refuse_unload",
     "refuse_sleep",
@@ -193,6 +194,10 @@ class Operations:
 
     def slow_driver(self, seconds: float) -> None:
         self.heart.machine.slow_seconds = seconds
+
+    def slow_account(self, seconds: float) -> None:
+        """How long the driver still counts what has ended."""
+        self.heart.machine.lag_seconds = seconds
 
     def break_store(self, broken: bool) -> None:
         self.heart.store.broken = broken

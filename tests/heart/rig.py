@@ -94,6 +94,7 @@ class Heart:
         for engine in self.engines.values():
             engine.survive_restart(keep=True)
             engine.scheduler = fresh
+        self.machine.catch_up()
         self._start()
 
     def close(self) -> None:

@@ -47,6 +47,7 @@ STEPS: tuple[Step, ...] = (
     (6, "set_fault", lambda c: (_model(c), c.choice(FAULTS), c.choice([True, False, False]))),
     (3, "set_fault", lambda c: (_model(c), c.choice(SLOWNESS), c.choice([0.0, 1.5, 60.0]))),
     (2, "slow_driver", lambda c: (c.choice([0.0, 0.5, 5.0]),)),
+    (2, "slow_account", lambda c: (c.choice([0.0, 0.3, 2.0]),)),
     (2, "break_store", lambda c: (c.random() < 0.3,)),
     (2, "fill_disk", lambda c: (c.random() < 0.3,)),
     (1, "remove_file", lambda c: (_model(c),)),

@@ -36,6 +36,7 @@ class Faults:
     crash_loading: bool = False
     hang_loading: bool = False
     refuse_first_token: bool = False
+    crash_when_ready: bool = False
     refuse_launch: bool = False
     refuse_unload: bool = False
     refuse_sleep: bool = False
@@ -56,6 +57,9 @@ class Machine:
     others: dict[str, int] = field(default_factory=dict)
     slow_seconds: float = 0.0
     """How long a reading takes: a driver that is slow, or hangs."""
+    lag_seconds: float = 0.0
+    """How long the memory of what has ended still measures as held."""
+    _lingering: list[object] = field(default_factory=list)
 
     def sample(self) -> Sequence[Reading]:
         if self.slow_seconds:
@@ -74,6 +78,27 @@ class Machine:
             )
             for device, total in self.totals.items()
         )
+
+    def free(self, key: object) -> None:
+        """What held memory has ended; the driver's account of it follows."""
+        held = self.held.pop(key, None)
+        if held is not None and self.lag_seconds:
+            rest = object()
+            self.held[rest] = held
+            self._lingering.append(rest)
+            lag = self.lag_seconds
+
+            def follow() -> None:
+                self.scheduler.pause(lag)
+                self.held.pop(rest, None)
+
+            self.scheduler.spawn("driver", follow)
+
+    def catch_up(self) -> None:
+        """The driver's account is true again."""
+        for rest in self._lingering:
+            self.held.pop(rest, None)
+        self._lingering.clear()
 
     def ours(self, device: str) -> int:
         return sum(held.get(device, 0) for held in self.held.values())
@@ -106,6 +131,8 @@ class StubInstance:
         if self._engine.faults(self.model).refuse_first_token:
             raise LoadFailed("Its first answer was an error", "no token")
         self.ready = True
+        if self._engine.faults(self.model).crash_when_ready:
+            self._engine.crash(self.model)
 
     def usage(self) -> Usage | None:
         held = self._engine.machine.held.get(self._key)
@@ -287,6 +314,7 @@ class StubEngine:
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> StubInstance | None:
         key = self.key(model)
+        self.scheduler.pause(0.05)
         asleep = self._foreign.pop(key, None)
         if asleep is None and not self._is_ready(key):
             return None
@@ -313,7 +341,7 @@ class StubEngine:
         key = self.key(instance.model)
         for one in self.here.pop(key, [instance]):
             one.gone = True
-        self.machine.held.pop(key, None)
+        self.machine.free(key)
 
     def _is_ready(self, key: object) -> bool:
         return any(one.ready and not one.stopping and not one.gone for one in self.here.get(key, ()))
@@ -346,6 +374,7 @@ class StubEngine:
         for key, (first, *_) in list(self.here.items()):
             stays, held = keep and self._is_ready(key), self.machine.held.get(key)
             self.drop(first)
+            self.machine.catch_up()
             if stays and held is not None:
                 self._foreign[key], self.machine.held[key] = first.sleeping, held
 

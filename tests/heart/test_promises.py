@@ -96,6 +96,10 @@ class Promises(RuleBasedStateMachine):
     def slow_driver(self, seconds):
         self.operations.slow_driver(seconds)
 
+    @rule(seconds=st.sampled_from([0.0, 0.3, 2.0]))
+    def slow_account(self, seconds):
+        self.operations.slow_account(seconds)
+
     @rule(broken=st.booleans())
     def break_store(self, broken):
         self.operations.break_store(broken)
