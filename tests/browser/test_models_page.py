@@ -102,13 +102,15 @@ def test_a_load_under_way_reserves_its_memory(models: Page) -> None:
 
 
 def test_a_model_that_does_not_fit_names_what_blocks_it(models: Page, console: Console) -> None:
-    """Favorites stay: the dialog names them with the reason, and nothing is unloaded."""
+    """Preserved models stay: the dialog names them with the reason, and nothing is unloaded."""
     console.switch("first-plain")
     console.switch("second-plain")
     models.reload()
     row(models, "greedy").get_by_role("button", name="Switch greedy").click()
     expect(dialog(models)).to_contain_text("greedy does not fit")
-    expect(dialog(models).get_by_role("listitem").filter(has_text="first-plain: it is a favorite")).to_be_visible()
+    expect(
+        dialog(models).get_by_role("listitem").filter(has_text="first-plain: it is one of preserve_models")
+    ).to_be_visible()
     dialog(models).get_by_role("button", name="Close").click()
     expect(dialog(models)).to_be_hidden()
     assert console.states()["first-plain"] == "running"

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import StartShared
+from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, banner, choice, choose, composer, dialog, expect_active, note, visit
-from tests.support.console import Console, stand_in
+from tests.conftest import StartConsole
+from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in
 from tests.support.stopwatch import Stopwatch
 
 TIGHT_GB = 0.65
@@ -113,11 +114,31 @@ def test_typed_text_and_focus_survive_looks_and_a_switch(with_good: Page, consol
     expect(composer(page)).to_have_value("Half a though!t")
 
 
-def test_a_switch_that_unloads_shows_its_plan_first(with_good: Page, console: Console) -> None:
-    """Nothing happens before it is confirmed: what goes, what that frees, what stays; Cancel leaves all as it was."""
+def test_one_click_switches_and_the_banner_names_what_goes(with_good: Page, console: Console) -> None:
+    """Nothing is asked: the banner says what is unloaded for it, and what was active is gone when it is ready."""
     page = with_good
+    choose(page, "slow")
+    expect(banner(page)).to_contain_text("good-plain is unloaded for it: to make room for slow")
+    expect(dialog(page)).to_be_hidden()
     choose(page, "other-plain")
-    expect(dialog(page)).to_be_visible()
+    expect_active(page, "other-plain")
+    assert console.states()["good-plain"] == "stopped"
+
+
+def test_with_confirmation_the_plan_is_shown_first(open_page: OpenPage, start_console: StartConsole) -> None:
+    """`confirm_before_unload`: what goes, what that frees, what stays; Cancel leaves all as it was."""
+    mini = str(MINI)
+    models = [stand_in(name, "hold:80", required_gb=0.6, source=mini) for name in ("good-plain", "other-plain")]
+    console = start_console(
+        toml="".join(models),
+        llamacpp_server=FAKE_LLAMA_SERVER,
+        memory_budget_gb=TIGHT_GB,
+        confirm_before_unload="true",
+    )
+    console.switch("good-plain")
+    page = open_page()
+    visit(page, console)
+    choose(page, "other-plain")
     expect(dialog(page)).to_contain_text("Switch to other-plain?")
     expect(dialog(page)).to_contain_text("needs 600 MB, declared) Switchyard will unload good-plain")
     expect(dialog(page)).to_contain_text("stays free")
@@ -137,7 +158,6 @@ def test_a_cancelled_switch_brings_back_what_it_unloaded(with_good: Page) -> Non
     """The banner says what is unloaded and why; Cancel ends it, and the earlier model answers again."""
     page = with_good
     choose(page, "slow")
-    dialog(page).get_by_role("button", name="Switch").click()
     expect(banner(page)).to_contain_text("Switching from good-plain to slow")
     expect(banner(page)).to_contain_text("good-plain is unloaded for it: to make room for slow")
     banner(page).get_by_role("button", name="Cancel").click()
@@ -149,7 +169,6 @@ def test_a_switch_more_than_half_done_is_not_thrown_away_by_one_click(with_good:
     """It asks, saying how far that one is; keeping it keeps it, insisting replaces it."""
     page = with_good
     choose(page, "slow")
-    dialog(page).get_by_role("button", name="Switch").click()
     console.wait_for(lambda s: s["switch"] and s["switch"]["progress"] > 50, "the switch to be more than half done")
     choose(page, "other-plain")
     expect(dialog(page)).to_contain_text(re.compile(r"The switch to slow is \d+ % done"))
@@ -165,7 +184,6 @@ def test_a_failure_says_why_what_runs_now_and_what_to_do(with_good: Page) -> Non
     """The first cause, the model that was brought back, the log folded away; it stays until it is dismissed."""
     page = with_good
     choose(page, "bad")
-    dialog(page).get_by_role("button", name="Switch").click()
     expect(banner(page)).to_contain_text("bad could not be loaded")
     expect(banner(page).locator(".cause")).to_contain_text("the stand-in was told to crash")
     expect(banner(page).locator(".now-and-next")).to_have_text(

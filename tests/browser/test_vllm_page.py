@@ -9,7 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import StartShared
-from tests.browser.steps import choice, choose, dialog, expect_active, menu, row, visit
+from tests.browser.steps import banner, choice, choose, expect_active, menu, row, visit
 from tests.support.console import Console
 from tests.support.docker import DockerEngine
 from tests.support.vllm import gpu_entry, on_gpu
@@ -40,7 +40,7 @@ def console(shared: Console) -> Console:
 
 
 def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, page: Page) -> None:
-    """In the menu with its word and the time to wake it; the plan says who sleeps for it in turn."""
+    """In the menu with its word and the time to wake it; the banner says who sleeps for it in turn."""
     visit(page, console)
     page.locator("#model-button").click()
     expect(choice(page, FIRST).locator(".word")).to_have_text("Asleep")
@@ -49,9 +49,7 @@ def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, 
     page.keyboard.press("Escape")
     expect(menu(page)).to_be_hidden()
     choose(page, FIRST)
-    expect(dialog(page)).to_contain_text(f"To wake {FIRST}")
-    expect(dialog(page)).to_contain_text(f"put {SECOND} to sleep")
-    dialog(page).get_by_role("button", name="Switch").click()
+    expect(banner(page)).to_contain_text(f"{SECOND} sleeps for it")
     expect_active(page, FIRST)
 
 
