@@ -133,6 +133,7 @@ class StubInstance:
         self.ready = True
         if self._engine.faults(self.model).crash_when_ready:
             self._engine.crash(self.model)
+            self._scheduler.pause(0.01)  # its exit may be told before the load's end is
 
     def usage(self) -> Usage | None:
         held = self._engine.machine.held.get(self._key)

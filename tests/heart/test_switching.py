@@ -155,6 +155,15 @@ def test_what_a_user_unloads_meanwhile_is_not_brought_back(heart):
     assert heart.states() == {}
 
 
+def test_a_model_that_ends_the_moment_it_is_ready_is_no_ghost(heart):
+    """Its exit came while the job was busy with it: the load fails with that cause."""
+    heart.faults("small").crash_when_ready = True
+    job = heart.done(heart.switch("small"))
+    assert job.error is not None
+    assert "exit code 3" in job.error.message
+    assert heart.states() == {}
+
+
 def test_one_model_that_can_not_come_back_costs_no_other(heart):
     """A rollback goes model by model, keeps the first cause, and says why one is missing."""
     heart.ready("small")
