@@ -75,14 +75,21 @@
     (focused.isConnected ? focused : home)?.focus({ preventScroll: true });
   });
 
-  // Menus and dialogs close when what was chosen in them is under way.
+  // Menus and dialogs close when what was chosen in them is under way. A dialog gives the focus back to what opened it;
+  // a look may have taken that away meanwhile, and then the part of the page that it was in has it.
+  let opener = null;
   on("htmx:afterRequest", ({ detail }) => {
     if (detail.requestConfig?.verb !== "post") return;
     detail.elt.closest("[popover]")?.hidePopover();
-    detail.elt.closest("dialog")?.close();
+    const dialog = detail.elt.closest("dialog");
+    if (!dialog?.open) return;
+    dialog.close();
+    if (opener && !opener.button.isConnected) opener.home?.focus({ preventScroll: true });
   });
   on("htmx:afterSwap", ({ detail }) => {
-    if (detail.target?.id === "dialog" && !detail.target.open) detail.target.showModal();
+    if (detail.target?.id !== "dialog" || detail.target.open) return;
+    opener = focused && { button: focused, home };
+    detail.target.showModal();
   });
 
   // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads.

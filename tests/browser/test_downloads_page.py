@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import APIResponse, Page, Route, expect
 
 from tests.browser.conftest import OpenPage
 from tests.browser.ollama_steps import SIZE, Workbench, card, download, field, job, listed, offer, wait_for_download
@@ -301,6 +301,23 @@ def test_without_script_everything_is_a_form(bench: Workbench, console: Console,
     page.get_by_role("button", name="Delete", exact=True).click()
     expect(page).to_have_url(f"{console.url}/models")
     expect(page.get_by_text("No models yet")).to_be_visible()
+    assert bench.ollama.tags() == []
+
+
+def test_the_focus_stays_in_a_page_that_shows_a_deletion_before_it_is_answered(
+    bench: Workbench, console: Console, page: Page
+) -> None:
+    """A look may come in between: the button that opened the dialog is gone by then, so the page has the focus."""
+    held: list[tuple[Route, APIResponse]] = []
+    page.route(re.compile("/models/.+/delete$"), lambda route: held.append((route, route.fetch())))
+    visit(page, console, "/models")
+    row(page, "tiny-a:latest").get_by_role("button", name="Delete tiny-a:latest").press("Enter")
+    dialog(page).get_by_role("button", name="Delete").click()
+    expect(row(page, "tiny-a:latest")).to_have_count(0)
+    ((route, answer),) = held
+    route.fulfill(response=answer)
+    expect(dialog(page)).to_be_hidden()
+    expect(page.locator("#main")).to_be_focused()
     assert bench.ollama.tags() == []
 
 

@@ -34,25 +34,88 @@ def big(model: str, **faults: object) -> str:
     return entry(model, required_gb=0.3, hold_mb=280, **faults)
 
 
-MODELS = entry(A) + entry(B) + entry(BAD, out_of_memory=True)
+SLOW, STUCK, TWIN, LONE = "org/slow", "org/stuck", "twin", "org/lone"
+MODELS = (
+    entry(A)
+    + entry(B)
+    + entry(SLOW, load_seconds=2)
+    + entry(STUCK, hang_at="loading_weights")
+    + entry(A).replace(f'id = "{A}"', f'id = "{TWIN}"')
+    + entry(LONE)
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that has the files of every model already."""
+    folder = tmp_path_factory.mktemp("vllm")
+    for model in (A, B, BAD, SLOW, STUCK, LONE):
+        fill_cache(folder / "hub", model, TINY_MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start_here(docker: DockerEngine, start_shared: StartConsole, folder: Path) -> Iterator[StartConsole]:
+    """Starts consoles on that cache."""
+
+    def start(toml: str, **settings: object) -> Console:
+        return start_shared(
+            toml=toml,
+            environment={"HF_HUB_OFFLINE": "1"},
+            vllm_image=STAND_IN_IMAGE,
+            docker_host=docker.host,
+            hub_cache_dir=folder / "hub",
+            vllm_cache_dir=folder / "compiled",
+            **settings,
+        )
+
+    yield start
+    docker.remove_containers()
+
+
+@pytest.fixture(scope="module")
+def shared(start_here: StartConsole) -> Console:
+    """With the demo models beside those of vLLM."""
+    return start_here(MODELS)
+
+
+@pytest.fixture(scope="module")
+def shared_tight(start_here: StartConsole) -> Console:
+    return start_here(big(A) + big(B) + big(BAD, out_of_memory=True), memory_budget_gb=0.4, standby="false")
+
+
+@pytest.fixture
+def console(docker: DockerEngine, console: Console) -> Iterator[Console]:
+    """The module's console, and no container, stopped ones included."""
+    docker.remove_containers()
+    yield console.rest()
+    console.rest()
+
+
+@pytest.fixture
+def tight(docker: DockerEngine, shared_tight: Console) -> Iterator[Console]:
+    """A console at rest with memory for one model; no container."""
+    docker.remove_containers()
+    yield shared_tight.rest()
+    shared_tight.rest()
 
 
 @pytest.fixture
 def start(docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> Iterator[Callable[..., Console]]:
-    def start(toml: str = MODELS, hub: FakeHub | None = None, **settings: object) -> Console:
-        """With models that are in the cache already, or those of a hub."""
-        for model in (A, B, BAD) if hub is None else ():
-            fill_cache(tmp_path / "hub", model, TINY_MODEL)
+    def start(toml: str, hub: FakeHub, **settings: object) -> Console:
+        """A console of the test's own, with the models of a hub."""
         return start_console(
             toml=toml,
-            environment={"HF_HUB_OFFLINE": "1"} if hub is None else hub_environment(hub.url, tmp_path / "home"),
+            environment=hub_environment(hub.url, tmp_path / "home"),
             vllm_image=STAND_IN_IMAGE,
             docker_host=docker.host,
             hub_cache_dir=tmp_path / "hub",
             vllm_cache_dir=tmp_path / "compiled",
+            standby="false",
             **settings,
         )
 
+    docker.remove_containers()
     yield start
     docker.remove_containers()
 
@@ -62,48 +125,44 @@ def running(docker: DockerEngine) -> list[str]:
     return sorted(c["Labels"]["switchyard.model"] for c in docker.client.containers())
 
 
-def test_a_switch_makes_a_container_and_a_chat_reaches_it(start, docker):
+def test_a_switch_makes_a_container_and_a_chat_reaches_it(console, docker):
     """Stages from its log, the first token before it is ready, requests by the name that vLLM knows."""
-    console = start(entry(A, load_seconds=2))
-    events = list(console.switch_stream(A))
+    events = list(console.switch_stream(SLOW))
     assert events[-1][0] == "complete"
     phases = [data["phase"] for name, data in events if name == "progress" and "phase" in data]
     assert {"loading_weights", "warming_up"} <= set(phases)
     assert any("shards" in str(data.get("detail")) for _, data in events)
     progress = [data["progress"] for _, data in events if "progress" in data]
     assert progress == sorted(progress)
-    assert running(docker) == [A]
+    assert running(docker) == [SLOW]
     assert console.ask("Hello").json()["choices"][0]["message"]["content"]
     with closing(console.ask("Hello", model="auto", stream=True)) as answer:
         assert answer.text.rstrip().endswith("data: [DONE]")
 
 
-def test_where_only_one_fits_the_old_container_is_stopped_first(start, docker):
+def test_where_only_one_fits_the_old_container_is_stopped_first(tight, docker):
     """By the ledger: a budget for one."""
-    console = start(big(A) + big(B), memory_budget_gb=0.4)
-    console.switch(A)
-    console.switch(B)
+    tight.switch(A)
+    tight.switch(B)
     assert running(docker) == [B]
-    console.switch(A)
+    tight.switch(A)
     assert running(docker) == [A]
     assert len(docker.client.containers(all=True)) == 2  # the stopped one waits for its next turn
 
 
-def test_a_failed_load_says_the_first_cause_and_brings_the_old_model_back(start, docker):
+def test_a_failed_load_says_the_first_cause_and_brings_the_old_model_back(tight, docker):
     """Out of memory, with the figures from the log and what to change."""
-    console = start(big(A) + big(BAD, out_of_memory=True), memory_budget_gb=0.4)
-    console.switch(A)
-    answer = console.post("/v1/models/switch", {"target_model": BAD, "wait": True})
+    tight.switch(A)
+    answer = tight.post("/v1/models/switch", {"target_model": BAD, "wait": True})
     assert answer.status_code == 502
     assert "CUDA out of memory" in answer.json()["message"]
     assert f"{A} is running again" in answer.json()["message"]
     assert running(docker) == [A]
-    assert console.status()["active_model"] == A
+    assert tight.status()["active_model"] == A
 
 
-def test_containers_and_embedded_models_share_one_list_and_one_ledger(start):
+def test_containers_and_embedded_models_share_one_list_and_one_ledger(console):
     """One of each, both loaded, both in the books."""
-    console = start()
     console.switch(A)
     console.switch("switchyard-mini")
     found = console.wait_for(lambda s: (s["models"][A]["gpu_memory_used_gb"] or 0) > 0, "the container's memory")
@@ -111,9 +170,8 @@ def test_containers_and_embedded_models_share_one_list_and_one_ledger(start):
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_restart_of_the_app_goes_on_with_its_containers(start, docker, end):
+def test_a_restart_of_the_app_goes_on_with_its_containers(console, docker, end):
     """Two of them, found by label, neither loaded again."""
-    console = start()
     console.switch(A)
     console.switch(B)
     before = {c["Id"] for c in docker.client.containers()}
@@ -124,34 +182,30 @@ def test_a_restart_of_the_app_goes_on_with_its_containers(start, docker, end):
     assert console.ask("Hello", model=A).status_code == 200
 
 
-def test_two_entries_of_one_model_are_found_again_both(start, docker):
+def test_two_entries_of_one_model_are_found_again_both(console, docker):
     """The same weights under two ids are two containers: after a restart neither is lost to the books."""
-    twins = entry(A) + entry(A).replace(f'id = "{A}"', 'id = "twin"')
-    console = start(twins)
     console.switch(A)
-    console.switch("twin")
+    console.switch(TWIN)
     console.kill()
     console.start()
-    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, "twin")} == {"running"}, "both to be found")
-    console.post("/v1/models/twin/stop")
+    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, TWIN)} == {"running"}, "both to be found")
+    console.post(f"/v1/models/{TWIN}/stop")
     assert running(docker) == [A]
 
 
-def test_killed_during_a_load_nothing_is_left_over(start, docker):
+def test_killed_during_a_load_nothing_is_left_over(console, docker):
     """The half loaded container is removed by the next start, and the status is true."""
-    console = start(entry(A, hang_at="loading_weights") + entry(B))
-    console.post("/v1/models/switch", {"target_model": A})
-    wait_until(lambda: running(docker) == [A], "the container to start")
+    console.post("/v1/models/switch", {"target_model": STUCK})
+    wait_until(lambda: running(docker) == [STUCK], "the container to start")
     console.kill()
     console.start()
     wait_until(lambda: running(docker) == [], "the half loaded container to go")
-    assert console.states()[A] == "stopped"
+    assert console.states()[STUCK] == "stopped"
     console.switch(B)
 
 
-def test_status_answers_while_docker_hangs(start, docker):
+def test_status_answers_while_docker_hangs(console, docker):
     """A stuck daemon freezes no page: under 100 ms each, by the best of a few."""
-    console = start()
     console.switch(A)
     with docker.hanging():
         took = []
@@ -163,31 +217,29 @@ def test_status_answers_while_docker_hangs(start, docker):
         assert console.get("/models").status_code == 200
 
 
-def test_a_daemon_restarted_during_a_load_ends_it_with_the_truth_and_the_next_one_works(start, docker):
+def test_a_daemon_restarted_during_a_load_ends_it_with_the_truth_and_the_next_one_works(console, docker):
     """All its containers end with it: the load fails in words, no model is said to run that doesn't."""
-    console = start(entry(A) + entry(B, hang_at="loading_weights"))
     console.switch(A)
-    console.post("/v1/models/switch", {"target_model": B})
-    wait_until(lambda: running(docker) == [A, B], "the container to start")
+    console.post("/v1/models/switch", {"target_model": STUCK})
+    wait_until(lambda: running(docker) == [A, STUCK], "the container to start")
     with docker.stopped():
         found = console.wait_for(lambda s: s["switch"] is None, "the switch to end")
-        assert found["models"][B]["status"] == "failed"
+        assert found["models"][STUCK]["status"] == "failed"
         found = console.wait_for(lambda s: s["models"][A]["status"] != "running", "the loss of the other to be noticed")
         assert found["active_model"] is None
     console.switch(A)
     assert console.ask("Hello", model=A).status_code == 200
 
 
-def test_a_container_removed_behind_our_back_is_a_failure_and_is_made_again(start, docker):
+def test_a_container_removed_behind_our_back_is_a_failure_and_is_made_again(console, docker):
     """Its model is said to have failed, and why; the next switch makes another."""
-    console = start(entry(A))
-    console.switch(A)
+    console.switch(LONE)
     (container,) = docker.client.containers()
     docker.client.remove_container(container["Id"], force=True)
-    found = console.wait_for(lambda s: s["models"][A]["status"] == "failed", "the loss to be noticed")
-    assert "removed" in found["models"][A]["error"]
-    console.switch(A)
-    assert running(docker) == [A]
+    found = console.wait_for(lambda s: s["models"][LONE]["status"] == "failed", "the loss to be noticed")
+    assert "removed" in found["models"][LONE]["error"]
+    console.switch(LONE)
+    assert running(docker) == [LONE]
 
 
 def test_without_docker_the_switch_says_what_to_do(start_console):

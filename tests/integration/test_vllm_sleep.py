@@ -9,21 +9,53 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.console import Console, wait_until
+from tests.support.console import PATIENCE, Console, wait_until
 from tests.support.docker import DockerEngine
 from tests.support.vllm import gpu_entry as entry
 from tests.support.vllm import models_running as running
 from tests.support.vllm import on_gpu
 
 A, B, C = "org/model-a", "org/model-b", "org/model-c"
+NEW, NEWER = "org/new", "org/newer"
+"""Two that one test alone knows: what is learned of them is learned there."""
+REFUSING, DYING, DEAF, ENDING, STUCK = (f"org/{name}" for name in ("refusing", "dying", "deaf", "ending", "stuck"))
+MODELS = "".join(
+    [
+        *(entry(name) for name in (A, B, NEW, NEWER)),
+        entry(C, required_gb=79),
+        entry(REFUSING, refuse_sleep=True),
+        entry(DYING, exit_falling_asleep=True),
+        entry(DEAF, refuse_wake=True),
+        entry(ENDING, exit_asleep=True),
+        entry(STUCK, hang_at="loading_weights"),
+    ]
+)
+
+StartConsole = Callable[..., Console]
+
+
+@pytest.fixture(scope="module")
+def shared(
+    gpu_docker: DockerEngine, start_shared: StartConsole, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Console]:
+    names = (A, B, C, NEW, NEWER, REFUSING, DYING, DEAF, ENDING, STUCK)
+    yield start_shared(toml=MODELS, standby="false", **on_gpu(gpu_docker, tmp_path_factory.mktemp("vllm"), *names))
+    gpu_docker.remove_containers()
 
 
 @pytest.fixture
-def start(
-    gpu_docker: DockerEngine, start_console: Callable[..., Console], tmp_path: Path
-) -> Iterator[Callable[..., Console]]:
+def console(console: Console) -> Iterator[Console]:
+    """The module's console at rest, before and after: others need the GPU as well."""
+    yield console
+    console.rest()
+
+
+@pytest.fixture
+def start(gpu_docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> Iterator[StartConsole]:
+    """Starts a console of the test's own, for settings of its own."""
+
     def start(toml: str = entry(A) + entry(B), **settings: object) -> Console:
-        return start_console(toml=toml, **on_gpu(gpu_docker, tmp_path, A, B, C), **settings)
+        return start_console(toml=toml, standby="false", **on_gpu(gpu_docker, tmp_path, A, B), **settings)
 
     yield start
     gpu_docker.remove_containers()
@@ -38,42 +70,40 @@ def gpu_held(console: Console, model: str) -> float:
     return float(device["models"].get(model, 0))
 
 
-def test_the_model_that_makes_room_sleeps_and_is_woken_by_the_next_switch(start, gpu_docker):
+def test_the_model_that_makes_room_sleeps_and_is_woken_by_the_next_switch(console, gpu_docker):
     """Announced by the plan, its own state in the status, the same container woken, requests answered after it."""
-    console = start()
-    console.switch(A)
-    assert 59 < gpu_held(console, A) <= 61
-    (unload,) = plan(console, B)["unload"]
-    assert unload["model"] == A
+    console.switch(NEW)
+    assert 59 < gpu_held(console, NEW) <= 61
+    (unload,) = plan(console, NEWER)["unload"]
+    assert unload["model"] == NEW
     assert unload["sleeps"] is True
     assert unload["reload_seconds"] is None  # nobody has seen it wake
 
-    console.switch(B)
-    assert console.states() == {**console.states(), A: "asleep", B: "running"}
-    assert running(gpu_docker) == [A, B]
-    assert gpu_held(console, A) == 1.5
+    console.switch(NEWER)
+    assert console.states() == {**console.states(), NEW: "asleep", NEWER: "running"}
+    assert running(gpu_docker) == [NEW, NEWER]
+    assert gpu_held(console, NEW) == 1.5
     before = {c["Id"]: c["Created"] for c in gpu_docker.client.containers()}
 
-    events = list(console.switch_stream(A))
+    events = list(console.switch_stream(NEW))
     assert events[-1][0] == "complete"
     assert any(data.get("detail") == "waking up" for _, data in events)
     progress = [data["progress"] for _, data in events if "progress" in data]
     assert progress == sorted(progress)
-    assert console.states() == {**console.states(), A: "running", B: "asleep"}
+    assert console.states() == {**console.states(), NEW: "running", NEWER: "asleep"}
     assert {c["Id"]: c["Created"] for c in gpu_docker.client.containers()} == before
-    assert console.ask("Hello", model=A).status_code == 200
-    assert console.status()["active_model"] == A
+    assert console.ask("Hello", model=NEW).status_code == 200
+    assert console.status()["active_model"] == NEW
 
-    (unload,) = plan(console, B)["unload"]
+    (unload,) = plan(console, NEWER)["unload"]
     assert unload["reload_seconds"] < 10  # learned from this waking, apart from the load
 
 
-def test_one_that_refuses_to_sleep_is_stopped(start, gpu_docker):
+def test_one_that_refuses_to_sleep_is_stopped(console, gpu_docker):
     """The switch goes on as if there were no sleep."""
-    console = start(entry(A, refuse_sleep=True) + entry(B))
-    console.switch(A)
+    console.switch(REFUSING)
     console.switch(B)
-    assert console.states()[A] == "stopped"
+    assert console.states()[REFUSING] == "stopped"
     assert running(gpu_docker) == [B]
 
 
@@ -102,28 +132,26 @@ def test_one_that_goes_on_answering_is_stopped_and_not_put_to_sleep(start, gpu_d
     console.switch(B)
     assert console.states()[A] == "stopped"
     assert running(gpu_docker) == [B]
-    asking.join(30)
+    asking.join(PATIENCE)
     assert not asking.is_alive()
 
 
-def test_one_that_dies_while_it_falls_asleep_is_not_said_to_sleep(start, gpu_docker):
+def test_one_that_dies_while_it_falls_asleep_is_not_said_to_sleep(console, gpu_docker):
     """Its end comes while it is being unloaded, which asks for no exit; nothing stays in the books."""
-    console = start(entry(A, exit_falling_asleep=True) + entry(B))
-    console.switch(A)
+    console.switch(DYING)
     console.switch(B)
-    console.wait_for(lambda s: s["models"][A]["status"] in ("failed", "stopped"), "the truth")
+    console.wait_for(lambda s: s["models"][DYING]["status"] in ("failed", "stopped"), "the truth")
     assert running(gpu_docker) == [B]
-    assert gpu_held(console, A) == 0
+    assert gpu_held(console, DYING) == 0
 
 
-def test_one_that_does_not_wake_is_loaded_anew(start):
+def test_one_that_does_not_wake_is_loaded_anew(console):
     """In the same switch, which succeeds."""
-    console = start(entry(A, refuse_wake=True) + entry(B))
-    console.switch(A)
+    console.switch(DEAF)
     console.switch(B)
-    assert console.states()[A] == "asleep"
-    console.switch(A)
-    assert console.ask("Hello", model=A).status_code == 200
+    assert console.states()[DEAF] == "asleep"
+    console.switch(DEAF)
+    assert console.ask("Hello", model=DEAF).status_code == 200
 
 
 def test_without_room_in_this_machines_memory_nobody_sleeps(start, gpu_docker):
@@ -143,9 +171,8 @@ def test_sleep_can_be_switched_off(start, gpu_docker):
     assert running(gpu_docker) == [B]
 
 
-def test_a_sleeper_is_stopped_by_request_and_where_its_rest_is_needed(start, gpu_docker):
+def test_a_sleeper_is_stopped_by_request_and_where_its_rest_is_needed(console, gpu_docker):
     """Unload ends a sleep; so does a model that needs nearly the whole GPU."""
-    console = start(entry(A) + entry(B) + entry(C, required_gb=79))
     console.switch(A)
     console.switch(B)
     assert console.post(f"/v1/models/{A}/stop").status_code == 200
@@ -157,19 +184,17 @@ def test_a_sleeper_is_stopped_by_request_and_where_its_rest_is_needed(start, gpu
     assert running(gpu_docker) == [C]
 
 
-def test_the_end_of_a_sleeper_is_noticed(start):
+def test_the_end_of_a_sleeper_is_noticed(console):
     """It can't be woken any more, so it isn't said to sleep."""
-    console = start(entry(A, exit_asleep=True) + entry(B))
-    console.switch(A)
+    console.switch(ENDING)
     console.switch(B)
-    console.wait_for(lambda s: s["models"][A]["status"] in ("failed", "stopped"), "the end to be noticed")
-    console.switch(A)
+    console.wait_for(lambda s: s["models"][ENDING]["status"] in ("failed", "stopped"), "the end to be noticed")
+    console.switch(ENDING)
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_restart_of_the_app_finds_who_sleeps(start, gpu_docker, end):
+def test_a_restart_of_the_app_finds_who_sleeps(console, gpu_docker, end):
     """And wakes them like any other."""
-    console = start()
     console.switch(A)
     console.switch(B)
     console.stop() if end == "stop" else console.kill()
@@ -180,12 +205,11 @@ def test_a_restart_of_the_app_finds_who_sleeps(start, gpu_docker, end):
     assert running(gpu_docker) == [A, B]
 
 
-def test_a_switch_called_off_wakes_what_had_made_way(start, gpu_docker):
+def test_a_switch_called_off_wakes_what_had_made_way(console, gpu_docker):
     """Back as it was, without a load."""
-    console = start(entry(A) + entry(B, hang_at="loading_weights"))
     console.switch(A)
-    console.post("/v1/models/switch", {"target_model": B})
-    wait_until(lambda: running(gpu_docker) == [A, B], "the container to start")
+    console.post("/v1/models/switch", {"target_model": STUCK})
+    wait_until(lambda: running(gpu_docker) == [A, STUCK], "the container to start")
     console.delete("/v1/models/switch")
     console.wait_for(lambda s: s["models"][A]["status"] == "running" and not s["switch"], "the old model to be back")
     assert console.status()["active_model"] == A
