@@ -21,6 +21,13 @@ class Succession:
 
     def __init__(self) -> None:
         self._giving, self._taking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._giving, self._taking):
+            end.setblocking(False)  # Python 3.11's send_fds and recv_fds forget their flags
+
+    def close(self) -> None:
+        """Give up what was given and not taken: its clients see a closed connection."""
+        self._giving.close()
+        self._taking.close()
 
     def fileno(self) -> int:
         """Readable when there is something to `take`."""
@@ -32,7 +39,7 @@ class Succession:
         try:
             with os.fdopen(os.dup(memory), "wb") as file:
                 file.write(request)
-            socket.send_fds(self._giving, [b"."], [client.fileno(), memory], socket.MSG_DONTWAIT)
+            socket.send_fds(self._giving, [b"."], [client.fileno(), memory])
         except OSError:
             return False
         finally:
@@ -42,7 +49,7 @@ class Succession:
     def take(self) -> tuple[int, bytes] | None:
         """A connection's file descriptor, the caller's to close, and its request; None when nothing is there."""
         with suppress(BlockingIOError):
-            _, descriptors, _, _ = socket.recv_fds(self._taking, 1, 2, socket.MSG_DONTWAIT)
+            _, descriptors, _, _ = socket.recv_fds(self._taking, 1, 2)
             if len(descriptors) == 2:
                 client, memory = descriptors
                 with os.fdopen(memory, "rb") as file:

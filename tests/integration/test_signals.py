@@ -175,9 +175,9 @@ def terminal(console: Console) -> Iterator[Callable[[], None]]:
     """Runs the console as `make run` in a terminal does: a job of a shell that leads the session. Yields its end."""
     ours, theirs = pty.openpty()
     shell = "import fcntl, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); subprocess.call(sys.argv[1:])"
-    gunicorn = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"]
+    command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"]
     session = subprocess.Popen(
-        [sys.executable, "-c", shell, *gunicorn],
+        [sys.executable, "-c", shell, *command],
         cwd=ROOT,
         env={**os.environ, **console.environment},
         stdin=theirs,
@@ -192,15 +192,17 @@ def terminal(console: Console) -> Iterator[Callable[[], None]]:
         while open_ends:
             os.close(open_ends.pop())
 
+    gunicorns: list[psutil.Process] = []
     try:
         wait_until(lambda: bool(psutil.Process(session.pid).children()), "gunicorn")
-        (found,) = psutil.Process(session.pid).children()
-        console.process = found  # type: ignore[assignment]
+        gunicorns += psutil.Process(session.pid).children()
+        console.process = gunicorns[0]  # type: ignore[assignment]
         yield close
     finally:
         close()
-        for process in psutil.Process(session.pid).children(recursive=True) if session.poll() is None else []:
-            process.kill()
+        for gunicorn in gunicorns:
+            for process in [*gunicorn.children(recursive=True), gunicorn] if gunicorn.is_running() else []:
+                process.kill()
         session.kill()
         session.wait()
         console.process = None

@@ -1,0 +1,54 @@
+"""Requests that come while the app restarts: each gets its real answer, from the next worker if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import requests
+
+from tests.support.console import Console, stand_in, wait_until
+
+StartConsole = Callable[..., Console]
+
+
+def chat(console: Console, model: str, **options: object) -> requests.Response:
+    """A question on a connection of its own."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], **options}
+    return requests.post(f"{console.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_requests_that_come_with_a_restart_are_answered_after_it(start_stand_in: StartConsole) -> None:
+    """For what is loaded and what is not, streamed and not, on new connections and kept ones; the old worker is gone.
+
+    They got a 499, or a switch that the restart then broke off.
+    """
+    console = start_stand_in(stand_in("a") + stand_in("b", "slow_load:1"), memory_budget_gb=0.5)
+    console.switch("a")
+    before = {child.pid for child in console.children()} - {engine.pid for engine in console.engines()}
+    assert console.post("/api/restart-api").status_code == 200
+    with ThreadPoolExecutor(9) as askers:
+        asked = [askers.submit(chat, console, model) for model in ("a", "b", "auto", "b")]
+        asked += [askers.submit(chat, console, model, stream=True) for model in ("a", "b")]
+        asked.append(askers.submit(console.ask, "Hello", model="b"))  # on the connection that asked for the restart
+        status = askers.submit(requests.get, f"{console.url}/v1/models/status", timeout=60)
+        answers = [future.result() for future in asked]
+    assert [answer.status_code for answer in answers] == [200] * 7, [answer.text for answer in answers]
+    assert all("stand-in" in answer.text for answer in answers)
+    assert status.result().status_code == 200
+    wait_until(lambda: not before & {child.pid for child in console.children()}, "the old worker to be gone")
+    states = console.states()
+    assert (states["a"], states["b"]) == ("running", "running")
+
+
+def test_an_answer_that_a_restart_breaks_off_says_so(start_stand_in: StartConsole) -> None:
+    """It had reached an engine, so nobody asks twice; but it was the app that hung up, not the client that left."""
+    console = start_stand_in(stand_in("slow", "slow_tokens:3"))
+    console.switch("slow")
+    with ThreadPoolExecutor(1) as asker:
+        answer = asker.submit(chat, console, "slow")
+        console.wait_for(lambda s: s["models"]["slow"]["in_flight"] == 1, "it to be under way")
+        assert console.post("/api/restart-api").status_code == 200
+    assert answer.result().status_code == 503
+    assert answer.result().json()["error"]["code"] == "stopping"
+    assert answer.result().headers["Retry-After"]
