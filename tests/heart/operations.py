@@ -317,6 +317,16 @@ class Operations:
             return ending
 
         procedure.carry_out = watched  # type: ignore[method-assign]
+        mailbox = self.heart.switcher._mailbox
+        after_each = mailbox._after_each
+
+        def checked() -> None:
+            try:
+                after_each()
+            except Exception as error:  # the mailbox would log it, and go on
+                self.broken.append(f"what follows a message failed: {error}")
+
+        mailbox._after_each = checked
 
     def _begins(self, job: Job) -> None:
         """A switch begins: it goes on for the one that it superseded, or begins a chain of its own."""
