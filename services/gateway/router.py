@@ -15,7 +15,7 @@ from services.switching.jobs import Job, SwitchError
 from services.switching.switcher import Switcher
 
 AUTO = "auto"
-FIRST_LOOK_WAIT_SECONDS = 2.0
+FIRST_LOOK_WAIT_SECONDS = 5.0
 """How long a request waits after a start until it is known what the engines have loaded."""
 LOOK_SECONDS = 0.5
 """How often a waiting request looks whether its client is still there."""

@@ -281,7 +281,10 @@ class LlamaCpp:
         stamp = _stamp(path)
         known = self._files.get(path)
         if known is None or known.stamp != stamp:
-            known = off_hub(_read, path, stamp)
+            try:
+                known = off_hub(_read, path, stamp)
+            except TimeoutError:  # asked again at the next look
+                return _File(stamp, None, stamp[0], f"The file {path.name} is too slow to read.")
             self._files[path] = known
         return known
 

@@ -231,9 +231,10 @@ class Ollama:
         if shown is not None and shown.blob is not None:
             key = (shown.blob, context)
             if key not in self._estimates:
-                self._estimates[key] = off_hub(_estimate_of_file, Path(shown.blob), context)
-            if self._estimates[key]:
-                return self._estimates[key]
+                with suppress(TimeoutError):  # a slow disk: asked again next time
+                    self._estimates[key] = off_hub(_estimate_of_file, Path(shown.blob), context)
+            if estimate := self._estimates.get(key):
+                return estimate
         return int((model.size_bytes or 0) * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES if model.size_bytes else 0
 
 
