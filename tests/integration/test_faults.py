@@ -21,6 +21,7 @@ ROOMY = (
     + stand_in("bad", "crash_loading", "slow_load:1.5")
     + stand_in("dies", "crash_ready:0.3")
     + stand_in("huge", required_gb=900)
+    + "".join(stand_in(fault, fault) for fault in ("crash_loading", "refuse_first"))
 )
 TIGHT = "".join(
     [
@@ -31,7 +32,6 @@ TIGHT = "".join(
         stand_in("slow-talker", "slow_tokens:0.3", "hold:80", required_gb=0.6),
     ]
 )
-FAILING = "".join(stand_in(fault, fault) for fault in ("crash_loading", "refuse_first", "never_ready"))
 
 StartConsole = Callable[..., Console]
 
@@ -59,12 +59,6 @@ def shared_tight(start_stand_ins: StartConsole) -> Console:
 def tight(shared_tight: Console) -> Console:
     """A console at rest with room for one model of 0.6 GB, which is what each of them declares."""
     return shared_tight.rest()
-
-
-@pytest.fixture(scope="module")
-def impatient(start_stand_ins: StartConsole) -> Console:
-    """A console whose models fail to load, each by the fault it is named after; a load may take a second."""
-    return start_stand_ins(FAILING, load_timeout_seconds=1)
 
 
 def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_stand_in, tmp_path):
@@ -101,14 +95,18 @@ def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(tight):
     ("fault", "words"),
     [("crash_loading", "told to crash"), ("refuse_first", "first answer"), ("never_ready", "not ready after 1 s")],
 )
-def test_every_way_to_fail_a_load_has_its_own_words(impatient, fault, words):
+def test_every_way_to_fail_a_load_has_its_own_words(request, start_stand_in, fault, words):
     """502 with the cause; the model is shown as failed with it; no process stays."""
-    answer = impatient.post("/v1/models/switch", {"target_model": fault, "wait": True})
+    if fault == "never_ready":
+        console = start_stand_in(stand_in(fault, fault), load_timeout_seconds=1)
+    else:  # with all the time that a busy machine takes to start it
+        console = request.getfixturevalue("console")
+    answer = console.post("/v1/models/switch", {"target_model": fault, "wait": True})
     assert (answer.status_code, answer.json()["error"]) == (502, "load_failed")
     assert words in answer.json()["message"]
-    assert impatient.model(fault)["status"] == "failed"
-    assert words in impatient.model(fault)["error"]
-    assert impatient.engines() == []
+    assert console.model(fault)["status"] == "failed"
+    assert words in console.model(fault)["error"]
+    assert console.engines() == []
 
 
 def test_a_failed_model_can_be_tried_again(console):
