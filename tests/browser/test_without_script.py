@@ -16,7 +16,7 @@ WHOLE = "I am a stand-in and answer in ten short words."
 def shared(start_shared: StartShared) -> Console:
     models = stand_in("quick-plain", "slow_tokens:0.1", "hold:80", required_gb=0.6, source=str(MINI))
     models += stand_in("other-plain", "hold:80", required_gb=0.6, source=str(MINI))
-    return start_shared(models, memory_budget_gb=0.65)
+    return start_shared(models, memory_budget_gb=0.65, confirm_before_unload="true")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_whole_conversation(page: Page, console: Console) -> None:
 
 
 def test_a_plan_is_a_page_and_models_are_managed(page: Page, console: Console) -> None:
-    """A switch that unloads asks on a page of its own; unloading and dismissing are forms."""
+    """A switch that has to be confirmed asks on a page of its own; unloading and dismissing are forms."""
     console.switch("quick-plain")
     visit(page, console, "/models")
     row(page, "other-plain").get_by_role("button", name="Switch other-plain").click()

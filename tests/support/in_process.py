@@ -14,7 +14,7 @@ from flask.testing import FlaskClient
 
 from app import create_app
 from services.container import Services
-from services.engines.port import Endpoint
+from services.engines.port import Endpoint, Model
 from services.switching.events import InstanceState, InstanceView, LoadView, SwitchView
 from services.switching.jobs import SwitchError
 from services.switching.traffic import Traffic
@@ -59,7 +59,8 @@ class InProcess:
     ) -> InstanceView:
         """Put a model on the board, which becomes the active one if it runs and none is."""
         board = self.services.board
-        view = InstanceView(model, engine, state, "host", Traffic(), endpoint=Endpoint(origin), load=load)
+        entry = self.services.catalog.models.get(model) or Model(model, engine, source=model)
+        view = InstanceView(model, engine, state, "host", Traffic(), entry, endpoint=Endpoint(origin), load=load)
         active = board.current.active_model or (model if state == "running" else None)
         instances = MappingProxyType({**board.current.instances, model: view})
         board.publish(instances=instances, active_model=active)
@@ -91,5 +92,6 @@ def in_process(folder: Path, **settings: object) -> Iterator[InProcess]:
         console = InProcess(create_app(**values))
         patch.setattr(console.services.switcher, "switch", console._note)
         patch.setattr(console.services.switcher, "restart", console._note)
+        patch.setattr(console.services.switcher, "wait_looked", lambda _timeout: True)
         yield console
         console.close()

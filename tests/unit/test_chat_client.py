@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from services.answers import GenerationError
-from services.engines.port import Endpoint
+from services.engines.port import Endpoint, Model
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
 from services.gateway.router import Admission
@@ -25,8 +25,8 @@ class OneModel:
 
     def admit(self, *_: object) -> Admission:
         self.traffic.enter()
-        view = InstanceView("m", "llamacpp", "running", "host", self.traffic, endpoint=Endpoint(self._engine.origin))
-        return Admission(view)
+        entry, endpoint = Model("m", "llamacpp", "m"), Endpoint(self._engine.origin)
+        return Admission(InstanceView("m", "llamacpp", "running", "host", self.traffic, entry, endpoint=endpoint))
 
 
 @pytest.fixture

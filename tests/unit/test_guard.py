@@ -132,7 +132,7 @@ def test_asking_a_model_that_is_coming_does_not_count(console):
 def test_asking_a_model_that_is_being_unloaded_counts(console, engine):
     """It has to be loaded again for that, once the switch is over that unloads it."""
     use_up(console)
-    console.services.board.current.instances[MINI].traffic.drain(0)
+    console.services.board.current.instances[MINI].traffic.close()
     console.show_switch(SMALL, unloads=(Unloading(MINI, "to make room"),))
     assert_limited(console.client.post(FAST, json={"model": MINI}))
     assert engine.asked == []
