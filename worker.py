@@ -5,15 +5,11 @@ Browsers and API clients keep connections open for minutes, and gunicorn 27 wait
 
 from __future__ import annotations
 
-import os
 import socket
 from contextlib import suppress
 from typing import Any
 
-from gevent.monkey import get_original
 from gunicorn.workers.ggevent import GeventWorker
-
-_PlainSocket = get_original("socket", "socket")
 
 
 class Worker(GeventWorker):  # type: ignore[misc]
@@ -33,7 +29,5 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def hang_up(self) -> None:
         """End every connection once the answer under way on it is written."""
         for client in list(self._clients):
-            # Not gevent's own shutdown: it ends the wait for the next request by an error, which gunicorn logs with
-            # its traceback, once for every connection.
-            with suppress(OSError), _PlainSocket(fileno=os.dup(client.fileno())) as same:
-                same.shutdown(socket.SHUT_RD)
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RD)

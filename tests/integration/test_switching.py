@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Callable
 
@@ -247,18 +246,3 @@ def test_sigint_stops_as_cleanly_as_sigterm(console):
     assert console.stop(signal.SIGINT) == 0
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
-
-
-def test_connections_that_wait_for_a_request_do_not_spoil_the_end(console):
-    """Browsers keep some open for minutes: they end with the app, at once, and nothing is said of them."""
-    waiting = [socket.create_connection(("127.0.0.1", console.port)) for _ in range(3)]
-    for link in waiting:
-        link.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        assert b" 200 OK" in link.recv(65_536)
-    assert console.stop() == 0
-    assert "Traceback" not in console.said()
-    for link in waiting:
-        link.settimeout(5)
-        while link.recv(65_536):
-            pass  # what was left of the answer
-        link.close()
