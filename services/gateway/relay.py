@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
-import gevent
 from gevent import socket as gevent_socket
-from gevent import ssl
+from gevent import spawn_later, ssl
 from geventhttpclient.connectionpool import ConnectionPool
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
 
@@ -267,7 +266,7 @@ class Relay:
                 pool = self._pools.setdefault(origin, _pool_for(urlsplit(origin), self._timeout))
                 if not self._tidying:
                     self._tidying = True
-                    gevent.spawn_later(TIDY_SECONDS, self._tidy)
+                    spawn_later(TIDY_SECONDS, self._tidy)
         return pool
 
     def _tidy(self) -> None:
@@ -276,7 +275,7 @@ class Relay:
             self._pools = {origin: pool for origin, pool in self._pools.items() if pool.tidy()}
             self._tidying = bool(self._pools)
             if self._tidying:
-                gevent.spawn_later(TIDY_SECONDS, self._tidy)
+                spawn_later(TIDY_SECONDS, self._tidy)
 
 
 def _pool_for(address: SplitResult, timeout: float) -> Pool:
