@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from tests.soak.contract import ENGINE_TROUBLE, STATUSES, code_of, objection
+from tests.soak.contract import ENGINE_TROUBLE, STATUSES, code_of, is_engines_own, objection
 from tests.soak.record import Record
 from tests.soak.world import BAD, COPIES, NOBODY, World
 
@@ -86,6 +86,9 @@ class Client:
             return
         for_people = asked.headers.get("Accept") == PAGE["Accept"]
         code = code_of(answer.content)
+        if is_engines_own(path, answer.content) and code != "internal_error" and self._excused(began, model):
+            self.record.count(self.doing, f"{status} of the engine")
+            return
         self.record.count(self.doing, f"{status} {code or 'page'}")
         if for_people or asked.method == "HEAD":
             wrong = None if status == 404 else f"instead of a page: {answer.text[:300]}"

@@ -55,6 +55,16 @@ def code_of(body: bytes) -> str | None:
     return code if isinstance(code, str) else None
 
 
+def is_engines_own(path: str, body: bytes) -> bool:
+    """Whether an error is an engine's, passed on as it was: an Ollama whose runner was killed answers 500 itself."""
+    try:
+        document = json.loads(body)
+    except ValueError:
+        return False
+    error = document.get("error") if isinstance(document, dict) else None
+    return path.endswith("/chat/completions") and isinstance(error, dict) and code_of(body) not in STATUSES
+
+
 def objection(path: str, status: int, headers: Mapping[str, str], body: bytes) -> str | None:
     """What is wrong with an error as such; None when it is one of the contract's, in its shape."""
     try:

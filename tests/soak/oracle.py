@@ -23,7 +23,7 @@ SETTLE_SECONDS = 30.0
 """The longest until connections that clients have left are noticed: an event stream looks every ten seconds."""
 COME_BACK_SECONDS = 15.0
 """The longest until what is loaded is found after a start."""
-STEADY_SECONDS, STEADY_LOOKS = 3.0, 5
+STEADY_SECONDS, STEADY_LOOKS = 2.0, 5
 """Longer than the second between two looks at an engine."""
 MOST_DESCRIPTORS = 150
 MOST_CLOSE_WAIT = 0

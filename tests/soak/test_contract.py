@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.soak.contract import code_of, objection
+from tests.soak.contract import code_of, is_engines_own, objection
 
 FLAT = {"status": "error", "error": "insufficient_memory", "message": "It needs more."}
 OPENAI = {"error": {"message": "No.", "type": "invalid_request_error", "param": None, "code": "model_not_found"}}
@@ -43,3 +43,12 @@ def test_the_code_is_found_in_either_shape():
     """And None in what has none."""
     codes = [code_of(json.dumps(document).encode()) for document in (FLAT, OPENAI, {}, [])]
     assert codes == ["insufficient_memory", "model_not_found", None, None]
+
+
+def test_an_engines_own_error_is_told_from_ours():
+    """Ollama's has no code; `internal_error` would be ours, wherever it came from."""
+    ollamas = {"error": {"message": "llama runner process has terminated", "type": "api_error", "code": None}}
+    assert is_engines_own("/v1/chat/completions", json.dumps(ollamas).encode())
+    assert not is_engines_own("/v1/models/switch", json.dumps(ollamas).encode())
+    assert not is_engines_own("/v1/chat/completions", json.dumps(OPENAI).encode())
+    assert not is_engines_own("/v1/chat/completions", b"<h1>Internal Server Error</h1>")
