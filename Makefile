@@ -40,6 +40,10 @@ format: $(DEV_READY) ## put the code in shape
 bench: $(DEV_READY) ## measure the hot paths; prints the README's table
 	@$(BIN)/python -m bench
 
+.PHONY: soak
+soak: $(DEV_READY) ## everything at once on a real console, and what then holds: OPERATIONS=1000 SEED=7
+	@$(BIN)/python -m tests.soak $(or $(OPERATIONS),1000) $(or $(SEED),7)
+
 demo-models: ## train the demo models again (minutes; torch in its own .venv-train)
 	@test -d .venv-train || $(PYTHON) -m venv .venv-train
 	@.venv-train/bin/pip install --quiet --requirement tools/requirements.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import select
 import socket
@@ -150,4 +151,9 @@ def _stream_error(reason: str) -> bytes:
 
 
 def _cut_off(reason: str) -> bytes:
-    raise ConnectionError(f"the engine's answer broke off: {reason}")
+    """End the connection, as the engine did: an answer that is no stream has no place for an error.
+
+    As a reset, which gunicorn takes without a word. Any other error it logs with its traceback, also when it was the
+    client who left in the middle.
+    """
+    raise ConnectionResetError(errno.ECONNRESET, f"the engine's answer broke off: {reason}")

@@ -84,12 +84,26 @@ class ProcessRegistry:
         self._sequence += 1
         return self._logs / f"{stem}-{os.getpid()}-{int(time.time())}-{self._sequence}.log"
 
+    def announce(self, mark: str) -> None:
+        """Write down that a child is about to be started with a mark.
+
+        Its record comes too late for an app that is killed in between: the soak found an engine that ran on for ever,
+        unknown to everybody.
+        """
+        self._begun(mark).touch(mode=0o600)
+
+    def retract(self, mark: str) -> None:
+        """The child that was announced is recorded, or never was started."""
+        self._begun(mark).unlink(missing_ok=True)
+
     def add(self, record: Record) -> None:
         """Write a child down, for the eyes of this user; whole or not at all, since half a record would lose it."""
         draft = self._records / f"{record.pid}.draft"
         draft.touch(mode=0o600)
         draft.write_text(json.dumps(asdict(record)), encoding="utf-8")
         draft.replace(self._path(record.pid))
+        if record.mark:
+            self.retract(record.mark)
 
     def add_child(self, pid: int, program: str) -> None:
         """Write down a child that the next start has to end if this app can't. `program` is its path or name."""
@@ -134,9 +148,10 @@ class ProcessRegistry:
     def end_leftovers(self) -> list[int]:
         """Kill every recorded engine that an earlier run left alive before it answered; returns their pids.
 
-        Services live on. Of one that died meanwhile, what it started and left behind is ended.
+        So is what was started and not even recorded. Services live on. Of one that died meanwhile, what it started and
+        left behind is ended.
         """
-        ended = []
+        ended = self._end_unrecorded()
         for path in self._records.glob("*.json"):
             record = _read(path)
             if record is not None and record.role == "service":
@@ -173,8 +188,23 @@ class ProcessRegistry:
                 if path.stat().st_mtime < oldest and str(path) not in in_use:
                     path.unlink()
 
+    def _end_unrecorded(self) -> list[int]:
+        """Kill what was announced and never recorded; returns the pids."""
+        begun = {path.stem for path in self._records.glob("*.begun")}
+        recorded = {record.mark for path in self._records.glob("*.json") if (record := _read(path)) is not None}
+        lost = begun - recorded
+        ended = [pid for pid in psutil.pids() if _mark_of(pid) in lost] if lost else []
+        for pid in ended:
+            signal_group(_group_of(pid) or pid, signal.SIGKILL)
+        for mark in begun:
+            self.retract(mark)
+        return ended
+
     def _path(self, pid: int) -> Path:
         return self._records / f"{pid}.json"
+
+    def _begun(self, mark: str) -> Path:
+        return self._records / f"{mark}.begun"
 
 
 class GroupLeader:
@@ -238,16 +268,21 @@ class ChildProcess(GroupLeader):
         self._registry = registry
         self._on_exit = on_exit
         mark = {MARK_VARIABLE: uuid.uuid4().hex}
-        with log_path.open("ab") as log_file:
-            self._process = subprocess.Popen(
-                list(argv),
-                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if talk else subprocess.DEVNULL if mute else log_file,
-                stderr=log_file,
-                env={**os.environ, **(environment or {}), **mark},
-                start_new_session=True,
-                text=True,
-            )
+        registry.announce(mark[MARK_VARIABLE])
+        try:
+            with log_path.open("ab") as log_file:
+                self._process = subprocess.Popen(
+                    list(argv),
+                    stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if talk else subprocess.DEVNULL if mute else log_file,
+                    stderr=log_file,
+                    env={**os.environ, **(environment or {}), **mark},
+                    start_new_session=True,
+                    text=True,
+                )
+        except BaseException:
+            registry.retract(mark[MARK_VARIABLE])
+            raise
         super().__init__(self._process.pid, time.time(), log_path)
         record = Record(self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE])
         if service is not None:
@@ -265,6 +300,7 @@ class ChildProcess(GroupLeader):
             signal_group(self.pid, signal.SIGKILL)
             self._process.wait()
             self._close_pipes()
+            registry.retract(record.mark)
             raise
         threading.Thread(target=self._watch, name=f"watch-{self.pid}", daemon=True).start()
 
@@ -370,10 +406,15 @@ def _group_of(pid: int) -> int | None:
 
 
 def _carries(pid: int, mark: str) -> bool:
+    return bool(mark) and _mark_of(pid) == mark
+
+
+def _mark_of(pid: int) -> str | None:
+    """The mark that a process was started with; None when it has none, is gone, or is somebody else's to see."""
     try:
-        return bool(mark) and psutil.Process(pid).environ().get(MARK_VARIABLE) == mark
+        return psutil.Process(pid).environ().get(MARK_VARIABLE)
     except psutil.Error:
-        return False
+        return None
 
 
 def _start_time(pid: int) -> float | None:

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import certifi
 from gevent import socket as gevent_socket
-from gevent import ssl
+from gevent import spawn_later, ssl
 from geventhttpclient.connectionpool import ConnectionPool
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
 
@@ -25,6 +25,8 @@ CONNECT_SECONDS = 5.0
 CONNECTIONS_PER_ENGINE = 1024
 BLOCK = 65_536
 POOLS_KEPT = 64
+TIDY_SECONDS = 5.0
+"""How often idle connections are looked at: engines hang up on them, and end."""
 
 HOP_BY_HOP = frozenset(
     {
@@ -79,6 +81,20 @@ class Pool(ConnectionPool):  # type: ignore[misc]
         except BaseException:
             self._semaphore.release()
             raise
+
+    def tidy(self) -> bool:
+        """Close the idle connections that the engine has closed; whether any connection is left.
+
+        Only a request would notice, and to an engine that has ended there will be none: each of its connections stayed
+        half closed until the app ended.
+        """
+        idle = [self._socket_queue.get(block=False) for _ in range(self._socket_queue.qsize())]
+        for sock in reversed(idle):  # the last one used comes first, and has to again
+            if self._is_socket_alive(sock):
+                self._socket_queue.put(sock)
+            else:
+                sock.close()
+        return bool(self._socket_queue.qsize()) or self._semaphore.counter < self.size
 
     def return_socket(self, sock: Connection) -> None:
         sock.answered = True
@@ -189,6 +205,7 @@ class Relay:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._pools: dict[str, Pool] = {}
+        self._tidying = False
 
     def send(
         self,
@@ -249,7 +266,18 @@ class Relay:
                 if len(self._pools) >= POOLS_KEPT:
                     self._pools.pop(next(iter(self._pools))).close()
                 pool = self._pools.setdefault(origin, _pool_for(urlsplit(origin), self._timeout))
+                if not self._tidying:
+                    self._tidying = True
+                    spawn_later(TIDY_SECONDS, self._tidy)
         return pool
+
+    def _tidy(self) -> None:
+        """Look at every idle connection, again and again as long as there are any."""
+        with self._lock:
+            self._pools = {origin: pool for origin, pool in self._pools.items() if pool.tidy()}
+            self._tidying = bool(self._pools)
+            if self._tidying:
+                spawn_later(TIDY_SECONDS, self._tidy)
 
 
 def _pool_for(address: SplitResult, timeout: float) -> Pool:

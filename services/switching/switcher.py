@@ -24,6 +24,7 @@ from services.switching.jobs import Ending, Job, Replace, Request, SwitchError
 from services.switching.learning import Learned
 from services.switching.lifecycle import Lifecycle
 from services.switching.mailbox import Mailbox, MailboxClosed
+from services.switching.narrator import memory_figures
 from services.switching.plan import Plan
 from services.switching.planner import Planner
 from services.switching.procedure import Procedure, as_switch_error
@@ -223,8 +224,7 @@ class Switcher:
             raise _in_progress(current)
         job = Job(request, self._scheduler)
         if objection is not None and current is not None and replace == "cancel":
-            job.tell("error", error=objection.code, message=objection.message)
-            job.finish("failed", objection)
+            self._end(job, Ending("failed", objection))
             return job
         if replace == "cancel":
             self._supersede(job)
@@ -345,6 +345,9 @@ class Switcher:
         self._advance()
 
     def _end(self, job: Job, ending: Ending) -> None:
+        """Note how a job has ended. One that never ran has nobody who told those who follow it."""
+        if ending.error is not None and ending.view is None:
+            job.tell("error", error=ending.error.code, message=ending.error.message, **memory_figures(ending.error))
         self._ended.append((job, ending))
 
     def _note_exit(self, instance: Instance, exit: Exit, log_tail: str) -> None:

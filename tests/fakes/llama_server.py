@@ -9,6 +9,7 @@ and misbehaves as `--fault NAME[:VALUE]` says (may be repeated):
     never_ready            stays at 503 for ever
     crash_ready:SECONDS    ends by itself that long after it was ready
     crash_answering        ends in the middle of an answer
+    cut_answer             ends in the middle of an answer that is no stream
     refuse_first           answers the warm-up with an error
     ignore_sigterm         goes on after SIGTERM
     slow_tokens:SECONDS    waits that long before each token
@@ -104,7 +105,8 @@ class Handler(BaseHTTPRequestHandler):
                 "text": text,
                 "message": {"role": "assistant", "content": text},
             }
-            self._json(200, {"object": "chat.completion", "model": self.server.alias, "choices": [choice]})
+            cut = "cut_answer" in self.server.faults and self.path == "/v1/chat/completions"
+            self._json(200, {"object": "chat.completion", "model": self.server.alias, "choices": [choice]}, cut=cut)
 
     def _token(self, word: str) -> str:
         time.sleep(float(self.server.faults.get("slow_tokens", 0)))
@@ -137,13 +139,15 @@ class Handler(BaseHTTPRequestHandler):
             self._json(401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}})
         return allowed
 
-    def _json(self, status: int, document: dict[str, object]) -> None:
+    def _json(self, status: int, document: dict[str, object], *, cut: bool = False) -> None:
         data = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            die("error: the stand-in was told to end in an answer")
 
     def log_message(self, *_: object) -> None:
         """Requests are not worth a line."""

@@ -145,7 +145,16 @@ def test_the_image_is_small_and_holds_the_app_alone(docker, image):
     docker.remove_containers()
     assert found == {
         *("__pycache__", "app.py", "blueprints", "gunicorn.conf.py", "image", "models", "requirements.txt", "services"),
-        *("static", "switchyard.toml", "templates", "version.py", "worker.py", "wsgi.py"),
+        *(
+            "signals.py",
+            "static",
+            "succession.py",
+            "switchyard.toml",
+            "templates",
+            "version.py",
+            "worker.py",
+            "wsgi.py",
+        ),
     }
 
 

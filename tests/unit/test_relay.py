@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import gevent
+import psutil
 import pytest
 from geventhttpclient.response import HTTPParseError
 
@@ -219,3 +220,23 @@ def test_nothing_waits_for_ever_behind_a_failed_connection(relay, engine):
         with pytest.raises(GatewayError):
             ask(relay, gone)
     assert threading.active_count() < before + 50
+
+
+def test_idle_connections_to_an_engine_that_has_gone_are_closed(relay, engine, monkeypatch):
+    """Nobody asks that engine again: without a look at them they stay open, half closed, until the app ends."""
+    monkeypatch.setattr("services.gateway.relay.TIDY_SECONDS", 0.02)
+    gone, stays = engine(), engine()
+    for one in (gone, gone, stays):
+        whole(ask(relay, one))
+    gone.close()
+    with gevent.Timeout(5):
+        while gone.origin in relay._pools:
+            gevent.sleep(0.01)
+    assert _half_closed() == 0
+    assert ask(relay, stays).status_code == 200
+    assert [asked.connection for asked in stays.asked] == [0, 0]
+
+
+def _half_closed() -> int:
+    """Connections of this process that the other side has closed, and this one has not."""
+    return sum(link.status == psutil.CONN_CLOSE_WAIT for link in psutil.Process().net_connections(kind="tcp"))

@@ -1,0 +1,230 @@
+"""What holds whenever nothing is going on, and when the app has ended."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from tests.soak.client import Client, Lost
+from tests.soak.operations import HELLO, messages_of
+from tests.soak.record import Record
+from tests.soak.world import World
+
+REST_SECONDS = 60.0
+"""The longest until nothing is going on: a load that is never ready, and what is queued behind it."""
+SETTLE_SECONDS = 30.0
+"""The longest until connections that clients have left are noticed: an event stream looks every ten seconds."""
+COME_BACK_SECONDS = 15.0
+"""The longest until what is loaded is found after a start."""
+STEADY_SECONDS, STEADY_LOOKS = 2.0, 5
+"""Longer than the second between two looks at an engine."""
+MOST_DESCRIPTORS = 150
+MOST_CLOSE_WAIT = 0
+MOST_THREADS = 40
+TROUBLE = re.compile(
+    r"Traceback|unforeseen|nobody foresaw|message to the switcher failed|what follows a message failed"
+)
+REASON = re.compile(r'<p class="trouble[^"]*">.*?<span>(.*?)</span>', re.DOTALL)
+NO_REASON = "The engine ended the answer without a reason."
+
+
+Loaded = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the app's worker holds at a moment of rest. `rss` is bytes."""
+
+    pid: int
+    rss: int
+    descriptors: int
+    close_wait: int
+    threads: int
+
+    def __str__(self) -> str:
+        return (
+            f"worker {self.pid}: {self.rss / 1e6:.0f} MB, {self.descriptors} descriptors, "
+            f"{self.close_wait} in CLOSE-WAIT, {self.threads} threads"
+        )
+
+
+class Oracle:
+    """Looks at the console while all clients pause. Whatever it finds wrong is noted in the record."""
+
+    def __init__(self, world: World, record: Record) -> None:
+        self._world = world
+        self._record = record
+        self._client = Client(world, record)
+
+    def look(self) -> str:
+        """Every promise for a moment of rest; what there is to say of it, in one line."""
+        self._client.doing = "at rest"
+        try:
+            status = self._wait_for_rest()
+            self._check_instances(status)
+            self._check_conversations()
+        except Lost:
+            self._breach("the console can't be asked")
+            return "the console can't be asked"
+        finally:
+            self._client.close()
+        self._check_log()
+        figures = self._settle()
+        running = [name for name, model in status["models"].items() if model["status"] == "running"]
+        return f"{len(running)} models run; {figures}"
+
+    def check_survival(self, what: str, happens: Callable[[], None]) -> None:
+        """At rest, the app goes down and comes back: what was loaded is, in the same processes."""
+        self._client.doing = f"after {what} at rest"
+        before = self._steady()
+        happens()
+        if not self._await(lambda: self._loaded() == before, COME_BACK_SECONDS):
+            self._breach(f"{what} at rest made {self._loaded()} of {before}")
+        self._client.close()
+
+    def check_end(self) -> None:
+        """The app is told to stop: nothing that it started is left, what is others' is, and it complains of nothing."""
+        others = self._world.ollama.ps()
+        began = time.monotonic()
+        code = self._world.console.stop()
+        seconds = time.monotonic() - began
+        if code != 0 or seconds > REST_SECONDS:
+            self._breach(f"the app ended with {code}, after {seconds:.0f} s")
+        self._await(lambda: not self._world.processes(), 5)
+        for process in self._world.processes():
+            self._breach(f"an orphan is left: {_command(process)}")
+        if self._world.ollama.ps() != others:
+            self._breach(f"the end of the app made {self._world.ollama.ps()} of Ollama's {others}")
+        self._check_log()
+
+    def _steady(self) -> Loaded:
+        """What is loaded, once it stays that: an Ollama loads again at a question what had crashed unnoticed."""
+        now = self._loaded()
+        for _ in range(STEADY_LOOKS):
+            before = now
+            time.sleep(STEADY_SECONDS)
+            now = self._loaded()
+            if now == before:
+                return now
+        self._breach(f"what is loaded changes though nobody asks for it: {before}, then {now}")
+        return now
+
+    def _loaded(self) -> Loaded:
+        """The engines that are alive, and what is shown: who runs, and who is the active one."""
+        status = self._client.get("/v1/models/status").json()
+        running = sorted(name for name, model in status["models"].items() if model["status"] == "running")
+        alive = [(model, process.pid) for model, process in self._world.engines()]
+        return alive, self._world.ollama.ps(), running, status["active_model"]
+
+    def _wait_for_rest(self) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+
+        def quiet() -> bool:
+            seen["status"] = self._client.get("/v1/models/status").json()
+            seen["switch"] = self._client.get("/v1/models/switch").json()
+            moving = [m for m in seen["status"]["models"].values() if m["status"] in ("loading", "unloading")]
+            busy = [m for m in seen["status"]["models"].values() if m["in_flight"]]
+            return not (seen["switch"]["active"] or seen["switch"]["queue"] or moving or busy)
+
+        if not self._await(quiet, REST_SECONDS):
+            shown = {name: m for name, m in seen["status"]["models"].items() if m["status"] != "stopped"}
+            self._breach(f"no rest within {REST_SECONDS:.0f} s: {seen['switch']} {shown}")
+        return dict(seen["status"])
+
+    def _check_instances(self, status: dict[str, Any]) -> None:
+        """No ghost: what runs is shown, and what is shown runs and answers."""
+
+        def shown(engine: str) -> Counter[str]:
+            now = self._client.get("/v1/models/status").json()["models"]
+            return Counter(name for name, m in now.items() if m["engine"] == engine and m["status"] == "running")
+
+        def alive() -> Counter[str]:
+            return Counter(model for model, _ in self._world.engines())
+
+        for name in [*shown("llamacpp"), *shown("ollama")]:
+            answer = self._client.post("/v1/chat/completions", {"model": name, "messages": HELLO}, model=name)
+            if answer.status_code != 200:
+                self._breach(f"{name} is shown as running, but answers {answer.status_code} {answer.text[:200]}")
+        if not self._await(lambda: alive() == shown("llamacpp"), 5):
+            self._breach(f"a ghost: alive are {dict(alive())}, shown as running {dict(shown('llamacpp'))}")
+        if not self._await(lambda: Counter(self._world.ollama.ps()) == shown("ollama"), 5):
+            self._breach(f"a ghost: Ollama has {self._world.ollama.ps()}, shown is {dict(shown('ollama'))}")
+        reserved = [device for device in status["gpu"]["devices"] if device["reserved_gb"]]
+        if reserved:
+            self._breach(f"memory is reserved for nobody: {reserved}")
+
+    def _check_conversations(self) -> None:
+        """Nothing lost: every message that was accepted is there, with its answer or why there is none."""
+        for conversation in list(self._world.conversations):
+            if conversation.deleted:
+                continue
+            messages = messages_of(self._client, conversation)
+            said = [_text_of(inside) for _, kind, inside in messages if kind == "user"]
+            for text in conversation.accepted:
+                if said.count(text) != 1:
+                    self._breach(f"{text!r} is {said.count(text)} times in conversation {conversation.id}")
+            for (_, kind, inside), (_, after, answer) in zip(messages, [*messages[1:], ("", "none", "")], strict=True):
+                if kind == "user" and _text_of(inside) in conversation.accepted:
+                    self._check_answer(_text_of(inside), after, answer)
+
+    def _check_answer(self, question: str, kind: str, inside: str) -> None:
+        reason = REASON.search(inside)
+        if kind == "assistant streaming":
+            self._breach(f"the answer to {question!r} is still being written")
+        elif not kind.startswith("assistant"):
+            self._breach(f"{question!r} has no answer: {kind}")
+        elif kind == "assistant failed" and (reason is None or reason[1] in ("", NO_REASON)):
+            self._breach(f"the answer to {question!r} failed without a reason")
+        elif kind == "assistant complete" and '<div class="prose">' not in inside:
+            self._breach(f"the answer to {question!r} is complete, and empty")
+
+    def _check_log(self) -> None:
+        found = TROUBLE.search(said := self._world.console.said())
+        if found is not None:
+            self._breach(f"the console's log: {said[max(0, found.start() - 300) : found.end() + 1500]}")
+
+    def _settle(self) -> Figures:
+        """The worker's figures, once what clients left behind is noticed."""
+        self._await(lambda: self._figures().close_wait <= MOST_CLOSE_WAIT, SETTLE_SECONDS)
+        figures = self._figures()
+        bounds = (MOST_DESCRIPTORS, MOST_CLOSE_WAIT, MOST_THREADS)
+        if any(
+            n > most for n, most in zip((figures.descriptors, figures.close_wait, figures.threads), bounds, strict=True)
+        ):
+            self._breach(f"the worker keeps too much: {figures}")
+        return figures
+
+    def _figures(self) -> Figures:
+        worker = self._world.worker
+        links = worker.net_connections(kind="tcp")
+        waiting = sum(link.status == psutil.CONN_CLOSE_WAIT for link in links)
+        return Figures(worker.pid, worker.memory_info().rss, worker.num_fds(), waiting, worker.num_threads())
+
+    def _await(self, condition: Callable[[], bool], patience: float) -> bool:
+        deadline = time.monotonic() + patience
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _breach(self, words: str) -> None:
+        self._record.breach(f"at rest after {self._record.done} operations: {words}")
+
+
+def _text_of(inside: str) -> str:
+    said = re.search(r'<p class="said">(.*?)</p>', inside, re.DOTALL)
+    return said[1] if said is not None else ""
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return f"{process.pid} {' '.join(process.cmdline())}"
+    return str(process.pid)

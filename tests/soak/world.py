@@ -1,0 +1,152 @@
+"""What a soak runs against: a console with models of every temper, an Ollama that others use too, and who talks."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from services.engines.processes import MARK_VARIABLE
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, Console, stand_in
+from tests.support.ollama import TINY_A, TINY_B, FakeOllama
+
+DEMO = DEMO_MODELS / "switchyard-mini.gguf"
+BUDGET_GB = 0.7
+"""Room for four or five of the models: most switches have to displace one."""
+COPIES = tuple(f"copy-{number}" for number in range(6))
+"""Found in the models folder: they are deleted, taken away and put back."""
+SOUND = ("good", "second", "talker", "wide", "slow", "stubborn")
+OLLAMA = ("tiny-a:latest", "tiny-b:latest")
+BAD = ("crasher", "mute", "late", "dies")
+"""Their faults are ordered from the beginning."""
+HUGE = "huge"
+NOBODY = "nobody"
+SETTINGS = {
+    "drain_timeout_seconds": 5,
+    "unload_timeout_seconds": 1,
+    "memory_timeout_seconds": 5,
+    "load_timeout_seconds": 4,
+    "warm_up_timeout_seconds": 10,
+    "queue_timeout_seconds": 90,
+    "switch_rate_limit": "100000/minute",
+    "memory_budget_gb": BUDGET_GB,
+}
+
+
+@dataclass
+class Conversation:
+    """One on the Chat page, and the messages of it that were accepted. Its lock is held to change either."""
+
+    id: str
+    accepted: list[str] = field(default_factory=list)
+    deleted: bool = False
+
+
+class World:
+    """The console, its models, its processes, and what all clients know together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.models = folder / "models"
+        self.models.mkdir(parents=True)
+        for name in COPIES:
+            self.bring(name)
+        self.ollama = FakeOllama(folder / "ollama", {OLLAMA[0]: TINY_A, OLLAMA[1]: TINY_B})
+        self.console = Console(
+            folder,
+            models_dir=self.models,
+            toml=settings_file(asks_first=False),
+            environment={"SWITCHYARD_OLLAMA_BASE_URL": self.ollama.url},
+            llamacpp_server=FAKE_LLAMA_SERVER,
+            **SETTINGS,
+        )
+        self.url = self.console.url
+        self.conversations: list[Conversation] = []
+        self.switches_seen: list[str] = ["none-such"]
+        self.lock = threading.Lock()
+
+    def start(self) -> None:
+        self.ollama.start()
+        self.console.start()
+
+    def close(self) -> None:
+        """End everything, however the soak went."""
+        self.console.close()
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.ollama.close()
+
+    def ask_first(self, wanted: bool) -> None:
+        """Change the setting `confirm_before_unload`; it holds from the next start of the app on."""
+        config = Path(self.console.environment["SWITCHYARD_CONFIG"])
+        config.write_text(settings_file(asks_first=wanted), encoding="utf-8")
+
+    def bring(self, name: str) -> None:
+        """Put one of the copies into the models folder, whole at once."""
+        draft = self.models / f"{name}.draft"
+        shutil.copy(DEMO, draft)
+        draft.replace(self.models / f"{name}.gguf")
+
+    def take_away(self, name: str) -> None:
+        """Remove the file of a copy behind the console's back."""
+        (self.models / f"{name}.gguf").unlink(missing_ok=True)
+
+    def conversation(self, dice: random.Random) -> Conversation | None:
+        """One that nobody has asked to delete."""
+        with self.lock:
+            here = [c for c in self.conversations if not c.deleted]
+            return dice.choice(here) if here else None
+
+    # Processes.
+
+    @property
+    def worker(self) -> psutil.Process:
+        """gunicorn's one worker: the app."""
+        assert self.console.process is not None
+        return psutil.Process(self.console.process.pid).children()[0]
+
+    def processes(self) -> list[psutil.Process]:
+        """What this console, or a run of it before, has started and is alive: told by the mark and its state folder."""
+        state = self.console.environment["SWITCHYARD_STATE_DIR"]
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                if MARK_VARIABLE in environment and environment.get("SWITCHYARD_STATE_DIR") == state:
+                    found.append(process)
+        return found
+
+    def engines(self) -> list[tuple[str, psutil.Process]]:
+        """The llama-servers that are alive, with the model of each."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                words = process.cmdline()
+                if "--alias" in words:
+                    found.append((words[words.index("--alias") + 1], process))
+        return sorted(found, key=lambda pair: (pair[0], pair[1].pid))
+
+
+def settings_file(*, asks_first: bool) -> str:
+    """The console's settings: whether unloading needs a word first, and the models that are listed."""
+    hold = {"required_gb": 0.2}
+    return f"confirm_before_unload = {str(asks_first).lower()}\n" + "".join(
+        (
+            stand_in("good", "slow_load:0.3", "hold:60", source=str(DEMO), **hold),
+            stand_in("second", "slow_load:0.5", "hold:40", source=str(DEMO), **hold),
+            stand_in("talker", "slow_tokens:0.1", "hold:60", source=str(DEMO), **hold),
+            stand_in("wide", "hold:150", source=str(DEMO), required_gb=0.45),
+            stand_in("slow", "slow_load:1.2", source=str(DEMO), **hold),
+            stand_in("stubborn", "ignore_sigterm", source=str(DEMO), **hold),
+            stand_in("crasher", "slow_load:0.4", "crash_loading", source=str(DEMO), **hold),
+            stand_in("mute", "refuse_first", source=str(DEMO), **hold),
+            stand_in("late", "never_ready", source=str(DEMO), required_gb=0.5),
+            stand_in("dies", "crash_answering", source=str(DEMO), **hold),
+            stand_in(HUGE, source=str(DEMO), required_gb=900),
+        )
+    )
