@@ -104,8 +104,16 @@ class Live:
         """How far a model is on its way: the whole switch's figure where it is the target, so that pages show one."""
         switch = self.status.switch
         if model.state == "loading" and switch is not None and switch.to_model == model.id:
-            return switch.percent
+            return self.switch_percent
         return model.load.percent if model.load else None
+
+    @property
+    def switch_percent(self) -> int | None:
+        """How far the switch under way is; None without a forecast or a count, when only the time so far is true."""
+        switch = self.status.switch
+        if switch is None or (switch.eta_seconds is None and switch.basis != "measured"):
+            return None
+        return switch.percent
 
     @property
     def banner(self) -> Banner | None:

@@ -68,6 +68,8 @@ OPENAI_SHAPED = ("/v1/", "/chat/completions")
 """Addresses whose errors have OpenAI's shape."""
 
 WORTH_COMPRESSING = 1024
+BACK_SECONDS = 2
+"""When an app that restarts is likely to be back."""
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -190,7 +192,8 @@ def switch_error(error: SwitchError) -> ApiError:
     plan = error.details.get("plan")
     if error.code == "confirmation_required" and isinstance(plan, Plan):
         figures["plan"] = plan_document(plan)
-    return ApiError(error.code, error.message, figures=figures)
+    headers = {"Retry-After": str(BACK_SECONDS)} if error.code == "stopping" else {}
+    return ApiError(error.code, error.message, figures=figures, headers=headers)
 
 
 def _with_retry(error: GatewayError | Refused) -> ApiError:

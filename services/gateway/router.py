@@ -169,7 +169,7 @@ class Router:
             finally:  # a client that left causes no switch
                 self._switcher.withdraw(job)
             if isinstance(job.error, SwitchError):
-                raise GatewayError(job.error.code, job.error.message)
+                raise GatewayError(job.error.code, job.error.message, 2 if job.error.code == "stopping" else None)
             admission = self._enter(model_id)
             if admission is not None:
                 return admission

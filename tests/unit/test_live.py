@@ -193,3 +193,10 @@ def test_the_end_of_a_download_is_news_for_a_while() -> None:
 def test_announcements_say_how_ollama_is() -> None:
     failed = ServiceStatus(state="failed", local=True, port=11434, error="Its port is taken.")
     assert with_downloads(service=failed).announcement.split("\n")[1:] == ["Ollama has failed. Its port is taken."]
+
+
+def test_without_a_forecast_or_a_count_no_percent_is_told() -> None:
+    """A stage's floor would pass a guess off as a reading; the time so far is true."""
+    assert live(switch=switch(percent=80, eta_seconds=None, basis=None)).switch_percent is None
+    assert live(switch=switch(percent=80, eta_seconds=None, basis="measured")).switch_percent == 80
+    assert live(switch=switch(percent=80, eta_seconds=9.0, basis=None)).switch_percent == 80
