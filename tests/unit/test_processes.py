@@ -25,7 +25,7 @@ from services.engines.processes import (
     Record,
     Service,
 )
-from tests.support.console import wait_until
+from tests.support.console import ROOT, wait_until
 
 SERVICE = Service("ollama", "http://127.0.0.1:11434")
 SLEEPER = "import time; print('ready', flush=True); time.sleep(600)"
@@ -311,3 +311,55 @@ def test_a_mute_child_logs_its_stderr_alone(state: Path) -> None:
     assert child.wait(GRACE)
     assert child.log_tail() == "a cause"
     assert child.exit_code == 0
+
+
+KILLED_IN_BETWEEN = """
+import os, pathlib, signal, sys
+from services.engines.processes import ChildProcess, ProcessRegistry
+
+class Killed(ProcessRegistry):
+    def add(self, record):
+        print(record.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+registry = Killed(pathlib.Path(sys.argv[1]))
+ChildProcess([sys.executable, "-c", sys.argv[2]], registry, registry.new_log("child"), print)
+"""
+
+
+def test_a_child_that_was_never_recorded_is_ended_by_the_next_run(state: Path) -> None:
+    """The app is killed between starting an engine and writing it down: nobody would ever find it."""
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_BETWEEN, str(state), SLEEPER],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    orphan = psutil.Process(int(killed.stdout))
+    try:
+        assert ProcessRegistry(state).end_leftovers() == [orphan.pid]
+        wait_until(lambda: not _alive(orphan), "the orphan to end")
+        assert list((state / "processes").iterdir()) == []
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            orphan.kill()
+
+
+def test_what_is_recorded_or_can_not_be_started_is_announced_no_more(state: Path) -> None:
+    """Else each start would look through all processes of the machine for it."""
+    run = Run(state)
+    child = run.start()
+    with pytest.raises(OSError, match="nowhere"):
+        ChildProcess(["/nowhere"], run.registry, run.registry.new_log("child"), run.on_exit)
+    assert [path.suffix for path in (state / "processes").iterdir()] == [".json"]
+    child.stop(GRACE)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
