@@ -91,7 +91,7 @@ def test_cancelling_stops_the_bytes_within_a_second(console, ollama):
     job = start(console, ollama, "llama3.2")
     watch = Stopwatch()
     assert console.delete(f"{BASE}/downloads/{job['id']}").json()["status"] == "cancelled"
-    wait_until(lambda: not pulls(ollama) and kept(ollama) > 1_000_000, "the transfer to stop and say where")
+    wait_until(lambda: not ollama.pulls() and kept(ollama) > 1_000_000, "the transfer to stop and say where")
     assert watch.waited < 1
     arrived = ollama.pulled_bytes("llama3.2")
     assert arrived < SIZE
@@ -105,7 +105,7 @@ def test_pausing_keeps_what_arrived_and_resuming_goes_on_from_there(console, oll
     job = start(console, ollama, "llama3.2")
     paused = console.post(f"{BASE}/downloads/{job['id']}/pause").json()
     assert paused["state"] == "paused"
-    wait_until(lambda: not pulls(ollama), "the pull to end")
+    wait_until(lambda: not ollama.pulls(), "the pull to end")
     arrived = ollama.pulled_bytes("llama3.2")
     assert arrived > 0
     resumed = console.post(f"{BASE}/downloads/{job['id']}/resume").json()
@@ -120,12 +120,12 @@ def test_a_restart_of_the_app_goes_on_with_the_download(console, ollama, end):
     """Nobody has to ask again; what has arrived counts."""
     job = start(console, ollama, "llama3.2")
     console.stop() if end == "stop" else console.kill()
-    wait_until(lambda: not [p for p in ollama.processes() if "pull" in p.cmdline()] or end == "kill", "the pull to end")
+    wait_until(lambda: not ollama.pulls() or end == "kill", "the pull to end")
     console.start()
     wait_until(lambda: one(console, job["id"])["state"] == "downloading", "the download to go on")
     ollama.clear_faults()
     wait_until(lambda: one(console, job["id"])["state"] == "complete", "the end")
-    wait_until(lambda: not pulls(ollama), "no pull to be left over")
+    wait_until(lambda: not ollama.pulls(), "no pull to be left over")
 
 
 def test_the_queue_runs_two_and_keeps_the_others_waiting(console, ollama):
@@ -282,10 +282,6 @@ def kept(ollama: FakeOllama) -> int:
         return ollama.pulled_bytes("llama3.2")
     except json.JSONDecodeError:
         return 0
-
-
-def pulls(ollama: FakeOllama) -> list[Any]:
-    return [p for p in ollama.processes() if "pull" in p.cmdline()]
 
 
 def unnamed(answer: requests.Response) -> Iterator[dict[str, Any]]:

@@ -180,10 +180,13 @@ class FakeOllama:
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def servers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "serve" in process.cmdline()]
+        return [process for process in self.processes() if "serve" in command_line(process)]
 
     def runners(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "runner" in process.cmdline()]
+        return [process for process in self.processes() if "runner" in command_line(process)]
+
+    def pulls(self) -> list[psutil.Process]:
+        return [process for process in self.processes() if "pull" in command_line(process)]
 
     def said(self) -> str:
         """What the server that `start` started wrote on stderr."""
@@ -356,6 +359,14 @@ class _RegistryHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Requests are kept in `seen`."""
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """What a process was started with; nothing of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _without_ollama() -> dict[str, str]:
