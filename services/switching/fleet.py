@@ -9,97 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import structlog
-
-from services.engines.port import Endpoint, Engine, Exit, Instance, LoadFailed, Model, Rest, Usage
+from services.engines.port import Endpoint, Engine, Exit, Instance, LoadFailed, Model, Usage
 from services.memory.ledger import Holding, holdings_of
 from services.scheduling import Scheduler
-from services.switching.events import Failure, InstanceState, InstanceView, LoadView, SwitchView
+from services.switching.events import Failure, InstanceState, LoadView, SwitchView
+from services.switching.member import Member, Reading, Standing
 from services.switching.traffic import Traffic
-
-log = structlog.get_logger(__name__)
 
 ACTIVE = "active_model"
 FIND_SECONDS = 30.0
 """How long after a start what the run before had loaded may turn up; later it was somebody else who loaded it."""
-NOTICEABLE_BYTES = 1_000_000
-"""A change of use below this is not worth a new version of the snapshot."""
-
-Standing = Literal["absent", "loading", "running", "asleep", "unloading"]
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What one look at an instance gave; `model` is its entry, with what is known by now of how it is held."""
-
-    model: Model
-    usage: Usage | None
-    warning: str | None
-    rest: Rest | None
-    pid: int | None
-
-
-def read(instance: Instance) -> Reading:
-    """Look at an instance; what can't be known is None. It may take a moment, so never in a message.
-
-    Nothing it meets is an error: a load that works must not fail for want of a figure.
-    """
-    try:
-        return Reading(instance.model, instance.usage(), instance.warning(), instance.rest(), instance.pid)
-    except Exception as error:
-        log.warning("a model can't be measured", model=instance.model.id, error=str(error))
-        return Reading(instance.model, None, None, None, None)
-
-
-@dataclass(eq=False)
-class Member:
-    """One model's instance and what is known of it. `shares` is the member whose instance it is as well."""
-
-    model: Model
-    engine: Engine
-    instance: Instance
-    device: str
-    reserved_bytes: int
-    traffic: Traffic
-    state: InstanceState = "loading"
-    load: LoadView | None = None
-    endpoint: Endpoint | None = None
-    usage: Usage | None = None
-    rest: Rest | None = None
-    loaded_at: float | None = None
-    warning: str | None = None
-    pid: int | None = None
-    exit: Exit | None = None
-    """How it ended by itself while a job was busy with it; that job decides what it means."""
-    log_tail: str = ""
-    """The last lines of its log, once it has ended."""
-    shares: Member | None = None
-
-    @property
-    def held(self) -> bool:
-        """Loaded, awake or asleep, with nothing under way."""
-        return self.state in ("running", "asleep")
-
-    def view(self) -> InstanceView:
-        return InstanceView(
-            model=self.model.id,
-            engine=self.engine.name,
-            state=self.state,
-            device=self.device,
-            traffic=self.traffic,
-            entry=self.model,
-            pid=self.pid,
-            endpoint=self.endpoint,
-            load=self.load,
-            usage=self.usage if self.shares is None else None,
-            reserved_bytes=self.reserved_bytes if self.shares is None else 0,
-            loaded_at=self.loaded_at,
-            warning=self.warning,
-            rest=self.rest if self.state == "running" else None,
-            shares=self.shares.model.id if self.shares is not None else None,
-        )
 
 
 class Notes(Protocol):
@@ -401,7 +322,7 @@ class Fleet:
             self._note_active(left[-1].model.id if left else None)
 
     def _take(self, member: Member, reading: Reading) -> None:
-        noticeable = _differs(member.usage, reading.usage) or member.warning != reading.warning
+        noticeable = member.differs(reading)
         member.usage, member.warning = reading.usage, reading.warning
         member.rest, member.pid = reading.rest, reading.pid
         self.changed = self.changed or noticeable
@@ -411,9 +332,3 @@ class Fleet:
         self.changed = True
         if model_id is not None and self._before is None:
             self.notes.put(ACTIVE, model_id)
-
-
-def _differs(before: Usage | None, now: Usage | None) -> bool:
-    if before is None or now is None:
-        return before is not now
-    return abs(before.bytes - now.bytes) >= NOTICEABLE_BYTES

@@ -18,10 +18,11 @@ from services.config import Settings
 from services.engines.port import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model, Need
 from services.scheduling import Scheduler
 from services.store.records import LoadRecord
-from services.switching.fleet import Fleet, Member, read
+from services.switching.fleet import Fleet
 from services.switching.jobs import Job
 from services.switching.learning import Learned, load_key
 from services.switching.mailbox import Mailbox
+from services.switching.member import Member, read
 from services.switching.narrator import Narrator
 from services.switching.planner import Planner
 from services.switching.progress import Progress

@@ -13,9 +13,10 @@ from dataclasses import replace
 
 from services.engines.port import Usage
 from services.switching.events import LoadView, SwitchStage, SwitchView, Unloading
-from services.switching.fleet import Fleet, Member
+from services.switching.fleet import Fleet
 from services.switching.jobs import Ending, Job, Outcome, SwitchError
 from services.switching.mailbox import Mailbox
+from services.switching.member import Member
 from services.switching.plan import Plan, say_gb
 from services.switching.progress import Estimate
 

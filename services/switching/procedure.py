@@ -17,10 +17,11 @@ from services.config import Settings
 from services.engines.port import Engine, EngineError, LoadFailed, Model
 from services.scheduling import Scheduler, pause
 from services.switching.events import Board
-from services.switching.fleet import Fleet, Member, Standing
+from services.switching.fleet import Fleet
 from services.switching.jobs import Ending, Job, Outcome, SwitchError
 from services.switching.lifecycle import Lifecycle, Slot
 from services.switching.mailbox import Mailbox
+from services.switching.member import Member, Standing
 from services.switching.narrator import Narrator
 from services.switching.plan import Plan, Unload, refusal, say_gb
 from services.switching.planner import Planner

@@ -15,8 +15,9 @@ from services.catalog import Catalog
 from services.engines.port import Endpoint, Engine, EngineError, Exit, Instance, Model
 from services.scheduling import Scheduler
 from services.switching.events import Board
-from services.switching.fleet import Fleet, read
+from services.switching.fleet import Fleet
 from services.switching.mailbox import Mailbox, MailboxClosed
+from services.switching.member import read
 from services.switching.planner import Planner
 
 log = structlog.get_logger(__name__)

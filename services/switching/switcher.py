@@ -7,9 +7,7 @@ message, or reads the snapshot on the board. A slow load, a hanging driver or a 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import structlog
@@ -17,7 +15,8 @@ import structlog
 from services.catalog import Catalog
 from services.config import Settings, Strategy
 from services.engines.port import Engine, Exit, Instance
-from services.scheduling import Condition, Scheduler, Threads
+from services.scheduling import Scheduler, Threads
+from services.switching.agenda import Agenda, Turn
 from services.switching.events import Board
 from services.switching.fleet import Fleet, Notes
 from services.switching.jobs import Ending, Job, Replace, Request, SwitchError
@@ -34,16 +33,6 @@ log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class _Turn:
-    """A job that only fetches, and whether it wants to go on with what changes others."""
-
-    job: Job
-    changed: Condition
-    wanted: bool = False
-    granted: bool = False
 
 
 class Switcher:
@@ -67,9 +56,7 @@ class Switcher:
         self._planner = planner
         self._fleet = Fleet(self._scheduler, notes)
         self._mailbox = Mailbox(self._scheduler, self._after_each)
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
-        self._fetching: _Turn | None = None
+        self._agenda = Agenda()
         self._ended: list[tuple[Job, Ending]] = []
         self._closing = False
         self._idle = self._scheduler.condition()
@@ -179,7 +166,7 @@ class Switcher:
 
     def job(self) -> Job | None:
         """The job under way."""
-        return self._fetching.job if self._fetching is not None else self._running
+        return self._agenda.current
 
     def close(self, timeout: float = 30.0, *, for_good: bool = True) -> None:
         """Cancel what is under way, stop every instance, and return after at most `timeout` seconds.
@@ -189,7 +176,7 @@ class Switcher:
         deadline = self._scheduler.now() + timeout
         try:
             self._mailbox.call(self._begin_to_close)
-            self._wait_idle(deadline, lambda: self._running is None and self._fetching is None)
+            self._wait_idle(deadline, lambda: self._agenda.idle)
             self._procedure.stop_all(for_good=for_good)
             leaving = [m for m in self._fleet.members() if for_good and not m.engine.outlives_app]
             self._wait_idle(deadline, lambda: all(self._fleet.get(m.model.id) is not m for m in leaving))
@@ -205,9 +192,7 @@ class Switcher:
         self._mailbox.call(self._release, job)
 
     def acquire(self, job: Job) -> None:
-        turn = self._mailbox.call(self._want_turn, job)
-        with turn.changed:  # bounded by the jobs that were let in between, each of which is
-            turn.changed.wait_for(lambda: turn.granted)
+        self._mailbox.call(self._want_turn, job).wait()
 
     # Messages. Short, and without waiting.
 
@@ -215,7 +200,7 @@ class Switcher:
         if self._closing:
             raise SwitchError("stopping", "Switchyard is stopping.")
         current = self.job()
-        for same in [*([current] if current is not None else []), *self._waiting]:
+        for same in self._agenda.all:
             if same.join(request):
                 return self._counted(same, request)
         if current is not None and current.request.kind == "switch" and current.target == request.model:
@@ -230,7 +215,7 @@ class Switcher:
             self._supersede(job)
         elif request.kind in ("stop", "remove"):
             self._cancel_loads(request)
-        self._waiting.append(job)
+        self._agenda.waiting.append(job)
         self._advance()
         return self._counted(job, request)
 
@@ -246,8 +231,8 @@ class Switcher:
         if current is not None and current.request.switches:
             current.cancel(reason, superseded=True)
             job.chain = current.chain
-        for waiting in [w for w in self._waiting if w.request.switches]:
-            self._waiting.remove(waiting)
+        for waiting in self._agenda.waiting_switches():
+            self._agenda.waiting.remove(waiting)
             waiting.superseded = True
             if waiting.chain.unloaded and not job.chain.begun:
                 job.chain = waiting.chain
@@ -256,40 +241,23 @@ class Switcher:
     def _cancel_loads(self, request: Request) -> None:
         """A model is to be unloaded, or deleted: no load of it goes on, and no switch brings it back."""
         reason = f"{request.model} is to be {'unloaded' if request.kind == 'stop' else 'deleted'}."
-        jobs = [*([self.job()] if self.job() is not None else []), *self._waiting]
-        for job in jobs:
-            if job is not None and job.request.switches:
+        for job in self._agenda.all:
+            if job.request.switches:
                 for name in self._catalog.names_of(request.model):
                     job.chain.strike(name)
                 if job.target == request.model:
                     self._call_off(job, reason)
 
     def _cancel(self, reason: str, switch_id: str | None) -> Job | None:
-        job = self._latest_switch() if switch_id is None else self._switch_with(switch_id)
+        job = self._agenda.latest_switch() if switch_id is None else self._agenda.switch_with(switch_id)
         if job is not None:
             self._call_off(job, reason)
         return job
 
-    def _latest_switch(self) -> Job | None:
-        """The switch that people mean: the one under way, or the one that supersedes it."""
-        current = self.job()
-        if current is not None and current.request.switches and not current.superseded:
-            return current
-        waiting = [w for w in self._waiting if w.request.switches]
-        inherits = [w for w in waiting if current is not None and w.chain is current.chain]
-        return next(iter(inherits or waiting), current if current is not None and current.request.switches else None)
-
-    def _switch_with(self, switch_id: str) -> Job | None:
-        current = self.job()
-        jobs = [*([current] if current is not None else []), *self._waiting]
-        return next((j for j in jobs if j.id == switch_id and j.request.switches), None)
-
     def _call_off(self, job: Job, reason: str) -> None:
         """Cancel a job. One that waits ends at once, unless it owes something to those a job before it unloaded."""
-        current = self.job()
-        owes = job.chain.unloaded or (current is not None and job.chain is current.chain)
-        if job in self._waiting and not owes:
-            self._waiting.remove(job)
+        if job in self._agenda.waiting and not self._agenda.owes(job):
+            self._agenda.waiting.remove(job)
             self._end(job, Ending("cancelled", SwitchError("cancelled", reason)))
         else:
             job.cancel(reason)
@@ -301,44 +269,23 @@ class Switcher:
 
     def _advance(self) -> None:
         """Give the slot to the next job, if it is free."""
-        if self._running is not None:
-            return
-        turn = self._fetching
-        if turn is not None and turn.wanted:
-            self._fetching, self._running = None, turn.job
-            with turn.changed:
-                turn.granted = True
-                turn.changed.notify_all()
-            return
-        job = self._next(turn)
+        job = self._agenda.next()
         if job is not None:
-            self._waiting.remove(job)
-            self._running = job
             job.chain.begin(self._fleet.active)
             self._scheduler.spawn(f"job-{job.id}", lambda: self._run(job))
 
-    def _next(self, turn: _Turn | None) -> Job | None:
-        """The first that waits; while another one fetches, which may take hours, the first that only unloads."""
-        if turn is None:
-            return self._waiting[0] if self._waiting else None
-        return next((j for j in self._waiting if j.request.kind == "stop" and j.target != turn.job.target), None)
-
     def _release(self, job: Job) -> None:
-        self._running, self._fetching = None, _Turn(job, self._scheduler.condition())
+        self._agenda.release(job, self._scheduler.condition())
         self._advance()
 
-    def _want_turn(self, job: Job) -> _Turn:
-        turn = self._fetching
-        assert turn is not None, "only a job that has released the slot acquires it"
-        assert turn.job is job, "only a job that has released the slot acquires it"
-        turn.wanted = True
+    def _want_turn(self, job: Job) -> Turn:
+        turn = self._agenda.want(job)
         self._advance()
         return turn
 
     def _finish(self, job: Job, ending: Ending) -> None:
         """A job's greenlet is done with it."""
-        if self._running is job:
-            self._running = None
+        self._agenda.finish(job)
         if ending.view is not None:
             self._fleet.end_switch(ending.view)
         self._end(job, ending)
@@ -367,12 +314,14 @@ class Switcher:
         current = self.job()
         if current is not None:
             current.cancel("Switchyard is stopping.", superseded=True)
-        while self._waiting:
-            self._end(self._waiting.popleft(), Ending("cancelled", SwitchError("cancelled", "Switchyard is stopping.")))
+        while self._agenda.waiting:
+            self._end(
+                self._agenda.waiting.popleft(), Ending("cancelled", SwitchError("cancelled", "Switchyard is stopping."))
+            )
 
     def _after_each(self) -> None:
         """After every message: publish what it changed, and only then tell those who follow a job that it ended."""
-        queued = tuple(job.target for job in self._waiting)
+        queued = self._agenda.queued
         if self._fleet.changed or queued != self._board.current.queued:
             self._fleet.changed = False
             self._board.publish(**self._fleet.snapshot(), queued=queued)

@@ -237,7 +237,7 @@ class Operations:
         assert self.broken == [], self.broken
         for device in (HOST_DEVICE, GPU):
             assert heart.machine.ours(device) <= 10 * GB, f"over budget on {device}: {heart.machine.held}"
-        waiting = tuple(job.target for job in heart.switcher._waiting)
+        waiting = tuple(job.target for job in heart.switcher._agenda.waiting)
         assert heart.now.queued == waiting, "the queue equals what waits"
         for job in self.jobs:
             assert job.error is None or job.error.code in EXPECTED_ERRORS, (job.target, job.error.code, job.error)
@@ -281,12 +281,12 @@ class Operations:
 
     def _at_rest(self) -> bool:
         switcher = self.heart.switcher
-        idle = switcher.job() is None and not switcher._waiting
+        idle = switcher.job() is None and not switcher._agenda.waiting
         return idle and all(client.outcome is not None for client in self.clients)
 
     def _under_way(self) -> object:
         switcher = self.heart.switcher
-        return switcher.job(), list(switcher._waiting), [c for c in self.clients if c.outcome is None]
+        return switcher.job(), list(switcher._agenda.waiting), [c for c in self.clients if c.outcome is None]
 
     def _asked(self, job: Job) -> None:
         if job not in self.jobs:
