@@ -1,7 +1,7 @@
 # Every target does its own set-up in .venv, and only when something changed. `make help` explains them.
 
 PYTHON ?= python3
-JOBS ?= 2
+JOBS ?= 4
 BIN := .venv/bin
 RUN_READY := .venv/.ready-run
 DEV_READY := .venv/.ready-dev
@@ -15,7 +15,7 @@ help: ## explain the targets
 run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
 	@$(BIN)/gunicorn --config gunicorn.conf.py
 
-test: $(DEV_READY) browser docker ## set up and run every test, JOBS=2 files at a time
+test: $(DEV_READY) browser docker ## set up and run every test, JOBS=4 files at a time
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
