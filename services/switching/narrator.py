@@ -39,13 +39,7 @@ class Narrator:
         self._rolling_back = False
         self._fetched: LoadView | None = None
         self._observed: tuple[str, LoadView, Usage | None] | None = None
-        self.view = SwitchView(
-            id=job.id,
-            to_model=job.target,
-            from_model=job.chain.active,
-            requested_by=job.request.requested_by,
-            started_at=self._time(),
-        )
+        self.view = requested(job)
 
     def begin(self) -> None:
         self._show(stage="checking_memory")
@@ -221,6 +215,17 @@ def memory_figures(error: SwitchError) -> dict[str, object]:
 def gb(size: int) -> float:
     """Bytes as decimal gigabytes with three digits, so that a model of 1 MB isn't 0."""
     return round(size / 1e9, 3)
+
+
+def requested(job: Job) -> SwitchView:
+    """A switch that has its turn, before anything of it was done."""
+    return SwitchView(
+        id=job.id,
+        to_model=job.target,
+        from_model=job.chain.active,
+        requested_by=job.request.requested_by,
+        started_at=job.scheduler.time(),
+    )
 
 
 def _eta(seconds: float | None) -> int | None:

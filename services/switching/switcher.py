@@ -23,7 +23,7 @@ from services.switching.jobs import Ending, Job, Replace, Request, SwitchError
 from services.switching.learning import Learned
 from services.switching.lifecycle import Lifecycle
 from services.switching.mailbox import Mailbox, MailboxClosed
-from services.switching.narrator import memory_figures
+from services.switching.narrator import memory_figures, requested
 from services.switching.plan import Plan
 from services.switching.planner import Planner
 from services.switching.procedure import Procedure, as_switch_error
@@ -272,6 +272,8 @@ class Switcher:
         job = self._agenda.next()
         if job is not None:
             job.chain.begin(self._fleet.active)
+            if job.request.switches and self._fleet.standing(job.target) != "running":
+                self._fleet.show(requested(job))  # whoever asked sees it from the answer on
             self._scheduler.spawn(f"job-{job.id}", lambda: self._run(job))
 
     def _release(self, job: Job) -> None:
@@ -288,6 +290,8 @@ class Switcher:
         self._agenda.finish(job)
         if ending.view is not None:
             self._fleet.end_switch(ending.view)
+        elif self._fleet.switch is not None and self._fleet.switch.id == job.id:
+            self._fleet.show(None)
         self._end(job, ending)
         self._advance()
 

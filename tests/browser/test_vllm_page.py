@@ -9,7 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import StartShared
-from tests.browser.steps import banner, choice, choose, expect_active, menu, row, visit
+from tests.browser.steps import choice, choose, expect_active, menu, row, visit
 from tests.support.console import Console
 from tests.support.docker import DockerEngine
 from tests.support.vllm import gpu_entry, on_gpu
@@ -40,7 +40,7 @@ def console(shared: Console) -> Console:
 
 
 def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, page: Page) -> None:
-    """In the menu with its word and the time to wake it; the banner says who sleeps for it in turn."""
+    """In the menu with its word and the time to wake it; the plan says who sleeps for it in turn."""
     visit(page, console)
     page.locator("#model-button").click()
     expect(choice(page, FIRST).locator(".word")).to_have_text("Asleep")
@@ -48,8 +48,11 @@ def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, 
     assert Axe().run(page).response["violations"] == []
     page.keyboard.press("Escape")
     expect(menu(page)).to_be_hidden()
+    visit(page, console, f"/models/plan?target={FIRST}")
+    expect(page.get_by_role("main")).to_contain_text(f"To wake {FIRST}")
+    expect(page.get_by_role("main")).to_contain_text(f"put {SECOND} to sleep")
+    visit(page, console)
     choose(page, FIRST)
-    expect(banner(page)).to_contain_text(f"{SECOND} sleeps for it")
     expect_active(page, FIRST)
 
 

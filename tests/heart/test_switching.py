@@ -495,3 +495,13 @@ def test_the_forecast_of_a_model_that_is_not_here_includes_its_download(heart):
     heart.ready("snorer")
     heart.done(heart.switcher.stop("snorer", requested_by="test"))
     assert heart.switcher.plan("snorer").estimated_seconds == pytest.approx(72, abs=1)
+
+
+def test_a_switch_is_shown_from_the_moment_it_was_accepted(heart):
+    """A script that asks right after the answer must not be told that nothing goes on."""
+    job = heart.switch("small")
+    assert heart.now.switch is not None
+    assert (heart.now.switch.id, heart.now.switch.stage) == (job.id, "requested")
+    heart.done(job)
+    again = heart.done(heart.switch("small"))
+    assert (again.outcome, heart.now.switch) == ("already_loaded", None)

@@ -120,7 +120,9 @@ class Transfer:
     def _write_part(self, number: int, completed: float) -> None:
         told = {"N": number, "Offset": number * PART, "Size": self._parts[number], "Completed": int(completed)}
         path = self._path.with_name(f"{self._path.name}-{number}")
-        path.write_text(json.dumps(told, separators=(",", ":")))
+        draft = path.with_name(f".{path.name}")  # whole or not at all: tests read it at any moment
+        draft.write_text(json.dumps(told, separators=(",", ":")))
+        draft.replace(path)
 
 
 class Puller:
