@@ -25,7 +25,7 @@ from tests.heart.rig import MODELS
 from tests.heart.stub import GPU
 
 model_ids = st.sampled_from([m.id for m in MODELS])
-EXAMPLES, STEPS = 400, 50
+EXAMPLES, STEPS = 500, 50
 
 
 class Promises(RuleBasedStateMachine):
