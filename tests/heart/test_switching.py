@@ -77,6 +77,7 @@ def test_a_cancel_at_any_stage_leaves_what_ran_before(heart, stage):
     assert heart.switcher.cancel() is job
     heart.done(job)
     assert (job.outcome, heart.states(), heart.now.active_model) == ("cancelled", {"medium": "running"}, "medium")
+    assert heart.router.admit_now("medium") is not None, "it takes requests again"
 
 
 def test_a_superseding_switch_that_fails_restores_what_ran_before_the_first(heart):

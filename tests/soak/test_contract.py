@@ -52,3 +52,11 @@ def test_an_engines_own_error_is_told_from_ours():
     assert not is_engines_own("/v1/models/switch", json.dumps(ollamas).encode())
     assert not is_engines_own("/v1/chat/completions", json.dumps(OPENAI).encode())
     assert not is_engines_own("/v1/chat/completions", b"<h1>Internal Server Error</h1>")
+
+
+def test_not_being_ready_yet_is_an_answer_and_no_error():
+    """`/readyz` says 503 until the first look at the engines is over, and when to come back."""
+    body = b'{"status": "starting"}'
+    assert objection("/readyz", 503, {"Retry-After": "1"}, body) is None
+    assert objection("/readyz", 503, {}, body) is not None
+    assert objection("/v1/models/status", 503, {"Retry-After": "1"}, body) is not None
