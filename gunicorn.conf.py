@@ -3,7 +3,6 @@
 Nothing imported here may open a socket or import ssl before gevent has patched it (no preload for the same reason).
 """
 
-import fcntl
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from contextlib import suppress
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import signals
+from services import state_folder
 from services.config import ConfigError, load_settings
 
 try:
@@ -48,22 +48,10 @@ def on_starting(server):
     global _lock
     if server.num_workers != 1:
         sys.exit("Switchyard runs in one worker: models, limits and connections live in its memory.")
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.state_dir / "lock"
-    lock = path.open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        sys.exit(
-            f"Switchyard is already running on the state folder {settings.state_dir.resolve()} (process "
-            f"{lock.read().strip() or 'unknown'}). Stop it first, or give this copy its own SWITCHYARD_STATE_DIR and "
-            "SWITCHYARD_PORT."
-        )
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    _lock = lock
+        _lock = state_folder.claim(settings.state_dir)
+    except state_folder.StateError as error:
+        sys.exit(str(error))
     signals.arrange(server)
 
 

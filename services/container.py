@@ -38,7 +38,7 @@ from services.offhub import off_hub
 from services.providers.local_services import OllamaService, find_ollama
 from services.restart import Restart
 from services.scheduling import Threads
-from services.state_folder import StateUnwritable, check_writable
+from services.state_folder import DATABASE, StateError, check_writable, prepare
 from services.status import StatusService
 from services.store.database import Store
 from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
@@ -128,12 +128,15 @@ class Services:
 
 
 def build_services(settings: Settings) -> Services:
-    """Wire every service. Starts nothing but ends what an earlier run left half done."""
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    """Wire every service. Starts nothing but ends what an earlier run left half done.
+
+    Raises StateError and StoreError.
+    """
+    prepare(settings.state_dir)
     registry = ProcessRegistry(settings.state_dir)
     registry.end_leftovers()
     registry.prune_logs()
-    store = open_store(settings.state_dir / "switchyard.db")
+    store = open_store(settings.state_dir / DATABASE)
     writes = DeferredWrites()
     notes = DeferredNotes(NoteRepository(store), writes)
     devices = DeviceMonitor(settings.memory_budget_bytes)
@@ -215,8 +218,8 @@ def _ollama(settings: Settings, service: OllamaService, devices: DeviceMonitor) 
 def _check_state(settings: Settings) -> None:
     try:
         off_hub(check_writable, settings.state_dir)
-    except StateUnwritable as error:
-        raise SwitchError("state_unwritable", str(error)) from None
+    except StateError as error:
+        raise SwitchError("state_unwritable", f"Nothing was unloaded. {error}") from None
 
 
 def _owner(notes: DeferredNotes) -> str:

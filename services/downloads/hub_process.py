@@ -17,6 +17,7 @@ from typing import Literal
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError, Part, Report, Seen
 from services.engines.processes import ProcessRegistry, say_exit, signal_group
+from services.state_folder import private_opener
 
 ROOT = Path(__file__).parents[2]
 TERM_SECONDS = 0.5
@@ -112,7 +113,7 @@ class _Child:
         self.lines: Lines = queue.Queue()
         self._registry = registry
         log = Path(os.devnull) if registry is None else registry.new_log("hugging-face")
-        with log.open("ab") as log_file:
+        with open(log, "ab", opener=private_opener) as log_file:
             self._process = subprocess.Popen(
                 list(argv),
                 cwd=ROOT,

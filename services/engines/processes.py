@@ -24,6 +24,8 @@ from typing import IO
 import psutil
 import structlog
 
+from services.state_folder import PRIVATE_FILE, PRIVATE_FOLDER, private_opener
+
 log = structlog.get_logger(__name__)
 
 LOG_TAIL_BYTES = 8_192
@@ -77,7 +79,7 @@ class ProcessRegistry:
         self._logs = state_dir / "logs"
         self._sequence = 0
         for folder in (self._records, self._logs):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
 
     def new_log(self, stem: str) -> Path:
         """A fresh path for a child's log."""
@@ -90,7 +92,7 @@ class ProcessRegistry:
         Its record comes too late for an app that is killed in between: the soak found an engine that ran on for ever,
         unknown to everybody.
         """
-        self._begun(mark).touch(mode=0o600)
+        self._begun(mark).touch(mode=PRIVATE_FILE)
 
     def retract(self, mark: str) -> None:
         """The child that was announced is recorded, or never was started."""
@@ -99,7 +101,7 @@ class ProcessRegistry:
     def add(self, record: Record) -> None:
         """Write a child down, for the eyes of this user; whole or not at all, since half a record would lose it."""
         draft = self._records / f"{record.pid}.draft"
-        draft.touch(mode=0o600)
+        draft.touch(mode=PRIVATE_FILE)
         draft.write_text(json.dumps(asdict(record)), encoding="utf-8")
         draft.replace(self._path(record.pid))
         if record.mark:
@@ -270,7 +272,7 @@ class ChildProcess(GroupLeader):
         mark = {MARK_VARIABLE: uuid.uuid4().hex}
         registry.announce(mark[MARK_VARIABLE])
         try:
-            with log_path.open("ab") as log_file:
+            with open(log_path, "ab", opener=private_opener) as log_file:
                 self._process = subprocess.Popen(
                     list(argv),
                     stdin=subprocess.PIPE if talk else subprocess.DEVNULL,

@@ -11,6 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
+from services.state_folder import private_opener
+
 HEAD = "0003"
 """The newest revision in `migrations/`. A database that is there already needs no Alembic, whose import takes 0.2 s."""
 
@@ -54,6 +56,8 @@ def open_store(url_or_path: str | Path) -> Store:
     url = sa.make_url(text) if "://" in text else sa.URL.create("sqlite", database=text)
     engine = sa.create_engine(url)
     if engine.dialect.name == "sqlite":
+        if url.database:
+            _create_private(Path(url.database))
         _tune_sqlite(engine)
     try:
         revision = _revision(engine)
@@ -62,6 +66,14 @@ def open_store(url_or_path: str | Path) -> Store:
     except DatabaseError as error:
         raise StoreError(f"The database {url.render_as_string()} can't be used: {error.orig}.") from error
     return Store(engine)
+
+
+def _create_private(path: Path) -> None:
+    """SQLite gives the files beside a database the permissions of the database itself."""
+    try:
+        open(path, "ab", opener=private_opener).close()
+    except OSError as error:
+        raise StoreError(f"The database {path} can't be used: {error.strerror or error}.") from None
 
 
 def _tune_sqlite(engine: sa.Engine) -> None:

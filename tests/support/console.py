@@ -70,6 +70,12 @@ class Console:
     def start(self) -> Console:
         """Start it and wait until it answers; also again, on what the run before left. Fails with what it said."""
         put_empty_database(Path(self.environment["SWITCHYARD_STATE_DIR"]))
+        self.launch()
+        wait_until(self._answers, f"the console to answer (it writes to {self.log})")
+        return self
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start it as it is, and wait for nothing."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
@@ -84,8 +90,7 @@ class Console:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._answers, f"the console to answer (it writes to {self.log})")
-        return self
+        return self.process
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal to the gunicorn master and wait for its end; its exit code."""

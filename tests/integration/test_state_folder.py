@@ -1,0 +1,125 @@
+"""The folder that holds everything: for nobody else's eyes, and what a start says that can't use it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.state_folder import prepare
+from tests.support.console import PATIENCE, Console
+from tests.support.faults import NOBODY, as_nobody, full_disk, modes, read_only_disk, readable_by_nobody, small_disk
+
+MINI = "switchyard-mini"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user of this machine can look into: pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="switchyard-state-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_another_user_can_read_nothing(open_folder: Path) -> None:
+    """Chats lay open to every local user. What an earlier version left is closed too; a lax umask changes nothing."""
+    state = open_folder / "state"
+    (state / "logs").mkdir(parents=True)
+    (state / "logs" / "left-by-an-earlier-version.log").write_text("a secret")
+    left = state / "switchyard.db-wal"
+    left.touch(mode=0o666)
+    console = Console(open_folder, models_dir=Path("models").resolve(), standby="false")
+    before = os.umask(0)
+    try:
+        console.start()
+        console.post("/chats", data={"text": "This is between us."})
+        console.switch(MINI)
+        kept = modes(state)
+        assert {"switchyard.db", "switchyard.db-wal", "switchyard.db-shm", "lock", "processes"} <= set(kept)
+        assert any(name.endswith(".log") for name in kept)
+        assert any(name.endswith(".json") for name in kept)
+        assert readable_by_nobody(state) == []
+        open_to_others = {name: oct(mode) for name, mode in kept.items() if mode & 0o077}
+        assert open_to_others == {}
+    finally:
+        os.umask(before)
+        console.close()
+
+
+def refusal(folder: Path, **settings: object) -> str:
+    """What a start says that comes to nothing."""
+    console = Console(folder, **settings)  # type: ignore[arg-type]
+    try:
+        assert console.launch().wait(PATIENCE) != 0
+    finally:
+        console.close()
+    return console.said()
+
+
+def assert_one_sentence(said: str, *parts: str) -> None:
+    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1, said
+    for part in parts:
+        assert part in said
+
+
+def test_a_file_in_its_place_is_said(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("I was here first")
+    said = refusal(tmp_path)
+    assert_one_sentence(said, str(tmp_path / "state"), "is a file", "SWITCHYARD_STATE_DIR")
+
+
+def test_a_folder_that_all_users_share_is_not_taken(tmp_path: Path) -> None:
+    """To close `/tmp` to everybody else would break the machine."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o1777)
+    (tmp_path / "state" / "of-somebody-else").touch()
+    said = refusal(tmp_path)
+    assert_one_sentence(said, str(tmp_path / "state"), "shared by all")
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o1777
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of the test's own, with an empty state folder on it."""
+    with small_disk(tmp_path / "disk", 4_000_000) as mounted:
+        (mounted / "state").mkdir()
+        yield mounted
+
+
+def test_a_read_only_disk_is_said(disk: Path, tmp_path: Path) -> None:
+    with read_only_disk(disk):
+        said = refusal(tmp_path, state_dir=disk / "state")
+    assert_one_sentence(said, str(disk / "state"), "can't be written", "Read-only file system")
+
+
+def test_a_full_disk_is_said(disk: Path, tmp_path: Path) -> None:
+    with full_disk(disk):
+        said = refusal(tmp_path, state_dir=disk / "state")
+    assert_one_sentence(said, str(disk / "state"), "can't be written", "No space left")
+
+
+def test_a_disk_that_was_just_mounted_can_be_used(tmp_path: Path) -> None:
+    """It lets everybody in, as `/tmp` does, but nobody else has anything there."""
+    with small_disk(tmp_path / "state", 4_000_000) as state:
+        prepare(state)
+        assert modes(state) == {".": 0o700}
+
+
+def test_a_folder_of_another_user_is_said() -> None:
+    """Who may not close it to others doesn't use it; the words name both users."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        words = as_nobody(lambda: prepare(Path(folder)))
+    assert "StateError" in words
+    assert f"{folder} belongs to user 0, and Switchyard runs as user {NOBODY}" in words
+
+
+def test_a_folder_that_can_not_be_made_is_said(open_folder: Path) -> None:
+    """Its parent is somebody else's."""
+    words = as_nobody(lambda: prepare(open_folder / "state"))
+    assert f"The state folder {open_folder / 'state'} can't be written: Permission denied" in words
