@@ -11,7 +11,7 @@ from htmx_flask import make_response, request
 
 from blueprints.pages import live_now, see_other
 from blueprints.web import SSE_HEARTBEAT, services, sse, sse_event
-from services.chats import ChatError, Chats, Conversation, ConversationNotFound
+from services.chats import Chats, Conversation, ConversationNotFound
 
 bp = Blueprint("chat", __name__)
 
@@ -43,14 +43,8 @@ def conversation(conversation_id: str) -> str:
 def create() -> Response:
     """Begin a conversation, with its first message where there is one."""
     chats, text = services().chats, request.form.get("text", "")
-    begun = chats.create()
-    if text.strip():
-        try:
-            chats.send(begun.id, text)
-        except ChatError:
-            chats.delete(begun.id)
-            raise
-    return see_other(url_for("chat.conversation", conversation_id=begun.id))
+    begun = chats.start(text).conversation_id if text.strip() else chats.create().id
+    return see_other(url_for("chat.conversation", conversation_id=begun))
 
 
 @bp.post("/chats/<conversation_id>/messages")

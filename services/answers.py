@@ -11,7 +11,9 @@ from typing import Protocol
 
 import structlog
 
+from services.abort import Abort, Aborted
 from services.store.records import Message, MessageState
+from services.text import whole_characters
 
 log = structlog.get_logger(__name__)
 
@@ -33,27 +35,24 @@ class ChatStream(Protocol):
 
     def __iter__(self) -> Iterator[str]: ...
 
-    def cancel(self) -> None:
-        """Make the iteration end, from any thread."""
-
 
 class Generator(Protocol):
     """Whoever gives answers."""
 
     def stream_chat(
-        self, model: str | None, messages: Sequence[Mapping[str, str]], given_up: Callable[[], bool]
+        self, model: str | None, messages: Sequence[Mapping[str, str]], abort: Abort
     ) -> AbstractContextManager[ChatStream]:
-        """Ask `model` (None: the active one), unless `given_up` says meanwhile that nobody waits any more.
+        """Ask `model` (None: the active one).
 
-        Leaving the context stops the generation. Raises GenerationError.
+        Leaving the context stops the generation, and so does `abort`, at any time. Raises GenerationError, and Aborted.
         """
 
 
 class Answer:
     """The one place where an answer's message changes.
 
-    Whoever finishes it first wins; what comes later is dropped. `save` is called with each state that is to be kept,
-    in order; it must not wait for anything but the database.
+    The first call that makes it final wins; later changes are ignored. `save` is called with each state that is to be
+    kept, in order; it must neither block nor raise.
     """
 
     def __init__(self, message: Message, save: Callable[[Message], object], clock: Callable[[], float]) -> None:
@@ -61,7 +60,7 @@ class Answer:
         self._message = message
         self._save = save
         self._clock = clock
-        self._stream: ChatStream | None = None
+        self._abort = Abort()
         self._first_at: float | None = None
         self._saved_at = time.monotonic()
 
@@ -72,10 +71,12 @@ class Answer:
     def write(self, generator: Generator, model: str | None, history: Sequence[Mapping[str, str]]) -> None:
         """Write the whole answer. Whatever goes wrong ends up in the message."""
         try:
-            with generator.stream_chat(model, history, lambda: self._message.final) as stream:
-                if self._begin(stream):
+            with generator.stream_chat(model, history, self._abort) as stream:
+                if self._update(model=stream.model):
                     self._take_in(stream)
                 self.finish("complete")
+        except Aborted:
+            self.finish("stopped")
         except GenerationError as error:
             self.finish("failed", str(error))
         except Exception as error:
@@ -84,17 +85,16 @@ class Answer:
             self.finish("failed", f"Switchyard failed to pass the answer on ({reason}); its log has the details.")
 
     def stop(self) -> Message:
-        """End it with what came so far. Doesn't wait for the engine."""
+        """End it with what came so far, and the generation with it. Doesn't wait for the engine."""
         message = self.finish("stopped")
-        if self._stream is not None:
-            self._stream.cancel()
+        self._abort()
         return message
 
     def finish(self, state: MessageState, error: str | None = None) -> Message:
         """Make it final, once; the message as it then is."""
         with self._changed:
-            if not self._message.final:
-                self._message = replace(self._message, state=state, error=error, finished_at=self._clock())
+            told = None if error is None else whole_characters(error)
+            if self._update(state=state, error=told, finished_at=self._clock()):
                 self._changed.notify_all()
                 self._save(self._message)
             return self._message
@@ -113,12 +113,6 @@ class Answer:
         with self._changed:
             self._changed.wait_for(ready, timeout)
             return self._message
-
-    def _begin(self, stream: ChatStream) -> bool:
-        """Take note of who answers. False when it was stopped before that."""
-        with self._changed:
-            self._stream = stream
-            return self._update(model=stream.model)
 
     def _take_in(self, stream: ChatStream) -> None:
         for piece in stream:
@@ -140,8 +134,9 @@ class Answer:
             return True
 
     def _update(self, **changes: object) -> bool:
-        """Change the message unless it is final. The caller holds the lock."""
-        if self._message.final:
-            return False
-        self._message = replace(self._message, **changes)  # type: ignore[arg-type]
-        return True
+        """Change the message unless it is final."""
+        with self._changed:
+            if self._message.final:
+                return False
+            self._message = replace(self._message, **changes)  # type: ignore[arg-type]
+            return True

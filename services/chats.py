@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from services.answers import Answer, ChatStream, GenerationError, Generator
+from services.store.message_saver import MessageSaver
 from services.store.records import Conversation, Message, Role, new_id
 from services.store.repository import ConversationRepository
 
@@ -81,6 +82,7 @@ class Chats:
         self._clock = clock
         self._lock = threading.RLock()  # held by whoever changes what a conversation consists of
         self._running: dict[str, _Running] = {}
+        self._saver = MessageSaver(repository.update)
         repository.mark_interrupted(clock())
 
     def conversations(self) -> list[Conversation]:
@@ -89,15 +91,17 @@ class Chats:
 
     def get(self, conversation_id: str) -> Conversation:
         """One conversation with its messages as they are now. Raises ConversationNotFound."""
-        running = dict(self._running)  # looked up first: an answer that ends meanwhile is then still found here
         conversation = self._repository.get(conversation_id)
         if conversation is None:
             raise ConversationNotFound("This conversation does not exist any more.")
-        live = (running[m.id].answer.message if m.id in running else m for m in conversation.messages)
-        return replace(conversation, messages=tuple(live))
+        return replace(conversation, messages=tuple(map(self._newest, conversation.messages)))
 
     def create(self) -> Conversation:
-        return self._repository.create(NEW_TITLE, self._clock())
+        """An empty conversation."""
+        now = self._clock()
+        conversation = Conversation(new_id(), NEW_TITLE, now, now)
+        self._repository.add(conversation)
+        return conversation
 
     def rename(self, conversation_id: str, title: str) -> None:
         """Give it another title, cut to 200 characters. Raises ConversationNotFound, EmptyMessage."""
@@ -115,23 +119,39 @@ class Chats:
                 self._stop(running)
             if not self._repository.delete(conversation_id):
                 raise ConversationNotFound("This conversation does not exist any more.")
+            self._saver.forget(conversation_id)
+
+    def start(self, text: str, model: str | None = None) -> Message:
+        """Begin a conversation with the user's message, and the answer to it, which is returned.
+
+        Raises EmptyMessage, MessageTooLong; then there is no conversation.
+        """
+        text = _sendable(text)
+        now = self._clock()
+        conversation = Conversation(new_id(), title_of(text), now, now)
+        question, answer = self._exchange(conversation.id, text, model)
+
+        def save() -> None:
+            self._repository.add(replace(conversation, messages=(question, answer)))
+
+        return self._begin(answer, (question,), model, save)
 
     def send(self, conversation_id: str, text: str, model: str | None = None) -> Message:
         """Save the user's message and begin the answer by `model` (None: the active one), which is returned.
 
         Raises ConversationNotFound, ChatBusy, EmptyMessage, MessageTooLong.
         """
-        text = text.strip()
-        if not text:
-            raise EmptyMessage("Write something first.")
-        if len(text) > MESSAGE_LIMIT:
-            raise MessageTooLong(f"This message has {len(text):,} characters; {MESSAGE_LIMIT:,} is the limit.")
+        text = _sendable(text)
         with self._lock:
             conversation = self._idle(conversation_id)
-            if not conversation.messages and conversation.title == NEW_TITLE:
-                self._repository.rename(conversation_id, title_of(text))
-            question = self._append(conversation_id, "user", text)
-            return self._begin(conversation_id, (*conversation.messages, question), model)
+            first = not conversation.messages and conversation.title == NEW_TITLE
+            question, answer = self._exchange(conversation_id, text, model)
+
+            def save() -> None:
+                if not self._repository.append(question, answer, title=title_of(text) if first else None):
+                    raise ConversationNotFound("This conversation does not exist any more.")
+
+            return self._begin(answer, (*conversation.messages, question), model, save)
 
     def retry(self, message_id: str, model: str | None = None) -> Message:
         """Drop the last answer and write it anew; a last question that has no answer gets one.
@@ -145,22 +165,31 @@ class Chats:
                 raise NotTheLast("Only the last answer can be written anew.")
             if last.role == "user":
                 before.append(last)
-            else:
-                self._repository.drop(message_id)
-            return self._begin(conversation.id, tuple(before), model)
+            answer = self._message(conversation.id, "assistant", "", model)
+
+            def save() -> None:
+                if last.role == "assistant":
+                    self._repository.drop(message_id)
+                self._repository.append(answer)
+
+            return self._begin(answer, tuple(before), model, save)
 
     def stop(self, message_id: str) -> Message:
         """End an answer with what came so far; nothing happens to one that is final. Raises MessageNotFound."""
         running = self._running.get(message_id)
-        return self.message(message_id) if running is None else self._stop(running)
+        if running is not None:
+            return self._stop(running)
+        message = self.message(message_id)
+        if message.state == "interrupted":  # its row may still say that it is being written
+            self._saver.put(message)
+        return message
 
     def message(self, message_id: str) -> Message:
         """One message as it is now. Raises MessageNotFound."""
-        running = self._running.get(message_id)
-        message = self._repository.message(message_id) if running is None else running.answer.message
+        message = self._live(message_id) or self._repository.message(message_id)
         if message is None:
             raise MessageNotFound("This message does not exist any more.")
-        return message
+        return self._newest(message)
 
     def follow(self, message_id: str) -> Iterator[Message | None]:
         """A message now, then each time it grew, until it is final; None every 10 s without a change.
@@ -178,6 +207,7 @@ class Chats:
             running.answer.stop()
         for running in all_running:
             running.thread.join(max(0.0, deadline - time.monotonic()))
+        self._saver.close(max(0.0, deadline - time.monotonic()))
 
     def _idle(self, conversation_id: str) -> Conversation:
         """The conversation, provided that nothing is being written in it."""
@@ -189,11 +219,33 @@ class Chats:
         of_it = (r for r in list(self._running.values()) if r.answer.message.conversation_id == conversation_id)
         return next((r for r in of_it if not r.answer.message.final), None)
 
-    def _append(self, conversation_id: str, role: Role, text: str, model: str | None = None) -> Message:
-        """A message at the end: a final one, or an assistant's that is about to grow."""
+    def _live(self, message_id: str) -> Message | None:
+        """A message that is being written, or was and is not saved yet."""
+        running = self._running.get(message_id)
+        return running.answer.message if running is not None else self._saver.unsaved(message_id)
+
+    def _newest(self, stored: Message) -> Message:
+        """A message as it is now, given what the database had of it.
+
+        A row that says `streaming` and that nobody writes, such as one from a restored copy, counts as interrupted.
+        """
+        live = self._live(stored.id)
+        if live is not None or stored.final:
+            return live or stored
+        again = self._repository.message(stored.id)  # it may have ended since the row was read
+        if again is not None and again.final:
+            return again
+        return replace(stored, state="interrupted", finished_at=stored.created_at)
+
+    def _exchange(self, conversation_id: str, text: str, model: str | None) -> tuple[Message, Message]:
+        """A question, and the answer that is about to grow."""
+        return self._message(conversation_id, "user", text), self._message(conversation_id, "assistant", "", model)
+
+    def _message(self, conversation_id: str, role: Role, text: str, model: str | None = None) -> Message:
+        """A new message: a final one, or an assistant's that is about to grow."""
         now = self._clock()
         growing = role == "assistant"
-        message = Message(
+        return Message(
             id=new_id(),
             conversation_id=conversation_id,
             role=role,
@@ -206,18 +258,22 @@ class Chats:
             tokens=None,
             seconds=None,
         )
-        self._repository.append(message)
-        return message
 
-    def _begin(self, conversation_id: str, before: tuple[Message, ...], model: str | None) -> Message:
-        """Start the answer to `before` in a thread of its own. The caller holds the lock."""
-        message = self._append(conversation_id, "assistant", "", model)
-        answer = Answer(message, self._repository.update, self._clock)
+    def _begin(
+        self, message: Message, before: tuple[Message, ...], model: str | None, save: Callable[[], None]
+    ) -> Message:
+        """Have the answer `message` saved, then written to what was said `before`, in a thread of its own."""
+        answer = Answer(message, self._saver.put, self._clock)
         thread = threading.Thread(
             target=self._write, args=(answer, before, model), name=f"answer-{message.id[:8]}", daemon=True
         )
-        self._running[message.id] = _Running(answer, thread)
-        thread.start()
+        self._running[message.id] = _Running(answer, thread)  # first: a row without a writer counts as interrupted
+        try:
+            save()
+            thread.start()
+        except BaseException:
+            del self._running[message.id]
+            raise
         return message
 
     def _write(self, answer: Answer, before: tuple[Message, ...], model: str | None) -> None:
@@ -230,6 +286,16 @@ class Chats:
         message = running.answer.stop()
         self._running.pop(message.id, None)
         return message
+
+
+def _sendable(text: str) -> str:
+    """What a user typed, as it is sent. Raises EmptyMessage, MessageTooLong."""
+    text = text.replace("\r\n", "\n").strip()  # a form sends each line break as two characters
+    if not text:
+        raise EmptyMessage("Write something first.")
+    if len(text) > MESSAGE_LIMIT:
+        raise MessageTooLong(f"This message has {len(text):,} characters; {MESSAGE_LIMIT:,} is the limit.")
+    return text
 
 
 def history_of(messages: tuple[Message, ...]) -> list[dict[str, str]]:

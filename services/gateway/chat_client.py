@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from geventhttpclient.response import HTTPParseError
 
+from services.abort import Abort, Aborted
 from services.catalog import UnknownModel
 from services.chats import GenerationError
 from services.gateway.relay import Answer, Hangup, Relay
-from services.gateway.router import ClientGone, GatewayError, Router
+from services.gateway.router import Admission, ClientGone, GatewayError, Router
+from services.switching.events import InstanceView
+from services.text import is_first_half, whole_characters
 
 JSON_HEADERS = (("Content-Type", "application/json"), ("Accept", "text/event-stream"))
 LONGEST_ERROR = 65_536
 """Bytes of an engine's refusal that are read: one that never ends must not be waited for."""
+LONGEST_EVENT = 1_000_000
+"""Bytes of one event of an answer: one that never ends must not fill the memory."""
 
 
 class ChatStream:
     """One answer as text deltas, and the model that gives it."""
 
-    def __init__(self, model: str, answer: Answer) -> None:
+    def __init__(self, model: str, answer: Answer, abort: Abort) -> None:
         self.model = model
         self._answer = answer
-        self._cancelled = False
+        self._abort = abort
 
     def __iter__(self) -> Iterator[str]:
+        return _joined(self._pieces())
+
+    def _pieces(self) -> Iterator[str]:
         for data in self._events():
             if data == "[DONE]":
                 return
             yield from _delta(data)
 
-    def cancel(self) -> None:
-        """End the iteration, from any thread; the engine stops generating."""
-        self._cancelled = True
-        self._answer.abort()
-
     def _events(self) -> Iterator[str]:
         rest = b""
         while chunk := self._chunk():
             *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > LONGEST_EVENT:
+                raise GenerationError("The engine sent something that is no answer. What came so far is kept.")
             for line in lines:
                 if line.startswith(b"data:"):
                     yield line[5:].strip().decode("utf-8", "replace")
@@ -49,8 +54,7 @@ class ChatStream:
         try:
             return self._answer.arrived()
         except (OSError, HTTPParseError) as error:
-            if self._cancelled:
-                return b""
+            self._abort.check()
             raise GenerationError(f"The answer broke off: {error}. What came so far is kept; try again.") from None
 
 
@@ -63,31 +67,45 @@ class ChatClient:
 
     @contextmanager
     def stream_chat(
-        self, model: str | None, messages: Sequence[Mapping[str, str]], given_up: Callable[[], bool]
+        self, model: str | None, messages: Sequence[Mapping[str, str]], abort: Abort
     ) -> Iterator[ChatStream]:
-        """One streamed answer; leaving the context stops the generation. Raises GenerationError."""
+        """One streamed answer. Leaving the context stops the generation, and so does `abort`, at any time.
+
+        Raises GenerationError, and Aborted.
+        """
+        admission = self._admit(model, abort)
         try:
-            admission = self._router.admit(model, given_up)
-        except (GatewayError, UnknownModel, ClientGone) as error:
-            raise GenerationError(str(error)) from None
-        try:
-            instance = admission.instance
-            assert instance.endpoint is not None, "a running instance has an endpoint"
-            question = json.dumps(
-                {"model": instance.endpoint.model or instance.model, "messages": list(messages), "stream": True}
-            ).encode()
-            with _as_generation_error():
-                answer = self._relay.send(
-                    instance.endpoint, "POST", "/v1/chat/completions", JSON_HEADERS, question, Hangup()
-                )
+            answer = self._ask(admission.instance, messages, abort)
             try:
                 if answer.status_code != 200:
                     raise GenerationError(_error_text(answer))
-                yield ChatStream(instance.model, answer)
+                yield ChatStream(admission.instance.model, answer, abort)
             finally:
                 answer.break_off()
         finally:
             admission.release()
+
+    def _admit(self, model: str | None, abort: Abort) -> Admission:
+        try:
+            return self._router.admit(model, lambda: abort.requested)
+        except ClientGone:
+            raise Aborted from None
+        except (GatewayError, UnknownModel) as error:
+            raise GenerationError(str(error)) from None
+
+    def _ask(self, instance: InstanceView, messages: Sequence[Mapping[str, str]], abort: Abort) -> Answer:
+        """The engine's answer once its headers are here; `abort` closes the connection from the first moment on."""
+        assert instance.endpoint is not None, "a running instance has an endpoint"
+        body = {"model": instance.endpoint.model or instance.model, "messages": list(messages), "stream": True}
+        hangup = Hangup()
+        abort.applies_to(hangup)
+        try:
+            with _as_generation_error():
+                return self._relay.send(
+                    instance.endpoint, "POST", "/v1/chat/completions", JSON_HEADERS, json.dumps(body).encode(), hangup
+                )
+        except ClientGone:
+            raise Aborted from None
 
 
 @contextmanager
@@ -102,7 +120,9 @@ def _delta(data: str) -> Iterator[str]:
     """The text in one chunk of an OpenAI-style stream. Raises GenerationError when it holds an error."""
     try:
         chunk = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(chunk, Mapping):
         return
     if "error" in chunk:
         raise GenerationError(f"The engine reported: {_message(chunk)}")
@@ -110,6 +130,18 @@ def _delta(data: str) -> Iterator[str]:
         text = (choice.get("delta") or {}).get("content")
         if text:
             yield text
+
+
+def _joined(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of text that are text each by themselves: a character that was cut in two comes with the later piece."""
+    half = ""
+    for piece in pieces:
+        text = half + piece
+        half = text[-1] if is_first_half(text[-1]) else ""
+        if whole := whole_characters(text.removesuffix(half)):
+            yield whole
+    if half:
+        yield whole_characters(half)
 
 
 def _error_text(answer: Answer) -> str:

@@ -9,7 +9,7 @@ from sqlalchemy import CursorResult, Delete, Update, delete, func, select, updat
 from sqlalchemy.orm import Session
 
 from services.store.database import Store, StoreError, open_store
-from services.store.records import Conversation, DownloadRecord, LoadRecord, Message, new_id
+from services.store.records import Conversation, DownloadRecord, LoadRecord, Message
 from services.store.tables import ConversationRow, DownloadRow, LoadRow, MessageRow, NoteRow
 
 __all__ = [
@@ -42,11 +42,17 @@ class ConversationRepository:
             row = session.get(ConversationRow, conversation_id)
             return None if row is None else _conversation(row, tuple(_message(m) for m in row.messages))
 
-    def create(self, title: str, at: float) -> Conversation:
-        row = ConversationRow(id=new_id(), title=title, created_at=at, updated_at=at)
+    def add(self, conversation: Conversation) -> None:
+        """Save a new conversation with its messages, all or nothing."""
+        row = ConversationRow(
+            id=conversation.id,
+            title=conversation.title,
+            created_at=conversation.created_at,
+            updated_at=conversation.updated_at,
+        )
         with self._store.writing() as session:
             session.add(row)
-            return _conversation(row)
+            session.add_all(_row(message, position) for position, message in enumerate(conversation.messages))
 
     def rename(self, conversation_id: str, title: str) -> bool:
         """Whether there was one to rename."""
@@ -64,16 +70,21 @@ class ConversationRepository:
             row = session.get(MessageRow, message_id)
             return None if row is None else _message(row)
 
-    def append(self, message: Message) -> bool:
-        """Put a message at the end of its conversation. False when that is gone."""
+    def append(self, *messages: Message, title: str | None = None) -> bool:
+        """Put messages of one conversation at its end, and give it a title if there is one: all of it or nothing.
+
+        False when the conversation is gone.
+        """
         with self._store.writing() as session:
-            conversation = session.get(ConversationRow, message.conversation_id)
+            conversation = session.get(ConversationRow, messages[0].conversation_id)
             if conversation is None:
                 return False
             last = select(func.max(MessageRow.position)).where(MessageRow.conversation_id == conversation.id)
             position = session.scalar(last)
-            session.add(MessageRow(**asdict(message), position=0 if position is None else position + 1))
-            conversation.updated_at = message.created_at
+            first = 0 if position is None else position + 1
+            session.add_all(_row(message, place) for place, message in enumerate(messages, first))
+            conversation.updated_at = messages[-1].created_at
+            conversation.title = conversation.title if title is None else title
             return True
 
     def update(self, message: Message) -> bool:
@@ -158,6 +169,10 @@ class LoadRepository:
 
 def _conversation(row: ConversationRow, messages: tuple[Message, ...] = ()) -> Conversation:
     return Conversation(row.id, row.title, row.created_at, row.updated_at, messages)
+
+
+def _row(message: Message, position: int) -> MessageRow:
+    return MessageRow(**asdict(message), position=position)
 
 
 def _message(row: MessageRow) -> Message:

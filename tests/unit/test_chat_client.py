@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 
+import gevent
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from services.abort import Abort, Aborted
 from services.answers import GenerationError
 from services.engines.port import Endpoint, Model
 from services.gateway.chat_client import ChatClient
@@ -13,6 +19,7 @@ from services.gateway.relay import Relay
 from services.gateway.router import Admission
 from services.switching.events import InstanceView
 from services.switching.traffic import Traffic
+from services.text import whole_characters
 from tests.support.scripted_engine import Act, ScriptedEngine, answer
 
 
@@ -42,7 +49,7 @@ def refused(relay: Relay, act: Act) -> str:
     engine = ScriptedEngine(act)
     router = OneModel(engine)
     client = ChatClient(router, relay)  # type: ignore[arg-type]
-    with pytest.raises(GenerationError) as caught, client.stream_chat(None, [], lambda: False):
+    with pytest.raises(GenerationError) as caught, client.stream_chat(None, [], Abort()):
         pass
     assert engine.left.wait(2)
     engine.close()
@@ -75,3 +82,68 @@ def test_a_refusal_that_breaks_off_is_one_all_the_same(relay):
     """It is no error of Switchyard's own."""
     told = refused(relay, Act(b"HTTP/1.1 500 Oops\r\nContent-Length: 10\r\n\r\nx", hangs_up=True))
     assert "broke off" in told
+
+
+def test_stopping_before_the_first_token_closes_the_connection(relay):
+    """An engine that still reads a long prompt has sent nothing, not even headers: it hears of it at once."""
+    engine = ScriptedEngine(Act())
+    router, abort = OneModel(engine), Abort()
+
+    def stop() -> None:
+        while not engine.asked:
+            gevent.sleep(0.001)
+        abort()
+
+    stopping = gevent.spawn(stop)
+    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, [], abort):  # type: ignore[arg-type]
+        pass
+    assert engine.left.wait(2)
+    stopping.join()
+    engine.close()
+    assert router.traffic.in_flight == 0
+
+
+def test_stopping_before_the_engine_is_asked_asks_nobody(relay):
+    """As when the model became ready in the moment of the click."""
+    engine = ScriptedEngine()
+    router, abort = OneModel(engine), Abort()
+    abort()
+    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, [], abort):  # type: ignore[arg-type]
+        pass
+    engine.close()
+    assert engine.asked == []
+    assert router.traffic.in_flight == 0
+
+
+def delta(**fields: object) -> object:
+    return {"choices": [{"index": 0, "delta": fields}]}
+
+
+def streamed(relay: Relay, *events: object) -> list[str]:
+    """The pieces of an answer made of these events. A str is an event's data as it is."""
+    lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
+    body = "".join(f"data: {line}\n\n" for line in lines).encode()
+    engine = ScriptedEngine(Act(answer(body=body)))
+    with suppress(GenerationError), ChatClient(OneModel(engine), relay).stream_chat(None, [], Abort()) as stream:  # type: ignore[arg-type]
+        pieces = list(stream)
+    engine.close()
+    return pieces
+
+
+def test_half_a_character_becomes_whole_or_a_sign_that_it_was_none(relay):
+    """JSON can spell surrogates out: a pair cut in two is one character again, one without a partner is replaced."""
+    pieces = streamed(
+        relay, *(delta(content=text) for text in ("a\ud83d", "\ude00b", "c\ud83d", "d\ude00", "\ud83d")), "[DONE]"
+    )
+    assert "".join(pieces) == "a\U0001f600bc\ufffdd\ufffd\ufffd"
+    assert all(piece.encode() for piece in pieces)
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_cleaned_text_can_be_written_and_loses_nothing_else(text):
+    """Whatever it holds; text without halves stays as it is."""
+    clean = whole_characters(text)
+    clean.encode()
+    assert whole_characters(clean) == clean
+    without = [c for c in text if not "\ud800" <= c <= "\udfff" and c != "\ufffd" and c < "\U00010000"]
+    assert [c for c in clean if c != "\ufffd" and c < "\U00010000"] == without

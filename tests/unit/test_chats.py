@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import queue
+import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from services import answers
+from services.abort import Abort
 from services.chats import (
     ChatBusy,
     Chats,
@@ -26,7 +31,9 @@ from services.chats import (
     history_of,
     title_of,
 )
+from services.store import database, message_saver
 from services.store.repository import ConversationRepository, Store, open_store
+from tests.support.console import wait_until
 
 WAIT = 5.0
 
@@ -34,12 +41,13 @@ WAIT = 5.0
 class FakeStream:
     """An answer whose pieces a test hands out one by one; `taken` counts those that were asked for."""
 
-    def __init__(self, model: str, messages: Sequence[Mapping[str, str]]) -> None:
+    def __init__(self, model: str, messages: Sequence[Mapping[str, str]], abort: Abort) -> None:
         self.model = model
         self.messages = list(messages)
         self.left = threading.Event()
         self.cancelled = False
         self._pieces: queue.Queue[str | Exception | None] = queue.Queue()
+        abort.applies_to(self._cancel)
 
     def say(self, *pieces: str) -> FakeStream:
         for piece in pieces:
@@ -52,7 +60,7 @@ class FakeStream:
     def break_off(self, error: Exception) -> None:
         self._pieces.put(error)
 
-    def cancel(self) -> None:
+    def _cancel(self) -> None:
         self.cancelled = True
         self.end()
 
@@ -75,26 +83,36 @@ class FakeGenerator:
 
     @contextmanager
     def stream_chat(
-        self, model: str | None, messages: Sequence[Mapping[str, str]], _given_up: Callable[[], bool]
+        self, model: str | None, messages: Sequence[Mapping[str, str]], abort: Abort
     ) -> Iterator[FakeStream]:
-        self.asked.set()
-        assert self.admit.wait(WAIT)
+        with abort.acting(self.admit.set):
+            self.asked.set()
+            assert self.admit.wait(WAIT)
         if self.refusal:
             raise self.refusal
-        stream = FakeStream(model or "active-model", messages)
+        stream = FakeStream(model or "active-model", messages, abort)
         self._streams.put(stream)
         try:
             yield stream
         finally:
             stream.left.set()
 
-    def next(self) -> FakeStream:
-        return self._streams.get(timeout=WAIT)
+    def next(self, patience: float = WAIT) -> FakeStream:
+        return self._streams.get(timeout=patience)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = open_store(tmp_path / "switchyard.db")
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "switchyard.db"
+
+
+@pytest.fixture
+def store(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A database that waits for a lock only for a moment; what can't be saved is tried again as soon."""
+    pragmas = [pragma for pragma in database.PRAGMAS if "busy_timeout" not in pragma]
+    monkeypatch.setattr(database, "PRAGMAS", (*pragmas, "busy_timeout=10"))
+    monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 0.01)
+    store = open_store(path)
     yield store
     store.close()
 
@@ -128,6 +146,21 @@ def until(chats: Chats, message_id: str, content: str) -> Message:
     return next(m for m in chats.follow(message_id) if m is not None and m.content == content)
 
 
+def kept(store: Store, message: Message) -> bool:
+    """Whether the database has this state of a message, or will in a moment."""
+    wait_until(lambda: ConversationRepository(store).message(message.id) == message, "a message to be saved")
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Somebody else writes in the database for as long as it lasts."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
 def answer(chats: Chats, generator: FakeGenerator, conversation: Conversation, text: str, *pieces: str) -> Message:
     """A whole exchange."""
     sent = chats.send(conversation.id, text)
@@ -146,6 +179,7 @@ def test_an_answer_is_written_and_kept(
     assert (done.content, done.state, done.model, done.tokens) == ("Good day.", "complete", "active-model", 3)
     assert done.seconds is not None
     assert done.finished_at is not None
+    assert kept(store, done)
     stored = ConversationRepository(store).get(conversation.id)
     assert stored is not None
     assert [(m.role, m.content, m.state) for m in stored.messages] == [
@@ -265,15 +299,16 @@ def test_stopping_keeps_what_came(chats: Chats, generator: FakeGenerator, conver
 
 
 def test_stopping_before_the_model_is_there(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """An answer that waits for its model stops at once, and is not begun when the model has come."""
+    """An answer that waits for its model stops at once: its generator hears of it, and the engine is never asked."""
     generator.admit.clear()
     sent = chats.send(conversation.id, "Hi")
     assert generator.asked.wait(WAIT)
     assert chats.stop(sent.id).state == "stopped"
-    generator.admit.set()
-    stream = generator.next().say("too late")
-    assert stream.left.wait(WAIT)
-    assert chats.message(sent.id).content == ""
+    assert generator.admit.wait(WAIT)
+    chats.close()
+    assert chats.message(sent.id).state == "stopped"
+    with pytest.raises(queue.Empty):
+        generator.next(0)
 
 
 def test_a_refusal_is_shown(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
@@ -444,11 +479,134 @@ def test_answers_are_saved_as_they_come(
     monkeypatch.setattr(answers, "SAVE_SECONDS", 0.0)
     sent = chats.send(conversation.id, "Hi")
     stream = generator.next().say("half")
-    until(chats, sent.id, "half")
-    stored = ConversationRepository(store).message(sent.id)
-    assert stored is not None
-    assert (stored.content, stored.state) == ("half", "streaming")
+    so_far = until(chats, sent.id, "half")
+    assert so_far.state == "streaming"
+    assert kept(store, so_far)
     stream.end()
+
+
+def test_a_locked_database_holds_up_no_answer(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store, path: Path
+) -> None:
+    """It goes on and ends as if nothing were wrong, no other one waits, and all is saved once that works again."""
+    one, other = chats.send(conversation.id, "One"), chats.send(chats.create().id, "Two")
+    streams = {stream.messages[0]["content"]: stream for stream in (generator.next(), generator.next())}
+    with locked(path):
+        streams["One"].say("A whole ", "answer.").end()
+        streams["Two"].say("Half an")
+        done = final(chats, one.id)
+        until(chats, other.id, "Half an")
+        cut = chats.stop(other.id)
+        assert (done.state, done.content, done.error) == ("complete", "A whole answer.", None)
+        assert (cut.state, cut.content) == ("stopped", "Half an")
+        assert chats.get(conversation.id).messages[-1] == chats.message(one.id) == done
+        assert list(chats.follow(one.id)) == [done]
+        stored = ConversationRepository(store).message(one.id)
+        assert stored is not None
+        assert stored.state == "streaming"
+    assert kept(store, done)
+    assert kept(store, cut)
+    assert chats.get(conversation.id).messages[-1] == done
+
+
+def test_what_could_not_be_saved_is_tried_again_at_the_end(
+    chats: Chats,
+    generator: FakeGenerator,
+    conversation: Conversation,
+    store: Store,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An app that stops doesn't wait out the pause between two tries."""
+    monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(message_saver, "LONGEST_PAUSE_SECONDS", 60.0)
+    sent = chats.send(conversation.id, "One")
+    with capture_logs() as logs, locked(path):
+        generator.next().say("words").end()
+        done = final(chats, sent.id)
+        wait_until(lambda: any("could not be saved" in line["event"] for line in logs), "a save to fail")
+    chats.close()
+    assert ConversationRepository(store).message(sent.id) == done
+
+
+def test_a_message_that_fails_to_be_saved_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it stay for good: it is tried again and again, its newest state last."""
+    monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 0.001)
+    written: queue.Queue[Message] = queue.Queue()
+    refused = threading.Semaphore(3)
+
+    def write(message: Message) -> None:
+        if message.id == "bad" and refused.acquire(blocking=False):
+            raise ValueError("no")
+        written.put(message)
+
+    saver = message_saver.MessageSaver(write)
+    bad, good = (
+        Message(name, "c", "assistant", "x", None, "streaming", None, 0.0, None, 1, 0.0) for name in ("bad", "good")
+    )
+    saver.put(bad)
+    saver.put(good)
+    newer = replace(bad, content="xyz")
+    saver.put(newer)
+    assert {written.get(timeout=WAIT).id, written.get(timeout=WAIT).id} == {"bad", "good"}
+    wait_until(lambda: saver.unsaved("bad") is None, "the newest state to be saved")
+    saver.close()
+    assert not refused.acquire(blocking=False)
+
+
+def test_a_message_that_can_not_be_saved_is_not_sent(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, path: Path
+) -> None:
+    """Neither half of the exchange is there, nobody was asked, and the same can be sent again."""
+    with locked(path):
+        for send in (lambda: chats.send(conversation.id, "Hello"), lambda: chats.start("Hello")):
+            with pytest.raises(OperationalError):
+                send()
+    assert not generator.asked.is_set()
+    assert [c.id for c in chats.conversations()] == [conversation.id]
+    assert chats.get(conversation.id).messages == ()
+    assert answer(chats, generator, conversation, "Hello", "ok").state == "complete"
+
+
+def test_a_row_that_nobody_writes_counts_as_interrupted(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
+) -> None:
+    """Such as one from a restored copy of the database: it can be stopped, which mends it, and tried again."""
+    row = Message("b" * 32, conversation.id, "assistant", "half", "m", "streaming", None, 1.0, None, 1, 0.0)
+    ConversationRepository(store).append(row)
+    shown = chats.message(row.id)
+    assert (shown.state, shown.content) == ("interrupted", "half")
+    assert list(chats.follow(row.id)) == [shown]
+    assert chats.get(conversation.id).messages == (shown,)
+    assert chats.stop(row.id) == shown
+    assert kept(store, shown)
+    again = chats.retry(row.id)
+    generator.next().say("whole").end()
+    assert final(chats, again.id).content == "whole"
+
+
+def test_a_conversation_begins_with_its_first_message(chats: Chats, generator: FakeGenerator) -> None:
+    """It is named after it, and what is refused leaves no conversation behind."""
+    for text in ("", "x" * 32_001):
+        with pytest.raises((EmptyMessage, MessageTooLong)):
+            chats.start(text)
+    assert chats.conversations() == []
+    sent = chats.start("Tell me\r\nabout trains")
+    generator.next().say("ok").end()
+    final(chats, sent.id)
+    begun = chats.get(sent.conversation_id)
+    assert begun.title == "Tell me about trains"
+    assert [m.content for m in begun.messages] == ["Tell me\nabout trains", "ok"]
+
+
+def test_an_error_with_half_a_character_can_be_kept(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
+) -> None:
+    """Whatever an engine says of its failure, SQLite and the page have to take it."""
+    generator.refusal = GenerationError("bad \ud83d token")
+    failed = final(chats, chats.send(conversation.id, "Hi").id)
+    assert failed.error == "bad \ufffd token"
+    assert kept(store, failed)
 
 
 def test_a_restart_marks_what_was_cut_off(store: Store, generator: FakeGenerator, chats: Chats) -> None:

@@ -168,7 +168,7 @@ def test_no_endpoint_that_switches_is_forgotten(console):
     """A view that asks the switcher to load something is on the guard's list, and the list names real endpoints."""
     sources = {name: inspect.getsource(view) for name, view in console.app.view_functions.items()}
     assert {n for n, source in sources.items() if re.search(r"switcher\.(switch|restart)\(", source)} == SWITCHING
-    assert {n for n, source in sources.items() if re.search(r"chats\.(send|retry)\(", source)} == ANSWERING
+    assert {n for n, source in sources.items() if re.search(r"chats\.(start|send|retry)\(", source)} == ANSWERING
 
 
 @pytest.mark.parametrize("path", [FAST, SLOW, "/v1/responses", "/v1/anything", "/v1/models/switch", "/models/switch"])

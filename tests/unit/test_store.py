@@ -18,7 +18,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from services.store.database import MIGRATIONS
-from services.store.records import DownloadRecord, Message, new_id
+from services.store.records import Conversation, DownloadRecord, Message, new_id
 from services.store.repository import (
     ConversationRepository,
     DownloadRepository,
@@ -51,6 +51,13 @@ def chats(store: Store) -> ConversationRepository:
 def message(conversation_id: str, content: str = "hello", **changes: object) -> Message:
     plain = Message(new_id(), conversation_id, "user", content, None, "complete", None, 10.0, 10.0, None, None)
     return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def begun(chats: ConversationRepository, title: str, at: float) -> Conversation:
+    """A new conversation without messages."""
+    conversation = Conversation(new_id(), title, at, at)
+    chats.add(conversation)
+    return conversation
 
 
 def load(at: float, model: str = "m", key: str = "k") -> LoadRecord:
@@ -142,7 +149,7 @@ def test_a_file_that_is_no_database_is_refused_in_words(path: Path) -> None:
 def test_it_opens_by_url(path: Path) -> None:
     """A URL leads to the same database as the path."""
     by_url = open_store(f"sqlite:///{path}")
-    ConversationRepository(by_url).create("A", 1.0)
+    begun(ConversationRepository(by_url), "A", 1.0)
     by_url.close()
     by_path = open_store(path)
     assert [c.title for c in ConversationRepository(by_path).newest_first()] == ["A"]
@@ -151,7 +158,7 @@ def test_it_opens_by_url(path: Path) -> None:
 
 def test_conversations_come_newest_first(chats: ConversationRepository) -> None:
     """Writing in a conversation brings it to the top; renaming doesn't."""
-    old, new = chats.create("Old", 1.0), chats.create("New", 2.0)
+    old, new = begun(chats, "Old", 1.0), begun(chats, "New", 2.0)
     assert [c.id for c in chats.newest_first()] == [new.id, old.id]
     chats.append(message(old.id, created_at=3.0))
     chats.rename(new.id, "Newer")
@@ -160,7 +167,7 @@ def test_conversations_come_newest_first(chats: ConversationRepository) -> None:
 
 def test_messages_come_back_as_they_were(chats: ConversationRepository) -> None:
     """Every field survives, in the order of writing, unknown ones as None."""
-    conversation = chats.create("A", 1.0)
+    conversation = begun(chats, "A", 1.0)
     first = message(conversation.id)
     second = message(
         conversation.id, "öé 🚂", role="assistant", model="m", state="failed", error="why", tokens=3, seconds=0.25
@@ -175,7 +182,7 @@ def test_messages_come_back_as_they_were(chats: ConversationRepository) -> None:
 
 def test_a_message_is_replaced_and_dropped(chats: ConversationRepository) -> None:
     """An update changes the one message; one dropped is gone, and the next still comes last."""
-    conversation = chats.create("A", 1.0)
+    conversation = begun(chats, "A", 1.0)
     first, second, third = (message(conversation.id, str(n)) for n in range(3))
     chats.append(first)
     chats.append(second)
@@ -189,7 +196,7 @@ def test_a_message_is_replaced_and_dropped(chats: ConversationRepository) -> Non
 
 def test_deleting_takes_the_messages_along(chats: ConversationRepository) -> None:
     """Nothing of a deleted conversation stays, and nothing can be added to it."""
-    conversation = chats.create("A", 1.0)
+    conversation = begun(chats, "A", 1.0)
     said = message(conversation.id)
     chats.append(said)
     assert chats.delete(conversation.id)
@@ -210,7 +217,7 @@ def test_what_is_not_there_is_none_or_false(chats: ConversationRepository) -> No
 
 def test_streaming_messages_become_interrupted(chats: ConversationRepository) -> None:
     """What a dead process left unfinished is marked, with what came of it; the rest is left alone."""
-    conversation = chats.create("A", 1.0)
+    conversation = begun(chats, "A", 1.0)
     done = message(conversation.id)
     cut = message(conversation.id, "half", state="streaming", finished_at=None)
     chats.append(done)
@@ -260,9 +267,24 @@ def test_downloads_come_newest_first_as_they_were(store: Store) -> None:
     assert downloads.newest_first() == [changed]
 
 
+def test_an_exchange_is_saved_whole_or_not_at_all(chats: ConversationRepository) -> None:
+    """Two messages and a title at once; what can't be saved leaves none of them."""
+    conversation = begun(chats, "A", 1.0)
+    question, answer = message(conversation.id, "?"), message(conversation.id, "!", role="assistant")
+    assert chats.append(question, answer, title="B")
+    with pytest.raises(sa.exc.IntegrityError):
+        chats.append(message(conversation.id), answer, title="C")
+    found = chats.get(conversation.id)
+    assert found is not None
+    assert (found.title, found.messages) == ("B", (question, answer))
+    with pytest.raises(sa.exc.IntegrityError):
+        chats.add(Conversation(new_id(), "D", 1.0, 1.0, (message("", "first"), answer)))
+    assert len(chats.newest_first()) == 1
+
+
 def test_many_writers_at_once(chats: ConversationRepository) -> None:
     """Eight threads write in one conversation: no message is lost, none fails on a locked database."""
-    conversation = chats.create("A", 1.0)
+    conversation = begun(chats, "A", 1.0)
     failures: list[Exception] = []
 
     def write(name: int) -> None:
@@ -285,7 +307,7 @@ def test_many_writers_at_once(chats: ConversationRepository) -> None:
 
 def test_what_fails_is_undone(chats: ConversationRepository, store: Store) -> None:
     """A writing session that raises leaves nothing behind."""
-    conversation = chats.create("A", 1.0)
+    conversation = begun(chats, "A", 1.0)
     delete_then_fail = sa.text("DELETE FROM conversations"), sa.text("DELETE FROM nothing")
     with pytest.raises(sa.exc.OperationalError), store.writing() as session:
         deque(map(session.execute, delete_then_fail))
