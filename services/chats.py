@@ -119,7 +119,7 @@ class Chats:
                 self._stop(running)
             if not self._repository.delete(conversation_id):
                 raise ConversationNotFound("This conversation does not exist any more.")
-            self._saver.forget(conversation_id)
+            self._saver.forget(conversation_id=conversation_id)
 
     def start(self, text: str, model: str | None = None) -> Message:
         """Begin a conversation with the user's message, and the answer to it, which is returned.
@@ -170,6 +170,7 @@ class Chats:
             def save() -> None:
                 if last.role == "assistant":
                     self._repository.drop(message_id)
+                    self._saver.forget(message_id=message_id)
                 self._repository.append(answer)
 
             return self._begin(answer, tuple(before), model, save)
