@@ -3,6 +3,8 @@
 PYTHON ?= python3
 JOBS ?= 4
 BIN := .venv/bin
+# The tests and the bench start hundreds of Pythons, each of which would compile every module where caching is off.
+CACHING := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python
 RUN_READY := .venv/.ready-run
 DEV_READY := .venv/.ready-dev
 
@@ -16,7 +18,7 @@ run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
 	@$(BIN)/gunicorn --config gunicorn.conf.py
 
 test: $(DEV_READY) browser docker ## set up and run every test, JOBS=4 files at a time
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(CACHING) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
 	@OLLAMA_TEST_BINARY="$(OLLAMA)" $(BIN)/python -m pytest tests/engines/test_ollama_server.py tests/engines/test_ollama_stand_in.py $(ARGS)
@@ -26,7 +28,7 @@ test-vllm: $(DEV_READY) docker ## the vLLM suite on a real one: its CPU build in
 	@$(BIN)/python -m pytest tests/vllm_real --timeout 1200 $(ARGS)
 
 simulate: $(DEV_READY) ## millions of random steps on the heart in memory: STEPS=1000000 SEED=1
-	@$(BIN)/python -m tests.heart.simulate $(or $(STEPS),100000) $(or $(SEED),1)
+	@$(CACHING) -m tests.heart.simulate $(or $(STEPS),100000) $(or $(SEED),1)
 
 lint: $(DEV_READY) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -38,11 +40,11 @@ format: $(DEV_READY) ## put the code in shape
 	@$(BIN)/ruff format .
 
 bench: $(DEV_READY) ## measure the hot paths; prints the README's table
-	@$(BIN)/python -m bench
+	@$(CACHING) -m bench
 
 .PHONY: soak
 soak: $(DEV_READY) ## everything at once on a real console, and what then holds: OPERATIONS=1000 SEED=7
-	@$(BIN)/python -m tests.soak $(or $(OPERATIONS),1000) $(or $(SEED),7)
+	@$(CACHING) -m tests.soak $(or $(OPERATIONS),1000) $(or $(SEED),7)
 
 demo-models: ## train the demo models again (minutes; torch in its own .venv-train)
 	@test -d .venv-train || $(PYTHON) -m venv .venv-train

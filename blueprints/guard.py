@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -101,11 +102,20 @@ class Guard:
 def host_is_ours(host: str, settings: Settings) -> bool:
     """Whether a Host header names this server, with or without a port: a page elsewhere can point its own name at this
     address (DNS rebinding)."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:  # such as an unfinished IPv6 address
-        return False
+    name = _host_name(host)
     return name in LOOPBACK_NAMES or name == settings.host or name in settings.allowed_hosts
+
+
+@lru_cache(maxsize=256)
+def _host_name(host: str) -> str:
+    """A Host header without its port; empty when it can't be read, such as an unfinished IPv6 address.
+
+    Remembered: the same few come with every request.
+    """
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def origin_is_ours(environ: Environ) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from http import HTTPStatus
 from io import BytesIO
 from typing import Any
@@ -97,4 +98,10 @@ def _headers(environ: Environ) -> Iterator[tuple[str, str]]:
         yield "Content-Type", environ["CONTENT_TYPE"]
     for key, value in environ.items():
         if key.startswith("HTTP_"):
-            yield key[5:].replace("_", "-").title(), value
+            yield _header_name(key), value
+
+
+@lru_cache(maxsize=256)
+def _header_name(key: str) -> str:
+    """A header's name by its key in the WSGI environment. Remembered: clients send the same few."""
+    return key.removeprefix("HTTP_").replace("_", "-").title()
