@@ -1,0 +1,202 @@
+"""Markdown can't harm whoever reads it, leaves formulas alone, and breaks no page, whatever a model wrote."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import nh3
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from blueprints.markdown import render_markdown
+from blueprints.markdown.kept import Kept
+
+PIECES = (
+    *("```", "````", "~~~", "a:b", "python", "`", "``", "    ", "\t", "\n", "\n\n", " ", "\r\n", "\r"),
+    *("- ", "* ", "+ ", "1. ", "2) ", "> ", "# ", "###### ", "---", "===", "***", "**", "_", "~~", "\\", "\\\\"),
+    *("[", "]", "(", ")", "![", "](", "](https://a.example/)", "](javascript:x)", "[x]: /y", "<https://b.e>", "<"),
+    *("|", "|-|", "|:-:|", "| a | b |\n|--:|---|\n", "<div>", "</div>", "</code></pre>", "<pre><code>", "<table>", '"'),
+    *("$", "$$", "\\(", "\\)", "\\[", "\\]", "\\begin{x}", "\\end{x}", "&amp;", "&#0;", "&quot;", "\0", "\ud800"),
+    *("word", "кириллица", "שלום", "é", "0", "!", "</", "-->", "<!--", 'class="code"', "data-copy"),
+)
+TEXTS = st.one_of(st.lists(st.sampled_from(PIECES), max_size=40).map("".join), st.text(max_size=60))
+OURS = {
+    *("a", "blockquote", "br", "button", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li"),
+    *("ol", "p", "pre", "s", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"),
+}
+"""All the elements that a message may consist of, our frames included."""
+KNOWN = {
+    "a": {"href", "title", "target", "rel"},
+    "button": {"type", "class", "data-copy"},
+    "div": {"class", "dir", "tabindex"},
+    "p": {"class", "dir"},
+    "span": {"class", "dir"},
+    "pre": {"tabindex"},
+    "ol": {"start", "dir"},
+    "td": {"align"},
+    "th": {"align"},
+    **{tag: {"dir"} for tag in ("blockquote", "h1", "h2", "h3", "h4", "h5", "h6", "table", "ul")},
+}
+
+
+class Elements(HTMLParser):
+    """Takes HTML at its word: each element has to be ours, and closed by the end tag that comes next."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.seen: list[object] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in OURS
+        for name, value in attrs:
+            assert name in KNOWN.get(tag, set()), f"{tag} has {name}"
+            assert name != "href" or (value or "").partition(":")[0].lower() not in ("javascript", "data", "vbscript")
+            assert name != "class" or value in ("code", "code-head", "wide", "math", "quiet small")
+        self.seen.append((tag, [(name, value or "") for name, value in attrs], len(self.open)))
+        if tag not in ("br", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def read(html: str) -> Elements:
+    elements = Elements()
+    elements.feed(html)
+    elements.close()
+    assert elements.open == []
+    return elements
+
+
+@given(TEXTS)
+@example("```a:b\nx\n```")
+@example("```a:b\nx\n```\n" * 12)
+@example("- ```a:b\n  x")
+@example('```" onclick="x\nx\n```')
+@example("| a |\n|---|\n| `</table>` |")
+@example("\ud800")
+def test_whatever_is_written_the_html_is_ours_and_balanced(text: str) -> None:
+    """Every element is of our list and closed where it belongs, and a browser, which repairs HTML, finds nothing to."""
+    html = str(render_markdown(text))
+    read(html)
+    repaired = nh3.clean(html, tags=OURS, attributes=KNOWN, link_rel=None, strip_comments=False)
+    assert (read(repaired).seen, read(repaired).words) == (read(html).seen, read(html).words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "[click](javascript:alert(1))",
+        "![x](javascript:alert(1))",
+        '[x](https://a.example/"onmouseover="alert(1))',
+        '<div class="code"><button data-copy>',
+    ],
+)
+def test_markdown_never_becomes_something_that_acts(text: str) -> None:
+    html = str(render_markdown(text))
+    for harm in ("<script", "<img", "<b ", 'href="javascript:', ' onmouseover="', "<div", "<button"):
+        assert harm not in html
+
+
+def test_pictures_from_elsewhere_become_links() -> None:
+    html = render_markdown("![a chart](https://example.com/chart.png)")
+    assert "<img" not in html
+    assert ">a chart</a>" in html
+
+
+def test_links_open_elsewhere_without_telling_where_from() -> None:
+    html = render_markdown("[docs](https://example.com/)")
+    assert 'target="_blank"' in html
+    assert 'rel="noopener noreferrer"' in html
+
+
+def test_code_gets_its_language_a_copy_button_and_the_keyboard() -> None:
+    html = render_markdown("```python\nprint('<b>')\n```")
+    assert "<span>python</span>" in html
+    assert "data-copy" in html
+    assert '<pre tabindex="0"><code>' in html
+    assert "&lt;b&gt;" in html
+
+
+@pytest.mark.parametrize("language", ["a:b", "python:src/main.py", "{.haskell", "<b", "питон", "c++", "objective-c&"])
+def test_a_code_block_has_its_frame_whatever_its_language_is_called(language: str) -> None:
+    """The frame and its label are there once, and the label is the text that was written."""
+    html = str(render_markdown(f"```{language} title\nx\n```"))
+    assert html.count('<div class="code"') == 1
+    assert read(html).words[:2] == [language, "Copy"]
+
+
+def test_table_cells_are_aligned_without_a_style() -> None:
+    html = render_markdown("| a |\n|--:|\n| 1 |")
+    assert '<td align="right">1</td>' in html
+    assert "style" not in html
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"\(a_1 + b_1\)",
+        r"\(\frac{a}{b} * c * d\)",
+        r"\[x = \{1, 2\}\]",
+        "$a_1$ and $b_1$",
+        r"$\{x\}$",
+        "$$a*b*c$$",
+        "$$\na_1 \\\\\n+ b_1\n$$",
+        "\\[\nx = a\n+ b\n= c\n- d\n\\]",
+        "\\begin{aligned}\na &= b \\\\\n- c &= d\n\\end{aligned}",
+    ],
+)
+@pytest.mark.parametrize("around", ["{}", "It is\n{}", "- as\n  {indented}", "> {quoted}", "{}\n\nnext"])
+def test_formulas_stay_as_they_were_typed(formula: str, around: str) -> None:
+    """Backslashes, underscores and asterisks of a formula are shown, and its lines begin no list and no heading."""
+    quoted, indented = formula.replace("\n", "\n> "), formula.replace("\n", "\n  ")
+    html = str(render_markdown(around.format(formula, quoted=quoted, indented=indented)))
+    assert formula in "".join(read(html).words)
+    assert not any(tag in html for tag in ("<em>", "<h1", "<h2"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("It costs $5, or **$10** for two", "It costs $5, or $10 for two"),
+        ("from $5 for *one* to $9", "from $5 for one to $9"),
+        (r"\(not closed *at* all", "(not closed at all"),
+        (r"`\(code\)`", r"\(code\)"),
+        ("$$ alone, *and* more", "$$ alone, and more"),
+        (r"C:\\(x)", r"C:\(x)"),
+        ("$ *x* $", "$ x $"),
+    ],
+)
+def test_dollars_and_brackets_are_no_formula_by_themselves(text: str, shown: str) -> None:
+    """Prices, shell variables and lone brackets leave the Markdown around them alone."""
+    words = "".join(read(str(render_markdown(text))).words)
+    assert words.strip() == shown
+    assert 'class="math"' not in render_markdown(text)
+
+
+def test_each_block_has_the_direction_of_its_own_words() -> None:
+    """Hebrew in one paragraph and English in the next; code and formulas run from left to right in both."""
+    html = render_markdown("שלום\n\nHello\n\n- אחת\n\n```\nx\n```\n\n$$x$$")
+    assert html.count('dir="auto"') == 3
+    assert '<div class="code" dir="ltr">' in html
+    assert '<p class="math" dir="ltr">' in html
+
+
+def test_what_was_rendered_is_kept_within_a_limit() -> None:
+    """The limit counts texts and their HTML; what was asked for longest ago goes first."""
+    kept = Kept(limit=8)
+    kept.put("a", "AAA")
+    kept.put("b", "BBB")
+    assert kept.get("a") == "AAA"
+    kept.put("c", "CCC")
+    assert [kept.get(text) for text in "abc"] == ["AAA", None, "CCC"]
+    kept.put("long", "LONGER")
+    assert [kept.get(text) for text in ("a", "c", "long")] == [None, None, None]
