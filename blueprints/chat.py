@@ -80,6 +80,12 @@ def retry(message_id: str) -> Response:
     return _changed(services().chats.retry(message_id).conversation_id)
 
 
+@bp.post("/messages/<message_id>/show")
+def show(message_id: str) -> Response:
+    """Show this one of the answers to a message."""
+    return _changed(services().chats.show(message_id).conversation_id, anchor=f"message-{message_id}")
+
+
 @bp.get("/messages/<message_id>/stream")
 def stream(message_id: str) -> Response:
     """A message as it grows: `text` events with its HTML so far, then one `final` with the whole message.
@@ -110,10 +116,10 @@ def _pieces(shown: Conversation | None, with_messages: bool) -> str:
     return render_template("fragments/chat_live.html", with_messages=with_messages, **_context(shown))
 
 
-def _changed(conversation_id: str) -> Response:
+def _changed(conversation_id: str, anchor: str = "latest") -> Response:
     """The answer to a form that changed a conversation: its pieces for htmx, the page otherwise."""
     if not request.htmx:
-        return see_other(url_for("chat.conversation", conversation_id=conversation_id, _anchor="latest"))
+        return see_other(url_for("chat.conversation", conversation_id=conversation_id, _anchor=anchor))
     answer: Response = make_response(_pieces(services().chats.get(conversation_id), with_messages=True))
     return answer
 

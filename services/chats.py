@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from services.answers import Answer, ChatStream, GenerationError, Generator
 from services.store.message_saver import MessageSaver
@@ -119,7 +120,6 @@ class Chats:
                 self._stop(running)
             if not self._repository.delete(conversation_id):
                 raise ConversationNotFound("This conversation does not exist any more.")
-            self._saver.forget(conversation_id=conversation_id)
 
     def start(self, text: str, model: str | None = None) -> Message:
         """Begin a conversation with the user's message, and the answer to it, which is returned.
@@ -154,26 +154,34 @@ class Chats:
             return self._begin(answer, (*conversation.messages, question), model, save)
 
     def retry(self, message_id: str, model: str | None = None) -> Message:
-        """Drop the last answer and write it anew; a last question that has no answer gets one.
+        """Write another answer to the last message, beside those that are there; one without a word is replaced.
 
-        Raises MessageNotFound, ChatBusy, NotTheLast.
+        A last message of the user's that has no answer gets one. Raises MessageNotFound, ChatBusy, NotTheLast.
         """
         with self._lock:
             conversation = self._idle(self.message(message_id).conversation_id)
             *before, last = conversation.messages
-            if last.id != message_id:
+            if message_id not in (last.id, *last.versions):
                 raise NotTheLast("Only the last answer can be written anew.")
-            if last.role == "user":
-                before.append(last)
             answer = self._message(conversation.id, "assistant", "", model)
-
-            def save() -> None:
-                if last.role == "assistant":
-                    self._repository.drop(message_id)
-                    self._saver.forget(message_id=message_id)
-                self._repository.append(answer)
-
+            if last.role == "user":
+                return self._begin(answer, conversation.messages, model, lambda: self._repository.append(answer))
+            empty = not (last.content or last.thinking)
+            kept = [old for old in last.versions or (last.id,) if not (empty and old == last.id)]
+            answer = replace(answer, versions=(*kept, answer.id) if kept else ())
+            save = partial(self._repository.add_version, answer, last.id, instead=empty)
             return self._begin(answer, tuple(before), model, save)
+
+    def show(self, message_id: str) -> Message:
+        """Show this one of the answers to a message, and go on from it. Raises MessageNotFound, ChatBusy."""
+        with self._lock:
+            message = self.message(message_id)
+            running = self._writing_in(message.conversation_id)
+            if running is not None and message_id in running.answer.message.versions:
+                raise ChatBusy("Another answer is being written here. Stop it or wait until it is there.")
+            if not self._repository.show(message_id):
+                raise MessageNotFound("This message does not exist any more.")
+            return message
 
     def stop(self, message_id: str) -> Message:
         """End an answer with what came so far; nothing happens to one that is final. Raises MessageNotFound."""
@@ -187,10 +195,13 @@ class Chats:
 
     def message(self, message_id: str) -> Message:
         """One message as it is now. Raises MessageNotFound."""
-        message = self._live(message_id) or self._repository.message(message_id)
-        if message is None:
+        running = self._running.get(message_id)
+        if running is not None:
+            return running.answer.message
+        stored = self._repository.message(message_id)
+        if stored is None:
             raise MessageNotFound("This message does not exist any more.")
-        return self._newest(message)
+        return self._newest(stored)
 
     def follow(self, message_id: str) -> Iterator[Message | None]:
         """A message now, then each time it grew, until it is final; None every 10 s without a change.
@@ -220,19 +231,17 @@ class Chats:
         of_it = (r for r in list(self._running.values()) if r.answer.message.conversation_id == conversation_id)
         return next((r for r in of_it if not r.answer.message.final), None)
 
-    def _live(self, message_id: str) -> Message | None:
-        """A message that is being written, or was and is not saved yet."""
-        running = self._running.get(message_id)
-        return running.answer.message if running is not None else self._saver.unsaved(message_id)
-
     def _newest(self, stored: Message) -> Message:
         """A message as it is now, given what the database had of it.
 
         A row that says `streaming` and that nobody writes, such as one from a restored copy, counts as interrupted.
         """
-        live = self._live(stored.id)
-        if live is not None or stored.final:
-            return live or stored
+        running = self._running.get(stored.id)
+        live = running.answer.message if running is not None else self._saver.unsaved(stored.id)
+        if live is not None:
+            return replace(live, versions=stored.versions)
+        if stored.final:
+            return stored
         again = self._repository.message(stored.id)  # it may have ended since the row was read
         if again is not None and again.final:
             return again
@@ -261,7 +270,7 @@ class Chats:
         )
 
     def _begin(
-        self, message: Message, before: tuple[Message, ...], model: str | None, save: Callable[[], None]
+        self, message: Message, before: tuple[Message, ...], model: str | None, save: Callable[[], object]
     ) -> Message:
         """Have the answer `message` saved, then written to what was said `before`, in a thread of its own."""
         answer = Answer(message, self._saver.put, self._clock)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from services.state_folder import private_opener
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision in `migrations/`. A database that is there already needs no Alembic, whose import takes 0.2 s."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")

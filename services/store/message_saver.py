@@ -42,13 +42,6 @@ class MessageSaver:
         """The newest state of a message, unless the database has it already."""
         return self._waiting.get(message_id)
 
-    def forget(self, *, message_id: str | None = None, conversation_id: str | None = None) -> None:
-        """Save nothing more of a message, or of a conversation, that was deleted."""
-        with self._changed:
-            self._waiting = {
-                m.id: m for m in self._waiting.values() if m.id != message_id and m.conversation_id != conversation_id
-            }
-
     def close(self, timeout: float = 5.0) -> None:
         """Try once more to save what waits, for at most `timeout` seconds."""
         with self._changed:

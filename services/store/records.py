@@ -22,7 +22,10 @@ class Message:
     """One message of a conversation.
 
     `model` is who wrote it, `error` why it failed. `tokens` counts the pieces an answer came in, `seconds` is the
-    time from the first to the last of them; None for what nobody generated.
+    time from the first to the last of them; None for what nobody generated. `thinking` is what the model thought before
+    it answered, for `thinking_seconds`. `told_from` is the oldest message that the model was told, where not all of
+    them fitted; `context_full` says that the answer ended because nothing more fitted. `versions` are the ids of all
+    answers to the same message, its own among them, in order of their writing; empty where there is one.
     """
 
     id: str
@@ -36,6 +39,11 @@ class Message:
     finished_at: float | None
     tokens: int | None
     seconds: float | None
+    thinking: str = ""
+    thinking_seconds: float | None = None
+    told_from: str | None = None
+    context_full: bool = False
+    versions: tuple[str, ...] = ()
 
     @property
     def final(self) -> bool:

@@ -37,10 +37,15 @@ class ConversationRepository:
             return [_conversation(row) for row in session.scalars(query)]
 
     def get(self, conversation_id: str) -> Conversation | None:
-        """One conversation with its messages."""
+        """One conversation with its messages; of several answers to one message, the one that is shown."""
+        shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown)
         with self._store.reading() as session:
             row = session.get(ConversationRow, conversation_id)
-            return None if row is None else _conversation(row, tuple(_message(m) for m in row.messages))
+            if row is None:
+                return None
+            versions = _versions(session, conversation_id)
+            messages = session.scalars(select(MessageRow).where(*shown).order_by(MessageRow.position))
+            return _conversation(row, tuple(_message(m, versions.get(m.position, ())) for m in messages))
 
     def add(self, conversation: Conversation) -> None:
         """Save a new conversation with its messages, all or nothing."""
@@ -66,9 +71,12 @@ class ConversationRepository:
             return _changed(session, delete(ConversationRow).where(ConversationRow.id == conversation_id)) > 0
 
     def message(self, message_id: str) -> Message | None:
+        """One message, shown or not."""
         with self._store.reading() as session:
             row = session.get(MessageRow, message_id)
-            return None if row is None else _message(row)
+            if row is None:
+                return None
+            return _message(row, _versions(session, row.conversation_id, row.position).get(row.position, ()))
 
     def append(self, *messages: Message, title: str | None = None) -> bool:
         """Put messages of one conversation at its end, and give it a title if there is one: all of it or nothing.
@@ -87,16 +95,43 @@ class ConversationRepository:
             conversation.title = conversation.title if title is None else title
             return True
 
+    def add_version(self, message: Message, beside: str, *, instead: bool = False) -> bool:
+        """Save another answer beside the one with the id `beside`, and show it; `instead` deletes that one.
+
+        False when that one is gone.
+        """
+        with self._store.writing() as session:
+            old = session.get(MessageRow, beside)
+            if old is None:
+                return False
+            turn = (MessageRow.conversation_id == old.conversation_id, MessageRow.position == old.position)
+            last = session.scalar(select(func.max(MessageRow.version)).where(*turn)) or 0
+            session.execute(update(MessageRow).where(*turn).values(shown=False))
+            session.add(_row(message, old.position, last + 1))
+            session.execute(
+                update(ConversationRow)
+                .where(ConversationRow.id == old.conversation_id)
+                .values(updated_at=message.created_at)
+            )
+            if instead:
+                session.delete(old)
+            return True
+
+    def show(self, message_id: str) -> bool:
+        """Show this one of the answers to a message. Whether it is still there."""
+        with self._store.writing() as session:
+            row = session.get(MessageRow, message_id)
+            if row is None:
+                return False
+            turn = (MessageRow.conversation_id == row.conversation_id, MessageRow.position == row.position)
+            session.execute(update(MessageRow).where(*turn).values(shown=MessageRow.id == message_id))
+            return True
+
     def update(self, message: Message) -> bool:
         """Replace a message by its newer self. Whether it is still there."""
-        change = update(MessageRow).where(MessageRow.id == message.id).values(**asdict(message))
+        change = update(MessageRow).where(MessageRow.id == message.id).values(**_values(message))
         with self._store.writing() as session:
             return _changed(session, change) > 0
-
-    def drop(self, message_id: str) -> bool:
-        """Delete one message. Whether it was there."""
-        with self._store.writing() as session:
-            return _changed(session, delete(MessageRow).where(MessageRow.id == message_id)) > 0
 
     def mark_interrupted(self, at: float) -> int:
         """Say of each message left `streaming` by a dead process that it was interrupted. How many there were."""
@@ -171,24 +206,33 @@ def _conversation(row: ConversationRow, messages: tuple[Message, ...] = ()) -> C
     return Conversation(row.id, row.title, row.created_at, row.updated_at, messages)
 
 
-def _row(message: Message, position: int) -> MessageRow:
-    return MessageRow(**asdict(message), position=position)
+def _versions(session: Session, conversation_id: str, position: int | None = None) -> dict[int, tuple[str, ...]]:
+    """By position, the ids of the answers where there are several; of the whole conversation, or at one position."""
+    here = [MessageRow.conversation_id == conversation_id]
+    if position is not None:
+        here.append(MessageRow.position == position)
+    several = select(MessageRow.position).where(*here).group_by(MessageRow.position).having(func.count() > 1)
+    found = select(MessageRow.position, MessageRow.id).where(*here, MessageRow.position.in_(several))
+    ids: dict[int, tuple[str, ...]] = {}
+    for place, message_id in session.execute(found.order_by(MessageRow.position, MessageRow.version)):
+        ids[place] = (*ids.get(place, ()), message_id)
+    return ids
 
 
-def _message(row: MessageRow) -> Message:
-    return Message(
-        id=row.id,
-        conversation_id=row.conversation_id,
-        role=row.role,
-        content=row.content,
-        model=row.model,
-        state=row.state,
-        error=row.error,
-        created_at=row.created_at,
-        finished_at=row.finished_at,
-        tokens=row.tokens,
-        seconds=row.seconds,
-    )
+def _values(message: Message) -> dict[str, Any]:
+    """What a message says, by column; not where it stands."""
+    values = asdict(message)
+    del values["versions"]
+    return values
+
+
+def _row(message: Message, position: int, version: int = 1) -> MessageRow:
+    return MessageRow(**_values(message), position=position, version=version, shown=True)
+
+
+def _message(row: MessageRow, versions: tuple[str, ...]) -> Message:
+    told = {field.name: getattr(row, field.name) for field in fields(Message) if field.name != "versions"}
+    return Message(**told, versions=versions)
 
 
 def _download(row: DownloadRow) -> DownloadRecord:

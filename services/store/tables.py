@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, UniqueConstraint, false, true
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.store.records import DownloadState, LoadOutcome, MessageState, Role
 
@@ -23,20 +23,21 @@ class ConversationRow(Base):
     title: Mapped[str] = mapped_column(Text)
     created_at: Mapped[float]
     updated_at: Mapped[float] = mapped_column(index=True)
-    messages: Mapped[list[MessageRow]] = relationship(
-        order_by="MessageRow.position", cascade="all, delete-orphan", passive_deletes=True
-    )
 
 
 class MessageRow(Base):
+    """A message. Those with the same `position` are answers to one message, told apart by `version`; one is `shown`."""
+
     __tablename__ = "messages"
-    __table_args__ = (UniqueConstraint("conversation_id", "position", name="uq_messages_position"),)
+    __table_args__ = (UniqueConstraint("conversation_id", "position", "version", name="uq_messages_version"),)
 
     id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
     conversation_id: Mapped[str] = mapped_column(
         String(ID_LENGTH), ForeignKey("conversations.id", ondelete="CASCADE", name="fk_messages_conversation")
     )
     position: Mapped[int]
+    version: Mapped[int] = mapped_column(default=1, server_default="1")
+    shown: Mapped[bool] = mapped_column(default=True, server_default=true())
     role: Mapped[Role] = mapped_column(String(16))
     content: Mapped[str] = mapped_column(Text)
     model: Mapped[str | None] = mapped_column(Text)
@@ -46,6 +47,10 @@ class MessageRow(Base):
     finished_at: Mapped[float | None]
     tokens: Mapped[int | None]
     seconds: Mapped[float | None]
+    thinking: Mapped[str] = mapped_column(Text, server_default="")
+    thinking_seconds: Mapped[float | None]
+    told_from: Mapped[str | None] = mapped_column(String(ID_LENGTH))
+    context_full: Mapped[bool] = mapped_column(server_default=false())
 
 
 class DownloadRow(Base):

@@ -94,15 +94,32 @@ def test_another_tab_sees_the_answer_grow(slow: Page) -> None:
 
 
 def test_stop_keeps_what_came_and_retry_starts_over(slow: Page) -> None:
-    """A stopped answer says so; trying again replaces it by a whole one."""
+    """A stopped answer says so; trying again gives a whole one, and the first can still be looked at, by keyboard."""
     say(slow, "Hello")
     expect(answers(slow).locator(".prose")).to_contain_text("I am")
     slow.get_by_role("button", name="Stop").click()
     expect(answers(slow)).to_contain_text("Stopped before it was complete.")
-    assert answers(slow).locator(".prose").inner_text() != WHOLE
+    half = answers(slow).locator(".prose").inner_text()
+    assert half != WHOLE
     answers(slow).get_by_role("button", name="Retry").click()
     expect(slow.locator(".message.complete .prose")).to_have_text(WHOLE)
     expect(messages(slow)).to_have_count(2)
+    earlier, later = (slow.get_by_role("button", name=f"{which} answer") for which in ("Earlier", "Later"))
+    versions = slow.get_by_role("group", name="Answers to this message").get_by_role("status")
+    expect(versions).to_have_text("Answer 2 of 2")
+    earlier.focus()
+    slow.keyboard.press("Enter")
+    expect(versions).to_have_text("Answer 1 of 2")
+    expect(answers(slow).locator(".prose")).to_have_text(half)
+    expect(earlier).to_be_focused()
+    expect(earlier).to_have_attribute("aria-disabled", "true")
+    slow.reload()
+    expect(answers(slow).locator(".prose")).to_have_text(half)
+    later.click()
+    expect(answers(slow).locator(".prose")).to_have_text(WHOLE)
+    answers(slow).get_by_role("button", name="Retry").click()
+    expect(versions).to_have_text("Answer 3 of 3")
+    expect(answers(slow).locator(".prose")).to_have_text(WHOLE)
 
 
 def test_the_keys_of_the_composer(slow: Page) -> None:

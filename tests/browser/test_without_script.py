@@ -36,6 +36,10 @@ def test_a_whole_conversation(page: Page, console: Console) -> None:
     composer(page).fill("Again")
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".message.complete")).to_have_count(2)
+    page.get_by_role("button", name="Retry").click()
+    expect(page.get_by_text("2 of 2")).to_be_visible()
+    page.get_by_role("button", name="Earlier answer").click()
+    expect(page.get_by_text("1 of 2")).to_be_visible()
 
 
 def test_a_plan_is_a_page_and_models_are_managed(page: Page, console: Console) -> None:

@@ -340,18 +340,82 @@ def test_a_bug_does_not_leave_an_answer_hanging(
     assert failed.error == "Switchyard failed to pass the answer on (KeyError); its log has the details."
 
 
-def test_retry_replaces_the_last_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """The old answer goes, the new one is asked with what came before it."""
+def test_retry_keeps_the_earlier_answer(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
+) -> None:
+    """Both are kept beside each other; the new one is asked with what came before, and shown."""
     answer(chats, generator, conversation, "One", "first")
     old = answer(chats, generator, conversation, "Two", "bad")
     new = chats.retry(old.id)
     stream = generator.next().say("good")
     stream.end()
     assert [m["content"] for m in stream.messages] == ["One", "first", "Two"]
-    final(chats, new.id)
+    assert final(chats, new.id).versions == (old.id, new.id)
     assert [m.content for m in chats.get(conversation.id).messages] == ["One", "first", "Two", "good"]
+    assert chats.message(old.id) == replace(old, versions=(old.id, new.id))
+    again = Chats(ConversationRepository(store), generator)
+    assert again.get(conversation.id).messages[-1].versions == (old.id, new.id)
+    again.close()
+
+
+def test_the_conversation_goes_on_from_the_answer_that_is_shown(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """What one sees is what the model is told, also after paging back."""
+    old = answer(chats, generator, conversation, "One", "old")
+    new = chats.retry(old.id)
+    generator.next().say("new").end()
+    final(chats, new.id)
+    assert chats.show(old.id).content == "old"
+    sent = chats.send(conversation.id, "Two")
+    stream = generator.next()
+    stream.end()
+    assert [m["content"] for m in stream.messages] == ["One", "old", "Two"]
+    final(chats, sent.id)
+    chats.show(new.id)
+    assert [m.content for m in chats.get(conversation.id).messages] == ["One", "new", "Two", ""]
+
+
+def test_an_answer_without_a_word_is_not_kept(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """There is nothing in a failure to page back to; the answers before it stay."""
+    good = answer(chats, generator, conversation, "One", "good")
+    generator.refusal = GenerationError("no")
+    failed = final(chats, chats.retry(good.id).id)
+    generator.refusal = None
+    again = chats.retry(failed.id)
+    generator.next().say("better").end()
+    assert final(chats, again.id).versions == (good.id, again.id)
     with pytest.raises(MessageNotFound):
-        chats.message(old.id)
+        chats.message(failed.id)
+    only = chats.start("Hi")
+    generator.next().end()
+    final(chats, only.id)
+    last = chats.retry(only.id)
+    generator.next().say("ok").end()
+    assert final(chats, last.id).versions == ()
+
+
+def test_one_does_not_page_away_from_an_answer_being_written(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """The composer would take a message that then is refused; other answers can be looked at meanwhile."""
+    first = answer(chats, generator, conversation, "One", "1")
+    second = chats.retry(first.id)
+    generator.next().say("2").end()
+    final(chats, second.id)
+    old = answer(chats, generator, conversation, "Two", "old")
+    new = chats.retry(old.id)
+    stream = generator.next()
+    for message_id in (old.id, new.id):
+        with pytest.raises(ChatBusy):
+            chats.show(message_id)
+    chats.show(first.id)
+    stream.end()
+    final(chats, new.id)
+    with pytest.raises(MessageNotFound):
+        chats.show("nothing")
 
 
 def test_only_the_last_answer_can_be_retried(
@@ -368,9 +432,8 @@ def test_a_question_without_an_answer_can_be_retried(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
     """When the process died between question and answer the question is answered, not doubled."""
-    dropped = answer(chats, generator, conversation, "One", "lost")
-    ConversationRepository(store).drop(dropped.id)
-    question = chats.get(conversation.id).messages[-1]
+    question = Message("q" * 32, conversation.id, "user", "One", None, "complete", None, 1.0, 1.0, None, None)
+    ConversationRepository(store).append(question)
     new = chats.retry(question.id)
     generator.next().say("here").end()
     final(chats, new.id)

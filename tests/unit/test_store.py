@@ -122,9 +122,13 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(path: Path) -> No
         command.upgrade(config, "0001")
         assert not sa.inspect(connection).has_table("downloads")
         connection.execute(sa.text("INSERT INTO conversations VALUES ('c', 'Kept', 1.0, 2.0)"))
+        said = "'m', 'c', 0, 'user', 'Said', NULL, 'complete', NULL, 1.0, 1.0, NULL, NULL"
+        connection.execute(sa.text(f"INSERT INTO messages VALUES ({said})"))
     engine.dispose()
     store = open_store(path)
-    assert [c.title for c in ConversationRepository(store).newest_first()] == ["Kept"]
+    kept = ConversationRepository(store).get("c")
+    assert kept is not None
+    assert (kept.title, [m.content for m in kept.messages]) == ("Kept", ["Said"])
     record = download(3.0)
     DownloadRepository(store).save(record)
     assert DownloadRepository(store).newest_first() == [record]
@@ -180,18 +184,53 @@ def test_messages_come_back_as_they_were(chats: ConversationRepository) -> None:
     assert chats.message(second.id) == second
 
 
-def test_a_message_is_replaced_and_dropped(chats: ConversationRepository) -> None:
-    """An update changes the one message; one dropped is gone, and the next still comes last."""
+def test_a_message_is_replaced(chats: ConversationRepository) -> None:
+    """An update changes the one message, and its place stays."""
     conversation = begun(chats, "A", 1.0)
-    first, second, third = (message(conversation.id, str(n)) for n in range(3))
-    chats.append(first)
-    chats.append(second)
-    assert chats.update(replace(first, content="changed"))
-    assert chats.drop(second.id)
-    chats.append(third)
+    first, second = (message(conversation.id, str(n)) for n in range(2))
+    chats.append(first, second)
+    changed = replace(first, content="changed", thinking="hm", thinking_seconds=0.5, told_from="x", context_full=True)
+    assert chats.update(changed)
     found = chats.get(conversation.id)
     assert found is not None
-    assert [m.content for m in found.messages] == ["changed", "2"]
+    assert found.messages == (changed, second)
+
+
+def test_answers_stand_beside_each_other_and_one_is_shown(chats: ConversationRepository) -> None:
+    """The newest at first, then the one that was chosen; each knows all of them, and what follows stays."""
+    conversation = begun(chats, "A", 1.0)
+    question, first, second, third = (message(conversation.id, text) for text in ("?", "1", "2", "3"))
+    chats.append(question, first)
+    assert chats.add_version(replace(second, created_at=9.0), first.id)
+    assert chats.add_version(third, second.id)
+    after = message(conversation.id, "after")
+    chats.append(after)
+    ids = (first.id, second.id, third.id)
+
+    def shown() -> list[Message]:
+        found = chats.get(conversation.id)
+        assert found is not None
+        return list(found.messages)
+
+    assert shown() == [question, replace(third, versions=ids), after]
+    assert chats.show(first.id)
+    assert shown() == [question, replace(first, versions=ids), after]
+    assert chats.message(second.id) == replace(second, created_at=9.0, versions=ids)
+    assert not chats.show("nothing")
+    assert not chats.add_version(message(conversation.id), "nothing")
+
+
+def test_an_answer_can_take_the_place_of_another(chats: ConversationRepository) -> None:
+    """The old one is gone; the newest is still the last."""
+    conversation = begun(chats, "A", 1.0)
+    question, first, empty, third = (message(conversation.id, text) for text in ("?", "1", "", "3"))
+    chats.append(question, first)
+    chats.add_version(empty, first.id)
+    assert chats.add_version(third, empty.id, instead=True)
+    found = chats.get(conversation.id)
+    assert found is not None
+    assert found.messages == (question, replace(third, versions=(first.id, third.id)))
+    assert chats.message(empty.id) is None
 
 
 def test_deleting_takes_the_messages_along(chats: ConversationRepository) -> None:
@@ -204,7 +243,6 @@ def test_deleting_takes_the_messages_along(chats: ConversationRepository) -> Non
     assert chats.message(said.id) is None
     assert not chats.append(message(conversation.id))
     assert not chats.update(said)
-    assert not chats.drop(said.id)
 
 
 def test_what_is_not_there_is_none_or_false(chats: ConversationRepository) -> None:
