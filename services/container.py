@@ -59,6 +59,9 @@ from services.switching.switcher import Switcher
 
 log = structlog.get_logger(__name__)
 
+START_LOOK_SECONDS = 2.0
+"""How long the start waits at most for the first look at the engines."""
+
 
 @dataclass(frozen=True)
 class Services:
@@ -85,7 +88,11 @@ class Services:
     compose: ComposeChoice
 
     def start(self) -> None:
-        """Begin to look after models: readings, the catalogue's watch, the switcher, the model to preload."""
+        """Begin to look after models: readings, the catalogue's watch, the switcher, the model to preload.
+
+        Returns once it is known what the engines have loaded, so that the first page after a restart doesn't say of
+        a loaded model that it is stopped; an engine that is slow to tell holds nobody up for long.
+        """
         self.devices.start()
         self.ollama_service.start_watching()
         for engine in self.engines.values():
@@ -96,6 +103,7 @@ class Services:
         self.updates.start()
         if self.settings.preload is not None:
             Threads().spawn("preload", lambda: self._preload(str(self.settings.preload)))
+        self.switcher.wait_looked(START_LOOK_SECONDS)
 
     def _preload(self, model_id: str) -> None:
         """Load the model that the settings name, unless something is loaded: who wants another one switches to it."""

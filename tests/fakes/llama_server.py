@@ -7,6 +7,7 @@ and misbehaves as `--fault NAME[:VALUE]` says (may be repeated):
     slow_load:SECONDS      reads the model file evenly over that time
     crash_loading          ends with exit code 3 and a telling log line after half of the file
     never_ready            stays at 503 for ever
+    slow_health:SECONDS    waits that long before it says how it is
     crash_ready:SECONDS    ends by itself that long after it was ready
     crash_answering        ends in the middle of an answer
     cut_answer             ends in the middle of an answer that is no stream
@@ -85,6 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.ready.is_set():
             self._json(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
         elif self.path == "/health":
+            time.sleep(float(self.server.faults.get("slow_health", 0)))
             self._json(200, {"status": "ok"})
         elif self._allowed():
             self._json(200, {"object": "list", "data": [{"id": self.server.alias, "object": "model"}]})

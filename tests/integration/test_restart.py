@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import requests
 
@@ -39,6 +40,25 @@ def test_requests_that_come_with_a_restart_are_answered_after_it(start_stand_in:
     wait_until(lambda: not before & {child.pid for child in console.children()}, "the old worker to be gone")
     states = console.states()
     assert (states["a"], states["b"]) == ("running", "running")
+
+
+def test_the_first_answer_after_a_start_knows_what_is_loaded(start_stand_in: StartConsole) -> None:
+    """What a crash left loaded was called stopped until the first look at its engine was over."""
+    console = start_stand_in(stand_in("a", "slow_health:0.4"))
+    console.switch("a")
+    console.kill()
+    answers: list[requests.Response] = []
+
+    def answered() -> bool:
+        with suppress(requests.ConnectionError):
+            answers.append(requests.get(f"{console.url}/v1/models/status", timeout=60))
+        return bool(answers)
+
+    with ThreadPoolExecutor(1) as starter:
+        started = starter.submit(console.start)  # waits for /readyz, which comes later
+        wait_until(answered, "the first answer")
+        started.result()
+    assert answers[0].json()["models"]["a"]["status"] == "running"
 
 
 def test_an_answer_that_a_restart_breaks_off_says_so(start_stand_in: StartConsole) -> None:
