@@ -179,7 +179,7 @@ def build_services(settings: Settings) -> Services:
         every_seconds=settings.update_check_hours * 3600,
     )
     router = Router(settings, board, catalog, switcher)
-    relay = Relay(settings.upstream_timeout_seconds)
+    relay = Relay(settings.upstream_timeout_seconds, serving=lambda: board.current.origins)
     return Services(
         settings=settings,
         board=board,

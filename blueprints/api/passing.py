@@ -110,12 +110,11 @@ def _check_served(answer: Answer, model: str) -> None:
     """An engine's own words for an address that it doesn't serve are as many as there are engines: they become ours."""
     try:
         said = answer.beginning(LONGEST_REFUSAL)
-        if len(said) == LONGEST_REFUSAL or not _names_no_route(said):
-            return
     except BaseException:
         answer.break_off()
         raise
-    answer.break_off()
+    if len(said) == LONGEST_REFUSAL or not _names_no_route(said):
+        return
     if answer.status_code == 405:
         allowed = str(answer.get("allow") or "")
         raise MethodNotAllowed([method.strip() for method in allowed.split(",") if method.strip()])

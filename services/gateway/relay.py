@@ -1,30 +1,24 @@
 """Bytes through: one request to an instance, its answer passed on unchanged and as it comes.
 
-The data plane's hot path. The parser (llhttp) and the pool are geventhttpclient's; what is ours reads whatever has
-arrived instead of waiting for a full block, which is what a streamed token needs.
+The data plane's hot path. The parser (llhttp) is geventhttpclient's; what is ours reads whatever has arrived instead of
+waiting for a full block, which is what a streamed token needs.
 """
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
-import certifi
-from gevent import socket as gevent_socket
-from gevent import spawn_later, ssl
-from geventhttpclient.connectionpool import ConnectionPool
-from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
+from geventhttpclient.response import HTTPParseError, HTTPResponse, HTTPResponseParser
 
 from services.engines.port import Endpoint
+from services.gateway.connections import CONNECTIONS_PER_ENGINE, Connection, Network, NoPlace, Pool, Sockets
 from services.gateway.router import ClientGone, GatewayError
 
-CONNECT_SECONDS = 5.0
-CONNECTIONS_PER_ENGINE = 1024
 BLOCK = 65_536
-POOLS_KEPT = 64
+LONGEST_HEAD = 262_144
+"""Bytes of an answer before its body, interim answers included."""
 TIDY_SECONDS = 5.0
 """How often idle connections are looked at: engines hang up on them, and end."""
 
@@ -53,97 +47,28 @@ NOT_FORWARDED = HOP_BY_HOP | {
 }
 
 
-class Connection(gevent_socket.socket):  # type: ignore[misc]
-    """A connection to an engine. `answered`: a whole answer has come over it, so that it is used again."""
-
-    answered = False
+class Unanswered(ConnectionError):
+    """The engine closed the connection without a byte of an answer."""
 
 
-class Pool(ConnectionPool):  # type: ignore[misc]
-    """Idle connections to one engine."""
+class Answer(HTTPResponse):  # type: ignore[misc]
+    """An engine's answer, its body as it arrives. Holds its connection until it is whole or broken off."""
 
-    def __init__(self, host: str, port: int, timeout: float) -> None:
-        super().__init__(
-            host,
-            port,
-            host,
-            port,
-            size=CONNECTIONS_PER_ENGINE,
-            connection_timeout=CONNECT_SECONDS,
-            network_timeout=timeout,
-        )
-
-    def new_socket(self) -> socket.socket:
-        """A new connection, though there may be idle ones. Raises OSError."""
-        self._semaphore.acquire()
+    def __init__(self, connection: Connection, pool: Pool, method: str) -> None:
+        """Wait for its headers. Raises OSError, HTTPParseError, and Unanswered; the connection is given back then."""
+        super().__init__(method=method)
+        self._connection: Connection | None = connection
+        self._pool = pool
         try:
-            return self._create_socket()  # type: ignore[no-any-return]
+            self._read_head(connection)
         except BaseException:
-            self._semaphore.release()
+            self._let_go()
             raise
-
-    def tidy(self) -> bool:
-        """Close the idle connections that the engine has closed; whether any connection is left.
-
-        Only a request would notice, and to an engine that has ended there will be none: each of its connections stayed
-        half closed until the app ended.
-        """
-        idle = [self._socket_queue.get(block=False) for _ in range(self._socket_queue.qsize())]
-        for sock in reversed(idle):  # the last one used comes first, and has to again
-            if self._is_socket_alive(sock):
-                self._socket_queue.put(sock)
-            else:
-                sock.close()
-        return bool(self._socket_queue.qsize()) or self._semaphore.counter < self.size
-
-    def return_socket(self, sock: Connection) -> None:
-        sock.answered = True
-        super().return_socket(sock)
-
-    def after_connect(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def _create_tcp_socket(self, family: int, kind: int, protocol: int) -> Connection:
-        return Connection(family, kind, protocol)
-
-    def _is_socket_alive(self, sock: socket.socket) -> bool:
-        """A healthy idle connection has nothing to read; the library asks `select`, which costs a turn of the hub."""
-        try:
-            sock.settimeout(0.0)
-            Connection.recv(sock, 1, socket.MSG_PEEK)  # the bytes on the wire: a TLS socket refuses to peek at its own
-        except BlockingIOError:
-            sock.settimeout(self.network_timeout)
-            return True
-        except OSError:
-            pass
-        return False
-
-
-class TlsPool(Pool):
-    """Idle connections to one engine behind TLS, whose certificate has to be one that this machine trusts."""
-
-    def __init__(self, host: str, port: int, timeout: float) -> None:
-        super().__init__(host, port, timeout)
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate, and whose it is
-        self._context.load_default_certs()
-        self._context.load_verify_locations(certifi.where())  # as the control plane trusts: `services.http.tls_context`
-
-    def _connect_socket(self, sock: Connection, address: tuple[object, ...]) -> socket.socket:
-        sock.connect(address)
-        return self._context.wrap_socket(sock, server_hostname=self._request_host)  # type: ignore[no-any-return]
-
-
-class Answer(HTTPSocketPoolResponse):  # type: ignore[misc]
-    """An engine's answer, its body as it arrives."""
-
-    def __init__(self, sock: socket.socket, pool: Pool, method: str) -> None:
-        self._ended_early = False
-        super().__init__(sock, pool=pool, block_size=BLOCK, method=method)
 
     def arrived(self) -> bytes:
         """Body bytes that are here, waiting for some if none are; empty at the end. Raises OSError, HTTPParseError."""
-        while not self._body_buffer and not self.message_complete and self._sock is not None:
-            self._receive()
+        while not self._body_buffer and self._connection is not None:
+            self._receive(self._connection)
         chunk = bytes(self._body_buffer)
         self._body_buffer.clear()
         return chunk
@@ -154,29 +79,74 @@ class Answer(HTTPSocketPoolResponse):  # type: ignore[misc]
         Raises GatewayError when it breaks off.
         """
         try:
-            while len(self._body_buffer) < size and not self.message_complete and self._sock is not None:
-                self._receive()
+            while len(self._body_buffer) < size and self._connection is not None:
+                self._receive(self._connection)
         except (OSError, HTTPParseError) as error:
             raise GatewayError("engine_unreachable", f"The engine's answer broke off: {error}.") from None
         return bytes(self._body_buffer[:size])
 
     def abort(self) -> None:
         """Close the connection, from any greenlet: the engine notices and stops generating."""
-        if self._sock is not None:
-            _shut(self._sock)
+        if self._connection is not None:
+            self._connection.shut()
 
     def break_off(self) -> None:
-        """Give the connection back. An answer that was left in the middle is aborted, which stops the generation."""
-        if not self.message_complete:
-            self.abort()
-            self.release()
+        """Leave it where it is, and give its connection back: in the middle that stops the generation."""
+        self._let_go()
 
-    def _receive(self) -> None:
-        data = self._sock.recv(BLOCK)
+    def _read_head(self, connection: Connection) -> None:
+        came = 0
+        while not self.headers_complete or self.status_code < 200:
+            if came > LONGEST_HEAD:
+                raise HTTPParseError("the engine's headers have no end")
+            try:
+                data = connection.recv(BLOCK)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise (
+                    HTTPParseError("the engine closed the connection in mid-answer")
+                    if came
+                    else Unanswered("it closed the connection")
+                )
+            came += len(data)
+            self.feed(data)
+
+    def _receive(self, connection: Connection) -> None:
+        data = connection.recv(BLOCK)
         self.feed(data)
         if not data and not self.message_complete:
-            self.release()
             raise HTTPParseError("the engine closed the connection in mid-answer")
+
+    def feed(self, data: bytes) -> None:
+        """Parse what has come. Nobody asked for what follows a whole answer: it closes the connection, no more."""
+        try:
+            HTTPResponseParser.feed(self, data)
+        except HTTPParseError:
+            if not self._whole:
+                raise
+        if self.message_complete and self._whole:
+            self._let_go()
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all of it is here; an interim answer (1xx) is not it."""
+        return bool(self.message_complete and self.status_code >= 200)
+
+    def _on_message_begin(self) -> None:
+        """The parser would go on with a second answer as if it belonged to the first."""
+        if self._whole:
+            raise HTTPParseError("the engine answered twice")
+        super()._on_message_begin()
+
+    def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._whole and not self.should_close():
+            self._pool.keep(connection)
+        else:
+            self._pool.drop(connection)
 
 
 class Hangup:
@@ -199,13 +169,17 @@ class Hangup:
 
 
 class Relay:
-    """Sends requests to engines over kept connections."""
+    """Sends requests to engines over kept connections. `serving` are the origins of the instances there are."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(
+        self, timeout: float, network: Network | None = None, serving: Callable[[], Collection[str]] | None = None
+    ) -> None:
         self._timeout = timeout
-        self._lock = threading.Lock()
+        self._network = network or Sockets(timeout)
+        self._serving = serving
         self._pools: dict[str, Pool] = {}
         self._tidying = False
+        self._closed = False
 
     def send(
         self,
@@ -225,72 +199,80 @@ class Relay:
         request = _head(endpoint, method, target, headers, body) + body
         pool = self._pool(endpoint.origin)
         try:
-            sock = pool.get_socket()
-            used_before = getattr(sock, "answered", False)  # a TLS socket that is new has no such attribute
-            try:
-                return self._ask(pool, sock, request, method, hangup)
-            except HTTPConnectionClosed:
-                if not used_before:
-                    raise
-            return self._ask(pool, pool.new_socket(), request, method, hangup)
+            kept = pool.take()
+            if kept is not None:
+                try:
+                    return _ask(pool, kept, request, method, hangup)
+                except Unanswered:
+                    if hangup.called or self._closed:
+                        raise
+            return _ask(pool, pool.dial(), request, method, hangup)
         except TimeoutError:
             raise GatewayError("engine_timeout", f"The engine said nothing for {self._timeout:.0f} s.") from None
+        except NoPlace:
+            raise GatewayError(
+                "queue_full", f"The engine answers {CONNECTIONS_PER_ENGINE} requests already. Try again later.", 5
+            ) from None
         except (OSError, HTTPParseError) as error:
             if hangup.called:
                 raise ClientGone from None
+            if self._closed:
+                raise GatewayError("stopping", "Switchyard stops, and broke the answer off. Ask again.", 2) from None
             raise GatewayError("engine_unreachable", f"The engine did not answer: {error}.") from None
 
-    def forget(self, origin: str) -> None:
-        """Close the idle connections to an engine that is gone."""
-        with self._lock:
-            pool = self._pools.pop(origin, None)
-        if pool is not None:
-            pool.close()
-
-    def _ask(self, pool: Pool, sock: socket.socket, request: bytes, method: str, hangup: Hangup) -> Answer:
-        """Raises HTTPConnectionClosed when the engine closed the connection without a byte of an answer."""
-        try:
-            hangup.applies_to(lambda: _shut(sock))
-            _send(sock, request)
-        except BaseException:
-            pool.release_socket(sock)
-            raise
-        answer = Answer(sock, pool, method)
-        hangup.applies_to(answer.abort)
-        return answer
+    def close(self) -> None:
+        """Break every answer off, and close what is idle: the app goes."""
+        self._closed = True
+        for pool in self._pools.values():
+            pool.shut_used()
+            pool.close_idle()
 
     def _pool(self, origin: str) -> Pool:
         pool = self._pools.get(origin)
         if pool is None:
-            with self._lock:
-                if len(self._pools) >= POOLS_KEPT:
-                    self._pools.pop(next(iter(self._pools))).close()
-                pool = self._pools.setdefault(origin, _pool_for(urlsplit(origin), self._timeout))
-                if not self._tidying:
-                    self._tidying = True
-                    spawn_later(TIDY_SECONDS, self._tidy)
+            pool = self._pools[origin] = Pool(origin, self._network)
+            if not self._tidying:
+                self._tidying = True
+                self._network.later(TIDY_SECONDS, self._tidy)
         return pool
 
     def _tidy(self) -> None:
-        """Look at every idle connection, again and again as long as there are any."""
-        with self._lock:
-            self._pools = {origin: pool for origin, pool in self._pools.items() if pool.tidy()}
-            self._tidying = bool(self._pools)
-            if self._tidying:
-                spawn_later(TIDY_SECONDS, self._tidy)
+        """Look at every idle connection, again and again as long as there are any. Those to an instance that was
+        unloaded are closed: nobody will ask there again."""
+        serving = None if self._serving is None else self._serving()
+        for origin, pool in list(self._pools.items()):
+            if serving is None or origin in serving:
+                pool.tidy()
+            else:
+                pool.close_idle()
+            if not pool.idle and not pool.in_use:
+                del self._pools[origin]
+        self._tidying = bool(self._pools)
+        if self._tidying:
+            self._network.later(TIDY_SECONDS, self._tidy)
 
 
-def _pool_for(address: SplitResult, timeout: float) -> Pool:
-    host = address.hostname or "127.0.0.1"
-    if address.scheme == "https":
-        return TlsPool(host, address.port or 443, timeout)
-    return Pool(host, address.port or 80, timeout)
+def _ask(pool: Pool, connection: Connection, request: bytes, method: str, hangup: Hangup) -> Answer:
+    """Raises Unanswered when the engine closed the connection without a byte of an answer."""
+    try:
+        hangup.applies_to(connection.shut)
+        _send(connection, request)
+    except BaseException:
+        pool.drop(connection)
+        raise
+    answer = Answer(connection, pool, method)
+    try:
+        hangup.applies_to(answer.abort)
+    except BaseException:
+        answer.break_off()
+        raise
+    return answer
 
 
-def _send(sock: socket.socket, request: bytes) -> None:
+def _send(connection: Connection, request: bytes) -> None:
     """Send it all. An engine that hangs up in the middle may have said why: what it said, if anything, is read next."""
     with suppress(BrokenPipeError, ConnectionResetError):
-        sock.sendall(request)
+        connection.sendall(request)
 
 
 class Body:
@@ -325,12 +307,6 @@ class Body:
         self._over = True
         self._answer.break_off()
         self._on_close()
-
-
-def _shut(sock: socket.socket) -> None:
-    """The connection itself: a TLS socket would forget its session first, under the feet of whoever reads from it."""
-    with suppress(OSError):
-        gevent_socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def answer_headers(answer: Answer) -> list[tuple[str, str]]:

@@ -132,6 +132,11 @@ class Snapshot:
     queued: tuple[str, ...] = ()
     last_used: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def origins(self) -> frozenset[str]:
+        """Where its instances answer."""
+        return frozenset(view.endpoint.origin for view in self.instances.values() if view.endpoint is not None)
+
     def holder(self, model: Model) -> InstanceView | None:
         """The instance that serves a model, or would: its own, else the one of a model held in memory as it is."""
         own = self.instances.get(model.id)

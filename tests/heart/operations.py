@@ -11,8 +11,8 @@ from typing import Any
 
 from services.catalog import UnknownModel
 from services.engines.port import HOST_DEVICE
-from services.gateway.router import ClientGone, GatewayError
 from services.switching.jobs import Ending, Job, Replace, SwitchError
+from tests.heart.relay_promises import check_relay, check_rest
 from tests.heart.rig import MODELS, Heart
 from tests.heart.stub import GB, GPU, StubInstance
 
@@ -32,7 +32,6 @@ EXPECTED_ERRORS = frozenset(
     }
 )
 """What a job may end with; `internal_error` says that something was not foreseen."""
-EXPECTED_OUTCOMES = frozenset({"answered", "left", "UnknownModel", "queue_full", "queue_timeout", "model_not_loaded"})
 FAULTS = (
     "crash_loading",
     "hang_loading",
@@ -53,17 +52,8 @@ SETTINGS: dict[str, Any] = {
     "load_timeout_seconds": 20,
     "queue_timeout_seconds": 200,
     "queue_limit": 8,
+    "upstream_timeout_seconds": 40,
 }
-
-
-@dataclass
-class Client:
-    """A request to the gateway: it waits for a model, is answered for a while, or leaves."""
-
-    model: str
-    answer_seconds: float
-    left: bool = False
-    outcome: str | None = None
 
 
 @dataclass
@@ -83,7 +73,6 @@ class Operations:
         self.heart.on_stop = self._check_stop
         self.jobs: list[Job] = []
         self.ended: dict[str, int] = {}
-        self.clients: list[Client] = []
         self.chain: Watched | None = None
         self.owed: Watched | None = None
         """What a superseded switch leaves to its successor."""
@@ -130,35 +119,15 @@ class Operations:
         if job is not None and not job.restoring:
             self.may_go.update([job.target])
 
-    def request(self, model_id: str, answer_seconds: float) -> None:
-        """A client asks the gateway; it is answered for a while once it gets its place."""
-        client = Client(model_id, answer_seconds)
-        self.clients.append(client)
-        heart, scheduler = self.heart, self.heart.scheduler
+    def request(self, model_id: str, act: str, seconds: float, patience: float | None) -> None:
+        """A client asks the gateway; the engine does as `act` says once it gets its place."""
+        self.heart.ask(model_id, act, seconds, patience)
 
-        def ask() -> None:
-            try:
-                admission = heart.router.admit(client.model, lambda: client.left)
-            except (GatewayError, ClientGone) as error:
-                client.outcome = getattr(error, "code", "left")
-                return
-            except Exception as error:
-                client.outcome = type(error).__name__
-                return
-            try:
-                scheduler.pause(client.answer_seconds)
-            finally:
-                admission.release()
-                client.outcome = "answered"
-
-        scheduler.spawn("client", ask)
-
-    def leave(self) -> None:
-        """The client that has waited longest goes."""
-        for client in self.clients:
-            if client.outcome is None and not client.left:
-                client.left = True
-                return
+    def leave(self, newest: bool = False) -> None:
+        """The client that has waited longest goes, or the one that came last."""
+        there = [asking for asking in self.heart.asked if asking.outcome is None and not asking.gone]
+        if there:
+            there[-1 if newest else 0].leave()
 
     # What happens by itself.
 
@@ -198,6 +167,10 @@ class Operations:
     def slow_account(self, seconds: float) -> None:
         """How long the driver still counts what has ended."""
         self.heart.machine.lag_seconds = seconds
+
+    def slow_network(self, dial_seconds: float, keep_alive: float) -> None:
+        """How long an engine takes to accept a connection, and keeps one that is idle."""
+        self.heart.wire.slow_dial, self.heart.wire.keep_alive = dial_seconds, keep_alive
 
     def break_store(self, broken: bool) -> None:
         self.heart.store.broken = broken
@@ -239,6 +212,7 @@ class Operations:
             assert heart.machine.ours(device) <= 10 * GB, f"over budget on {device}: {heart.machine.held}"
         waiting = tuple(job.target for job in heart.switcher._agenda.waiting)
         assert heart.now.queued == waiting, "the queue equals what waits"
+        check_relay(heart, EXPECTED_ERRORS)
         for job in self.jobs:
             assert job.error is None or job.error.code in EXPECTED_ERRORS, (job.target, job.error.code, job.error)
 
@@ -248,12 +222,13 @@ class Operations:
         heart.machine.slow_seconds = 0.0
         ended = heart.scheduler.run_until(self._at_rest, 20_000)
         assert ended, f"something waits without bound: {self._under_way()}"
-        heart.scheduler.pause(3)  # the engines are looked at each second
+        heart.scheduler.pause(6)  # engines are looked at each second, idle connections every five
         if not self._at_rest():
             return self.rest()
         if self.owed is not None:  # its successor ended before it began
             self._check_restored(self.owed, "a switch that nobody took over from", "")
             self.owed = None
+        heart.catalog.refresh()  # as its watch does, so that it lists what was adopted while its file went
         self.check()
         for engine in heart.engines.values():
             listed = heart.catalog.models.values()
@@ -263,17 +238,7 @@ class Operations:
         for view in heart.now.instances.values():
             assert view.state in ("running", "asleep"), view
             assert view.traffic.in_flight == 0, view
-        for client in self.clients:
-            assert client.outcome is not None, "every request is answered, refused or leaves"
-            assert client.outcome in {
-                "answered",
-                "left",
-                "UnknownModel",
-                "queue_full",
-                "queue_timeout",
-                *EXPECTED_ERRORS,
-            }
-        self.clients.clear()
+        check_rest(heart)
         self.jobs.clear()
         self.may_go.clear()
         self.sent_away.clear()
@@ -282,11 +247,11 @@ class Operations:
     def _at_rest(self) -> bool:
         switcher = self.heart.switcher
         idle = switcher.job() is None and not switcher._agenda.waiting
-        return idle and all(client.outcome is not None for client in self.clients)
+        return idle and all(asking.outcome is not None for asking in self.heart.asked)
 
     def _under_way(self) -> object:
         switcher = self.heart.switcher
-        return switcher.job(), list(switcher._agenda.waiting), [c for c in self.clients if c.outcome is None]
+        return switcher.job(), list(switcher._agenda.waiting), [a.number for a in self.heart.asked if a.outcome is None]
 
     def _asked(self, job: Job) -> None:
         if job not in self.jobs:
@@ -380,6 +345,5 @@ class Operations:
         """The app that had them is gone."""
         self.jobs.clear()
         self.chain = self.owed = None
-        self.clients.clear()
         self.may_go.clear()
         self.sent_away.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from services.catalog import Catalog
 from services.config import Settings
 from services.engines.port import HOST_DEVICE, Model
+from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
 from services.switching.events import Board, Snapshot
@@ -16,8 +18,10 @@ from services.switching.jobs import Job, SwitchError
 from services.switching.learning import Learned
 from services.switching.planner import Planner
 from services.switching.switcher import Switcher
+from tests.heart.asking import Asking
 from tests.heart.stub import GB, GPU, Machine, StubEngine, StubInstance, StubStore, model
 from tests.heart.virtual import VirtualScheduler
+from tests.heart.wire import Wire
 
 PATIENCE = 4000.0
 """Virtual seconds after which a wait counts as endless: longer than every bound of the settings together."""
@@ -44,11 +48,21 @@ class Heart:
         self.store = StubStore()
         self.settings = Settings(**settings)
         self.on_stop: Callable[[StubInstance], None] = lambda _: None
+        self.asked: list[Asking] = []
+        """Every request to the gateway of this app."""
         mine = list(models)
 
         def engine(name: str, **options: Any) -> StubEngine:
             own = [m for m in mine if m.engine == name]
-            return StubEngine(name, self.scheduler, self.machine, own, on_stop=lambda i: self.on_stop(i), **options)
+            return StubEngine(
+                name,
+                self.scheduler,
+                self.machine,
+                own,
+                on_stop=lambda i: self.on_stop(i),
+                on_end=lambda origin, models: self.wire.end(origin, models),
+                **options,
+            )
 
         self.engines = {
             "solo": engine("solo"),
@@ -56,6 +70,7 @@ class Heart:
             "sleepy": engine("sleepy", device=GPU, sleeps=True),
         }
         self.state_error: str | None = None
+        self._numbers = itertools.count(1)
         self._start()
 
     def _start(self) -> None:
@@ -71,12 +86,30 @@ class Heart:
             *arguments, self.planner, learned, notes, scheduler=self.scheduler, check_state=self._check_state
         )
         self.router = Router(self.settings, self.board, self.catalog, self.switcher, self.scheduler)
+        self.wire = Wire(self.scheduler, self.settings.upstream_timeout_seconds, self._listens)
+        self.relay = Relay(self.wire.silence, self.wire, lambda: self.board.current.origins)
         self.switcher.start()
         assert self.switcher.wait_looked(PATIENCE)
+
+    def _listens(self, origin: str) -> bool:
+        return any(engine.listens(origin) for engine in self.engines.values())
 
     def _check_state(self) -> None:
         if self.state_error is not None:
             raise SwitchError("state_unwritable", self.state_error)
+
+    def ask(self, model_id: str, act: str = "whole", seconds: float = 1.0, patience: float | None = None) -> Asking:
+        """A client asks the gateway, and the engine does as `act` says (see `wire.py`).
+
+        It leaves after `patience` seconds.
+        """
+        asking = Asking(next(self._numbers), model_id, act, seconds, self.scheduler)
+        self.asked.append(asking)
+        router, relay = self.router, self.relay
+        self.scheduler.spawn("client", lambda: asking.carry_out(router, relay))
+        if patience is not None:
+            self.wire.later(patience, asking.leave)
+        return asking
 
     def restart(self) -> None:
         """An orderly restart of the app, which leaves what is loaded where it is."""
@@ -88,6 +121,7 @@ class Heart:
         old = self.scheduler
         old.kill()
         self.failures = old.failures
+        self.asked.clear()
         self.scheduler = fresh = VirtualScheduler(int(old.now() * 1000) + 1)
         fresh._now = old.now()
         self.machine.scheduler = fresh

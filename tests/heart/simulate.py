@@ -19,6 +19,7 @@ import structlog
 from tests.heart.operations import FAULTS, SLOWNESS, Operations
 from tests.heart.rig import MODELS
 from tests.heart.stub import GPU
+from tests.heart.wire import ACTS
 
 WALK = 200
 """Steps with one heart before a fresh one is taken."""
@@ -31,14 +32,17 @@ def _model(chance: random.Random) -> str:
     return chance.choice(MODELS).id
 
 
+SECONDS = (0.0, 0.1, 2.0, 30.0)
+PATIENCE = (None, None, *SECONDS)
+"""When a client leaves: at times in the same moment in which its answer comes."""
 STEPS: tuple[Step, ...] = (
     (20, "switch", lambda c: (_model(c), c.choice(["cancel", "cancel", "queue", "refuse"]))),
     (3, "replace_model", lambda c: (_model(c), _model(c))),
     (6, "start", lambda c: (_model(c),)),
     (10, "act", lambda c: (c.choice(["stop", "stop", "restart", "remove"]), _model(c))),
     (8, "cancel", lambda _: ()),
-    (12, "request", lambda c: (_model(c), c.choice([0.1, 2.0, 30.0]))),
-    (5, "leave", lambda _: ()),
+    (12, "request", lambda c: (_model(c), c.choice(ACTS), c.choice(SECONDS), c.choice(PATIENCE))),
+    (5, "leave", lambda c: (c.random() < 0.5,)),
     (40, "pass_time", lambda c: (c.choice([0.0, 0.01, 0.3, 1.0, 4.0, 30.0]),)),
     (4, "crash", lambda c: (_model(c),)),
     (4, "load_by_other", lambda c: (_model(c),)),
@@ -48,6 +52,7 @@ STEPS: tuple[Step, ...] = (
     (3, "set_fault", lambda c: (_model(c), c.choice(SLOWNESS), c.choice([0.0, 1.5, 60.0]))),
     (2, "slow_driver", lambda c: (c.choice([0.0, 0.5, 5.0]),)),
     (2, "slow_account", lambda c: (c.choice([0.0, 0.3, 2.0]),)),
+    (2, "slow_network", lambda c: (c.choice([0.0, 0.0, 1.0, 8.0]), c.choice([0.5, 5.0, 1e6]))),
     (2, "break_store", lambda c: (c.random() < 0.3,)),
     (2, "fill_disk", lambda c: (c.random() < 0.3,)),
     (1, "remove_file", lambda c: (_model(c),)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -124,7 +125,7 @@ class StubInstance:
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
         if not self.ready:
             self._load(report, timeout)
-        return Endpoint(f"http://stub/{self.model.id}", model=self.model.source)
+        return self._endpoint()
 
     def warm_up(self, timeout: float) -> None:
         self._pass(min(timeout, 0.05), "warming up")
@@ -179,7 +180,7 @@ class StubInstance:
             raise LoadFailed("It did not wake up", "")
         self.sleeping = False
         self._hold(1.0)
-        return Endpoint(f"http://stub/{self.model.id}", model=self.model.source)
+        return self._endpoint()
 
     def log_tail(self) -> str:
         return "the end of its log"
@@ -199,6 +200,9 @@ class StubInstance:
     @property
     def _key(self) -> object:
         return self._engine.key(self.model)
+
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self._engine.origin(self.model), model=self.model.source)
 
     def _load(self, report: Report, timeout: float) -> None:
         faults = self._engine.faults(self.model)
@@ -246,6 +250,7 @@ class StubEngine:
         sleeps: bool = False,
         load_seconds: float = 2.0,
         on_stop: Callable[[StubInstance], None] = lambda _: None,
+        on_end: Callable[[str, Collection[str] | None], None] = lambda _origin, _models: None,
     ) -> None:
         self.name = name
         self.scheduler = scheduler
@@ -255,14 +260,20 @@ class StubEngine:
         self.outlives_app = shared or sleeps
         self.load_seconds = load_seconds
         self.on_stop = on_stop
-        self.listed = {model.id: model for model in models}
-        self._sizes = {model.id: model.required_bytes or 0 for model in models}
+        self.on_end = on_end
+        """Told where something answers no more, and of which models; None means that nothing does."""
+        self._models = tuple(models)
+        self.listed = {model.id: model for model in self._models}
+        self._sizes = {model.id: model.required_bytes or 0 for model in self._models}
         self.here: dict[object, list[StubInstance]] = {}
         """What is in memory, or on its way, by what it is held as: one for each name it goes by."""
         self._foreign: dict[object, bool] = {}
         """What others have in memory here, and whether it sleeps."""
         self._faults: dict[str, Faults] = {}
         self.unreachable = False
+        self._shared = shared
+        self._origins: dict[object, str] = {}
+        self._ports = itertools.count(40_000)
 
     def faults(self, model: Model) -> Faults:
         return self._faults.setdefault(model.id, Faults())
@@ -272,6 +283,19 @@ class StubEngine:
 
     def key(self, model: Model) -> object:
         return (self.name, model.held_as or model.id)
+
+    def origin(self, model: Model) -> str:
+        """Where a model in memory answers: a port of its own, or that of the server that others use as well."""
+        if self._shared:
+            return f"http://{self.name}:11434"
+        key = self.key(model)
+        if key not in self._origins:
+            self._origins[key] = f"http://{self.name}:{next(self._ports)}"
+        return self._origins[key]
+
+    def listens(self, origin: str) -> bool:
+        """Whether a connection to there would be taken."""
+        return origin in self._origins.values() or (self._shared and origin == f"http://{self.name}:11434")
 
     # The port.
 
@@ -343,6 +367,14 @@ class StubEngine:
         for one in self.here.pop(key, [instance]):
             one.gone = True
         self.machine.free(key)
+        self._hush(key)
+
+    def _hush(self, key: object) -> None:
+        """What was held as this answers no more."""
+        if self._shared:
+            self.on_end(f"http://{self.name}:11434", {m.id for m in self._models if self.key(m) == key})
+        elif key in self._origins:
+            self.on_end(self._origins.pop(key), None)
 
     def _is_ready(self, key: object) -> bool:
         return any(one.ready and not one.stopping and not one.gone for one in self.here.get(key, ()))

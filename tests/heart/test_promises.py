@@ -22,7 +22,9 @@ from hypothesis.stateful import (
 
 from tests.heart.operations import FAULTS, SLOWNESS, Operations
 from tests.heart.rig import MODELS
+from tests.heart.simulate import PATIENCE, SECONDS
 from tests.heart.stub import GPU
+from tests.heart.wire import ACTS
 
 model_ids = st.sampled_from([m.id for m in MODELS])
 EXAMPLES, STEPS = 500, 50
@@ -60,13 +62,18 @@ class Promises(RuleBasedStateMachine):
     def cancel(self):
         self.operations.cancel()
 
-    @rule(model_id=model_ids, seconds=st.sampled_from([0.1, 2.0, 30.0]))
-    def request(self, model_id, seconds):
-        self.operations.request(model_id, seconds)
+    @rule(
+        model_id=model_ids,
+        act=st.sampled_from(ACTS),
+        seconds=st.sampled_from(SECONDS),
+        patience=st.sampled_from(PATIENCE),
+    )
+    def request(self, model_id, act, seconds, patience):
+        self.operations.request(model_id, act, seconds, patience)
 
-    @rule()
-    def leave(self):
-        self.operations.leave()
+    @rule(newest=st.booleans())
+    def leave(self, newest):
+        self.operations.leave(newest)
 
     @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 1.0, 4.0, 30.0]))
     def pass_time(self, seconds):
@@ -99,6 +106,10 @@ class Promises(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.0, 0.3, 2.0]))
     def slow_account(self, seconds):
         self.operations.slow_account(seconds)
+
+    @rule(dial_seconds=st.sampled_from([0.0, 0.0, 1.0, 8.0]), keep_alive=st.sampled_from([0.5, 5.0, 1e6]))
+    def slow_network(self, dial_seconds, keep_alive):
+        self.operations.slow_network(dial_seconds, keep_alive)
 
     @rule(broken=st.booleans())
     def break_store(self, broken):

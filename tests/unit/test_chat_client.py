@@ -40,8 +40,7 @@ class OneModel:
 def relay() -> Iterator[Relay]:
     relay = Relay(5)
     yield relay
-    for origin in list(relay._pools):
-        relay.forget(origin)
+    relay.close()
 
 
 def refused(relay: Relay, act: Act) -> str:

@@ -43,8 +43,7 @@ def start_relay() -> Iterator[Callable[..., Relay]]:
 
     yield start
     for relay in started:
-        for origin in list(relay._pools):
-            relay.forget(origin)
+        relay.close()
 
 
 @pytest.fixture
@@ -183,7 +182,7 @@ def test_leaving_breaks_a_tls_answer_off(relay, engine, monkeypatch):
     gevent.spawn_later(0.05, hangup)
     with pytest.raises((OSError, HTTPParseError)):
         streamed.arrived()
-    streamed.release()
+    streamed.break_off()
     assert talker.left.wait(5)
 
 

@@ -1,0 +1,95 @@
+"""A client of the gateway in memory: it waits for its place, reads its answer, or leaves at any moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from werkzeug.exceptions import HTTPException
+
+from blueprints.api.passing import Client, Passed, pass_on
+from services.catalog import UnknownModel
+from services.gateway.relay import Relay
+from services.gateway.router import Admission, ClientGone, GatewayError, Router
+from tests.heart.virtual import VirtualScheduler
+
+PATH = "/v1/chat/completions"
+
+
+class Asking(Client):
+    """One request, and how it went. `outcome` is None until it has ended.
+
+    Outcomes: "answered", "broken off" (the answer had begun), "left", a code of `GatewayError`, or the name of what a
+    view would have raised.
+    """
+
+    def __init__(self, number: int, model: str, act: str, seconds: float, scheduler: VirtualScheduler) -> None:
+        super().__init__({})
+        self._scheduler = scheduler
+        self.number = number
+        self.model = model
+        self.act = act
+        self.seconds = seconds
+        self.gone = False
+        self.outcome: str | None = None
+        self.ended_at: float | None = None
+        self.status: int | None = None
+        self.received = b""
+        self.admission: Admission | None = None
+        self.watched = False
+        self._act: Callable[[], None] | None = None
+
+    def left(self) -> bool:
+        return self.gone
+
+    def on_leaving(self, act: Callable[[], None]) -> Callable[[], None]:
+        assert not self.watched
+        self.watched, self._act = True, act
+        if self.gone:  # a socket that was closed before says so as soon as the hub has its turn
+            self._scheduler.spawn("hub", self.leave)
+
+        def stop() -> None:
+            self.watched, self._act = False, None
+
+        return stop
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self.gone = True
+        if self._act is not None:
+            self._act()
+
+    def carry_out(self, router: Router, relay: Relay) -> None:
+        """Ask, as a view and the web server do, until it has ended."""
+        outcome = "died"
+        try:
+            outcome = self._ask(router, relay)
+        except ClientGone:
+            outcome = "left"
+        except GatewayError as error:
+            outcome = error.code
+        except (UnknownModel, HTTPException) as error:
+            outcome = type(error).__name__
+        finally:
+            assert self.outcome is None, "a request has ended twice"
+            self.outcome, self.ended_at = outcome, self._scheduler.now()
+
+    def _ask(self, router: Router, relay: Relay) -> str:
+        self.admission = admission = router.admit(self.model, self.left)
+        wish = {"model": self.model, "number": self.number, "act": self.act, "seconds": self.seconds}
+        passed = pass_on(relay, admission, self, "POST", PATH, (), json.dumps(wish).encode())
+        self.status = passed.status
+        return self._read(passed)
+
+    def _read(self, passed: Passed) -> str:
+        """As gunicorn does: each piece is written to the client, which fails once that has left."""
+        try:
+            for piece in passed.body:
+                if self.gone:
+                    return "left"
+                self.received += piece
+        except ConnectionResetError:
+            return "left" if self.gone else "broken off"
+        finally:
+            passed.body.close()
+        return "left" if self.gone else "broken off" if b"engine_failed" in self.received else "answered"
