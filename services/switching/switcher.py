@@ -59,6 +59,7 @@ class Switcher:
         self._agenda = Agenda()
         self._ended: list[tuple[Job, Ending]] = []
         self._closing = False
+        self._started = False
         self._idle = self._scheduler.condition()
         self._reconciler = Reconciler(
             self._scheduler, self._mailbox, self._fleet, board, catalog, engines, planner, self._report_exit
@@ -83,6 +84,7 @@ class Switcher:
 
     def start(self) -> None:
         """Begin to take requests, and to look at what the engines have loaded."""
+        self._started = True
         self._scheduler.spawn("switcher", self._mailbox.run)
         self._reconciler.start()
 
@@ -173,6 +175,9 @@ class Switcher:
 
         Unless the app goes `for_good`, what is loaded stays: the next run takes it over.
         """
+        if not self._started:  # the app's start failed: nobody would answer
+            self._mailbox.close()
+            return
         deadline = self._scheduler.now() + timeout
         try:
             self._mailbox.call(self._begin_to_close)

@@ -74,6 +74,12 @@ class Heart:
         self._start()
 
     def _start(self) -> None:
+        self.build()
+        self.switcher.start()
+        assert self.switcher.wait_looked(PATIENCE)
+
+    def build(self) -> None:
+        """Make the app's parts anew, without starting them."""
         self.board = Board()
         self.writes = DeferredWrites(self.scheduler)
         self.catalog = Catalog((), self.engines)
@@ -88,8 +94,6 @@ class Heart:
         self.router = Router(self.settings, self.board, self.catalog, self.switcher, self.scheduler)
         self.wire = Wire(self.scheduler, self.settings.upstream_timeout_seconds, self._listens)
         self.relay = Relay(self.wire.silence, self.wire, lambda: self.board.current.origins)
-        self.switcher.start()
-        assert self.switcher.wait_looked(PATIENCE)
 
     def _listens(self, origin: str) -> bool:
         return any(engine.listens(origin) for engine in self.engines.values())

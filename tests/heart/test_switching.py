@@ -506,3 +506,11 @@ def test_a_switch_is_shown_from_the_moment_it_was_accepted(heart):
     heart.done(job)
     again = heart.done(heart.switch("small"))
     assert (again.outcome, heart.now.switch) == ("already_loaded", None)
+
+
+def test_what_was_never_started_closes_at_once(heart):
+    """When the app's start fails nobody answers the mailbox: closing waited ten seconds for that."""
+    heart.build()
+    before = heart.scheduler.now()
+    heart.switcher.close()
+    assert heart.scheduler.now() == before
