@@ -13,13 +13,13 @@ from services.chats import Chats
 from services.config import Settings
 from services.downloads.disk import DiskCheck
 from services.downloads.fetcher import Fetcher, Source
-from services.downloads.hub_process import HubProcess
-from services.downloads.hugging_face import HuggingFaceFetcher
+from services.downloads.huggingface.fetcher import HuggingFaceFetcher
+from services.downloads.huggingface.process import HubProcess
+from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.downloads.library import Library, look_for
-from services.downloads.ollama_pull import OllamaFetcher
+from services.downloads.ollama.pull import OllamaFetcher
+from services.downloads.ollama.updates import UpdateCheck
 from services.downloads.queue import DownloadQueue
-from services.downloads.updates import UpdateCheck
-from services.downloads.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.ollama.engine import Ollama

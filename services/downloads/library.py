@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from services.catalog import GB, Catalog
 from services.config import Recommendation
-from services.downloads import hub_names
 from services.downloads.fetcher import DownloadError, Source
-from services.downloads.updates import UpdateCheck
+from services.downloads.huggingface import names as hub_names
+from services.downloads.ollama.updates import UpdateCheck
 from services.engines.ollama.names import full_name
 from services.engines.port import Model
 from services.switching.jobs import SwitchError

@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from services.abort import Abort
-from services.downloads.hub_process import HubProcess
-from services.downloads.vllm_weights import VllmWeights
+from services.downloads.huggingface.process import HubProcess
+from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.port import MANAGED_LABEL
 from services.engines.port import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model, NotYet

@@ -17,10 +17,10 @@ import pytest
 
 from services.abort import Abort, Aborted
 from services.downloads.fetcher import DownloadError, Part
-from services.downloads.hub_errors import explain
-from services.downloads.hub_names import parse
-from services.downloads.hub_process import HubProcess
-from services.downloads.hugging_face import HuggingFaceFetcher
+from services.downloads.huggingface.errors import explain
+from services.downloads.huggingface.fetcher import HuggingFaceFetcher
+from services.downloads.huggingface.names import parse
+from services.downloads.huggingface.process import HubProcess
 from services.engines.processes import ProcessRegistry
 from tests.fakes.hub import COMMIT, FakeHub, Repo
 from tests.support.console import DEMO_MODELS, ROOT, free_port, wait_until
@@ -75,7 +75,7 @@ def children_of_this_process() -> list[str]:
             found.append(" ".join(child.cmdline()))
         except psutil.Error:
             continue
-    return [line for line in found if "hub_child" in line]
+    return [line for line in found if "huggingface.child" in line]
 
 
 def test_a_model_lands_whole_where_the_engine_finds_it(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
@@ -425,8 +425,8 @@ import sys
 from pathlib import Path
 {patch}
 from services.abort import Abort, Aborted
-from services.downloads.hub_process import HubProcess
-from services.downloads.hugging_face import HuggingFaceFetcher
+from services.downloads.huggingface.process import HubProcess
+from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from services.engines.processes import ProcessRegistry
 folder = Path(sys.argv[1])
 abort = Abort()

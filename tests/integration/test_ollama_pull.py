@@ -22,8 +22,8 @@ import pytest
 
 from services.abort import Abort, Aborted
 from services.downloads.fetcher import DownloadError, Seen
-from services.downloads.ollama_pull import OllamaFetcher
-from services.downloads.ollama_registry import MAX_BYTES, fetch_manifest
+from services.downloads.ollama.pull import OllamaFetcher
+from services.downloads.ollama.registry import MAX_BYTES, fetch_manifest
 from services.downloads.progress import TransferProgress
 from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry
@@ -588,7 +588,7 @@ monkey.patch_all()
 import sys, threading
 import gevent
 from services.abort import Abort, Aborted
-from services.downloads.ollama_pull import OllamaFetcher
+from services.downloads.ollama.pull import OllamaFetcher
 from tests.support.stopwatch import Stopwatch
 
 binary = sys.argv[2] or None

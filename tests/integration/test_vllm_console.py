@@ -256,7 +256,7 @@ def fetching(console: Console) -> list[int]:
     found = []
     for child in console.children():
         with suppress(psutil.Error):  # one that has ended meanwhile has no command line
-            if "services.downloads.hub_child" in child.cmdline():
+            if "services.downloads.huggingface.child" in child.cmdline():
                 found.append(child.pid)
     return found
 

@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from services.abort import Abort, Aborted
-from services.downloads.hub_process import HubProcess
-from services.downloads.vllm_weights import VllmWeights
+from services.downloads.huggingface.process import HubProcess
+from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.engines.port import Evidence, LoadFailed, Model
 from services.engines.processes import ProcessRegistry
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id

@@ -11,7 +11,7 @@ import pytest
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError, Seen
-from services.downloads.hugging_face import HuggingFaceFetcher
+from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
 from tests.support.console import PATIENCE
 

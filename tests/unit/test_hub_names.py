@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hub_names import HubName, choose, parse
+from services.downloads.huggingface.names import HubName, choose, parse
 
 WORD = st.from_regex(r"[A-Za-z0-9_]{1,20}", fullmatch=True)
 MARK = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,19}", fullmatch=True)

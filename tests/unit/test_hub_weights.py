@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hub_names import parse
-from services.downloads.hub_weights import choose, lacking, weights_of
+from services.downloads.huggingface.names import parse
+from services.downloads.huggingface.weight_files import choose, lacking, weights_of
 
 NAME = parse("org/model")
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.downloads.fetcher import Part
-from services.downloads.ollama_output import (
+from services.downloads.ollama.output import (
     MAX_ROW,
     DrawnLayer,
     Failed,
@@ -28,7 +28,7 @@ from services.downloads.ollama_output import (
     explain,
     parse_line,
 )
-from services.downloads.ollama_rounding import Unrounding
+from services.downloads.ollama.rounding import Unrounding
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts" / "ollama"
 WHOLE = ["piped-fast", "piped-slow", "resume"]

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import requests
 
-from services.downloads.hub_process import HubProcess
-from services.downloads.vllm_weights import VllmWeights
+from services.downloads.huggingface.process import HubProcess
+from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.port import Endpoint, Evidence, Instance, LoadFailed, Model
 from services.engines.vllm.engine import Vllm

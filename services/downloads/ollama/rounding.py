@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from services.downloads.fetcher import Part
-from services.downloads.ollama_output import DrawnLayer, Rounded
+from services.downloads.ollama.output import DrawnLayer, Rounded
 
 
 class Unrounding:

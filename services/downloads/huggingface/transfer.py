@@ -26,8 +26,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # loaded by name, unseen by mypy
 
 from services.downloads.fetcher import DownloadError, Phase
-from services.downloads.hub_files import held, remove, unfinished
-from services.downloads.hub_names import HubName
+from services.downloads.huggingface.files import held, remove, unfinished
+from services.downloads.huggingface.names import HubName
 
 TRIES = 5
 """In a row, without a byte between them."""

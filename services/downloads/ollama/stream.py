@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError
-from services.downloads.ollama_output import PullEvent, Succeeded, explain, parse_line
+from services.downloads.ollama.output import PullEvent, Succeeded, explain, parse_line
 from services.engines.ollama.names import OllamaName
 from services.http import tls_context
 

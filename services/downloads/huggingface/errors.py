@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hub_names import HubName
+from services.downloads.huggingface.names import HubName
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 

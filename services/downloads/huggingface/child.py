@@ -1,4 +1,4 @@
-"""Brings one model from the Hugging Face hub: `python -m services.downloads.hub_child LAYOUT FOLDER NAME`.
+"""Brings one model from the Hugging Face hub: `python -m services.downloads.huggingface.child LAYOUT FOLDER NAME`.
 
 LAYOUT says how FOLDER is laid out: `models` is the models folder, which takes GGUF files; `cache` is a Hugging Face
 cache, which takes what vLLM loads. A process of its own, so that stopping it stops the bytes at once, and
@@ -17,11 +17,11 @@ import sys
 import threading
 from pathlib import Path
 
-from services.downloads.hub_cache import CacheLayout
-from services.downloads.hub_errors import explain
-from services.downloads.hub_files import ModelsLayout
-from services.downloads.hub_names import parse
-from services.downloads.hub_transfer import TRIES, Layout, Speaker, Transfer
+from services.downloads.huggingface.cache import CacheLayout
+from services.downloads.huggingface.errors import explain
+from services.downloads.huggingface.files import ModelsLayout
+from services.downloads.huggingface.names import parse
+from services.downloads.huggingface.transfer import TRIES, Layout, Speaker, Transfer
 
 
 def _end_with_parent() -> None:

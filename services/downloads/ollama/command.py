@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError
-from services.downloads.ollama_output import Failed, FrameParser, PullEvent, Succeeded
+from services.downloads.ollama.output import Failed, FrameParser, PullEvent, Succeeded
 from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry, say_exit, signal_group
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.ollama_registry import fetch_manifest
+from services.downloads.ollama.registry import fetch_manifest
 from services.engines.ollama.api import Installed
 from services.engines.ollama.names import OllamaName
 

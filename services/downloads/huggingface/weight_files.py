@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hub_names import HubName, stays_below
+from services.downloads.huggingface.names import HubName, stays_below
 
 FORMATS = ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt")
 """What weights are called, the kind that vLLM prefers first."""

@@ -19,7 +19,7 @@ from services.downloads.fetcher import DownloadError, Part, Report, Seen
 from services.engines.processes import ProcessRegistry, say_exit, signal_group
 from services.state_folder import private_opener
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TERM_SECONDS = 0.5
 KILL_SECONDS = 5.0
 """How long a child may take to end after SIGTERM, and after SIGKILL."""
@@ -31,7 +31,7 @@ Lines = queue.Queue[str | None]
 
 
 class HubProcess:
-    """Runs one `hub_child` per transfer. The token goes to it as it came: HF_TOKEN in the environment.
+    """Runs one `child.py` per transfer. The token goes to it as it came: HF_TOKEN in the environment.
 
     `stall_seconds` is how long a child may say nothing, `retry_pause` its first pause when a connection fails.
     """
@@ -54,7 +54,7 @@ class HubProcess:
         asks: int | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Block until every file of `name` is in its place in `folder`; see `hub_child` for the layouts.
+        """Block until every file of `name` is in its place in `folder`; see `child.py` for the layouts.
 
         The hub is asked at most `asks` times what there is (None: as often as for a file); `environment` is added to
         this process's. Raises DownloadError, and Aborted within a second of `abort`; codes: `unknown_model`,
@@ -62,7 +62,7 @@ class HubProcess:
         `hub_error`, `disk_full`, `disk_error`, `busy`, `digest_mismatch`, `stalled`, `interrupted`.
         """
         abort.check()
-        argv = [sys.executable, "-m", "services.downloads.hub_child", f"--pause={self._retry_pause}"]
+        argv = [sys.executable, "-m", "services.downloads.huggingface.child", f"--pause={self._retry_pause}"]
         argv += [] if asks is None else [f"--asks={asks}"]
         try:
             child = _Child([*argv, layout, str(folder), name], environment or {}, self._registry)
@@ -107,7 +107,7 @@ class HubProcess:
 
 
 class _Child:
-    """A running `hub_child`, in a process group of its own and recorded, so that it can't be lost."""
+    """A running `child.py`, in a process group of its own and recorded, so that it can't be lost."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], registry: ProcessRegistry | None) -> None:
         self.lines: Lines = queue.Queue()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from services.abort import Abort
-from services.downloads import hub_files, hub_names
 from services.downloads.fetcher import Report, Seen, Source
-from services.downloads.hub_process import HubProcess
+from services.downloads.huggingface import files, names
+from services.downloads.huggingface.process import HubProcess
 from services.offhub import off_hub
 
 
@@ -21,7 +21,7 @@ class HuggingFaceFetcher:
         self._process = process
 
     def check_name(self, name: str) -> str:
-        return str(hub_names.parse(name))
+        return str(names.parse(name))
 
     def fetch(self, name: str, report: Report, abort: Abort) -> None:
         """See `Fetcher`; the codes of its DownloadError are those of `HubProcess.fetch`, and `invalid_name`."""
@@ -35,4 +35,4 @@ class HuggingFaceFetcher:
 
         Beside the hub: to remove a file of many gigabytes takes a disk a while.
         """
-        off_hub(hub_files.discard, self._models_dir, hub_names.parse(name))
+        off_hub(files.discard, self._models_dir, names.parse(name))

@@ -15,9 +15,9 @@ import structlog
 from services.abort import Abort
 from services.downloads.disk import DiskCheck
 from services.downloads.fetcher import DownloadError, Phase
-from services.downloads.hub_cache import CachedModel
-from services.downloads.hub_names import HubName, parse
-from services.downloads.hub_process import HubProcess
+from services.downloads.huggingface.cache import CachedModel
+from services.downloads.huggingface.names import HubName, parse
+from services.downloads.huggingface.process import HubProcess
 from services.downloads.progress import Figures
 from services.downloads.transfer import TransferObserver
 from services.engines.port import Evidence, LoadFailed, Model, Report

@@ -12,8 +12,8 @@ import structlog
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError, Part, Phase, Report, Seen, Source
-from services.downloads.ollama_command import pull_by_command
-from services.downloads.ollama_output import (
+from services.downloads.ollama.command import pull_by_command
+from services.downloads.ollama.output import (
     DrawnLayer,
     Failed,
     Layer,
@@ -23,9 +23,9 @@ from services.downloads.ollama_output import (
     explain,
     short_digest,
 )
-from services.downloads.ollama_registry import Manifest, fetch_manifest
-from services.downloads.ollama_rounding import Unrounding
-from services.downloads.ollama_stream import pull_by_stream
+from services.downloads.ollama.registry import Manifest, fetch_manifest
+from services.downloads.ollama.rounding import Unrounding
+from services.downloads.ollama.stream import pull_by_stream
 from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry
 from services.http import is_loopback

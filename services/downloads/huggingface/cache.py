@@ -21,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hub_files import DIGEST_CHARACTERS, SUFFIX
-from services.downloads.hub_names import HubName
-from services.downloads.hub_weights import choose, index_of, lacking, weights_of
+from services.downloads.huggingface.files import DIGEST_CHARACTERS, SUFFIX
+from services.downloads.huggingface.names import HubName
+from services.downloads.huggingface.weight_files import choose, index_of, lacking, weights_of
 
 USUAL_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hub_names import HubName, choose
+from services.downloads.huggingface.names import HubName, choose
 
 SUFFIX = ".incomplete"
 DIGEST_CHARACTERS = 16
