@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import time
 import zlib
-from collections.abc import Iterator
 
 from flask import Blueprint, Response, render_template, stream_with_context, url_for
 from htmx_flask import make_response, request
 
+from blueprints import answer_stream
+from blueprints.markdown.growing import Look
 from blueprints.pages import live_now, see_other
-from blueprints.web import SSE_HEARTBEAT, services, sse, sse_event
-from services.chats import Chats, Conversation, ConversationNotFound
+from blueprints.web import services, sse
+from services.chats import Conversation, ConversationNotFound, Message
 
 bp = Blueprint("chat", __name__)
 
-PACE_SECONDS = 0.06
-"""The least time between two looks of a streaming answer."""
-RENDER_SHARE = 4
-"""A long answer takes longer to render: rest this many times as long, so that it can't starve everybody else."""
+
+@bp.app_template_filter()
+def look(message: Message) -> Look:
+    """The HTML of an answer under way."""
+    return answer_stream.look_at(message, services().chats)
 
 
 @bp.get("/")
@@ -70,6 +71,12 @@ def message(message_id: str) -> str:
     return render_template("fragments/message.html", message=services().chats.message(message_id))
 
 
+@bp.get("/messages/<message_id>/text")
+def text(message_id: str) -> Response:
+    """What was written, as it was written: for answers too long to be formatted, and for copying."""
+    return Response(services().chats.message(message_id).content, mimetype="text/plain")
+
+
 @bp.post("/messages/<message_id>/stop")
 def stop(message_id: str) -> Response:
     return _changed(services().chats.stop(message_id).conversation_id)
@@ -88,12 +95,12 @@ def show(message_id: str) -> Response:
 
 @bp.get("/messages/<message_id>/stream")
 def stream(message_id: str) -> Response:
-    """A message as it grows: `text` events with its HTML so far, then one `final` with the whole message.
+    """A message as it grows: `text` events with what is new of its HTML, then one `final` with the whole message.
 
     Asking again at any time gives the same message from where it stands, so a lost connection loses nothing.
     """
     services().chats.message(message_id)  # an unknown message is a 404, not a stream that fails
-    return sse(stream_with_context(_looks(services().chats, message_id)))
+    return sse(stream_with_context(answer_stream.events(services().chats, message_id)))
 
 
 @bp.get("/fragments/chat-status")
@@ -142,18 +149,3 @@ def _mark(shown: Conversation | None) -> str:
         return "none"
     seen = [shown.title, *(f"{m.id}{m.state}" for m in shown.messages)]
     return f"{zlib.crc32(repr(seen).encode()):08x}"
-
-
-def _looks(chats: Chats, message_id: str) -> Iterator[bytes]:
-    for number, now in enumerate(chats.follow(message_id), 1):
-        if now is None:
-            yield SSE_HEARTBEAT
-            continue
-        if now.final:
-            yield sse_event("final", render_template("fragments/message.html", message=now), number)
-            return
-        began = time.monotonic()
-        html = render_template("fragments/message_text.html", message=now)
-        rest = max(PACE_SECONDS, RENDER_SHARE * (time.monotonic() - began))
-        yield sse_event("text", html, number)
-        time.sleep(rest)

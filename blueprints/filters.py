@@ -9,7 +9,7 @@ from datetime import datetime
 from flask import Blueprint
 from markupsafe import Markup
 
-from blueprints.markdown import render_markdown
+from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, render_markdown
 from services.engines.port import Basis
 
 bp = Blueprint("filters", __name__)
@@ -153,6 +153,18 @@ def dom_id(model_id: str) -> str:
 def markdown(text: str) -> Markup:
     """Markdown as HTML that is safe to show, whatever the text says."""
     return render_markdown(text)
+
+
+@bp.app_template_test()
+def too_long(text: str) -> bool:
+    """Whether a text is shown as it was written, because formatting it would take too long."""
+    return len(text) > FORMAT_LIMIT
+
+
+@bp.app_template_filter()
+def excerpt(text: str) -> str:
+    """The beginning of such a text, as much as a page can hold."""
+    return text[:PLAIN_EXCERPT]
 
 
 def _pair(large: int, large_unit: str, small: int, small_unit: str) -> str:

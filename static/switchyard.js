@@ -12,6 +12,48 @@
     !(name === "open" && node.matches("details, dialog")) &&
     !(name === "class" && node.matches(".htmx-request")) &&
     !(name.includes("disabled") && node.matches("[data-disabled-by-htmx]"));
+  // What was brought here since the page was opened (an answer that streams in) is newer than the look.
+  Idiomorph.defaults.callbacks.beforeNodeMorphed = (old, now) => !(old.matches?.("[data-keep]") && old.id === now.id);
+
+  // A browser has six connections to a host for all of its tabs: a hidden one gives up the one of its stream, and takes
+  // it up again, where the answer then stands, when it is shown. To htmx it is an EventSource.
+  class TabStream extends EventTarget {
+    #url; #source = null; #types = new Set(); #ended = false;
+    constructor(url) {
+      super();
+      this.#url = url;
+      on("visibilitychange", this.#turn);
+      this.#turn();
+    }
+    get readyState() { return this.#ended ? EventSource.CLOSED : this.#source?.readyState ?? EventSource.CONNECTING; }
+    addEventListener(type, handler) {
+      super.addEventListener(type, handler);
+      if (this.#types.has(type)) return;
+      this.#types.add(type);
+      this.#source?.addEventListener(type, this.#pass);
+    }
+    close() {
+      this.#ended = true;
+      document.removeEventListener("visibilitychange", this.#turn);
+      this.#source?.close();
+    }
+    #pass = ({ type, data }) => this.dispatchEvent(new MessageEvent(type, { data }));
+    #turn = () => {
+      if (document.hidden) {
+        this.#source?.close();
+        this.#source = null;
+      } else if (!this.#source) {
+        this.#source = new EventSource(this.#url);
+        this.#source.onopen = (event) => this.onopen?.(event);
+        this.#source.onerror = (event) => {
+          if (event.target.readyState === EventSource.CLOSED) this.close(); // for good: htmx makes another
+          this.onerror?.(event);
+        };
+        for (const type of this.#types) this.#source.addEventListener(type, this.#pass);
+      }
+    };
+  }
+  htmx.createEventSource = (url) => new TabStream(url);
 
   // A form that a look has turned into another posts to where it leads now; htmx notices a moment later.
   on("htmx:configRequest", ({ detail }) => { detail.path = detail.elt.getAttribute("hx-post") ?? detail.path; });

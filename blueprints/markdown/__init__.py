@@ -9,12 +9,10 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from blueprints.markdown.kept import kept
-from blueprints.markdown.rendering import html_of
+from blueprints.markdown.rendering import FORMAT_LIMIT, html_of
 
 __all__ = ["FORMAT_LIMIT", "PLAIN_EXCERPT", "render_markdown"]
 
-FORMAT_LIMIT = 256_000
-"""Characters. A longer text is shown as it is: formatting 5 MB took 16 s, and no page is read that way."""
 PLAIN_EXCERPT = 64_000
 """How many characters of such a text the page shows itself; the whole one is an address of its own."""
 

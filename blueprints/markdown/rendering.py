@@ -22,10 +22,13 @@ from markupsafe import escape
 from blueprints.markdown.breaks import breaks
 from blueprints.markdown.mathematics import mathematics
 from services.offhub import off_hub
+from services.text import whole_characters
 
 Env = MutableMapping[str, Any]
 """What the parts of one text share: the links that it defines, and the breaks to take."""
 
+FORMAT_LIMIT = 256_000
+"""Characters. A longer text is shown as it is: formatting 5 MB took 16 s, and no page is read that way."""
 INLINE_LIMIT = 20_000
 """Characters of one paragraph. A longer one stays as it was typed: a part of its work knows no breaks."""
 LARGE = 16_000
@@ -84,7 +87,7 @@ class _Renderer(RendererHTML):
 
 def html_of(text: str, env: Env | None = None) -> str:
     """The HTML of a whole text, or of some whole blocks of one; `env` knows the links that the other blocks define."""
-    text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text that could be sent
+    text = whole_characters(text)
     with breaks(len(text)) as take_breaks:
         env = {} if env is None else env
         env["breaks"] = take_breaks

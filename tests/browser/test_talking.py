@@ -93,6 +93,50 @@ def test_another_tab_sees_the_answer_grow(slow: Page) -> None:
     expect(other.locator(".message.complete .prose")).to_have_text([WHOLE, WHOLE])
 
 
+def show(page: Page, shown: bool) -> None:
+    """Bring a tab to the front, or another one in front of it."""
+    page.evaluate(
+        """(shown) => {
+            Object.defineProperty(document, "hidden", { configurable: true, get: () => !shown });
+            document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        shown,
+    )
+
+
+def test_a_hidden_tab_gives_its_stream_up(slow: Page) -> None:
+    """Six hidden tabs would leave no connection to the seventh. Shown again, it has all that came meanwhile."""
+    asked: list[str] = []
+    slow.on("request", lambda request: asked.append(request.url))
+    with slow.expect_event("requestfailed", lambda request: request.url.endswith("/stream")):
+        say(slow, "Hello")
+        expect(answers(slow).locator(".prose")).to_contain_text("I")
+        show(slow, False)
+    expect(answers(slow)).not_to_have_class(re.compile("complete"))
+    show(slow, True)
+    expect(answers(slow).locator(".prose")).to_have_text(WHOLE)
+    expect(answers(slow)).to_have_class(re.compile("complete"))
+    assert len([url for url in asked if url.endswith("/stream")]) == 2
+
+
+def test_what_streamed_in_outlasts_a_look_at_the_page(slow: Page) -> None:
+    """A look that set out before the latest words came, and shows the messages as they were, takes none away."""
+    say(slow, "Hello")
+    words = answers(slow).locator(".prose")
+    expect(words).to_contain_text("I am")
+    left = slow.evaluate(
+        """() => {
+            const now = document.querySelector("#messages");
+            const before = now.cloneNode(true);
+            before.querySelector(".growing").textContent = "I";
+            Idiomorph.morph(now, before.outerHTML);
+            return document.querySelector(".growing").textContent;
+        }"""
+    )
+    assert "I am" in left
+    expect(words).to_have_text(WHOLE)
+
+
 def test_stop_keeps_what_came_and_retry_starts_over(slow: Page) -> None:
     """A stopped answer says so; trying again gives a whole one, and the first can still be looked at, by keyboard."""
     say(slow, "Hello")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from html.parser import HTMLParser
 
 import nh3
@@ -9,8 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from blueprints.markdown import breaks as breaks_module
+from blueprints.markdown import growing as growing_module
 from blueprints.markdown import render_markdown
+from blueprints.markdown.growing import Growing
 from blueprints.markdown.kept import Kept
+from blueprints.markdown.rendering import html_of
 
 PIECES = (
     *("```", "````", "~~~", "a:b", "python", "`", "``", "    ", "\t", "\n", "\n\n", " ", "\r\n", "\r"),
@@ -200,3 +205,76 @@ def test_what_was_rendered_is_kept_within_a_limit() -> None:
     assert [kept.get(text) for text in "abc"] == ["AAA", None, "CCC"]
     kept.put("long", "LONGER")
     assert [kept.get(text) for text in ("a", "c", "long")] == [None, None, None]
+
+
+@given(st.lists(st.tuples(st.sampled_from(PIECES), st.booleans()), max_size=40))
+@example([("\\[\nx = a\n", True), ("+ b\n", True), ("\\]\n", True), ("\nafter", True)])
+@example([("1. a\n\n", True), ("2", True), (". b", True)])
+@example([("a\r", True), ("\nb\r\n\r\nc", True), ("d", True)])
+def test_an_answer_that_grew_reads_as_if_it_had_come_at_once(pieces: list[tuple[str, bool]]) -> None:
+    """Finished blocks never change, and with the rest they are the HTML of the whole, however the text arrived."""
+    growing, text, finished = Growing(pace=0, rest=0), "", ()
+    for piece, looked_at in pieces:
+        text += piece
+        if looked_at:
+            look = growing.look(lambda: text)  # noqa: B023
+            assert look.finished[: len(finished)] == finished
+            finished = look.finished
+    assert growing.complete(text) in (None, html_of(text))
+
+
+def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer that comes in many pieces costs about what it would at once, for however many watch it."""
+    rendered: list[str] = []
+
+    def counted(text: str, links: dict[str, object]) -> str:
+        rendered.append(text)
+        return html_of(text, links)
+
+    monkeypatch.setattr(growing_module, "html_of", counted)
+    growing, text = Growing(pace=0, rest=0), ""
+    for number in range(200):
+        text += f"Paragraph {number} with **bold** words.\n\n"
+        for _tab in range(4):
+            growing.look(lambda: text)  # noqa: B023
+    assert growing.complete(text) == html_of(text)
+    assert sum(map(len, rendered)) < 3 * len(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A paragraph with **bold** words.\n\n" * 500,
+        "One long paragraph with **bold** words " * 400,
+        "- an item with `code`\n" * 700,
+        "> a quote\n" * 1500,
+        "|a|b|\n|-|-|\n" + "|one **x**|two|\n" * 900,
+        "[" * 15_000,
+    ],
+    ids=["paragraphs", "paragraph", "list", "quote", "table", "brackets"],
+)
+def test_whoever_renders_a_long_text_lets_others_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a chance to take a break at least every few hundred characters, in every kind of block."""
+    taken: list[float] = []
+    monkeypatch.setattr(breaks_module, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(breaks_module.time, "sleep", taken.append)
+    html_of(text)
+    assert len(taken) > len(text) / 500
+    assert min(taken) > 0
+
+
+def test_one_long_text_at_a_time_is_rendered() -> None:
+    """Two would each add their slice to what everybody else waits for; a short one waits for nobody."""
+    entered = threading.Event()
+
+    def render() -> None:
+        with breaks_module.breaks(breaks_module.LONG + 1):
+            entered.set()
+
+    other = threading.Thread(target=render)
+    with breaks_module.breaks(breaks_module.LONG + 1):
+        other.start()
+        with breaks_module.breaks(1):
+            assert not entered.is_set()
+    other.join()
+    assert entered.is_set()

@@ -1,0 +1,123 @@
+"""What a page that watches an answer is sent: what is new, and of a text that is too long its beginning alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from blueprints import answer_stream
+from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, growing
+from services.chats import Conversation, Message, MessageNotFound
+from services.container import Services
+from services.store.records import new_id
+from services.store.repository import ConversationRepository
+
+PARAGRAPH = "Some **bold** words, and more of them, to make a paragraph.\n\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state that a test tells is looked at."""
+    monkeypatch.setattr(growing.Growing.__init__, "__defaults__", (0.0, 0.0))
+
+
+def answer(content: str, **changes: object) -> Message:
+    growing_one = Message(new_id(), "c" * 32, "assistant", content, "m", "streaming", None, 1.0, None, None, None)
+    return replace(growing_one, **changes)  # type: ignore[arg-type]
+
+
+class Told:
+    """Stands in for the conversations: an answer in the states that a test tells."""
+
+    def __init__(self, states: list[Message]) -> None:
+        self.states = states
+        self.now = states[0]
+
+    def follow(self, _message_id: str) -> Iterator[Message]:
+        for state in self.states:
+            self.now = state
+            yield state
+
+    def message(self, _message_id: str) -> Message:
+        if self.now.final:
+            raise MessageNotFound("gone")
+        return self.now
+
+
+def watch(app: Flask, states: list[Message]) -> list[str]:
+    """The events as a page receives them."""
+    with app.test_request_context():
+        return [event.decode() for event in answer_stream.events(Told(states), states[0].id)]  # type: ignore[arg-type]
+
+
+def test_each_event_brings_what_is_new(app: Flask) -> None:
+    """Of a long answer the finished paragraphs are sent once: a hundred looks weigh little more than it."""
+    first = answer("")
+    states = [replace(first, content=PARAGRAPH * number) for number in range(101)]
+    events = watch(app, states)
+    assert len(events) == 101
+    assert sum(map(len, events)) < 10 * len(PARAGRAPH) * 100
+    assert "".join(events).count("<strong>bold</strong>") < 2.2 * 100
+    assert 'hx-swap-oob="morph"' in events[0]
+    assert all('hx-swap-oob="beforeend"' in event for event in events[2:])
+
+
+def test_who_comes_late_gets_all_of_it_once(app: Flask) -> None:
+    """The first event of a connection holds the whole answer so far: a lost connection loses nothing."""
+    late = answer(PARAGRAPH * 50)
+    first = watch(app, [late])[0]
+    assert first.count("<strong>bold</strong>") == 50
+    assert 'hx-swap-oob="morph"' in first
+
+
+def test_the_end_is_the_whole_message(app: Flask) -> None:
+    """Links that are defined at the end work in all of it; the state of its row goes with it."""
+    first = answer("See [this].\n\n")
+    text = first.content + "[this]: https://a.example/\n"
+    *_, last = watch(app, [first, replace(first, content=text), replace(first, content=text, state="complete")])
+    assert "event: final" in last
+    assert '<a href="https://a.example/"' in last
+    assert "message assistant complete" in last
+
+
+def test_an_answer_too_long_to_format_is_sent_as_its_beginning(app: Flask) -> None:
+    """Beyond the limit its plain beginning takes the place of what was formatted; then only a number changes."""
+    first = answer("words\n\nwords\n\n" + "word " * (FORMAT_LIMIT // 5 - 10))
+    more = [replace(first, content=first.content + "x" * (100 * number)) for number in (1, 2)]
+    before, crossed, later, end = watch(app, [first, *more, replace(more[-1], state="complete")])
+    assert "<p dir" in before
+    assert 'hx-swap-oob="morph"' in crossed
+    assert '<pre class="excerpt"' in crossed
+    assert len(later) < 1000
+    assert f"{len(more[-1].content):,} characters so far" in later
+    assert f"{len(more[-1].content):,} characters, too many" in end
+    assert len(end) < 1.2 * PLAIN_EXCERPT
+
+
+@pytest.fixture
+def huge(app: Flask) -> Message:
+    """A stored answer of 5 MB."""
+    services: Services = app.extensions["switchyard"]
+    repository: ConversationRepository = services.chats._repository
+    conversation = Conversation(new_id(), "Huge", 1.0, 1.0)
+    message = answer("*a* <b>\n" * 650_000, conversation_id=conversation.id, state="complete", finished_at=2.0)
+    repository.add(replace(conversation, messages=(message,)))
+    return message
+
+
+def test_a_page_with_an_answer_of_five_megabytes_stays_small(client: FlaskClient, huge: Message) -> None:
+    """It shows the beginning as it was written, says so, and leads to the whole text."""
+    page = client.get(f"/chats/{huge.conversation_id}").text
+    assert len(page) < 3 * PLAIN_EXCERPT
+    assert "5,200,000 characters, too many to be formatted" in page
+    assert "*a* &lt;b&gt;" in page
+    link = re.search(r'href="(/messages/\w+/text)"', page)
+    assert link is not None
+    whole = client.get(link[1])
+    assert whole.content_type == "text/plain; charset=utf-8"
+    assert whole.text == huge.content
