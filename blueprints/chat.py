@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 
 from flask import Blueprint, Response, render_template, stream_with_context, url_for
@@ -10,10 +11,16 @@ from htmx_flask import make_response, request
 from blueprints import answer_stream
 from blueprints.markdown.growing import Look
 from blueprints.pages import live_now, see_other
-from blueprints.web import services, sse
+from blueprints.web import ApiError, services, sse, tells_errors_of
 from services.chats import Conversation, ConversationNotFound, Message
+from services.store.records import new_id
 
 bp = Blueprint("chat", __name__)
+
+SENT = "message-sent"
+"""The event by which the page knows that its message has arrived; only then does it empty the composer."""
+DELETED = "This conversation was deleted. Send the message again to begin a new chat with it."
+_ID = re.compile("[0-9a-f]{32}")
 
 
 @bp.app_template_filter()
@@ -42,16 +49,43 @@ def conversation(conversation_id: str) -> str:
 
 @bp.post("/chats")
 def create() -> Response:
-    """Begin a conversation, with its first message where there is one."""
-    chats, text = services().chats, request.form.get("text", "")
-    begun = chats.start(text).conversation_id if text.strip() else chats.create().id
-    return see_other(url_for("chat.conversation", conversation_id=begun))
+    """Begin a conversation with its first message."""
+    begun = services().chats.start(_text(), message_id=_message_id()).conversation_id
+    address = url_for("chat.conversation", conversation_id=begun)
+    if not request.htmx:
+        return see_other(address)
+    answer: Response = make_response("", redirect=address, trigger=SENT)
+    return answer
 
 
 @bp.post("/chats/<conversation_id>/messages")
 def send(conversation_id: str) -> Response:
-    services().chats.send(conversation_id, request.form.get("text", ""))
-    return _changed(conversation_id)
+    services().chats.send(conversation_id, _text(), message_id=_message_id())
+    return _changed(conversation_id, trigger=SENT)
+
+
+@tells_errors_of("chat.create", "chat.send")
+def tell_unsent(error: ApiError) -> Response:
+    """A message that was not sent: what was typed stays in the composer, and beside it stands why."""
+    wanted = (request.view_args or {}).get("conversation_id")
+    deleted = error.code == "not_found"
+    words = DELETED if deleted else error.message
+    if request.htmx:
+        html = render_template("fragments/unsent.html", unsent=words)
+        answer: Response = make_response(
+            html, retarget="#composer-error", reswap="innerHTML", trigger="refresh" if deleted else None
+        )
+        return answer
+    shown = services().chats.get(wanted) if wanted and not deleted else None
+    return Response(_page(shown, deleted=wanted if deleted else None, typed=_text(), unsent=words))
+
+
+@tells_errors_of("chat.conversation")
+def tell_no_conversation(error: ApiError) -> Response | None:
+    """A conversation that is not there any more: its page stays one to write in."""
+    if error.code != "not_found":
+        return None
+    return Response(_page(None, deleted=(request.view_args or {}).get("conversation_id")))
 
 
 @bp.post("/chats/<conversation_id>/rename")
@@ -110,33 +144,50 @@ def status() -> str | Response:
     try:
         shown = services().chats.get(wanted) if wanted else None
     except ConversationNotFound:
-        answer: Response = make_response("", redirect="/")  # deleted in another tab
-        return answer
+        return _pieces(None, with_messages=True, deleted=wanted)
     return _pieces(shown, with_messages=request.args.get("seen") != _mark(shown))
 
 
-def _page(shown: Conversation | None) -> str:
-    return render_template("pages/chat.html", **_context(shown))
+def _text() -> str:
+    text: str = request.form.get("text", "")
+    return text
 
 
-def _pieces(shown: Conversation | None, with_messages: bool) -> str:
-    return render_template("fragments/chat_live.html", with_messages=with_messages, **_context(shown))
+def _message_id() -> str | None:
+    """The id that the page gave to the message, by which it is known if it comes twice."""
+    given = request.form.get("id", "")
+    return given if _ID.fullmatch(given) else None
 
 
-def _changed(conversation_id: str, anchor: str = "latest") -> Response:
+def _page(
+    shown: Conversation | None, *, deleted: str | None = None, typed: str | None = None, unsent: str | None = None
+) -> str:
+    """The whole page. `typed` is put into the composer, `unsent` says beside it why it was not sent."""
+    return render_template("pages/chat.html", typed=typed, unsent=unsent, **_context(shown, deleted))
+
+
+def _pieces(shown: Conversation | None, with_messages: bool, deleted: str | None = None) -> str:
+    return render_template("fragments/chat_live.html", with_messages=with_messages, **_context(shown, deleted))
+
+
+def _changed(conversation_id: str, *, anchor: str = "latest", trigger: str | None = None) -> Response:
     """The answer to a form that changed a conversation: its pieces for htmx, the page otherwise."""
     if not request.htmx:
         return see_other(url_for("chat.conversation", conversation_id=conversation_id, _anchor=anchor))
-    answer: Response = make_response(_pieces(services().chats.get(conversation_id), with_messages=True))
+    pieces = _pieces(services().chats.get(conversation_id), with_messages=True)
+    answer: Response = make_response(pieces, trigger=trigger)
     return answer
 
 
-def _context(shown: Conversation | None) -> dict[str, object]:
+def _context(shown: Conversation | None, deleted: str | None = None) -> dict[str, object]:
+    """What the page's templates need; `deleted` is the id of the conversation that should have been shown."""
     last = shown.messages[-1] if shown and shown.messages else None
     return {
         "live": live_now(),
         "conversations": services().chats.conversations(),
         "conversation": shown,
+        "deleted": deleted,
+        "message_id": new_id(),
         "answering": last if last is not None and not last.final else None,
         "mark": _mark(shown),
         "back": url_for("chat.conversation", conversation_id=shown.id) if shown else "/chats/new",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from flask import Flask, Response, current_app, jsonify, render_template, request
@@ -97,6 +97,10 @@ class ApiError(Exception):
         self.status = status or STATUS_OF_CODE.get(code, 409)
         self.headers = dict(headers or {})
         self.figures = figures
+
+
+ErrorTeller = Callable[[ApiError], Response | None]
+_tellers: dict[str, ErrorTeller] = {}
 
 
 def services() -> Services:
@@ -222,10 +226,24 @@ def _compress(response: Response) -> None:
         response.headers["Content-Encoding"] = "gzip"
 
 
+def tells_errors_of(*endpoints: str) -> Callable[[ErrorTeller], ErrorTeller]:
+    """Decorator: people are told the errors of these endpoints by this function, unless it returns None.
+
+    Its answer needs no status.
+    """
+
+    def register(tell: ErrorTeller) -> ErrorTeller:
+        _tellers.update(dict.fromkeys(endpoints, tell))
+        return tell
+
+    return register
+
+
 def _answer_error(error: ApiError) -> Response:
     response = _error_page(error) if _for_people() else jsonify(error_document(error))
     response.status_code = error.status
     response.headers.update(error.headers)
+    response.headers["Switchyard-Error"] = error.code  # a proxy's error page has none
     return response
 
 
@@ -250,6 +268,15 @@ def _for_people() -> bool:
 
 
 def _error_page(error: ApiError) -> Response:
+    tell = _tellers.get(request.endpoint or "")
+    if tell is not None:
+        try:
+            told = tell(error)
+        except Exception as failure:
+            current_app.logger.exception("an error could not be told in its own way", exc_info=failure)
+        else:
+            if told is not None:
+                return told
     fragment = request.headers.get("HX-Request") == "true"
     template = "fragments/error.html" if fragment else "pages/error.html"
     return Response(render_template(template, title=_title(error), message=error.message, status=error.status))

@@ -121,31 +121,38 @@ class Chats:
             if not self._repository.delete(conversation_id):
                 raise ConversationNotFound("This conversation does not exist any more.")
 
-    def start(self, text: str, model: str | None = None) -> Message:
+    def start(self, text: str, model: str | None = None, message_id: str | None = None) -> Message:
         """Begin a conversation with the user's message, and the answer to it, which is returned.
 
-        Raises EmptyMessage, MessageTooLong; then there is no conversation.
+        A message whose id was given once is sent once: it is returned the next time. Raises EmptyMessage,
+        MessageTooLong; then there is no conversation.
         """
         text = _sendable(text)
         now = self._clock()
         conversation = Conversation(new_id(), title_of(text), now, now)
-        question, answer = self._exchange(conversation.id, text, model)
+        with self._lock:
+            if (sent := self._sent(message_id)) is not None:
+                return sent
+            question, answer = self._exchange(conversation.id, text, model, message_id)
 
-        def save() -> None:
-            self._repository.add(replace(conversation, messages=(question, answer)))
+            def save() -> None:
+                self._repository.add(replace(conversation, messages=(question, answer)))
 
-        return self._begin(answer, (question,), model, save)
+            return self._begin(answer, (question,), model, save)
 
-    def send(self, conversation_id: str, text: str, model: str | None = None) -> Message:
+    def send(self, conversation_id: str, text: str, model: str | None = None, message_id: str | None = None) -> Message:
         """Save the user's message and begin the answer by `model` (None: the active one), which is returned.
 
-        Raises ConversationNotFound, ChatBusy, EmptyMessage, MessageTooLong.
+        A message whose id was given once is sent once: it is returned the next time. Raises ConversationNotFound,
+        ChatBusy, EmptyMessage, MessageTooLong.
         """
         text = _sendable(text)
         with self._lock:
+            if (sent := self._sent(message_id)) is not None:
+                return sent
             conversation = self._idle(conversation_id)
             first = not conversation.messages and conversation.title == NEW_TITLE
-            question, answer = self._exchange(conversation_id, text, model)
+            question, answer = self._exchange(conversation_id, text, model, message_id)
 
             def save() -> None:
                 if not self._repository.append(question, answer, title=title_of(text) if first else None):
@@ -247,9 +254,16 @@ class Chats:
             return again
         return replace(stored, state="interrupted", finished_at=stored.created_at)
 
-    def _exchange(self, conversation_id: str, text: str, model: str | None) -> tuple[Message, Message]:
+    def _sent(self, message_id: str | None) -> Message | None:
+        return None if message_id is None else self._repository.message(message_id)
+
+    def _exchange(
+        self, conversation_id: str, text: str, model: str | None, message_id: str | None
+    ) -> tuple[Message, Message]:
         """A question, and the answer that is about to grow."""
-        return self._message(conversation_id, "user", text), self._message(conversation_id, "assistant", "", model)
+        question = self._message(conversation_id, "user", text)
+        question = question if message_id is None else replace(question, id=message_id)
+        return question, self._message(conversation_id, "assistant", "", model)
 
     def _message(self, conversation_id: str, role: Role, text: str, model: str | None = None) -> Message:
         """A new message: a final one, or an assistant's that is about to grow."""
@@ -304,7 +318,9 @@ def _sendable(text: str) -> str:
     if not text:
         raise EmptyMessage("Write something first.")
     if len(text) > MESSAGE_LIMIT:
-        raise MessageTooLong(f"This message has {len(text):,} characters; {MESSAGE_LIMIT:,} is the limit.")
+        raise MessageTooLong(
+            f"This message has {len(text):,} characters; {MESSAGE_LIMIT:,} is the limit. Send it in parts."
+        )
     return text
 
 

@@ -87,9 +87,24 @@
     if (detail.requestConfig?.verb === "post") tabs.postMessage("look");
   });
 
+  // What stands between here and Switchyard may answer in its place. Its page, or nothing at all, is not shown as ours.
+  const foreign = (xhr) => xhr.status >= 400 && !xhr.getResponseHeader("Switchyard-Error");
+  const instead = ({ status }) =>
+    !status ? "Switchyard could not be reached."
+    : status === 413 ? "It is larger than something between this page and Switchyard takes (413)."
+    : `Something between this page and Switchyard answered in its place (${status}).`;
+  on("htmx:beforeSwap", ({ detail }) => {
+    if (!foreign(detail.xhr)) return;
+    detail.shouldSwap = false;
+    if (detail.requestConfig.verb !== "post" || detail.requestConfig.elt.id === "composer-form") return;
+    const strip = $("#notice").appendChild(document.createElement("div"));
+    strip.className = "strip failed";
+    strip.append(`That was not done. ${instead(detail.xhr)} Try again.`);
+  });
+
   // A server that is gone is said once, and taken back by the next answer.
   on("htmx:sendError", () => { $("#offline").hidden = false; });
-  on("htmx:afterOnLoad", () => { $("#offline").hidden = true; });
+  on("htmx:afterOnLoad", ({ detail }) => { $("#offline").hidden = !foreign(detail.xhr); });
 
   // State changes are read out from a region that is never swapped, each line when it comes up.
   const lines = () => $("#poll")?.dataset.announce.split("\n") ?? [];
@@ -134,26 +149,44 @@
     detail.target.showModal();
   });
 
-  // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads.
+  // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads, refusals, and a
+  // conversation that was deleted elsewhere: only what is known to have arrived is taken out of it.
   const text = $("#text");
-  const draft = `draft ${location.pathname}`;
-  const remember = () => sessionStorage.setItem(draft, text.value);
+  const form = text?.form;
+  const unsent = $("#composer-error");
+  const draft = `draft ${form?.dataset.draft}`;
+  const remember = () => text.value ? sessionStorage.setItem(draft, text.value) : sessionStorage.removeItem(draft);
+  let sending = {}; // the text last sent, its id, and whether it has arrived
   if (text) {
     text.value ||= sessionStorage.getItem(draft) ?? "";
     text.addEventListener("input", remember);
-    text.form.addEventListener("submit", () => sessionStorage.removeItem(draft));
     text.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       const send = $("#send");
-      if (send && !send.disabled && text.value.trim()) text.form.requestSubmit(send);
+      if (send && !send.disabled && text.value.trim()) form.requestSubmit(send);
+    });
+    form.addEventListener("htmx:configRequest", ({ detail }) => {
+      unsent.replaceChildren();
+      // The same text has the same id, so that it is sent once though the first answer was lost.
+      const id = sending.text === text.value && !sending.arrived ? sending.id : detail.parameters.id;
+      sending = { text: text.value, id, arrived: false };
+      detail.parameters.id = id;
+    });
+    form.addEventListener("message-sent", () => {
+      sending.arrived = true;
+      if (text.value.startsWith(sending.text)) text.value = text.value.slice(sending.text.length); // more may be typed
+      remember();
+      stay = true;
+      text.focus();
+    });
+    form.addEventListener("htmx:afterRequest", ({ detail }) => {
+      if (sending.arrived || unsent.hasChildNodes()) return;
+      const strong = unsent.appendChild(document.createElement("strong"));
+      strong.textContent = "Not sent.";
+      unsent.append(` ${instead(detail.xhr)} What you wrote is still here: send it again.`);
     });
   }
-  on("htmx:afterRequest", ({ detail }) => {
-    if (detail.elt.id !== "composer-form") return;
-    if (detail.successful) { text.value = ""; stay = true; text.focus(); }
-    remember();
-  });
   on("keydown", (event) => {
     if (event.key === "Escape" && !$(":popover-open, dialog[open]")) $("#stop")?.click();
   });

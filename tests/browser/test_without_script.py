@@ -42,6 +42,20 @@ def test_a_whole_conversation(page: Page, console: Console) -> None:
     expect(page.get_by_text("1 of 2")).to_be_visible()
 
 
+def test_a_refused_message_is_still_in_the_composer(open_page: OpenPage, console: Console) -> None:
+    """On a new chat, too: the page comes back with it and with the reason, and it can be sent when it is mended."""
+    page = open_page(java_script_enabled=False, tolerate=("the server responded with a status of 422",))
+    console.switch("quick-plain")
+    visit(page, console)
+    composer(page).fill("x" * 32_001)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("alert")).to_contain_text("32,001 characters; 32,000 is the limit.")
+    expect(composer(page)).to_have_value("x" * 32_001)
+    composer(page).fill("x")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
+
+
 def test_a_plan_is_a_page_and_models_are_managed(page: Page, console: Console) -> None:
     """A switch that has to be confirmed asks on a page of its own; unloading and dismissing are forms."""
     console.switch("quick-plain")

@@ -1,0 +1,187 @@
+"""What was typed is never lost, whatever the answer to it was."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import Locator, Page, Route, expect
+
+from tests.browser.conftest import OpenPage, StartShared
+from tests.browser.steps import MINI, answers, composer, messages, say, visit
+from tests.support.console import Console, stand_in
+
+NGINX = "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
+PROXY = ("the server responded with a status", "ERR_FAILED", "htmx:", "[object Event]")
+"""What Chromium and htmx say of a refusal, and of a network that is gone."""
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartShared) -> Console:
+    return start_shared(stand_in("plain", source=str(MINI)) + stand_in("slow-plain", "slow_tokens:1", source=str(MINI)))
+
+
+@pytest.fixture
+def page(open_page: OpenPage, console: Console) -> Page:
+    """A new chat with a model that is ready."""
+    console.switch("plain")
+    page = open_page(tolerate=PROXY)
+    visit(page, console)
+    return page
+
+
+def unsent(page: Page) -> Locator:
+    """What is said beside the composer."""
+    return page.locator("#composer-error")
+
+
+def fail_posts(page: Page, how: dict[str, object]) -> None:
+    """From now on every form of the page meets this, and not the app."""
+
+    def meet(route: Route) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+        elif how:
+            route.fulfill(**how)  # type: ignore[arg-type]
+        else:
+            route.abort()
+
+    page.route("**/*", meet)
+
+
+FAULTS = {
+    "a proxy's 502": ({"status": 502, "content_type": "text/html", "body": NGINX}, "answered in its place (502)"),
+    "a proxy's 413": ({"status": 413, "content_type": "text/html", "body": NGINX}, "larger than something"),
+    "an empty 200": ({"status": 200, "body": ""}, "answered in its place (200)"),
+    "JSON": ({"status": 503, "json": {"error": "stopping"}}, "answered in its place (503)"),
+    "no network": ({}, "could not be reached"),
+}
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_message_that_did_not_arrive_stays(page: Page, new: bool) -> None:
+    """Whatever came instead of an answer: the text, its draft, and words beside it; then it is sent, once."""
+    sent = 0
+    if not new:
+        say(page, "First")
+        expect(page.locator(".message.complete")).to_have_count(1)
+        sent = 2
+    here = page.url
+    for name, (how, words) in FAULTS.items():
+        fail_posts(page, how)
+        say(page, f"Through {name}")
+        expect(page.get_by_role("alert").filter(has_text="Not sent.")).to_contain_text(words)
+        expect(composer(page)).to_have_value(f"Through {name}")
+        expect(page.get_by_text("502 Bad Gateway")).to_have_count(0)
+        expect(messages(page)).to_have_count(sent)
+        assert page.url == here
+        page.reload()
+        expect(composer(page)).to_have_value(f"Through {name}")
+        page.unroute("**/*")
+    composer(page).press("Enter")
+    expect(page.locator(".message.user .said").last).to_have_text("Through no network")
+    expect(composer(page)).to_have_value("")
+    expect(unsent(page)).to_be_empty()
+    page.reload()
+    expect(composer(page)).to_have_value("")
+    expect(messages(page)).to_have_count(sent + 2)
+
+
+def test_a_message_whose_answer_got_lost_is_sent_once(page: Page) -> None:
+    """It had arrived all the same: sending it again leads to where it is."""
+
+    def lose(route: Route) -> None:
+        if route.request.method == "POST":
+            route.fetch(max_redirects=0)
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route("**/*", lose)
+    say(page, "Only once")
+    expect(unsent(page)).to_contain_text("could not be reached")
+    page.unroute("**/*")
+    composer(page).press("Enter")
+    expect(messages(page)).to_have_count(2)
+    expect(page.locator("#conversation-list a").filter(has_text="Only once")).to_have_count(1)
+
+
+def test_a_message_that_is_too_long_stays(page: Page) -> None:
+    """On a new chat, too: the reason stands beside the composer, in the words of the API."""
+    say(page, "word " * 7000)
+    expect(page.get_by_role("alert").filter(has_text="Not sent.")).to_contain_text("34,999 characters; 32,000 is the")
+    assert len(composer(page).input_value()) == 35_000
+    page.reload()
+    assert len(composer(page).input_value()) == 35_000
+
+
+def test_a_second_tab_may_come_too_early(page: Page, console: Console) -> None:
+    """It does not know yet that the first one has sent something: its message stays, and can be sent afterwards."""
+    say(page, "First")
+    expect(page.locator(".message.complete")).to_have_count(1)
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.route("**/fragments/**", lambda route: route.abort())
+    console.switch("slow-plain")
+    say(page, "Second")
+    expect(answers(page)).to_have_count(2)
+    say(other, "Third")
+    expect(unsent(other)).to_contain_text("An answer is being written in this conversation.")
+    expect(composer(other)).to_have_value("Third")
+    page.get_by_role("button", name="Stop").click()
+    other.unroute("**/fragments/**")
+    say(other, "Third")
+    expect(answers(other)).to_have_count(3)
+    expect(unsent(other)).to_be_empty()
+    other.get_by_role("button", name="Stop").click()
+
+
+def test_words_typed_while_a_message_is_sent_stay(page: Page) -> None:
+    """Only what was sent is taken out of the composer."""
+    say(page, "First")
+    expect(page.locator(".message.complete")).to_have_count(1)
+    held: list[Route] = []
+    page.route("**/messages", lambda route: held.append(route))
+    with page.expect_request("**/messages"):
+        say(page, "Sec")
+    page.keyboard.type("ond thoughts")
+    held[0].continue_()
+    expect(page.locator(".message.user .said").last).to_have_text("Sec")
+    expect(composer(page)).to_have_value("ond thoughts")
+
+
+def test_a_conversation_deleted_elsewhere_keeps_its_draft(page: Page) -> None:
+    """The page says so, goes nowhere, also over a reload, and sends what was typed as a new chat."""
+    say(page, "First")
+    expect(page.locator(".message.complete")).to_have_count(1)
+    here = page.url
+    other = page.context.new_page()
+    other.goto(here)
+    composer(page).press_sequentially("Half a thought")
+    other.get_by_role("button", name="Delete this conversation").click()
+    other.get_by_role("button", name="Delete", exact=True).click()
+    for _ in range(2):
+        expect(page.get_by_role("heading", name="This conversation was deleted")).to_be_visible()
+        expect(composer(page)).to_have_value("Half a thought")
+        assert page.url == here
+        expect(page.get_by_role("button", name="Delete this conversation")).to_be_hidden()
+        page.reload()
+    composer(page).press("Enter")
+    expect(page.locator(".message.user .said")).to_have_text("Half a thought")
+    assert page.url != here
+    expect(composer(page)).to_have_value("")
+
+
+def test_a_message_sent_to_a_conversation_just_deleted(page: Page, console: Console) -> None:
+    """Before the page could know: it says so, and sends it as a new chat at the next try."""
+    say(page, "First")
+    expect(page.locator(".message.complete")).to_have_count(1)
+    here = page.url
+    page.route("**/fragments/**", lambda route: route.abort())
+    console.post(here.removeprefix(console.url) + "/delete")
+    say(page, "Too late")
+    expect(unsent(page)).to_contain_text("This conversation was deleted.")
+    expect(composer(page)).to_have_value("Too late")
+    page.unroute("**/fragments/**")
+    expect(page.get_by_role("heading", name="This conversation was deleted")).to_be_visible()
+    composer(page).press("Enter")
+    expect(page.locator(".message.user .said")).to_have_text("Too late")
+    assert page.url != here

@@ -1,0 +1,187 @@
+"""The Chat page's forms: what was typed comes back with every refusal, and nothing is sent twice."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import unescape
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from services.abort import Abort
+from services.chats import Chats
+
+PAGE = {"Accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
+HTMX = {"HX-Request": "true", "Accept": "*/*"}
+TYPED = "My <b>words</b>\nand more"
+TOO_LONG = "x" * 32_001
+ID = "0123456789abcdef" * 2
+
+
+class Waiting:
+    """A generator whose answers last until they are stopped."""
+
+    model = "tiny"
+
+    @contextmanager
+    def stream_chat(
+        self, _model: str | None, _messages: Sequence[Mapping[str, str]], abort: Abort
+    ) -> Iterator[Waiting]:
+        self._over = threading.Event()
+        abort.applies_to(self._over.set)
+        yield self
+
+    def __iter__(self) -> Iterator[str]:
+        self._over.wait(30)
+        return iter(())
+
+
+@pytest.fixture
+def chats(app: Flask, monkeypatch: pytest.MonkeyPatch) -> Chats:
+    chats: Chats = app.extensions["switchyard"].chats
+    monkeypatch.setattr(chats, "_generator", Waiting())
+    return chats
+
+
+@pytest.fixture
+def conversation(chats: Chats) -> str:
+    return chats.create().id
+
+
+def typed(answer: TestResponse) -> str:
+    """What stands in the composer of a page."""
+    found = re.search(r'<textarea id="text"[^>]*>\n?(.*?)</textarea>', answer.text, re.DOTALL)
+    assert found, answer.text
+    return unescape(found[1])
+
+
+def alert(answer: TestResponse) -> str:
+    """What is said beside the composer."""
+    found = re.search(r'<div id="composer-error"[^>]*role="alert"[^>]*>(.*?)</div>', answer.text, re.DOTALL)
+    assert found, answer.text
+    return unescape(re.sub(r"<[^>]+>", "", found[1])).strip()
+
+
+def action(answer: TestResponse) -> str:
+    """Where the composer sends to."""
+    found = re.search(r'<form id="composer-form"[^>]* action="([^"]+)"', answer.text)
+    assert found, answer.text
+    return found[1]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_refused_message_comes_back_in_the_composer(client: FlaskClient, conversation: str, new: bool) -> None:
+    """Without script the form is there again, with the text in it and the reason beside it; it can be sent again."""
+    path = "/chats" if new else f"/chats/{conversation}/messages"
+    answer = client.post(path, data={"text": TOO_LONG}, headers=PAGE)
+    assert answer.status_code == 422
+    assert answer.mimetype == "text/html"
+    assert typed(answer) == TOO_LONG
+    assert "32,001 characters; 32,000 is the limit" in alert(answer)
+    assert action(answer) == path
+    assert 'http-equiv="refresh"' not in answer.text
+
+
+def test_a_message_that_comes_too_early_comes_back(client: FlaskClient, chats: Chats, conversation: str) -> None:
+    """A second tab may not know of the answer under way. The page stays as it is until the text is sent again."""
+    sent = chats.send(conversation, "First")
+    answer = client.post(f"/chats/{conversation}/messages", data={"text": TYPED}, headers=PAGE)
+    assert answer.status_code == 409
+    assert typed(answer) == TYPED
+    assert "An answer is being written in this conversation" in alert(answer)
+    assert 'http-equiv="refresh"' not in answer.text
+    assert re.search(r'<button id="send"(?![^>]*disabled)', answer.text)
+    chats.stop(sent.id)
+
+
+def test_with_script_the_reason_is_said_beside_the_composer(client: FlaskClient, conversation: str) -> None:
+    """The text never left the composer, which stays untouched; a header tells the page that the words are ours."""
+    for path in ("/chats", f"/chats/{conversation}/messages"):
+        answer = client.post(path, data={"text": TOO_LONG}, headers=HTMX)
+        assert answer.status_code == 422
+        assert answer.headers["HX-Retarget"] == "#composer-error"
+        assert answer.headers["Switchyard-Error"] == "invalid_value"
+        assert "32,000 is the limit" in answer.text
+        assert "<textarea" not in answer.text
+
+
+def test_switching_too_often_loses_no_message(make_app: Callable[..., Flask]) -> None:
+    """The limit is checked before the form is looked at; the text comes back all the same."""
+    app = make_app(switch_rate_limit="1/hour")
+    client = app.test_client()
+    model = next(iter(app.extensions["switchyard"].catalog.models))
+    client.post("/models/switch", data={"model": "nothing"})
+    app.extensions["switchyard"].board.publish(active_model=model)
+    answer = client.post("/chats", data={"text": TYPED}, headers=PAGE)
+    assert answer.status_code == 429
+    assert int(answer.headers["Retry-After"]) > 0
+    assert typed(answer) == TYPED
+    assert "switched too often" in alert(answer)
+
+
+def test_what_was_sent_is_told_apart_from_any_other_success(client: FlaskClient, conversation: str) -> None:
+    """A proxy may answer 200 with nothing in it: only this event empties the composer."""
+    answer = client.post(f"/chats/{conversation}/messages", data={"text": TYPED}, headers=HTMX)
+    assert answer.status_code == 200
+    assert answer.headers["HX-Trigger"] == "message-sent"
+    begun = client.post("/chats", data={"text": TYPED}, headers=HTMX)
+    assert begun.headers["HX-Trigger"] == "message-sent"
+    assert re.fullmatch(r"/chats/[0-9a-f]{32}", begun.headers["HX-Redirect"])
+
+
+def test_sending_again_sends_once(client: FlaskClient, chats: Chats, conversation: str) -> None:
+    """An answer may get lost on its way back; the same message is then taken for what it is, whatever became of it."""
+    for path in ("/chats", f"/chats/{conversation}/messages"):
+        before = len(chats.conversations())
+        message = {"text": TYPED, "id": ID if path == "/chats" else ID[::-1]}
+        first, second = (client.post(path, data=message, headers=PAGE) for _ in range(2))
+        assert (first.status_code, second.status_code) == (303, 303)
+        assert first.location == second.location
+        assert len(chats.conversations()) - before == (1 if path == "/chats" else 0)
+    assert [m.role for m in chats.get(conversation).messages] == ["user", "assistant"]
+
+
+def test_an_id_that_is_none_is_not_used(client: FlaskClient, chats: Chats, conversation: str) -> None:
+    """Each of these is a message of its own."""
+    for text in ("../x", "", "A" * 32):
+        client.post(f"/chats/{conversation}/messages", data={"text": "Hi", "id": text}, headers=PAGE)
+        chats.stop(chats.get(conversation).messages[-1].id)
+    assert len(chats.get(conversation).messages) == 6
+
+
+def test_a_message_to_a_deleted_conversation_can_begin_a_new_one(
+    client: FlaskClient, chats: Chats, conversation: str
+) -> None:
+    """Somebody deleted it in another tab: it is said, the text is there, and goes to a new chat."""
+    chats.delete(conversation)
+    answer = client.post(f"/chats/{conversation}/messages", data={"text": TYPED}, headers=PAGE)
+    assert answer.status_code == 404
+    assert typed(answer) == TYPED
+    assert "was deleted" in alert(answer)
+    assert action(answer) == "/chats"
+    live = client.post(f"/chats/{conversation}/messages", data={"text": TYPED}, headers=HTMX)
+    assert live.status_code == 404
+    assert "was deleted" in live.text
+    assert live.headers["HX-Trigger"] == "refresh"
+
+
+def test_the_page_of_a_deleted_conversation_says_so_and_stays(
+    client: FlaskClient, chats: Chats, conversation: str
+) -> None:
+    """No look leads away from it, and its draft is found under the name it was kept under."""
+    chats.delete(conversation)
+    opened = client.get(f"/chats/{conversation}", headers=PAGE)
+    assert opened.status_code == 404
+    look = client.get(f"/fragments/chat-status?conversation={conversation}&seen=x", headers=HTMX)
+    assert look.status_code == 200
+    assert "HX-Redirect" not in look.headers
+    for shown in (opened, look):
+        assert "This conversation was deleted" in shown.text
+        assert action(shown) == "/chats"
+        assert f'data-draft="{conversation}"' in shown.text
+    assert client.get(f"/chats/{conversation}", headers={"Accept": "application/json"}).json["error"] == "not_found"
