@@ -44,8 +44,7 @@ class InProcess:
         self.client = self.app.test_client()
 
     def close(self) -> None:
-        for origin in list(self.services.relay._pools):
-            self.services.relay.forget(origin)
+        self.services.relay.close()
         self.services.close()
 
     def show(
