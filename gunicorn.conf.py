@@ -14,6 +14,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import signals
 from services import state_folder
 from services.config import ConfigError, load_settings
+from services.store import damage
+from services.store.errors import StoreError
 
 try:
     settings = load_settings()
@@ -50,9 +52,11 @@ def on_starting(server):
     if server.num_workers != 1:
         sys.exit("Switchyard runs in one worker: models, limits and connections live in its memory.")
     try:
-        _lock = state_folder.claim(settings.state_dir)
-    except state_folder.StateError as error:
+        lock = state_folder.claim(settings.state_dir)
+        damage.check(settings.state_dir / state_folder.DATABASE)
+    except (state_folder.StateError, StoreError) as error:
         sys.exit(str(error))
+    _lock = lock
     signals.arrange(server)
 
 

@@ -7,7 +7,7 @@ from gunicorn.arbiter import Arbiter
 from app import create_app
 from services.config import ConfigError
 from services.state_folder import StateError
-from services.store.database import StoreError
+from services.store.errors import StoreError
 
 try:
     app = create_app()

@@ -21,6 +21,7 @@ from services.downloads.fetcher import DownloadError
 from services.engines.port import EngineError
 from services.gateway.router import GatewayError
 from services.providers.local_services import ServiceError
+from services.store.errors import StoreError, StoreLocked
 from services.switching.jobs import SwitchError
 from services.switching.narrator import memory_figures
 from services.switching.plan import Plan
@@ -53,6 +54,8 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "state_unwritable": 503,
     "stopping": 503,
     "restart_unavailable": 503,
+    "database_locked": 503,
+    "database_unavailable": 503,
     "queue_timeout": 504,
     "invalid_name": 422,
     "ollama_not_found": 503,
@@ -68,8 +71,13 @@ OPENAI_SHAPED = ("/v1/", "/chat/completions")
 """Addresses whose errors have OpenAI's shape."""
 
 WORTH_COMPRESSING = 1024
-BACK_SECONDS = 2
-"""When an app that restarts is likely to be back."""
+RETRY_SECONDS: Mapping[str, int] = {
+    "stopping": 2,
+    "state_unwritable": 5,
+    "database_locked": 5,
+    "database_unavailable": 5,
+}
+"""When it is worth asking again: an app that restarts is back, a lock is gone, a disk has room."""
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -95,7 +103,8 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.status = status or STATUS_OF_CODE.get(code, 409)
-        self.headers = dict(headers or {})
+        again = {"Retry-After": str(RETRY_SECONDS[code])} if code in RETRY_SECONDS else {}
+        self.headers = {**again, **(headers or {})}
         self.figures = figures
 
 
@@ -186,6 +195,7 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(MessageNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(ChatBusy, lambda e: _answer_error(ApiError("chat_busy", str(e))))
     app.register_error_handler(ChatError, lambda e: _answer_error(ApiError("invalid_value", str(e))))
+    app.register_error_handler(StoreError, lambda e: _answer_error(_store_error(e)))
     app.register_error_handler(HTTPException, _answer_http)
     app.register_error_handler(Exception, _answer_unforeseen)
 
@@ -196,8 +206,12 @@ def switch_error(error: SwitchError) -> ApiError:
     plan = error.details.get("plan")
     if error.code == "confirmation_required" and isinstance(plan, Plan):
         figures["plan"] = plan_document(plan)
-    headers = {"Retry-After": str(BACK_SECONDS)} if error.code == "stopping" else {}
-    return ApiError(error.code, error.message, figures=figures, headers=headers)
+    return ApiError(error.code, error.message, figures=figures)
+
+
+def _store_error(error: StoreError) -> ApiError:
+    code = "database_locked" if isinstance(error, StoreLocked) else "database_unavailable"
+    return ApiError(code, str(error))
 
 
 def _with_retry(error: GatewayError | Refused) -> ApiError:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import structlog
+
 from services.answers import Answer, ChatStream, GenerationError, Generator
+from services.store.errors import StoreError
 from services.store.message_saver import MessageSaver
 from services.store.records import Conversation, Message, Role, new_id
 from services.store.repository import ConversationRepository
@@ -28,6 +31,8 @@ __all__ = [
     "MessageTooLong",
     "NotTheLast",
 ]
+
+log = structlog.get_logger(__name__)
 
 NEW_TITLE = "New chat"
 TITLE_LENGTH = 48
@@ -84,7 +89,10 @@ class Chats:
         self._lock = threading.RLock()  # held by whoever changes what a conversation consists of
         self._running: dict[str, _Running] = {}
         self._saver = MessageSaver(repository.update)
-        repository.mark_interrupted(clock())
+        try:
+            repository.mark_interrupted(clock())
+        except StoreError as error:  # a row that nobody writes counts as interrupted all the same
+            log.warning("answers that an earlier run left can't be marked now", error=str(error))
 
     def conversations(self) -> list[Conversation]:
         """Every conversation without its messages, the last one written in first."""

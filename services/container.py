@@ -38,8 +38,9 @@ from services.offhub import off_hub
 from services.providers.local_services import OllamaService, find_ollama
 from services.restart import Restart
 from services.scheduling import Threads
-from services.state_folder import DATABASE, StateError, check_writable, prepare
+from services.state_folder import DATABASE, StateError, check_writable, owner, prepare
 from services.status import StatusService
+from services.store.damage import Damaged
 from services.store.database import Store
 from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
 from services.store.records import new_id
@@ -83,6 +84,7 @@ class Services:
     devices: DeviceMonitor
     watch: CatalogWatch
     store: Store
+    damaged: Damaged
     writes: DeferredWrites
     restart: Restart
     compose: ComposeChoice
@@ -147,6 +149,9 @@ def build_services(settings: Settings) -> Services:
     store = open_store(settings.state_dir / DATABASE)
     writes = DeferredWrites()
     notes = DeferredNotes(NoteRepository(store), writes)
+    damaged = Damaged(settings.state_dir / DATABASE, notes)
+    if damaged.current is not None:
+        log.error("the database was damaged and is set aside; a new one was begun", file=str(damaged.current))
     devices = DeviceMonitor(settings.memory_budget_bytes)
     hub = HubProcess(registry)
     board = Board()
@@ -161,7 +166,7 @@ def build_services(settings: Settings) -> Services:
     engines: dict[str, Engine] = {
         "llamacpp": _llamacpp(settings, registry, devices),
         "ollama": ollama,
-        "vllm": _vllm(settings, devices, hub, _owner(notes)),
+        "vllm": _vllm(settings, devices, hub, owner(settings.state_dir, lambda: notes.get("owner") or new_id()[:12])),
     }
     catalog = Catalog(settings.models, engines)
     catalog.on_change(board.publish)
@@ -197,8 +202,13 @@ def build_services(settings: Settings) -> Services:
         devices=devices,
         watch=CatalogWatch(catalog),
         store=store,
+        damaged=damaged,
         writes=writes,
-        restart=Restart(settings, lambda: board.current.switch.to_model if board.current.switch else None),
+        restart=Restart(
+            settings,
+            lambda: board.current.switch.to_model if board.current.switch else None,
+            lambda: off_hub(check_writable, settings.state_dir),
+        ),
         compose=ComposeChoice(EnvFile(settings.env_file, settings.env_key) if settings.env_file else None),
     )
 
@@ -228,16 +238,6 @@ def _check_state(settings: Settings) -> None:
         off_hub(check_writable, settings.state_dir)
     except StateError as error:
         raise SwitchError("state_unwritable", f"Nothing was unloaded. {error}") from None
-
-
-def _owner(notes: DeferredNotes) -> str:
-    """What tells the containers of this Switchyard from those of another one on the same engine.
-
-    Its state's own: the path of the state folder is the same in every container that Switchyard itself runs in.
-    """
-    owner = notes.get("owner") or new_id()[:12]
-    notes.put("owner", owner)
-    return owner
 
 
 def _vllm(settings: Settings, devices: DeviceMonitor, hub: HubProcess, owner: str) -> Vllm:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from services.config import ConfigError, Settings, load_settings
+from services.state_folder import StateError
 
 ANSWER_SECONDS = 0.5
 """How long the answer to the request for it has to get out."""
@@ -27,14 +28,21 @@ class Restart:
     """The wish to start anew. Who runs the app looks whether it is `due`; `possible` once somebody does.
 
     From the moment it is `requested` no request is begun: whoever runs the app keeps them for the next run.
-    `switching_to` tells which model is being switched to, None when none is.
+    `switching_to` tells which model is being switched to, None when none is; `check_state` raises StateError when the
+    next run could not write its state.
     """
 
-    def __init__(self, settings: Settings, switching_to: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        switching_to: Callable[[], str | None] = lambda: None,
+        check_state: Callable[[], object] = lambda: None,
+    ) -> None:
         self.possible = False
         self.requested = False
         self._settings = settings
         self._switching_to = switching_to
+        self._check_state = check_state
         self._due_at = 0.0
         self._abandoned = False
 
@@ -74,6 +82,10 @@ class Restart:
             wanted = load_settings()
         except ConfigError as error:
             raise RestartRefused("settings_unusable", f"Switchyard goes on as it is. {error}") from None
+        try:
+            self._check_state()
+        except StateError as error:
+            raise RestartRefused("state_unwritable", f"Switchyard goes on as it is. {error}") from None
         changed = [name for name in NEED_A_FULL_START if getattr(wanted, name) != getattr(self._settings, name)]
         if changed:
             raise RestartRefused(

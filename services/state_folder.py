@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
 DATABASE = "switchyard.db"
 OWN_FOLDERS = ("logs", "processes")
-OWN_FILES = ("switchyard*.db*", "lock")
+OWN_FILES = ("switchyard*.db*", "lock", "owner")
 """With the folders, all that the app keeps. Nothing else is touched: the folder may have been chosen badly."""
 PROBE_BYTES = 65_536
 """More than the record of a process and the first lines of its log take."""
@@ -64,6 +64,23 @@ def claim(folder: Path) -> int:
         os.close(lock)
         raise
     return lock
+
+
+def owner(folder: Path, make: Callable[[], str]) -> str:
+    """What tells this state's belongings from another's where both are, such as containers; `make` invents it once.
+
+    It has a file of its own, which outlives the database. Raises StateError.
+    """
+    path = folder / "owner"
+    try:
+        word = path.read_text(encoding="ascii").strip() if path.exists() else ""
+        if not word:
+            word = make()
+            with open(path, "w", encoding="ascii", opener=private_opener) as file:
+                file.write(word)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    return word
 
 
 def check_writable(folder: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, Delete, Update, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from services.store.database import Store, StoreError, open_store
+from services.store.database import Store, open_store
+from services.store.errors import StoreError
 from services.store.records import Conversation, DownloadRecord, LoadRecord, Message
 from services.store.tables import ConversationRow, DownloadRow, LoadRow, MessageRow, NoteRow
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from flask import Flask
 
-from services.state_folder import prepare
+from services.state_folder import owner, prepare
 from tests.support.console import PATIENCE, Console
 from tests.support.faults import NOBODY, as_nobody, full_disk, modes, read_only_disk, readable_by_nobody, small_disk
 
@@ -103,11 +104,39 @@ def test_a_full_disk_is_said(disk: Path, tmp_path: Path) -> None:
     assert_one_sentence(said, str(disk / "state"), "can't be written", "No space left")
 
 
+def test_no_restart_begins_that_could_not_end(disk: Path, make_app: Callable[..., Flask]) -> None:
+    """The next run would not start on a full disk, and the models that are loaded would be lost with the app."""
+    app = make_app(state_dir=disk / "state")
+    app.extensions["switchyard"].restart.possible = True
+    with full_disk(disk):
+        answer = app.test_client().post("/api/restart-api")
+    assert answer.status_code == 503
+    assert "Retry-After" in answer.headers
+    assert answer.json is not None
+    assert answer.json["error"] == "state_unwritable"
+    assert "goes on as it is" in answer.json["message"]
+
+
+def test_a_database_that_can_not_be_opened_is_said(tmp_path: Path) -> None:
+    """Not taken for a damaged one: it may be whole."""
+    (tmp_path / "state" / "switchyard.db").mkdir(parents=True)
+    said = refusal(tmp_path)
+    assert_one_sentence(said, str(tmp_path / "state" / "switchyard.db"), "can't be used")
+    assert [path.name for path in (tmp_path / "state").glob("*damaged*")] == []
+
+
 def test_a_disk_that_was_just_mounted_can_be_used(tmp_path: Path) -> None:
     """It lets everybody in, as `/tmp` does, but nobody else has anything there."""
     with small_disk(tmp_path / "state", 4_000_000) as state:
         prepare(state)
         assert modes(state) == {".": 0o700}
+
+
+def test_what_tells_our_containers_outlives_the_database(tmp_path: Path) -> None:
+    """With a new database they would have been somebody else's, and their memory lost until somebody removes them."""
+    assert owner(tmp_path, lambda: "abc123") == "abc123"
+    assert owner(tmp_path, lambda: pytest.fail("it has a name")) == "abc123"
+    assert modes(tmp_path)["owner"] == 0o600
 
 
 def test_a_folder_of_another_user_is_said() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 NOBODY = 65_534
 """The user and group who own nothing."""
 CHUNK = b"\0" * 65_536
+PAGE_BYTES = 4096
+"""Of a SQLite database."""
 
 
 @contextmanager
@@ -95,3 +98,28 @@ def modes(folder: Path) -> dict[str, int]:
     """The permission bits of a folder and of everything in it, by path relative to it."""
     everything = [folder, *folder.rglob("*")]
     return {str(path.relative_to(folder)): os.lstat(path).st_mode & 0o777 for path in everything}
+
+
+@contextmanager
+def locked_database(path: Path, *, exclusive: bool = False) -> Iterator[None]:
+    """Another program writes to a database, and doesn't come to an end.
+
+    An exclusive lock keeps readers out as well; it can be had only while nobody else has the database open.
+    """
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)) as other:
+        if exclusive:
+            other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            other.execute("ROLLBACK")
+
+
+def corrupt_database(path: Path) -> None:
+    """Overwrite pages in the middle of a database, as a bad disk does; its header stays."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        for page in range(2, size // PAGE_BYTES, 2):
+            file.seek(page * PAGE_BYTES)
+            file.write(os.urandom(PAGE_BYTES))

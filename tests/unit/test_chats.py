@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import queue
-import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from services import answers
@@ -31,9 +29,11 @@ from services.chats import (
     history_of,
     title_of,
 )
-from services.store import database, message_saver
+from services.store import message_saver
+from services.store.errors import StoreLocked
 from services.store.repository import ConversationRepository, Store, open_store
 from tests.support.console import wait_until
+from tests.support.faults import locked_database
 
 WAIT = 5.0
 
@@ -109,10 +109,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A database that waits for a lock only for a moment; what can't be saved is tried again as soon."""
-    pragmas = [pragma for pragma in database.PRAGMAS if "busy_timeout" not in pragma]
-    monkeypatch.setattr(database, "PRAGMAS", (*pragmas, "busy_timeout=10"))
     monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 0.01)
-    store = open_store(path)
+    store = open_store(path, patience=0.01)
     yield store
     store.close()
 
@@ -150,15 +148,6 @@ def kept(store: Store, message: Message) -> bool:
     """Whether the database has this state of a message, or will in a moment."""
     wait_until(lambda: ConversationRepository(store).message(message.id) == message, "a message to be saved")
     return True
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Somebody else writes in the database for as long as it lasts."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
 
 
 def answer(chats: Chats, generator: FakeGenerator, conversation: Conversation, text: str, *pieces: str) -> Message:
@@ -554,7 +543,7 @@ def test_a_locked_database_holds_up_no_answer(
     """It goes on and ends as if nothing were wrong, no other one waits, and all is saved once that works again."""
     one, other = chats.send(conversation.id, "One"), chats.send(chats.create().id, "Two")
     streams = {stream.messages[0]["content"]: stream for stream in (generator.next(), generator.next())}
-    with locked(path):
+    with locked_database(path):
         streams["One"].say("A whole ", "answer.").end()
         streams["Two"].say("Half an")
         done = final(chats, one.id)
@@ -584,7 +573,7 @@ def test_what_could_not_be_saved_is_tried_again_at_the_end(
     monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 60.0)
     monkeypatch.setattr(message_saver, "LONGEST_PAUSE_SECONDS", 60.0)
     sent = chats.send(conversation.id, "One")
-    with capture_logs() as logs, locked(path):
+    with capture_logs() as logs, locked_database(path):
         generator.next().say("words").end()
         done = final(chats, sent.id)
         wait_until(lambda: any("could not be saved" in line["event"] for line in logs), "a save to fail")
@@ -621,9 +610,9 @@ def test_a_message_that_can_not_be_saved_is_not_sent(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, path: Path
 ) -> None:
     """Neither half of the exchange is there, nobody was asked, and the same can be sent again."""
-    with locked(path):
+    with locked_database(path):
         for send in (lambda: chats.send(conversation.id, "Hello"), lambda: chats.start("Hello")):
-            with pytest.raises(OperationalError):
+            with pytest.raises(StoreLocked):
                 send()
     assert not generator.asked.is_set()
     assert [c.id for c in chats.conversations()] == [conversation.id]

@@ -92,13 +92,13 @@ def test_tables_and_migrations_agree(store: Store) -> None:
 
 
 def test_the_database_is_tuned(store: Store) -> None:
-    """Every connection writes ahead, checks foreign keys and waits for a lock."""
+    """Every connection writes ahead, checks foreign keys and waits for no lock, which would block every greenlet."""
     with store.reading() as session:
         found = [
             session.scalar(sa.text(f"PRAGMA {name}"))
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         ]
-    assert found == ["wal", 1, 1, 5000]
+    assert found == ["wal", 1, 1, 0]
 
 
 @pytest.mark.usefixtures("store")
@@ -140,13 +140,6 @@ def test_a_newer_database_is_refused_in_words(store: Store, path: Path) -> None:
     with store.writing() as session:
         session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="revision 9999"):
-        open_store(path)
-
-
-def test_a_file_that_is_no_database_is_refused_in_words(path: Path) -> None:
-    """The words name the file and what is wrong with it."""
-    path.write_bytes(b"this is not a database at all, but it is long enough to look like a file " * 20)
-    with pytest.raises(StoreError, match=r"switchyard\.db can't be used: file is not a database"):
         open_store(path)
 
 

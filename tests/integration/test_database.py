@@ -1,0 +1,124 @@
+"""The database under a running console: locked by another program, damaged, backed up and put back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.support.console import PATIENCE, ROOT, Console
+from tests.support.faults import locked_database, modes
+
+MINI = "switchyard-mini"
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared) -> Console:
+    return start_shared(standby="false")
+
+
+def database(console: Console) -> Path:
+    return Path(console.environment["SWITCHYARD_STATE_DIR"]) / "switchyard.db"
+
+
+def begin_a_chat(console: Console, text: str) -> requests.Response:
+    return requests.post(f"{console.url}/chats", data={"text": text}, allow_redirects=False, timeout=PATIENCE)
+
+
+def back_up(console: Console, copy: Path) -> subprocess.CompletedProcess[str]:
+    """The command of docs/operations.md, by whoever has the console's settings."""
+    return subprocess.run(
+        [sys.executable, "-m", "services.store.backup", str(copy)],
+        cwd=ROOT,
+        env={**os.environ, **console.environment},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+def test_a_locked_database_delays_nobody_who_needs_none(console: Console) -> None:
+    """It froze everyone for as long as the lock was there, 10 s. Models load and answer; who has to write is told."""
+    console.switch(MINI)
+    refused: list[requests.Response] = []
+    with locked_database(database(console)):
+        writer = threading.Thread(target=lambda: refused.append(begin_a_chat(console, "Hello")), daemon=True)
+        writer.start()
+        answered = 0
+        while writer.is_alive():
+            assert console.status()["active_model"] == MINI
+            answered += 1
+        assert answered > 10, "the status waited for the database"
+        assert (refused[0].status_code, refused[0].headers["Retry-After"]) == (503, "5")
+        assert console.ask("Hello").status_code == 200
+        assert console.get("/models").status_code == 200
+        assert console.get("/").status_code == 200
+    assert begin_a_chat(console, "Hello again").status_code == 303
+
+
+def test_a_copy_is_made_while_the_console_writes_and_put_back_after_a_loss(console: Console, tmp_path: Path) -> None:
+    """As docs/operations.md says: one command, then stop, put back, start. The copy is whole, and private."""
+    begin_a_chat(console, "Before the copy")
+    copy = tmp_path / "switchyard-backup.db"
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.wait(0.05):
+            begin_a_chat(console, "Meanwhile")
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    made = back_up(console, copy)
+    over.set()
+    writer.join(PATIENCE)
+    assert made.returncode == 0, made.stderr
+    assert "switchyard-backup.db is a copy of" in made.stdout
+    assert modes(copy) == {".": 0o600}
+    with closing(sqlite3.connect(copy)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    begin_a_chat(console, "After the copy")
+    console.stop()
+    for lost in database(console).parent.glob("switchyard.db*"):
+        lost.unlink()
+    shutil.copy(copy, database(console))
+    console.start()
+    page = console.get("/").text
+    assert "Before the copy" in page
+    assert "After the copy" not in page
+    assert modes(database(console)) == {".": 0o600}
+
+
+def test_a_copy_is_never_written_over_anything(console: Console, tmp_path: Path) -> None:
+    """A backup of yesterday is not lost to a slip; and what can't be copied leaves nothing behind."""
+    there = tmp_path / "there.db"
+    there.write_text("yesterday's")
+    made = back_up(console, there)
+    assert (made.returncode, made.stdout) == (1, "")
+    assert made.stderr == f"{there} can't be made: File exists.\n"
+    assert there.read_text() == "yesterday's"
+    console_without = Console(tmp_path)
+    made = back_up(console_without, tmp_path / "none.db")
+    assert made.returncode == 1
+    assert "can't be copied" in made.stderr
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_damaged_database_does_not_keep_the_app_from_starting(start_console, tmp_path: Path) -> None:
+    """It is set aside before there is a worker; the log and the page say where it is."""
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "switchyard.db").write_bytes(b"no database" * 1000)
+    console = start_console(state_dir=state, standby="false")
+    (aside,) = state.glob("switchyard-damaged-*.db")
+    assert aside.read_bytes() == b"no database" * 1000
+    assert modes(aside) == {".": 0o600}
+    assert "the database was damaged" in console.said()
+    assert str(aside) in console.get("/").text

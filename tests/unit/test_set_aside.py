@@ -1,0 +1,92 @@
+"""What people see of a database that was damaged, and of one that can't be used now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from services.store.database import Store, open_store
+from tests.support.console import put_empty_database
+from tests.support.faults import corrupt_database, locked_database
+
+TOLD = "The database was damaged."
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """The state folder of `make_app`."""
+    return tmp_path / "app-state"
+
+
+@pytest.fixture
+def damaged(state: Path, make_app: Callable[..., Flask]) -> FlaskClient:
+    """The app after a start that found its database damaged."""
+    put_empty_database(state)
+    corrupt_database(state / "switchyard.db")
+    return make_app().test_client()
+
+
+@pytest.mark.parametrize("page", ["/", "/models", "/docs"])
+def test_every_page_says_that_the_database_was_damaged(damaged: FlaskClient, state: Path, page: str) -> None:
+    """And where it is now, whole."""
+    (aside,) = state.glob("switchyard-damaged-*.db")
+    answer = damaged.get(page)
+    assert answer.status_code == 200
+    assert TOLD in answer.text
+    assert str(aside) in answer.text
+
+
+@pytest.mark.parametrize("headers", [{}, {"HX-Request": "true"}])
+def test_it_is_said_until_somebody_has_taken_note(
+    damaged: FlaskClient, make_app: Callable[..., Flask], headers: dict[str, str]
+) -> None:
+    """With a script and without; a restart brings it back only before that."""
+    assert TOLD in make_app().test_client().get("/").text
+    answer = damaged.post("/database/dismiss", headers=headers, data={"back": "/models"})
+    assert (answer.status_code, answer.text) == (200, "") if headers else answer.headers["Location"] == "/models"
+    assert TOLD not in damaged.get("/").text
+    damaged.application.extensions["switchyard"].writes.close()
+    assert TOLD not in make_app().test_client().get("/").text
+
+
+def test_a_sound_database_is_no_news(client: FlaskClient) -> None:
+    assert TOLD not in client.get("/").text
+    assert client.post("/database/dismiss").status_code == 303
+
+
+def test_a_locked_database_is_said_in_the_contracts_shape(
+    app: Flask, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 with Retry-After, for programs and people; what needs no writing goes on."""
+    store: Store = app.extensions["switchyard"].store
+    monkeypatch.setattr(store, "_patience", 0.1)
+    client = app.test_client()
+    with locked_database(state / "switchyard.db"):
+        answer = client.post("/chats", data={"text": "Hello"}, headers={"Accept": "application/json"})
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"] == "5"
+        assert answer.json is not None
+        assert (answer.json["status"], answer.json["error"]) == ("error", "database_locked")
+        assert "locked by another program" in answer.json["message"]
+        page = client.post("/chats", data={"text": "Hello"}, headers={"Accept": "text/html"})
+        assert page.status_code == 503
+        assert "locked by another program" in page.text
+        for path in ("/", "/models", "/v1/models/status", "/fragments/chat-status", "/v1/models"):
+            assert client.get(path).status_code == 200
+    assert client.post("/chats", data={"text": "Hello"}).status_code == 303
+
+
+def test_an_app_starts_on_a_database_that_is_locked(
+    state: Path, make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't be written now is written later."""
+    put_empty_database(state)
+    monkeypatch.setattr("services.container.open_store", partial(open_store, patience=0.1))
+    with locked_database(state / "switchyard.db"):
+        client = make_app().test_client()
+        assert client.get("/").status_code == 200

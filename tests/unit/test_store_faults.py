@@ -1,0 +1,267 @@
+"""A database that is locked, damaged or can't be written: who waits, what is said, and that nothing is lost."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from services.store import damage
+from services.store.checkpoints import DUE_BYTES
+from services.store.deferred import DeferredWrites
+from services.store.errors import StoreError, StoreLocked
+from services.store.records import Conversation, new_id
+from services.store.repository import ConversationRepository, NoteRepository, Store, open_store
+from tests.support.console import ROOT, wait_until
+from tests.support.faults import corrupt_database, locked_database
+
+PATIENCE = 0.2
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "switchyard.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    """One that waits for a lock only a moment."""
+    store = open_store(path, patience=PATIENCE)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def chats(store: Store) -> ConversationRepository:
+    return ConversationRepository(store)
+
+
+def begin(chats: ConversationRepository, title: str) -> None:
+    chats.add(Conversation(new_id(), title, 1.0, 1.0))
+
+
+def filled(path: Path, conversations: int = 300) -> None:
+    store = open_store(path)
+    repository = ConversationRepository(store)
+    for number in range(conversations):
+        begin(repository, f"Conversation {number} " + "x" * 200)
+    store.close()
+
+
+def titles(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return [title for (title,) in connection.execute("SELECT title FROM conversations")]
+
+
+# Locked by another program.
+
+
+def test_reading_goes_on_while_another_program_writes(path: Path, chats: ConversationRepository) -> None:
+    begin(chats, "A")
+    with locked_database(path):
+        assert [c.title for c in chats.newest_first()] == ["A"]
+
+
+def test_a_write_waits_until_the_lock_is_gone(path: Path) -> None:
+    store = open_store(path)
+    written = threading.Event()
+
+    def write() -> None:
+        begin(ConversationRepository(store), "A")
+        written.set()
+
+    with locked_database(path):
+        threading.Thread(target=write, daemon=True).start()
+        assert not written.wait(0.1)
+    wait_until(written.is_set, "the write")
+    store.close()
+    assert titles(path) == ["A"]
+
+
+def test_a_lock_that_stays_is_said(path: Path, chats: ConversationRepository) -> None:
+    """Nothing was written, and it works again as soon as the lock is gone."""
+    with locked_database(path), pytest.raises(StoreLocked, match="locked by another program"):
+        begin(chats, "A")
+    begin(chats, "B")
+    assert [c.title for c in chats.newest_first()] == ["B"]
+
+
+def test_all_who_write_wait_for_a_lock_together(path: Path) -> None:
+    """Twenty of them, one after the other, would else keep the last one waiting twenty times as long."""
+    store = open_store(path, patience=1.0)
+    refused: list[float] = []
+
+    def write() -> None:
+        with pytest.raises(StoreLocked):
+            begin(ConversationRepository(store), "A")
+        refused.append(time.monotonic())
+
+    with locked_database(path):
+        began = time.monotonic()
+        threads = [threading.Thread(target=write, daemon=True) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) == 20
+        assert max(refused) - began < 10
+    store.close()
+
+
+def test_waiting_for_a_lock_blocks_no_other_greenlet(path: Path) -> None:
+    """SQLite's own way of waiting stopped the whole app: here, the greenlet that ends the lock could never run."""
+    program = f"""
+from gevent import monkey; monkey.patch_all()
+import gevent, sqlite3
+from services.store.records import Conversation
+from services.store.repository import ConversationRepository, open_store
+chats = ConversationRepository(open_store({str(path)!r}))
+other = sqlite3.connect({str(path)!r}, isolation_level=None)
+other.execute("BEGIN IMMEDIATE")
+def let_go():
+    for _ in range(20):
+        gevent.sleep(0.005)
+    other.execute("COMMIT")
+release = gevent.spawn(let_go)
+chats.add(Conversation("c", "A", 1.0, 1.0))
+print(len(chats.newest_first()), release.ready())
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["1", "True"], run.stderr
+
+
+def test_what_is_written_ahead_stays_short(path: Path, store: Store) -> None:
+    """It is moved into the database beside the greenlets, never within a commit, which would wait for the disk."""
+    notes = NoteRepository(store)
+    wal = path.with_name("switchyard.db-wal")
+    with store.reading() as session:
+        assert session.scalar(sa.text("PRAGMA wal_autocheckpoint")) == 0
+    for number in range(400):
+        notes.put("long", str(number) * 20_000)
+
+    def short() -> bool:
+        notes.put("last", str(time.monotonic()))
+        return wal.stat().st_size <= DUE_BYTES
+
+    wait_until(short, "the checkpoint")
+    assert path.stat().st_size > 20_000
+
+
+# Nobody waits for these writes, and none may be lost.
+
+
+def test_deferred_writes_are_kept_until_the_database_takes_them(path: Path, store: Store) -> None:
+    """In their order. They were dropped with a line in the log."""
+    notes = NoteRepository(store)
+    writes = DeferredWrites(pause=0.02)
+    with locked_database(path):
+        for number in range(3):
+            writes.put(lambda value=str(number): notes.put("last", value))
+        time.sleep(2 * PATIENCE)  # they have been refused by now; where not, the test proves less
+    wait_until(lambda: notes.get("last") == "2", "the writes")
+    writes.close()
+
+
+def test_deferred_writes_give_up_at_the_end(path: Path, store: Store) -> None:
+    """Who closes does not wait for a lock that stays."""
+    writes = DeferredWrites(pause=0.02)
+    with locked_database(path):
+        writes.put(lambda: NoteRepository(store).put("a", "1"))
+        writes.close(timeout=60)
+    assert NoteRepository(store).get("a") is None
+
+
+# Damaged.
+
+
+def test_a_damaged_database_is_set_aside_whole(path: Path) -> None:
+    """A new one takes its place; what it was made of is all there, under a name with the date."""
+    filled(path)
+    corrupt_database(path)
+    (wal := path.with_name("switchyard.db-wal")).write_bytes(b"what was written last")
+    broken = path.read_bytes()
+    store = open_store(path)
+    assert ConversationRepository(store).newest_first() == []
+    store.close()
+    aside = damage.latest(path)
+    assert aside is not None
+    assert aside.name.startswith("switchyard-damaged-20")
+    assert aside.read_bytes() == broken
+    assert aside.with_name(aside.name + "-wal").read_bytes() == b"what was written last"
+    assert not wal.exists() or wal.read_bytes() != b"what was written last"
+    assert aside.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_no_database_at_all_is_set_aside_as_well(path: Path) -> None:
+    path.write_bytes(b"this is not a database at all, but it is long enough to look like a file " * 20)
+    open_store(path).close()
+    aside = damage.latest(path)
+    assert aside is not None
+    assert aside.read_bytes().startswith(b"this is not")
+
+
+def test_two_damaged_ones_do_not_get_in_each_others_way(path: Path) -> None:
+    """Even within a second."""
+    for content in (b"first" * 300, b"second" * 300):
+        path.write_bytes(content)
+        open_store(path).close()
+    kept = {p.read_bytes() for p in path.parent.glob("switchyard-damaged-*.db")}
+    assert kept == {b"first" * 300, b"second" * 300}
+    latest = damage.latest(path)
+    assert latest is not None
+    assert latest.read_bytes() == b"second" * 300
+
+
+def test_a_sound_database_stays_where_it_is(path: Path) -> None:
+    filled(path, 3)
+    assert damage.check(path) is None
+    assert len(titles(path)) == 3
+    assert damage.latest(path) is None
+
+
+def test_a_database_that_is_locked_at_the_start_is_not_taken_for_damaged(path: Path) -> None:
+    filled(path, 3)
+    with locked_database(path, exclusive=True), pytest.raises(StoreLocked, match="locked by another program"):
+        damage.check(path, patience=0.1)
+    assert len(titles(path)) == 3
+
+
+def test_damage_that_shows_later_is_explained(path: Path) -> None:
+    """A page that goes bad while the app runs: the words say what helps."""
+    filled(path)
+    store = open_store(path)
+    chats = ConversationRepository(store)
+    with store.reading():
+        pass
+    corrupt_database(path)
+    with pytest.raises(StoreError, match=r"is damaged.*[Ss]tart Switchyard again"):
+        chats.newest_first()
+    store.close()
+
+
+def test_a_migration_that_was_cut_off_is_no_damage(path: Path) -> None:
+    """It is undone when the database is opened, as SQLite does."""
+    program = f"""
+import os, sqlite3
+connection = sqlite3.connect({str(path)!r}, isolation_level=None)
+connection.execute("CREATE TABLE t (x)")
+connection.execute("INSERT INTO t VALUES (1)")
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("BEGIN")
+for number in range(2000):
+    connection.execute("INSERT INTO t VALUES (zeroblob(500))")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+    assert path.with_name("switchyard.db-journal").exists()
+    assert damage.check(path) is None
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (1,)
