@@ -10,7 +10,7 @@ from flask_limiter.util import get_remote_address
 from htmx_flask import Htmx
 from limits.strategies import RateLimiter
 
-from blueprints import assets, chat, downloads, filters, local_services, models, set_aside, web
+from blueprints import assets, chat, downloads, filters, local_services, models, pages, set_aside, web
 from blueprints.api import openai, operations, providers, scripts, switching
 from blueprints.api.fast_lane import FastLane
 from blueprints.guard import Guard
@@ -38,6 +38,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     for module in (
         filters,
         assets,
+        pages,
         chat,
         models,
         downloads,

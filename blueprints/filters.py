@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Sequence
 from datetime import datetime
 
 from flask import Blueprint
@@ -11,6 +12,7 @@ from markupsafe import Markup
 
 from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, render_markdown
 from services.engines.port import Basis
+from services.text import listed
 
 bp = Blueprint("filters", __name__)
 
@@ -135,6 +137,12 @@ def speed(bytes_per_second: float | None) -> str:
     if bytes_per_second < 950_000:
         return f"{max(bytes_per_second / 1e3, 1):.0f} kB/s"
     return f"{size(bytes_per_second)}/s"
+
+
+@bp.app_template_filter()
+def names(ids: Sequence[str]) -> str:
+    """Names as a sentence has them: "a, b and c"."""
+    return listed(ids)
 
 
 @bp.app_template_filter()

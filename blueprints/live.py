@@ -14,6 +14,7 @@ from services.providers.local_services import ServiceStatus
 from services.providers.local_services import State as ServiceState
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchStage, SwitchView
+from services.text import running_again
 
 Tone = Literal["moving", "ready", "cancelled", "failed"]
 
@@ -38,7 +39,7 @@ _STAGE_WORDS: dict[SwitchStage, str] = {
     "loading": "Loading",
     "warming_up": "Warming up",
     "cancelling": "Cancelling",
-    "rolling_back": "Bringing back what was unloaded",
+    "rolling_back": "Restoring previous models",
 }
 _LOAD_WORDS = {
     "downloading": "Downloading",
@@ -166,6 +167,11 @@ class Live:
         return _STAGE_WORDS.get(switch.stage, switch.stage.replace("_", " ").capitalize())
 
     @property
+    def restoring(self) -> bool:
+        """Whether a switch came to nothing, and what it had unloaded is being loaded again."""
+        return self.status.switch is not None and self.status.switch.stage == "rolling_back"
+
+    @property
     def device(self) -> str | None:
         """The device that the switch under way loads onto, named only where there is a choice."""
         target = self.status.model(self.status.switch.to_model) if self.status.switch else None
@@ -187,8 +193,8 @@ class Live:
         switch = self.status.switch
         answers = self.active is not None and self.active.state == "running"
         if switch is not None and not (answers and switch.stage == "downloading"):
-            eta = switch.eta_seconds
-            return f"Switching to {switch.to_model}" + (f", {about(eta)}" if eta is not None else "")
+            what = self.stage if self.restoring else f"Switching to {switch.to_model}"
+            return what if switch.eta_seconds is None else f"{what}, {about(switch.eta_seconds)}"
         if self.active is None:
             return "Choose a model to start" if self.status.models else "Add a model to start"
         if self.active.state == "running":
@@ -201,10 +207,16 @@ class Live:
         if self.active is None or self.active.state != "running":
             return "No model is loaded now."
         last = self.status.last_switch
-        if last is not None and last.stage == "rolled_back":
-            return f"{self.active.id} is running again."
+        restored = [name for name in (last.restored if last is not None else ()) if self._runs(name)]
+        if self.active.id in restored:
+            return running_again(restored)
         moved = last is not None and any(u.model == self.active.id for u in last.unloads)
-        return f"{self.active.id} is {'running' if moved else 'still running'}."
+        now = f"{self.active.id} is {'running' if moved else 'still running'}."
+        return f"{running_again(restored)} {now}".strip()
+
+    def _runs(self, model_id: str) -> bool:
+        model = self.status.model(model_id)
+        return model is not None and model.state == "running"
 
     @property
     def cause(self) -> str:
@@ -228,7 +240,7 @@ class Live:
         if banner is not None:
             to_model = banner.switch.to_model
             return {
-                "moving": f"Switching to {to_model}: {self.stage}.",
+                "moving": f"{self.stage}." if self.restoring else f"Switching to {to_model}: {self.stage}.",
                 "ready": f"{to_model} is ready.",
                 "cancelled": f"The switch to {to_model} was cancelled. {self.running_now}",
                 "failed": f"{to_model} could not be loaded. {self.cause} {self.running_now}",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import time
 
-from flask import Response, redirect, render_template
+import structlog
+from flask import Blueprint, Response, redirect, render_template
 from htmx_flask import make_response, request
 
 from blueprints.live import Live
 from blueprints.web import services
+
+bp = Blueprint("pages", __name__)
+log = structlog.get_logger(__name__)
 
 _LOCAL_PATH = re.compile(r"/(?![/\\])[^\x00-\x20\\]*")
 _NOTICE_SECONDS = 0.3
@@ -19,6 +23,16 @@ def live_now() -> Live:
     """The status of this moment, with the words for it."""
     found = services()
     return Live(found.status.current(), time.time(), tuple(found.downloads.all()), found.ollama_service.status())
+
+
+@bp.app_template_global()
+def live_if_known() -> Live | None:
+    """The same for pages that are about something else, such as an error, which must not fail for want of it."""
+    try:
+        return live_now()
+    except Exception as error:
+        log.warning("the header can't say how things are", error=str(error))
+        return None
 
 
 def done(version: int | None = None) -> Response:

@@ -1,6 +1,8 @@
-"""Text that every consumer can take: SQLite, JSON and HTML all refuse half of a character."""
+"""Text that every consumer can take (SQLite, JSON and HTML refuse half of a character), and sentences about names."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def whole_characters(text: str) -> str:
@@ -18,3 +20,14 @@ def whole_characters(text: str) -> str:
 def is_first_half(character: str) -> bool:
     """Whether it is the first surrogate of a pair."""
     return "\ud800" <= character <= "\udbff"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: "a", "a and b", "a, b and c"."""
+    *first, last = names or ("",)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def running_again(restored: Sequence[str]) -> str:
+    """What came back after a switch, as a sentence; nothing where nothing did."""
+    return f"{listed(restored)} {'is' if len(restored) == 1 else 'are'} running again." if restored else ""

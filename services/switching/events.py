@@ -91,7 +91,11 @@ class Unloading:
 
 @dataclass(frozen=True, slots=True)
 class SwitchView:
-    """A switch as it stands. `error` is a code of the contract, `message` says why it failed and what that cost."""
+    """A switch as it stands.
+
+    `error` is a code of the contract, `message` says why it failed and what that cost. `restored` are the models that
+    it had unloaded and that came back.
+    """
 
     id: str
     to_model: str
@@ -108,6 +112,7 @@ class SwitchView:
     error: str | None = None
     message: str | None = None
     log_tail: str = ""
+    restored: tuple[str, ...] = ()
 
     @property
     def final(self) -> bool:

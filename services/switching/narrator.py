@@ -19,6 +19,7 @@ from services.switching.mailbox import Mailbox
 from services.switching.member import Member
 from services.switching.plan import Plan, say_gb
 from services.switching.progress import Estimate
+from services.text import running_again
 
 UNLOADING_FROM, LOADING_FROM = 20, 50
 _LOAD_STAGES: dict[str, SwitchStage] = {"warming_up": "warming_up"}
@@ -184,6 +185,7 @@ class Narrator:
             error=error.code,
             message=message,
             log_tail=log_tail,
+            restored=tuple(restored),
             eta_seconds=None,
         )
         self._job.tell("error", error=error.code, message=told.message, **memory_figures(error))
@@ -244,7 +246,7 @@ def _lost(missing: Mapping[str, str]) -> str:
 def _running(restored: Sequence[str], active: str | None) -> str:
     """What runs now, for those who read this one message; the pages say it from the status."""
     if restored:
-        return f"{' and '.join(restored)} {'is' if len(restored) == 1 else 'are'} running again."
+        return running_again(restored)
     return f"{active} is still running." if active else ""
 
 

@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from tests.browser.conftest import StartShared
+from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.ollama_steps import (
     SIZE,
     Workbench,
@@ -212,7 +212,7 @@ def test_plans(windows: Windows, console: Console) -> None:
 
     def ask(window: Page) -> None:
         visit(window, console, "/models")
-        window.get_by_role("button", name="Load huge").click()
+        window.get_by_role("button", name="Use huge").click()
         expect(dialog(window)).to_be_visible()
 
     windows.check(lambda page: visit(page, console, f"/models/plan?target={LONG}"))
@@ -348,3 +348,18 @@ def test_nothing_moves_for_those_who_asked_for_it(windows: Windows, console: Con
         }).length"""
     )
     assert moving == 0
+
+
+def test_forced_colours_show_the_current_page(open_page: OpenPage, console: Console) -> None:
+    """Of the links in the header only the current one has a border that can be told from the ground."""
+    page = open_page(forced_colors="active")
+    for path, current in (("/chats/new", "Chat"), ("/models", "Models")):
+        visit(page, console, path)
+        seen = page.evaluate(
+            """() => {
+                const ground = getComputedStyle(document.documentElement).backgroundColor;
+                const links = [...document.querySelectorAll(".pages a")];
+                return links.filter((a) => getComputedStyle(a).borderBottomColor !== ground).map((a) => a.innerText);
+            }"""
+        )
+        assert seen == [current]

@@ -40,7 +40,7 @@ def test_a_model_is_loaded_restarted_and_unloaded(models: Page, console: Console
     first = row(models, "first-plain")
     expect(first).to_contain_text("Holds 150 MB")
     expect(first.locator(".word")).to_have_count(0)
-    first.get_by_role("button", name="Load first-plain").click()
+    first.get_by_role("button", name="Use first-plain").click()
     expect(first.locator(".word")).to_have_text("Ready")
     expect(first).to_contain_text("answers now")
     (before,) = [engine.pid for engine in console.engines()]
@@ -54,14 +54,14 @@ def test_a_model_is_loaded_restarted_and_unloaded(models: Page, console: Console
 
 
 def test_a_second_model_is_loaded_beside_or_switched_to(models: Page, console: Console) -> None:
-    """Load leaves the active model active; Switch makes the other one answer."""
+    """Keep loaded too leaves the active model active; Use makes the other one answer."""
     console.switch("first-plain")
     models.reload()
     second = row(models, "second-plain")
-    second.get_by_role("button", name="Load second-plain").click()
+    second.get_by_role("button", name="Keep loaded too: second-plain").click()
     expect(second.locator(".word")).to_have_text("Ready")
     expect(row(models, "first-plain")).to_contain_text("answers now")
-    second.get_by_role("button", name="Switch second-plain").click()
+    second.get_by_role("button", name="Use second-plain").click()
     expect(second).to_contain_text("answers now")
     expect(row(models, "first-plain")).not_to_contain_text("answers now")
 
@@ -91,7 +91,7 @@ def test_the_memory_bar_names_every_segment(models: Page, console: Console) -> N
 
 def test_a_load_under_way_reserves_its_memory(models: Page) -> None:
     """The hatched part is what it will take; the row says that it loads and can cancel it."""
-    row(models, "slow").get_by_role("button", name="Load slow").click()
+    row(models, "slow").get_by_role("button", name="Use slow").click()
     expect(models.locator(".membar .segment.reserved")).to_be_visible()
     slow = row(models, "slow")
     expect(slow.locator(".word")).to_contain_text("Loading")
@@ -106,7 +106,7 @@ def test_a_model_that_does_not_fit_names_what_blocks_it(models: Page, console: C
     console.switch("first-plain")
     console.switch("second-plain")
     models.reload()
-    row(models, "greedy").get_by_role("button", name="Switch greedy").click()
+    row(models, "greedy").get_by_role("button", name="Use greedy").click()
     expect(dialog(models)).to_contain_text("greedy does not fit")
     expect(
         dialog(models).get_by_role("listitem").filter(has_text="first-plain: it is one of preserve_models")

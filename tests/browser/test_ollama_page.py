@@ -140,7 +140,7 @@ def test_a_model_that_another_program_unloads_is_no_failure(bench: Workbench, co
     expect(it.locator(".model-warning")).to_contain_text("another program")
     expect(it.locator(".model-error")).to_have_count(0)
     expect(it.locator(".word")).to_have_count(0)
-    expect(it.get_by_role("button", name="Load tiny-a:latest")).to_be_visible()
+    expect(it.get_by_role("button", name="Use tiny-a:latest")).to_be_visible()
 
 
 def test_ollamas_models_are_chosen_like_any_other(bench: Workbench, console: Console, page: Page) -> None:

@@ -146,7 +146,7 @@ def test_with_confirmation_the_plan_is_shown_first(open_page: OpenPage, start_co
     assert console.states()["other-plain"] == "stopped"
 
     choose(page, "other-plain")
-    dialog(page).get_by_role("button", name="Switch").click()
+    dialog(page).get_by_role("button", name="Use").click()
     expect(dialog(page)).to_be_hidden()
     expect_active(page, "other-plain")
     assert console.states()["good-plain"] == "stopped"
@@ -159,7 +159,7 @@ def test_a_cancelled_switch_brings_back_what_it_unloaded(with_good: Page) -> Non
     expect(banner(page)).to_contain_text("Switching from good-plain to slow")
     expect(banner(page)).to_contain_text("good-plain is unloaded for it: to make room for slow")
     banner(page).get_by_role("button", name="Cancel").click()
-    expect(banner(page)).to_contain_text("The switch to slow was cancelled. good-plain is running.")
+    expect(banner(page)).to_contain_text("The switch to slow was cancelled. good-plain is running again.")
     expect_active(page, "good-plain")
 
 
@@ -173,7 +173,7 @@ def test_a_switch_more_than_half_done_is_not_thrown_away_by_one_click(with_good:
     dialog(page).get_by_role("button", name="Cancel").click()
     expect(banner(page)).to_contain_text("to slow")
     choose(page, "other-plain")
-    dialog(page).get_by_role("button", name="Switch").click()
+    dialog(page).get_by_role("button", name="Use").click()
     expect_active(page, "other-plain")
     assert console.states()["slow"] == "stopped"
 

@@ -60,9 +60,9 @@ def test_a_plan_is_a_page_and_models_are_managed(page: Page, console: Console) -
     """A switch that has to be confirmed asks on a page of its own; unloading and dismissing are forms."""
     console.switch("quick-plain")
     visit(page, console, "/models")
-    row(page, "other-plain").get_by_role("button", name="Switch other-plain").click()
+    row(page, "other-plain").get_by_role("button", name="Use other-plain").click()
     expect(page.get_by_role("heading", name="Switch to other-plain?")).to_be_visible()
-    page.get_by_role("button", name="Switch", exact=True).click()
+    page.get_by_role("button", name="Use", exact=True).click()
     expect(page).to_have_url(f"{console.url}/models")
     expect(row(page, "other-plain").locator(".word")).to_have_text("Ready")
     page.reload()

@@ -99,6 +99,14 @@ def test_relative_times_take_datetimes_and_give_dates_after_a_week() -> None:
     assert filters.ago(NOW - 30 * 86400, NOW) == filters.moment(NOW - 30 * 86400).split(",")[0]
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [((), ""), (("a",), "a"), (("a", "b"), "a and b"), (("a", "b", "c"), "a, b and c")],
+)
+def test_names_in_a_sentence(names: tuple[str, ...], words: str) -> None:
+    assert filters.names(names) == words
+
+
 def test_a_model_keeps_its_colour_and_its_html_id() -> None:
     assert filters.hue("gpt-oss-20b") == filters.hue("gpt-oss-20b") < filters.HUES
     assert filters.dom_id("Qwen/Qwen2.5-0.5B:q4").isalnum()

@@ -110,10 +110,34 @@ def test_a_failure_stays_until_it_is_dismissed(stage: str) -> None:
 
 
 def test_what_is_running_is_said_once() -> None:
-    last = switch(stage="rolled_back", message="Out of memory.")
+    last = switch(stage="rolled_back", message="Out of memory.", restored=("large",))
     told = live(models=(RUNNING, MODEL), active_model="large", last_switch=last)
     assert told.cause == "Out of memory."
     assert told.running_now == "large is running again."
+
+
+def test_all_that_was_restored_is_said_to_run_again() -> None:
+    last = switch(stage="rolled_back", message="Out of memory.", restored=("large", "other", "third"))
+    running = (RUNNING, replace(RUNNING, id="other", active=False), replace(RUNNING, id="third", active=False))
+    assert live(models=running, active_model="large", last_switch=last).running_now == (
+        "large, other and third are running again."
+    )
+    assert live(models=running[:2], active_model="large", last_switch=last).running_now == (
+        "large and other are running again."
+    ), "one of them was unloaded since"
+    cancelled = replace(last, stage="cancelled", restored=("other",))
+    assert live(models=running, active_model="large", last_switch=cancelled).running_now == (
+        "other is running again. large is still running."
+    )
+
+
+def test_a_rollback_has_one_name_wherever_it_is_told() -> None:
+    """In the banner, in the header, under the composer and to a screen reader."""
+    told = live(switch=switch(stage="rolling_back", eta_seconds=12), models=(replace(MODEL, state="loading"),))
+    assert told.restoring
+    assert told.stage == "Restoring previous models"
+    assert told.lock == "Restoring previous models, about 12 s"
+    assert told.announcement == "Restoring previous models."
 
 
 def test_a_switch_under_way_is_told_in_the_words_of_its_load() -> None:

@@ -1,0 +1,61 @@
+"""The header says on every page which model answers and how much memory is in use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.in_process import InProcess, in_process
+
+MINI = "switchyard-mini"
+FOR_PEOPLE = {"Accept": "text/html"}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    with in_process(tmp_path_factory.mktemp("app")) as console:
+        yield console
+
+
+@pytest.fixture
+def console(shared: InProcess) -> InProcess:
+    shared.rest()
+    return shared
+
+
+def header(console: InProcess, path: str) -> str:
+    """The words of the header's state."""
+    page = console.client.get(path, headers=FOR_PEOPLE).get_data(as_text=True)
+    found = re.search(r'<div id="top-status".*?</header>', page, re.DOTALL)
+    assert found is not None, page
+    return " ".join(re.sub(r"<[^>]+>", " ", found[0]).split())
+
+
+@pytest.mark.parametrize("path", ["/", "/models", "/docs", "/no-such-page", "/chats/no-such-conversation"])
+def test_every_page_has_the_state(console: InProcess, path: str) -> None:
+    assert header(console, path).startswith("No model loaded")
+    console.show(MINI)
+    words = header(console, path)
+    assert words.startswith(f"{MINI} ready")
+    assert "Memory in use:" in words
+
+
+def test_a_page_about_an_error_is_there_when_the_state_is_not(
+    console: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't tell the state may be the very error that the page is about."""
+
+    def fail() -> None:
+        raise OSError("nobody knows")
+
+    monkeypatch.setattr(console.services.status, "current", fail)
+    answer = console.client.get("/models", headers=FOR_PEOPLE)
+    assert answer.status_code == 500
+    assert "Switchyard hit a problem" in answer.get_data(as_text=True)
+
+
+def test_while_previous_models_are_restored_it_says_so(console: InProcess) -> None:
+    console.show_switch(MINI, stage="rolling_back", detail="other")
+    assert header(console, "/").startswith("Restoring previous models")
