@@ -268,11 +268,16 @@ def events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
-    """Look every 10 ms until `condition` holds; fails the test naming `what` after `patience` seconds."""
+    """Look until `condition` holds; fails the test naming `what` after `patience` seconds.
+
+    Every 10 ms at first, later less often: asking a console a hundred times a second kept half a processor busy.
+    """
     deadline = time.monotonic() + patience
+    pause = 0.01
     while not condition():
         assert time.monotonic() < deadline, f"waited {patience:.0f} s for {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.1)
 
 
 def free_port() -> int:
