@@ -20,6 +20,7 @@ from services.downloads.library import Library, look_for
 from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.updates import UpdateCheck
 from services.downloads.queue import DownloadQueue
+from services.engines.child_logs import LogWatch
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.ollama.engine import Ollama
@@ -83,6 +84,7 @@ class Services:
     engines: dict[str, Engine]
     devices: DeviceMonitor
     watch: CatalogWatch
+    log_watch: LogWatch
     store: Store
     damaged: Damaged
     writes: DeferredWrites
@@ -100,6 +102,7 @@ class Services:
         for engine in self.engines.values():
             engine.prepare()
         self.watch.start()
+        self.log_watch.start()
         self.switcher.start()
         self.downloads.start()
         self.updates.start()
@@ -127,6 +130,7 @@ class Services:
         self.chats.close()
         self.updates.stop()
         self.watch.stop()
+        self.log_watch.stop()
         self.downloads.close()
         self.switcher.close(for_good=not self.restart.models_stay)
         for engine in self.engines.values():
@@ -201,6 +205,7 @@ def build_services(settings: Settings) -> Services:
         engines=engines,
         devices=devices,
         watch=CatalogWatch(catalog),
+        log_watch=LogWatch(registry.prune_logs),
         store=store,
         damaged=damaged,
         writes=writes,

@@ -24,12 +24,11 @@ from typing import IO
 import psutil
 import structlog
 
-from services.state_folder import PRIVATE_FILE, PRIVATE_FOLDER, private_opener
+from services.engines.child_logs import ChildLogs, open_log, tail
+from services.state_folder import PRIVATE_FILE, PRIVATE_FOLDER
 
 log = structlog.get_logger(__name__)
 
-LOG_TAIL_BYTES = 8_192
-LOG_AGE_SECONDS = 7 * 86_400
 START_TIME_TOLERANCE = 1.0
 """Seconds; a pid whose start time differs by more belongs to somebody else by now."""
 LOOK_SECONDS = 0.1
@@ -76,15 +75,12 @@ class ProcessRegistry:
 
     def __init__(self, state_dir: Path) -> None:
         self._records = state_dir / "processes"
-        self._logs = state_dir / "logs"
-        self._sequence = 0
-        for folder in (self._records, self._logs):
-            folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+        self._records.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+        self._logs = ChildLogs(state_dir / "logs")
 
-    def new_log(self, stem: str) -> Path:
+    def new_log(self, program: str) -> Path:
         """A fresh path for a child's log."""
-        self._sequence += 1
-        return self._logs / f"{stem}-{os.getpid()}-{int(time.time())}-{self._sequence}.log"
+        return self._logs.new(program)
 
     def announce(self, mark: str) -> None:
         """Write down that a child is about to be started with a mark.
@@ -107,9 +103,9 @@ class ProcessRegistry:
         if record.mark:
             self.retract(record.mark)
 
-    def add_child(self, pid: int, program: str) -> None:
+    def add_child(self, pid: int, program: str, log_path: Path | None = None) -> None:
         """Write down a child that the next start has to end if this app can't. `program` is its path or name."""
-        self.add(Record(pid, _start_time(pid), Path(program).name))
+        self.add(Record(pid, _start_time(pid), Path(program).name, log=str(log_path or "")))
 
     def note_ready(self, pid: int, *, name: str, address: str, log_path: str, spec: str, key: str) -> None:
         """Complete the record of an engine that answers now, so that a later run of the app can go on with it.
@@ -182,13 +178,9 @@ class ProcessRegistry:
         return None
 
     def prune_logs(self) -> None:
-        """Delete logs of children that ended more than a week ago."""
-        oldest = time.time() - LOG_AGE_SECONDS
-        in_use = {record.log for path in self._records.glob("*.json") if (record := _read(path)) is not None}
-        for path in self._logs.glob("*.log"):
-            with suppress(OSError):
-                if path.stat().st_mtime < oldest and str(path) not in in_use:
-                    path.unlink()
+        """Keep the logs of children within their bounds (`ChildLogs.prune`). Takes a moment on a slow disk."""
+        records = (_read(path) for path in self._records.glob("*.json"))
+        self._logs.prune({record.log for record in records if record is not None})
 
     def _end_unrecorded(self) -> list[int]:
         """Kill what was announced and never recorded; returns the pids."""
@@ -272,7 +264,7 @@ class ChildProcess(GroupLeader):
         mark = {MARK_VARIABLE: uuid.uuid4().hex}
         registry.announce(mark[MARK_VARIABLE])
         try:
-            with open(log_path, "ab", opener=private_opener) as log_file:
+            with open_log(log_path) as log_file:
                 self._process = subprocess.Popen(
                     list(argv),
                     stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
@@ -286,7 +278,9 @@ class ChildProcess(GroupLeader):
             registry.retract(mark[MARK_VARIABLE])
             raise
         super().__init__(self._process.pid, time.time(), log_path)
-        record = Record(self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE])
+        record = Record(
+            self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE], log=str(log_path)
+        )
         if service is not None:
             record = replace(
                 record,
@@ -294,7 +288,6 @@ class ChildProcess(GroupLeader):
                 role="service",
                 name=service.name,
                 address=service.address,
-                log=str(log_path),
             )
         try:
             registry.add(record)
@@ -357,20 +350,6 @@ class AdoptedProcess(GroupLeader):
         self._registry.remove(self.pid)
         self._exited.set()
         self._on_exit(None)
-
-
-def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
-    """The last whole lines of a text file, at most `size` bytes; empty when there is none."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - size))
-            data = file.read()
-    except OSError:
-        return ""
-    if end > size:
-        data = data.partition(b"\n")[2]
-    return data.decode("utf-8", "replace").strip()
 
 
 def say_exit(code: int) -> str:

@@ -21,7 +21,8 @@ from typing import Literal
 
 import structlog
 
-from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry, Service, say_exit, tail
+from services.engines.child_logs import tail
+from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry, Service, say_exit
 from services.providers.ollama_address import NOBODY, PROBE_TIMEOUT, Address, Listener, listener_on
 
 log = structlog.get_logger(__name__)

@@ -17,8 +17,8 @@ from threading import Event
 import psutil
 import pytest
 
+from services.engines.child_logs import AGE_SECONDS
 from services.engines.processes import (
-    LOG_AGE_SECONDS,
     MARK_VARIABLE,
     AdoptedProcess,
     ChildProcess,
@@ -299,7 +299,7 @@ def test_a_week_old_log_goes_unless_its_service_still_lives(state: Path) -> None
     service = run.start()
     forgotten = run.registry.new_log("gone")
     forgotten.write_text("over")
-    long_ago = time.time() - LOG_AGE_SECONDS - 60
+    long_ago = time.time() - AGE_SECONDS - 60
     for path in (service.log_path, forgotten):
         os.utime(path, (long_ago, long_ago))
     run.registry.prune_logs()

@@ -16,8 +16,8 @@ from typing import Literal
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError, Part, Report, Seen
+from services.engines.child_logs import open_log
 from services.engines.processes import ProcessRegistry, say_exit, signal_group
-from services.state_folder import private_opener
 
 ROOT = Path(__file__).parents[3]
 TERM_SECONDS = 0.5
@@ -113,7 +113,7 @@ class _Child:
         self.lines: Lines = queue.Queue()
         self._registry = registry
         log = Path(os.devnull) if registry is None else registry.new_log("hugging-face")
-        with open(log, "ab", opener=private_opener) as log_file:
+        with open_log(log) as log_file:
             self._process = subprocess.Popen(
                 list(argv),
                 cwd=ROOT,
@@ -128,7 +128,7 @@ class _Child:
         self._reader.start()
         try:
             if registry is not None:
-                registry.add_child(self._process.pid, argv[0])
+                registry.add_child(self._process.pid, argv[0], log)
         except OSError:
             self.stop()
             raise

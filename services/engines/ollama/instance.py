@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from services.engines.child_logs import tail
 from services.engines.ollama.api import FOR_EVER, OllamaApi, OllamaError, OllamaUnreachable, Running
 from services.engines.ollama.inventory import Inventory
 from services.engines.ollama.load import LoadObserver
@@ -31,7 +32,6 @@ from services.engines.port import (
     Sleepless,
     Usage,
 )
-from services.engines.processes import tail
 from services.http import Request
 
 log = structlog.get_logger(__name__)

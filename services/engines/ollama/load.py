@@ -5,6 +5,7 @@ The API says nothing between the request and its answer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class LoadObserver:
             return None
         try:
             with self._log_path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._read_to:  # it was cut: what is left has been seen
+                    self._read_to = file.tell()
                 file.seek(self._read_to)
                 added = file.read(MOST_AT_ONCE)
         except OSError:

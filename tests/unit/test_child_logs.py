@@ -1,0 +1,100 @@
+"""Logs of children stay within bounds while the app runs, and no child notices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from services.engines import child_logs
+from services.engines.child_logs import AGE_SECONDS, CUT, ChildLogs, LogWatch, open_log, shorten, tail
+from services.engines.ollama.load import LoadObserver
+from services.engines.port import Evidence
+from tests.support.console import PATIENCE, wait_until
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> ChildLogs:
+    return ChildLogs(tmp_path / "logs")
+
+
+def test_a_child_goes_on_in_a_log_that_was_cut_under_it(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last lines are kept, whole, and what it says next comes after them. It filled the disk before."""
+    monkeypatch.setattr(child_logs, "LONGEST_BYTES", 100_000)
+    monkeypatch.setattr(child_logs, "KEPT_BYTES", 10_000)
+    path = logs.new("talker")
+    program = "import sys; [print(f'line {n}', flush=True) for n in range(20_000)]; sys.stdin.readline(); print('more')"
+    with open_log(path) as log:
+        child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=log, text=True)
+    wait_until(lambda: tail(path).endswith("line 19999"), "the child to have its say")
+    logs.prune({str(path)})
+    assert path.stat().st_size < 12_000
+    assert path.stat().st_mode & 0o077 == 0
+    child.communicate("go on\n", timeout=PATIENCE)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert lines[0] == CUT
+    first = int(lines[1].split()[1])
+    assert lines[1:-1] == [f"line {n}\n".encode() for n in range(first, 20_000)]
+    assert lines[-1] == b"more\n"
+
+
+def test_too_many_logs_of_one_program_cost_no_other_its_own(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest stay, and whatever a child is still writing to."""
+    monkeypatch.setattr(child_logs, "MOST_OF_A_KIND", 3)
+    now = time.time()
+    crashing = [logs.new("llama-server") for _ in range(6)]
+    other = logs.new("ollama-serve")
+    for age, path in enumerate([*reversed(crashing), other]):
+        path.write_text("x")
+        os.utime(path, (now - age, now - age))
+    logs.prune({str(crashing[0])})
+    assert [path.exists() for path in crashing] == [True, False, False, True, True, True]
+    assert other.exists()
+
+
+def test_old_logs_go(logs: ChildLogs) -> None:
+    """After a week, but not that of a child that is alive and silent."""
+    silent, gone = logs.new("a"), logs.new("a")
+    for path in (silent, gone):
+        path.write_text("x")
+        os.utime(path, (time.time() - AGE_SECONDS - 60,) * 2)
+    logs.prune({str(silent)})
+    assert silent.exists()
+    assert not gone.exists()
+
+
+def test_pruning_goes_on_after_it_failed() -> None:
+    """Such as on a disk that did not answer."""
+    again = threading.Event()
+    calls: list[int] = []
+
+    def prune() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("no answer")
+        again.set()
+
+    watch = LogWatch(prune, interval=0.001)
+    watch.start()
+    assert again.wait(PATIENCE)
+    watch.stop()
+
+
+def test_a_load_is_followed_through_a_log_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ollama says after the cut is still seen."""
+    monkeypatch.setattr(child_logs, "KEPT_BYTES", 100)
+    path = tmp_path / "ollama-serve.log"
+    path.write_text("earlier\n" * 1000)
+    seen: list[Evidence] = []
+    observer = LoadObserver(path, lambda: None, None, seen.append)
+    shorten(path)
+    observer.look()
+    with path.open("a") as log:
+        log.write('level=DEBUG msg="model load progress 0.50"\n')
+    observer.look()
+    assert [evidence.fraction for evidence in seen] == [0.5]
