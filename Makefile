@@ -42,6 +42,10 @@ format: $(DEV_READY) ## put the code in shape
 bench: $(DEV_READY) ## measure the hot paths; prints the README's table
 	@$(CACHING) -m bench
 
+.PHONY: fuzz
+fuzz: $(DEV_READY) ## look for GGUF headers that break their reader: SECONDS=600
+	@$(CACHING) -m bench.fuzz_gguf $(or $(SECONDS),600)
+
 .PHONY: soak
 soak: $(DEV_READY) ## everything at once on a real console, and what then holds: OPERATIONS=1000 SEED=7
 	@$(CACHING) -m tests.soak $(or $(OPERATIONS),1000) $(or $(SEED),7)

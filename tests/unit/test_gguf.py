@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import re
 import struct
 import tracemalloc
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 
 import gguf
@@ -27,9 +32,13 @@ from services.engines.llamacpp.gguf import (
 )
 from services.engines.llamacpp.gguf_parts import BLOCKS
 from services.engines.llamacpp.gguf_wire import say_bytes
+from tests.support import gguf_files
+from tests.support.gguf_files import ARRAY, STRING, UINT8, UINT32, array, entry, tensor, text, u32, u64
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 300
 MIB = 1 << 20
+CASES = Path(__file__).with_name("gguf_cases")
+"""What `python -m bench.fuzz_gguf` has found."""
 
 
 def write_model(path: Path, architecture: str = "llama", vocabulary: int = VOCABULARY) -> Path:
@@ -132,7 +141,7 @@ def test_a_big_vocabulary_takes_no_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "m.gguf is not a GGUF file."),
+        (b"", "m.gguf is empty: the copy may be incomplete."),
         (b"<html>not found</html>", "m.gguf is not a GGUF file."),
         (b"GGUF" + struct.pack("<I", 1), "m.gguf is GGUF version 1; versions 2 and 3 can be used."),
         (b"GGUF" + struct.pack(">I", 3), "m.gguf is a GGUF file for big-endian machines: it can't be used here."),
@@ -174,6 +183,135 @@ def test_absurd_counts_allocate_nothing(position: int, tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2 * MIB
     finally:
         tracemalloc.stop()
+
+
+def bomb(kind: str, size: int) -> bytes:
+    """A file of about `size` bytes that says as much as it can of what takes memory to keep."""
+    values = [gguf_files.LLAMA]
+    tensors: list[bytes] = []
+
+    def fill(into: list[bytes], piece: Callable[[int], bytes], most: int) -> None:
+        into += [piece(n) for n in range(min(most, size // len(piece(0))))]
+
+    long, wide = b"x" * 65_000, "\U0001f600".encode() * 16_000
+    numbers = array(gguf_files.UINT16, 4096, b"\x01\x02" * 4096)
+    match kind:
+        case "long texts":
+            fill(values, lambda n: entry(f"a.text{n}", STRING, text(long)), 60_000)
+        case "texts of wide characters":
+            fill(values, lambda n: entry(f"a.text{n}", STRING, text(wide)), 60_000)
+        case "arrays of numbers":
+            fill(values, lambda n: entry(f"a.numbers{n}", ARRAY, numbers), 60_000)
+        case "figures of many models":
+            fill(values, lambda n: entry(f"a{n}.attention.head_count", ARRAY, numbers), 60_000)
+        case "long keys":
+            fill(values, lambda n: entry(b"%d" % n + long, UINT8, b"1"), 60_000)
+        case "tensors":
+            fill(tensors, lambda n: tensor(f"t{n}" * 10, (1,), 24), 30_000)
+        case "long names of tensors":
+            fill(tensors, lambda n: tensor(b"%d" % n + long, (1,), 24), 1_000_000)
+        case "one description":
+            values.append(entry("general.description", STRING, text(b"\xff" * size)))
+    return gguf_files.file(values, tensors) + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "long texts",
+        "texts of wide characters",
+        "arrays of numbers",
+        "figures of many models",
+        "long keys",
+        "tensors",
+        "long names of tensors",
+        "one description",
+    ],
+)
+def test_a_header_bomb_takes_little_memory(kind: str, tmp_path: Path) -> None:
+    """A header of 6 MB, whatever fills it, is read in less; one of 64 MB once took 2.7 GB."""
+    path = tmp_path / "bomb.gguf"
+    path.write_bytes(bomb(kind, 6 << 20))
+    _, peak = gguf_files.read_measured(path)
+    assert peak < gguf_files.MOST_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors", "words"),
+    [
+        ([entry("a", ARRAY, array(ARRAY, 1, array(UINT8, 0, b"")))], [], "holds an array of arrays"),
+        ([entry("k" * 70_000, UINT8, b"1")], [], "holds a key of 70000 bytes"),
+        ([entry("general.alignment", UINT32, u32(0))], [], "asks for an alignment of 0"),
+        ([entry("general.alignment", UINT32, u32(48))], [], "asks for an alignment of 48"),
+        ([], [tensor("t", (2**40, 2**40))], "holds a tensor of more than 2^63 weights"),
+        ([], [tensor("t", (1, 1, 1, 1, 1))], "holds a tensor of 5 dimensions"),
+        ([entry("llama.block_count", UINT32, u32(1_000_000))], [], "lists 1000000 layers"),
+    ],
+)
+def test_what_no_model_says_is_called_damage(
+    values: list[bytes], tensors: list[bytes], words: str, tmp_path: Path
+) -> None:
+    """Depth, lengths and sizes beyond what llama.cpp takes are refused in words."""
+    with pytest.raises(GGUFError, match=re.escape(f"m.gguf {words}")):
+        read_bytes(gguf_files.file([gguf_files.LLAMA, *values], tensors) + bytes(64), tmp_path)
+
+
+def test_too_much_to_count_is_refused(tmp_path: Path) -> None:
+    """Millions of empty strings cost a processor's time and no memory: there is a bound for that too."""
+    count = 5_000_000
+    strings = entry("tokenizer.ggml.tokens", ARRAY, array(STRING, count, bytes(8 * count)))
+    with pytest.raises(GGUFError, match="5000000 strings"):
+        read_bytes(gguf_files.file([gguf_files.LLAMA, strings]), tmp_path)
+
+
+def test_a_set_of_a_hundred_thousand_parts_is_refused(tmp_path: Path) -> None:
+    """A name that speaks of 99,999 parts has nobody look for them."""
+    part = tmp_path / "m-00001-of-99999.gguf"
+    part.touch()
+    with pytest.raises(GGUFError, match="one part of 99999: more than 1000 can't be"):
+        split_parts(part)
+
+
+def test_what_is_needed_is_kept_wherever_it_stands(tmp_path: Path) -> None:
+    """The architecture may come last, and long texts are cut, not lost."""
+    values = [
+        entry("general.name", STRING, text("n" * 5000)),
+        entry("llama.context_length", UINT32, u32(2048)),
+        entry("a.chat_template", STRING, text("x" * 100_000)),
+        entry("tokenizer.chat_template", STRING, text("x" * 100_000)),
+        gguf_files.LLAMA,
+    ]
+    header = read_bytes(gguf_files.file(values), tmp_path)
+    assert (header.architecture, header.context_length, header.has_chat_template) == ("llama", 2048, True)
+    assert header.name == "n" * 4096
+
+
+def test_a_figure_beyond_reason_is_unknown(tmp_path: Path) -> None:
+    """A context of 2^63 tokens is no figure to plan with."""
+    values = [gguf_files.LLAMA, entry("llama.context_length", gguf_files.UINT64, u64(2**63))]
+    assert read_bytes(gguf_files.file(values), tmp_path).context_length is None
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_a_regular_file_is_opened(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """A pipe by a model's name would hold its reader for ever."""
+    path = tmp_path / "m.gguf"
+    make(path)
+    with pytest.raises(GGUFError, match=r"m\.gguf is not a file"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("case", sorted(CASES.glob("*.gz")), ids=lambda path: path.name)
+def test_what_the_fuzzer_found_holds(case: Path, tmp_path: Path) -> None:
+    """Files that once broke the reader."""
+    gguf_files.check(gzip.decompress(case.read_bytes()), tmp_path / "m.gguf")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
+def test_any_header_is_read_or_refused_in_little_memory(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """Headers with lies in them; `python -m bench.fuzz_gguf 600` looks for ten minutes."""
+    gguf_files.check(gguf_files.random_header(Random(seed)), tmp_path_factory.getbasetemp() / "m.gguf")
 
 
 @settings(max_examples=300, deadline=None)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.engines.llamacpp.gguf_parts import Part, read_part, round_up
-from services.engines.llamacpp.gguf_wire import GGUFError, Skipped, Value
+from services.engines.llamacpp.gguf_wire import Budget, GGUFError, Skipped, Value
 
 __all__ = [
     "GGUFError",
@@ -23,7 +23,10 @@ __all__ = [
     "split_parts",
 ]
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1024
+MAX_PARTS = 1000
+MAX_FIGURE = 1 << 32
+"""The format's figures have 32 bits."""
 MIB = 1 << 20
 
 # Every n-th layer sees the whole context, the others a sliding window; llama.cpp knows it by the architecture.
@@ -67,7 +70,10 @@ def read_header(path: Path) -> GGUFHeader:
 
     Raises GGUFError, in words for people, when it is no usable GGUF file or ends too early, and OSError.
     """
-    parts = [read_part(part) for part in split_parts(path)]
+    first, *others = split_parts(path)
+    budget = Budget()
+    parts = [read_part(first, budget)]
+    parts += [replace(read_part(other, budget), values={}) for other in others]  # what they say, the first says too
     return _header(parts, path.name)
 
 
@@ -91,6 +97,8 @@ def split_parts(path: Path) -> list[Path]:
     if match is None:
         return [path]
     count = int(match["count"])
+    if count > MAX_PARTS:
+        raise GGUFError(f"{path.name} is one part of {count}: more than {MAX_PARTS} can't be used.")
     parts = [path.with_name(f"{match['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing or not parts:
@@ -212,7 +220,7 @@ class _Model:
 
 
 def _whole(value: Value | None) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_FIGURE else None
 
 
 def _text(value: Value | None) -> str | None:

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from services.engines.llamacpp.gguf_wire import Cursor, GGUFError, Value, say_bytes
+from services.engines.llamacpp.gguf_wire import Budget, Cursor, GGUFError, Value, say_bytes
 
-MAX_VALUES = 1 << 16
-MAX_TENSORS = 1 << 20
 MAX_DIMENSIONS = 4
+MAX_PARAMETERS = 1 << 63
+MAX_KEPT = 64
+NAME_BYTES = 64
+"""llama.cpp takes no tensor with a longer name."""
 DEFAULT_ALIGNMENT = 32
+
+KEPT = frozenset(
+    {
+        "general.architecture",
+        "general.name",
+        "general.description",
+        "general.alignment",
+        "tokenizer.ggml.tokens",
+        "tokenizer.chat_template",
+    }
+)
+KEPT_OF_ARCHITECTURE = frozenset(
+    {
+        "context_length",
+        "block_count",
+        "embedding_length",
+        "feed_forward_length",
+        "vocab_size",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.sliding_window",
+    }
+)
+"""Behind the architecture and a dot, whatever it is: a file may name its architecture last."""
 
 BLOCKS: Mapping[int, tuple[int, int]] = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
@@ -32,7 +63,10 @@ REPACKED_TYPES = frozenset({2, 12, 20, 39}) | (frozenset({8, 13, 14}) if _ON_ARM
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one file holds. Sizes are bytes; `repacked_bytes` are the weights that are copied for the CPU."""
+    """What one file holds. Sizes are bytes; `repacked_bytes` are the weights that are copied for the CPU.
+
+    `values` are those of `KEPT` and `KEPT_OF_ARCHITECTURE`.
+    """
 
     values: Mapping[str, Value]
     parameters: int
@@ -47,13 +81,10 @@ class _Tensor:
     """One entry of the tensor list; `bytes` is None for a type that is newer than this reader."""
 
     name: str
-    dimensions: tuple[int, ...]
+    rank: int
+    parameters: int
     kind: int
     offset: int
-
-    @property
-    def parameters(self) -> int:
-        return math.prod(self.dimensions)
 
     @property
     def bytes(self) -> int | None:
@@ -65,30 +96,49 @@ class _Tensor:
     @property
     def repacked(self) -> bool:
         looked_up = self.name.startswith("token_embd")  # not multiplied with: it stays as it is
-        return self.kind in REPACKED_TYPES and len(self.dimensions) > 1 and not looked_up
+        return self.kind in REPACKED_TYPES and self.rank > 1 and not looked_up
 
 
-def read_part(path: Path) -> Part:
-    """Read one file's header. Raises GGUFError in words for people, and OSError."""
-    file_bytes = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        cursor = Cursor(file, path.name, file_bytes)
-        tensor_count, value_count = _read_counts(cursor, path.name)
-        values = {cursor.text(): cursor.value(cursor.u32()) for _ in range(value_count)}
-        tensors = [_read_tensor(cursor) for _ in range(tensor_count)]
+@dataclass(slots=True)
+class _Weights:
+    """The tensor list added up, one after another: it may have a hundred thousand entries."""
+
+    parameters: int = 0
+    known_bytes: int = 0
+    repacked_bytes: int = 0
+    end: int = 0
+    all_known: bool = True
+
+    def add(self, tensor: _Tensor) -> None:
+        size = tensor.bytes
+        self.parameters += tensor.parameters
+        self.all_known = self.all_known and size is not None
+        self.known_bytes += size or 0
+        self.repacked_bytes += (size or 0) if tensor.repacked else 0
+        self.end = max(self.end, tensor.offset + (size or 0), self.known_bytes)
+
+
+def read_part(path: Path, budget: Budget) -> Part:
+    """Read one file's header, as far as `budget` goes. Raises GGUFError in words for people, and OSError."""
+    with _open(path) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        cursor = Cursor(file, path.name, file_bytes, budget)
+        tensor_count, value_count = _read_counts(cursor, path.name, budget)
+        values = _read_values(cursor, value_count)
+        weights = _Weights()
+        for _ in range(tensor_count):
+            weights.add(_read_tensor(cursor))
     data_offset = round_up(cursor.position, _alignment(values, cursor))
-    listed = max((t.offset + (t.bytes or 0) for t in tensors), default=0)
-    if tensors and data_offset + listed > file_bytes:
+    if tensor_count and data_offset + weights.end > file_bytes:
         raise GGUFError(
-            f"{path.name} ends after {say_bytes(file_bytes)}, but its header lists {say_bytes(listed)} of "
+            f"{path.name} ends after {say_bytes(file_bytes)}, but its header lists {say_bytes(weights.end)} of "
             "weights: the copy may be incomplete."
         )
-    known = [t.bytes for t in tensors if t.bytes is not None]
     return Part(
         values=values,
-        parameters=sum(t.parameters for t in tensors),
-        tensor_bytes=sum(known) if len(known) == len(tensors) else file_bytes - data_offset,
-        repacked_bytes=sum(t.bytes or 0 for t in tensors if t.repacked),
+        parameters=weights.parameters,
+        tensor_bytes=weights.known_bytes if weights.all_known else file_bytes - data_offset,
+        repacked_bytes=weights.repacked_bytes,
         data_offset=data_offset,
         file_bytes=file_bytes,
     )
@@ -98,8 +148,19 @@ def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def _read_counts(cursor: Cursor, name: str) -> tuple[int, int]:
+def _open(path: Path) -> BinaryIO:
+    """Raises GGUFError for what is no regular file: a pipe would hold its reader for ever."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise GGUFError(f"{path.name} is not a file.")
+    return os.fdopen(number, "rb", buffering=0)
+
+
+def _read_counts(cursor: Cursor, name: str, budget: Budget) -> tuple[int, int]:
     """The preamble: magic, version, and the counts of tensors and of metadata values."""
+    if not cursor.has(1):
+        raise GGUFError(f"{name} is empty: the copy may be incomplete.")
     if not cursor.has(4) or cursor.take(4) != b"GGUF":
         raise GGUFError(f"{name} is not a GGUF file.")
     version = cursor.u32()
@@ -108,21 +169,38 @@ def _read_counts(cursor: Cursor, name: str) -> tuple[int, int]:
             raise GGUFError(f"{name} is a GGUF file for big-endian machines: it can't be used here.")
         raise GGUFError(f"{name} is GGUF version {version}; versions 2 and 3 can be used.")
     tensor_count, value_count = cursor.u64(), cursor.u64()
-    if tensor_count > MAX_TENSORS or value_count > MAX_VALUES:
+    budget.tensors -= tensor_count
+    budget.values -= value_count
+    if budget.tensors < 0 or budget.values < 0:
         raise cursor.damaged(f"claims {tensor_count} tensors and {value_count} values")
     return tensor_count, value_count
 
 
+def _read_values(cursor: Cursor, count: int) -> dict[str, Value]:
+    values: dict[str, Value] = {}
+    for _ in range(count):
+        key, kind = cursor.key(), cursor.u32()
+        if key not in KEPT and key.partition(".")[2] not in KEPT_OF_ARCHITECTURE:
+            cursor.skip_value(kind)
+            continue
+        values[key] = cursor.value(kind)
+        if len(values) > MAX_KEPT:
+            raise cursor.damaged("speaks of more than one model")
+    return values
+
+
 def _read_tensor(cursor: Cursor) -> _Tensor:
-    name, rank = cursor.text(), cursor.u32()
+    name, rank = cursor.text(NAME_BYTES), cursor.u32()
     if rank > MAX_DIMENSIONS:
         raise cursor.damaged(f"holds a tensor of {rank} dimensions")
-    dimensions = tuple(cursor.u64() for _ in range(rank))
-    return _Tensor(name, dimensions, cursor.u32(), cursor.u64())
+    parameters = math.prod(cursor.u64() for _ in range(rank))
+    if parameters >= MAX_PARAMETERS:
+        raise cursor.damaged("holds a tensor of more than 2^63 weights")
+    return _Tensor(name, rank, parameters, cursor.u32(), cursor.u64())
 
 
 def _alignment(values: Mapping[str, Value], cursor: Cursor) -> int:
     value = values.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or value < 1 or value & (value - 1):
         raise cursor.damaged(f"asks for an alignment of {value}")
     return value

@@ -1,18 +1,26 @@
 """The bytes of a GGUF header, read forwards in bounded steps: numbers, strings, arrays.
 
-Nothing is allocated on the word of the file: a length is checked against what is left of it first.
+Nothing is allocated on the word of the file: a length is checked against what is left of it first, only what a caller
+asks to keep is built, and cut to a bound. A header of 64 MB, made for it, once took 2.7 GB.
 """
 
 from __future__ import annotations
 
+import codecs
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
 CHUNK = 1 << 18
 MAX_HEADER_BYTES = 256 << 20
-KEPT_TEXT_BYTES = 1 << 16
-KEPT_ITEMS = 4096
+MAX_KEY_BYTES = (1 << 16) - 1
+"""The format's own bound."""
+KEPT_TEXT_BYTES = 4096
+KEPT_ITEMS = 1024
+MAX_VALUES = 1 << 16
+MAX_TENSORS = 1 << 17
+MAX_STRINGS = 1 << 22
+"""Half a second of a processor. The largest vocabularies have 262,144 tokens and twice as many merges (2026)."""
 
 STRING, ARRAY = 8, 9
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -35,13 +43,23 @@ Scalar = int | float | bool | str
 Value = Scalar | tuple[Scalar, ...] | Skipped
 
 
+@dataclass(slots=True)
+class Budget:
+    """How much of each may still be read, over all files of one model: what takes a processor's time, not memory."""
+
+    values: int = MAX_VALUES
+    tensors: int = MAX_TENSORS
+    strings: int = MAX_STRINGS
+
+
 class Cursor:
     """Reads a little-endian file forwards. Every method raises GGUFError where the file ends too early."""
 
-    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+    def __init__(self, file: BinaryIO, name: str, size: int, budget: Budget) -> None:
         self._file = file
         self._name = name
         self._size = size
+        self._budget = budget
         self._start = 0
         self._buffer = b""
         self._at = 0
@@ -64,13 +82,20 @@ class Cursor:
     def u64(self) -> int:
         return int(self._number(_U64))
 
-    def text(self) -> str:
-        """A string; what is longer than 64 KiB (some chat templates) is skipped and comes back empty."""
+    def key(self) -> str:
         length = self.u64()
-        if length > KEPT_TEXT_BYTES:
-            self._skip(length)
-            return ""
+        if length > MAX_KEY_BYTES:
+            raise self.damaged(f"holds a key of {length} bytes")
         return self.take(length).decode("utf-8", errors="replace")
+
+    def text(self, most_bytes: int = KEPT_TEXT_BYTES) -> str:
+        """A string, or the beginning of one that is longer than `most_bytes` (a chat template)."""
+        length = self.u64()
+        kept = min(length, most_bytes)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(self.take(kept), final=kept == length)  # a character that was cut is dropped
+        self._skip(length - kept)
+        return text
 
     def value(self, kind: int) -> Value:
         """One metadata value of the given GGUF type."""
@@ -80,23 +105,45 @@ class Cursor:
             return self._array()
         return self._number(self._scalar(kind))
 
+    def skip_value(self, kind: int) -> None:
+        """Pass over one metadata value of the given GGUF type."""
+        if kind == STRING:
+            self._skip(self.u64())
+        elif kind == ARRAY:
+            self._skip_items(*self._array_head())
+        else:
+            self._skip(self._scalar(kind).size)
+
     def damaged(self, what: str) -> GGUFError:
         return GGUFError(f"{self._name} {what}: the file is damaged.")
 
-    def _array(self) -> tuple[Scalar, ...] | Skipped:
+    def _array_head(self) -> tuple[int, int]:
+        """What an array's items are, and how many."""
         kind, count = self.u32(), self.u64()
-        if kind == STRING:
-            self._skip_strings(count)
+        if kind == ARRAY:
+            raise self.damaged("holds an array of arrays")
+        return kind, count
+
+    def _array(self) -> tuple[Scalar, ...] | Skipped:
+        kind, count = self._array_head()
+        if kind == STRING or count > KEPT_ITEMS:
+            self._skip_items(kind, count)
             return Skipped(count)
         item = self._scalar(kind)
-        if count > KEPT_ITEMS:
-            self._skip(count * item.size)
-            return Skipped(count)
         return tuple(value for (value,) in item.iter_unpack(self.take(count * item.size)))
+
+    def _skip_items(self, kind: int, count: int) -> None:
+        if kind == STRING:
+            self._skip_strings(count)
+        else:
+            self._skip(count * self._scalar(kind).size)
 
     def _skip_strings(self, count: int) -> None:
         # A vocabulary has several 100,000 of them: the inner loop stays in one buffer, without a call per string.
         self._check(count * _U64.size)
+        self._budget.strings -= count
+        if self._budget.strings < 0:
+            raise self.damaged(f"holds an array of {count} strings")
         done = 0
         while done < count:
             self._need(_U64.size)
