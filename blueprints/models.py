@@ -10,7 +10,7 @@ from htmx_flask import make_response, request
 
 from blueprints.filters import size
 from blueprints.live import Live
-from blueprints.pages import done, live_now, see_other, told
+from blueprints.pages import done, live_now, local_path, see_other, told
 from blueprints.web import client_name, services
 from services.downloads.download import Download
 from services.downloads.library import Recommended
@@ -96,7 +96,7 @@ def plan() -> str:
     """What a switch to `target` would do: a dialog for htmx, a page of its own otherwise."""
     preview = _look_ahead(live_now(), request.args.get("target", ""))
     template = "fragments/plan.html" if request.htmx else "pages/plan.html"
-    return _show_plan(template, preview, request.args.get("activate", "yes"), request.args.get("back", "/models"))
+    return _show_plan(template, preview, request.args.get("activate", "yes"), request.args.get("back"))
 
 
 @bp.post("/models/switch")
@@ -200,7 +200,7 @@ def _look_ahead(live: Live, target: str) -> _Preview:
     return _Preview(live, plan, unload, live.asks_first(target))
 
 
-def _show_plan(template: str, preview: _Preview, activate: str, back: str) -> str:
+def _show_plan(template: str, preview: _Preview, activate: str, back: str | None) -> str:
     return render_template(
         template,
         live=preview.live,
@@ -208,13 +208,13 @@ def _show_plan(template: str, preview: _Preview, activate: str, back: str) -> st
         unload=preview.unload,
         abandons=preview.abandons,
         activate=activate,
-        back=back,
+        back=local_path(back, "/models"),
     )
 
 
 def _ask(preview: _Preview, activate: str) -> Response:
     """Show the plan instead of acting on it."""
-    back = request.form.get("back", "/models")
+    back = request.form.get("back")
     if not request.htmx:
         return see_other(url_for("models.plan", target=preview.plan.target, activate=activate, back=back))
     html = _show_plan("fragments/plan.html", preview, activate, back)

@@ -46,8 +46,12 @@ def done(version: int | None = None) -> Response:
     if request.htmx:
         answer: Response = make_response("", 204, trigger="refresh")
         return answer
-    back = request.form.get("back", "/")
-    return see_other(back if _LOCAL_PATH.fullmatch(back) else "/")
+    return see_other(local_path(request.form.get("back"), "/"))
+
+
+def local_path(back: str | None, otherwise: str) -> str:
+    """Where a page or form says that it leads back to, if that is a path of this server: `/\\evil` is another site."""
+    return back if back is not None and _LOCAL_PATH.fullmatch(back) else otherwise
 
 
 def told(title: str, message: str) -> Response:
