@@ -11,6 +11,7 @@ from contextlib import suppress
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import descriptors
 import signals
 from services import state_folder
 from services.config import ConfigError, load_settings
@@ -22,10 +23,13 @@ try:
 except ConfigError as error:
     sys.exit(str(error))
 
+CONNECTIONS = 2000
+"""From clients at a time, idle ones included; what comes then waits to be accepted."""
+
 bind = f"{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
 workers = 1
 worker_class = "worker.Worker"
-worker_connections = 2000
+worker_connections = descriptors.make_room(CONNECTIONS)
 preload_app = False
 wsgi_app = "wsgi:app"
 control_socket_disable = True
@@ -57,6 +61,13 @@ def on_starting(server):
     except (state_folder.StateError, StoreError) as error:
         sys.exit(str(error))
     _lock = lock
+    if worker_connections < CONNECTIONS:
+        server.log.warning(
+            "Only %s connections are taken at a time: the limit on open files is too low for %s. Raise it (ulimit -Hn, "
+            "LimitNOFILE=, docker run --ulimit nofile=).",
+            worker_connections,
+            CONNECTIONS,
+        )
     signals.arrange(server)
 
 

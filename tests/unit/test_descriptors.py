@@ -1,0 +1,36 @@
+"""As many connections as there are descriptors for: in a process of its own each, since a limit can't be taken back."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import descriptors, json, resource
+print(json.dumps([descriptors.make_room(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections", "limit"),
+    [
+        (1024, 16_384, 2000, 4500),
+        (1024, 4096, 1798, 4096),
+        (1024, 1024, 384, 1024),
+        (16_384, 16_384, 2000, 16_384),
+        (256, 256, 100, 256),
+    ],
+)
+def test_the_limit_is_raised_as_far_as_it_goes_and_the_rest_is_not_promised(soft, hard, connections, limit):
+    """Two descriptors for each connection, and some for everything else."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
+    )
+    assert json.loads(done.stdout) == [connections, limit]
