@@ -23,7 +23,9 @@ from gevent.socket import wait_read
 from gunicorn.http import wsgi
 from gunicorn.workers.base_async import ALREADY_HANDLED
 from gunicorn.workers.ggevent import GeventWorker
+from werkzeug.exceptions import HTTPException
 
+from intake import WholeBody
 from services.restart import UNBEGUN, RestartRefused
 from signals import drop_dead_streams, terminal
 from succession import Succession, written_again
@@ -80,6 +82,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super().load_wsgi()
         self._app = self.wsgi
         self._restart = self.services.restart
+        self._longest = self.services.settings.max_body_bytes
         self.wsgi = self._answer
 
     def handle(self, listener: Any, client: socket.socket, addr: Any) -> None:
@@ -127,6 +130,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def _answer(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes] | object:
         """The WSGI app as gunicorn calls it."""
+        environ["wsgi.input"] = WholeBody(environ, self._longest)
         if self._restart.requested and self._leave(environ, self._read(environ)):
             return ALREADY_HANDLED
         answer = self._app(environ, start_response)
@@ -136,11 +140,13 @@ class Worker(GeventWorker):  # type: ignore[misc]
         return ALREADY_HANDLED
 
     def _read(self, environ: Environ) -> bytes | None:
-        """The body of a request; None when it is longer than may be, which the app will say."""
-        most = self.services.settings.max_body_bytes
-        body: bytes = environ["wsgi.input"].read(most + 1)
+        """The body of a request; None when it is longer than may be, or not all there, which the app will say."""
+        try:
+            body: bytes = environ["wsgi.input"].read()
+        except (OSError, HTTPException):
+            return None
         environ["wsgi.input"] = BytesIO(body)
-        return body if len(body) <= most else None
+        return body
 
     def _leave(self, environ: Environ, body: bytes | None) -> bool:
         """Leave a request that nobody has begun to the next worker, with its connection. Whether that was possible."""

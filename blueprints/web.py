@@ -127,13 +127,18 @@ def parse_body(shape: type[B], *, optional: bool = False) -> B:
     raw = request.get_data(cache=True)
     if optional and not raw.strip():
         return validate(shape, {})
+    return validate(shape, json_object(raw))
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """A body as the JSON object that it has to be. Raises ApiError 400; what is nested too deeply is none."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
-        raise ApiError("invalid_json", "The body has to be a JSON object.") from None
+        document = None
     if not isinstance(document, dict):
         raise ApiError("invalid_json", "The body has to be a JSON object.")
-    return validate(shape, document)
+    return document
 
 
 def validate(shape: type[B], values: Mapping[str, Any]) -> B:
@@ -179,6 +184,7 @@ def client_name() -> str:
 def init_app(app: Flask) -> None:
     """Register the guard, security headers and error handlers."""
     app.before_request(lambda: guard().check(request.environ, request.endpoint))
+    app.before_request(_take_body)
     app.after_request(_secure)
     app.register_error_handler(ApiError, _answer_error)
     app.register_error_handler(Refused, lambda e: _answer_error(_with_retry(e)))
@@ -198,6 +204,11 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(StoreError, lambda e: _answer_error(_store_error(e)))
     app.register_error_handler(HTTPException, _answer_http)
     app.register_error_handler(Exception, _answer_unforeseen)
+
+
+def _take_body() -> None:
+    """Nothing is done for a request that is malformed, or not all there, though the view asks for no body."""
+    request.get_data()
 
 
 def switch_error(error: SwitchError) -> ApiError:
@@ -318,6 +329,7 @@ def _say_http(error: HTTPException) -> str:
     return {
         404: "There is nothing at this address.",
         405: "This address does not take that method.",
+        400: "The request can't be understood: its body is malformed, or ends before it should.",
         413: f"The body is larger than the {limit:g} MB that are allowed (setting max_body_mb).",
     }.get(error.code or 500, f"{error.description}")
 

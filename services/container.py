@@ -133,6 +133,7 @@ class Services:
         self.log_watch.stop()
         self.downloads.close()
         self.switcher.close(for_good=not self.restart.models_stay)
+        self.relay.close()
         for engine in self.engines.values():
             engine.close()
         self.ollama_service.close()

@@ -44,7 +44,11 @@ class FastLane:
             passed = self._pass(environ)
             if passed is not None:
                 status = _STATUS_LINES.get(passed.status, f"{passed.status} Unknown")
-                start_response(status, [*passed.headers, *SECURITY_HEADERS])
+                try:
+                    start_response(status, [*passed.headers, *SECURITY_HEADERS])
+                except BaseException:  # else the server closes it
+                    passed.body.close()
+                    raise
                 return passed.body
         return self._app(environ, start_response)
 
@@ -61,7 +65,10 @@ class FastLane:
 
     def _pass(self, environ: Environ) -> Passed | None:
         """The engine's answer; None when the app has to deal with the request after all."""
-        body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+        try:
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+        except OSError:  # the app will read it again, and say so
+            return None
         environ["wsgi.input"] = BytesIO(body)
         named, model = _named_model(body)
         admission = self._services.router.admit_now(model) if named else None

@@ -7,7 +7,6 @@ a model. See docs/decisions/0015.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from urllib.parse import quote
@@ -19,8 +18,8 @@ from blueprints.api.fast_lane import FAILED
 from blueprints.api.passing import Client, pass_on
 from blueprints.api.spec import documented
 from blueprints.guard import SAFE_METHODS
-from blueprints.web import ApiError, guard, services
-from services.gateway.router import AUTO, Admission, ClientGone, GatewayError
+from blueprints.web import ApiError, guard, json_object, services
+from services.gateway.router import AUTO, Admission, ClientGone
 from services.restart import UNBEGUN
 
 bp = Blueprint("openai", __name__)
@@ -176,8 +175,6 @@ def _not_passed(error: Exception) -> Response:
     """Nobody is there to read an answer when the client has left; any other error is told as usual."""
     if not isinstance(error, ClientGone):
         raise error
-    if services().restart.requested:  # it was the app that hung up
-        raise GatewayError("stopping", "Switchyard restarts, and broke the answer off. Ask again.", retry_after=2)
     return Response(status=499)
 
 
@@ -187,13 +184,7 @@ def _named_model(body: bytes) -> str | None:
         return request.args.get("model")
     if not request.mimetype.endswith("json") and not body.lstrip().startswith(b"{"):
         return request.args.get("model")
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        raise ApiError("invalid_json", "The body has to be a JSON object.") from None
-    if not isinstance(document, dict):
-        raise ApiError("invalid_json", "The body has to be a JSON object.")
-    name = document.get("model")
+    name = json_object(body).get("model")
     if name is not None and not isinstance(name, str):
         raise ApiError("invalid_value", "model has to be a string.", param="model", status=400)
     return name

@@ -6,7 +6,9 @@ import errno
 import json
 import select
 import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from gevent.monkey import get_original
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from services.gateway.relay import Answer, Body, Hangup, Relay, answer_headers
-from services.gateway.router import Admission
+from services.gateway.router import Admission, GatewayError
 
 _poll = get_original("select", "poll")
 
@@ -26,6 +28,15 @@ NO_ROUTE = frozenset(
 that they don't know is another matter, and told in other words."""
 LONGEST_REFUSAL = 4096
 """Bytes of a 404's body that are looked at; what is longer is about more than the address."""
+LOOK_SECONDS = 0.5
+"""How often it is looked whether a client that sends nothing more is still there."""
+GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
+KEEP_ALIVE = (
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 5),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 5),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 6),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +49,81 @@ class Passed:
 
 
 class Client:
-    """Whoever asked. Notices that they closed the connection, which a server otherwise learns at its next write."""
+    """Whoever asked. Notices that they closed the connection, which a server otherwise learns at its next write.
+
+    A client may close its sending side alone and wait for its answer, and nothing that comes from it tells it from one
+    that has left. What is sent to it does: the one reads it, the other's system answers with a reset. So it is sent an
+    interim answer (100), which every HTTP/1.1 client skips, as long as nothing of the real one has been sent.
+    """
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
-        self._socket: socket.socket | None = environ.get("gunicorn.socket")
+        self._socket: Any = environ.get("gunicorn.socket")
+        self._may_ask = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+        self._ask_at: float | None = None
+        """When it is sent the next interim answer; None before it has closed its sending side."""
+        self._half_closed_at = 0.0
 
     def left(self) -> bool:
-        """Whether they have closed their side."""
+        """Whether they have gone. Doesn't wait, so that a callback of the hub may ask."""
         if self._socket is None:
             return False
-        poll = _poll()  # gevent's own would switch greenlets, which a callback of the hub must not
-        poll.register(self._socket.fileno(), select.POLLIN | select.POLLRDHUP)
-        return any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0))
+        events = self._events()
+        if events & select.POLLRDHUP and not events & GONE:
+            self._sound_out()
+            events = self._events()  # on this machine the reset is here at once
+        return bool(events & GONE)
+
+    def answered(self) -> None:
+        """Something of the answer is sent from now on."""
+        self._may_ask = False
 
     def on_leaving(self, act: Callable[[], None]) -> Callable[[], None]:
         """Call `act` when they leave; returns what stops the watching."""
         if self._socket is None:
             return lambda: None
-        watcher = gevent.get_hub().loop.io(self._socket.fileno(), 1)
+        loop = gevent.get_hub().loop
+        watcher = loop.io(self._socket.fileno(), 1)
+        timers: list[Any] = []
 
         def look() -> None:
-            watcher.stop()  # one look: pipelined bytes would keep it firing
+            watcher.stop()  # their end, and bytes that they pipelined, would keep it firing
             if self.left():
+                stop_timers()
                 act()
+            elif not timers:
+                timers.append(loop.timer(LOOK_SECONDS, LOOK_SECONDS))
+                timers[0].start(look)
+
+        def stop_timers() -> None:
+            for timer in timers:
+                timer.stop()
+                timer.close()
+            timers.clear()
 
         def stop() -> None:
+            stop_timers()
             watcher.stop()
             watcher.close()
 
         watcher.start(look)
         return stop
+
+    def _events(self) -> int:
+        poll = _poll()  # gevent's own would switch greenlets, which a callback of the hub must not
+        poll.register(self._socket.fileno(), select.POLLIN | select.POLLRDHUP)
+        return next((events for _, events in poll.poll(0)), 0)
+
+    def _sound_out(self) -> None:
+        """Send what makes the system of a client that has left answer with a reset; seldom, as time goes on."""
+        now = time.monotonic()
+        if self._ask_at is None:
+            self._ask_at = self._half_closed_at = now
+            for option, value in KEEP_ALIVE:  # where nothing may be sent: it takes that system a minute to reset these
+                self._socket.setsockopt(*option, value)
+        if self._may_ask and now >= self._ask_at:
+            self._ask_at = now + max(LOOK_SECONDS, now - self._half_closed_at)
+            with suppress(OSError):
+                self._socket._sock.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
 
 
 def pass_on(
@@ -102,7 +158,7 @@ def pass_on(
         finish()
         raise
     streamed = "text/event-stream" in str(answer.get("content-type"))
-    relayed = Body(answer, finish, _stream_error if streamed else _cut_off)
+    relayed = Body(answer, client.answered, finish, _stream_error if streamed else _cut_off)
     return Passed(answer.status_code, answer_headers(answer), relayed)
 
 
@@ -141,7 +197,10 @@ def _addressed(body: bytes, model: str) -> bytes:
         return body
     if not isinstance(document, dict) or document.get("model") == model:
         return body
-    return json.dumps({**document, "model": model}).encode()
+    try:
+        return json.dumps({**document, "model": model}).encode()
+    except RecursionError:
+        raise GatewayError("invalid_json", "The body is nested too deeply.") from None
 
 
 def _stream_error(reason: str) -> bytes:

@@ -8,7 +8,7 @@ from flask import Blueprint, Response, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field
 
 from blueprints.api.spec import documented
-from blueprints.web import ApiError, client_name, parse_body, services, switch_error
+from blueprints.web import ApiError, client_name, json_object, parse_body, services, switch_error
 from services.env_file import EnvFileError
 from services.restart import RestartRefused
 from services.status import ModelStatus, Status
@@ -147,8 +147,9 @@ def model_loading_status() -> Response:
 
 
 def _from_form_or_json() -> str:
-    document = request.get_json(silent=True) if request.is_json else request.form
-    value = document.get("model_id") if isinstance(document, Mapping) else None
+    body = request.get_data()
+    document: Mapping[str, object] = json_object(body) if request.is_json and body else request.form
+    value = document.get("model_id")
     return value if isinstance(value, str) else ""
 
 

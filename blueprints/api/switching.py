@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Literal, TypeVar
 
@@ -28,6 +29,7 @@ from services.status import Status
 from services.switching.jobs import Job, Replace
 
 bp = Blueprint("switching", __name__, url_prefix="/v1/models")
+_EVENT_NUMBER = re.compile(r"[0-9]{1,18}")
 
 SWITCH_ERRORS = (409, 502, 503, 504)
 B = TypeVar("B", bound=BaseModel)
@@ -188,8 +190,8 @@ def _events(job: Job, after: int = 0) -> Iterator[bytes]:
 
 
 def _last_event_id() -> int:
-    value = request.headers.get("Last-Event-ID", "0")
-    return int(value) if value.isdigit() else 0
+    value = request.headers.get("Last-Event-ID", "")
+    return int(value) if _EVENT_NUMBER.fullmatch(value) else 0
 
 
 _kept: tuple[Status, dict[str, int], bytes] | None = None

@@ -46,6 +46,30 @@ NOT_FORWARDED = HOP_BY_HOP | {
     "expect",
 }
 
+ANSWER_HEADERS = frozenset(
+    {
+        "accept-ranges",
+        "allow",
+        "cache-control",
+        "content-disposition",
+        "content-encoding",
+        "content-language",
+        "content-length",
+        "content-range",
+        "content-type",
+        "etag",
+        "last-modified",
+        "request-id",
+        "retry-after",
+        "vary",
+        "x-accel-buffering",
+        "x-request-id",
+    }
+)
+ANSWER_HEADER_FAMILIES = ("openai-", "anthropic-", "x-ratelimit-")
+"""What of an engine's answer is passed on: what describes it. An engine must not set cookies for this server, speak for
+it to other sites (Access-Control-*), lead a browser away (Location, Refresh) or empty it (Clear-Site-Data)."""
+
 
 class Unanswered(ConnectionError):
     """The engine closed the connection without a byte of an answer."""
@@ -278,11 +302,19 @@ def _send(connection: Connection, request: bytes) -> None:
 class Body:
     """The body of a relayed answer, for a WSGI server to iterate.
 
-    A class and not a generator: `close` has to run even when nothing was iterated.
+    `on_begin` is called before the first of it is handed on, `on_close` when it was closed. A class and not a
+    generator: `close` has to run even when nothing was iterated.
     """
 
-    def __init__(self, answer: Answer, on_close: Callable[[], None], error_tail: Callable[[str], bytes]) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        on_begin: Callable[[], None],
+        on_close: Callable[[], None],
+        error_tail: Callable[[str], bytes],
+    ) -> None:
         self._answer = answer
+        self._on_begin: Callable[[], None] | None = on_begin
         self._on_close = on_close
         self._error_tail = error_tail
         self._over = False
@@ -298,6 +330,9 @@ class Body:
         except (OSError, HTTPParseError) as error:
             self._over = True
             chunk = self._error_tail(str(error))
+        if self._on_begin is not None:
+            self._on_begin()
+            self._on_begin = None
         if not chunk:
             raise StopIteration
         return chunk
@@ -305,13 +340,19 @@ class Body:
     def close(self) -> None:
         """Give everything back, however much of it was iterated."""
         self._over = True
-        self._answer.break_off()
-        self._on_close()
+        try:
+            self._answer.break_off()
+        finally:
+            self._on_close()
 
 
 def answer_headers(answer: Answer) -> list[tuple[str, str]]:
     """The headers of an answer that may be passed on."""
-    return [(name, value) for name, value in answer.headers if name.lower() not in HOP_BY_HOP]
+    return [(name, value) for name, value in answer.headers if _describes(name.lower())]
+
+
+def _describes(name: str) -> bool:
+    return name in ANSWER_HEADERS or name.startswith(ANSWER_HEADER_FAMILIES)
 
 
 def _head(endpoint: Endpoint, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:

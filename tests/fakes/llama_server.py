@@ -14,6 +14,7 @@ and misbehaves as `--fault NAME[:VALUE]` says (may be repeated):
     refuse_first           answers the warm-up with an error
     ignore_sigterm         goes on after SIGTERM
     slow_tokens:SECONDS    waits that long before each token
+    hang_answering         says nothing to a chat, for ever, but the headers of a stream
     hold:MB                takes that much memory more than a small process does
 """
 
@@ -99,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             self._json(500, {"error": {"message": "the stand-in refuses", "type": "server_error", "code": 500}})
         elif body.get("stream"):
             self._stream()
+        elif self._hangs():
+            time.sleep(1000)
         else:
             text = " ".join(self._token(word) for word in ANSWER[: body.get("max_tokens") or len(ANSWER)])
             choice = {
@@ -110,6 +113,9 @@ class Handler(BaseHTTPRequestHandler):
             cut = "cut_answer" in self.server.faults and self.path == "/v1/chat/completions"
             self._json(200, {"object": "chat.completion", "model": self.server.alias, "choices": [choice]}, cut=cut)
 
+    def _hangs(self) -> bool:
+        return "hang_answering" in self.server.faults and self.path == "/v1/chat/completions"
+
     def _token(self, word: str) -> str:
         time.sleep(float(self.server.faults.get("slow_tokens", 0)))
         return word
@@ -119,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        if self._hangs():
+            time.sleep(1000)
         for number, word in enumerate(ANSWER):
             if number == len(ANSWER) // 2 and "crash_answering" in self.server.faults:
                 die("error: the stand-in was told to crash in an answer")

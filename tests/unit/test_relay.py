@@ -11,7 +11,7 @@ import pytest
 from geventhttpclient.response import HTTPParseError
 
 from services.engines.port import Endpoint
-from services.gateway.relay import Answer, Hangup, Relay
+from services.gateway.relay import Answer, Hangup, Relay, answer_headers
 from services.gateway.router import ClientGone, GatewayError
 from tests.support.scripted_engine import AUTHORITY, DROP, OK, Act, ScriptedEngine, answer
 
@@ -234,6 +234,32 @@ def test_idle_connections_to_an_engine_that_has_gone_are_closed(relay, engine, m
     assert _half_closed() == 0
     assert ask(relay, stays).status_code == 200
     assert [asked.connection for asked in stays.asked] == [0, 0]
+
+
+def test_an_engines_headers_pass_by_a_list(relay, engine):
+    """One that is taken over, or speaks for another site, must not set cookies here, lead away or empty the browser."""
+    harmful = (
+        "Set-Cookie: a=b",
+        "Access-Control-Allow-Origin: *",
+        "Access-Control-Allow-Credentials: true",
+        "Refresh: 0; url=https://evil.example",
+        "Location: https://evil.example",
+        'Clear-Site-Data: "*"',
+        "Content-Security-Policy: default-src *",
+        "WWW-Authenticate: Basic",
+        "Service-Worker-Allowed: /",
+        "Server: engine",
+        "Connection: keep-alive, X-Request-Id",
+        "Keep-Alive: timeout=5",
+    )
+    useful = ("X-Request-Id: 7", "Retry-After: 3", "X-RateLimit-Remaining: 9", "OpenAI-Processing-Ms: 12")
+    talkative = engine(Act(answer("200 OK", {"n": 1}, *harmful, *useful)))
+    passed = dict(answer_headers(ask(relay, talkative)))
+    assert passed == {
+        "Content-Type": "application/json",
+        "Content-Length": "8",
+        **dict(line.split(": ", 1) for line in useful),
+    }
 
 
 def _half_closed() -> int:

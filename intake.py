@@ -1,0 +1,48 @@
+"""What comes from clients, taken whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from werkzeug.exceptions import RequestEntityTooLarge
+
+
+class WholeBody(io.RawIOBase):
+    """The body of one request, for `wsgi.input`: read whole at the first read, or refused at every one.
+
+    Raises RequestEntityTooLarge beyond `most` bytes, and OSError when it is malformed or ends early. gunicorn calls a
+    body complete that ends early, and gives what came before when it is asked again for a malformed one; werkzeug cuts
+    one that is too long. What was executed then was a valid prefix of the request.
+    """
+
+    def __init__(self, environ: Mapping[str, Any], most: int) -> None:
+        self._stream = environ["wsgi.input"]
+        self._length = environ.get("CONTENT_LENGTH")
+        self._most = most
+        self._body: io.BytesIO | None = None
+        self._refusal: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._body is None:
+            self._body = io.BytesIO(self._whole())
+        return self._body.readinto(buffer)
+
+    def _whole(self) -> bytes:
+        if self._refusal is None:
+            try:
+                body: bytes = self._stream.read(self._most + 1)
+            except Exception as error:
+                self._refusal = OSError(f"the request's body is malformed, or broke off: {error}")
+            else:
+                if len(body) > self._most:
+                    self._refusal = RequestEntityTooLarge()
+                elif not self._length or len(body) == int(self._length):
+                    return body
+                else:
+                    self._refusal = OSError("the request's body ends early")
+        raise self._refusal

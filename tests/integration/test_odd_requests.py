@@ -1,0 +1,183 @@
+"""Requests that no well-behaved client sends, refused in the contract's shape, and never half executed."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in
+from tests.support.raw import Answer, Raw, chunked
+
+WISHES = {
+    "/v1/models/switch": {"target_model": "plain"},
+    "/v1/models/plain/start": {},
+    "/v1/chat/completions": {"model": "plain", "messages": []},
+    "/api/switch-model": {"model_id": "plain"},
+}
+"""What each of these would load."""
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared) -> Console:
+    """One whose models answer at once."""
+    return start_shared(toml=stand_in("plain"), llamacpp_server=FAKE_LLAMA_SERVER, max_body_mb=0.1)
+
+
+def send(console: Console, path: str, framing: str, *pieces: bytes) -> Answer:
+    """A POST with this body, after which nothing more is sent."""
+    with Raw(console.port) as raw:
+        raw.say(f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", framing)
+        for piece in pieces:
+            raw.send(piece)
+        raw.half_close()
+        return raw.answer()
+
+
+def check_refused(console: Console, answer: Answer, path: str, status: int) -> None:
+    """It is an error of the contract, in its shape, the last thing on its connection, and nothing was done."""
+    assert answer.status == status, answer
+    document = json.loads(answer.body)
+    if path.startswith("/v1/"):
+        assert document["error"]["type"] == "invalid_request_error"
+        assert document["error"]["message"]
+    else:
+        assert document["status"] == "error"
+        assert document["message"]
+    assert answer.rest == b""
+    after = console.status()
+    assert after["switch"] is None
+    assert after["models"]["plain"]["status"] == "stopped"
+
+
+BROKEN = {
+    "a size that is no number": lambda wish: [chunked(wish), b"zz\r\n"],
+    "a negative size": lambda wish: [chunked(wish), b"-5\r\n"],
+    "a chunk longer than its size": lambda wish: [b"1\r\n" + wish + b"\r\n0\r\n\r\n"],
+    "no end": lambda wish: [chunked(wish)],
+    "an end in the middle of a chunk": lambda wish: [b"fff\r\n", wish],
+    "half of the last mark": lambda wish: [chunked(wish), b"0\r\n"],
+    "a trailer that is none": lambda wish: [chunked(wish), b"0\r\nno trailer\r\n\r\n"],
+    "an extension that is none": lambda wish: [b"%x;=\r\n%s\r\n0\r\n\r\n" % (len(wish), wish)],
+    "a size line without end": lambda wish: [chunked(wish), b"0" * 20_000],
+    "a size of many digits": lambda wish: [b"f" * 8_000 + b"\r\n", wish],
+}
+
+
+@pytest.mark.parametrize("path", WISHES)
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_malformed_body_is_refused_and_not_executed(console, path, what):
+    """Its beginning is a valid request each time."""
+    wish = json.dumps(WISHES[path]).encode()
+    answer = send(console, path, "Transfer-Encoding: chunked", *BROKEN[what](wish))
+    check_refused(console, answer, path, 400)
+
+
+@pytest.mark.parametrize("path", WISHES)
+def test_a_body_that_ends_early_is_refused_and_not_executed(console, path):
+    """A part of what it announces is missing, be it white space."""
+    wish = json.dumps(WISHES[path]).encode()
+    answer = send(console, path, f"Content-Length: {len(wish) + 1}", wish)
+    check_refused(console, answer, path, 400)
+
+
+def test_a_form_that_ends_early_is_refused_and_not_executed(console):
+    """A switch by the page's own button."""
+    form = b"target_model=plain&confirm=yes"
+    with Raw(console.port) as raw:
+        raw.say(
+            "POST /models/switch HTTP/1.1",
+            "Host: localhost",
+            "Content-Type: application/x-www-form-urlencoded",
+            f"Content-Length: {len(form) + 9}",
+        )
+        raw.send(form)
+        raw.half_close()
+        check_refused(console, raw.answer(), "/models/switch", 400)
+
+
+@pytest.mark.parametrize("path", WISHES)
+def test_a_chunked_body_is_limited_like_any_other(console, path):
+    """It announces no length, so that it has to be counted."""
+    wish = json.dumps(WISHES[path]).encode()
+    pieces = [chunked(wish), *[chunked(b" " * 50_000)] * 3, b"0\r\n\r\n"]
+    check_refused(console, send(console, path, "Transfer-Encoding: chunked", *pieces), path, 413)
+
+
+def test_a_chunked_body_without_end_is_refused_before_it_ends(shared):
+    """Whoever sends it need not stop for that."""
+    with Raw(shared.port) as raw:
+        raw.say("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked")
+        for _ in range(8):
+            raw.send(chunked(b" " * 50_000))
+        assert raw.answer().status == 413
+
+
+def test_a_whole_chunked_body_is_executed(console):
+    """With extensions, trailers and odd pieces: all that is allowed."""
+    wish = json.dumps(WISHES["/v1/models/switch"]).encode()
+    pieces = [
+        b"1;name=value\r\n" + wish[:1] + b"\r\n",
+        chunked(wish[1:10]),
+        chunked(wish[10:]),
+        b"000\r\nX-Sum: 1\r\n\r\n",
+    ]
+    answer = send(console, "/v1/models/switch", "Transfer-Encoding: chunked", *pieces)
+    assert json.loads(answer.body)["status"] == "success"
+
+
+DEEP = [900, 950, *range(960, 1000, 2), 1_000, 3_000, 40_000]
+"""Around the depth at which Python's own parser gives up, which differs by how deep the stack is already."""
+
+
+DEEP_PATHS = [
+    "/v1/models/switch",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/api/switch-model",
+    "/api/providers/models/download",
+    "/ollama/models/switch",
+]
+
+
+@pytest.mark.parametrize("path", DEEP_PATHS)
+def test_deep_json_is_an_answer_of_the_contract(shared, path):
+    """Refused or executed, never a problem of ours."""
+    for depth in DEEP:
+        for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+            inside = opening * depth + (b"1" if closing == b"}" else b"") + closing * depth
+            body = b'{"model":"nobody","target_model":"nobody","model_id":"nobody","messages":%s}' % inside
+            if len(body) > 100_000:
+                continue
+            answer = send(shared, path, f"Content-Length: {len(body)}", body)
+            assert answer.status in (400, 404, 422, 503), (depth, answer)
+
+
+def test_deep_json_for_a_model_that_runs_is_an_answer_too(console):
+    """It goes to the engine, which may know what to do with it, or is refused."""
+    console.switch("plain")
+    for depth in DEEP:
+        body = b'{"model":"plain","messages":%s}' % (b"[" * depth + b"]" * depth)
+        if len(body) < 100_000:
+            answer = send(console, "/v1/chat/completions", f"Content-Length: {len(body)}", body)
+            assert answer.status in (200, 400), (depth, answer)
+    assert console.ask("Hello").status_code == 200
+
+
+ODD_NUMBERS = ["-1", "abc", "²", "٣", "1.5", "9" * 5_000, "99999999999999999999", "", "0x10", "1 2"]
+
+
+@pytest.mark.parametrize("number", ODD_NUMBERS)
+def test_an_odd_last_event_id_starts_from_the_beginning(console, number):
+    """It is what a browser kept of a stream, or what somebody typed."""
+    console.switch("plain")
+    with socket.create_connection(("127.0.0.1", console.port), 30) as link:
+        link.sendall(
+            b"GET /v1/models/switch/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Last-Event-ID: " + number.encode() + b"\r\n\r\n"
+        )
+        said = b""
+        while piece := link.recv(65_536):
+            said += piece
+    assert said.startswith((b"HTTP/1.1 200", b"HTTP/1.1 404")), said[:200]
