@@ -15,6 +15,14 @@
   // What was brought here since the page was opened (an answer that streams in) is newer than the look.
   Idiomorph.defaults.callbacks.beforeNodeMorphed = (old, now) => !(old.matches?.("[data-keep]") && old.id === now.id);
 
+  // idiomorph 0.8.0 takes each swap that is not its own for one that replaces the element: what "beforeend" brought out
+  // of band came in its frame, and as often as there were such frames by then.
+  htmx.defineExtension("morph", {
+    isInlineSwap: (style) => style === "morph" || style === "morph:outerHTML",
+    handleSwap: (style, target, { children }) => /^morph(:|$)/.test(style) &&
+      Idiomorph.morph(target, children, { morphStyle: style === "morph:innerHTML" ? "innerHTML" : "outerHTML" }),
+  });
+
   // A browser has six connections to a host for all of its tabs: a hidden one gives up the one of its stream, and takes
   // it up again, where the answer then stands, when it is shown. To htmx it is an EventSource.
   class TabStream extends EventTarget {
