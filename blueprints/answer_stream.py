@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from flask import render_template
 
-from blueprints.markdown import FORMAT_LIMIT
+from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT
 from blueprints.markdown.growing import Look, watched
 from blueprints.web import SSE_HEARTBEAT, sse_event
 from services.chats import Chats, Message, MessageNotFound
@@ -17,7 +18,12 @@ def look_at(message: Message, chats: Chats) -> Look:
     if len(message.content) > FORMAT_LIMIT:
         excerpt = render_template("fragments/excerpt.html", message=message)
         return Look((excerpt,), render_template("fragments/too_long.html", message=message))
-    return watched[message.id].look(lambda: _newest(message, chats).content)
+    return watched[_key(message)].look(lambda: _newest(message, chats).content)
+
+
+def _key(message: Message) -> str:
+    """Text only grows under the same key: what turns out to be thought leaves it, and is the first thought then."""
+    return f"{message.id} after thoughts" if message.thinking else message.id
 
 
 def _newest(message: Message, chats: Chats) -> Message:
@@ -30,17 +36,39 @@ def _newest(message: Message, chats: Chats) -> Message:
 def events(chats: Chats, message_id: str) -> Iterator[bytes]:
     """`text` events while it grows: the first with all there is, the next with finished blocks that are new, and each
     with the rest; then `final` with the whole message."""
-    shown: tuple[str, ...] | None = None
+    sent = _Sent()
     for number, now in enumerate(chats.follow(message_id), 1):
         if now is None:
             yield SSE_HEARTBEAT
         elif now.final:
-            watched.complete(message_id, now.content)
+            watched.complete(_key(now), now.content)
             yield sse_event("final", render_template("fragments/message.html", message=now), number)
         else:
-            look = look_at(now, chats)
-            whole = shown is None or look.finished[: len(shown)] != shown
-            new = look.finished if whole or shown is None else look.finished[len(shown) :]
-            shown = look.finished
-            html = render_template("fragments/message_look.html", message=now, whole=whole, new=new, rest=look.rest)
-            yield sse_event("text", html, number)
+            yield sse_event("text", sent.what_is_new(now, look_at(now, chats)), number)
+
+
+@dataclass
+class _Sent:
+    """What one reader of an answer has been sent: the finished blocks, how many characters of the thoughts, and
+    whether these are over."""
+
+    blocks: tuple[str, ...] | None = None
+    thoughts: int = 0
+    thoughts_ended: bool = False
+
+    def what_is_new(self, message: Message, look: Look) -> str:
+        """The HTML that brings the reader up to date, who then has been sent it."""
+        whole = self.blocks is None or look.finished[: len(self.blocks)] != self.blocks
+        thoughts = message.thinking[:PLAIN_EXCERPT]
+        html = render_template(
+            "fragments/message_look.html",
+            message=message,
+            all_thoughts=not self.thoughts and bool(thoughts),
+            new_thoughts=thoughts[self.thoughts :] if self.thoughts else "",
+            thoughts_end=self.thoughts and message.content and not self.thoughts_ended,
+            whole=whole,
+            new=look.finished if whole or self.blocks is None else look.finished[len(self.blocks) :],
+            rest=look.rest,
+        )
+        self.blocks, self.thoughts, self.thoughts_ended = look.finished, len(thoughts), bool(message.content)
+        return html

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -26,14 +26,26 @@ class GenerationError(Exception):
     """An answer could not be given, or broke off. The text is for people."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of an answer: of what the model says, or of its `thought` before that.
+
+    `so_far` says that all text before it was thought, too: some models tell only where their thoughts end.
+    """
+
+    text: str
+    thought: bool = False
+    so_far: bool = False
+
+
 class ChatStream(Protocol):
-    """An answer as it comes: iterating yields pieces of text, and raises GenerationError when it breaks off."""
+    """An answer as it comes: iterating yields its pieces, and raises GenerationError when it breaks off."""
 
     @property
     def model(self) -> str:
         """The id of the model that answers."""
 
-    def __iter__(self) -> Iterator[str]: ...
+    def __iter__(self) -> Iterator[Piece]: ...
 
 
 class Generator(Protocol):
@@ -119,13 +131,13 @@ class Answer:
             if not self._grow(piece):
                 return
 
-    def _grow(self, piece: str) -> bool:
+    def _grow(self, piece: Piece) -> bool:
         """Add a piece. False when it was stopped before that."""
         with self._changed:
             now = time.monotonic()
             self._first_at = now if self._first_at is None else self._first_at
-            content, tokens = self._message.content + piece, (self._message.tokens or 0) + 1
-            if not self._update(content=content, tokens=tokens, seconds=now - self._first_at):
+            seconds, tokens = now - self._first_at, (self._message.tokens or 0) + 1
+            if not self._update(seconds=seconds, tokens=tokens, **_with_piece(self._message, piece, seconds)):
                 return False
             self._changed.notify_all()
             if now - self._saved_at >= SAVE_SECONDS:
@@ -140,3 +152,12 @@ class Answer:
                 return False
             self._message = replace(self._message, **changes)  # type: ignore[arg-type]
             return True
+
+
+def _with_piece(message: Message, piece: Piece, seconds: float) -> dict[str, object]:
+    """What changes in a message when a piece joins it, `seconds` after the first one."""
+    if piece.so_far:
+        return {"thinking": (message.thinking + message.content).strip(), "content": "", "thinking_seconds": seconds}
+    if piece.thought:
+        return {"thinking": message.thinking + piece.text, "thinking_seconds": seconds}
+    return {"content": message.content + piece.text}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from geventhttpclient.response import HTTPParseError
 
 from services.abort import Abort, Aborted
+from services.answers import GenerationError, Piece
 from services.catalog import UnknownModel
-from services.chats import GenerationError
+from services.gateway.deltas import joined, pieces_of, told_apart
 from services.gateway.relay import Answer, Hangup, Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
 from services.switching.events import InstanceView
-from services.text import is_first_half, whole_characters
 
 JSON_HEADERS = (("Content-Type", "application/json"), ("Accept", "text/event-stream"))
 LONGEST_ERROR = 65_536
@@ -24,21 +25,21 @@ LONGEST_EVENT = 1_000_000
 
 
 class ChatStream:
-    """One answer as text deltas, and the model that gives it."""
+    """One answer as its pieces, and the model that gives it."""
 
     def __init__(self, model: str, answer: Answer, abort: Abort) -> None:
         self.model = model
         self._answer = answer
         self._abort = abort
 
-    def __iter__(self) -> Iterator[str]:
-        return _joined(self._pieces())
+    def __iter__(self) -> Iterator[Piece]:
+        return told_apart(joined(self._pieces()))
 
-    def _pieces(self) -> Iterator[str]:
+    def _pieces(self) -> Iterator[Piece]:
         for data in self._events():
             if data == "[DONE]":
                 return
-            yield from _delta(data)
+            yield from pieces_of(_chunk(data))
 
     def _events(self) -> Iterator[str]:
         rest = b""
@@ -116,32 +117,17 @@ def _as_generation_error() -> Iterator[None]:
         raise GenerationError(error.message) from None
 
 
-def _delta(data: str) -> Iterator[str]:
-    """The text in one chunk of an OpenAI-style stream. Raises GenerationError when it holds an error."""
+def _chunk(data: str) -> Mapping[str, Any]:
+    """One chunk of the stream; empty where it is none. Raises GenerationError when it holds an error."""
     try:
         chunk = json.loads(data)
     except (ValueError, RecursionError):
-        return
+        return {}
     if not isinstance(chunk, Mapping):
-        return
+        return {}
     if "error" in chunk:
         raise GenerationError(f"The engine reported: {_message(chunk)}")
-    for choice in chunk.get("choices") or ():
-        text = (choice.get("delta") or {}).get("content")
-        if text:
-            yield text
-
-
-def _joined(pieces: Iterable[str]) -> Iterator[str]:
-    """Pieces of text that are text each by themselves: a character that was cut in two comes with the later piece."""
-    half = ""
-    for piece in pieces:
-        text = half + piece
-        half = text[-1] if is_first_half(text[-1]) else ""
-        if whole := whole_characters(text.removesuffix(half)):
-            yield whole
-    if half:
-        yield whole_characters(half)
+    return chunk
 
 
 def _error_text(answer: Answer) -> str:

@@ -10,13 +10,16 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, answers, composer, messages, note, say, visit
-from tests.support.console import Console, stand_in
+from tests.support.console import Console, stand_in, wait_until
 
 WHOLE = "I am a stand-in and answer in ten short words."
 GONE = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
 OFFLINE = (*GONE, "htmx:", "[object Event]")
 """What Chromium, htmx and its event stream say of an app that is gone."""
 MODELS = stand_in("markdown", source=str(MINI)) + stand_in("slow-plain", "slow_tokens:0.2", source=str(MINI))
+MODELS += stand_in("slow-markdown", "slow_tokens:0.1", source=str(MINI))
+MODELS += stand_in("thinker-plain", "thinks:0.3", "slow_tokens:0.1", source=str(MINI))
+MODELS += stand_in("silent-plain", "silent", source=str(MINI))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,18 @@ def test_markdown_is_rendered_safely(page: Page, console: Console) -> None:
     expect(answer).to_contain_text("<script>alert(1)</script>")
     expect(answer.locator("a")).to_have_count(1)
     expect(answer.locator("a")).to_have_attribute("rel", "noopener noreferrer")
+
+
+def test_what_streams_in_is_there_once(page: Page, console: Console) -> None:
+    """Each finished block is appended to those before it, while the answer still grows."""
+    console.switch("slow-markdown")
+    visit(page, console)
+    say(page, "Show me")
+    counts = page.wait_for_function("""() => {
+        const count = (what) => document.querySelectorAll(`.message.streaming ${what}`).length;
+        return count("ol") && [".grown", "strong", ".code", "table", "ol"].map(count);
+    }""")
+    assert counts.json_value() == [1, 1, 1, 1, 1]
 
 
 def test_code_can_be_copied(open_page: OpenPage, console: Console) -> None:
@@ -164,6 +179,37 @@ def test_stop_keeps_what_came_and_retry_starts_over(slow: Page) -> None:
     answers(slow).get_by_role("button", name="Retry").click()
     expect(versions).to_have_text("Answer 3 of 3")
     expect(answers(slow).locator(".prose")).to_have_text(WHOLE)
+
+
+def test_thoughts_are_a_sign_of_life_and_stay_folded(page: Page, console: Console) -> None:
+    """They can be read while they come; what was unfolded stays so to the end, and the answer stands below."""
+    console.switch("thinker-plain")
+    visit(page, console)
+    say(page, "Hello")
+    thought = answers(page).locator("details")
+    expect(thought.locator("summary")).to_have_text("Thinking…")
+    expect(thought.locator(".thoughts")).to_be_hidden()
+    thought.locator("summary").click()
+    expect(thought.locator(".thoughts")).to_contain_text("Let me see")
+    expect(thought.locator(".thoughts")).to_have_text("Let me see what a stand-in says. ")
+    expect(thought.locator("summary")).to_have_text(re.compile(r"Thought for \d\.\d s"))
+    expect(page.locator(".message.complete > .prose")).to_have_text(WHOLE)
+    expect(thought.locator(".thoughts")).to_be_visible()
+    page.reload()
+    expect(thought.locator("summary")).to_have_text(re.compile(r"Thought for \d\.\d s"))
+    expect(thought.locator(".thoughts")).to_be_hidden()
+
+
+def test_stop_reaches_an_engine_that_has_said_nothing_yet(page: Page, console: Console) -> None:
+    """It may read a long prompt for minutes: the answer is over at once on the page, and so is its work."""
+    console.switch("silent-plain")
+    visit(page, console)
+    say(page, "Hello")
+    expect(answers(page)).to_contain_text("Waiting for the first words")
+    wait_until(lambda: console.model("silent-plain")["in_flight"] == 1, "the engine to be asked")
+    page.get_by_role("button", name="Stop").click()
+    expect(answers(page)).to_contain_text("Stopped before it was complete.")
+    wait_until(lambda: console.model("silent-plain")["in_flight"] == 0, "the engine to be left alone")
 
 
 def test_the_keys_of_the_composer(slow: Page) -> None:

@@ -15,6 +15,8 @@ and misbehaves as `--fault NAME[:VALUE]` says (may be repeated):
     ignore_sigterm         goes on after SIGTERM
     slow_tokens:SECONDS    waits that long before each token
     hang_answering         says nothing to a chat, for ever, but the headers of a stream
+    thinks:SECONDS         thinks before it answers, waiting that long before each word of it
+    silent                 reads the question of a stream and says nothing, not even headers, until the client leaves
     hold:MB                takes that much memory more than a small process does
 """
 
@@ -30,6 +32,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+THOUGHTS = ["Let", "me", "see", "what", "a", "stand-in", "says."]
 ANSWER = ["I", "am", "a", "stand-in", "and", "answer", "in", "ten", "short", "words."]
 
 
@@ -121,19 +124,30 @@ class Handler(BaseHTTPRequestHandler):
         return word
 
     def _stream(self) -> None:
+        if "silent" in self.server.faults:
+            self.connection.recv(1)
+            print("llama_server: the client went away", file=sys.stderr, flush=True)
+            self.close_connection = True
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         if self._hangs():
             time.sleep(1000)
+        for word in THOUGHTS if "thinks" in self.server.faults else ():
+            time.sleep(float(self.server.faults["thinks"]))
+            self._delta(reasoning_content=f"{word} ")
         for number, word in enumerate(ANSWER):
             if number == len(ANSWER) // 2 and "crash_answering" in self.server.faults:
                 die("error: the stand-in was told to crash in an answer")
-            delta = {"choices": [{"index": 0, "delta": {"content": f"{self._token(word)} "}, "finish_reason": None}]}
-            self._chunk(f"data: {json.dumps(delta)}\n\n")
+            self._delta(content=f"{self._token(word)} ")
         self._chunk("data: [DONE]\n\n")
         self._chunk("")
+
+    def _delta(self, **fields: str) -> None:
+        delta = {"choices": [{"index": 0, "delta": fields, "finish_reason": None}]}
+        self._chunk(f"data: {json.dumps(delta)}\n\n")
 
     def _chunk(self, text: str) -> None:
         data = text.encode()

@@ -75,6 +75,43 @@ def test_who_comes_late_gets_all_of_it_once(app: Flask) -> None:
     assert 'hx-swap-oob="morph"' in first
 
 
+def test_thoughts_are_sent_as_they_come_and_folded(app: Flask) -> None:
+    """The first of them brings their frame, the next only what is new; when the answer begins they have a time."""
+    first = answer("")
+    thinking = [replace(first, thinking="Let me <see> " * number, thinking_seconds=1.0 * number) for number in (1, 2)]
+    said = [replace(thinking[-1], content=text) for text in ("It", "It is")]
+    dots, began, more, answers, goes_on, end = watch(
+        app, [first, *thinking, *said, replace(said[-1], state="complete")]
+    )
+    assert "<details" not in dots
+    assert re.search(r"<summary[^>]*>Thinking…", began)
+    assert "Let me &lt;see&gt;" in began
+    assert more.count("&lt;see&gt;") == 1
+    assert "<details" not in more
+    assert "Thought for 2.0 s" in answers
+    assert "Waiting for the first words" in more
+    assert "Waiting for the first words" not in answers
+    assert "see" not in answers + goes_on
+    assert "Thought for" not in goes_on
+    assert re.search(r"<details(?! open)[^>]*>\s*(data:\s*)?<summary[^>]*>Thought for 2.0 s", end)
+    late, *_ = watch(app, [said[-1]])
+    assert late.count("Let me &lt;see&gt;") == 2
+    assert "Thought for 2.0 s" in late
+
+
+def test_text_that_turns_out_to_be_thought_leaves_the_answer(app: Flask) -> None:
+    """Nothing of it stays in the page, nor in what is kept of the answer's HTML."""
+    first = answer(PARAGRAPH * 3)
+    thought = replace(first, content="", thinking=PARAGRAPH * 3, thinking_seconds=1.0)
+    said = replace(thought, content="It *is*.\n\nYes.")
+    _, moved, after, end = watch(app, [first, thought, said, replace(said, state="complete")])
+    for event in (moved, after, end):
+        assert "<strong>bold</strong>" not in event
+    assert 'class="grown" hx-swap-oob="morph"' in moved
+    assert "<em>is</em>" in after
+    assert "<em>is</em>" in end
+
+
 def test_the_end_is_the_whole_message(app: Flask) -> None:
     """Links that are defined at the end work in all of it; the state of its row goes with it."""
     first = answer("See [this].\n\n")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.abort import Abort, Aborted
-from services.answers import GenerationError
+from services.answers import GenerationError, Piece
 from services.engines.port import Endpoint, Model
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
@@ -118,7 +118,7 @@ def delta(**fields: object) -> object:
     return {"choices": [{"index": 0, "delta": fields}]}
 
 
-def streamed(relay: Relay, *events: object) -> list[str]:
+def streamed(relay: Relay, *events: object) -> list[Piece]:
     """The pieces of an answer made of these events. A str is an event's data as it is."""
     lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
     body = "".join(f"data: {line}\n\n" for line in lines).encode()
@@ -134,8 +134,8 @@ def test_half_a_character_becomes_whole_or_a_sign_that_it_was_none(relay):
     pieces = streamed(
         relay, *(delta(content=text) for text in ("a\ud83d", "\ude00b", "c\ud83d", "d\ude00", "\ud83d")), "[DONE]"
     )
-    assert "".join(pieces) == "a\U0001f600bc\ufffdd\ufffd\ufffd"
-    assert all(piece.encode() for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == "a\U0001f600bc\ufffdd\ufffd\ufffd"
+    assert all(piece.text.encode() for piece in pieces)
 
 
 @given(st.text(st.characters(exclude_categories=())))
@@ -146,3 +146,43 @@ def test_cleaned_text_can_be_written_and_loses_nothing_else(text):
     assert whole_characters(clean) == clean
     without = [c for c in text if not "\ud800" <= c <= "\udfff" and c != "\ufffd" and c < "\U00010000"]
     assert [c for c in clean if c != "\ufffd" and c < "\U00010000"] == without
+
+
+def test_thoughts_come_by_any_of_their_names_once(relay):
+    """As llama.cpp, newer vLLM and Ollama call them; a vLLM in between sends them under two names."""
+    both = delta(reasoning="c ", reasoning_content="c ")
+    events = (delta(reasoning_content="a "), delta(reasoning="b "), both, delta(thinking="d"), delta(content="Yes."))
+    pieces = streamed(relay, *events, "[DONE]")
+    assert "".join(piece.text for piece in pieces if piece.thought) == "a b c d"
+    assert [piece.text for piece in pieces if not piece.thought] == ["Yes."]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "",
+        "null",
+        "[]",
+        "[" * 50_000,
+        "{",
+        {"choices": 3},
+        {"choices": [None, 3, {}, {"delta": None}, {"delta": [1]}]},
+        delta(content=None),
+        delta(content=3, reasoning=[]),
+        delta(role="assistant"),
+    ],
+)
+def test_what_is_no_piece_of_an_answer_is_passed_over(relay, odd):
+    """An engine's odd event costs nothing of the rest."""
+    assert streamed(relay, delta(content="a"), odd, delta(content="b"), "[DONE]") == [Piece("a"), Piece("b")]
+
+
+def test_an_event_that_never_ends_is_not_read_to_its_end(relay):
+    """Nor kept: the memory is for everybody."""
+    engine = ScriptedEngine(Act(answer(body=b"data: " + b"x" * 2_000_000)))
+    with (
+        pytest.raises(GenerationError, match="no answer"),
+        ChatClient(OneModel(engine), relay).stream_chat(None, [], Abort()) as stream,  # type: ignore[arg-type]
+    ):
+        list(stream)
+    engine.close()

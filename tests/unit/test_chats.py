@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from services import answers
 from services.abort import Abort
+from services.answers import Piece
 from services.chats import (
     ChatBusy,
     Chats,
@@ -46,10 +47,10 @@ class FakeStream:
         self.messages = list(messages)
         self.left = threading.Event()
         self.cancelled = False
-        self._pieces: queue.Queue[str | Exception | None] = queue.Queue()
+        self._pieces: queue.Queue[str | Piece | Exception | None] = queue.Queue()
         abort.applies_to(self._cancel)
 
-    def say(self, *pieces: str) -> FakeStream:
+    def say(self, *pieces: str | Piece) -> FakeStream:
         for piece in pieces:
             self._pieces.put(piece)
         return self
@@ -64,11 +65,11 @@ class FakeStream:
         self.cancelled = True
         self.end()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Piece]:
         while (piece := self._pieces.get(timeout=WAIT)) is not None:
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            yield piece if isinstance(piece, Piece) else Piece(piece)
 
 
 class FakeGenerator:
@@ -444,6 +445,50 @@ def test_what_the_model_is_told(chats: Chats, generator: FakeGenerator, conversa
         {"role": "user", "content": "Two"},
         {"role": "user", "content": "Three"},
     ]
+
+
+def test_thoughts_are_kept_apart_from_the_answer_and_never_told_again(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
+) -> None:
+    """They are a sign of life, are saved with their time, and are no history."""
+    sent = chats.send(conversation.id, "One")
+    stream = generator.next().say(Piece("Let me ", thought=True), Piece("see", thought=True))
+    thinking = next(m for m in chats.follow(sent.id) if m is not None and m.thinking == "Let me see")
+    assert (thinking.content, thinking.tokens, thinking.final) == ("", 2, False)
+    stream.say("It is ", "one.").end()
+    done = final(chats, sent.id)
+    assert (done.thinking, done.content, done.tokens) == ("Let me see", "It is one.", 4)
+    assert done.thinking_seconds is not None
+    assert done.seconds is not None
+    assert done.thinking_seconds <= done.seconds
+    assert kept(store, done)
+    chats.send(conversation.id, "Two")
+    stream = generator.next()
+    stream.end()
+    assert [m["content"] for m in stream.messages] == ["One", "It is one.", "Two"]
+
+
+def test_a_late_sign_makes_all_before_it_a_thought(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """Where a model tells only the end of its thoughts."""
+    sent = chats.send(conversation.id, "One")
+    generator.next().say("Let me see\n", Piece("", thought=True, so_far=True), "It is one.").end()
+    done = final(chats, sent.id)
+    assert (done.thinking, done.content) == ("Let me see", "It is one.")
+
+
+def test_an_answer_that_is_all_thought_can_be_stopped_and_paged_back_to(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """Thoughts are worth keeping on Retry, too."""
+    sent = chats.send(conversation.id, "One")
+    generator.next().say(Piece("Hm", thought=True))
+    next(m for m in chats.follow(sent.id) if m is not None and m.thinking)
+    chats.stop(sent.id)
+    again = chats.retry(sent.id)
+    generator.next().say("ok").end()
+    assert final(chats, again.id).versions == (sent.id, again.id)
 
 
 def test_a_message_still_growing_is_no_history() -> None:

@@ -1,0 +1,75 @@
+"""Thoughts and answer are told apart, however the text is cut into pieces."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.answers import Piece
+from services.gateway.deltas import told_apart
+
+
+def read(*pieces: str | Piece) -> tuple[str, str]:
+    """Thoughts, without the space around them, and answer, once the stream has ended."""
+    thought = said = ""
+    for piece in told_apart(p if isinstance(p, Piece) else Piece(p) for p in pieces):
+        if piece.so_far:
+            thought, said = thought + said, ""
+        elif piece.thought:
+            thought += piece.text
+        else:
+            said += piece.text
+    return thought.strip(), said
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "said"),
+    [
+        ("Hello", "", "Hello"),
+        ("<think>Hm.\n</think>\n\nHello", "Hm.", "Hello"),
+        ("\n<think>\nHm.</think>Hello", "Hm.", "Hello"),
+        ("<think>\n\n</think>\n\nHello", "", "Hello"),
+        ("<think>Hm", "Hm", ""),
+        ("<think>Hm </th", "Hm </th", ""),
+        ("<think>a < b and </b></think>c", "a < b and </b>", "c"),
+        ("<think>a</think>b</think>c", "a", "b</think>c"),
+        ("<thinker>", "", "<thinker>"),
+        ("<thi", "", "<thi"),
+        (" ", "", " "),
+        ("The tag <think>x</think> is XML", "", "The tag <think>x</think> is XML"),
+        ("Hm, let me see.\n</think>\n\nHello", "Hm, let me see.", "Hello"),
+        ("Hm.\n\n</think>", "Hm.", ""),
+        ("</think>\n\nHello", "", "Hello"),
+        ("Write `</think>` at the end", "", "Write `</think>` at the end"),
+        ("So:\n```xml\n</think>\n```\nDone", "", "So:\n```xml\n</think>\n```\nDone"),
+        ("So:\n</think> ends it\nDone", "", "So:\n</think> ends it\nDone"),
+        ("Hm\n </think>\t\nHello\n</think>\n", "Hm", "Hello\n</think>\n"),
+    ],
+)
+def test_tags_are_read_whole_and_in_pieces(text: str, thought: str, said: str) -> None:
+    """Where models write them, and nowhere else; at once, and character by character."""
+    assert read(text) == (thought, said)
+    assert read(*text) == (thought, said)
+
+
+def test_thoughts_of_their_own_leave_the_text_alone() -> None:
+    """A model whose thoughts come in their own field may write about the tags; line breaks before it are dropped."""
+    assert read(Piece("\n Hm", thought=True), "\n\nThe tag:\n</think>\n") == ("Hm", "The tag:\n</think>\n")
+
+
+WORDS = st.sampled_from(["<think>", "</think>", "<", "</", "think", ">", "\n", " ", "```", "word", "\n</think>\n"])
+
+
+@given(st.lists(WORDS, max_size=12).map("".join), st.data())
+def test_where_text_is_cut_changes_nothing(text: str, data: st.DataObject) -> None:
+    """Engines send a tag as one piece, or as five."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if a < b]
+    assert read(*pieces) == read(text)
+
+
+@given(st.text(st.sampled_from("ab<>/ \n`"), max_size=40))
+def test_text_without_tags_stays_as_it_is(text: str) -> None:
+    """Nothing is kept back for good."""
+    assert read(*text) == ("", text)
