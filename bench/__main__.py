@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import forecasting, page, polling, relaying, starting, switching
+from bench import chats, forecasting, page, polling, relaying, starting, switching
 from bench.figures import Row, table
 from bench.rig import ROOT, Rig
 
@@ -29,6 +29,7 @@ GROUPS: Mapping[str, Callable[[Rig], Iterator[Row]]] = {
     "start": starting.measure,
     "eta": forecasting.measure,
     "page": page.measure,
+    "chats": chats.measure,
 }
 """In this order: the memory that `tabs` reads is that after the load of `relay`."""
 BUSY = 0.5

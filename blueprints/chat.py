@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable
 
 from flask import Blueprint, Response, render_template, stream_with_context, url_for
 from htmx_flask import make_response, request
 
 from blueprints import answer_stream
+from blueprints.chat_extent import Extent, Listed
 from blueprints.markdown.growing import Look
 from blueprints.pages import live_now, see_other
 from blueprints.web import ApiError, services, sse, tells_errors_of
-from services.chats import Conversation, ConversationNotFound, Message
-from services.store.records import new_id
+from services.chats import Conversation, ConversationNotFound, Message, Outline
+from services.store.records import MessageState, new_id
 
 bp = Blueprint("chat", __name__)
 
 SENT = "message-sent"
 """The event by which the page knows that its message has arrived; only then does it empty the composer."""
 DELETED = "This conversation was deleted. Send the message again to begin a new chat with it."
+NOTHING = "none"
+"""The mark of a page without a conversation."""
 _ID = re.compile("[0-9a-f]{32}")
 
 
@@ -32,8 +36,8 @@ def look(message: Message) -> Look:
 @bp.get("/")
 def newest() -> str:
     """The conversation last written in, or an empty page with the next step."""
-    conversations = services().chats.conversations()
-    return _page(services().chats.get(conversations[0].id) if conversations else None)
+    latest = services().chats.conversations(limit=1)
+    return _page(latest[0].id if latest else None)
 
 
 @bp.get("/chats/new")
@@ -44,7 +48,7 @@ def new() -> str:
 
 @bp.get("/chats/<conversation_id>")
 def conversation(conversation_id: str) -> str:
-    return _page(services().chats.get(conversation_id))
+    return _page(conversation_id)
 
 
 @bp.post("/chats")
@@ -76,8 +80,9 @@ def tell_unsent(error: ApiError) -> Response:
             html, retarget="#composer-error", reswap="innerHTML", trigger="refresh" if deleted else None
         )
         return answer
-    shown = services().chats.get(wanted) if wanted and not deleted else None
-    return Response(_page(shown, deleted=wanted if deleted else None, typed=_text(), unsent=words))
+    if deleted:
+        return Response(_page(None, deleted=wanted, typed=_text(), unsent=words))
+    return Response(_page(wanted, typed=_text(), unsent=words))
 
 
 @tells_errors_of("chat.conversation")
@@ -138,14 +143,25 @@ def stream(message_id: str) -> Response:
 
 
 @bp.get("/fragments/chat-status")
-def status() -> str | Response:
+def status() -> str:
     """What changes on the Chat page; the messages too, when they are not the ones that the page has `seen`."""
-    wanted = request.args.get("conversation")
+    wanted, seen, extent = request.args.get("conversation"), request.args.get("seen"), Extent.of(request.args)
+    if not wanted:
+        return _pieces(_always(None, NOTHING), with_messages=False)
     try:
-        shown = services().chats.get(wanted) if wanted else None
+        outline = services().chats.outline(wanted, extent.since or 0)
+        if extent.since is not None and seen == _mark(outline.conversation, outline.states):
+            return _pieces(_unchanged(outline), with_messages=False)
+        return _pieces(_context(wanted, extent), with_messages=True)
     except ConversationNotFound:
-        return _pieces(None, with_messages=True, deleted=wanted)
-    return _pieces(shown, with_messages=request.args.get("seen") != _mark(shown))
+        return _pieces(_context(None, extent, deleted=wanted), with_messages=True)
+
+
+@bp.get("/fragments/conversations")
+def conversations() -> str:
+    """The list of conversations, as long as it is asked for."""
+    listed = Listed.of(services().chats, Extent.of(request.args))
+    return render_template("fragments/conversations.html", listed=listed, current=request.args.get("current"))
 
 
 def _text() -> str:
@@ -160,43 +176,63 @@ def _message_id() -> str | None:
 
 
 def _page(
-    shown: Conversation | None, *, deleted: str | None = None, typed: str | None = None, unsent: str | None = None
+    conversation_id: str | None, *, deleted: str | None = None, typed: str | None = None, unsent: str | None = None
 ) -> str:
     """The whole page. `typed` is put into the composer, `unsent` says beside it why it was not sent."""
-    return render_template("pages/chat.html", typed=typed, unsent=unsent, **_context(shown, deleted))
+    context = _context(conversation_id, Extent.of(request.args), deleted)
+    return render_template("pages/chat.html", typed=typed, unsent=unsent, **context)
 
 
-def _pieces(shown: Conversation | None, with_messages: bool, deleted: str | None = None) -> str:
-    return render_template("fragments/chat_live.html", with_messages=with_messages, **_context(shown, deleted))
+def _pieces(context: dict[str, object], with_messages: bool) -> str:
+    return render_template("fragments/chat_live.html", with_messages=with_messages, **context)
 
 
 def _changed(conversation_id: str, *, anchor: str = "latest", trigger: str | None = None) -> Response:
     """The answer to a form that changed a conversation: its pieces for htmx, the page otherwise."""
     if not request.htmx:
         return see_other(url_for("chat.conversation", conversation_id=conversation_id, _anchor=anchor))
-    pieces = _pieces(services().chats.get(conversation_id), with_messages=True)
+    pieces = _pieces(_context(conversation_id, Extent.of(request.form)), with_messages=True)
     answer: Response = make_response(pieces, trigger=trigger)
     return answer
 
 
-def _context(shown: Conversation | None, deleted: str | None = None) -> dict[str, object]:
-    """What the page's templates need; `deleted` is the id of the conversation that should have been shown."""
-    last = shown.messages[-1] if shown and shown.messages else None
+def _context(conversation_id: str | None, extent: Extent, deleted: str | None = None) -> dict[str, object]:
+    """What a whole page shows; `deleted` is the id of the conversation that should have been shown.
+
+    Raises ConversationNotFound.
+    """
+    chats = services().chats
+    context = {**_always(None, NOTHING), "listed": Listed.of(chats, extent), "current": conversation_id}
+    if conversation_id is None:
+        return {**context, "deleted": deleted}
+    latest = chats.page_start(conversation_id)
+    shown = chats.get(conversation_id, latest if extent.since is None else min(latest, extent.since))
+    last = shown.messages[-1] if shown.messages else None
+    return {
+        **context,
+        **_always(shown, _mark(shown, [(m.id, m.state) for m in shown.messages])),
+        "answering": last if last is not None and not last.final else None,
+        "before": chats.page_start(conversation_id, shown.earlier) if shown.earlier else None,
+    }
+
+
+def _unchanged(outline: Outline) -> dict[str, object]:
+    """What a page shows that has the messages and the list already."""
+    mark = _mark(outline.conversation, outline.states)
+    return {**_always(outline.conversation, mark), "answering": outline.answering}
+
+
+def _always(shown: Conversation | None, mark: str) -> dict[str, object]:
     return {
         "live": live_now(),
-        "conversations": services().chats.conversations(),
         "conversation": shown,
-        "deleted": deleted,
         "message_id": new_id(),
-        "answering": last if last is not None and not last.final else None,
-        "mark": _mark(shown),
+        "mark": mark,
         "back": url_for("chat.conversation", conversation_id=shown.id) if shown else "/chats/new",
     }
 
 
-def _mark(shown: Conversation | None) -> str:
+def _mark(shown: Conversation, states: Iterable[tuple[str, MessageState]]) -> str:
     """A short word that changes whenever a conversation's messages or title do."""
-    if shown is None:
-        return "none"
-    seen = [shown.title, *(f"{m.id}{m.state}" for m in shown.messages)]
+    seen = [shown.title, *(f"{message_id}{state}" for message_id, state in states)]
     return f"{zlib.crc32(repr(seen).encode()):08x}"

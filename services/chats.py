@@ -13,7 +13,7 @@ import structlog
 from services.answers import Answer, ChatStream, GenerationError, Generator
 from services.store.errors import StoreError
 from services.store.message_saver import MessageSaver
-from services.store.records import Conversation, Message, Role, new_id
+from services.store.records import Conversation, Message, MessageState, Place, Role, new_id
 from services.store.repository import ConversationRepository
 
 __all__ = [
@@ -38,6 +38,9 @@ NEW_TITLE = "New chat"
 TITLE_LENGTH = 48
 TITLE_LIMIT = 200
 MESSAGE_LIMIT = 32_000
+PAGE_MESSAGES = 20
+PAGE_CHARACTERS = 200_000
+"""What a page shows at first: 2,000 messages at once made one of 4.9 MB."""
 CLOSE_SECONDS = 5.0
 
 
@@ -70,6 +73,15 @@ class NotTheLast(ChatError):
 
 
 @dataclass(frozen=True, slots=True)
+class Outline:
+    """A conversation without its messages, the id and state of each, and the answer that is being written in it."""
+
+    conversation: Conversation
+    states: tuple[tuple[str, MessageState], ...]
+    answering: Message | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Running:
     """An answer being written, and the thread that writes it."""
 
@@ -94,16 +106,30 @@ class Chats:
         except StoreError as error:  # a row that nobody writes counts as interrupted all the same
             log.warning("answers that an earlier run left can't be marked now", error=str(error))
 
-    def conversations(self) -> list[Conversation]:
-        """Every conversation without its messages, the last one written in first."""
-        return self._repository.newest_first()
+    def conversations(self, limit: int | None = None, older_than: Place | None = None) -> list[Conversation]:
+        """Conversations without their messages, the last one written in first: all, or `limit` behind a place."""
+        return self._repository.newest_first(limit, older_than)
 
-    def get(self, conversation_id: str) -> Conversation:
-        """One conversation with its messages as they are now. Raises ConversationNotFound."""
-        conversation = self._repository.get(conversation_id)
+    def get(self, conversation_id: str, since: int = 0) -> Conversation:
+        """One conversation with its messages from position `since` on, as they are now. Raises ConversationNotFound."""
+        conversation = self._repository.get(conversation_id, since)
         if conversation is None:
             raise ConversationNotFound("This conversation does not exist any more.")
         return replace(conversation, messages=tuple(map(self._newest, conversation.messages)))
+
+    def page_start(self, conversation_id: str, before: int | None = None) -> int:
+        """The position from which on a page shows messages: the latest ones, or those before another position."""
+        return self._repository.page_start(conversation_id, before, PAGE_MESSAGES, PAGE_CHARACTERS)
+
+    def outline(self, conversation_id: str, since: int) -> Outline:
+        """What is there from position `since` on, without a word of it. Raises ConversationNotFound."""
+        found = self._repository.outline(conversation_id, since)
+        if found is None:
+            raise ConversationNotFound("This conversation does not exist any more.")
+        running = self._writing_in(conversation_id)
+        conversation, states = found
+        now = tuple((message_id, self._state_now(message_id, state)) for message_id, state in states)
+        return Outline(conversation, now, None if running is None else running.answer.message)
 
     def create(self) -> Conversation:
         """An empty conversation."""
@@ -245,6 +271,13 @@ class Chats:
     def _writing_in(self, conversation_id: str) -> _Running | None:
         of_it = (r for r in list(self._running.values()) if r.answer.message.conversation_id == conversation_id)
         return next((r for r in of_it if not r.answer.message.final), None)
+
+    def _state_now(self, message_id: str, stored: MessageState) -> MessageState:
+        running = self._running.get(message_id)
+        live = running.answer.message if running is not None else self._saver.unsaved(message_id)
+        if live is not None:
+            return live.state
+        return "interrupted" if stored == "streaming" else stored
 
     def _newest(self, stored: Message) -> Message:
         """A message as it is now, given what the database had of it.

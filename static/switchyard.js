@@ -133,7 +133,7 @@
   // page that it was in has it.
   let focused = null;
   let home = null;
-  on("focusin", ({ target }) => { focused = target; home = target.closest("[tabindex='-1']"); });
+  on("focusin", ({ target }) => { focused = target; home = target.closest("[tabindex='-1'], #messages"); });
   on("pointerdown", () => { focused = null; });
   on("htmx:afterRequest", () => {
     if (!focused || focused.disabled || document.activeElement !== document.body) return;
@@ -210,6 +210,17 @@
     new MutationObserver(follow).observe(messages, { childList: true, subtree: true, characterData: true });
     new ResizeObserver(follow).observe(messages);
     follow();
+    // Earlier messages come in above what is being read, which stays where it is.
+    let fromEnd = null;
+    on("htmx:beforeSwap", ({ detail }) => {
+      if (detail.requestConfig?.elt.id !== "earlier-messages") return;
+      stay = false;
+      fromEnd = messages.scrollHeight - messages.scrollTop;
+    });
+    on("htmx:afterSettle", () => {
+      if (fromEnd !== null) messages.scrollTop = messages.scrollHeight - fromEnd;
+      fromEnd = null;
+    });
   }
 
   // The model menu: arrow keys move, typing narrows it down.

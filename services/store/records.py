@@ -57,15 +57,29 @@ class Message:
         return (self.tokens - 1) / self.seconds
 
 
+Place = tuple[float, str]
+"""Where a conversation stands in the list: when it was last written in, and its id."""
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation; `messages` in order, empty in a list of conversations."""
+    """A conversation; `messages` in order, empty in a list of conversations. `earlier` counts those left out before."""
 
     id: str
     title: str
     created_at: float
     updated_at: float
     messages: tuple[Message, ...] = ()
+    earlier: int = 0
+
+    @property
+    def total(self) -> int:
+        """How many messages it has."""
+        return self.earlier + len(self.messages)
+
+    @property
+    def place(self) -> Place:
+        return self.updated_at, self.id
 
 
 @dataclass(frozen=True, slots=True)

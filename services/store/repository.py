@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, Delete, Update, delete, func, select, update
+from sqlalchemy import ColumnElement, CursorResult, Delete, Update, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.store.database import Store, open_store
 from services.store.errors import StoreError
-from services.store.records import Conversation, DownloadRecord, LoadRecord, Message
+from services.store.records import Conversation, DownloadRecord, LoadRecord, Message, MessageState, Place
 from services.store.tables import ConversationRow, DownloadRow, LoadRow, MessageRow, NoteRow
 
 __all__ = [
@@ -31,22 +31,53 @@ class ConversationRepository:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def newest_first(self) -> list[Conversation]:
-        """Every conversation, the last one written in first, without messages."""
-        query = select(ConversationRow).order_by(ConversationRow.updated_at.desc(), ConversationRow.id)
+    def newest_first(self, limit: int | None = None, older_than: Place | None = None) -> list[Conversation]:
+        """Conversations without messages, the last one written in first: all, or `limit` of those behind a place."""
+        at, row_id = ConversationRow.updated_at, ConversationRow.id
+        query = select(ConversationRow).order_by(at.desc(), row_id).limit(limit)
+        if older_than is not None:
+            query = query.where(or_(at < older_than[0], and_(at == older_than[0], row_id > older_than[1])))
         with self._store.reading() as session:
             return [_conversation(row) for row in session.scalars(query)]
 
-    def get(self, conversation_id: str) -> Conversation | None:
-        """One conversation with its messages; of several answers to one message, the one that is shown."""
-        shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown)
+    def get(self, conversation_id: str, since: int = 0) -> Conversation | None:
+        """One conversation with its messages from position `since` on; of several answers, the one that is shown."""
+        shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown, MessageRow.position >= since)
         with self._store.reading() as session:
             row = session.get(ConversationRow, conversation_id)
             if row is None:
                 return None
-            versions = _versions(session, conversation_id)
-            messages = session.scalars(select(MessageRow).where(*shown).order_by(MessageRow.position))
-            return _conversation(row, tuple(_message(m, versions.get(m.position, ())) for m in messages))
+            versions = _versions(session, conversation_id, MessageRow.position >= since)
+            rows = session.scalars(select(MessageRow).where(*shown).order_by(MessageRow.position)).all()
+            messages = tuple(_message(m, versions.get(m.position, ())) for m in rows)
+            return replace(_conversation(row, messages), earlier=rows[0].position if rows else 0)
+
+    def outline(self, conversation_id: str, since: int) -> tuple[Conversation, list[tuple[str, MessageState]]] | None:
+        """A conversation without messages, and the ids and states of those from `since` on: no word of them is read."""
+        shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown, MessageRow.position >= since)
+        query = select(MessageRow.id, MessageRow.state).where(*shown).order_by(MessageRow.position)
+        with self._store.reading() as session:
+            row = session.get(ConversationRow, conversation_id)
+            return None if row is None else (_conversation(row), [(i, state) for i, state in session.execute(query)])
+
+    def page_start(self, conversation_id: str, before: int | None, messages: int, characters: int) -> int:
+        """The position from which on at most so many messages come before another, or the end.
+
+        They have at most so many characters together, unless the last one alone has more.
+        """
+        length = func.length(MessageRow.content) + func.length(MessageRow.thinking)
+        query = select(MessageRow.position, length).where(MessageRow.conversation_id == conversation_id)
+        query = query.where(MessageRow.shown).order_by(MessageRow.position.desc()).limit(messages)
+        if before is not None:
+            query = query.where(MessageRow.position < before)
+        start, held = before or 0, 0
+        with self._store.reading() as session:
+            for count, (position, size) in enumerate(session.execute(query)):
+                held += size
+                if count and held > characters:
+                    break
+                start = position
+        return start
 
     def add(self, conversation: Conversation) -> None:
         """Save a new conversation with its messages, all or nothing."""
@@ -77,7 +108,8 @@ class ConversationRepository:
             row = session.get(MessageRow, message_id)
             if row is None:
                 return None
-            return _message(row, _versions(session, row.conversation_id, row.position).get(row.position, ()))
+            versions = _versions(session, row.conversation_id, MessageRow.position == row.position)
+            return _message(row, versions.get(row.position, ()))
 
     def append(self, *messages: Message, title: str | None = None) -> bool:
         """Put messages of one conversation at its end, and give it a title if there is one: all of it or nothing.
@@ -207,11 +239,9 @@ def _conversation(row: ConversationRow, messages: tuple[Message, ...] = ()) -> C
     return Conversation(row.id, row.title, row.created_at, row.updated_at, messages)
 
 
-def _versions(session: Session, conversation_id: str, position: int | None = None) -> dict[int, tuple[str, ...]]:
-    """By position, the ids of the answers where there are several; of the whole conversation, or at one position."""
-    here = [MessageRow.conversation_id == conversation_id]
-    if position is not None:
-        here.append(MessageRow.position == position)
+def _versions(session: Session, conversation_id: str, where: ColumnElement[bool]) -> dict[int, tuple[str, ...]]:
+    """By position, the ids of the answers where there are several."""
+    here = (MessageRow.conversation_id == conversation_id, where)
     several = select(MessageRow.position).where(*here).group_by(MessageRow.position).having(func.count() > 1)
     found = select(MessageRow.position, MessageRow.id).where(*here, MessageRow.position.in_(several))
     ids: dict[int, tuple[str, ...]] = {}

@@ -1,0 +1,83 @@
+"""The Chat page of somebody who has talked a lot: 10,000 conversations, the newest of 2,000 messages.
+
+Each time is from sending the request to the end of the page, compressed as for a browser, on a kept connection. The
+first time its answers are rendered; after that their HTML is kept. `held up` is the longest time that another request,
+for `/v1/models/status`, took while the console rendered a page with the longest answer that is formatted at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+
+from bench import wire
+from bench.figures import Row, spread
+from bench.rig import Rig
+from blueprints.markdown import FORMAT_LIMIT
+from services.store.database import open_store
+from tests.support.console import Console
+from tests.support.talk import put_conversations
+
+CONVERSATIONS = 10_000
+MESSAGES = 2_000
+LOOKS = 20
+TARGET_SECONDS = 0.3
+TARGET_HELD_UP_SECONDS = 0.05
+PARAGRAPH = "Some **words** of an answer with `code`, a [link](https://example.org/) and a list:\n\n- one\n- two\n\n"
+ANSWER = PARAGRAPH * (2_400 // len(PARAGRAPH))
+LONGEST = PARAGRAPH * (FORMAT_LIMIT // len(PARAGRAPH))
+
+
+def measure(rig: Rig) -> Iterator[Row]:
+    console = rig.console()
+    console.start()
+    with closing(open_store(Path(console.environment["SWITCHYARD_STATE_DIR"]) / "switchyard.db")) as store:
+        talk = put_conversations(store, CONVERSATIONS, (f"{number}. {ANSWER}" for number in range(MESSAGES)))[-1]
+        with wire.Wire(console.port) as connection:
+            first = _open(connection, f"/chats/{talk}")
+            again = [_open(connection, f"/chats/{talk}").seconds for _ in range(LOOKS)]
+        yield Row(
+            f"page with {CONVERSATIONS:,} conversations and {MESSAGES:,} messages",
+            f"{first.seconds:.2f} s at first, {spread(again, '.3f')} s after that; {len(first.body) / 1000:.0f} KB",
+            f"< {TARGET_SECONDS} s",
+            first.seconds < TARGET_SECONDS,
+            {"first_seconds": first.seconds, "seconds": median(again), "kilobytes": len(first.body) / 1000},
+        )
+        with store.writing() as session:
+            session.connection().exec_driver_sql("DELETE FROM conversations")
+        longest = put_conversations(store, 1, ["Tell me", LONGEST])[-1]
+    seconds, held_up = _held_up(console, f"/chats/{longest}")
+    yield Row(
+        f"others held up while an answer of {FORMAT_LIMIT / 1000:.0f} kB is rendered",
+        f"{1000 * held_up:.0f} ms of {seconds:.1f} s",
+        f"< {1000 * TARGET_HELD_UP_SECONDS:.0f} ms",
+        held_up < TARGET_HELD_UP_SECONDS,
+        {"held_up_seconds": held_up, "seconds": seconds},
+    )
+
+
+def _open(connection: wire.Wire, path: str) -> wire.Answer:
+    return connection.ask_well(wire.get(path, Accept="text/html", Accept_Encoding="gzip"))
+
+
+def _held_up(console: Console, path: str) -> tuple[float, float]:
+    """How long a page took, and the slowest of the other requests meanwhile."""
+    over = threading.Event()
+    seconds: list[float] = []
+
+    def render() -> None:
+        with wire.Wire(console.port) as connection:
+            seconds.append(_open(connection, path).seconds)
+        over.set()
+
+    page = threading.Thread(target=render)
+    slowest = 0.0
+    with wire.Wire(console.port) as connection:
+        page.start()
+        while not over.is_set():
+            slowest = max(slowest, connection.ask_well(wire.get("/v1/models/status")).seconds)
+    page.join()
+    return seconds[0], slowest
