@@ -24,6 +24,7 @@ from typing import IO
 import psutil
 import structlog
 
+from services.engines import out_of_memory
 from services.engines.child_logs import ChildLogs, open_log, tail
 from services.state_folder import PRIVATE_FILE, PRIVATE_FOLDER
 
@@ -212,6 +213,7 @@ class GroupLeader:
         self.started_at = started_at
         self.log_path = log_path
         self._exited = threading.Event()
+        self._oom_kills = out_of_memory.kills()
 
     @property
     def exited(self) -> bool:
@@ -234,6 +236,18 @@ class GroupLeader:
             log.warning("process ignored SIGTERM, killing it", pid=self.pid, grace=grace)
             signal_group(self.pid, signal.SIGKILL)
             self.wait(grace)
+
+    def say_end(self) -> str:
+        """How it ended, though nobody here wished it, to follow its name."""
+        if self.exit_code is None:
+            since = ". The kernel killed a process meanwhile, because memory ran out"
+            return f"has ended by itself{since if out_of_memory.killed_since(self._oom_kills) else ''}"
+        return out_of_memory.say_killed(self._oom_kills) if self.killed else say_exit(self.exit_code)
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended by SIGKILL."""
+        return out_of_memory.is_killed(self.exit_code)
 
     def log_tail(self) -> str:
         """The end of its log, whole lines."""
@@ -277,6 +291,7 @@ class ChildProcess(GroupLeader):
         except BaseException:
             registry.retract(mark[MARK_VARIABLE])
             raise
+        out_of_memory.prefer(self._process.pid)
         super().__init__(self._process.pid, time.time(), log_path)
         record = Record(
             self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE], log=str(log_path)

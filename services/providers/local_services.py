@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import Literal
 import structlog
 
 from services.engines.child_logs import tail
-from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry, Service, say_exit
+from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry, Service
 from services.providers.ollama_address import NOBODY, PROBE_TIMEOUT, Address, Listener, listener_on
 
 log = structlog.get_logger(__name__)
@@ -305,7 +304,7 @@ class OllamaService:
                 process.log_tail(),
             )
         return ServiceError(
-            "service_failed", f"Ollama {_say_end(process)} while starting{_because(said)}", process.log_tail()
+            "service_failed", f"Ollama {process.say_end()} while starting{_because(said)}", process.log_tail()
         )
 
     def _take_down(self, process: GroupLeader) -> ServiceStatus:
@@ -349,7 +348,7 @@ class OllamaService:
             return
         self._forget()
         if process.exit_code != 0:  # else somebody told it to stop
-            cause = f"Ollama {_say_end(process)}{_because(tail(process.log_path, CAUSE_BYTES))}"
+            cause = f"Ollama {process.say_end()}{_because(tail(process.log_path, CAUSE_BYTES))}"
             self._failure = ServiceError("service_failed", cause, process.log_tail())
 
     def _forget(self) -> None:
@@ -424,14 +423,6 @@ class OllamaService:
         if not self._address.local:
             return "unreachable", f"Nobody answers at {self._address.url}. Check that Ollama runs there."
         return "stopped", None
-
-
-def _say_end(process: GroupLeader) -> str:
-    if process.exit_code is None:
-        return "has ended by itself"
-    if process.exit_code == -signal.SIGKILL:
-        return f"{say_exit(process.exit_code)}, as the system does when memory runs out"
-    return say_exit(process.exit_code)
 
 
 def _because(log_text: str) -> str:

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.abort import Abort, Aborted
+from services.engines import out_of_memory
 from services.engines.containers.docker_pull import Layers
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.docker_streams import payloads
@@ -266,6 +267,7 @@ def test_one_that_ignores_sigterm_is_killed_after_its_grace(runtime: DockerRunti
 
 def test_one_that_is_killed_for_memory_says_so(docker: DockerEngine, runtime: DockerRuntime):
     """The host's own out-of-memory killer, through a limit that Switchyard itself never sets."""
+    kills = out_of_memory.kills()
     environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0, "hold_mb": 300})}
     with closing(runtime.events({})) as events:
         greedy = docker.run_foreign(
@@ -275,6 +277,14 @@ def test_one_that_is_killed_for_memory_says_so(docker: DockerEngine, runtime: Do
     assert runtime.wait(greedy, 20) == 137
     assert runtime.inspect(greedy).oom_killed
     assert kinds == ["start", "oom", "die"]
+    assert out_of_memory.killed_since(kills), "which is how a kill that Docker says nothing of is told"
+
+
+def test_the_kernel_takes_a_container_before_the_console(runtime: DockerRuntime):
+    """When memory runs out; what serves in it has the score of the process that Docker tells of."""
+    container = runtime.inspect(run(runtime, spec()))
+    score = int(Path(f"/proc/{container.pid}/oom_score_adj").read_text())
+    assert score == out_of_memory.engine_score() > int(Path("/proc/self/oom_score_adj").read_text())
 
 
 def test_events_tell_of_our_containers_alone(docker: DockerEngine, runtime: DockerRuntime):

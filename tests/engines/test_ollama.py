@@ -133,6 +133,19 @@ class TestShared:
         assert "panic" not in str(caught.value)
         instance.stop(GRACE)
 
+    def test_a_runner_that_is_killed_while_it_loads_is_explained(self, case: EngineCase, server: FakeOllama):
+        """Ollama says `signal: killed`, which tells nobody what to do."""
+        server.set_fault("slow_load", 60.0)
+        instance = case.launch()
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(instance.wait_ready, lambda _: None, LOAD_SECONDS)
+            wait_until(lambda: bool(server.runners()), "the load to begin")
+            server.runners()[0].kill()
+            failure = waiting.exception(LOAD_SECONDS)
+        assert isinstance(failure, LoadFailed)
+        assert "was ended by SIGKILL" in str(failure) or "was ended by the kernel (SIGKILL)" in str(failure)
+        instance.stop(GRACE)
+
     def test_a_model_for_embeddings_is_loaded_its_own_way(self, case: EngineCase, server: FakeOllama):
         """It refuses to generate (400); an embedding loads and warms it."""
         with case.ready(model("embedder")) as (_, endpoint):

@@ -14,6 +14,7 @@ from docker.types import DeviceRequest, LogConfig, Mount  # type: ignore[import-
 from docker.utils import parse_repository_tag  # type: ignore[import-untyped]
 
 from services.engines.containers.port import ContainerError, ContainerSpec
+from services.engines.out_of_memory import engine_score
 
 SCHEMES = ("unix://", "tcp://")
 FIRST_VERSION = "1.41"
@@ -69,6 +70,7 @@ def creation(client: Any, spec: ContainerSpec) -> dict[str, Any]:
             Mount(m.target, m.source, type="bind" if m.source.startswith("/") else "volume", read_only=m.read_only)
             for m in spec.mounts
         ],
+        "oom_score_adj": engine_score(),
         "log_config": LogConfig(type=LogConfig.types.JSON, config=LOG_OPTIONS),
     }
     if spec.gpus:

@@ -22,7 +22,7 @@ from services.engines.port import (
     Sleepless,
     Usage,
 )
-from services.engines.processes import GroupLeader, say_exit
+from services.engines.processes import GroupLeader
 from services.http import FetchError, fetch
 
 LOOK_SECONDS = 0.01
@@ -113,16 +113,18 @@ class LlamaCppInstance(Sleepless):
     def warning(self) -> str | None:
         return None
 
-    def _ended(self, code: int | None) -> None:
+    def _ended(self, _code: int | None) -> None:
         if not self._stopping.is_set():
-            self._on_exit(Exit(f"Its process {'ended' if code is None else say_exit(code)}"))
+            self._on_exit(Exit(f"Its process {self._started.process.say_end()}"))
 
     def _fail_if_gone(self) -> None:
         process = self._started.process
         if self._stopping.is_set():
             raise LoadFailed("It was stopped while loading.", self.log_tail())
         if process.exited:
-            raise LoadFailed(first_cause(self.log_tail(), process.exit_code or 0), self.log_tail())
+            tail = self.log_tail()
+            ended = f"Its process {process.say_end()}"
+            raise LoadFailed(ended if process.killed else first_cause(tail) or f"{ended} while loading", tail)
 
     def _answers(self) -> bool:
         """Whether it is ready by its own word."""
@@ -170,8 +172,8 @@ def answers(endpoint: Endpoint, timeout: float) -> bool:
         return False
 
 
-def first_cause(log_tail: str, exit_code: int) -> str:
-    """The most telling line of llama.cpp's log, in words; else how the process ended.
+def first_cause(log_tail: str) -> str | None:
+    """The most telling line of llama.cpp's log, in words; None where there is none.
 
     Log lines of llama.cpp b6000 and later read `0.00.003.604 E llama_model_load: error loading model: …`.
     """
@@ -180,4 +182,4 @@ def first_cause(log_tail: str, exit_code: int) -> str:
             if mark in line:
                 telling = line[line.index(mark) :] if mark.startswith("failed") else line.split(mark, 1)[1]
                 return f"llama.cpp could not load it: {telling.strip()}"
-    return f"Its process {say_exit(exit_code)} while loading"
+    return None

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from services.engines import out_of_memory
 from services.engines.child_logs import tail
 from services.engines.ollama.api import FOR_EVER, OllamaApi, OllamaError, OllamaUnreachable, Running
 from services.engines.ollama.inventory import Inventory
@@ -39,6 +40,8 @@ log = structlog.get_logger(__name__)
 OBSERVE_SECONDS = 0.05
 GONE_LOOK_SECONDS = 0.02
 CHANGED_HANDS = "Ollama unloaded it: another program asked for that, or for room"
+RUNNER_KILLED = "signal: killed"
+"""What Ollama says of a runner that somebody else, or the kernel, has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +274,7 @@ class OllamaInstance(Sleepless):
 
     def _ask(self, request: Request, trouble: str) -> None:
         """Send a long request that `stop` can break off. Raises LoadFailed with the first cause."""
+        kills = out_of_memory.kills()
         with self._lock:
             self._load = request
         try:
@@ -281,6 +285,8 @@ class OllamaInstance(Sleepless):
             if self._stopping.is_set():
                 raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
             cause = first_cause(str(error)) if isinstance(error, OllamaError) else str(error)
+            if RUNNER_KILLED in str(error):
+                cause = f"its process {out_of_memory.say_killed(kills)}"
             raise LoadFailed(f"{trouble}: {cause}", self.log_tail()) from None
         finally:
             with self._lock:

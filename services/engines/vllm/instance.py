@@ -12,6 +12,7 @@ import psutil
 import structlog
 
 from services.abort import Abort, Aborted
+from services.engines import out_of_memory
 from services.engines.containers.port import (
     Container,
     ContainerError,
@@ -86,6 +87,7 @@ class VllmInstance:
         self._abort = Abort()
         self._stopping = threading.Event()
         self._ended = threading.Event()
+        self._oom_kills = out_of_memory.kills()
         self._lock = threading.Lock()
         self._starting = threading.Lock()
         self._log = VllmLog()
@@ -316,7 +318,9 @@ class VllmInstance:
                 self._stopping.wait(AGAIN_SECONDS)
         self._keep_tail()
         failure = self._log.failure
-        if failure is not None:
+        if self._core_ran_out_of_memory():
+            self._tell(Exit(f"Its engine {out_of_memory.BY_KERNEL}"))
+        elif failure is not None:
             self._tell(Exit(failure.words.rstrip(".")))
         else:
             self._tell(Exit("Docker went away, and the container with it" if code is None else self._say_end(code)))
@@ -331,8 +335,14 @@ class VllmInstance:
         except ContainerGone:
             return "Its container was removed"
         except ContainerError:
-            return say_exit(code)
-        return "The system ran out of memory and ended its container" if ended.oom_killed else say_exit(code)
+            return self._say_exit(code)
+        return f"Its container {out_of_memory.BY_KERNEL}" if ended.oom_killed else self._say_exit(code)
+
+    def _say_exit(self, code: int) -> str:
+        """An exit code in words. Code 0 is no success: nobody asked it to end."""
+        if code == SIGKILLED:
+            return f"Its container {out_of_memory.say_killed(self._oom_kills)}"
+        return f"Its container ended {'by itself, as if all were well' if code == 0 else f'with exit code {code}'}"
 
     def _gone_with_its_runtime(self) -> bool:
         """Whether it no longer answers while nobody can say what became of its container."""
@@ -354,12 +364,17 @@ class VllmInstance:
             container = self._runtime.inspect(container_id)
         except ContainerError as error:
             return LoadFailed(str(error), self.log_tail())
-        if container.oom_killed:  # of which vLLM's log shows an echo at most
-            words = "The system ran out of memory while it was loading. Free some, then try again."
-            return LoadFailed(words, self.log_tail())
+        if container.oom_killed or self._core_ran_out_of_memory():  # of which vLLM's log shows an echo at most
+            return LoadFailed(f"Its engine {out_of_memory.BY_KERNEL}.", self.log_tail())
         if failure is not None:
             return LoadFailed(failure.words, self.log_tail())
-        return LoadFailed(f"{say_exit(container.exit_code or 0)} while loading", self.log_tail())
+        return LoadFailed(f"{self._say_exit(container.exit_code or 0)} while loading", self.log_tail())
+
+    def _core_ran_out_of_memory(self) -> bool:
+        """Whether the kernel killed what vLLM's server has its model in: the log says only that it is gone."""
+        failure = self._log.failure
+        gone = failure is not None and failure.code == "engine_failed"
+        return gone and out_of_memory.killed_since(self._oom_kills)
 
     def _fail_if_stopped(self) -> None:
         if self._stopping.is_set():
@@ -398,12 +413,6 @@ class VllmInstance:
         spilled = sum(map(_resident, pids)) if self._asleep else 0  # asleep, its weights are in this machine's RAM
         self._usage = usage = Usage(self._device, held, spilled_bytes=spilled)
         return usage
-
-
-def say_exit(code: int) -> str:
-    """An exit code in words. Code 0 is no success: nobody asked it to end."""
-    words = {0: "by itself, as if all were well", SIGKILLED: "by SIGKILL"}
-    return f"Its container ended {words.get(code, f'with exit code {code}')}"
 
 
 def _resident(pid: int) -> int:

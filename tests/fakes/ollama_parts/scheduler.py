@@ -211,7 +211,8 @@ class Scheduler:
                 continue
             piece = os.read(stdout.fileno(), 4096)
             if not piece:
-                raise self._failed(runner, f"exit status {runner.process.wait()}")
+                code = runner.process.wait()
+                raise self._failed(runner, "signal: killed" if code == -signal.SIGKILL else f"exit status {code}")
             for word in piece.decode().split():
                 if debug and word != "ready":
                     log("DEBUG", "server.go:1438", f"model load progress {word}")
