@@ -105,6 +105,9 @@ class Settings(BaseModel):
     queue_limit: int = Field(64, ge=0, le=10_000, description="requests that may wait for a model at once")
     queue_timeout_seconds: Seconds = Field(600, description="how long a request waits for its model")
     upstream_timeout_seconds: Seconds = Field(600, description="how long an engine may be silent in an answer")
+    unresponsive_seconds: float = Field(
+        120, ge=0, le=86_400, description="silence of a model at work after which it is restarted; 0: never"
+    )
     max_body_mb: float = Field(8, gt=0, le=1024, description="largest request body")
     switch_rate_limit: str = Field(
         "600/minute",

@@ -158,7 +158,9 @@ def pass_on(
         finish()
         raise
     streamed = "text/event-stream" in str(answer.get("content-type"))
-    relayed = Body(answer, client.answered, finish, _stream_error if streamed else _cut_off)
+    heard = admission.instance.traffic.heard
+    heard()
+    relayed = Body(answer, client.answered, heard, finish, _stream_error if streamed else _cut_off)
     return Passed(answer.status_code, answer_headers(answer), relayed)
 
 

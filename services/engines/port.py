@@ -163,6 +163,12 @@ class Instance(Protocol):
     def warm_up(self, timeout: float) -> None:
         """Generate one real token. Raises LoadFailed."""
 
+    def responds(self, timeout: float, /) -> bool | None:
+        """Whether the part of it that generates gives a sign of life within `timeout` seconds.
+
+        None when it can't be asked without waiting for its turn to generate. Never raises.
+        """
+
     def usage(self) -> Usage | None:
         """What it holds now; None when that can't be known."""
 

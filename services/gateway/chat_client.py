@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +27,9 @@ LONGEST_EVENT = 1_000_000
 class ChatStream:
     """One answer as its pieces, and the model that gives it."""
 
-    def __init__(self, model: str, answer: Answer, abort: Abort) -> None:
+    def __init__(self, model: str, answer: Answer, abort: Abort, on_piece: Callable[[], object]) -> None:
         self.model = model
+        self._on_piece = on_piece
         self._answer = answer
         self._abort = abort
 
@@ -53,7 +54,9 @@ class ChatStream:
 
     def _chunk(self) -> bytes:
         try:
-            return self._answer.arrived()
+            chunk = self._answer.arrived()
+            self._on_piece()
+            return chunk
         except (OSError, HTTPParseError) as error:
             self._abort.check()
             raise GenerationError(f"The answer broke off: {error}. What came so far is kept; try again.") from None
@@ -80,7 +83,7 @@ class ChatClient:
             try:
                 if answer.status_code != 200:
                     raise GenerationError(_error_text(answer))
-                yield ChatStream(admission.instance.model, answer, abort)
+                yield ChatStream(admission.instance.model, answer, abort, admission.instance.traffic.heard)
             finally:
                 answer.break_off()
         finally:

@@ -302,19 +302,21 @@ def _send(connection: Connection, request: bytes) -> None:
 class Body:
     """The body of a relayed answer, for a WSGI server to iterate.
 
-    `on_begin` is called before the first of it is handed on, `on_close` when it was closed. A class and not a
-    generator: `close` has to run even when nothing was iterated.
+    `on_begin` is called before the first of it is handed on, `on_piece` with each piece, `on_close` when it was closed.
+    A class and not a generator: `close` has to run even when nothing was iterated.
     """
 
     def __init__(
         self,
         answer: Answer,
         on_begin: Callable[[], None],
+        on_piece: Callable[[], object],
         on_close: Callable[[], None],
         error_tail: Callable[[str], bytes],
     ) -> None:
         self._answer = answer
         self._on_begin: Callable[[], None] | None = on_begin
+        self._on_piece = on_piece
         self._on_close = on_close
         self._error_tail = error_tail
         self._over = False
@@ -335,6 +337,7 @@ class Body:
             self._on_begin = None
         if not chunk:
             raise StopIteration
+        self._on_piece()
         return chunk
 
     def close(self) -> None:

@@ -220,6 +220,12 @@ class Fleet:
         if self._members.get(member.model.id) is member:
             self._take(member, reading)
 
+    def silent(self, member: Member, silent: bool) -> None:
+        """It gives no sign of life though it should, or does again."""
+        for one in self._of_one_instance(member):
+            one.silent = silent
+        self.changed = True
+
     # The active model, and what is said of models.
 
     def activate(self, model_id: str) -> None:

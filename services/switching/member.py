@@ -16,6 +16,11 @@ log = structlog.get_logger(__name__)
 NOTICEABLE_BYTES = 1_000_000
 """A change of use below this is not worth a new version of the snapshot."""
 
+SILENT = (
+    "It does not respond: no answer makes progress, and its engine gives no sign of life. "
+    "It is restarted if it stays so."
+)
+
 Standing = Literal["absent", "loading", "running", "asleep", "unloading"]
 
 
@@ -65,6 +70,8 @@ class Member:
     log_tail: str = ""
     """The last lines of its log, once it has ended."""
     shares: Member | None = None
+    silent: bool = False
+    """Whether it has given no sign of life for a while though it should."""
 
     @property
     def held(self) -> bool:
@@ -85,7 +92,7 @@ class Member:
             usage=self.usage if self.shares is None else None,
             reserved_bytes=self.reserved_bytes if self.shares is None else 0,
             loaded_at=self.loaded_at,
-            warning=self.warning,
+            warning=SILENT if self.silent and self.state == "running" else self.warning,
             rest=self.rest if self.state == "running" else None,
             shares=self.shares.model.id if self.shares is not None else None,
         )

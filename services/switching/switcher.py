@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-from services.catalog import Catalog
+from services.catalog import Catalog, UnknownModel
 from services.config import Settings, Strategy
 from services.engines.port import Engine, Exit, Instance
 from services.scheduling import Scheduler, Threads
@@ -28,6 +28,7 @@ from services.switching.plan import Plan
 from services.switching.planner import Planner
 from services.switching.procedure import Procedure, as_switch_error
 from services.switching.reconciler import Reconciler
+from services.switching.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +65,14 @@ class Switcher:
         self._reconciler = Reconciler(
             self._scheduler, self._mailbox, self._fleet, board, catalog, engines, planner, self._report_exit
         )
+        self._watchdog = Watchdog(
+            self._scheduler,
+            self._mailbox,
+            self._fleet,
+            settings.unresponsive_seconds,
+            self._report_exit,
+            self._load_again,
+        )
         lifecycle = Lifecycle(
             settings, self._scheduler, self._mailbox, self._fleet, planner, learned, engines, self._report_exit
         )
@@ -87,6 +96,7 @@ class Switcher:
         self._started = True
         self._scheduler.spawn("switcher", self._mailbox.run)
         self._reconciler.start()
+        self._watchdog.start()
 
     @property
     def alive(self) -> bool:
@@ -188,6 +198,7 @@ class Switcher:
         except MailboxClosed:
             return
         finally:
+            self._watchdog.stop()
             self._reconciler.stop()
             self._mailbox.close()
 
@@ -356,6 +367,15 @@ class Switcher:
         except Exception as error:
             log_tail = f"Its log can't be read: {error}."
         self._mailbox.post(self._note_exit, instance, exit, log_tail)
+
+    def _load_again(self, model_id: str, activate: bool) -> None:
+        """Load a model that was ended because it did not respond, where nothing has to be unloaded for it."""
+        try:
+            self.switch(
+                model_id, requested_by="watchdog", replace="queue", auto_unload=False, activate=activate, lasting=True
+            )
+        except (SwitchError, UnknownModel) as error:
+            log.warning("a model can't be loaded again", model=model_id, reason=str(error))
 
     def _submit(self, request: Request) -> Job:
         return self._call(self._accept, request, "queue", None)

@@ -18,6 +18,10 @@ class Traffic:
         self._changed = changed or threading.Condition(threading.Lock())
         self._open = True
         self._in_flight = 0
+        self.signs = 0
+        """How often an engine gave a sign of life: a piece of any answer."""
+        self._signs_before = 0
+        """How many there had been when the first of those inside came in."""
         self._last_used: float | None = None
         self._answered = 0
         self._busy_seconds = 0.0
@@ -41,10 +45,21 @@ class Traffic:
         """
         return self._busy_seconds / self._answered if self._answered else None
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether nobody is inside, and those who were left without a byte of an answer."""
+        return self._answered > 0 and self._in_flight == 0 and self.signs == self._signs_before
+
+    def heard(self) -> None:
+        """The engine has given a sign of life."""
+        self.signs += 1
+
     def enter(self) -> bool:
         """Count one request in; False when the instance is being drained. Each True needs one `leave`."""
         with self._changed:
             if self._open:
+                if self._in_flight == 0:
+                    self._signs_before = self.signs
                 self._count(self._clock(), 1)
             return self._open
 

@@ -46,6 +46,8 @@ class Faults:
     refuse_fetch: bool = False
     fetch_seconds: float = 0.0
     slow_stop: float = 0.0
+    stuck: bool = False
+    """It generates nothing any more, and looks healthy."""
 
 
 @dataclass
@@ -135,6 +137,12 @@ class StubInstance:
         if self._engine.faults(self.model).crash_when_ready:
             self._engine.crash(self.model)
             self._scheduler.pause(0.01)  # its exit may be told before the load's end is
+
+    def responds(self, timeout: float) -> bool | None:
+        if self._engine.faults(self.model).stuck:
+            self._scheduler.pause(timeout)
+            return False
+        return True
 
     def usage(self) -> Usage | None:
         held = self._engine.machine.held.get(self._key)

@@ -247,3 +247,33 @@ def _second_client(console: Console) -> Console:
     other.http = requests.Session()
     other.http.trust_env = False
     return other
+
+
+STUCK = {
+    "messages": [{"role": "user", "content": "Hello"}],
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "stuck",
+            "schema": {
+                "type": "object",
+                "properties": {"a": {"type": "string", "pattern": "^" + "(a|b)?" * 1600 + "$"}},
+                "required": ["a"],
+            },
+        },
+    },
+}
+"""10 KB that llama.cpp makes a grammar of which then holds it for minutes, while its `/health` says 200."""
+
+
+def test_a_request_that_holds_the_engine_does_not_hold_the_model(start_console: StartConsole) -> None:
+    """On the real embedded engine: ended and loaded again, its request told, and the others answered."""
+    console = start_console(unresponsive_seconds=3)
+    console.switch("switchyard-mini")
+    before = console.engines()[0].pid
+    refused = console.post("/v1/chat/completions", {"model": "switchyard-mini", **STUCK})
+    assert refused.status_code == 502
+    assert refused.json()["error"]["code"] == "engine_unreachable"
+    answer = console.ask("Hello", model="switchyard-mini")
+    assert answer.status_code == 200
+    assert before not in [engine.pid for engine in console.engines()]

@@ -23,7 +23,7 @@ from services.engines.port import (
     Usage,
 )
 from services.engines.processes import GroupLeader
-from services.http import FetchError, fetch
+from services.http import FetchError, TooSlow, fetch
 
 LOOK_SECONDS = 0.01
 """How often a load is looked at; readiness has to be noticed within 50 ms."""
@@ -92,6 +92,17 @@ class LlamaCppInstance(Sleepless):
         if answer.status != 200:
             raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
         self._on_warm(self._started.process, self._endpoint)
+
+    def responds(self, timeout: float) -> bool | None:
+        """llama.cpp answers `/slots` where it generates, between two batches; `/health` is another thread's."""
+        assert self._endpoint is not None, "wait_ready comes first"
+        try:
+            answer = fetch("GET", f"{self._endpoint.origin}/slots", headers=self._endpoint.headers, timeout=timeout)
+        except TooSlow:
+            return False
+        except FetchError:
+            return None  # whether it ended is told by its process
+        return True if answer.status == 200 else None  # 501: a server that was told to offer no such endpoint
 
     def usage(self) -> Usage | None:
         if self._device != HOST_DEVICE:

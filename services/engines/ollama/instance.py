@@ -137,6 +137,10 @@ class OllamaInstance(Sleepless):
         self._ask(self._server.api.request(path, body, timeout), "It did not answer its first question")
         self._server.watch.look()
 
+    def responds(self, _timeout: float) -> bool | None:
+        """Ollama answers for its runners, and gives a question of ours its turn behind the answers under way."""
+        return None
+
     def usage(self) -> Usage | None:
         seen = self._seen(self._server.watch.latest)
         if self._over or not self._server.local:

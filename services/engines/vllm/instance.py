@@ -134,6 +134,10 @@ class VllmInstance:
         if refusal is not None:
             raise LoadFailed(f"Its first answer was an error: {refusal}", self.log_tail())
 
+    def responds(self, timeout: float) -> bool | None:
+        assert self._server is not None, "wait_ready comes first"
+        return self._server.generates(timeout)
+
     def usage(self) -> Usage | None:
         return self._usage
 

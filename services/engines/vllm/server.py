@@ -56,6 +56,16 @@ class VllmServer:
             answer = self._ask("/v1/completions", {"prompt": "Hello"}, timeout)
         return None if answer.status == 200 else answer.text[:300]
 
+    def generates(self, timeout: float) -> bool | None:
+        """Whether it gives one token in time, which it does beside other answers; None when it doesn't even listen."""
+        try:
+            self.first_token(timeout)
+        except TooSlow:
+            return False
+        except FetchError:
+            return None
+        return True
+
     def is_asleep(self) -> bool | None:
         """None when it doesn't say, as one without a sleep mode."""
         try:
