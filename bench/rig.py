@@ -21,6 +21,8 @@ from tests.support.console import ROOT, Console, free_port, wait_until
 UPSTREAM = Path(__file__).with_name("upstream.py")
 STAND_IN_MODEL = "bench-model"
 SLOW_MODEL = "bench-slow"
+LLAMA_SWAP_REQUESTS = 1000
+"""Requests that llama-swap passes on at once to a model: by default ten, and it answers 429 to the others."""
 SLOW_BYTES = 256_000_000
 """Large beside what a Python process reads to start, so that what is read of it can be told from that."""
 
@@ -95,7 +97,9 @@ class Rig:
             return None
         port, config = free_port(), self.folder / "llama-swap.yaml"
         command = f"{self.stand_in_program} --model {self.model_file} --alias {STAND_IN_MODEL} --port ${{PORT}}"
-        config.write_text(f"models:\n  {STAND_IN_MODEL}:\n    cmd: {json.dumps(command)}\n")
+        config.write_text(
+            f"models:\n  {STAND_IN_MODEL}:\n    cmd: {json.dumps(command)}\n    concurrencyLimit: {LLAMA_SWAP_REQUESTS}\n"
+        )
         self.spawn([program, "--config", str(config), "--listen", f"127.0.0.1:{port}"], self.folder / "llama-swap.log")
         wait_until(lambda: _answers(port), "llama-swap to answer")
         return port

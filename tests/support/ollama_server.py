@@ -79,12 +79,18 @@ def _real(folder: Path, binary: str) -> Iterator[OllamaServer]:
         wait_until(lambda: _answers(url), "the real Ollama to answer")
         _run(binary, environment, "pull", "--insecure", MODEL)
         recipe = folder / "Modelfile"
-        recipe.write_text(f"FROM {DEMO_MODELS / 'switchyard-mini.gguf'}\n", encoding="utf-8")
+        recipe.write_text(f"FROM {_other_weights(url)}\n", encoding="utf-8")
         _run(binary, environment, "create", OTHER, "-f", str(recipe))
         yield OllamaServer(url, binary, process.pid, full_name(MODEL))
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def _other_weights(url: str) -> Path:
+    """A demo model that is not the one that was pulled: of the same weights Ollama makes one runner with two names."""
+    pulled = _ask("GET", f"{url}/api/tags")["models"][0]["size"]
+    return next(f for f in sorted(DEMO_MODELS.glob("*.gguf")) if abs(f.stat().st_size - pulled) > 100_000)
 
 
 def _run(binary: str, environment: dict[str, str], *arguments: str) -> None:
