@@ -97,9 +97,8 @@ class Rig:
             return None
         port, config = free_port(), self.folder / "llama-swap.yaml"
         command = f"{self.stand_in_program} --model {self.model_file} --alias {STAND_IN_MODEL} --port ${{PORT}}"
-        config.write_text(
-            f"models:\n  {STAND_IN_MODEL}:\n    cmd: {json.dumps(command)}\n    concurrencyLimit: {LLAMA_SWAP_REQUESTS}\n"
-        )
+        entry = {"cmd": command, "concurrencyLimit": LLAMA_SWAP_REQUESTS}
+        config.write_text(json.dumps({"models": {STAND_IN_MODEL: entry}}))  # JSON is YAML
         self.spawn([program, "--config", str(config), "--listen", f"127.0.0.1:{port}"], self.folder / "llama-swap.log")
         wait_until(lambda: _answers(port), "llama-swap to answer")
         return port
