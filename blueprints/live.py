@@ -145,7 +145,7 @@ class Live:
     def jobs(self) -> list[Download]:
         """The downloads to show: those under way in their order, then the latest that have ended.
 
-        What somebody called off is gone, as they wanted.
+        What somebody cancelled is gone, as they wanted.
         """
         ended = [d for d in self.downloads if d.state in ("complete", "failed")]
         ended.sort(key=lambda d: d.finished_at or d.created_at, reverse=True)

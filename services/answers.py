@@ -49,7 +49,7 @@ class ChatStream(Protocol):
 
 
 class Generator(Protocol):
-    """Whoever gives answers."""
+    """Generates answers."""
 
     def stream_chat(
         self, model: str | None, messages: Sequence[Mapping[str, str]], abort: Abort

@@ -37,7 +37,7 @@ class NoWay(FetchError):
 
 
 class Refused(NoWay):
-    """Nobody listens there."""
+    """No server listens at the address."""
 
 
 class TooSlow(FetchError):
@@ -139,7 +139,7 @@ class Request:
         with self._lock:
             self._link = link
             if self._aborted:
-                raise ConnectionAbortedError("it was called off")
+                raise ConnectionAbortedError("it was cancelled")
 
     def _exchange(self, deadline: _Deadline) -> Answer:
         assert self._link is not None

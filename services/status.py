@@ -117,7 +117,7 @@ class StatusService:
         try:
             return self._planner.need(model), self._planner.load_seconds(model)
         except Exception as error:
-            log.warning("nobody can say what a model needs", model=model.id, error=str(error))
+            log.warning("the memory a model needs is unknown", model=model.id, error=str(error))
             return None, None
 
     def _model(self, model: Model, snapshot: Snapshot) -> ModelStatus:

@@ -70,4 +70,4 @@ class Fetcher(Protocol):
         """
 
     def discard(self, name: str) -> None:
-        """Forget what a download that was called off has left, where that can be done."""
+        """Forget what a download that was cancelled has left, where that can be done."""

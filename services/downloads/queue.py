@@ -393,7 +393,7 @@ class DownloadQueue:
             return error
         except Exception as error:
             if not (isinstance(error, Aborted) and abort.requested):
-                log.exception("a download ended in a way nobody foresaw", model=job.view.model)
+                log.exception("a download failed with an unexpected error", model=job.view.model)
                 words = "Switchyard failed to carry this out; its log has the details. Try again."
                 return DownloadError("internal_error", words, may_resume=True)
         return None

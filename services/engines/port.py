@@ -238,10 +238,10 @@ class Engine(Protocol):
     def settings_key(self, model: Model) -> str:
         """Whatever changes how long a load takes or how much it holds, as one short string."""
 
-    def bring(self, model: Model, report: Report, abort: Abort, /) -> None:
+    def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
         """Block until all that loading it takes is on this machine. It comes before anybody makes room for it.
 
-        Reports the stage `downloading` if there is something to bring, else nothing. Raises EngineError, and Aborted
+        Reports the stage `downloading` if there is something to fetch, else nothing. Raises EngineError, and Aborted
         within a second of `abort`.
         """
 
@@ -249,9 +249,9 @@ class Engine(Protocol):
         """Begin loading, and return at once. Raises EngineError when it can't even begin."""
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        """Which of these models of it are loaded there, or asleep, whoever had that done, as last seen.
+        """Which of these models of it are loaded there, or asleep, whichever client loaded them, as last seen.
 
-        Of those with the same `held_as`, all. Asks nobody, and never raises: it is called every second.
+        Of those with the same `held_as`, all. No I/O, and never raises: it is called every second.
         """
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> Instance | None:

@@ -32,7 +32,7 @@ class GatewayError(Exception):
 
 
 class ClientGone(Exception):
-    """Whoever asked has left while waiting."""
+    """The client disconnected while waiting."""
 
 
 class Admission:

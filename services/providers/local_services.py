@@ -148,7 +148,7 @@ class OllamaService:
         return None if process is None else process.log_path
 
     def status(self) -> ServiceStatus:
-        """What was known a moment ago; asks nobody and never blocks."""
+        """No I/O; returns the cached value."""
         return self._status
 
     def refresh(self) -> ServiceStatus:
@@ -203,7 +203,7 @@ class OllamaService:
         return status
 
     def stop(self) -> ServiceStatus:
-        """Stop the server that we started, and its runners; a start in progress is called off. Raises ServiceError.
+        """Stop the server that we started, and its runners; a start in progress is cancelled. Raises ServiceError.
 
         Nothing happens where nothing runs.
         """
@@ -281,7 +281,7 @@ class OllamaService:
         deadline = time.monotonic() + self._start_timeout
         while True:
             if cancelled.is_set():
-                raise ServiceError("start_cancelled", "The start of Ollama was called off: it was told to stop.")
+                raise ServiceError("start_cancelled", "The start of Ollama was cancelled: it was told to stop.")
             if process.wait(START_POLL_SECONDS):  # before the question: what has the port may never answer it
                 raise self._start_failure(process)
             if self.refresh().state == "running":

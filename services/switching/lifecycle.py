@@ -85,7 +85,7 @@ class Lifecycle:
             story.fetching(progress.advance(seen, self._scheduler.now() - began))
 
         try:
-            engine.bring(model, report, job.token)
+            engine.fetch(model, report, job.token)
             seconds = self._scheduler.now() - began
         except EngineError as error:
             self._mailbox.call(self._fleet.fail, model.id, str(error), "")

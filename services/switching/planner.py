@@ -109,7 +109,7 @@ class Planner:
                 try:
                     yield Alternative(model.id, self.need(model))
                 except Exception as error:
-                    log.warning("nobody can say what a model needs", model=model.id, error=str(error))
+                    log.warning("the memory a model needs is unknown", model=model.id, error=str(error))
 
     def need(self, model: Model) -> Need:
         """What a model takes when loaded. Raises whatever its engine's estimate does."""

@@ -357,7 +357,7 @@ class Procedure:
 
 
 def as_switch_error(job: Job, error: Exception) -> SwitchError:
-    """Whatever ended a job, in the contract's terms. What nobody foresaw is logged and told as that."""
+    """Whatever ended a job, in the contract's terms. An unexpected exception is logged and told as that."""
     if isinstance(error, SwitchError):
         return error
     if isinstance(error, Aborted):
@@ -368,5 +368,5 @@ def as_switch_error(job: Job, error: Exception) -> SwitchError:
         return SwitchError("engine_error", str(error))
     if isinstance(error, UnknownModel):
         return SwitchError("model_not_found", str(error))
-    log.error("a job failed in a way nobody foresaw", model=job.target, exc_info=error)
+    log.error("a job failed with an unexpected error", model=job.target, exc_info=error)
     return SwitchError("internal_error", "Switchyard failed to carry this out; its log has the details.")

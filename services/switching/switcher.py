@@ -262,15 +262,15 @@ class Switcher:
                 for name in self._catalog.names_of(request.model):
                     job.chain.strike(name)
                 if job.target == request.model:
-                    self._call_off(job, reason)
+                    self._cancel_job(job, reason)
 
     def _cancel(self, reason: str, switch_id: str | None) -> Job | None:
         job = self._agenda.latest_switch() if switch_id is None else self._agenda.switch_with(switch_id)
         if job is not None:
-            self._call_off(job, reason)
+            self._cancel_job(job, reason)
         return job
 
-    def _call_off(self, job: Job, reason: str) -> None:
+    def _cancel_job(self, job: Job, reason: str) -> None:
         """Cancel a job. One that waits ends at once, unless it owes something to those a job before it unloaded."""
         if job in self._agenda.waiting and not self._agenda.owes(job):
             self._agenda.waiting.remove(job)
@@ -281,7 +281,7 @@ class Switcher:
     def _withdraw(self, job: Job) -> None:
         job.askers -= 1
         if job.askers <= 0 and not job.request.lasting and not job.done and not job.touched:
-            self._call_off(job, "Nobody waits for it any more.")
+            self._cancel_job(job, "Nobody waits for it any more.")
 
     def _advance(self) -> None:
         """Give the slot to the next job, if it is free."""

@@ -11,7 +11,7 @@ from services.scheduling import Condition, wait_for
 
 
 class Traffic:
-    """A door with a counter. Closing it and counting are one atomic step: nobody slips in after a drain began."""
+    """Counts requests in flight. Closing and counting are one atomic step: no request enters after a drain began."""
 
     def __init__(self, clock: Callable[[], float] = time.time, changed: Condition | None = None) -> None:
         self._clock = clock
@@ -47,7 +47,7 @@ class Traffic:
 
     @property
     def unanswered(self) -> bool:
-        """Whether nobody is inside, and those who were left without a byte of an answer."""
+        """Whether no request is in flight, and the last ones ended without a byte of an answer."""
         return self._answered > 0 and self._in_flight == 0 and self.signs == self._signs_before
 
     def heard(self) -> None:
@@ -72,7 +72,7 @@ class Traffic:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Let nobody in from now on."""
+        """Admit no request from now on."""
         with self._changed:
             self._open = False
 

@@ -97,9 +97,9 @@ class Watchdog:
         for member in running:
             pulse = before.get(member.instance) or Pulse(member.traffic.signs, self._scheduler.now())
             self._pulses[member.instance] = pulse
-            self._feel(member, pulse)
+            self._check(member, pulse)
 
-    def _feel(self, member: Member, pulse: Pulse) -> None:
+    def _check(self, member: Member, pulse: Pulse) -> None:
         now, traffic = self._scheduler.now(), member.traffic
         if traffic.signs != pulse.signs or not (traffic.in_flight or traffic.unanswered):
             pulse.signs, pulse.since = traffic.signs, now

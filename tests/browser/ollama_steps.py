@@ -54,7 +54,7 @@ class Workbench:
     def rest(self, console: Console) -> Console:
         """For the next test: Ollama as it began and running, the registry too, and a console that has seen both."""
         self.ollama.clear_faults()
-        console.rest().call_off_downloads()
+        console.rest().cancel_downloads()
         self.registry.rest()
         self.ollama.rest()
         self.await_ollama(console, "running")

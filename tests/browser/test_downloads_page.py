@@ -1,4 +1,4 @@
-"""Downloads on the Models page: asked for, watched, held, called off; and models updated and deleted."""
+"""Downloads on the Models page: asked for, watched, held, cancelled; and models updated and deleted."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_a_download_shows_the_same_in_two_tabs_and_goes_on_without_them(
     expect(row(second, "llama3.2:latest")).to_contain_text("20 MB")
 
 
-def test_a_download_is_paused_resumed_and_called_off(bench: Workbench, console: Console, page: Page) -> None:
-    """The focus stays on the button that holds and goes on; what was called off leaves the list."""
+def test_a_download_is_paused_resumed_and_cancelled(bench: Workbench, console: Console, page: Page) -> None:
+    """The focus stays on the button that holds and goes on; what was cancelled leaves the list."""
     bench.ollama.set_fault("pull_stuck_at", 50)
     visit(page, console, "/models")
     download(page, "llama3.2")
@@ -276,7 +276,7 @@ def test_a_long_name_fits_a_narrow_window(bench: Workbench, console: Console, op
 
 
 def test_without_script_everything_is_a_form(bench: Workbench, console: Console, open_page: OpenPage) -> None:
-    """A wrong name, a download asked for, paused and called off, an update check, and a model deleted."""
+    """A wrong name, a download asked for, paused and cancelled, an update check, and a model deleted."""
     page = open_page(java_script_enabled=False, tolerate=UNKNOWN_NAME)
     bench.ollama.set_fault("pull_stuck_at", 50)
     visit(page, console, "/models")

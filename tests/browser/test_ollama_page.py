@@ -77,7 +77,7 @@ def test_ollama_is_started_and_stopped_from_the_page(own_bench: Workbench, page:
     assert not psutil.pid_exists(server.pid)
 
 
-def test_a_start_under_way_is_shown_and_can_be_called_off(
+def test_a_start_under_way_is_shown_and_can_be_cancelled(
     bench: Workbench, console: Console, open_page: OpenPage
 ) -> None:
     """The page goes on while Ollama starts, says so in every tab, and Stop ends it."""

@@ -43,7 +43,7 @@ class EngineCase:
 
     def launch(self, model: Model | None = None) -> Instance:
         described = self.engine.describe(model or self.good)
-        self.engine.bring(described, lambda _: None, Abort())
+        self.engine.fetch(described, lambda _: None, Abort())
         return self.engine.launch(described, self.exits.append)
 
     @contextmanager

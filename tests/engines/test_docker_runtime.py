@@ -501,7 +501,7 @@ def test_a_pull_tells_how_far_it_is(docker: DockerEngine, runtime: DockerRuntime
     assert seen[-1] == (registry.size, registry.size)
 
 
-def test_a_pull_ends_at_once_when_it_is_called_off(runtime: DockerRuntime):
+def test_a_pull_ends_at_once_when_it_is_cancelled(runtime: DockerRuntime):
     abort = Abort()
     with image_registry() as registry:
         registry.flow.clear()

@@ -185,7 +185,7 @@ class TestVllm(EngineConformance):
         options = {**case.good.options, "image": "127.0.0.1:9/nowhere/vllm:1"}
         seen: list[Evidence] = []
         with pytest.raises(EngineError) as caught:
-            case.engine.bring(replace(case.good, options=options), seen.append, Abort())
+            case.engine.fetch(replace(case.good, options=options), seen.append, Abort())
         assert "nowhere/vllm" in str(caught.value)
         assert [evidence.stage for evidence in seen] == ["downloading"]
 
@@ -258,7 +258,7 @@ class TestVllm(EngineConformance):
         instance = case.launch()
         with docker.stopped():
             with pytest.raises(EngineError, match="Docker"):
-                case.engine.bring(case.good, lambda _: None, Abort())
+                case.engine.fetch(case.good, lambda _: None, Abort())
             with pytest.raises(EngineError, match="Docker"):
                 instance.wait_ready(lambda _: None, LOAD_SECONDS)
 

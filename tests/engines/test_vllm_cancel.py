@@ -1,4 +1,4 @@
-"""A load in a container that is called off at each of its steps: nothing of it stays, neither a stream nor a container.
+"""A load in a container that is cancelled at each of its steps: nothing of it stays, neither a stream nor a container.
 
 The runtime is a stub that stops wherever a test wants it to; the promises about a real one are in `test_vllm.py`.
 """
@@ -109,7 +109,7 @@ def launch(runtime: StubRuntime, exits: list[Exit]) -> VllmInstance:
 @pytest.mark.parametrize(
     "at", ["create", "after create", "inspect", "attach", "after attach", "settle", "start", "nothing"]
 )
-def test_a_load_that_is_called_off_leaves_nothing(at: str):
+def test_a_load_that_is_cancelled_leaves_nothing(at: str):
     """Whichever step it is at when `stop` comes from another thread: no stream open, nothing running, no exit told."""
     runtime, exits = StubRuntime(at), []
     instance = launch(runtime, exits)

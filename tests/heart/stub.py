@@ -321,7 +321,7 @@ class StubEngine:
     def settings_key(self, _model: Model) -> str:
         return ""
 
-    def bring(self, model: Model, report: Report, abort: Abort, /) -> None:
+    def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
         faults = self.faults(model)
         if faults.fetch_seconds:
             for part in range(1, 5):

@@ -53,7 +53,7 @@ def console(shared: Console, ollama: FakeOllama) -> Iterator[Console]:
     """A console that downloads through the command, and one that has none and asks the API."""
     yield shared.rest()
     ollama.clear_faults()
-    shared.call_off_downloads()
+    shared.cancel_downloads()
     for name in set(REGISTRY) & set(shared.states()):
         shared.delete(f"{BASE}/{name}")
 

@@ -333,7 +333,7 @@ def test_a_server_that_never_answers_is_stopped_again(make_service: MakeService,
         assert probe.connect_ex(("127.0.0.1", ollama.port)) != 0
 
 
-def test_stopping_calls_off_a_start(make_service: MakeService, ollama: FakeOllama) -> None:
+def test_stopping_cancels_a_start(make_service: MakeService, ollama: FakeOllama) -> None:
     ollama.set_fault("hang", True)
     service = make_service()
     with ThreadPoolExecutor(1) as clicks:

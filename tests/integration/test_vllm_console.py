@@ -330,7 +330,7 @@ def test_a_download_that_fails_costs_nobody_a_model(start, docker):
         assert console.status()["active_model"] == A
 
 
-def test_a_download_under_way_is_called_off_with_its_load(start, docker):
+def test_a_download_under_way_is_cancelled_with_its_load(start, docker):
     """Within a second no more bytes come, and no container is made."""
     with FakeHub({A: Repo(WEIGHTS)}) as hub:
         hub.faults.bytes_per_second = 400_000
@@ -340,7 +340,7 @@ def test_a_download_under_way_is_called_off_with_its_load(start, docker):
         assert len(fetching(console)) == 1
         watch = Stopwatch()
         console.post(f"/v1/models/{A}/stop")
-        console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "the load to be called off")
+        console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "the load to be cancelled")
         assert watch.waited < 1.5
         wait_until(lambda: fetching(console) == [], "the one who fetches to end")
         assert watch.waited < 2.5

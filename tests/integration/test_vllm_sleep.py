@@ -205,7 +205,7 @@ def test_a_restart_of_the_app_finds_who_sleeps(console, gpu_docker, end):
     assert running(gpu_docker) == [A, B]
 
 
-def test_a_switch_called_off_wakes_what_had_made_way(console, gpu_docker):
+def test_a_switch_cancelled_wakes_what_had_made_way(console, gpu_docker):
     """Back as it was, without a load."""
     console.switch(A)
     console.post("/v1/models/switch", {"target_model": STUCK})

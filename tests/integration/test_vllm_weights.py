@@ -64,12 +64,12 @@ def listed(source: str = "org/model", **options: object) -> Model:
     return Model("m", "vllm", source, options=options)
 
 
-class Bringing(threading.Thread):
-    """One `bring` in a thread of its own, and all that it reports."""
+class Fetching(threading.Thread):
+    """One `fetch` in a thread of its own, and all that it reports."""
 
     def __init__(self, weights: VllmWeights, model: Model | None = None, **environment: str) -> None:
         super().__init__(daemon=True)
-        self._act = lambda: weights.bring(model or listed(), environment, self.seen.append, self.abort)
+        self._act = lambda: weights.fetch(model or listed(), environment, self.seen.append, self.abort)
         self.abort = Abort()
         self.seen: list[Evidence] = []
         self.error: Exception | None = None
@@ -81,7 +81,7 @@ class Bringing(threading.Thread):
         except Exception as error:
             self.error = error
 
-    def result(self) -> Bringing:
+    def result(self) -> Fetching:
         """Wait for its end; raises what it raised."""
         self.join(PATIENCE)
         assert not self.is_alive(), "it did not end"
@@ -104,7 +104,7 @@ def snapshot(cache: Path, source: str = "org/model") -> dict[str, bytes]:
 @pytest.mark.parametrize("source", ["org/model", "org/plain"])
 def test_a_model_lies_in_the_cache_as_huggingface_hub_has_it(weights, cache, source):
     """Blobs by their etag, relative links, the commit of the branch; read back by the real library."""
-    Bringing(weights, listed(source)).result()
+    Fetching(weights, listed(source)).result()
     assert snapshot(cache, source) == FILES
     folder = repo(cache, source.removeprefix("org/"))
     name = git_id if source == "org/plain" else lambda content: hashlib.sha256(content).hexdigest()
@@ -119,7 +119,7 @@ def test_progress_goes_by_bytes_and_reaches_the_end(hub, weights):
     """Never back, from nothing to all, in words with both amounts."""
     hub.faults.bytes_per_second = 800_000
     hub.faults.cut_after, hub.faults.cuts, hub.faults.refuse_ranges = 200_000, 1, True
-    seen = Bringing(weights).result().seen
+    seen = Fetching(weights).result().seen
     assert {evidence.stage for evidence in seen} == {"downloading"}
     fractions = [evidence.fraction for evidence in seen if evidence.fraction is not None]
     assert fractions == sorted(fractions)
@@ -132,7 +132,7 @@ def test_progress_goes_by_bytes_and_reaches_the_end(hub, weights):
 def test_a_cut_connection_goes_on_where_it_was(hub, weights, cache):
     """By a range; what has arrived does not come again."""
     hub.faults.cut_after, hub.faults.cuts = 300_000, 1
-    Bringing(weights).result()
+    Fetching(weights).result()
     assert snapshot(cache) == FILES
     assert [request.range for request in hub.asked("cdn") if request.range] != []
     assert hub.sent <= TOTAL + 65_536
@@ -141,12 +141,12 @@ def test_a_cut_connection_goes_on_where_it_was(hub, weights, cache):
 def test_stopping_ends_the_bytes_within_a_second_and_the_next_load_goes_on(hub, weights, cache):
     """Half a model is in nobody's way: no revision leads to it."""
     hub.faults.bytes_per_second = 200_000
-    bringing = Bringing(weights)
-    wait_until(lambda: any((e.fraction or 0) > 0.1 for e in bringing.seen), "some bytes")
+    fetching = Fetching(weights)
+    wait_until(lambda: any((e.fraction or 0) > 0.1 for e in fetching.seen), "some bytes")
     watch = Stopwatch()
-    bringing.abort()
+    fetching.abort()
     with pytest.raises(Aborted):
-        bringing.result()
+        fetching.result()
     assert watch.waited < 1.0
     kept = sum(path.stat().st_size for path in (repo(cache) / "blobs").iterdir())
     assert kept > 40_000
@@ -154,7 +154,7 @@ def test_stopping_ends_the_bytes_within_a_second_and_the_next_load_goes_on(hub, 
 
     hub.faults.bytes_per_second = None
     sent = hub.sent
-    again = Bringing(weights).result()
+    again = Fetching(weights).result()
     assert hub.sent - sent <= TOTAL - kept + 8_192  # what was under way
     assert next(e.fraction for e in again.seen if e.fraction is not None) == pytest.approx(kept / TOTAL)
     assert snapshot(cache) == FILES
@@ -162,9 +162,9 @@ def test_stopping_ends_the_bytes_within_a_second_and_the_next_load_goes_on(hub, 
 
 def test_what_is_there_is_not_asked_for_again(hub, weights):
     """One listing, no evidence of a download."""
-    Bringing(weights).result()
+    Fetching(weights).result()
     hub.requests.clear()
-    again = Bringing(weights).result()
+    again = Fetching(weights).result()
     assert [request.path for request in hub.requests] == ["/api/models/org/model"]
     assert again.seen == []
 
@@ -172,12 +172,12 @@ def test_what_is_there_is_not_asked_for_again(hub, weights):
 def test_offline_takes_what_is_there_and_asks_nobody(hub, weights, cache):
     """HF_HUB_OFFLINE of its container; without the files it says which are missing."""
     with pytest.raises(LoadFailed, match=r"HF_HUB_OFFLINE is set.*lacks of org/model: all of its files"):
-        Bringing(weights, HF_HUB_OFFLINE="1").result()
+        Fetching(weights, HF_HUB_OFFLINE="1").result()
     fill_cache(cache, "org/model", TINY_MODEL)
-    Bringing(weights, HF_HUB_OFFLINE="1").result()
+    Fetching(weights, HF_HUB_OFFLINE="1").result()
     next((repo(cache) / "snapshots").rglob("model.safetensors")).resolve().unlink()
     with pytest.raises(LoadFailed, match=r"lacks of org/model: model\.safetensors\. Unset it"):
-        Bringing(weights, HF_HUB_OFFLINE="true").result()
+        Fetching(weights, HF_HUB_OFFLINE="true").result()
     assert hub.requests == []
     assert weights.size_bytes(listed()) is None
 
@@ -187,9 +187,9 @@ def test_a_hub_that_is_down_stops_no_model_that_is_there(weights, cache):
     """Whole in the cache: it loads, soon. Not there: it says what to check."""
     gone = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(LoadFailed, match=r"can't be reached.*Check the network"):
-        Bringing(weights, HF_ENDPOINT=gone).result()
+        Fetching(weights, HF_ENDPOINT=gone).result()
     fill_cache(cache, "org/model", TINY_MODEL)
-    assert Bringing(weights, HF_ENDPOINT=gone).result().seen == []
+    assert Fetching(weights, HF_ENDPOINT=gone).result().seen == []
 
 
 @pytest.mark.parametrize(
@@ -206,14 +206,14 @@ def test_a_hub_that_is_down_stops_no_model_that_is_there(weights, cache):
 def test_what_cant_be_brought_is_said(hub, weights, model, words):
     """In words, with what to do, before a byte of it has come."""
     with pytest.raises(LoadFailed, match=words):
-        Bringing(weights, model).result()
+        Fetching(weights, model).result()
     assert hub.sent <= sum(map(len, TINY_MODEL.values()))
 
 
 @pytest.mark.usefixtures("hub")
 def test_the_token_and_the_revision_are_those_of_the_model(weights, cache):
     """From its container's environment and its option."""
-    Bringing(weights, listed("org/gated", revision=COMMIT), HF_TOKEN="hf_secret").result()
+    Fetching(weights, listed("org/gated", revision=COMMIT), HF_TOKEN="hf_secret").result()
     assert list((repo(cache, "gated") / "snapshots").iterdir()) == [repo(cache, "gated") / "snapshots" / COMMIT]
     assert weights.size_bytes(listed("org/gated", revision=COMMIT)) == 800_000
     assert weights.size_bytes(listed("org/gated")) is None
@@ -224,7 +224,7 @@ def test_room_that_has_to_stay_free_is_respected(cache):
     """disk_margin_gb counts here too."""
     weights = VllmWeights(cache, HubProcess(), margin_bytes=10**18)
     with pytest.raises(LoadFailed, match="stay free"):
-        Bringing(weights).result()
+        Fetching(weights).result()
 
 
 @pytest.mark.parametrize(
@@ -239,14 +239,14 @@ def test_room_that_has_to_stay_free_is_respected(cache):
 )
 def test_what_is_no_matter_of_the_hub_is_left_to_vllm(hub, weights, model):
     """Paths, and what is to be loaded from elsewhere."""
-    assert Bringing(weights, model).result().seen == []
+    assert Fetching(weights, model).result().seen == []
     assert hub.requests == []
     assert weights.size_bytes(model) is None
 
 
 def test_another_place_in_the_container_is_left_to_vllm(hub, weights):
     """A model's own HF_HOME is not the cache that is mounted."""
-    Bringing(weights, HF_HOME="/data").result()
+    Fetching(weights, HF_HOME="/data").result()
     assert hub.requests == []
 
 
@@ -256,12 +256,12 @@ def test_a_cache_that_cant_be_written_says_what_to_do_and_a_whole_model_loads(we
     repo(cache).mkdir(parents=True)
     (repo(cache) / "blobs").write_text("in the way")
     with pytest.raises(LoadFailed, match=r"The Hugging Face cache .* can't be written.*sudo chown -R .*hub_cache_dir"):
-        Bringing(weights).result()
+        Fetching(weights).result()
     (repo(cache) / "blobs").unlink()
     fill_cache(cache, "org/model", TINY_MODEL)
     digest = hashlib.sha256(FILES["config.json"]).hexdigest()
     (repo(cache) / "blobs" / f"{digest}.{digest[:16]}.incomplete").mkdir()
-    Bringing(weights).result()
+    Fetching(weights).result()
     assert snapshot(cache) == TINY_MODEL
 
 
@@ -275,7 +275,7 @@ def test_unfinished_files_of_others_are_left_alone(weights, cache):
     ours = blobs / f"{digest}.{digest[:16]}.incomplete"
     for path in (*theirs, ours):
         path.write_bytes(b"part")
-    Bringing(weights).result()
+    Fetching(weights).result()
     assert all(path.exists() for path in theirs)
     assert not ours.exists()
     assert snapshot(cache) == FILES
@@ -284,15 +284,15 @@ def test_unfinished_files_of_others_are_left_alone(weights, cache):
 def test_a_blob_that_another_program_finishes_meanwhile_is_taken(hub, weights, cache):
     """Its own name for what is under way, one step to the last name: both end well."""
     hub.faults.bytes_per_second = 400_000
-    bringing = Bringing(weights)
-    wait_until(lambda: any((e.fraction or 0) > 0.05 for e in bringing.seen), "some bytes")
+    fetching = Fetching(weights)
+    wait_until(lambda: any((e.fraction or 0) > 0.05 for e in fetching.seen), "some bytes")
     first = SHARDS["model-00001-of-00002.safetensors"]
     whole = repo(cache) / "blobs" / hashlib.sha256(first).hexdigest()
     (whole.parent / "theirs").write_bytes(first)
     (whole.parent / "theirs").rename(whole)
     inode = whole.stat().st_ino
     hub.faults.bytes_per_second = None
-    bringing.result()
+    fetching.result()
     assert snapshot(cache) == FILES
     assert whole.stat().st_ino == inode
     assert list((repo(cache) / "blobs").glob("*.incomplete")) == []
@@ -303,8 +303,8 @@ def test_damaged_bytes_are_not_loaded(hub, weights, cache):
     hub.faults.flip = True
     hub.repos["org/one"] = Repo({**TINY_MODEL})
     with pytest.raises(LoadFailed, match="arrived damaged"):
-        Bringing(weights, listed("org/one")).result()
+        Fetching(weights, listed("org/one")).result()
     assert not (repo(cache, "one") / "refs").exists()
     hub.faults.flip = False
-    Bringing(weights, listed("org/one")).result()
+    Fetching(weights, listed("org/one")).result()
     assert snapshot(cache, "org/one") == TINY_MODEL

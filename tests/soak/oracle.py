@@ -29,7 +29,7 @@ MOST_DESCRIPTORS = 150
 MOST_CLOSE_WAIT = 0
 MOST_THREADS = 40
 TROUBLE = re.compile(
-    r"Traceback|unforeseen|nobody foresaw|message to the switcher failed|what follows a message failed"
+    r"Traceback|unforeseen|failed with an unexpected error|message to the switcher failed|what follows a message failed"
 )
 REASON = re.compile(r'<p class="trouble[^"]*">.*?<span>(.*?)</span>', re.DOTALL)
 NO_REASON = "The engine ended the answer without a reason."

@@ -119,7 +119,7 @@ class Console:
         self.post("/models/dismiss")
         return self
 
-    def call_off_downloads(self) -> None:
+    def cancel_downloads(self) -> None:
         """Empty the list of downloads, whatever they are at; what has arrived of finished ones stays."""
         downloads = "/api/providers/models/downloads"
 
@@ -129,7 +129,7 @@ class Console:
                 self.delete(f"{downloads}/{download['id']}")  # calls it off first, then takes it from the list
             return not left
 
-        wait_until(none_left, "the downloads to be called off")
+        wait_until(none_left, "the downloads to be cancelled")
 
     def close(self) -> None:
         """End it and everything it started, at once: an orderly stop takes over a second, and has tests of its own."""

@@ -127,7 +127,7 @@ def test_what_stood_there_stands_there_again_when_the_switch_fails(tmp_path: Pat
 
 @pytest.mark.parametrize(("outcome", "expected"), [("success", "b"), ("failed", "old")])
 def test_a_later_choice_is_not_taken_back_and_does_not_bring_back_an_earlier_one(tmp_path: Path, outcome, expected):
-    """The first switch is called off for a second one; what stood there before both is what may come back."""
+    """The first switch is cancelled for a second one; what stood there before both is what may come back."""
     file = EnvFile(tmp_path / ".env", KEY)
     file.write("old")
     first, second = Job(Request("switch", "a", "test")), Job(Request("switch", "b", "test"))

@@ -59,7 +59,7 @@ class VllmWeights:
         except LoadFailed:
             return False
 
-    def bring(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
+    def fetch(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
         """Block until all that vLLM loads of a model is in the cache.
 
         `environment` is its container's. Files that are there are not asked for again, and where all are, a hub that

@@ -61,7 +61,7 @@ class Layers:
 
 
 class Pull:
-    """One pull. Docker may say nothing for long, so a thread listens to it and `run` can be called off at any time.
+    """One pull. Docker may say nothing for long, so a thread reads from it and `run` can be cancelled at any time.
 
     `ask` begins it; `explain` turns what `ask` and its stream raise into one of the port's errors.
     """

@@ -137,7 +137,7 @@ class LlamaCpp:
     def settings_key(self, model: Model) -> str:
         return self._key(model, self._header(model))
 
-    def bring(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
+    def fetch(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
         """Its models are here: what is not is downloaded by a job of its own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> LlamaCppInstance:

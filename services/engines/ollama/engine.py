@@ -94,7 +94,7 @@ class Ollama:
         place = "here" if self._server.local else self._api.base_url
         return f"{place} ctx={self._context(model)} device={self._device(model)} {model.digest}"
 
-    def bring(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
+    def fetch(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
         """Its models are here: what is not is downloaded by a job of its own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> OllamaInstance:
@@ -117,7 +117,7 @@ class Ollama:
         return list({model.id: model for entry in listed for model in self._served_by(entry, models)}.values())
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> OllamaInstance | None:
-        for entry in list(self._watch.latest.models.values()):  # asks nobody: see `loaded`
+        for entry in list(self._watch.latest.models.values()):  # no I/O: see `loaded`
             if self._served_by(entry, [model]):
                 name = self._name_beside(entry, model) or entry.name
                 return self._instance(model, name, on_exit, ready=True)
@@ -138,7 +138,7 @@ class Ollama:
         self._inventory.list(fresh=True)
 
     def installed(self) -> Sequence[Installed]:
-        """What is on the server's disk as last listed, without the names made here. Asks nobody."""
+        """What is on the server's disk as last listed, without the names made here. No I/O."""
         return [entry for name, entry in self._inventory.latest.items() if not name.startswith(OURS)]
 
     def models_folder(self) -> Path | None:

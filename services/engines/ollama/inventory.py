@@ -29,7 +29,7 @@ def derived_name(installed: Installed, context_length: int) -> str:
 
 
 class Inventory:
-    """Asked from any thread. `list` and `show` ask the server; everything else asks nobody."""
+    """Asked from any thread. `list` and `show` ask the server; everything else is answered from memory."""
 
     def __init__(self, api: OllamaApi) -> None:
         self._api = api

@@ -78,15 +78,15 @@ def run_of(container: Container) -> Run:
 
 
 class Weights(Protocol):
-    """Whatever brings a model's weights to where its container looks for them."""
+    """Fetches a model's weights to where its container looks for them."""
 
     def size_bytes(self, model: Model) -> int | None:
-        """How large they are, where they are here; None where they aren't. Asks nobody, never raises."""
+        """How large they are, where they are here; None where they aren't. No I/O beyond this disk; never raises."""
 
     def fetches(self, model: Model) -> bool:
-        """Whether `bring` would fetch them at all. Asks nobody, never raises."""
+        """Whether `fetch` would fetch them at all. No network; never raises."""
 
-    def bring(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
+    def fetch(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
         """Block until they are here; `environment` is the container's. Raises LoadFailed, and Aborted on `abort`."""
 
 
@@ -149,14 +149,14 @@ class Vllm:
             f"{model.options.get('image') or self._settings.image} {self._device(model)} {options} {model.size_bytes}"
         )
 
-    def bring(self, model: Model, report: Report, abort: Abort, /) -> None:
+    def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
         """The image, then the weights."""
         spec = self._spec(model)
         if not self._runtime.image_present(spec.image):
             report(Evidence("downloading", None, f"pulling the image {spec.image}"))
             self._runtime.pull(spec.image, partial(_report_image, report), abort)
             report = partial(_report_second_half, report)
-        self._weights.bring(model, spec.environment, report, abort)
+        self._weights.fetch(model, spec.environment, report, abort)
 
     def launch(self, model: Model, on_exit: OnExit) -> VllmInstance:
         if model.fault:
