@@ -32,6 +32,7 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "css/models.css",
         "css/downloads.css",
         "css/docs.css",
+        "css/print.css",
     ),
     "icon.svg": ("icon.svg",),
 }

@@ -63,7 +63,7 @@ class ConversationRepository:
     def page_start(self, conversation_id: str, before: int | None, messages: int, characters: int) -> int:
         """The position from which on at most so many messages come before another, or the end.
 
-        They have at most so many characters together, unless the last one alone has more.
+        They have at most so many characters together, unless the last two, a question and its answer, have more.
         """
         length = func.length(MessageRow.content) + func.length(MessageRow.thinking)
         query = select(MessageRow.position, length).where(MessageRow.conversation_id == conversation_id)
@@ -74,7 +74,7 @@ class ConversationRepository:
         with self._store.reading() as session:
             for count, (position, size) in enumerate(session.execute(query)):
                 held += size
-                if count and held > characters:
+                if count > 1 and held > characters:
                     break
                 start = position
         return start

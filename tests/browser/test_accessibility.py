@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
+from services.store.database import open_store
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.ollama_steps import (
     SIZE,
@@ -37,6 +39,7 @@ from tests.browser.steps import (
     visit,
 )
 from tests.support.console import Console, stand_in, wait_until
+from tests.support.talk import put_conversations
 
 LONG = "a-model-whose-name-has-as-many-as-sixty-letters-and-hyphens-"[:59] + "x"
 FORTY = "".join(stand_in(f"family-{n // 10}/model-{n:02d}-plain", source=str(MINI)) for n in range(40))
@@ -157,6 +160,46 @@ def test_a_conversation(windows: Windows, console: Console, page: Page) -> None:
 
     windows.check(look)
     windows.check(open_menu)
+
+
+WIDE = "w" * 300
+EVERYTHING = f"""\
+{WIDE} and **{WIDE}**, `{WIDE}`, [{WIDE}](https://example.org/{WIDE}), \\({WIDE}\\)
+
+# {WIDE}
+
+- {WIDE}
+- שלום עולם
+
+> {WIDE}
+
+$${WIDE}$$
+
+```{WIDE[:40]}:{WIDE}
+{WIDE}
+```
+
+| {WIDE} | b |
+|---|--:|
+| 1 | 2 |
+
+مرحبا بالعالم, हिन्दी, 日本語
+"""
+
+
+def test_a_conversation_of_what_needs_room(windows: Windows, shared: Console) -> None:
+    """Words, names and addresses of 300 letters, formulas, a table, and scripts from right to left, in all places."""
+    with closing(open_store(shared.folder / "state" / "switchyard.db")) as store:
+        talk = put_conversations(store, 60, [WIDE, EVERYTHING, "שלום", EVERYTHING] * 12, title=WIDE, model=WIDE)[-1]
+
+    def look(window: Page) -> None:
+        visit(window, shared, f"/chats/{talk}")
+        expect(window.locator(".message.complete").last).to_be_visible()
+        for inside in ("#messages", ".chat-bar", "#composer", "main"):
+            width, inner = window.locator(inside).evaluate("e => [e.scrollWidth, e.clientWidth]")
+            assert width <= inner, f"{inside} scrolls sideways: {width} of {inner}"
+
+    windows.check(look)
 
 
 def test_an_answer_under_way(windows: Windows, console: Console, page: Page) -> None:

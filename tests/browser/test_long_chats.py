@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 
 import pytest
@@ -51,6 +52,42 @@ def test_earlier_messages_come_in_above_what_is_read(page: Page, talk: str) -> N
     expect(messages(page)).to_have_count(MESSAGES)
     expect(earlier).to_have_count(0)
     expect(page.locator("#messages")).to_be_focused()
+
+
+def test_print_prints_the_conversation(page: Page, talk: str) -> None:
+    """On paper are the title and all messages that the page holds, over several pages, and nothing to click."""
+    page.goto(f"{talk}?from=0")
+    page.emulate_media(media="print", color_scheme="dark")
+    for shown in (page.locator("#chat-title"), messages(page).first, messages(page).last):
+        expect(shown).to_be_visible()
+    for hidden in ("header.top", "#conversations", "#composer", "#model-picker", ".message button"):
+        expect(page.locator(hidden).first).to_be_hidden()
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(20, 24, 31)"
+    assert page.locator("#messages").evaluate("e => e.scrollHeight - e.clientHeight") == 0
+    assert len(re.findall(rb"/Type /Page\b", page.pdf())) > 1
+
+
+def test_what_a_page_leaves_out_is_said_on_paper(page: Page, talk: str) -> None:
+    """Whoever prints the latest messages is told how many are missing, and what brings them."""
+    page.goto(talk)
+    expect(page.locator("#earlier")).to_contain_text(f"Show all {MESSAGES}")
+    page.emulate_media(media="print")
+    expect(page.locator("#earlier")).to_contain_text(f"{MESSAGES - PAGE_MESSAGES} earlier messages are left out")
+
+
+def test_forced_colours_show_where_one_is(page: Page, talk: str) -> None:
+    """The current page and the current conversation are told from the others by a line, not by a background."""
+    page.emulate_media(forced_colors="active")
+    page.goto(talk)
+
+    def line(of: str, side: str) -> tuple[str, str]:
+        color, width = page.locator(of).first.evaluate(
+            f"e => [getComputedStyle(e).border{side}Color, getComputedStyle(e).border{side}Width]"
+        )
+        return color, width
+
+    for places, side in ((".pages a", "Bottom"), (".conversation-list a", "InlineStart")):
+        assert line(f"{places}[aria-current]", side) != line(f"{places}:not([aria-current])", side)
 
 
 def test_without_script_links_lead_to_all_of_it(open_page: OpenPage, talk: str) -> None:

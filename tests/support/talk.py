@@ -10,13 +10,17 @@ from services.store.database import Store
 from services.store.tables import ConversationRow, MessageRow
 
 
-def put_conversations(store: Store, count: int, messages: Iterable[str] = ()) -> list[str]:
+def put_conversations(
+    store: Store, count: int, messages: Iterable[str] = (), title: str = "Talk {number}", model: str | None = None
+) -> list[str]:
     """So many conversations, each a second newer than the one before; their ids, the newest last.
 
     The newest one has these messages, a question and an answer in turn; the last 32 letters of an id count.
     """
     ids = [f"{number:032x}" for number in range(count)]
-    rows = [{"id": i, "title": f"Talk {n}", "created_at": 1.0, "updated_at": float(n)} for n, i in enumerate(ids)]
+    rows = [
+        {"id": i, "title": title.format(number=n), "created_at": 1.0, "updated_at": float(n)} for n, i in enumerate(ids)
+    ]
     said = [
         {
             "id": f"{number:031x}m",
@@ -25,6 +29,7 @@ def put_conversations(store: Store, count: int, messages: Iterable[str] = ()) ->
             "role": ("user", "assistant")[number % 2],
             "content": content,
             "state": "complete",
+            "model": model if number % 2 else None,
             "created_at": 1.0,
             "thinking": "",
             "context_full": False,

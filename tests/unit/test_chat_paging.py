@@ -106,9 +106,9 @@ def test_a_page_of_long_messages_holds_fewer_of_them(client: FlaskClient, fill: 
     assert shown(client.get(f"/chats/{conversation}").text) == [8, 9, 10, 11]
 
 
-def test_a_message_longer_than_a_page_is_shown(client: FlaskClient, fill: Callable) -> None:
-    conversation = fill(1, messages=2, content="x" * (PAGE_CHARACTERS + 1))[0]
-    assert shown(client.get(f"/chats/{conversation}").text) == [1]
+def test_an_answer_longer_than_a_page_is_shown_with_its_question(client: FlaskClient, fill: Callable) -> None:
+    conversation = fill(1, messages=4, content="x" * (PAGE_CHARACTERS + 1))[0]
+    assert shown(client.get(f"/chats/{conversation}").text) == [2, 3]
 
 
 def test_an_unchanged_look_reads_no_message_and_no_list(
