@@ -58,6 +58,7 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "database_unavailable": 503,
     "queue_timeout": 504,
     "invalid_name": 422,
+    "registry_not_allowed": 422,
     "ollama_not_found": 503,
     "service_unavailable": 503,
     "service_failed": 502,

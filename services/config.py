@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 PREFIX = "SWITCHYARD_"
 DEFAULT_FILE = "switchyard.toml"
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}$"
+
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?(:\d{1,5})?")
 
 Strategy = Literal["largest_first", "oldest_first", "preserve_favorites", "cheapest_reload"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -132,6 +135,10 @@ class Settings(BaseModel):
         description="context of Ollama models, in tokens; default: context_length, or the server's own",
     )
     ollama_registry_url: str = Field("https://registry.ollama.ai", description="where Ollama models come from")
+    download_hosts: tuple[str, ...] = Field(
+        ("hf.co", "huggingface.co"),
+        description="further registries that a model's name may point to, and that a hub may send downloads on to",
+    )
     ollama_insecure_registry: bool = Field(False, description="let Ollama pull from registries without TLS")
 
     docker_host: str | None = Field(None, description="where Docker answers; default: its usual socket")
@@ -191,6 +198,14 @@ class Settings(BaseModel):
             raise ValueError("must be an address such as http://127.0.0.1:11434")
         return f"{parts.scheme}://{parts.netloc}"
 
+    @field_validator("download_hosts")
+    @classmethod
+    def _hosts(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not HOST.fullmatch(value):
+                raise ValueError(f"{value!r} is not a host, such as hf.co or registry.lan:5000")
+        return values
+
     @model_validator(mode="after")
     def _ids_once(self) -> Settings:
         ids = [entry.id for entry in self.models]
@@ -219,7 +234,7 @@ class Settings(BaseModel):
         return int(self.max_body_mb * 1e6)
 
 
-LIST_KEYS = {"allowed_hosts", "preserve_models"}
+LIST_KEYS = {"allowed_hosts", "preserve_models", "download_hosts"}
 FILE_ONLY = {"models", "recommended"}
 UNPREFIXED = {"OLLAMA_BASE_URL": "ollama_base_url", "OLLAMA_MODEL": "ollama_model", "DOCKER_HOST": "docker_host"}
 """Names that other programs read as well; the prefixed ones win."""

@@ -18,6 +18,7 @@ from services.downloads.huggingface.process import HubProcess
 from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.downloads.library import Library, look_for
 from services.downloads.ollama.pull import OllamaFetcher
+from services.downloads.ollama.registry import Registries
 from services.downloads.ollama.updates import UpdateCheck
 from services.downloads.queue import DownloadQueue
 from services.engines.child_logs import LogWatch
@@ -158,7 +159,7 @@ def build_services(settings: Settings) -> Services:
     if damaged.current is not None:
         log.error("the database was damaged and is set aside; a new one was begun", file=str(damaged.current))
     devices = DeviceMonitor(settings.memory_budget_bytes)
-    hub = HubProcess(registry)
+    hub = HubProcess(registry, hosts=settings.download_hosts)
     board = Board()
     service = OllamaService(
         settings.ollama_base_url,
@@ -184,8 +185,7 @@ def build_services(settings: Settings) -> Services:
     downloads = _downloads(settings, store, registry, hub, ollama, catalog)
     updates = UpdateCheck(
         ollama.installed,
-        settings.ollama_registry_url,
-        insecure=settings.ollama_insecure_registry,
+        _registries(settings),
         every_seconds=settings.update_check_hours * 3600,
     )
     router = Router(settings, board, catalog, switcher)
@@ -279,6 +279,10 @@ def _ollama_environment(settings: Settings, downloads: DownloadQueue) -> dict[st
     return environment
 
 
+def _registries(settings: Settings) -> Registries:
+    return Registries(settings.ollama_registry_url, settings.download_hosts, insecure=settings.ollama_insecure_registry)
+
+
 def _downloads(
     settings: Settings, store: Store, registry: ProcessRegistry, hub: HubProcess, ollama: Ollama, catalog: Catalog
 ) -> DownloadQueue:
@@ -286,8 +290,7 @@ def _downloads(
         "ollama": OllamaFetcher(
             settings.ollama_base_url,
             find_binary=lambda: find_ollama(settings.ollama_binary),
-            registry_url=settings.ollama_registry_url,
-            insecure=settings.ollama_insecure_registry,
+            registries=_registries(settings),
             registry=registry,
         ),
         "huggingface": HuggingFaceFetcher(settings.models_dir, hub),

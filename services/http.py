@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -174,10 +174,12 @@ def fetch(
     headers: Mapping[str, str] | None = None,
     most_bytes: int = MOST_BYTES,
     redirects: int = 0,
+    follow: Callable[[str], bool] = lambda _url: False,
 ) -> Answer:
-    """Ask once and give the whole answer; `redirects` is how often it may send us elsewhere. Raises FetchError.
+    """Ask once and give the whole answer; `redirects` is how often it may send us on. Raises FetchError.
 
-    `timeout` is seconds for everything together.
+    To another origin (scheme, host or port) only where `follow` says so of the address. `timeout` is seconds for
+    everything together.
     """
     deadline = _Deadline(timeout)
     while True:
@@ -187,9 +189,20 @@ def fetch(
         answer = request.answer()
         if request.redirect is None or not redirects:
             return answer
-        url, redirects = urljoin(url, request.redirect), redirects - 1
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise BrokenOff("it sent us to what is no web address")
+        there, redirects = _redirected(url, request.redirect), redirects - 1
+        if urlsplit(there)[:2] != urlsplit(url)[:2] and not follow(there):
+            raise BrokenOff(f"it sent us on to {urlsplit(there).netloc[:100]}, which is not asked")
+        url = there
+
+
+def _redirected(url: str, location: str) -> str:
+    """The address that a redirect of `url` leads to. Raises BrokenOff when it is none of HTTP's."""
+    with suppress(ValueError):
+        there = urljoin(url, location)
+        parts = urlsplit(there)
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0:
+            return there
+    raise BrokenOff("it sent us on to what is no web address")
 
 
 @cache

@@ -13,6 +13,7 @@ import requests
 
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
+from services.engines.ollama.names import OllamaName
 from services.engines.port import Endpoint, Instance, Model
 from tests.conftest import StartConsole
 from tests.engines.conformance import EngineCase, EngineConformance, SharingConformance
@@ -64,7 +65,11 @@ class TestOnAServer(EngineConformance, SharingConformance):
 @pytest.fixture
 def console(start_console: StartConsole, server: OllamaServer) -> Console:
     console = start_console(
-        ollama_base_url=server.url, ollama_binary=server.binary, ollama_insecure_registry=True, disk_margin_gb=0
+        ollama_base_url=server.url,
+        ollama_binary=server.binary,
+        ollama_insecure_registry=True,
+        download_hosts=OllamaName.parse(server.model).host,
+        disk_margin_gb=0,
     )
     console.wait_for(lambda s: {server.model, server.other} <= set(s["models"]), "its models")
     return console

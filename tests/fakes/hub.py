@@ -49,6 +49,10 @@ class Faults:
     """The first byte sent is another one."""
     login_page: bool = False
     """Every answer is a web page, as in a hotel's network."""
+    cdn: str | None = None
+    """Where files are said to lie instead of at the CDN."""
+    moved: str | None = None
+    """Where a repository is said to have gone when it is to be listed."""
     statuses: list[int] = field(default_factory=list)
     """Statuses that the next requests of any kind are answered with."""
 
@@ -82,6 +86,11 @@ class FakeHub:
     @property
     def cdn_url(self) -> str:
         return self._cdn.url
+
+    @property
+    def cdn_host(self) -> str:
+        """What has to be among the hosts that the hub may send downloads on to: it is on this machine."""
+        return self._cdn.url.removeprefix("http://")
 
     def __enter__(self) -> FakeHub:
         return self
@@ -133,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse(403, "AccessDenied", "no such object")
             else:
                 self._send(content)
+        elif path.startswith("/api/") and hub.faults.moved is not None:
+            self._answer(307, b"", {"Location": hub.faults.moved})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._list(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -166,8 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif repo.lfs:
             content = repo.files[path]
             sha256 = hashlib.sha256(content).hexdigest()
+            cdn = self.server.hub.faults.cdn or self.server.hub.cdn_url
             headers = {
-                "Location": f"{self.server.hub.cdn_url}/repos/{quote(sha256)}?signature=short-lived",
+                "Location": f"{cdn}/repos/{quote(sha256)}?signature=short-lived",
                 "X-Repo-Commit": COMMIT,
                 "X-Linked-Size": str(len(content)),
                 "X-Linked-Etag": f'"{sha256}"',

@@ -37,7 +37,7 @@ def console(start_console: Callable[..., Console], ollama: FakeOllama, tmp_path:
             ollama_base_url=ollama.url,
             ollama_binary=ollama.binary,
             ollama_registry_url="http://127.0.0.1:9",
-            environment=hub_environment(hub.url, tmp_path / "hub-home"),
+            environment=hub_environment(hub, tmp_path / "hub-home"),
             disk_margin_gb=0,
             standby="false",
         )

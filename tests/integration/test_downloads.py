@@ -245,7 +245,7 @@ def test_a_gguf_from_the_hub_appears_by_itself_and_answers(start_console, tmp_pa
     models.mkdir()
     gguf = (DEMO_MODELS / "switchyard-mini.gguf").read_bytes()
     with FakeHub({"owner/tiny": Repo({"tiny-Q4_K_M.gguf": gguf})}) as hub:
-        environment = hub_environment(hub.url, tmp_path / "hub-home")
+        environment = hub_environment(hub, tmp_path / "hub-home")
         console = start_console(models_dir=models, environment=environment, disk_margin_gb=0)
         with closing(download(console, "owner/tiny", source="huggingface")) as answer:
             heard = list(unnamed(answer))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
 
@@ -21,6 +22,7 @@ from services.downloads.huggingface.errors import explain
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from services.downloads.huggingface.names import parse
 from services.downloads.huggingface.process import HubProcess
+from services.downloads.huggingface.redirects import BLOB, Guard
 from services.engines.processes import ProcessRegistry
 from tests.fakes.hub import COMMIT, FakeHub, Repo
 from tests.support.console import DEMO_MODELS, ROOT, free_port, wait_until
@@ -59,8 +61,9 @@ def models(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fetcher(models: Path, registry: ProcessRegistry) -> HuggingFaceFetcher:
-    return HuggingFaceFetcher(models, HubProcess(registry, stall_seconds=20, retry_pause=RETRY_PAUSE))
+def fetcher(hub: FakeHub, models: Path, registry: ProcessRegistry) -> HuggingFaceFetcher:
+    process = HubProcess(registry, hosts=[hub.cdn_host], stall_seconds=20, retry_pause=RETRY_PAUSE)
+    return HuggingFaceFetcher(models, process)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -330,9 +333,57 @@ def test_a_page_that_is_no_hub_is_said(hub: FakeHub, fetcher: HuggingFaceFetcher
     assert "whether the network asks for a login" in failure.message
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_file_is_not_asked_of_this_machine_or_its_network(
+    hub: FakeHub, models: Path, registry: ProcessRegistry, scheme: str
+) -> None:
+    """A redirect of a file to loopback by a name, a number or an address is refused before anything is sent."""
+    fetcher = HuggingFaceFetcher(models, HubProcess(registry, retry_pause=RETRY_PAUSE))
+    port = hub.cdn_host.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254"):
+        hub.faults.cdn = f"{scheme}://{host}:{port}"
+        failure = Fetch(fetcher, "yard/mini").failure()
+        assert failure.code == "redirect_refused", host
+        assert "download_hosts" in failure.message
+    assert hub.asked("cdn") == []
+
+
+def test_a_file_may_come_from_a_public_host_without_the_token() -> None:
+    """The hub's CDN is one, over HTTPS; on plain HTTP, and for anything but a file, it is refused."""
+    guard = Guard("https://huggingface.co", ["registry.lan:5000"])
+    token = {"Authorization": f"Bearer {TOKEN}"}
+
+    def sent(url: str, **extensions: bool) -> bool:
+        """Whether the token goes along. Raises DownloadError."""
+        request = httpx2.Request("GET", url, headers=token, extensions=extensions)
+        guard(request)
+        return "Authorization" in request.headers
+
+    assert sent("https://huggingface.co/api/models/a/b")
+    assert not sent("https://1.1.1.1/signed", blob=True)
+    assert not sent("http://registry.lan:5000/api/models/a/b")
+    for url, extensions in (
+        ("https://1.1.1.1/api", {}),
+        ("http://1.1.1.1/signed", BLOB),
+        ("http://huggingface.co/api/models/a/b", {}),
+        ("https://huggingface.co:8443/a", {}),
+    ):
+        with pytest.raises(DownloadError):
+            sent(url, **extensions)
+
+
+def test_a_repository_is_listed_by_the_hub_alone(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
+    """Only files may lie elsewhere: what there is isn't asked of another host, not even over HTTPS."""
+    for place in ("https://example.com/api/models/yard/mini", "http://127.0.0.1:9/"):
+        hub.faults.moved = place
+        assert Fetch(fetcher, "yard/mini").failure().code == "redirect_refused"
+    hub.faults.moved = "/yard/mini"  # a renamed repository: the hub itself, which then has no such page here
+    assert Fetch(fetcher, "yard/mini").failure().code == "unknown_model"
+
+
 def test_silence_for_too_long_is_a_stall(hub: FakeHub, models: Path, registry: ProcessRegistry) -> None:
     hub.faults.hang_after = 100_000
-    fetcher = HuggingFaceFetcher(models, HubProcess(registry, stall_seconds=1.5))
+    fetcher = HuggingFaceFetcher(models, HubProcess(registry, hosts=[hub.cdn_host], stall_seconds=1.5))
     failure = Fetch(fetcher, "yard/mini").failure()
     assert (failure.code, failure.may_resume) == ("stalled", True)
     assert children_of_this_process() == []
@@ -421,7 +472,7 @@ def test_a_disk_that_fails_in_the_middle_is_told(number: int, code: str) -> None
 
 
 PARENT = """
-import sys
+import os, sys
 from pathlib import Path
 {patch}
 from services.abort import Abort, Aborted
@@ -436,7 +487,7 @@ def report(seen):
         if {stop} and part.completed > 100_000:
             abort()
 try:
-    process = HubProcess(ProcessRegistry(folder / "state"))
+    process = HubProcess(ProcessRegistry(folder / "state"), hosts=[os.environ["SWITCHYARD_DOWNLOAD_HOSTS"]])
     HuggingFaceFetcher(folder / "models", process).fetch("yard/mini", report, abort)
 except Aborted:
     print("aborted", flush=True)
@@ -449,7 +500,7 @@ def start_parent(hub: FakeHub, folder: Path, patch: str = "", stop: bool = False
     return subprocess.Popen(
         [sys.executable, "-c", PARENT.format(patch=patch, stop=stop), str(folder)],
         cwd=ROOT,
-        env={**os.environ, **hub_environment(hub.url, folder / "home")},
+        env={**os.environ, **hub_environment(hub, folder / "home")},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -23,7 +23,7 @@ import pytest
 from services.abort import Abort, Aborted
 from services.downloads.fetcher import DownloadError, Seen
 from services.downloads.ollama.pull import OllamaFetcher
-from services.downloads.ollama.registry import MAX_BYTES, fetch_manifest
+from services.downloads.ollama.registry import MAX_BYTES, Registries, fetch_manifest
 from services.downloads.progress import TransferProgress
 from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry
@@ -99,11 +99,13 @@ def program(folder: Path, code: str) -> str:
 
 def by_command(folder: Path, code: str, **settings: object) -> OllamaFetcher:
     binary = program(folder, code)
-    return OllamaFetcher("http://127.0.0.1:9", find_binary=lambda: binary, registry_url=NOBODY, **settings)
+    return OllamaFetcher(
+        "http://127.0.0.1:9", find_binary=lambda: binary, **{"registries": Registries(NOBODY), **settings}
+    )
 
 
 def by_stream(url: str, **settings: object) -> OllamaFetcher:
-    return OllamaFetcher(url, find_binary=lambda: None, registry_url=NOBODY, **settings)
+    return OllamaFetcher(url, find_binary=lambda: None, registries=Registries(NOBODY), **settings)
 
 
 def failure(fetcher: OllamaFetcher, name: str = "tiny-b") -> DownloadError:
@@ -160,7 +162,10 @@ class Pulls:
     def fetcher(self, **settings: object) -> OllamaFetcher:
         binary = self.ollama.binary if self.way == "command" else None
         return OllamaFetcher(
-            self.ollama.url, find_binary=lambda: binary, registry_url=self.registry.url, insecure=True, **settings
+            self.ollama.url,
+            find_binary=lambda: binary,
+            registries=Registries(self.registry.url, insecure=True),
+            **settings,
         )
 
     def at(self, seen: Seen) -> int:
@@ -272,7 +277,7 @@ class TestBothWays:
         """The sizes then come as Ollama gets to them."""
         seen: list[Seen] = []
         binary = pulls.ollama.binary if pulls.way == "command" else None
-        OllamaFetcher(pulls.ollama.url, find_binary=lambda: binary, registry_url=NOBODY).fetch(
+        OllamaFetcher(pulls.ollama.url, find_binary=lambda: binary, registries=Registries(NOBODY)).fetch(
             "tiny-b", seen.append, Abort()
         )
         assert {one.expected_bytes for one in seen} == {None}
@@ -291,7 +296,9 @@ with open({str(notes)!r}, "w") as file:
     print(sys.argv[1:], [os.environ[key] for key in {keys}], os.getpgid(0) == os.getpid(), file=file)
     print(os.readlink("/proc/self/fd/0"), os.readlink("/proc/self/fd/1"), file=file)
 say("success ")"""
-        by_command(tmp_path, code, insecure=True).fetch("user/x:7b", lambda _: None, Abort())
+        by_command(tmp_path, code, registries=Registries(NOBODY, insecure=True)).fetch(
+            "user/x:7b", lambda _: None, Abort()
+        )
         assert notes.read_text(encoding="utf-8").splitlines() == [
             f"['pull', '--insecure', 'user/x:7b'] ['{NOBODY}', 'dumb', '1'] True",
             "/dev/null /dev/null",
@@ -364,14 +371,14 @@ say("success ")"""
     def test_a_command_that_cannot_be_started_leaves_it_to_the_api(self):
         """Its path may be stale."""
         with serving(answering(200, SUCCESS)) as url:
-            fetcher = OllamaFetcher(url, find_binary=lambda: "/nowhere/ollama", registry_url=NOBODY)
+            fetcher = OllamaFetcher(url, find_binary=lambda: "/nowhere/ollama", registries=Registries(NOBODY))
             fetcher.fetch("tiny-b", lambda _: None, Abort())
 
     def test_an_ollama_elsewhere_is_not_asked_through_the_command(self):
         """The one on this machine need not fit it: it isn't even looked for."""
         looked = []
         fetcher = OllamaFetcher(
-            "http://ollama.invalid:11434", find_binary=lambda: looked.append(1) or "/x", registry_url=NOBODY
+            "http://ollama.invalid:11434", find_binary=lambda: looked.append(1) or "/x", registries=Registries(NOBODY)
         )
         assert failure(fetcher).code == "ollama_unreachable"
         assert not looked
@@ -514,7 +521,7 @@ class TestRegistry:
             answering(200, self.MANIFEST)(request)
 
         with serving(answer) as url:
-            manifest = fetch_manifest(OllamaName.parse("tiny-b"), url, insecure=False)
+            manifest = fetch_manifest(OllamaName.parse("tiny-b"), Registries(url))
         assert asked == [
             ("/v2/library/tiny-b/manifests/latest", "application/vnd.docker.distribution.manifest.v2+json")
         ]
@@ -527,7 +534,7 @@ class TestRegistry:
         with serving(answering(200, self.MANIFEST)) as url:
             host = url.removeprefix("http://")
             name = OllamaName.parse(f"{host}/user/tiny-b:7b")
-            assert fetch_manifest(name, NOBODY, insecure=False).size_bytes > 46_000_000
+            assert fetch_manifest(name, Registries(NOBODY, (host,))).size_bytes > 46_000_000
 
     @pytest.mark.parametrize(
         ("status", "code"), [(404, "unknown_model"), (401, "access_denied"), (500, "registry_unreachable")]
@@ -535,7 +542,7 @@ class TestRegistry:
     def test_a_refusal_has_a_code(self, status, code):
         """Not there, not for everybody, or out of order."""
         with serving(answering(status, b"{}")) as url, pytest.raises(DownloadError) as caught:
-            fetch_manifest(OllamaName.parse("tiny-b"), url, insecure=False)
+            fetch_manifest(OllamaName.parse("tiny-b"), Registries(url))
         assert caught.value.code == code
 
     @pytest.mark.parametrize(
@@ -553,19 +560,36 @@ class TestRegistry:
     def test_what_is_no_manifest_is_not_taken_for_one(self, answer):
         """Nor is a redirection out of HTTP followed."""
         with serving(answer) as url, pytest.raises(DownloadError) as caught:
-            fetch_manifest(OllamaName.parse("tiny-b"), url, insecure=False)
+            fetch_manifest(OllamaName.parse("tiny-b"), Registries(url))
         assert caught.value.code == "registry_unreachable"
+
+    def test_a_registry_can_not_send_us_to_another_host(self):
+        """Not to this machine's own services: those aren't asked."""
+        asked = []
+
+        def elsewhere(request: BaseHTTPRequestHandler) -> None:
+            asked.append(request.path)
+            answering(200, self.MANIFEST)(request)
+
+        with (
+            serving(elsewhere) as other,
+            serving(answering(307, b"", Location=f"{other}/v2/x")) as url,
+            pytest.raises(DownloadError) as caught,
+        ):
+            fetch_manifest(OllamaName.parse("tiny-b"), Registries(url))
+        assert caught.value.code == "registry_unreachable"
+        assert asked == []
 
     def test_nobody_there(self):
         """Refused at once."""
         with pytest.raises(DownloadError) as caught:
-            fetch_manifest(OllamaName.parse("tiny-b"), NOBODY, insecure=False)
+            fetch_manifest(OllamaName.parse("tiny-b"), Registries(NOBODY))
         assert (caught.value.code, caught.value.may_resume) == ("registry_unreachable", True)
 
     def test_an_abort_is_noticed_while_a_registry_says_nothing(self):
         """Its question is left to itself."""
         with _silent_server(b"") as (url, accepted):
-            fetcher = OllamaFetcher(NOBODY, find_binary=lambda: None, registry_url=url)
+            fetcher = OllamaFetcher(NOBODY, find_binary=lambda: None, registries=Registries(url))
             with Running(fetcher) as running:
                 wait_until(lambda: bool(accepted), "the question")
                 assert running.stop() < 1
@@ -589,10 +613,11 @@ import sys, threading
 import gevent
 from services.abort import Abort, Aborted
 from services.downloads.ollama.pull import OllamaFetcher
+from services.downloads.ollama.registry import Registries
 from tests.support.stopwatch import Stopwatch
 
 binary = sys.argv[2] or None
-fetcher = OllamaFetcher(sys.argv[1], find_binary=lambda: binary, registry_url="http://127.0.0.1:9")
+fetcher = OllamaFetcher(sys.argv[1], find_binary=lambda: binary, registries=Registries("http://127.0.0.1:9"))
 abort, ended = Abort(), []
 def run():
     try:

@@ -106,7 +106,7 @@ def start(docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> 
         """A console of the test's own, with the models of a hub."""
         return start_console(
             toml=toml,
-            environment=hub_environment(hub.url, tmp_path / "home"),
+            environment=hub_environment(hub, tmp_path / "home"),
             vllm_image=STAND_IN_IMAGE,
             docker_host=docker.host,
             hub_cache_dir=tmp_path / "hub",

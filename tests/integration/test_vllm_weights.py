@@ -54,10 +54,9 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def weights(cache: Path, tmp_path: Path) -> VllmWeights:
-    return VllmWeights(
-        cache, HubProcess(ProcessRegistry(tmp_path / "state"), stall_seconds=20, retry_pause=RETRY_PAUSE)
-    )
+def weights(hub: FakeHub, cache: Path, tmp_path: Path) -> VllmWeights:
+    registry = ProcessRegistry(tmp_path / "state")
+    return VllmWeights(cache, HubProcess(registry, hosts=[hub.cdn_host], stall_seconds=20, retry_pause=RETRY_PAUSE))
 
 
 def listed(source: str = "org/model", **options: object) -> Model:

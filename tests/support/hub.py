@@ -24,14 +24,21 @@ TINY_MODEL = {"config.json": b"{}", "tokenizer.json": b"{} ", "model.safetensors
 def hub_running(repos: Mapping[str, Repo], monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[FakeHub]:
     """A hub that huggingface_hub finds through the environment; this machine's own token and cache stay out."""
     with FakeHub(repos) as hub:
-        for name, value in hub_environment(hub.url, home).items():
+        for name, value in hub_environment(hub, home).items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub
 
 
-def hub_environment(url: str, home: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+def hub_environment(hub: FakeHub, home: Path) -> dict[str, str]:
+    """For a console, or for this process. Its CDN is on this machine, so that it has to be allowed."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "SWITCHYARD_DOWNLOAD_HOSTS": hub.cdn_host,
+    }
 
 
 class Fetch(threading.Thread):

@@ -19,7 +19,8 @@ def test_every_setting_is_in_the_readme_with_its_default(name):
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
     assert len(rows) == 1
     default = Settings.model_fields[name].default
-    shown = "–" if default in (None, ()) else str(default).lower() if isinstance(default, bool) else str(default)
+    text = ", ".join(default) if isinstance(default, tuple) else str(default)
+    shown = "–" if default in (None, ()) else text.lower() if isinstance(default, bool) else text
     assert rows[0].split("|")[2].strip() == shown
 
 

@@ -144,16 +144,29 @@ def test_a_whole_answer_comes_with_its_status(serve):
 
 
 def test_a_redirect_is_followed_where_that_is_wanted(serve):
-    """At most as often as was said, and nowhere but over HTTP; else it is the answer."""
+    """At most as often as was said, to another origin only where that was allowed, and nowhere but over HTTP."""
     there = serve(say(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
     here = serve(say(f"HTTP/1.1 302 Found\r\nLocation: {there.url}/x\r\nContent-Length: 0\r\n\r\n".encode()))
     loop = serve(say(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"))
     file = serve(say(b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"))
-    assert fetch("GET", here.url, timeout=GIVEN, redirects=1).content == b"ok"
+    assert (
+        fetch("GET", here.url, timeout=GIVEN, redirects=1, follow=lambda url: url == f"{there.url}/x").content == b"ok"
+    )
     assert fetch("GET", here.url, timeout=GIVEN).status == 302
     assert fetch("GET", loop.url, timeout=GIVEN, redirects=3).status == 302
-    with pytest.raises(BrokenOff):
-        fetch("GET", file.url, timeout=GIVEN, redirects=3)
+    for url in (file.url, here.url):
+        with pytest.raises(BrokenOff, match="it sent us on"):
+            fetch("GET", url, timeout=GIVEN, redirects=3)
+
+
+@pytest.mark.parametrize(
+    "location", ["https:///x", "http://[::1", "http://a:99999/", "gopher://127.0.0.1/", "https://"]
+)
+def test_a_redirect_to_nowhere_is_refused(serve, location):
+    """Even where any redirect may be followed."""
+    server = serve(say(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()))
+    with pytest.raises(FetchError):
+        fetch("GET", server.url, timeout=GIVEN, redirects=1, follow=lambda _url: True)
 
 
 def test_a_question_can_be_dropped_from_another_thread(serve):

@@ -21,6 +21,7 @@ from services.downloads.huggingface.cache import CacheLayout
 from services.downloads.huggingface.errors import explain
 from services.downloads.huggingface.files import ModelsLayout
 from services.downloads.huggingface.names import parse
+from services.downloads.huggingface.redirects import watch_redirects
 from services.downloads.huggingface.transfer import TRIES, Layout, Speaker, Transfer
 
 
@@ -40,8 +41,10 @@ def main() -> int:
     parser.add_argument("name", type=parse)
     parser.add_argument("--pause", type=float, default=1.0, help="seconds before a first try again")
     parser.add_argument("--asks", type=int, default=TRIES, help="how often to ask at most what there is")
+    parser.add_argument("--host", action="append", default=[], help="a host that the hub may send us to; repeatable")
     arguments = parser.parse_args()
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    watch_redirects(arguments.host)
     speaker = Speaker()
     layout: Layout = (CacheLayout if arguments.layout == "cache" else ModelsLayout)(arguments.folder, arguments.name)
     try:

@@ -33,12 +33,19 @@ Lines = queue.Queue[str | None]
 class HubProcess:
     """Runs one `child.py` per transfer. The token goes to it as it came: HF_TOKEN in the environment.
 
-    `stall_seconds` is how long a child may say nothing, `retry_pause` its first pause when a connection fails.
+    `hosts` are those that the hub may send a download on to besides its CDN, `stall_seconds` is how long a child may
+    say nothing, `retry_pause` its first pause when a connection fails.
     """
 
     def __init__(
-        self, registry: ProcessRegistry | None = None, *, stall_seconds: float = 120.0, retry_pause: float = 1.0
+        self,
+        registry: ProcessRegistry | None = None,
+        *,
+        hosts: Sequence[str] = (),
+        stall_seconds: float = 120.0,
+        retry_pause: float = 1.0,
     ) -> None:
+        self._hosts = tuple(hosts)
         self._registry = registry
         self._stall_seconds = stall_seconds
         self._retry_pause = retry_pause
@@ -59,11 +66,12 @@ class HubProcess:
         The hub is asked at most `asks` times what there is (None: as often as for a file); `environment` is added to
         this process's. Raises DownloadError, and Aborted within a second of `abort`; codes: `unknown_model`,
         `no_gguf`, `choose_file`, `incomplete_set`, `no_weights`, `unsafe_path`, `access_denied`, `hub_unreachable`,
-        `hub_error`, `disk_full`, `disk_error`, `busy`, `digest_mismatch`, `stalled`, `interrupted`.
+        `hub_error`, `redirect_refused`, `disk_full`, `disk_error`, `busy`, `digest_mismatch`, `stalled`, `interrupted`.
         """
         abort.check()
         argv = [sys.executable, "-m", "services.downloads.huggingface.child", f"--pause={self._retry_pause}"]
         argv += [] if asks is None else [f"--asks={asks}"]
+        argv += [f"--host={host}" for host in self._hosts]
         try:
             child = _Child([*argv, layout, str(folder), name], environment or {}, self._registry)
         except OSError as error:

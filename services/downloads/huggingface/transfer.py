@@ -1,6 +1,6 @@
 """How a repository's files come from the Hugging Face hub, wherever they go. Run by the child process alone.
 
-huggingface_hub 2.4 lists the repository, carries the token and follows the redirects (to the CDN without the token).
+huggingface_hub 2.4 lists the repository, carries the token and follows the redirects that `redirects.py` lets pass.
 The bytes are written here: its `hf_hub_download` starts over each time (it writes to a file with a random name and
 deletes that when it fails), and hands on bytes in steps of 10 MiB.
 """
@@ -28,6 +28,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from services.downloads.fetcher import DownloadError, Phase
 from services.downloads.huggingface.files import held, remove, unfinished
 from services.downloads.huggingface.names import HubName
+from services.downloads.huggingface.redirects import BLOB
 
 TRIES = 5
 """In a row, without a byte between them."""
@@ -236,7 +237,9 @@ class Transfer:
         headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
         if here:
             headers["Range"] = f"bytes={here}-"
-        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, extensions=BLOB
+        ) as answer:
             if answer.status_code == 416:
                 out.truncate(0)
                 raise CutOff("it does not have the range that is missing")

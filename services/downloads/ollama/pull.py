@@ -23,7 +23,7 @@ from services.downloads.ollama.output import (
     explain,
     short_digest,
 )
-from services.downloads.ollama.registry import Manifest, fetch_manifest
+from services.downloads.ollama.registry import Manifest, Registries, fetch_manifest
 from services.downloads.ollama.rounding import Unrounding
 from services.downloads.ollama.stream import pull_by_stream
 from services.engines.ollama.names import OllamaName
@@ -41,8 +41,9 @@ PHASES: tuple[Phase, ...] = ("resolving", "downloading", "verifying", "writing")
 class OllamaFetcher:
     """Has Ollama pull models: through its command where that is here as well, else through its HTTP API.
 
-    `find_binary` gives the path of the `ollama` program or None; it is asked for each download. `registry_url` is asked
-    for sizes ahead of time, no more. After `stall_seconds` without anything new a download is given up.
+    `find_binary` gives the path of the `ollama` program or None; it is asked for each download. Only models of
+    `registries` are pulled, which are asked for sizes ahead of time, no more: Ollama moves the bytes. After
+    `stall_seconds` without anything new a download is given up.
     """
 
     def __init__(
@@ -50,15 +51,13 @@ class OllamaFetcher:
         base_url: str,
         *,
         find_binary: Callable[[], str | None],
-        registry_url: str,
-        insecure: bool = False,
+        registries: Registries,
         stall_seconds: float = 300.0,
         registry: ProcessRegistry | None = None,
     ) -> None:
         self._base_url = base_url
         self._find_binary = find_binary
-        self._registry_url = registry_url
-        self._insecure = insecure
+        self._registries = registries
         self._stall_seconds = stall_seconds
         self._processes = registry
 
@@ -67,12 +66,12 @@ class OllamaFetcher:
         return "ollama"
 
     def check_name(self, name: str) -> str:
-        """As `/api/tags` will list it. Raises DownloadError `invalid_name`."""
-        return _parse(name).full
+        """As `/api/tags` will list it. Raises DownloadError `invalid_name`, `registry_not_allowed`."""
+        return self._parse(name).full
 
     def fetch(self, name: str, report: Report, abort: Abort) -> None:
         """Block until Ollama has the model; see the port."""
-        model = _parse(name)
+        model = self._parse(name)
         abort.check()
         report(Seen("resolving"))
         pull = _Pull(model, self._manifest(model, abort), report, self._stall_seconds)
@@ -91,18 +90,32 @@ class OllamaFetcher:
     def discard(self, name: str) -> None:
         """Nothing: Ollama offers no way to ask for it, and prunes partial files itself (at a start an hour later)."""
 
+    def _parse(self, name: str) -> OllamaName:
+        """Ollama asks whatever host a name begins with, so only registries that the settings allow get to it."""
+        try:
+            model = OllamaName.parse(name)
+        except ValueError as error:
+            raise DownloadError("invalid_name", str(error)) from None
+        self._registries.origin(model)
+        return model
+
     def _events(self, model: OllamaName, pull: _Pull, abort: Abort) -> Generator[list[PullEvent], None, None]:
         binary = self._find_binary() if is_loopback(urlsplit(self._base_url).hostname or "") else None
         if binary is not None:
             try:
                 yield from pull_by_command(
-                    binary, model, self._base_url, insecure=self._insecure, abort=abort, registry=self._processes
+                    binary,
+                    model,
+                    self._base_url,
+                    insecure=self._registries.insecure,
+                    abort=abort,
+                    registry=self._processes,
                 )
                 return
             except OSError as error:
                 log.warning("the ollama program can't be started, its API is used", program=binary, error=str(error))
         yield from pull_by_stream(
-            model, self._base_url, insecure=self._insecure, abort=abort, patience=pull.seconds_left
+            model, self._base_url, insecure=self._registries.insecure, abort=abort, patience=pull.seconds_left
         )
 
     def _manifest(self, model: OllamaName, abort: Abort) -> Manifest | None:
@@ -115,9 +128,7 @@ class OllamaFetcher:
 
         def ask() -> None:
             try:
-                found.append(
-                    fetch_manifest(model, self._registry_url, insecure=self._insecure, timeout=MANIFEST_SECONDS)
-                )
+                found.append(fetch_manifest(model, self._registries, timeout=MANIFEST_SECONDS))
             except DownloadError as error:
                 log.info("sizes are unknown ahead", model=model.full, reason=error.message)
             finally:
@@ -196,10 +207,3 @@ class _Pull:
             " Check the network and Ollama, then resume: what has arrived is kept.",
             may_resume=True,
         )
-
-
-def _parse(name: str) -> OllamaName:
-    try:
-        return OllamaName.parse(name)
-    except ValueError as error:
-        raise DownloadError("invalid_name", str(error)) from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from services.downloads.fetcher import DownloadError
+from services.downloads.hosts import place, place_of
 from services.engines.ollama.names import DEFAULT_HOST, OllamaName
 from services.http import FetchError, TooLarge, fetch, is_loopback
 
@@ -32,13 +33,44 @@ class Manifest:
     layers: Mapping[str, int]
 
 
-def fetch_manifest(name: OllamaName, registry_url: str, *, insecure: bool, timeout: float = TIMEOUT) -> Manifest:
-    """Ask for a model's manifest. `registry_url` answers for names without a host.
+@dataclass(frozen=True, slots=True)
+class Registries:
+    """The registries that models may come from, and how they are reached.
 
-    Raises DownloadError `unknown_model`, `access_denied` or `registry_unreachable`. Other schemes than HTTP's are not
-    followed anywhere.
+    `default_url` answers for names without a host, `hosts` (`hf.co`, `registry.lan:5000`) for names with theirs;
+    `insecure` reaches these without TLS.
     """
-    origin = registry_url if name.host == DEFAULT_HOST else _origin(name.host, insecure)
+
+    default_url: str
+    hosts: tuple[str, ...] = ()
+    insecure: bool = False
+
+    def origin(self, name: OllamaName) -> str:
+        """Where a model is asked for. No I/O. Raises DownloadError `registry_not_allowed`."""
+        host = place(name.host)
+        if host in (DEFAULT_HOST, place_of(self.default_url)):
+            return self.default_url
+        if host not in map(place, self.hosts):
+            allowed = ", ".join((DEFAULT_HOST, *self.hosts))
+            raise DownloadError(
+                "registry_not_allowed",
+                f"{name.host} is not one of the registries that models may come from: {allowed}. If you trust it, add"
+                " it to the setting download_hosts.",
+            )
+        plain = self.insecure or is_loopback(name.host.partition(":")[0])
+        return f"{'http' if plain else 'https'}://{name.host}"
+
+    def may_send_to(self, url: str) -> bool:
+        """Whether a registry may answer with a redirect to this address."""
+        return url.startswith("https:") and place_of(url) in map(place, self.hosts)
+
+
+def fetch_manifest(name: OllamaName, registries: Registries, *, timeout: float = TIMEOUT) -> Manifest:
+    """Ask for a model's manifest.
+
+    Raises DownloadError `registry_not_allowed`, `unknown_model`, `access_denied` or `registry_unreachable`.
+    """
+    origin = registries.origin(name)
     address = f"{origin}/v2/{name.namespace}/{name.model}/manifests/{name.tag}"
     try:
         answer = fetch(
@@ -48,6 +80,7 @@ def fetch_manifest(name: OllamaName, registry_url: str, *, insecure: bool, timeo
             headers={"Accept": MANIFEST_TYPE},
             most_bytes=MAX_BYTES,
             redirects=MOST_REDIRECTS,
+            follow=registries.may_send_to,
         )
     except TooLarge:
         raise _unreachable(name, f"{_host(origin)} answered, but with more than a manifest can hold") from None
@@ -59,11 +92,6 @@ def fetch_manifest(name: OllamaName, registry_url: str, *, insecure: bool, timeo
         return _manifest(answer.content)
     except ValueError as error:
         raise _unreachable(name, f"{_host(origin)} answered, but {error}") from None
-
-
-def _origin(host: str, insecure: bool) -> str:
-    plain = insecure or is_loopback(host.partition(":")[0])
-    return f"{'http' if plain else 'https'}://{host}"
 
 
 def _host(origin: str) -> str:

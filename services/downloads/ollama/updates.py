@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.ollama.registry import fetch_manifest
+from services.downloads.ollama.registry import Registries, fetch_manifest
 from services.engines.ollama.api import Installed
 from services.engines.ollama.names import OllamaName
 
@@ -24,15 +24,13 @@ class UpdateCheck:
     def __init__(
         self,
         installed: Callable[[], Sequence[Installed]],
-        registry_url: str,
+        registries: Registries,
         *,
-        insecure: bool,
         every_seconds: float,
         first_seconds: float = FIRST_CHECK_SECONDS,
     ) -> None:
         self._installed = installed
-        self._registry_url = registry_url
-        self._insecure = insecure
+        self._registries = registries
         self._every_seconds = every_seconds
         self._first_seconds = first_seconds
         self._checking = threading.Lock()
@@ -53,7 +51,7 @@ class UpdateCheck:
             for model in self._installed():
                 try:
                     name = OllamaName.parse(model.name)
-                    newest[model.name] = fetch_manifest(name, self._registry_url, insecure=self._insecure).digest
+                    newest[model.name] = fetch_manifest(name, self._registries).digest
                 except (ValueError, DownloadError) as error:
                     log.info("can't tell whether there is a newer version", model=model.name, reason=str(error))
             self._newest = newest
