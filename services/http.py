@@ -36,7 +36,7 @@ class NoWay(FetchError):
     """It can't be connected to: no such host, no route."""
 
 
-class Refused(NoWay):
+class ConnectionRefused(NoWay):
     """No server listens at the address."""
 
 
@@ -53,7 +53,7 @@ class BrokenOff(FetchError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """A whole answer, whatever its status."""
 
     status: int
@@ -74,7 +74,7 @@ class Answer:
         return said
 
 
-class Request:
+class HttpRequest:
     """One question, to be sent once. `timeout` is seconds for all of it, from the connection to the answer's last byte.
 
     (Looking up a host's name comes before that, with the resolver's own limits.) `body` is sent as JSON. `abort` may be
@@ -103,7 +103,7 @@ class Request:
         self.redirect: str | None = None
         """Where the answer sends us, once it is here. It isn't followed."""
 
-    def answer(self) -> Answer:
+    def answer(self) -> Reply:
         """Send it and block until the answer is whole. Raises FetchError."""
         deadline = _Deadline(self._timeout)
         try:
@@ -141,7 +141,7 @@ class Request:
             if self._aborted:
                 raise ConnectionAbortedError("it was cancelled")
 
-    def _exchange(self, deadline: _Deadline) -> Answer:
+    def _exchange(self, deadline: _Deadline) -> Reply:
         assert self._link is not None
         parts = urlsplit(self._url)
         connection = HTTPConnection(parts.hostname or "")
@@ -156,7 +156,7 @@ class Request:
             self._insist_it_is_whole(response, content)
             if response.status in REDIRECTS:
                 self.redirect = response.getheader("Location")
-            return Answer(response.status, content)
+            return Reply(response.status, content)
 
     def _insist_it_is_whole(self, response: HTTPResponse, content: bytes) -> None:
         if len(content) > self._most_bytes:
@@ -175,7 +175,7 @@ def fetch(
     most_bytes: int = MOST_BYTES,
     redirects: int = 0,
     follow: Callable[[str], bool] = lambda _url: False,
-) -> Answer:
+) -> Reply:
     """Ask once and give the whole answer; `redirects` is how often it may send us on. Raises FetchError.
 
     To another origin (scheme, host or port) only where `follow` says so of the address. `timeout` is seconds for
@@ -185,7 +185,7 @@ def fetch(
     while True:
         with _errors(timeout):
             left = deadline.left()
-        request = Request(method, url, timeout=left, body=body, headers=headers, most_bytes=most_bytes)
+        request = HttpRequest(method, url, timeout=left, body=body, headers=headers, most_bytes=most_bytes)
         answer = request.answer()
         if request.redirect is None or not redirects:
             return answer
@@ -283,7 +283,7 @@ def _connect(host: str, port: int, deadline: _Deadline) -> socket.socket:
     if isinstance(reason, TimeoutError):
         raise reason
     if isinstance(reason, ConnectionRefusedError):
-        raise Refused("nobody listens there")
+        raise ConnectionRefused("nobody listens there")
     raise NoWay(f"{host} can't be reached: {reason}")
 
 

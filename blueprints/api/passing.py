@@ -16,7 +16,7 @@ import gevent
 from gevent.monkey import get_original
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
-from services.gateway.relay import Answer, Body, Hangup, Relay, answer_headers
+from services.gateway.relay import Body, EngineAnswer, Hangup, Relay, answer_headers
 from services.gateway.router import Admission, GatewayError
 
 _poll = get_original("select", "poll")
@@ -164,7 +164,7 @@ def pass_on(
     return Passed(answer.status_code, answer_headers(answer), relayed)
 
 
-def _check_served(answer: Answer, model: str) -> None:
+def _check_served(answer: EngineAnswer, model: str) -> None:
     """An engine's own words for an address that it doesn't serve are as many as there are engines: they become ours."""
     try:
         said = answer.beginning(LONGEST_REFUSAL)

@@ -13,7 +13,7 @@ from services.abort import Abort, Aborted
 from services.answers import GenerationError, Piece
 from services.catalog import UnknownModel
 from services.gateway.deltas import joined, pieces_of, told_apart
-from services.gateway.relay import Answer, Hangup, Relay
+from services.gateway.relay import EngineAnswer, Hangup, Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
 from services.switching.events import InstanceView
 
@@ -27,7 +27,7 @@ LONGEST_EVENT = 1_000_000
 class ChatStream:
     """One answer as its pieces, and the model that gives it."""
 
-    def __init__(self, model: str, answer: Answer, abort: Abort, on_piece: Callable[[], object]) -> None:
+    def __init__(self, model: str, answer: EngineAnswer, abort: Abort, on_piece: Callable[[], object]) -> None:
         self.model = model
         self._on_piece = on_piece
         self._answer = answer
@@ -97,7 +97,7 @@ class ChatClient:
         except (GatewayError, UnknownModel) as error:
             raise GenerationError(str(error)) from None
 
-    def _ask(self, instance: InstanceView, messages: Sequence[Mapping[str, str]], abort: Abort) -> Answer:
+    def _ask(self, instance: InstanceView, messages: Sequence[Mapping[str, str]], abort: Abort) -> EngineAnswer:
         """The engine's answer once its headers are here; `abort` closes the connection from the first moment on."""
         assert instance.endpoint is not None, "a running instance has an endpoint"
         body = {"model": instance.endpoint.model or instance.model, "messages": list(messages), "stream": True}
@@ -133,7 +133,7 @@ def _chunk(data: str) -> Mapping[str, Any]:
     return chunk
 
 
-def _error_text(answer: Answer) -> str:
+def _error_text(answer: EngineAnswer) -> str:
     with _as_generation_error():
         said = answer.beginning(LONGEST_ERROR)
     try:

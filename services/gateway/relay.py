@@ -75,7 +75,7 @@ class Unanswered(ConnectionError):
     """The engine closed the connection without a byte of an answer."""
 
 
-class Answer(HTTPResponse):  # type: ignore[misc]
+class EngineAnswer(HTTPResponse):  # type: ignore[misc]
     """An engine's answer, its body as it arrives. Holds its connection until it is whole or broken off."""
 
     def __init__(self, connection: Connection, pool: Pool, method: str) -> None:
@@ -213,7 +213,7 @@ class Relay:
         headers: Iterable[tuple[str, str]],
         body: bytes,
         hangup: Hangup,
-    ) -> Answer:
+    ) -> EngineAnswer:
         """Pass one request on and return once the answer's headers are here. Raises GatewayError.
 
         `target` is the path with its query. An idle connection that the engine closed meanwhile, without a byte of an
@@ -276,7 +276,7 @@ class Relay:
             self._network.later(TIDY_SECONDS, self._tidy)
 
 
-def _ask(pool: Pool, connection: Connection, request: bytes, method: str, hangup: Hangup) -> Answer:
+def _ask(pool: Pool, connection: Connection, request: bytes, method: str, hangup: Hangup) -> EngineAnswer:
     """Raises Unanswered when the engine closed the connection without a byte of an answer."""
     try:
         hangup.applies_to(connection.shut)
@@ -284,7 +284,7 @@ def _ask(pool: Pool, connection: Connection, request: bytes, method: str, hangup
     except BaseException:
         pool.drop(connection)
         raise
-    answer = Answer(connection, pool, method)
+    answer = EngineAnswer(connection, pool, method)
     try:
         hangup.applies_to(answer.abort)
     except BaseException:
@@ -308,7 +308,7 @@ class Body:
 
     def __init__(
         self,
-        answer: Answer,
+        answer: EngineAnswer,
         on_begin: Callable[[], None],
         on_piece: Callable[[], object],
         on_close: Callable[[], None],
@@ -349,7 +349,7 @@ class Body:
             self._on_close()
 
 
-def answer_headers(answer: Answer) -> list[tuple[str, str]]:
+def answer_headers(answer: EngineAnswer) -> list[tuple[str, str]]:
     """The headers of an answer that may be passed on."""
     return [(name, value) for name, value in answer.headers if _describes(name.lower())]
 

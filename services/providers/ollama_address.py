@@ -18,14 +18,14 @@ PROBE_TIMEOUT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Probe:
     """What one look at an address showed: a version (Ollama answers), an error in words, or neither: nobody listens."""
 
     version: str | None = None
     error: str | None = None
 
 
-NOBODY = Seen()
+NOBODY = Probe()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +49,23 @@ class Address:
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return cls(base_url.rstrip("/"), authority, port, parts.scheme == "http" and is_loopback(host))
 
-    def look(self) -> Seen:
+    def look(self) -> Probe:
         """Ask for the version once; takes `PROBE_TIMEOUT` seconds at most."""
         version: object = None
         try:
             answer = fetch("GET", f"{self.url}/api/version", timeout=PROBE_TIMEOUT)
             version = answer.document().get("version") if answer.status == 200 else None
         except TooSlow:
-            return Seen(error=f"Ollama at {self.url} hangs or is overloaded: no answer within {PROBE_TIMEOUT:.0f} s.")
+            return Probe(error=f"Ollama at {self.url} hangs or is overloaded: no answer within {PROBE_TIMEOUT:.0f} s.")
         except NoWay:
             return NOBODY
         except BrokenOff:
-            return Seen(error=f"The connection to {self.url} was cut before an answer came.")
+            return Probe(error=f"The connection to {self.url} was cut before an answer came.")
         except (FetchError, ValueError):
             pass
         if isinstance(version, str):
-            return Seen(version)
-        return Seen(error=f"What answers at {self.url} is not Ollama. Check the setting ollama_base_url.")
+            return Probe(version)
+        return Probe(error=f"What answers at {self.url} is not Ollama. Check the setting ollama_base_url.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from services.engines.port import Endpoint, Engine, Exit, Instance, LoadFailed, 
 from services.memory.ledger import Holding, holdings_of
 from services.scheduling import Scheduler
 from services.switching.events import Failure, InstanceState, LoadView, SwitchView
-from services.switching.member import Member, Reading, Standing
+from services.switching.member import Measurement, Member, Standing
 from services.switching.traffic import Traffic
 
 ACTIVE = "active_model"
@@ -110,7 +110,7 @@ class Fleet:
         member.usage, member.pid = usage or member.usage, pid
         self.changed = True
 
-    def ready(self, member: Member, endpoint: Endpoint, reading: Reading) -> None:
+    def ready(self, member: Member, endpoint: Endpoint, reading: Measurement) -> None:
         """Its first token is out: requests are routed to it from now on. Raises LoadFailed if it ended meanwhile."""
         if member.exit is not None or self._members.get(member.model.id) is not member:
             cause = member.exit.cause if member.exit is not None else "It ended while it was loading"
@@ -157,7 +157,7 @@ class Fleet:
         self.resume(member)
         return True
 
-    def asleep(self, member: Member, reading: Reading) -> None:
+    def asleep(self, member: Member, reading: Measurement) -> None:
         """It fell asleep, unless it ended on the way."""
         if member.exit is not None:
             self._lose(member, member.exit)
@@ -193,7 +193,13 @@ class Fleet:
         return member
 
     def adopt(
-        self, model: Model, engine: Engine, instance: Instance, device: str, endpoint: Endpoint | None, reading: Reading
+        self,
+        model: Model,
+        engine: Engine,
+        instance: Instance,
+        device: str,
+        endpoint: Endpoint | None,
+        reading: Measurement,
     ) -> bool:
         """Take in an instance that was found loaded, asleep if it has no endpoint; False when the model has one by now.
 
@@ -215,7 +221,7 @@ class Fleet:
                 self.fall_to(model.id)
         return True
 
-    def measured(self, member: Member, reading: Reading) -> None:
+    def measured(self, member: Member, reading: Measurement) -> None:
         """A fresh reading of an instance; published only if it changed noticeably."""
         if self._members.get(member.model.id) is member:
             self._take(member, reading)
@@ -327,7 +333,7 @@ class Fleet:
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
             self._note_active(left[-1].model.id if left else None)
 
-    def _take(self, member: Member, reading: Reading) -> None:
+    def _take(self, member: Member, reading: Measurement) -> None:
         noticeable = member.differs(reading)
         member.usage, member.warning = reading.usage, reading.warning
         member.rest, member.pid = reading.rest, reading.pid

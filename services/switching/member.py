@@ -25,7 +25,7 @@ Standing = Literal["absent", "loading", "running", "asleep", "unloading"]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Measurement:
     """What one look at an instance gave; `model` is its entry, with what is known by now of how it is held."""
 
     model: Model
@@ -35,16 +35,16 @@ class Reading:
     pid: int | None
 
 
-def read(instance: Instance) -> Reading:
+def read(instance: Instance) -> Measurement:
     """Look at an instance; what can't be known is None. It may take a moment, so never in a message.
 
     Nothing it meets is an error: a load that works must not fail for want of a figure.
     """
     try:
-        return Reading(instance.model, instance.usage(), instance.warning(), instance.rest(), instance.pid)
+        return Measurement(instance.model, instance.usage(), instance.warning(), instance.rest(), instance.pid)
     except Exception as error:
         log.warning("a model can't be measured", model=instance.model.id, error=str(error))
-        return Reading(instance.model, None, None, None, None)
+        return Measurement(instance.model, None, None, None, None)
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ class Member:
             shares=self.shares.model.id if self.shares is not None else None,
         )
 
-    def differs(self, reading: Reading) -> bool:
+    def differs(self, reading: Measurement) -> bool:
         """Whether a fresh reading is worth a new version of the snapshot."""
         return _differs(self.usage, reading.usage) or self.warning != reading.warning
 

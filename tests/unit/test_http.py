@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 
 import pytest
 
-from services.http import Answer, BrokenOff, FetchError, Refused, Request, TooLarge, TooSlow, fetch
+from services.http import BrokenOff, ConnectionRefused, FetchError, HttpRequest, Reply, TooLarge, TooSlow, fetch
 from tests.support.console import free_port
 from tests.support.sockets import PlainServer
 
@@ -122,7 +122,7 @@ def test_what_is_no_whole_answer_is_broken_off_or_empty(serve, answer):
 
 def test_nobody_there_is_refused():
     """Told apart from one that breaks off: nothing of it can be running."""
-    with pytest.raises(Refused):
+    with pytest.raises(ConnectionRefused):
         fetch("GET", f"http://127.0.0.1:{free_port()}", timeout=GIVEN)
 
 
@@ -178,7 +178,7 @@ def test_a_question_can_be_dropped_from_another_thread(serve):
         if link.recv(1) == b"":
             left.set()
 
-    request = Request("POST", serve(answer).url, timeout=60, body={})
+    request = HttpRequest("POST", serve(answer).url, timeout=60, body={})
     raised: list[Exception] = []
 
     def ask() -> None:
@@ -202,7 +202,7 @@ def test_a_question_can_be_dropped_from_another_thread(serve):
 def test_what_is_no_object_is_a_value_error(content):
     """Never a TypeError or RecursionError in whoever looks every second."""
     with pytest.raises(ValueError, match=r"."):
-        Answer(200, content).document()
+        Reply(200, content).document()
 
 
 def test_connections_are_closed(serve):

@@ -22,8 +22,8 @@ from services.downloads.ollama.output import (
     FrameParser,
     Layer,
     PullEvent,
+    PullStatus,
     Rounded,
-    Status,
     Succeeded,
     explain,
     parse_line,
@@ -65,10 +65,10 @@ def lines(name: str) -> list[PullEvent]:
 def test_a_whole_pull_is_read_from_the_first_row_to_its_success(name):
     """Phases in order, success once and last, and every layer complete by then."""
     events = drawn(recorded(name))
-    assert events[0] == Status("resolving")
+    assert events[0] == PullStatus("resolving")
     assert events[-1] == Succeeded()
     assert events.count(Succeeded()) == 1
-    assert {event.phase for event in events if isinstance(event, Status)} == {"resolving", "verifying", "writing"}
+    assert {event.phase for event in events if isinstance(event, PullStatus)} == {"resolving", "verifying", "writing"}
     last = {event.digest: event for event in events if isinstance(event, DrawnLayer)}
     assert all((layer.percent, layer.completed) == (100, None) for layer in last.values())
     assert len(last) == (2 if name == "resume" else 4)
@@ -227,14 +227,14 @@ def test_rows_that_are_not_known_say_nothing(row):
 @pytest.mark.parametrize("spinner", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")
 def test_a_spinner_behind_a_status_is_no_part_of_it(spinner):
     """The row is redrawn with the next glyph each time."""
-    assert drawn(f"verifying sha256 digest {spinner} \x1b[K".encode()) == [Status("verifying")]
+    assert drawn(f"verifying sha256 digest {spinner} \x1b[K".encode()) == [PullStatus("verifying")]
 
 
 def test_a_whole_stream_is_read_from_the_first_line_to_its_success():
     """Exact bytes, layers by the same short digests as the command's."""
     events = lines("stream")
-    assert events[0] == Status("resolving")
-    assert events[-3:] == [Status("verifying"), Status("writing"), Succeeded()]
+    assert events[0] == PullStatus("resolving")
+    assert events[-3:] == [PullStatus("verifying"), PullStatus("writing"), Succeeded()]
     last = {event.digest: event for event in events if isinstance(event, Layer)}
     assert last["2a8270a5fd3e"] == Layer("2a8270a5fd3e", 46_236_384, 46_236_384)
     assert sum(layer.total for layer in last.values()) == 46_236_961

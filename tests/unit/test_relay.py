@@ -11,7 +11,7 @@ import pytest
 from geventhttpclient.response import HTTPParseError
 
 from services.engines.port import Endpoint
-from services.gateway.relay import Answer, Hangup, Relay, answer_headers
+from services.gateway.relay import EngineAnswer, Hangup, Relay, answer_headers
 from services.gateway.router import ClientGone, GatewayError
 from tests.support.scripted_engine import AUTHORITY, DROP, OK, Act, ScriptedEngine, answer
 
@@ -51,12 +51,12 @@ def relay(start_relay: Callable[..., Relay]) -> Relay:
     return start_relay()
 
 
-def ask(relay: Relay, engine: ScriptedEngine, body: bytes = b"{}", hangup: Hangup | None = None) -> Answer:
+def ask(relay: Relay, engine: ScriptedEngine, body: bytes = b"{}", hangup: Hangup | None = None) -> EngineAnswer:
     endpoint = Endpoint(engine.origin)
     return relay.send(endpoint, "POST", "/v1/chat/completions", (), body, hangup or Hangup())
 
 
-def whole(answer: Answer) -> bytes:
+def whole(answer: EngineAnswer) -> bytes:
     body = b""
     while piece := answer.arrived():
         body += piece

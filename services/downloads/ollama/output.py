@@ -75,7 +75,7 @@ class DrawnLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class PullStatus:
     """What Ollama is doing now."""
 
     phase: Phase
@@ -93,7 +93,7 @@ class Succeeded:
     """The model is complete. Nothing but this says so: neither exit code 0 nor the end of a stream does."""
 
 
-PullEvent = Layer | DrawnLayer | Status | Failed | Succeeded
+PullEvent = Layer | DrawnLayer | PullStatus | Failed | Succeeded
 
 
 def parse_line(json_line: bytes | str) -> PullEvent | None:
@@ -302,7 +302,7 @@ def _parse_status(text: str) -> PullEvent | None:
         return Succeeded()
     for beginning, phase in _PHASES.items():
         if words.startswith(beginning):
-            return Status(phase)
+            return PullStatus(phase)
     return None
 
 

@@ -18,7 +18,7 @@ from services.downloads.ollama.output import (
     Failed,
     Layer,
     PullEvent,
-    Status,
+    PullStatus,
     Succeeded,
     explain,
     short_digest,
@@ -174,7 +174,7 @@ class _Pull:
                     self._reach("downloading", now)
                     if event.bytes_per_second:
                         self._news_at = now  # of a large layer the figures show a change only now and then
-                case Status(phase):
+                case PullStatus(phase):
                     self._reach(phase, now)
                 case Failed(text):
                     raise explain(text, self._model.short)

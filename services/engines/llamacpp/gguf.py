@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from services.engines.llamacpp.gguf_parts import Part, read_part, round_up
+from services.engines.llamacpp.gguf_parts import GgufPart, read_part, round_up
 from services.engines.llamacpp.gguf_wire import Budget, GGUFError, Skipped, Value
 
 __all__ = [
@@ -168,7 +168,7 @@ def _head_width(header: GGUFHeader) -> int:
     return (header.embedding_length or 0) // most if most else 0
 
 
-def _header(parts: Sequence[Part], file_name: str) -> GGUFHeader:
+def _header(parts: Sequence[GgufPart], file_name: str) -> GGUFHeader:
     values = parts[0].values
     architecture = _text(values.get("general.architecture"))
     if architecture is None:

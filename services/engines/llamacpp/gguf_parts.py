@@ -62,7 +62,7 @@ REPACKED_TYPES = frozenset({2, 12, 20, 39}) | (frozenset({8, 13, 14}) if _ON_ARM
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class GgufPart:
     """What one file holds. Sizes are bytes; `repacked_bytes` are the weights that are copied for the CPU.
 
     `values` are those of `KEPT` and `KEPT_OF_ARCHITECTURE`.
@@ -118,7 +118,7 @@ class _Weights:
         self.end = max(self.end, tensor.offset + (size or 0), self.known_bytes)
 
 
-def read_part(path: Path, budget: Budget) -> Part:
+def read_part(path: Path, budget: Budget) -> GgufPart:
     """Read one file's header, as far as `budget` goes. Raises GGUFError in words for people, and OSError."""
     with _open(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
@@ -134,7 +134,7 @@ def read_part(path: Path, budget: Budget) -> Part:
             f"{path.name} ends after {say_bytes(file_bytes)}, but its header lists {say_bytes(weights.end)} of "
             "weights: the copy may be incomplete."
         )
-    return Part(
+    return GgufPart(
         values=values,
         parameters=weights.parameters,
         tensor_bytes=weights.known_bytes if weights.all_known else file_bytes - data_offset,

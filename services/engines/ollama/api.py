@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import structlog
 
 from services.engines.port import EngineError
-from services.http import FetchError, Refused, Request
+from services.http import ConnectionRefused, FetchError, HttpRequest
 
 log = structlog.get_logger(__name__)
 
@@ -138,18 +138,18 @@ class OllamaApi:
 
     def delete(self, name: str) -> None:
         """Remove a model's files. Does not unload it first."""
-        self.answer(Request("DELETE", f"{self.base_url}/api/delete", timeout=ASK_SECONDS, body={"model": name}))
+        self.answer(HttpRequest("DELETE", f"{self.base_url}/api/delete", timeout=ASK_SECONDS, body={"model": name}))
 
     def derive(self, name: str, source: str, context_length: int) -> None:
         """Make `name`: the same weights as `source`, with a context of its own. Takes no disk space."""
         body = {"model": name, "from": source, "parameters": {"num_ctx": context_length}, "stream": False}
         self._post("/api/create", body, 60.0)
 
-    def request(self, path: str, body: Mapping[str, object], timeout: float) -> Request:
+    def request(self, path: str, body: Mapping[str, object], timeout: float) -> HttpRequest:
         """A POST that may take minutes, such as a load, for `answer`. Aborting it drops it, which Ollama notices."""
-        return Request("POST", self.base_url + path, timeout=timeout, body=body)
+        return HttpRequest("POST", self.base_url + path, timeout=timeout, body=body)
 
-    def answer(self, request: Request) -> dict[str, Any]:
+    def answer(self, request: HttpRequest) -> dict[str, Any]:
         """Send it and block until the whole answer is here."""
         try:
             answer = request.answer()
@@ -162,7 +162,7 @@ class OllamaApi:
 
         Lists are asked for every second, so what is odd is logged when it changes.
         """
-        listed = self.answer(Request("GET", self.base_url + path, timeout=timeout)).get("models")
+        listed = self.answer(HttpRequest("GET", self.base_url + path, timeout=timeout)).get("models")
         if not isinstance(listed, list | None):
             raise OllamaError(f"a list that can't be read: {reprlib.repr(listed)}", 200)
         found: list[T] = []
@@ -185,7 +185,7 @@ class OllamaApi:
 
 def unreachable(base_url: str, error: FetchError) -> OllamaUnreachable:
     """What it means that no whole answer came, and what to do."""
-    if isinstance(error, Refused):
+    if isinstance(error, ConnectionRefused):
         words = f"Ollama is not running at {base_url}. Start it on the Models page, or with `ollama serve`."
         return OllamaUnreachable(words, refused=True)
     words = f"Ollama at {base_url} does not answer: {error}. Look at its log, or start it again."

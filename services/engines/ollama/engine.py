@@ -21,9 +21,9 @@ from services.engines.ollama.instance import OllamaInstance, Server, ServerProce
 from services.engines.ollama.inventory import OURS, Inventory, derived_name
 from services.engines.ollama.names import full_name
 from services.engines.ollama.runners import models_folder_of
-from services.engines.ollama.watch import Look, OllamaWatch
+from services.engines.ollama.watch import Listing, OllamaWatch
 from services.engines.port import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
-from services.http import Refused
+from services.http import ConnectionRefused
 from services.offhub import off_hub
 
 OVERHEAD_BYTES = 64_000_000
@@ -102,7 +102,7 @@ class Ollama:
             raise EngineError(model.fault)
         installed = self._inventory.list(fresh=True).get(model.source)
         if not self._inventory.known or self._watch.look().reachable is False:
-            raise unreachable(self._api.base_url, Refused("nobody listens there"))
+            raise unreachable(self._api.base_url, ConnectionRefused("nobody listens there"))
         if installed is None:
             raise EngineError(f"Ollama has no model {model.source} any more. Download it again.")
         self._inventory.show(installed.name, installed.digest)
@@ -159,7 +159,7 @@ class Ollama:
     def close(self) -> None:
         self._watch.stop()
 
-    def _note(self, look: Look) -> None:
+    def _note(self, look: Listing) -> None:
         with self._lock:
             instances = list(self._instances)
         for instance in instances:

@@ -19,7 +19,7 @@ from services.engines.ollama.inventory import Inventory
 from services.engines.ollama.load import LoadObserver
 from services.engines.ollama.log import first_cause
 from services.engines.ollama.runners import end_runner, resident, runner_of
-from services.engines.ollama.watch import Look, OllamaWatch
+from services.engines.ollama.watch import Listing, OllamaWatch
 from services.engines.port import (
     HOST_DEVICE,
     Endpoint,
@@ -33,7 +33,7 @@ from services.engines.port import (
     Sleepless,
     Usage,
 )
-from services.http import Request
+from services.http import HttpRequest
 
 log = structlog.get_logger(__name__)
 
@@ -107,7 +107,7 @@ class OllamaInstance(Sleepless):
         self._began = time.monotonic()
         self._ready_at: float | None = self._began if ready else None
         self._listed_as: str | None = None
-        self._load: Request | None = None
+        self._load: HttpRequest | None = None
         self._runner: int | None = None
         self._speaks = True
 
@@ -224,7 +224,7 @@ class OllamaInstance(Sleepless):
             words.append(f"Another program set it to be unloaded at {at} when nobody asks it anything.")
         return " ".join(words) or None
 
-    def note(self, look: Look) -> None:
+    def note(self, look: Listing) -> None:
         """Take in a look at the server: a model that isn't there any more was unloaded by somebody else."""
         if self._ready_at is None or look.at <= self._ready_at or look.reachable is None or self._seen(look):
             return
@@ -276,7 +276,7 @@ class OllamaInstance(Sleepless):
             self._server.watch.look()  # it may have evicted others before it failed
             raise failure[0]
 
-    def _ask(self, request: Request, trouble: str) -> None:
+    def _ask(self, request: HttpRequest, trouble: str) -> None:
         """Send a long request that `stop` can break off. Raises LoadFailed with the first cause."""
         kills = out_of_memory.kills()
         with self._lock:
@@ -329,7 +329,7 @@ class OllamaInstance(Sleepless):
     def _held_as(self) -> str | None:
         return self._server.inventory.held_as(self.name, self._model.digest)
 
-    def _seen(self, look: Look) -> Running | None:
+    def _seen(self, look: Listing) -> Running | None:
         """It, as Ollama lists it: under its own name, or the one by which another client loaded the same."""
         listed = look.models.get(self.name) or look.models.get(self._listed_as or "")
         held_as = self._held_as
@@ -338,7 +338,7 @@ class OllamaInstance(Sleepless):
         inventory = self._server.inventory
         return next((r for r in look.models.values() if inventory.held_as(r.name, r.digest) == held_as), None)
 
-    def _find_other_name(self, look: Look) -> str:
+    def _find_other_name(self, look: Listing) -> str:
         """The name under which a model is listed that Ollama said is loaded. Raises LoadFailed where there is none.
 
         Options that are spelled out can come to the same as the server's defaults, which nobody knows: then it is the

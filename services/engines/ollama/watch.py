@@ -20,7 +20,7 @@ FIRST_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Listing:
     """One look: what was loaded by name. `reachable` is None while the server is there but doesn't answer.
 
     `at` is when the question was sent (monotonic seconds): what became ready later can't be in it.
@@ -34,7 +34,7 @@ class Look:
 class OllamaWatch:
     """Keeps the latest look and tells `on_look` about each. Asked from any thread."""
 
-    def __init__(self, api: OllamaApi, on_look: Callable[[Look], None], interval: float = INTERVAL_SECONDS) -> None:
+    def __init__(self, api: OllamaApi, on_look: Callable[[Listing], None], interval: float = INTERVAL_SECONDS) -> None:
         self._api = api
         self._on_look = on_look
         self._interval = interval
@@ -42,7 +42,7 @@ class OllamaWatch:
         self._stopped = threading.Event()
         self._trouble = ""
         self._looked = threading.Event()
-        self.latest = Look(float("-inf"), False, MappingProxyType({}))
+        self.latest = Listing(float("-inf"), False, MappingProxyType({}))
         self._thread = threading.Thread(target=self._run, name="ollama-look", daemon=True)
 
     def start(self) -> None:
@@ -54,16 +54,16 @@ class OllamaWatch:
     def stop(self) -> None:
         self._stopped.set()
 
-    def look(self) -> Look:
+    def look(self) -> Listing:
         """Look now. A server that is slow to answer is taken to hold what it held before."""
         with self._looking:
             at = time.monotonic()
             try:
                 models = {model.name: model for model in self._api.running()}
-                self.latest = Look(at, True, MappingProxyType(models))
+                self.latest = Listing(at, True, MappingProxyType(models))
             except OllamaUnreachable as error:
                 gone = error.refused
-                self.latest = Look(at, False if gone else None, MappingProxyType({} if gone else self.latest.models))
+                self.latest = Listing(at, False if gone else None, MappingProxyType({} if gone else self.latest.models))
             except EngineError as error:
                 self._warn(str(error))
             latest = self.latest

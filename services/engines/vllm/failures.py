@@ -47,7 +47,7 @@ Figures = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class Diagnosis:
     """A failed start: `cause` is vLLM's own telling line without its prefixes, `advice` what to do about it, with the
     figures from the log."""
 
@@ -73,7 +73,7 @@ class _Rule:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    failure: Failure
+    failure: Diagnosis
     worth: int
     figures: int
 
@@ -87,7 +87,7 @@ class FailureLog:
         self._dying = False
 
     @property
-    def failure(self) -> Failure | None:
+    def failure(self) -> Diagnosis | None:
         return self._found.failure if self._found else None
 
     def serve(self) -> None:
@@ -122,14 +122,14 @@ def _find(level: str, message: str, known: Figures) -> _Finding | None:
     rule = next((rule for mark, rule in _MARKED if mark in message), None)
     if rule is not None:
         told = {**known, **_figures(rule, message)}
-        return _Finding(Failure(rule.code, _clean(message), rule.advice(told)), rule.worth, len(told))
+        return _Finding(Diagnosis(rule.code, _clean(message), rule.advice(told)), rule.worth, len(told))
     if any(mark in message for mark in _ECHOES):
         worth = _SECONDARY
     elif _EXCEPTION.match(message):
         worth = _LOGGED if level else _PRINTED
     else:
         return None
-    return _Finding(Failure("engine_failed", _clean(message), "What it logged says more."), worth, 0)
+    return _Finding(Diagnosis("engine_failed", _clean(message), "What it logged says more."), worth, 0)
 
 
 def _figures(rule: _Rule, message: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from services.engines.port import Evidence
 from services.engines.vllm.facts import GIB, Facts, learn
 from services.engines.vllm.facts import MARKS as FACT_MARKS
 from services.engines.vllm.failures import MARKS as FAILURE_MARKS
-from services.engines.vllm.failures import Failure, FailureLog
+from services.engines.vllm.failures import Diagnosis, FailureLog
 from services.switching.progress import ORDER
 
 LONGEST_LINE = 16_384
@@ -41,7 +41,7 @@ class VllmLog:
         """It said that it serves; whether it answers is for its endpoints to say."""
 
     @property
-    def failure(self) -> Failure | None:
+    def failure(self) -> Diagnosis | None:
         """Why it does not come up, or what ended it once it served; None as long as nothing speaks for either."""
         return self._failures.failure
 

@@ -13,7 +13,7 @@ import structlog
 
 from services.engines.containers.port import Container
 from services.engines.port import Endpoint
-from services.http import Answer, FetchError, TooSlow, fetch
+from services.http import FetchError, Reply, TooSlow, fetch
 
 log = structlog.get_logger(__name__)
 
@@ -94,10 +94,10 @@ class VllmServer:
         said = answer.document().get("is_sleeping") if answer.status == 200 else None
         return said if isinstance(said, bool) else None
 
-    def _get(self, path: str) -> Answer:
+    def _get(self, path: str) -> Reply:
         return fetch("GET", self.endpoint.origin + path, timeout=PROBE_SECONDS)
 
-    def _ask(self, path: str, question: dict[str, object], timeout: float) -> Answer:
+    def _ask(self, path: str, question: dict[str, object], timeout: float) -> Reply:
         body = {"model": self._model_id, "max_tokens": 1, **question}
         return fetch("POST", self.endpoint.origin + path, body=body, timeout=timeout)
 
