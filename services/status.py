@@ -45,6 +45,8 @@ class ModelStatus:
     error: str | None
     warning: str | None
     log_tail: str
+    silent: bool = False
+    """Whether it runs and gives no sign of life though it should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ class StatusService:
             error=error,
             warning=" ".join(words for words in cautions if words) or None,
             log_tail=failure.log_tail if failure else "",
+            silent=view.silent if view else False,
         )
 
 

@@ -69,6 +69,8 @@ class InstanceView:
     warning: str | None = None
     rest: Rest | None = None
     shares: str | None = None
+    silent: bool = False
+    """Whether it gives no sign of life though it should."""
 
 
 @dataclass(frozen=True, slots=True)

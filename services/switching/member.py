@@ -79,6 +79,7 @@ class Member:
         return self.state in ("running", "asleep")
 
     def view(self) -> InstanceView:
+        silent = self.silent and self.state == "running"
         return InstanceView(
             model=self.model.id,
             engine=self.engine.name,
@@ -92,9 +93,10 @@ class Member:
             usage=self.usage if self.shares is None else None,
             reserved_bytes=self.reserved_bytes if self.shares is None else 0,
             loaded_at=self.loaded_at,
-            warning=SILENT if self.silent and self.state == "running" else self.warning,
+            warning=SILENT if silent else self.warning,
             rest=self.rest if self.state == "running" else None,
             shares=self.shares.model.id if self.shares is not None else None,
+            silent=silent,
         )
 
     def differs(self, reading: Measurement) -> bool:
