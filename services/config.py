@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from services.engines.options import checked
 
 PREFIX = "SWITCHYARD_"
 DEFAULT_FILE = "switchyard.toml"
@@ -37,7 +39,7 @@ class ModelEntry(BaseModel):
 
     id: Annotated[str, Field(pattern=MODEL_ID_PATTERN)]
     engine: Literal["llamacpp", "ollama", "vllm"] = "llamacpp"
-    source: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=4096)]
     description: str = ""
     size_gb: Annotated[float, Field(gt=0)] | None = None
     required_gb: Annotated[float, Field(gt=0)] | None = None
@@ -51,6 +53,12 @@ class ModelEntry(BaseModel):
         if ".." in value or "//" in value:
             raise ValueError("a model id can't hold '..' or '//'")
         return value
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        engine = info.data.get("engine")
+        return value if engine is None else checked(engine, value)  # else the engine's name is what is wrong
 
 
 class Recommendation(BaseModel):

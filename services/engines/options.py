@@ -1,0 +1,72 @@
+"""What the `options` of a listed model may hold, by engine. Checked when the settings are read.
+
+What each option does is said where its engine uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+"""What a process can be given: no argument and no variable holds a NUL."""
+Argument = Text | int | float
+Tokens = Annotated[int, Field(ge=128, le=16_777_216)]
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
+FolderPath = Annotated[str, StringConstraints(pattern=r"^/[^\x00]*$", max_length=4096)]
+
+
+class LlamaCppOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    context_length: Tokens | None = None
+    parallel: Annotated[int, Field(ge=1, le=256)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    device: Text | None = None
+    arguments: list[Argument] = []
+
+
+class OllamaOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    context_length: Tokens | None = None
+    device: Text | None = None
+
+
+class VllmOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._:/@-]{0,254}$")] | None = None
+    revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")] | None = None
+    arguments: list[Argument] = []
+    environment: dict[VariableName, Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")] | int | float | bool] = {}
+    context_length: Tokens | None = None
+    device: Text | None = None
+    shm_gb: Annotated[float, Field(gt=0, le=1024)] | None = None
+    mounts: list[Annotated[list[FolderPath], Field(min_length=2, max_length=2)]] = []
+    sleep: bool | None = None
+
+
+OPTIONS: Mapping[str, type[BaseModel]] = {"llamacpp": LlamaCppOptions, "ollama": OllamaOptions, "vllm": VllmOptions}
+
+
+def checked(engine: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, each of its type. Raises ValueError naming what is wrong and what is allowed."""
+    known = OPTIONS[engine]
+    try:
+        return known.model_validate(options).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        # Of a value that may be of several types each type has its say: the first is enough.
+        problems = {str(problem["loc"][0]): _say(problem, engine, known) for problem in reversed(error.errors())}
+        raise ValueError("; ".join(reversed(problems.values()))) from None
+
+
+def _say(problem: Any, engine: str, known: type[BaseModel]) -> str:
+    name, *within = (str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"there is no option {name!r} for {engine} models, only {', '.join(sorted(known.model_fields))}"
+    entry = f" {within[0]}" if within else ""
+    message = str(problem["msg"])
+    return f"the option {name}{entry}: {message[0].lower()}{message[1:]} (it is {problem['input']!r})"
