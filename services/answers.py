@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -27,6 +27,14 @@ class GenerationError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What was said before an answer, oldest first, and the answer given last, which tells how much of that fitted."""
+
+    messages: tuple[Message, ...]
+    last_answer: Message | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A piece of an answer: of what the model says, or of its `thought` before that.
 
@@ -45,15 +53,21 @@ class ChatStream(Protocol):
     def model(self) -> str:
         """The id of the model that answers."""
 
+    @property
+    def told_from(self) -> int:
+        """Which of the prompt's messages is the first that the model is told: those before it did not fit."""
+
+    @property
+    def context_full(self) -> bool:
+        """Whether the answer, which has come to its end, ended because nothing more fitted."""
+
     def __iter__(self) -> Iterator[Piece]: ...
 
 
 class Generator(Protocol):
     """Generates answers."""
 
-    def stream_chat(
-        self, model: str | None, messages: Sequence[Mapping[str, str]], abort: Abort
-    ) -> AbstractContextManager[ChatStream]:
+    def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> AbstractContextManager[ChatStream]:
         """Ask `model` (None: the active one).
 
         Leaving the context stops the generation, and so does `abort`, at any time. Raises GenerationError, and Aborted.
@@ -80,12 +94,14 @@ class Answer:
     def message(self) -> Message:
         return self._message
 
-    def write(self, generator: Generator, model: str | None, history: Sequence[Mapping[str, str]]) -> None:
+    def write(self, generator: Generator, model: str | None, prompt: Prompt) -> None:
         """Write the whole answer. Whatever goes wrong ends up in the message."""
         try:
-            with generator.stream_chat(model, history, self._abort) as stream:
-                if self._update(model=stream.model):
+            with generator.stream_chat(model, prompt, self._abort) as stream:
+                first = prompt.messages[stream.told_from].id if stream.told_from else None
+                if self._update(model=stream.model, told_from=first):
                     self._take_in(stream)
+                self._update(context_full=stream.context_full)
                 self.finish("complete")
         except Aborted:
             self.finish("stopped")

@@ -10,7 +10,7 @@ from functools import partial
 
 import structlog
 
-from services.answers import Answer, ChatStream, GenerationError, Generator
+from services.answers import Answer, ChatStream, GenerationError, Generator, Prompt
 from services.store.errors import StoreError
 from services.store.message_saver import MessageSaver
 from services.store.records import Conversation, Message, MessageState, Place, Role, new_id
@@ -172,7 +172,7 @@ class Chats:
             def save() -> None:
                 self._repository.add(replace(conversation, messages=(question, answer)))
 
-            return self._begin(answer, (question,), model, save)
+            return self._begin(answer, Prompt((question,)), model, save)
 
     def send(self, conversation_id: str, text: str, model: str | None = None, message_id: str | None = None) -> Message:
         """Save the user's message and begin the answer by `model` (None: the active one), which is returned.
@@ -192,7 +192,8 @@ class Chats:
                 if not self._repository.append(question, answer, title=title_of(text) if first else None):
                     raise ConversationNotFound("This conversation does not exist any more.")
 
-            return self._begin(answer, (*conversation.messages, question), model, save)
+            asked = replace(conversation, messages=(*conversation.messages, question))
+            return self._begin(answer, prompt_of(asked), model, save)
 
     def retry(self, message_id: str, model: str | None = None) -> Message:
         """Write another answer to the last message, beside those that are there; one without a word is replaced.
@@ -206,12 +207,14 @@ class Chats:
                 raise NotTheLast("Only the last answer can be written anew.")
             answer = self._message(conversation.id, "assistant", "", model)
             if last.role == "user":
-                return self._begin(answer, conversation.messages, model, lambda: self._repository.append(answer))
+                prompt = prompt_of(conversation)
+                return self._begin(answer, prompt, model, lambda: self._repository.append(answer))
             empty = not (last.content or last.thinking)
             kept = [old for old in last.versions or (last.id,) if not (empty and old == last.id)]
             answer = replace(answer, versions=(*kept, answer.id) if kept else ())
             save = partial(self._repository.add_version, answer, last.id, instead=empty)
-            return self._begin(answer, tuple(before), model, save)
+            told = prompt_of(replace(conversation, messages=tuple(before))).messages
+            return self._begin(answer, Prompt(told, conversation.latest_answer), model, save)
 
     def show(self, message_id: str) -> Message:
         """Show this one of the answers to a message, and go on from it. Raises MessageNotFound, ChatBusy."""
@@ -324,13 +327,11 @@ class Chats:
             seconds=None,
         )
 
-    def _begin(
-        self, message: Message, before: tuple[Message, ...], model: str | None, save: Callable[[], object]
-    ) -> Message:
-        """Have the answer `message` saved, then written to what was said `before`, in a thread of its own."""
+    def _begin(self, message: Message, prompt: Prompt, model: str | None, save: Callable[[], object]) -> Message:
+        """Have the answer `message` saved, then written in a thread of its own."""
         answer = Answer(message, self._saver.put, self._clock)
         thread = threading.Thread(
-            target=self._write, args=(answer, before, model), name=f"answer-{message.id[:8]}", daemon=True
+            target=self._write, args=(answer, prompt, model), name=f"answer-{message.id[:8]}", daemon=True
         )
         self._running[message.id] = _Running(answer, thread)  # first: a row without a writer counts as interrupted
         try:
@@ -341,9 +342,9 @@ class Chats:
             raise
         return message
 
-    def _write(self, answer: Answer, before: tuple[Message, ...], model: str | None) -> None:
+    def _write(self, answer: Answer, prompt: Prompt, model: str | None) -> None:
         try:
-            answer.write(self._generator, model, history_of(before))
+            answer.write(self._generator, model, prompt)
         finally:
             self._running.pop(answer.message.id, None)
 
@@ -365,9 +366,10 @@ def _sendable(text: str) -> str:
     return text
 
 
-def history_of(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+def prompt_of(conversation: Conversation) -> Prompt:
     """What a model is told of a conversation: everything that has words, in order."""
-    return [{"role": m.role, "content": m.content} for m in messages if m.final and m.content]
+    told = tuple(message for message in conversation.messages if message.final and message.content)
+    return Prompt(told, conversation.latest_answer)
 
 
 def title_of(text: str) -> str:

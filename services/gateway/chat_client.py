@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from geventhttpclient.response import HTTPParseError
 
 from services.abort import Abort, Aborted
-from services.answers import GenerationError, Piece
+from services.answers import GenerationError, Piece, Prompt
 from services.catalog import UnknownModel
-from services.gateway.deltas import joined, pieces_of, told_apart
+from services.gateway.context import TooLong, first_told, leave_out, too_long
+from services.gateway.deltas import finish_reason, joined, pieces_of, told_apart
 from services.gateway.relay import EngineAnswer, Hangup, Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
+from services.store.records import Message
 from services.switching.events import InstanceView
 
 JSON_HEADERS = (("Content-Type", "application/json"), ("Accept", "text/event-stream"))
@@ -25,10 +27,14 @@ LONGEST_EVENT = 1_000_000
 
 
 class ChatStream:
-    """One answer as its pieces, and the model that gives it."""
+    """One answer as its pieces, and the model that gives it. `told_from`: the first of the messages that it is told."""
 
-    def __init__(self, model: str, answer: EngineAnswer, abort: Abort, on_piece: Callable[[], object]) -> None:
+    def __init__(
+        self, model: str, answer: EngineAnswer, abort: Abort, told_from: int, on_piece: Callable[[], object]
+    ) -> None:
         self.model = model
+        self.told_from = told_from
+        self.context_full = False
         self._on_piece = on_piece
         self._answer = answer
         self._abort = abort
@@ -40,7 +46,10 @@ class ChatStream:
         for data in self._events():
             if data == "[DONE]":
                 return
-            yield from pieces_of(_chunk(data))
+            chunk = _chunk(data)
+            yield from pieces_of(chunk)
+            if finish_reason(chunk) == "length":  # no length was asked for
+                self.context_full = True
 
     def _events(self) -> Iterator[str]:
         rest = b""
@@ -70,22 +79,27 @@ class ChatClient:
         self._relay = relay
 
     @contextmanager
-    def stream_chat(
-        self, model: str | None, messages: Sequence[Mapping[str, str]], abort: Abort
-    ) -> Iterator[ChatStream]:
+    def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> Iterator[ChatStream]:
         """One streamed answer. Leaving the context stops the generation, and so does `abort`, at any time.
 
-        Raises GenerationError, and Aborted.
+        What doesn't fit into the model's context is left out, the oldest turns first. Raises GenerationError, and
+        Aborted.
         """
         admission = self._admit(model, abort)
         try:
-            answer = self._ask(admission.instance, messages, abort)
-            try:
-                if answer.status_code != 200:
-                    raise GenerationError(_error_text(answer))
-                yield ChatStream(admission.instance.model, answer, abort, admission.instance.traffic.heard)
-            finally:
-                answer.break_off()
+            instance = admission.instance
+            told_from: int | None = first_told(prompt, instance.model)
+            while told_from is not None:
+                answer = self._ask(instance, prompt.messages[told_from:], abort)
+                try:
+                    if answer.status_code == 200:
+                        yield ChatStream(instance.model, answer, abort, told_from, instance.traffic.heard)
+                        return
+                    refusal = _length_refusal(answer)
+                finally:
+                    answer.break_off()
+                told_from = leave_out(prompt.messages, told_from, refusal)
+            raise GenerationError(_say_too_long(instance.model, refusal))
         finally:
             admission.release()
 
@@ -97,10 +111,11 @@ class ChatClient:
         except (GatewayError, UnknownModel) as error:
             raise GenerationError(str(error)) from None
 
-    def _ask(self, instance: InstanceView, messages: Sequence[Mapping[str, str]], abort: Abort) -> EngineAnswer:
+    def _ask(self, instance: InstanceView, messages: Iterable[Message], abort: Abort) -> EngineAnswer:
         """The engine's answer once its headers are here; `abort` closes the connection from the first moment on."""
         assert instance.endpoint is not None, "a running instance has an endpoint"
-        body = {"model": instance.endpoint.model or instance.model, "messages": list(messages), "stream": True}
+        told = [{"role": message.role, "content": message.content} for message in messages]
+        body = {"model": instance.endpoint.model or instance.model, "messages": told, "stream": True}
         hangup = Hangup()
         abort.applies_to(hangup)
         try:
@@ -133,16 +148,30 @@ def _chunk(data: str) -> Mapping[str, Any]:
     return chunk
 
 
-def _error_text(answer: EngineAnswer) -> str:
+def _length_refusal(answer: EngineAnswer) -> TooLong:
+    """An engine's refusal of what doesn't fit into its context. Raises GenerationError for any other refusal."""
     with _as_generation_error():
         said = answer.beginning(LONGEST_ERROR)
     try:
         document = json.loads(said)
     except (ValueError, RecursionError):
         document = None
+    refusal = too_long(answer.status_code, document)
+    if refusal is not None:
+        return refusal
     if isinstance(document, Mapping) and "error" in document:
-        return f"The engine refused: {_message(document)}"
-    return f"The engine answered with status {answer.status_code}."
+        raise GenerationError(f"The engine refused: {_message(document)}")
+    raise GenerationError(f"The engine answered with status {answer.status_code}.")
+
+
+def _say_too_long(model: str, refusal: TooLong) -> str:
+    """What is the matter, and what can be done here, once nothing but the user's message is left to tell."""
+    held = f" holds {refusal.context:,} tokens" if refusal.context else " is too small for it"
+    needed = f", and it needs {refusal.prompt:,}" if refusal.context and refusal.prompt else ""
+    return (
+        f"This message is too long: the context of {model}{held}{needed}. Send it in parts, or use a model with a "
+        "larger context; the setting context_length gives embedded models more."
+    )
 
 
 def _message(document: Mapping[str, object]) -> str:

@@ -78,6 +78,11 @@ class Conversation:
         return self.earlier + len(self.messages)
 
     @property
+    def latest_answer(self) -> Message | None:
+        """The last answer that a model has begun."""
+        return next((m for m in reversed(self.messages) if m.role == "assistant" and m.model), None)
+
+    @property
     def place(self) -> Place:
         return self.updated_at, self.id
 

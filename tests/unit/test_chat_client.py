@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import gevent
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.abort import Abort, Aborted
-from services.answers import GenerationError, Piece
+from services.answers import GenerationError, Piece, Prompt
 from services.engines.port import Endpoint, Model
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
 from services.gateway.router import Admission
+from services.store.records import Message
 from services.switching.events import InstanceView
 from services.switching.traffic import Traffic
 from services.text import whole_characters
@@ -48,7 +50,7 @@ def refused(relay: Relay, act: Act) -> str:
     engine = ScriptedEngine(act)
     router = OneModel(engine)
     client = ChatClient(router, relay)  # type: ignore[arg-type]
-    with pytest.raises(GenerationError) as caught, client.stream_chat(None, [], Abort()):
+    with pytest.raises(GenerationError) as caught, client.stream_chat(None, Prompt(()), Abort()):
         pass
     assert engine.left.wait(2)
     engine.close()
@@ -94,7 +96,7 @@ def test_stopping_before_the_first_token_closes_the_connection(relay):
         abort()
 
     stopping = gevent.spawn(stop)
-    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, [], abort):  # type: ignore[arg-type]
+    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, Prompt(()), abort):  # type: ignore[arg-type]
         pass
     assert engine.left.wait(2)
     stopping.join()
@@ -107,7 +109,7 @@ def test_stopping_before_the_engine_is_asked_asks_nobody(relay):
     engine = ScriptedEngine()
     router, abort = OneModel(engine), Abort()
     abort()
-    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, [], abort):  # type: ignore[arg-type]
+    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, Prompt(()), abort):  # type: ignore[arg-type]
         pass
     engine.close()
     assert engine.asked == []
@@ -123,7 +125,10 @@ def streamed(relay: Relay, *events: object) -> list[Piece]:
     lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
     body = "".join(f"data: {line}\n\n" for line in lines).encode()
     engine = ScriptedEngine(Act(answer(body=body)))
-    with suppress(GenerationError), ChatClient(OneModel(engine), relay).stream_chat(None, [], Abort()) as stream:  # type: ignore[arg-type]
+    with (
+        suppress(GenerationError),
+        ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), Abort()) as stream,
+    ):  # type: ignore[arg-type]
         pieces = list(stream)
     engine.close()
     return pieces
@@ -182,7 +187,86 @@ def test_an_event_that_never_ends_is_not_read_to_its_end(relay):
     engine = ScriptedEngine(Act(answer(body=b"data: " + b"x" * 2_000_000)))
     with (
         pytest.raises(GenerationError, match="no answer"),
-        ChatClient(OneModel(engine), relay).stream_chat(None, [], Abort()) as stream,  # type: ignore[arg-type]
+        ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), Abort()) as stream,  # type: ignore[arg-type]
     ):
         list(stream)
     engine.close()
+
+
+FULL = {"code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 900, "n_ctx": 300, "message": "request"}
+ANSWER = Act(answer(body=b'data: {"choices":[{"delta":{"content":"ok"}}]}\n\ndata: [DONE]\n\n'))
+
+
+def turns(count: int) -> tuple[Message, ...]:
+    """So many questions of 100 characters, all but the last with answers as long."""
+    roles = ["user", "assistant"] * count
+    made = (
+        Message(f"m{n}", "c", role, f"{n}".ljust(100, "x"), "m", "complete", None, 0.0, 0.0, None, None)  # type: ignore[arg-type]
+        for n, role in enumerate(roles[:-1])
+    )
+    return tuple(made)
+
+
+def asked(engine: ScriptedEngine) -> list[list[str]]:
+    """The contents of the messages of each request, by their numbers."""
+    return [[m["content"].rstrip("x") for m in json.loads(a.body)["messages"]] for a in engine.asked]
+
+
+def told(relay: Relay, prompt: Prompt, *acts: Act) -> tuple[int, list[list[str]]]:
+    """From which message on a model is told in the end, and what it was asked until then."""
+    engine = ScriptedEngine(*acts)
+    router = OneModel(engine)
+    try:
+        with ChatClient(router, relay).stream_chat(None, prompt, Abort()) as stream:  # type: ignore[arg-type]
+            assert [piece.text for piece in stream] == ["ok"]
+            return stream.told_from, asked(engine)
+    finally:
+        engine.close()
+        assert router.traffic.in_flight == 0
+
+
+def test_a_conversation_that_no_longer_fits_goes_on_without_its_oldest_turns(relay):
+    """What is left fills about half of the context, and begins with a question."""
+    first, requests = told(relay, Prompt(turns(6)), Act(answer("400 Bad Request", {"error": FULL})), ANSWER)
+    assert first == 10
+    assert requests == [[str(n) for n in range(11)], ["10"]]
+
+
+def test_without_figures_half_is_left_out_again_and_again(relay):
+    """As when an engine's words are not understood in full."""
+    vague = Act(answer("400 Bad Request", {"message": "This model's maximum context length is full"}))
+    first, requests = told(relay, Prompt(turns(6)), vague, vague, ANSWER)
+    assert first == 10
+    assert [request[0] for request in requests] == ["0", "6", "10"]
+
+
+def test_what_did_not_fit_last_time_is_not_tried_again(relay):
+    """The same model is told from where it was told then, so that what it remembers of the prompt holds; another one
+    may have more room, and one that ran out of it within its answer gets more."""
+    messages = turns(6)
+    last = replace(messages[9], told_from="m4")
+    assert told(relay, Prompt(messages, last), ANSWER)[0] == 4
+    assert told(relay, Prompt(messages, replace(last, model="other")), ANSWER)[0] == 0
+    assert told(relay, Prompt(messages, replace(last, context_full=True)), ANSWER)[0] == 8
+    assert told(relay, Prompt(messages, replace(last, told_from="gone")), ANSWER)[0] == 0
+
+
+def test_a_message_that_is_too_long_by_itself_is_explained(relay):
+    """With the figures, and what can be done."""
+    with pytest.raises(GenerationError) as caught:
+        told(relay, Prompt(turns(2)), Act(answer("400 Bad Request", {"error": FULL})))
+    assert str(caught.value).startswith(
+        "This message is too long: the context of m holds 300 tokens, and it needs 900. Send it in parts, or"
+    )
+
+
+def test_an_answer_that_fills_the_context_says_so(relay):
+    """No length was asked for: nothing else ends it so."""
+    chunk = {"choices": [{"delta": {}, "finish_reason": "length"}]}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
+    for said, full in ((body, True), (body.replace(b"length", b"stop"), False)):
+        engine = ScriptedEngine(Act(answer(body=said)))
+        with ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(turns(1)), Abort()) as stream:  # type: ignore[arg-type]
+            assert list(stream) == []
+            assert stream.context_full == full
+        engine.close()

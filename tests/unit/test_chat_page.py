@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import unescape
 
@@ -14,6 +14,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from services.abort import Abort
+from services.answers import Prompt
 from services.chats import Chats
 
 PAGE = {"Accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
@@ -27,11 +28,11 @@ class Waiting:
     """A generator whose answers last until they are stopped."""
 
     model = "tiny"
+    told_from = 0
+    context_full = False
 
     @contextmanager
-    def stream_chat(
-        self, _model: str | None, _messages: Sequence[Mapping[str, str]], abort: Abort
-    ) -> Iterator[Waiting]:
+    def stream_chat(self, _model: str | None, _prompt: Prompt, abort: Abort) -> Iterator[Waiting]:
         self._over = threading.Event()
         abort.applies_to(self._over.set)
         yield self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from services import answers
 from services.abort import Abort
-from services.answers import Piece
+from services.answers import Piece, Prompt
 from services.chats import (
     ChatBusy,
     Chats,
@@ -27,7 +27,7 @@ from services.chats import (
     MessageNotFound,
     MessageTooLong,
     NotTheLast,
-    history_of,
+    prompt_of,
     title_of,
 )
 from services.store import message_saver
@@ -42,9 +42,13 @@ WAIT = 5.0
 class FakeStream:
     """An answer whose pieces a test hands out one by one; `taken` counts those that were asked for."""
 
-    def __init__(self, model: str, messages: Sequence[Mapping[str, str]], abort: Abort) -> None:
+    told_from = 0
+    context_full = False
+
+    def __init__(self, model: str, prompt: Prompt, abort: Abort) -> None:
         self.model = model
-        self.messages = list(messages)
+        self.prompt = prompt
+        self.messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         self.left = threading.Event()
         self.cancelled = False
         self._pieces: queue.Queue[str | Piece | Exception | None] = queue.Queue()
@@ -77,21 +81,21 @@ class FakeGenerator:
 
     def __init__(self) -> None:
         self.refusal: Exception | None = None
+        self.told_from = 0
         self.admit = threading.Event()
         self.admit.set()
         self.asked = threading.Event()
         self._streams: queue.Queue[FakeStream] = queue.Queue()
 
     @contextmanager
-    def stream_chat(
-        self, model: str | None, messages: Sequence[Mapping[str, str]], abort: Abort
-    ) -> Iterator[FakeStream]:
+    def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> Iterator[FakeStream]:
         with abort.acting(self.admit.set):
             self.asked.set()
             assert self.admit.wait(WAIT)
         if self.refusal:
             raise self.refusal
-        stream = FakeStream(model or "active-model", messages, abort)
+        stream = FakeStream(model or "active-model", prompt, abort)
+        stream.told_from = self.told_from
         self._streams.put(stream)
         try:
             yield stream
@@ -491,10 +495,39 @@ def test_an_answer_that_is_all_thought_can_be_stopped_and_paged_back_to(
     assert final(chats, again.id).versions == (sent.id, again.id)
 
 
+def test_what_did_not_fit_is_remembered(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
+) -> None:
+    """From which message on a model was told, and whether its answer filled the context: also by who asks it next."""
+    answer(chats, generator, conversation, "One", "1")
+    generator.told_from = 2
+    sent = chats.send(conversation.id, "Two")
+    stream = generator.next()
+    stream.context_full = True
+    stream.say("2").end()
+    generator.told_from = 0
+    done = final(chats, sent.id)
+    assert (done.told_from, done.context_full) == (stream.prompt.messages[2].id, True)
+    assert stream.prompt.messages[2].content == "Two"
+    assert kept(store, done)
+    again = chats.retry(done.id)
+    stream = generator.next()
+    stream.end()
+    assert stream.prompt.last_answer == done
+    assert [m.content for m in stream.prompt.messages] == ["One", "1", "Two"]
+    final(chats, again.id)
+    chats.show(done.id)
+    chats.send(conversation.id, "Three")
+    stream = generator.next()
+    stream.end()
+    assert stream.prompt.last_answer is not None
+    assert stream.prompt.last_answer.id == done.id
+
+
 def test_a_message_still_growing_is_no_history() -> None:
     """Only what is final is told to a model."""
     growing = Message("i", "c", "assistant", "half", None, "streaming", None, 0.0, None, 1, 0.0)
-    assert history_of((growing,)) == []
+    assert prompt_of(Conversation("c", "A", 0.0, 0.0, (growing,))).messages == ()
 
 
 def test_two_readers_see_the_same(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:

@@ -1,0 +1,81 @@
+"""How engines say that a prompt is too long for them, and what is left out then."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.context import TooLong, leave_out, too_long
+from services.store.records import Message
+
+VLLM = "This model's maximum context length is 4096 tokens. However, "
+
+
+@pytest.mark.parametrize(
+    ("message", "context", "prompt"),
+    [
+        ("request (1502 tokens) exceeds the available context size (512 tokens), try increasing it", 512, 1502),
+        ("the request exceeds the available context size. try increasing the context size", None, None),
+        (VLLM + "you requested 4500 tokens (4200 in the messages, 300 in the completion).", 4096, 4200),
+        (VLLM + "your request has 4200 input tokens. Please reduce the length of the input messages.", 4096, 4200),
+        (VLLM + "your prompt contains 4200 input tokens, which exceeds this limit", 4096, 4200),
+        (VLLM + "your prompt contains at least 4097 input tokens, which exceeds this limit", 4096, 4097),
+        (VLLM + "your prompt contains 90000 characters (more than 40960 characters, which is the", 4096, None),
+        (VLLM + "your messages resulted in 4200 tokens.", 4096, 4200),
+        ("The decoder prompt (length 5000) is longer than the maximum model length of 4096. Make sure", 4096, 5000),
+        ("max_tokens must be at least 1, got -344.", None, None),
+    ],
+)
+def test_the_words_of_the_engines(message: str, context: int | None, prompt: int | None) -> None:
+    """llama.cpp old and new, vLLM from 0.4 to 0.32, OpenAI; in OpenAI's shape and in vLLM's older one."""
+    expected = TooLong(context, prompt)
+    assert too_long(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}) == expected
+    assert too_long(400, {"object": "error", "message": message, "type": "BadRequestError", "code": 400}) == expected
+    assert too_long(400, {"error": message}) == expected
+
+
+def test_the_fields_of_the_engines() -> None:
+    """A type or a code says it, whatever the words; llama.cpp's figures stand in fields."""
+    fields = {"type": "exceed_context_size_error", "message": "zu lang", "n_prompt_tokens": 1502, "n_ctx": 512}
+    assert too_long(400, {"error": fields}) == TooLong(512, 1502)
+    assert too_long(400, {"error": {"code": "context_length_exceeded", "message": "x"}}) == TooLong()
+
+
+@pytest.mark.parametrize(
+    ("status", "document"),
+    [
+        (400, {"error": {"message": "Conversation roles must alternate", "type": "BadRequestError"}}),
+        (400, {"error": None}),
+        (400, [1]),
+        (400, None),
+        (400, {}),
+        (503, {"error": {"message": "exceeds the available context size"}}),
+        (404, {"error": {"message": "model 'maximum context length' not found"}}),
+    ],
+)
+def test_other_refusals_are_other_refusals(status: int, document: object) -> None:
+    """They must not make anything be left out."""
+    assert too_long(status, document) is None
+
+
+MESSAGES = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.integers(0, 500)), max_size=20)
+FIGURES = st.none() | st.integers(1, 10_000)
+
+
+@given(MESSAGES, st.integers(0, 19), FIGURES, FIGURES)
+def test_less_is_told_each_time_until_one_turn_is_left(
+    made: list[tuple[str, int]], told_from: int, context: int | None, prompt: int | None
+) -> None:
+    """Whatever the engine says: it ends, each try begins with a question, and the last message always stays."""
+    messages = [
+        Message(str(n), "c", role, "x" * size, None, "complete", None, 0.0, 0.0, None, None)  # type: ignore[arg-type]
+        for n, (role, size) in enumerate(made)
+    ]
+    at: int | None = told_from
+    while at is not None:
+        following = leave_out(messages, at, TooLong(context, prompt))
+        if following is not None:
+            assert at < following < len(messages)
+            assert messages[following].role == "user"
+        at = following
