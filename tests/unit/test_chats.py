@@ -112,10 +112,20 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A database that waits for a lock only for a moment; what can't be saved is tried again as soon."""
+def patience() -> float:
+    """How long the database is waited for: long enough on a busy machine."""
+    return WAIT
+
+
+impatient = pytest.mark.parametrize("patience", [0.01])
+"""For tests in which it stays locked: it is waited for only for a moment."""
+
+
+@pytest.fixture
+def store(path: Path, patience: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A database; what can't be saved is tried again soon."""
     monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 0.01)
-    store = open_store(path, patience=0.01)
+    store = open_store(path, patience=patience)
     yield store
     store.close()
 
@@ -615,6 +625,7 @@ def test_answers_are_saved_as_they_come(
     stream.end()
 
 
+@impatient
 def test_a_locked_database_holds_up_no_answer(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store, path: Path
 ) -> None:
@@ -639,6 +650,7 @@ def test_a_locked_database_holds_up_no_answer(
     assert chats.get(conversation.id).messages[-1] == done
 
 
+@impatient
 def test_what_could_not_be_saved_is_tried_again_at_the_end(
     chats: Chats,
     generator: FakeGenerator,
@@ -684,6 +696,7 @@ def test_a_message_that_fails_to_be_saved_holds_up_no_other(monkeypatch: pytest.
     assert not refused.acquire(blocking=False)
 
 
+@impatient
 def test_a_message_that_can_not_be_saved_is_not_sent(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, path: Path
 ) -> None:
