@@ -9,7 +9,7 @@ from htmx_flask import make_response, request
 
 from blueprints.models import DownloadForm, fields, page_with
 from blueprints.pages import done, see_other
-from blueprints.web import client_name, services
+from blueprints.web import ERROR_HEADER, client_name, services
 from services.downloads.fetcher import DownloadError, Source
 
 bp = Blueprint("downloads", __name__, url_prefix="/downloads")
@@ -76,4 +76,5 @@ def _ask_again(form: DownloadForm) -> Response:
     if not request.htmx:
         return Response(page_with(form), 422)
     answer: Response = make_response(fields(form), 422, retarget="#download-form", reswap="outerHTML")
+    answer.headers[ERROR_HEADER] = "invalid_name"
     return answer

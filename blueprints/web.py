@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from flask import Flask, Response, current_app, jsonify, render_template, request
@@ -20,6 +21,7 @@ from services.downloads.download import DownloadNotFound
 from services.downloads.fetcher import DownloadError
 from services.engines.port import EngineError
 from services.gateway.router import GatewayError
+from services.offhub import compute_off_hub
 from services.providers.local_services import ServiceError
 from services.store.errors import StoreError, StoreLocked
 from services.switching.jobs import SwitchError
@@ -71,7 +73,12 @@ STATUS_OF_CODE: Mapping[str, int] = {
 OPENAI_SHAPED = ("/v1/", "/chat/completions")
 """Addresses whose errors have OpenAI's shape."""
 
+ERROR_HEADER = "Switchyard-Error"
+"""On each refusal of ours: the page takes one without it for that of a proxy, and shows nothing of it."""
+
 WORTH_COMPRESSING = 1024
+LARGE = 100_000
+"""Bytes from which on compressing takes milliseconds: that is done in a thread."""
 RETRY_SECONDS: Mapping[str, int] = {
     "stopping": 2,
     "state_unwritable": 5,
@@ -248,7 +255,8 @@ def _compress(response: Response) -> None:
         return
     data = response.get_data()
     if len(data) >= WORTH_COMPRESSING:
-        response.set_data(gzip.compress(data, 5, mtime=0))
+        compress = partial(gzip.compress, data, 5, mtime=0)
+        response.set_data(compute_off_hub(compress) if len(data) > LARGE else compress())
         response.headers["Content-Encoding"] = "gzip"
 
 
@@ -269,7 +277,7 @@ def _answer_error(error: ApiError) -> Response:
     response = _error_page(error) if _for_people() else jsonify(error_document(error))
     response.status_code = error.status
     response.headers.update(error.headers)
-    response.headers["Switchyard-Error"] = error.code  # a proxy's error page has none
+    response.headers[ERROR_HEADER] = error.code
     return response
 
 

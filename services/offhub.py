@@ -41,6 +41,15 @@ def off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return cast(R, _pool.apply(function, args, kwargs))
 
 
+def compute_off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """As `off_hub`, for what only computes: it can't hang, and shares no thread with what can."""
+    if not _on_gevent():
+        return function(*args, **kwargs)
+    import gevent
+
+    return cast(R, gevent.get_hub().threadpool.apply(function, args, kwargs))
+
+
 class SharedCall(Generic[R]):
     """A native function that may hang, called for many who ask: one call at most is under way, in a thread of its own.
 

@@ -21,7 +21,7 @@ from markupsafe import escape
 
 from blueprints.markdown.breaks import breaks
 from blueprints.markdown.mathematics import mathematics
-from services.offhub import off_hub
+from services.offhub import compute_off_hub
 from services.text import whole_characters
 
 Env = MutableMapping[str, Any]
@@ -32,7 +32,7 @@ FORMAT_LIMIT = 256_000
 INLINE_LIMIT = 20_000
 """Characters of one paragraph. A longer one stays as it was typed: a part of its work knows no breaks."""
 LARGE = 16_000
-"""Characters of HTML from which on cleaning takes milliseconds, and is worth a thread of its own."""
+"""Characters of HTML from which on cleaning takes milliseconds: that is done in a thread."""
 LANGUAGE_LENGTH = 40
 
 _BLOCKS = ("blockquote", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "table", "ul")
@@ -123,7 +123,7 @@ def _html_of_block(tokens: Sequence[Token], env: Env) -> str:
     if tokens[0].tag in _BLOCKS:
         tokens[0].attrs["dir"] = "auto"
     rendered = _markdown.renderer.render(tokens, _markdown.options, env)
-    clean = off_hub(_clean, rendered) if len(rendered) > LARGE else _clean(rendered)
+    clean = compute_off_hub(_clean, rendered) if len(rendered) > LARGE else _clean(rendered)
     env["breaks"]()
     return _TABLE.sub(_frame_table, _CODE.sub(_frame_code, clean))
 

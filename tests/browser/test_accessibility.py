@@ -190,7 +190,7 @@ $${WIDE}$$
 def test_a_conversation_of_what_needs_room(windows: Windows, shared: Console) -> None:
     """Words, names and addresses of 300 letters, formulas, a table, and scripts from right to left, in all places."""
     with closing(open_store(shared.folder / "state" / "switchyard.db")) as store:
-        talk = put_conversations(store, 60, [WIDE, EVERYTHING, "שלום", EVERYTHING] * 12, title=WIDE, model=WIDE)[-1]
+        talk = put_conversations(store, 1, [WIDE, EVERYTHING, "שלום", EVERYTHING] * 12, title=WIDE, model=WIDE)[-1]
 
     def look(window: Page) -> None:
         visit(window, shared, f"/chats/{talk}")
