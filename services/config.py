@@ -20,7 +20,8 @@ from services.engines.options import checked
 
 PREFIX = "SWITCHYARD_"
 DEFAULT_FILE = "switchyard.toml"
-MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}$"
+MODEL_ID_PATTERN = r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}._:/@+-]{0,199}$"
+"""Letters, with their marks, and digits of any script, and a few signs. For pydantic's regular expressions."""
 
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?(:\d{1,5})?")
 

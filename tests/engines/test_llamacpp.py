@@ -107,11 +107,16 @@ def test_options_that_matter_change_the_settings_key(tmp_path):
         ("sub/Qwen2.5-7B.Q4_K_M.gguf", "sub/Qwen2.5-7B.Q4_K_M"),
         ("big-00001-of-00003.gguf", "big"),
         ("--model; rm -rf (1).gguf", "model-rm--rf-1"),
-        ("模型.gguf", "model"),
+        ("模型.gguf", "模型"),
+        ("модель Q4 (копия).gguf", "модель-Q4-копия"),
+        ("हिन्दी.gguf", "हिन्दी"),
+        ("e\u0301te\u0301.gguf", "\xe9t\xe9"),
+        ("\u202egnp.exe\udcff!.gguf", "gnp.exe"),
+        ("🚂.gguf", "model"),
     ],
 )
 def test_a_file_name_becomes_an_id_that_is_safe_everywhere(file, model_id):
-    """No leading dash, no space, nothing that a shell, a path or an URL would read otherwise."""
+    """No leading dash, no space, nothing that a shell, a path or an URL would read otherwise; letters of any script."""
     assert id_of(Path(file)) == model_id
 
 

@@ -11,6 +11,7 @@ import re
 import secrets
 import threading
 import time
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -299,10 +300,17 @@ class LlamaCpp:
 def id_of(path: Path) -> str:
     """A file's path below the models folder as a model id: `sub/Name-Q4.gguf` is `sub/Name-Q4`.
 
-    Whatever an id may not hold becomes a dash; the part number of a split model is left out.
+    Whatever an id may not hold becomes a dash; letters of other scripts are what it may hold. The part number of a
+    split model is left out.
     """
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.with_suffix("").as_posix())
-    return re.sub(r"[^A-Za-z0-9._:/@+-]+", "-", stem).strip("-./:@+") or "model"
+    kept = "".join(c if _may_be_in_id(c) else " " for c in unicodedata.normalize("NFC", stem))
+    return re.sub(" +", "-", kept).strip("-./:@+") or "model"
+
+
+def _may_be_in_id(character: str) -> bool:
+    """Letters, their marks, digits, and the signs of MODEL_ID_PATTERN."""
+    return character in "._:/@+-" or unicodedata.category(character)[0] in "LMN"
 
 
 def _read(path: Path, stamp: tuple[int, int]) -> _File:
