@@ -79,13 +79,13 @@ class Catalog:
         return changed
 
     def _look(self) -> bool:
+        discovered = [found for engine in self._engines.values() for found in engine.discover()]
         models = {m.id: m for m in (self._engines[m.engine].describe(m) for m in self._listed)}
         taken = {(m.engine, m.source) for m in models.values()}
-        for engine in self._engines.values():
-            for found in engine.discover():
-                if (found.engine, found.source) not in taken:
-                    free = found if found.id not in models else replace(found, id=f"{found.engine}/{found.id}")
-                    models.setdefault(free.id, free)
+        for found in discovered:
+            if (found.engine, found.source) not in taken:
+                free = found if found.id not in models else replace(found, id=f"{found.engine}/{found.id}")
+                models.setdefault(free.id, free)
         for loaded in self._in_use():
             if loaded.id not in models:
                 gone = "Its files are gone. It works as long as it stays loaded."

@@ -1,15 +1,24 @@
-"""What goes wrong around the app, each as a context that ends with it. tests/README.md lists them."""
+"""What goes wrong around the app, each as a context that ends with it. tests/README.md lists them.
+
+What only a path or a process is needed for are functions. `Faults` has the same and the rest for one running console.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import resource
+import socket
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
+FAKES = Path(__file__).resolve().parents[1] / "fakes"
 NOBODY = 65_534
 """The user and group who own nothing."""
 CHUNK = b"\0" * 65_536
@@ -123,3 +132,103 @@ def corrupt_database(path: Path) -> None:
         for page in range(2, size // PAGE_BYTES, 2):
             file.seek(page * PAGE_BYTES)
             file.write(os.urandom(PAGE_BYTES))
+
+
+@contextmanager
+def hanging_driver(lock: Path) -> Iterator[None]:
+    """Whoever asks the stand-in GPU's driver, with STAND_IN_GPU_HANG set to `lock`, waits in the kernel."""
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def hanging_server(path: Path) -> Iterator[None]:
+    """At the Unix socket `path` somebody takes connections and never says a word, as a Docker daemon that hangs."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1000)  # who connects is let in by the kernel, and waits
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+@contextmanager
+def few_descriptors(process: psutil.Process, spare: int) -> Iterator[None]:
+    """A process may have `spare` files and sockets more open than it has, and no further one."""
+    before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (process.num_fds() + spare, before[1]))
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+
+
+class Faults:
+    """The faults of one console, to be switched on and off while it runs.
+
+    It is started with `environment`, and keeps its state in `state`, on a disk of its own. `folder` holds the switches.
+    Takes root.
+    """
+
+    def __init__(self, folder: Path, models: Path, disk_bytes: int = 64_000_000) -> None:
+        self._folder = folder
+        self._models = models
+        self._driver = folder / "driver"
+        self._docker = folder / "docker.sock"
+        self._disk = small_disk(folder / "disk", disk_bytes)
+        self.disk = folder / "disk"
+        self.state = self.disk / "state"
+        self.environment = {
+            "PYTHONPATH": os.pathsep.join(str(FAKES / name) for name in ("standing", "gpu")),
+            "STANDING_FAULTS": str(folder),
+            "STAND_IN_GPU_HANG": str(self._driver),
+            "DOCKER_HOST": f"unix://{self._docker}",
+            "SWITCHYARD_STATE_DIR": str(self.state),
+        }
+
+    def __enter__(self) -> Faults:
+        self._disk.__enter__()
+        self.state.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._disk.__exit__(None, None, None)
+
+    @property
+    def database(self) -> Path:
+        return self.state / "switchyard.db"
+
+    def full_disk(self) -> AbstractContextManager[None]:
+        """Not one more byte of state can be written."""
+        return full_disk(self.disk)
+
+    def locked_database(self) -> AbstractContextManager[None]:
+        return locked_database(self.database)
+
+    def hanging_driver(self) -> AbstractContextManager[None]:
+        """Of the GPU: the stand-in is there from the beginning."""
+        return hanging_driver(self._driver)
+
+    def hanging_docker(self) -> AbstractContextManager[None]:
+        """Before and after it, there is no Docker."""
+        return hanging_server(self._docker)
+
+    @contextmanager
+    def slow_models(self, seconds: float) -> Iterator[None]:
+        """Each question about a file of the models folder takes so long."""
+        switch = self._folder / "slow-models"
+        switch.write_text(f"{seconds}\n{self._models}\n")
+        try:
+            yield
+        finally:
+            switch.unlink()
+
+    def greenlets(self, worker: psutil.Process) -> int:
+        """How many the app's worker has, that moment."""
+        with socket.socket(socket.AF_UNIX) as asker:
+            asker.settimeout(60)
+            asker.connect(str(self._folder / str(worker.pid)))
+            return int(asker.recv(100))

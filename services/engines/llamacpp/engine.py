@@ -24,13 +24,12 @@ from services.engines.llamacpp.gguf import (
     GGUFError,
     GGUFHeader,
     estimate_bytes,
-    is_first_part,
     is_projector,
-    read_header,
     split_parts,
 )
 from services.engines.llamacpp.instance import LlamaCppInstance, answers, endpoint_of
 from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
+from services.engines.llamacpp.model_files import ModelFiles
 from services.engines.port import (
     ADOPT_PATIENCE,
     HOST_DEVICE,
@@ -52,16 +51,6 @@ log = structlog.get_logger(__name__)
 REPACKED_SHARE = 0.1
 ADOPT_SECONDS = 2.0
 """How long a process that was left behind may take to answer each question of one look."""
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """What a look at one GGUF file gave; looked at again when its size or time changes."""
-
-    stamp: tuple[int, int]
-    header: GGUFHeader | None
-    size_bytes: int
-    fault: str | None
 
 
 @dataclass(slots=True)
@@ -98,7 +87,7 @@ class LlamaCpp:
         self._context_length = context_length
         self._parallel = parallel
         self._gpu_bytes = gpu_bytes
-        self._files: dict[Path, _File] = {}
+        self._files = ModelFiles(models_dir)
         self._registry = registry
         self._found: list[Record] = []
         self._left: dict[str, Left] = {}
@@ -108,8 +97,8 @@ class LlamaCpp:
 
     def discover(self) -> Sequence[Model]:
         found = []
-        for path in _gguf_files(self._models_dir):
-            file = self._look(path)
+        for path in self._files.look():
+            file = self._files.read(path)
             if file.header is not None and is_projector(file.header):
                 continue  # the image half of another model, not one to talk to
             model_id = id_of(path.relative_to(self._models_dir))
@@ -117,8 +106,8 @@ class LlamaCpp:
         return found
 
     def describe(self, model: Model) -> Model:
-        path = self._path(model)
-        file = self._look(path)
+        path = self._files.path_of(model.source)
+        file = self._files.read(path)
         header = file.header
         return replace(
             model,
@@ -205,17 +194,16 @@ class LlamaCpp:
         raise NotYet(f"The process of {model.id} is there, but does not answer yet.")
 
     def remove(self, model: Model) -> None:
-        path = self._path(model)
-        folder = self._models_dir.resolve()
-        if not path.resolve().is_relative_to(folder):
-            raise EngineError(
-                f"{model.id} is not in the models folder {folder}, so it is left alone. Delete it yourself."
-            )
+        path = self._files.path_of(model.source)
         try:
-            for part in split_parts(path):
-                part.unlink(missing_ok=True)
+            mine = off_hub(_delete, path, self._models_dir)
         except (GGUFError, OSError) as error:
             raise EngineError(f"The files of {model.id} can't be deleted: {error}.") from None
+        if not mine:
+            raise EngineError(
+                f"{model.id} is not in the models folder {self._models_dir.absolute()}, so it is left alone. "
+                "Delete it yourself."
+            )
 
     def prepare(self) -> None:
         self._found = self._registry.engines()
@@ -237,7 +225,7 @@ class LlamaCpp:
 
     def _sort_out(self, found: Sequence[Record], models: Sequence[Model]) -> None:
         """Tell what can be gone on with from what nobody would load like that, which is ended."""
-        specs = {model.id: self._spec(model, self._known_header(model)) for model in models}
+        specs = {model.id: self._spec(model, self._header(model)) for model in models}
         strange = []
         for record in found:
             if specs.get(record.name) == record.spec and record.name not in self._left:
@@ -266,28 +254,9 @@ class LlamaCpp:
         return f"{self._launcher.kind} ctx={context} slots={self._slots(model)} {options} {model.size_bytes}"
 
     def _header(self, model: Model) -> GGUFHeader | None:
-        """Of its file as it is now."""
-        return self._look(self._path(model)).header
-
-    def _known_header(self, model: Model) -> GGUFHeader | None:
-        """Of its file when it was last looked at; of one that was described as its source says."""
-        known = self._files.get(Path(model.source))
-        return known.header if known is not None else None
-
-    def _path(self, model: Model) -> Path:
-        path = Path(model.source).expanduser()
-        return path if path.is_absolute() or path.exists() else self._models_dir / path
-
-    def _look(self, path: Path) -> _File:
-        stamp = _stamp(path)
-        known = self._files.get(path)
-        if known is None or known.stamp != stamp:
-            try:
-                known = off_hub(_read, path, stamp)
-            except TimeoutError:  # asked again at the next look
-                return _File(stamp, None, stamp[0], f"The file {path.name} is too slow to read.")
-            self._files[path] = known
-        return known
+        """Of its file as it was at the latest look: plans and pages ask for it, who must not wait for a disk."""
+        known = self._files.known(Path(model.source))
+        return (known or self._files.read(self._files.path_of(model.source))).header
 
     def _context(self, model: Model, header: GGUFHeader | None) -> int:
         asked = _whole_number(model.options.get("context_length"), self._context_length)
@@ -313,33 +282,13 @@ def _may_be_in_id(character: str) -> bool:
     return character in "._:/@+-" or unicodedata.category(character)[0] in "LMN"
 
 
-def _read(path: Path, stamp: tuple[int, int]) -> _File:
-    try:
-        parts = split_parts(path)
-        header = read_header(path)
-        size = sum(part.stat().st_size for part in parts)
-    except FileNotFoundError:
-        return _File(stamp, None, 0, f"The file {path.name} is not there.")
-    except (GGUFError, OSError) as error:
-        return _File(stamp, None, stamp[0], str(error))
-    return _File(stamp, header, size, None)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return (0, 0)
-    return (stat.st_size, stat.st_mtime_ns)
-
-
-def _gguf_files(folder: Path) -> list[Path]:
-    try:
-        files = sorted(p for p in folder.rglob("*.gguf") if p.is_file())
-    except OSError as error:
-        log.warning("the models folder can't be read", folder=str(folder), error=str(error))
-        return []
-    return [p for p in files if is_first_part(p)]
+def _delete(path: Path, folder: Path) -> bool:
+    """Delete a model's files; False for one that isn't in the folder, which stays. Raises GGUFError, OSError."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return False
+    for part in split_parts(path):
+        part.unlink(missing_ok=True)
+    return True
 
 
 def _mapped(header: GGUFHeader) -> bool:
