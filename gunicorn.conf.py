@@ -24,7 +24,7 @@ except ConfigError as error:
     sys.exit(str(error))
 
 CONNECTIONS = 2000
-"""From clients at a time, idle ones included; what comes then waits to be accepted."""
+"""From clients at a time, idle ones included (`door.py`)."""
 
 bind = f"{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
 workers = 1

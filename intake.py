@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 
 class WholeBody(io.RawIOBase):
     """The body of one request, for `wsgi.input`: read whole at the first read, or refused at every one.
 
-    Raises RequestEntityTooLarge beyond `most` bytes, and OSError when it is malformed or ends early. gunicorn calls a
+    Raises RequestEntityTooLarge beyond `most` bytes, RequestTimeout when it comes too slowly, and OSError when it is
+    malformed or ends early. `on_whole` is called once it is here. gunicorn calls a
     body complete that ends early, and gives what came before when it is asked again for a malformed one; werkzeug cuts
     one that is too long. What was executed then was a valid prefix of the request.
     """
 
-    def __init__(self, environ: Mapping[str, Any], most: int) -> None:
+    def __init__(self, environ: Mapping[str, Any], most: int, on_whole: Callable[[], None] = lambda: None) -> None:
         self._stream = environ["wsgi.input"]
         self._length = environ.get("CONTENT_LENGTH")
         self._most = most
+        self._on_whole = on_whole
         self._body: io.BytesIO | None = None
         self._refusal: Exception | None = None
 
@@ -36,12 +38,15 @@ class WholeBody(io.RawIOBase):
         if self._refusal is None:
             try:
                 body: bytes = self._stream.read(self._most + 1)
+            except TimeoutError as error:
+                self._refusal = RequestTimeout(f"The body came too slowly: {error}.")
             except Exception as error:
                 self._refusal = OSError(f"the request's body is malformed, or broke off: {error}")
             else:
                 if len(body) > self._most:
                     self._refusal = RequestEntityTooLarge()
                 elif not self._length or len(body) == int(self._length):
+                    self._on_whole()
                     return body
                 else:
                     self._refusal = OSError("the request's body ends early")

@@ -3,6 +3,7 @@
 - Told to stop, it hangs up on idle connections: browsers and API clients keep them open for minutes, and gunicorn 27
   waits for each until `graceful_timeout`.
 - Asked to restart, it begins no request any more but leaves them to the next worker, with their connections.
+- Clients that are slow, or too many, keep nobody else out.
 - Without its master, or given up by it, it ends as for a restart: nobody wanted the models to be unloaded.
 """
 
@@ -18,19 +19,23 @@ from io import BytesIO
 from typing import Any
 
 import gevent
-from gevent.socket import socket as GeventSocket
 from gevent.socket import wait_read
 from gunicorn.http import wsgi
 from gunicorn.workers.base_async import ALREADY_HANDLED
 from gunicorn.workers.ggevent import GeventWorker
 from werkzeug.exceptions import HTTPException
 
+from door import ClientSocket, Door
 from intake import WholeBody
 from services.restart import UNBEGUN, RestartRefused
 from signals import drop_dead_streams, terminal
 from succession import Succession, written_again
 
 Environ = dict[str, Any]
+
+DOOR_PART = 20
+"""One of so many places that gunicorn has is kept free: who comes when all others are taken has to be let in, or sent
+away, rather than be left standing."""
 
 
 class Worker(GeventWorker):  # type: ignore[misc]
@@ -41,6 +46,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._door = Door(self.worker_connections - self.worker_connections // DOOR_PART)
         self._clients: set[socket.socket] = set()
         self._busy = 0
         self._taker: gevent.Greenlet | None = None
@@ -85,19 +91,31 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._longest = self.services.settings.max_body_bytes
         self.wsgi = self._answer
 
-    def handle(self, listener: Any, client: socket.socket, addr: Any) -> None:
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """As gunicorn's, which would have the client wait, and be waited for, without a limit."""
+        if not isinstance(client, ClientSocket):
+            client = ClientSocket(client.detach())
+        if not self._door.enter(client, addr[0]):
+            client.refuse()
+            return
         self._clients.add(client)
         try:
-            super().handle(listener, client, addr)
+            super(GeventWorker, self).handle(listener, client, addr)
         finally:
             self._clients.discard(client)
+            self._door.leave(client)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         self._busy += 1
+        sock.expect_body()
         try:
             super().handle_request(listener_name, req, sock, addr)
+        except TimeoutError:  # it takes nothing of its answer
+            raise StopIteration from None
         finally:
             self._busy -= 1
+            sock.expect_head()
+            self._door.wait_for(sock)
         if sock not in self._clients:
             raise StopIteration  # what comes next on it is for the next worker
 
@@ -130,7 +148,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def _answer(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes] | object:
         """The WSGI app as gunicorn calls it."""
-        environ["wsgi.input"] = WholeBody(environ, self._longest)
+        client = environ["gunicorn.socket"]
+        environ["wsgi.input"] = WholeBody(environ, self._longest, lambda: self._door.answer(client))
         if self._restart.requested and self._leave(environ, self._read(environ)):
             return ALREADY_HANDLED
         answer = self._app(environ, start_response)
@@ -166,7 +185,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             left = self.succession.take()
             if left is not None:
                 descriptor, request = left
-                client = _Resumed(descriptor, request)
+                client = ClientSocket(descriptor, request)
                 gevent.spawn(self.handle, self.sockets[0], client, client.getpeername())
 
 
@@ -197,14 +216,3 @@ class _Gathered:
 
 
 wsgi.Response = Response  # gunicorn makes the answers of every worker by this name
-
-
-class _Resumed(GeventSocket):  # type: ignore[misc]
-    """A connection of which something was read already."""
-
-    def __init__(self, descriptor: int, read: bytes) -> None:
-        super().__init__(fileno=descriptor)
-        self._read_before = BytesIO(read)
-
-    def recv(self, size: int, *flags: int) -> bytes:
-        return self._read_before.read(size) or bytes(super().recv(size, *flags))

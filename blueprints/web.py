@@ -323,7 +323,7 @@ def _title(error: ApiError) -> str:
 
 
 def _answer_http(error: HTTPException) -> Response:
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 429: "rate_limited"}
+    codes = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "too_large", 429: "rate_limited"}
     code = error.code or 500
     told = ApiError(codes.get(code, "bad_request"), _say_http(error), status=code)
     if error.response is None:

@@ -67,7 +67,7 @@ class FastLane:
         """The engine's answer; None when the app has to deal with the request after all."""
         try:
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-        except OSError:  # the app will read it again, and say so
+        except (OSError, HTTPException):  # the app will read it again, and say so
             return None
         environ["wsgi.input"] = BytesIO(body)
         named, model = _named_model(body)

@@ -1,0 +1,114 @@
+"""Clients that are slow, idle, or too many, beside others that want their answer."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import requests
+
+from tests.support.console import FAKE_LLAMA_SERVER, PATIENCE, Console, stand_in
+from tests.support.raw import Raw
+
+DRIBBLERS, IDLERS = 2_000, 1_100
+OPEN_FILES = 5_000
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared) -> Iterator[Console]:
+    """One whose model answers at once. This process needs a socket for each client."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < OPEN_FILES:
+        pytest.skip(f"{OPEN_FILES} open files are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], OPEN_FILES), before[1]))
+    yield start_shared(toml=stand_in("plain"), llamacpp_server=FAKE_LLAMA_SERVER)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.fixture
+def crowd() -> Iterator[list[socket.socket]]:
+    """Clients that hold connections to the console until the test ends."""
+    clients: list[socket.socket] = []
+    yield clients
+    for client in clients:
+        client.close()
+
+
+def test_thousands_of_slow_and_idle_clients_leave_others_served(console, crowd):
+    """From the same address as those, and from another one; in the middle of it and once they are all there."""
+    console.switch("plain")
+    kept = requests.Session()
+    with kept:
+        assert kept.get(f"{console.url}/healthz", timeout=PATIENCE).status_code == 200
+        for number in range(DRIBBLERS + IDLERS):
+            crowd.append(_connect(console))
+            if number < DRIBBLERS:
+                _say(crowd[-1], "Content-Length: 100000", b"{")
+            if number % 500 == 0:
+                assert console.get("/v1/models/status").status_code == 200
+        for client in crowd[:DRIBBLERS]:
+            _send(client, b" ")
+        for _ in range(5):
+            assert console.get("/healthz").status_code == 200
+            answer = console.ask("Hello", model="plain")
+            assert answer.status_code == 200
+            with Raw(console.port, "127.0.0.2") as raw:
+                raw.say("GET /v1/models/status HTTP/1.1", "Host: localhost", "Connection: close")
+                assert raw.answer().status == 200
+        assert kept.get(f"{console.url}/healthz", timeout=PATIENCE).status_code == 200
+    assert "Traceback" not in console.said()
+
+
+def test_a_body_that_dribbles_is_told_and_a_head_that_dribbles_is_not_waited_for(console):
+    """Ten seconds are enough for a head, and a body has to come at 1 kB a second; faster ones may take longer."""
+    body = b'{"messages": []' + b" " * 30_000 + b"}"
+    with Raw(console.port) as slow_head, Raw(console.port) as slow_body, Raw(console.port) as steady:
+        slow_head.send(b"POST /v1/chat/completions HTTP/1.1\r\n")
+        head = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost")
+        slow_body.say(*head, f"Content-Length: {len(body)}")
+        steady.say(*head, f"Content-Length: {len(body)}")
+        over = threading.Event()
+
+        def dribble() -> None:
+            for number in range(0, len(body), 1500):
+                slow_head.send(b"X")
+                slow_body.send(body[number : number + 1])
+                steady.send(body[number : number + 1500])
+                if over.wait(0.7):
+                    return
+
+        sender = threading.Thread(target=dribble)
+        sender.start()
+        try:
+            refused = slow_body.answer()
+            assert (refused.status, b'"code":"request_timeout"' in refused.body) == (408, True)
+            assert slow_head.arrived() == b""
+            sender.join()
+            assert steady.answer().status == 409, "all of it was taken: no model is loaded"
+        finally:
+            over.set()
+            sender.join()
+
+
+def _connect(console: Console) -> socket.socket:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", console.port), PATIENCE)
+        except OSError:
+            assert time.monotonic() < deadline
+
+
+def _say(client: socket.socket, *lines: str | bytes) -> None:
+    head, body = lines
+    _send(client, f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode() + bytes(body))
+
+
+def _send(client: socket.socket, data: bytes) -> None:
+    with suppress(OSError):  # it may have been sent away by now
+        client.sendall(data)
