@@ -87,12 +87,20 @@ class Answer:
         self._save = save
         self._clock = clock
         self._abort = Abort()
+        self._pieces: list[tuple[float, Piece]] = []
+        """What has come since somebody looked, with the seconds from the first piece: joining each would take longer
+        with every one of them."""
         self._first_at: float | None = None
         self._saved_at = time.monotonic()
 
     @property
     def message(self) -> Message:
-        return self._message
+        """The message as it is now."""
+        with self._changed:
+            if self._pieces:
+                self._message = _with_pieces(self._message, self._pieces)
+                self._pieces = []
+            return self._message
 
     def write(self, generator: Generator, model: str | None, prompt: Prompt) -> None:
         """Write the whole answer. Whatever goes wrong ends up in the message."""
@@ -125,14 +133,14 @@ class Answer:
             if self._update(state=state, error=told, finished_at=self._clock()):
                 self._changed.notify_all()
                 self._save(self._message)
-            return self._message
+            return self.message
 
     def follow(self) -> Iterator[Message | None]:
         """The message now, then each time it grew (20 times a second at most); None after 10 s without a change."""
-        seen = self._message
+        seen = self.message
         yield seen
         while not seen.final:
-            newer = self._wait(lambda last=seen: self._message is not last, HEARTBEAT_SECONDS)  # type: ignore[misc]
+            newer = self._wait(lambda last=seen: bool(self._pieces) or self._message is not last, HEARTBEAT_SECONDS)  # type: ignore[misc]
             yield None if newer is seen else newer
             seen = newer
             self._wait(lambda: self._message.final, FOLLOW_SECONDS)
@@ -140,7 +148,7 @@ class Answer:
     def _wait(self, ready: Callable[[], bool], timeout: float) -> Message:
         with self._changed:
             self._changed.wait_for(ready, timeout)
-            return self._message
+            return self.message
 
     def _take_in(self, stream: ChatStream) -> None:
         for piece in stream:
@@ -150,30 +158,43 @@ class Answer:
     def _grow(self, piece: Piece) -> bool:
         """Add a piece. False when it was stopped before that."""
         with self._changed:
+            if self._message.final:
+                return False
             now = time.monotonic()
             self._first_at = now if self._first_at is None else self._first_at
-            seconds, tokens = now - self._first_at, (self._message.tokens or 0) + 1
-            if not self._update(seconds=seconds, tokens=tokens, **_with_piece(self._message, piece, seconds)):
-                return False
+            self._pieces.append((now - self._first_at, piece))
             self._changed.notify_all()
             if now - self._saved_at >= SAVE_SECONDS:
                 self._saved_at = now
-                self._save(self._message)
+                self._save(self.message)
             return True
 
     def _update(self, **changes: object) -> bool:
         """Change the message unless it is final."""
         with self._changed:
-            if self._message.final:
+            message = self.message
+            if message.final:
                 return False
-            self._message = replace(self._message, **changes)  # type: ignore[arg-type]
+            self._message = replace(message, **changes)  # type: ignore[arg-type]
             return True
 
 
-def _with_piece(message: Message, piece: Piece, seconds: float) -> dict[str, object]:
-    """What changes in a message when a piece joins it, `seconds` after the first one."""
-    if piece.so_far:
-        return {"thinking": (message.thinking + message.content).strip(), "content": "", "thinking_seconds": seconds}
-    if piece.thought:
-        return {"thinking": message.thinking + piece.text, "thinking_seconds": seconds}
-    return {"content": message.content + piece.text}
+def _with_pieces(message: Message, pieces: list[tuple[float, Piece]]) -> Message:
+    """The message once these pieces have joined it, each so many seconds after the first one."""
+    thinking, said, thought_until = [message.thinking], [message.content], message.thinking_seconds
+    for seconds, piece in pieces:
+        if piece.so_far:
+            thinking, said, thought_until = ["".join([*thinking, *said]).strip()], [], seconds
+        elif piece.thought:
+            thinking.append(piece.text)
+            thought_until = seconds
+        else:
+            said.append(piece.text)
+    return replace(
+        message,
+        thinking="".join(thinking),
+        content="".join(said),
+        thinking_seconds=thought_until,
+        tokens=(message.tokens or 0) + len(pieces),
+        seconds=pieces[-1][0],
+    )
