@@ -34,7 +34,6 @@ __all__ = [
 
 log = structlog.get_logger(__name__)
 
-NEW_TITLE = "New chat"
 TITLE_LENGTH = 48
 TITLE_LIMIT = 200
 MESSAGE_LIMIT = 32_000
@@ -131,13 +130,6 @@ class Chats:
         now = tuple((message_id, self._state_now(message_id, state)) for message_id, state in states)
         return Outline(conversation, now, None if running is None else running.answer.message)
 
-    def create(self) -> Conversation:
-        """An empty conversation."""
-        now = self._clock()
-        conversation = Conversation(new_id(), NEW_TITLE, now, now)
-        self._repository.add(conversation)
-        return conversation
-
     def rename(self, conversation_id: str, title: str) -> None:
         """Give it another title, cut to 200 characters. Raises ConversationNotFound, EmptyMessage."""
         title = " ".join(title.split())[:TITLE_LIMIT]
@@ -185,11 +177,10 @@ class Chats:
             if (sent := self._sent(message_id)) is not None:
                 return sent
             conversation = self._idle(conversation_id)
-            first = not conversation.messages and conversation.title == NEW_TITLE
             question, answer = self._exchange(conversation_id, text, model, message_id)
 
             def save() -> None:
-                if not self._repository.append(question, answer, title=title_of(text) if first else None):
+                if not self._repository.append(question, answer):
                     raise ConversationNotFound("This conversation does not exist any more.")
 
             asked = replace(conversation, messages=(*conversation.messages, question))

@@ -111,11 +111,8 @@ class ConversationRepository:
             versions = _versions(session, row.conversation_id, MessageRow.position == row.position)
             return _message(row, versions.get(row.position, ()))
 
-    def append(self, *messages: Message, title: str | None = None) -> bool:
-        """Put messages of one conversation at its end, and give it a title if there is one: all of it or nothing.
-
-        False when the conversation is gone.
-        """
+    def append(self, *messages: Message) -> bool:
+        """Put messages of one conversation at its end, all or none. False when the conversation is gone."""
         with self._store.writing() as session:
             conversation = session.get(ConversationRow, messages[0].conversation_id)
             if conversation is None:
@@ -125,7 +122,6 @@ class ConversationRepository:
             first = 0 if position is None else position + 1
             session.add_all(_row(message, place) for place, message in enumerate(messages, first))
             conversation.updated_at = messages[-1].created_at
-            conversation.title = conversation.title if title is None else title
             return True
 
     def add_version(self, message: Message, beside: str, *, instead: bool = False) -> bool:

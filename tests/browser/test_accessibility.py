@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from services.store.database import open_store
+from services.store.records import Conversation, Message, new_id
+from services.store.repository import ConversationRepository
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.ollama_steps import (
     SIZE,
@@ -198,6 +200,29 @@ def test_a_conversation_of_what_needs_room(windows: Windows, shared: Console) ->
         for inside in ("#messages", ".chat-bar", "#composer", "main"):
             width, inner = window.locator(inside).evaluate("e => [e.scrollWidth, e.clientWidth]")
             assert width <= inner, f"{inside} scrolls sideways: {width} of {inner}"
+
+    windows.check(look)
+
+
+def test_thoughts_versions_and_what_no_longer_fits(windows: Windows, console: Console) -> None:
+    """Unfolded, with the line below what is not told any more, and a message that was refused in the composer."""
+    console.switch(LONG)
+    with closing(open_store(console.folder / "state" / "switchyard.db")) as store:
+        talk, chats = new_id(), ConversationRepository(store)
+        plain = Message("", talk, "user", "One", LONG, "complete", None, 1.0, 2.0, None, None)
+        said = [replace(plain, id=new_id(), role=("user", "assistant")[n % 2]) for n in range(4)]
+        chats.add(Conversation(talk, "Thoughts", 1.0, 1.0, tuple(said)))
+        thought = replace(said[3], thinking=f"Hm, {WIDE}", thinking_seconds=2.5, context_full=True)
+        chats.add_version(replace(thought, id=new_id(), told_from=said[2].id), said[3].id)
+
+    def look(window: Page) -> None:
+        visit(window, console, f"/chats/{talk}")
+        window.get_by_text("Thought for 2.5 s").click()
+        expect(window.get_by_role("group", name="Answers to this message")).to_be_visible()
+        expect(window.locator(".left-out")).to_be_visible()
+        composer(window).evaluate("e => { e.value = 'x'.repeat(32_001); }")
+        composer(window).press("Enter")
+        expect(window.get_by_role("alert").filter(has_text="Not sent.")).to_be_visible()
 
     windows.check(look)
 

@@ -32,6 +32,7 @@ def test_a_whole_conversation(page: Page, console: Console) -> None:
     composer(page).fill("Hello")
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".message.user .said")).to_have_text("Hello")
+    expect(composer(page)).to_be_hidden()
     expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
     composer(page).fill("Again")
     page.get_by_role("button", name="Send").click()

@@ -16,6 +16,9 @@ from werkzeug.test import TestResponse
 from services.abort import Abort
 from services.answers import Prompt
 from services.chats import Chats
+from services.store.errors import StoreLocked
+from services.store.records import Conversation, new_id
+from services.store.repository import ConversationRepository
 
 PAGE = {"Accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
 HTMX = {"HX-Request": "true", "Accept": "*/*"}
@@ -42,7 +45,7 @@ class Waiting:
         return iter(())
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def chats(app: Flask, monkeypatch: pytest.MonkeyPatch) -> Chats:
     chats: Chats = app.extensions["switchyard"].chats
     monkeypatch.setattr(chats, "_generator", Waiting())
@@ -50,8 +53,10 @@ def chats(app: Flask, monkeypatch: pytest.MonkeyPatch) -> Chats:
 
 
 @pytest.fixture
-def conversation(chats: Chats) -> str:
-    return chats.create().id
+def conversation(app: Flask) -> str:
+    begun = Conversation(new_id(), "A talk", 1.0, 1.0)
+    ConversationRepository(app.extensions["switchyard"].store).add(begun)
+    return begun.id
 
 
 def typed(answer: TestResponse) -> str:
@@ -123,6 +128,25 @@ def test_switching_too_often_loses_no_message(make_app: Callable[..., Flask]) ->
     assert int(answer.headers["Retry-After"]) > 0
     assert typed(answer) == TYPED
     assert "switched too often" in alert(answer)
+
+
+def test_a_database_that_can_not_be_written_loses_no_message(
+    client: FlaskClient, chats: Chats, conversation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading still works then, and the page with it: the text is in its composer, and can be sent again."""
+
+    def refuse(*_: object) -> bool:
+        raise StoreLocked("The database is locked by another program.")
+
+    monkeypatch.setattr(chats._repository, "append", refuse)
+    path = f"/chats/{conversation}/messages"
+    answer = client.post(path, data={"text": TYPED}, headers=PAGE)
+    assert answer.status_code == 503
+    assert typed(answer) == TYPED
+    assert alert(answer) == "Not sent. The database is locked by another program."
+    live = client.post(path, data={"text": TYPED}, headers=HTMX)
+    assert live.headers["HX-Retarget"] == "#composer-error"
+    monkeypatch.undo()
 
 
 def test_what_was_sent_is_told_apart_from_any_other_success(client: FlaskClient, conversation: str) -> None:

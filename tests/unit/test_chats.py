@@ -32,6 +32,7 @@ from services.chats import (
 )
 from services.store import message_saver
 from services.store.errors import StoreLocked
+from services.store.records import new_id
 from services.store.repository import ConversationRepository, Store, open_store
 from tests.support.console import wait_until
 from tests.support.faults import locked_database
@@ -143,9 +144,16 @@ def chats(store: Store, generator: FakeGenerator) -> Iterator[Chats]:
     chats.close()
 
 
+def begin(store: Store, title: str = "A talk") -> Conversation:
+    """A conversation in which nothing has been said."""
+    conversation = Conversation(new_id(), title, 1.0, 1.0)
+    ConversationRepository(store).add(conversation)
+    return conversation
+
+
 @pytest.fixture
-def conversation(chats: Chats) -> Conversation:
-    return chats.create()
+def conversation(store: Store) -> Conversation:
+    return begin(store)
 
 
 def final(chats: Chats, message_id: str) -> Message:
@@ -199,17 +207,18 @@ def test_the_asked_model_is_asked(chats: Chats, generator: FakeGenerator, conver
     assert generator.next().model == "tiny"
 
 
-def test_the_first_message_names_the_conversation(
-    chats: Chats, generator: FakeGenerator, conversation: Conversation
-) -> None:
-    """The title is the first message's beginning, unless the user gave another; later ones don't change it."""
-    answer(chats, generator, conversation, "Tell me about trains", "ok")
+def test_the_first_message_names_the_conversation(chats: Chats, generator: FakeGenerator) -> None:
+    """The title is the first message's beginning, unless the user gives another; later ones don't change it."""
+    begun = chats.start("Tell me about trains")
+    generator.next().say("ok").end()
+    final(chats, begun.id)
+    conversation = chats.get(begun.conversation_id)
+    assert conversation.title == "Tell me about trains"
     answer(chats, generator, conversation, "And planes", "ok")
     assert chats.get(conversation.id).title == "Tell me about trains"
-    named = chats.create()
-    chats.rename(named.id, "  My \n chat ")
-    answer(chats, generator, named, "Something else", "ok")
-    assert [c.title for c in chats.conversations()] == ["My chat", "Tell me about trains"]
+    chats.rename(conversation.id, "  My \n chat ")
+    answer(chats, generator, conversation, "Something else", "ok")
+    assert [c.title for c in chats.conversations()] == ["My chat"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +262,7 @@ def test_unknown_ids_are_refused_in_words(chats: Chats) -> None:
             ask("nothing")
 
 
-def test_one_answer_at_a_time(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+def test_one_answer_at_a_time(chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store) -> None:
     """While an answer is written its conversation takes no other message, other conversations do."""
     sent = chats.send(conversation.id, "One")
     stream = generator.next()
@@ -261,7 +270,7 @@ def test_one_answer_at_a_time(chats: Chats, generator: FakeGenerator, conversati
         chats.send(conversation.id, "Two")
     with pytest.raises(ChatBusy):
         chats.retry(sent.id)
-    answer(chats, generator, chats.create(), "Elsewhere", "ok")
+    answer(chats, generator, begin(store), "Elsewhere", "ok")
     stream.end()
     final(chats, sent.id)
     answer(chats, generator, conversation, "Two", "ok")
@@ -630,7 +639,7 @@ def test_a_locked_database_holds_up_no_answer(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store, path: Path
 ) -> None:
     """It goes on and ends as if nothing were wrong, no other one waits, and all is saved once that works again."""
-    one, other = chats.send(conversation.id, "One"), chats.send(chats.create().id, "Two")
+    one, other = chats.send(conversation.id, "One"), chats.send(begin(store).id, "Two")
     streams = {stream.messages[0]["content"]: stream for stream in (generator.next(), generator.next())}
     with locked_database(path):
         streams["One"].say("A whole ", "answer.").end()
@@ -752,9 +761,9 @@ def test_an_error_with_half_a_character_can_be_kept(
     assert kept(store, failed)
 
 
-def test_a_restart_marks_what_was_cut_off(store: Store, generator: FakeGenerator, chats: Chats) -> None:
+def test_a_restart_marks_what_was_cut_off(store: Store, generator: FakeGenerator) -> None:
     """After a crash an unfinished answer is interrupted, keeps its saved words, and can be retried."""
-    conversation = chats.create()
+    conversation = begin(store)
     repository = ConversationRepository(store)
     half = Message("a" * 32, conversation.id, "assistant", "half", "m", "streaming", None, 1.0, None, 1, 0.0)
     repository.append(half)
@@ -781,7 +790,7 @@ def test_deleting_stops_the_answer(chats: Chats, generator: FakeGenerator, conve
 
 def test_closing_stops_every_answer(chats: Chats, generator: FakeGenerator, store: Store) -> None:
     """At the end every answer is stopped with what it has, saved, and its thread is gone."""
-    sent = [chats.send(chats.create().id, "Hi") for _ in range(3)]
+    sent = [chats.start("Hi") for _ in range(3)]
     streams = [generator.next().say("words") for _ in sent]
     for message in sent:
         until(chats, message.id, "words")

@@ -299,15 +299,15 @@ def test_downloads_come_newest_first_as_they_were(store: Store) -> None:
 
 
 def test_an_exchange_is_saved_whole_or_not_at_all(chats: ConversationRepository) -> None:
-    """Two messages and a title at once; what can't be saved leaves none of them."""
+    """Two messages at once; what can't be saved leaves none of them."""
     conversation = begun(chats, "A", 1.0)
     question, answer = message(conversation.id, "?"), message(conversation.id, "!", role="assistant")
-    assert chats.append(question, answer, title="B")
+    assert chats.append(question, answer)
     with pytest.raises(sa.exc.IntegrityError):
-        chats.append(message(conversation.id), answer, title="C")
+        chats.append(message(conversation.id), answer)
     found = chats.get(conversation.id)
     assert found is not None
-    assert (found.title, found.messages) == ("B", (question, answer))
+    assert found.messages == (question, answer)
     with pytest.raises(sa.exc.IntegrityError):
         chats.add(Conversation(new_id(), "D", 1.0, 1.0, (message("", "first"), answer)))
     assert len(chats.newest_first()) == 1
