@@ -220,7 +220,7 @@ class Oracle:
 
 
 def _text_of(inside: str) -> str:
-    said = re.search(r'<p class="said">(.*?)</p>', inside, re.DOTALL)
+    said = re.search(r'<p class="said"[^>]*>(.*?)</p>', inside, re.DOTALL)
     return said[1] if said is not None else ""
 
 
