@@ -12,6 +12,7 @@ from typing import Protocol
 import structlog
 
 from services.abort import Abort, Aborted
+from services.breaks import Breaks
 from services.store.records import Message, MessageState
 from services.text import whole_characters
 
@@ -151,9 +152,11 @@ class Answer:
             return self.message
 
     def _take_in(self, stream: ChatStream) -> None:
+        breaks = Breaks()  # an engine that is faster than us is never waited for
         for piece in stream:
             if not self._grow(piece):
                 return
+            breaks()
 
     def _grow(self, piece: Piece) -> bool:
         """Add a piece. False when it was stopped before that."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
@@ -590,6 +592,18 @@ def test_many_pieces_make_few_updates(chats: Chats, generator: FakeGenerator, co
     views = [m for m in updates if m is not None]
     assert views[-1].content == "x" * 1000
     assert len(views) < 100
+
+
+def test_an_engine_that_is_never_waited_for_leaves_the_loop_to_others(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that are there already make no greenlet wait: an answer of 5 MB held everybody up for over a second."""
+    taken: list[float] = []
+    monkeypatch.setattr("services.breaks.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("services.breaks.time", SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
+    answer(chats, generator, conversation, "Hi", *["x"] * 100)
+    assert len(taken) == 100
+    assert min(taken) > 0
 
 
 def test_silence_gives_a_heartbeat(
