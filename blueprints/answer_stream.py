@@ -18,7 +18,7 @@ def look_at(message: Message, chats: Chats) -> Look:
     if len(message.content) > FORMAT_LIMIT:
         excerpt = render_template("fragments/excerpt.html", message=message)
         return Look((excerpt,), render_template("fragments/too_long.html", message=message))
-    return watched[_key(message)].look(lambda: _newest(message, chats).content)
+    return watched[_key(message)].look(lambda: _newest(message, chats).content[:FORMAT_LIMIT])
 
 
 def _key(message: Message) -> str:

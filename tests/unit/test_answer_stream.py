@@ -136,6 +136,16 @@ def test_an_answer_too_long_to_format_is_sent_as_its_beginning(app: Flask) -> No
     assert len(end) < 1.2 * PLAIN_EXCERPT
 
 
+def test_a_reader_who_lags_has_no_more_formatted_than_anybody(app: Flask) -> None:
+    """An answer that outgrew the limit since its reader was last woken is formatted up to the limit."""
+    now = answer(PARAGRAPH)
+    told = Told([now])
+    told.now = replace(now, content=PARAGRAPH * (2 * FORMAT_LIMIT // len(PARAGRAPH)))
+    with app.test_request_context():
+        look = answer_stream.look_at(now, told)  # type: ignore[arg-type]
+    assert len("".join(look.finished) + look.rest) < 2 * FORMAT_LIMIT
+
+
 @pytest.fixture
 def huge(app: Flask) -> Message:
     """A stored answer of 5 MB."""
