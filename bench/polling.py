@@ -11,6 +11,7 @@ import html
 import re
 from collections.abc import Iterator
 from statistics import median
+from urllib.parse import urlencode
 
 import psutil
 
@@ -52,12 +53,14 @@ def _status(console: Console) -> Row:
 
 
 def _polled_path(console: Console) -> str:
-    """What the page polls, as it says itself."""
+    """What the page polls, as it says itself, together with what it says that it has."""
     page = console.get("/").text
     found = re.search(r'id="poll"\s+hx-get="([^"]+)"', page)
     if found is None:
         raise LookupError("the page names nothing to poll")
-    return html.unescape(found[1])
+    shown = re.findall(r'<input type="hidden" class="shown"[^>]* name="(\w+)" value="([^"]*)"', page)
+    path = html.unescape(found[1])
+    return f"{path}{'&' if '?' in path else '?'}{urlencode(shown)}"
 
 
 def _memory(console: Console) -> Row:

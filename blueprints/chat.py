@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 from flask import Blueprint, Response, render_template, stream_with_context, url_for
 from htmx_flask import make_response, request
 
 from blueprints import answer_stream
 from blueprints.chat_extent import Extent, Listed
+from blueprints.live import Live
 from blueprints.markdown.growing import Look
+from blueprints.model_menu import menu_lists, menu_pieces
 from blueprints.pages import live_now, see_other
+from blueprints.pieces import SINCE
 from blueprints.web import ApiError, services, sse, tells_errors_of
 from services.chats import Conversation, ConversationNotFound, Message, Outline
 from services.store.records import MessageState, new_id
@@ -143,8 +147,15 @@ def stream(message_id: str) -> Response:
 
 
 @bp.get("/fragments/chat-status")
-def status() -> str:
-    """What changes on the Chat page; the messages too, when they are not the ones that the page has `seen`."""
+def status() -> Response:
+    """What has changed on the Chat page since it last looked, or 204, which has htmx leave it alone."""
+    html = _news()
+    answer: Response = make_response(html) if html.strip() else make_response("", 204)
+    return answer
+
+
+def _news() -> str:
+    """What has changed; the messages are among it when they are not the ones that the page has `seen`."""
     wanted, seen, extent = request.args.get("conversation"), request.args.get("seen"), Extent.of(request.args)
     if not wanted:
         return _pieces(_always(None, NOTHING), with_messages=False)
@@ -183,8 +194,16 @@ def _page(
     return render_template("pages/chat.html", typed=typed, unsent=unsent, **context)
 
 
-def _pieces(context: dict[str, object], with_messages: bool) -> str:
-    return render_template("fragments/chat_live.html", with_messages=with_messages, **context)
+def _pieces(context: dict[str, Any], with_messages: bool) -> str:
+    """What a page doesn't have yet, by what it says of itself in its fields of class "shown"."""
+    since = request.values.get(SINCE)
+    return render_template(
+        "fragments/chat_live.html",
+        with_messages=with_messages,
+        news=context["pieces"].since(since) if since is not None else "",
+        around=request.values.get("around") != context["surroundings"],
+        **context,
+    )
 
 
 def _changed(conversation_id: str, *, anchor: str = "latest", trigger: str | None = None) -> Response:
@@ -196,7 +215,7 @@ def _changed(conversation_id: str, *, anchor: str = "latest", trigger: str | Non
     return answer
 
 
-def _context(conversation_id: str | None, extent: Extent, deleted: str | None = None) -> dict[str, object]:
+def _context(conversation_id: str | None, extent: Extent, deleted: str | None = None) -> dict[str, Any]:
     """What a whole page shows; `deleted` is the id of the conversation that should have been shown.
 
     Raises ConversationNotFound.
@@ -216,20 +235,32 @@ def _context(conversation_id: str | None, extent: Extent, deleted: str | None = 
     }
 
 
-def _unchanged(outline: Outline) -> dict[str, object]:
+def _unchanged(outline: Outline) -> dict[str, Any]:
     """What a page shows that has the messages and the list already."""
     mark = _mark(outline.conversation, outline.states)
     return {**_always(outline.conversation, mark), "answering": outline.answering}
 
 
-def _always(shown: Conversation | None, mark: str) -> dict[str, object]:
+def _always(shown: Conversation | None, mark: str) -> dict[str, Any]:
+    live = live_now()
     return {
-        "live": live_now(),
+        "live": live,
+        "pieces": menu_pieces(live),
+        "menu": menu_lists(live),
+        "surroundings": _surroundings(live, mark),
         "conversation": shown,
         "message_id": new_id(),
         "mark": mark,
         "back": url_for("chat.conversation", conversation_id=shown.id) if shown else "/chats/new",
     }
+
+
+def _surroundings(live: Live, mark: str) -> str:
+    """A short word that changes whenever the composer or the pace of looks does."""
+    shown = live.loading or live.active
+    composer = (live.lock, shown and shown.id, live.active and live.active.id, bool(live.status.models))
+    seen = (mark, *composer, live.status.moving, live.poll_seconds, live.announcement)
+    return f"{zlib.crc32(repr(seen).encode()):08x}"
 
 
 def _mark(shown: Conversation, states: Iterable[tuple[str, MessageState]]) -> str:

@@ -12,7 +12,7 @@ from blueprints.filters import about
 from services.downloads.download import Download
 from services.providers.local_services import ServiceStatus
 from services.providers.local_services import State as ServiceState
-from services.status import ModelStatus, Status
+from services.status import KEEP_SECONDS, ModelStatus, Status
 from services.switching.events import SwitchStage, SwitchView
 from services.text import running_again
 
@@ -90,6 +90,11 @@ class Live:
     now: float
     downloads: tuple[Download, ...] = ()
     service: ServiceStatus | None = None
+
+    @property
+    def moment(self) -> tuple[object, ...]:
+        """Equal for two of these that tell the same story, so that it need not be told twice."""
+        return (self.status, self.downloads, self.service, int(self.now / KEEP_SECONDS))
 
     @property
     def active(self) -> ModelStatus | None:

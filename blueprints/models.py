@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from flask import Blueprint, Response, render_template, url_for
 from htmx_flask import make_response, request
 
-from blueprints.filters import size
+from blueprints.filters import ago, dom_id, size
 from blueprints.live import Live
 from blueprints.pages import done, live_now, local_path, see_other, told
+from blueprints.pieces import Piece, Sheet, news, order, sheet
 from blueprints.web import client_name, services
 from services.downloads.download import Download
 from services.downloads.library import Recommended
+from services.status import ModelStatus
 from services.switching.events import SwitchView
 from services.switching.plan import Plan, Unload
 
@@ -55,6 +57,20 @@ class _Update:
     download: Download | None
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All that a model's row shows, and nothing that moves by itself: it is rendered again when one of these changes.
+
+    `used` says how long ago, `cancels` is the id of the switch that loads it.
+    """
+
+    model: ModelStatus
+    percent: int | None
+    used: str | None
+    update: _Update | None
+    cancels: str | None
+
+
 @bp.get("/models")
 def page() -> str:
     return page_with(DownloadForm())
@@ -62,8 +78,16 @@ def page() -> str:
 
 def page_with(form: DownloadForm) -> str:
     """The page, with what was typed into the form for downloads."""
-    checked = request.args.get("checked") == "yes"
-    return render_template("pages/models.html", form=form, checked=checked, **_context())
+    live = live_now()
+    return render_template(
+        "pages/models.html",
+        form=form,
+        checked=request.args.get("checked") == "yes",
+        live=live,
+        outdated=len(services().library.outdated),
+        pieces=_pieces(live),
+        rows=[_row_id(model) for model in live.status.models],
+    )
 
 
 def fields(form: DownloadForm) -> str:
@@ -72,23 +96,54 @@ def fields(form: DownloadForm) -> str:
 
 
 @bp.get("/fragments/models")
-def fragment() -> str:
-    """What changes on the Models page, as pieces that htmx puts where they belong."""
-    return render_template("fragments/models_live.html", **_context())
+def fragment() -> Response:
+    """What has changed on the Models page since it last looked."""
+    return news(_pieces(live_now()))
 
 
-def _context() -> dict[str, Any]:
+def _pieces(live: Live) -> Sheet:
+    """The Models page as it is now."""
     found = services()
-    live = live_now()
     known, outdated = found.catalog.models, found.library.outdated
     sources = {model_id: known[model_id].source for model_id in outdated if model_id in known}
-    return {
-        "live": live,
-        "back": "/models",
-        "updates": {model_id: _Update(name, live.download(name)) for model_id, name in sources.items()},
-        "offers": [_Offer(r, live.download(r.name)) for r in found.library.recommendations()],
-        "ollama_address": found.settings.ollama_base_url,
-    }
+    updates = {model_id: _Update(name, live.download(name)) for model_id, name in sources.items()}
+    offers = [_Offer(r, live.download(r.name)) for r in found.library.recommendations()]
+    used = {model.id: ago(model.last_used, live.now) for model in live.status.models if model.last_used}
+    return (
+        sheet("models")
+        .draw("parts", (live.moment, offers), lambda: _parts(live, offers))
+        .draw("rows", (live.status.models, live.status.switch, updates, used), lambda: _rows(live, updates, used))
+    )
+
+
+def _parts(live: Live, offers: list[_Offer]) -> Iterator[Piece]:
+    words = {"live": live, "back": "/models"}
+    yield Piece("top-status", "fragments/top_status.html", {"live": live})
+    yield Piece("jumps", "fragments/models_jumps.html", {"under_way": sum(not job.final for job in live.jobs)})
+    yield Piece("banner", "fragments/banner.html", words)
+    yield Piece("memory", "fragments/memory.html", {"devices": live.status.devices})
+    yield Piece("download-lists", "fragments/downloads.html", {**words, "offers": offers})
+    address = services().settings.ollama_base_url
+    yield Piece("ollama-card", "fragments/ollama.html", {"service": live.service, "ollama_address": address})
+    yield Piece("poll", "fragments/poll.html", {"live": live, "url": url_for("models.fragment")}, swap="outerHTML")
+
+
+def _rows(live: Live, updates: dict[str, _Update], used: dict[str, str]) -> Iterator[Piece]:
+    models, switch = live.status.models, live.status.switch
+    yield order("model-rows", map(_row_id, models))
+    for model in models:
+        row = Row(
+            model=model,
+            percent=live.percent(model),
+            used=used.get(model.id),
+            update=updates.get(model.id),
+            cancels=switch.id if switch is not None and switch.to_model == model.id else None,
+        )
+        yield Piece(_row_id(model), "fragments/model_row.html", {"row": row}, alone=False)
+
+
+def _row_id(model: ModelStatus) -> str:
+    return f"row-{dom_id(model.id)}"
 
 
 @bp.get("/models/plan")

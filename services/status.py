@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import structlog
 
@@ -13,12 +13,14 @@ from services.catalog import Catalog
 from services.engines.port import Basis, Model, Need, Usage
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
-from services.switching.events import Board, LoadView, Snapshot, SwitchView
+from services.switching.events import Board, Failure, InstanceView, LoadView, Snapshot, SwitchView
 from services.switching.planner import Planner
 
 log = structlog.get_logger(__name__)
 
 KEEP_SECONDS = 0.25
+FORECAST_SECONDS = 5.0
+"""How long a forecast is kept though nothing that it follows from is known to have changed: an engine may know more."""
 
 ModelState = Literal["running", "loading", "unloading", "asleep", "failed", "stopped"]
 
@@ -47,6 +49,37 @@ class ModelStatus:
     log_tail: str
     silent: bool = False
     """Whether it runs and gives no sign of life though it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Forecast:
+    """What loading a model takes, in bytes and seconds. It holds while `follows_from` is the same, until `until`."""
+
+    follows_from: tuple[object, ...]
+    until: float
+    need: Need | None
+    seconds: float | None
+
+
+class _Known(NamedTuple):
+    """All that a model's status is made from."""
+
+    model: Model
+    view: InstanceView | None
+    arriving: LoadView | None
+    failure: Failure | None
+    notice: str | None
+    active: bool
+    forecast: _Forecast
+    in_flight: int
+    last_used: float | None
+
+
+class _Told(NamedTuple):
+    """A model's status, and what it was made from."""
+
+    known: _Known
+    status: ModelStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +121,8 @@ class StatusService:
         self._clock = clock
         self._kept: Status | None = None
         self._fresh_until = 0.0
+        self._forecasts: Mapping[str, _Forecast] = {}
+        self._told: Mapping[str, _Told] = {}
 
     def current(self) -> Status:
         """The picture now; figures that move by themselves (free memory, requests) at most 0.25 s old."""
@@ -102,7 +137,10 @@ class StatusService:
         snapshot = self._board.current
         views = [v for v in snapshot.instances.values() if v.shares is None]
         holdings = [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
-        models = [self._model(m, snapshot) for m in self._catalog.models.values()]
+        catalogue = self._catalog.models.values()
+        self._forecasts = forecasts = {model.id: self._forecast(model, snapshot) for model in catalogue}
+        self._told = told = {m.id: self._tell(_known(m, snapshot, forecasts[m.id])) for m in catalogue}
+        models = [one.status for one in told.values()]
         models.sort(key=lambda m: (_MENU_ORDER[m.state], m.id.casefold()))
         return Status(
             version=snapshot.version,
@@ -114,43 +152,70 @@ class StatusService:
             queued=snapshot.queued,
         )
 
-    def _forecast(self, model: Model) -> tuple[Need | None, float | None]:
-        """What loading it takes, in bytes and seconds. An engine that can't say doesn't spoil the whole picture."""
+    def _forecast(self, model: Model, snapshot: Snapshot) -> _Forecast:
+        """What is kept of it, if that still holds: for a model in a file it takes three questions to the disk."""
+        view = snapshot.instances.get(model.id)
+        follows_from = (model, self._planner.lessons, view is not None and view.state == "asleep")
+        kept = self._forecasts.get(model.id)
+        if kept is not None and kept.follows_from == follows_from and self._clock() < kept.until:
+            return kept
+        return _Forecast(follows_from, self._clock() + FORECAST_SECONDS, *self._ask(model))
+
+    def _ask(self, model: Model) -> tuple[Need | None, float | None]:
+        """An engine that can't say doesn't spoil the whole picture."""
         try:
             return self._planner.need(model), self._planner.load_seconds(model)
         except Exception as error:
             log.warning("the memory a model needs is unknown", model=model.id, error=str(error))
             return None, None
 
-    def _model(self, model: Model, snapshot: Snapshot) -> ModelStatus:
-        view = snapshot.instances.get(model.id)
-        arriving = _arriving(model, snapshot) if view is None else None
-        failure = snapshot.failures.get(model.id)
-        need, seconds = self._forecast(model)
-        held = _held(view.usage, asleep=view.state == "asleep") if view and view.usage else None
-        error = model.fault or (failure.cause if failure else None)
-        cautions = (view.warning if view else None, snapshot.notices.get(model.id))
-        return ModelStatus(
-            id=model.id,
-            engine=model.engine,
-            state=view.state if view else "loading" if arriving else "failed" if error else "stopped",
-            active=model.id == snapshot.active_model,
-            description=model.description,
-            tags=model.tags,
-            size_bytes=model.size_bytes,
-            used_bytes=held,
-            required_bytes=(need.bytes or None) if need else None,
-            memory_basis="measured" if held else need.basis if need and need.bytes else None,
-            estimated_load_seconds=seconds,
-            load=view.load if view else arriving,
-            device=view.device if view else None,
-            in_flight=view.traffic.in_flight if view else 0,
-            last_used=(view.traffic.last_used if view else None) or snapshot.last_used.get(model.id),
-            error=error,
-            warning=" ".join(words for words in cautions if words) or None,
-            log_tail=failure.log_tail if failure else "",
-            silent=view.silent if view else False,
-        )
+    def _tell(self, known: _Known) -> _Told:
+        """What is kept of it, if nothing that it shows has changed, so that whoever compares pictures is soon done."""
+        kept = self._told.get(known.model.id)
+        return kept if kept is not None and kept.known == known else _Told(known, _status_of(known))
+
+
+def _known(model: Model, snapshot: Snapshot, forecast: _Forecast) -> _Known:
+    view = snapshot.instances.get(model.id)
+    return _Known(
+        model=model,
+        view=view,
+        arriving=_arriving(model, snapshot) if view is None else None,
+        failure=snapshot.failures.get(model.id),
+        notice=snapshot.notices.get(model.id),
+        active=model.id == snapshot.active_model,
+        forecast=forecast,
+        in_flight=view.traffic.in_flight if view else 0,
+        last_used=(view.traffic.last_used if view else None) or snapshot.last_used.get(model.id),
+    )
+
+
+def _status_of(known: _Known) -> ModelStatus:
+    model, view, need = known.model, known.view, known.forecast.need
+    held = _held(view.usage, asleep=view.state == "asleep") if view and view.usage else None
+    error = model.fault or (known.failure.cause if known.failure else None)
+    cautions = (view.warning if view else None, known.notice)
+    return ModelStatus(
+        id=model.id,
+        engine=model.engine,
+        state=view.state if view else "loading" if known.arriving else "failed" if error else "stopped",
+        active=known.active,
+        description=model.description,
+        tags=model.tags,
+        size_bytes=model.size_bytes,
+        used_bytes=held,
+        required_bytes=(need.bytes or None) if need else None,
+        memory_basis="measured" if held else need.basis if need and need.bytes else None,
+        estimated_load_seconds=known.forecast.seconds,
+        load=view.load if view else known.arriving,
+        device=view.device if view else None,
+        in_flight=known.in_flight,
+        last_used=known.last_used,
+        error=error,
+        warning=" ".join(words for words in cautions if words) or None,
+        log_tail=known.failure.log_tail if known.failure else "",
+        silent=view.silent if view else False,
+    )
 
 
 def _held(usage: Usage, *, asleep: bool) -> int:

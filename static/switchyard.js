@@ -82,11 +82,44 @@
     if (again) { again = false; look(); }
   };
   on("htmx:afterProcessNode", looked); // its answer brought a new one, which listens from here on
-  on("htmx:afterRequest", (event) => event.detail.successful || looked(event));
+  on("htmx:afterRequest", looked); // it brought none: a replaced one is told of this in vain
   for (const type of ["refresh", "htmx:sseClose"]) { // captured: before htmx sets out for it
     document.addEventListener(type, () => { again = looking; }, true);
   }
   on("visibilitychange", () => document.hidden || look());
+
+  // Rows of lists come one by one. Which there are, and in what order, stands in an element of its own (order.html). A row
+  // never moves while somebody points at one of them, or has the focus there: it takes its place when they have left.
+  const orders = () => document.querySelectorAll("[data-order]");
+  const rowsOf = (order) => order.dataset.order.split(" ").filter(Boolean);
+  const inUse = (list) => list.matches(":hover") || list.contains(document.activeElement);
+  on("htmx:oobAfterSwap", ({ target }) => { // a row that is new is put into the empty one that is made for it here
+    if (!target.matches("[data-order]")) return;
+    const list = document.getElementById(target.dataset.rows);
+    for (const id of rowsOf(target)) {
+      if (document.getElementById(id)) continue;
+      list.append(Object.assign(document.createElement(list.matches("tbody") ? "tr" : "li"), { id }));
+    }
+  });
+  const arrange = () => {
+    const wanted = new Set([...orders()].flatMap(rowsOf));
+    for (const order of orders()) {
+      const list = document.getElementById(order.dataset.rows);
+      for (const row of [...list.children]) wanted.has(row.id) || row.remove();
+    }
+    if ([...orders()].some((order) => inUse(document.getElementById(order.dataset.rows)))) return;
+    for (const order of orders()) {
+      const list = document.getElementById(order.dataset.rows);
+      rowsOf(order).forEach((id, at) => {
+        const row = document.getElementById(id);
+        if (list.children[at] !== row) list.insertBefore(row, list.children[at] ?? null);
+      });
+    }
+  };
+  on("htmx:afterSettle", arrange);
+  for (const type of ["pointerout", "focusout"]) {
+    on(type, ({ target }) => target.closest?.("tbody, ul") && requestAnimationFrame(arrange));
+  }
 
   // What was done here is seen at once in the other tabs.
   const tabs = new BroadcastChannel("switchyard");

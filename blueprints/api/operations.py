@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from flask import Blueprint, Response, current_app, jsonify, render_template, request
 
-from blueprints.api import shapes
+from blueprints.api.picture import status_event
 from blueprints.api.spec import Schema, documented, openapi
-from blueprints.web import SSE_HEARTBEAT, services, sse, sse_event
+from blueprints.web import SSE_HEARTBEAT, services, sse
 from services.container import Services
 from version import VERSION
 
@@ -65,9 +64,8 @@ def _changes(found: Services) -> Iterator[bytes]:
         if snapshot.version == version:
             yield SSE_HEARTBEAT
             continue
-        version = snapshot.version
-        document = shapes.status_document(found.status.current(), found.router.waiting)
-        yield sse_event("status", json.dumps(document), version)
+        version, event = status_event(found)
+        yield event
 
 
 def _document() -> Schema:

@@ -11,6 +11,7 @@ from flask import Blueprint, Response, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field
 
 from blueprints.api import shapes
+from blueprints.api.picture import status_document
 from blueprints.api.spec import documented
 from blueprints.web import (
     SSE_HEARTBEAT,
@@ -25,7 +26,6 @@ from blueprints.web import (
     wants_event_stream,
 )
 from services.config import Strategy
-from services.status import Status
 from services.switching.jobs import Job, Replace
 
 bp = Blueprint("switching", __name__, url_prefix="/v1/models")
@@ -67,9 +67,7 @@ class ActionAnswer(BaseModel):
 @documented()
 def status() -> Response:
     """Every model's state, the memory of each device, and the switch under way."""
-    found = services()
-    current = found.status.current()
-    return Response(_status_json(current, dict(found.router.waiting)), mimetype="application/json")
+    return Response(status_document(services()), mimetype="application/json")
 
 
 @bp.post("/switch")
@@ -192,15 +190,3 @@ def _events(job: Job, after: int = 0) -> Iterator[bytes]:
 def _last_event_id() -> int:
     value = request.headers.get("Last-Event-ID", "")
     return int(value) if _EVENT_NUMBER.fullmatch(value) else 0
-
-
-_kept: tuple[Status, dict[str, int], bytes] | None = None
-
-
-def _status_json(current: Status, waiting: dict[str, int]) -> bytes:
-    """The document as bytes, made once for each picture: a hundred tabs ask for the same one."""
-    global _kept
-    if _kept is None or _kept[0] is not current or _kept[1] != waiting:
-        document = shapes.status_document(current, waiting)
-        _kept = (current, waiting, json.dumps(document, separators=(",", ":")).encode())
-    return _kept[2]

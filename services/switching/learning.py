@@ -34,6 +34,8 @@ class Learned:
         self._store = store
         self._lock = threading.Lock()
         self._loads: dict[Key, list[LoadRecord]] = {}
+        self.lessons = 0
+        """How many records were taken in; it grows with each."""
         for record in sorted(store.recent_all(2_000), key=lambda r: r.at):
             self._remember(record)
 
@@ -81,6 +83,7 @@ class Learned:
         key = (record.model, record.engine, record.settings_key)
         with self._lock:
             self._loads[key] = [*self._loads.get(key, ()), record][-KEPT_PER_KEY:]
+            self.lessons += 1
 
 
 def load_key(model: Model, engine: Engine, *, waking: bool = False) -> str:

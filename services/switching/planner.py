@@ -111,6 +111,11 @@ class Planner:
                 except Exception as error:
                     log.warning("the memory a model needs is unknown", model=model.id, error=str(error))
 
+    @property
+    def lessons(self) -> int:
+        """How many loads have taught something so far: forecasts from before the last one are outdated."""
+        return self._learned.lessons
+
     def need(self, model: Model) -> Need:
         """What a model takes when loaded. Raises whatever its engine's estimate does."""
         return self._learned.need(model, self._engines[model.engine])

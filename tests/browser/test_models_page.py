@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import psutil
 import pytest
@@ -122,3 +123,49 @@ def test_a_plan_has_an_address_of_its_own(models: Page, console: Console) -> Non
     expect(models.get_by_role("heading", name="Switch to slow?")).to_be_visible()
     models.get_by_role("link", name="Cancel").click()
     expect(models).to_have_url(f"{console.url}/models")
+
+
+def names(page: Page) -> list[str]:
+    """The models in the table, from the top."""
+    return page.locator(".model-table tbody .model-name > .name").all_inner_texts()
+
+
+@pytest.mark.parametrize("hold", ["pointer", "focus"])
+def test_rows_keep_their_place_while_somebody_is_at_one(models: Page, console: Console, hold: str) -> None:
+    """What was loaded belongs on top, and goes there once nobody can be aiming at a row any more."""
+    before = names(models)
+    assert before == ["first-plain", "greedy", "second-plain", "slow"]
+    button = row(models, "slow").get_by_role("button", name="Use slow")
+    if hold == "pointer":
+        button.hover()
+    else:
+        button.focus()
+    console.switch("second-plain")
+    expect(row(models, "second-plain").locator(".word")).to_have_text("Ready")
+    assert names(models) == before
+    if hold == "pointer":
+        models.mouse.move(0, 0)
+    else:
+        models.keyboard.press("Shift+Tab")
+        expect(button).not_to_be_focused()
+        assert names(models) == before, "the focus is still on one of the rows"
+        models.locator(".brand").focus()
+    expect(models.locator(".model-table tbody tr").first).to_contain_text("second-plain")
+    assert names(models) == ["second-plain", "first-plain", "greedy", "slow"]
+
+
+def test_models_come_and_go_one_row_at_a_time(models: Page, console: Console) -> None:
+    """A file that joins the folder gets a row in its place, whose buttons work; the other rows are left alone."""
+    models.evaluate("document.querySelectorAll('.model-table tr').forEach((row) => { row.untouched = true; })")
+    path = Path(console.environment["SWITCHYARD_MODELS_DIR"]) / "fresh.gguf"
+    path.write_bytes(MINI.read_bytes())
+    fresh = row(models, "fresh")
+    expect(fresh).to_be_visible()
+    assert names(models) == ["first-plain", "fresh", "greedy", "second-plain", "slow"]
+    fresh.get_by_role("button", name="Use fresh").click()
+    expect(fresh.locator(".word")).to_have_text("Ready")
+    console.post("/v1/models/fresh/stop")
+    path.unlink()
+    expect(fresh).to_have_count(0)
+    rows = models.locator(".model-table tbody tr")
+    assert rows.evaluate_all("rows => rows.map((row) => row.untouched)") == [True] * 4

@@ -1,0 +1,54 @@
+"""What of the Chat page everybody sees alike: header, banner, and the menu of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from blueprints.filters import dom_id
+from blueprints.live import Live
+from blueprints.pieces import Piece, Sheet, order, sheet
+from services.status import ModelStatus
+
+MANY = 10
+"""More models than these are looked through by name."""
+OTHERS = ("stopped", "failed")
+"""The states of a model that isn't in memory."""
+
+
+def menu_pieces(live: Live) -> Sheet:
+    """The menu and what is above it as they are now."""
+    return (
+        sheet("chat")
+        .draw("parts", live.moment, lambda: _parts(live))
+        .draw("menu", (live.status.models, live.status.switch), lambda: _choices(live))
+    )
+
+
+def menu_lists(live: Live) -> Mapping[str, list[str]]:
+    """The menu's two lists, by their ids: the names of the pieces in each, in order."""
+    models = live.status.models
+    return {
+        "menu-loaded": [_item_id(model) for model in models if model.state not in OTHERS],
+        "menu-others": [_item_id(model) for model in models if model.state in OTHERS],
+    }
+
+
+def _parts(live: Live) -> Iterator[Piece]:
+    yield Piece("top-status", "fragments/top_status.html", {"live": live})
+    yield Piece("banner", "fragments/banner.html", {"live": live})
+    shown = live.loading or live.active
+    percent = live.percent(shown) if shown is not None else None
+    yield Piece("model-button", "fragments/model_button.html", {"model": shown, "percent": percent})
+
+
+def _choices(live: Live) -> Iterator[Piece]:
+    yield Piece("menu-filter", "fragments/menu_filter.html", {"many": len(live.status.models) > MANY})
+    for name, items in menu_lists(live).items():
+        yield order(name, items)
+    for model in live.status.models:
+        choice = {"model": model, "percent": live.percent(model)}
+        yield Piece(_item_id(model), "fragments/model_choice.html", choice, alone=False)
+
+
+def _item_id(model: ModelStatus) -> str:
+    return f"pick-item-{dom_id(model.id)}"
