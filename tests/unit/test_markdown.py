@@ -225,6 +225,14 @@ def test_an_answer_that_grew_reads_as_if_it_had_come_at_once(pieces: list[tuple[
     assert growing.complete(text) in (None, html_of(text))
 
 
+@given(TEXTS)
+def test_a_long_text_is_rendered_in_parts_as_if_at_once(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_once = html_of(text)
+        patch.setattr("blueprints.markdown.rendering.PART", 8)
+        assert html_of(text) == at_once
+
+
 def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long answer that comes in many pieces costs about what it would at once, for however many watch it."""
     rendered: list[str] = []
