@@ -112,6 +112,7 @@ def _pieces(live: Live) -> Sheet:
     return (
         sheet("models")
         .draw("parts", (live.moment, offers), lambda: _parts(live, offers))
+        .draw("folder", found.folder.notice, lambda: [_folder(found.folder.notice)])
         .draw("rows", (live.status.models, live.status.switch, updates, used), lambda: _rows(live, updates, used))
     )
 
@@ -126,6 +127,10 @@ def _parts(live: Live, offers: list[_Offer]) -> Iterator[Piece]:
     address = services().settings.ollama_base_url
     yield Piece("ollama-card", "fragments/ollama.html", {"service": live.service, "ollama_address": address})
     yield Piece("poll", "fragments/poll.html", {"live": live, "url": url_for("models.fragment")}, swap="outerHTML")
+
+
+def _folder(notice: str | None) -> Piece:
+    return Piece("folder-notice", "fragments/folder.html", {"notice": notice})
 
 
 def _rows(live: Live, updates: dict[str, _Update], used: dict[str, str]) -> Iterator[Piece]:

@@ -24,6 +24,7 @@ from services.downloads.queue import DownloadQueue
 from services.engines.child_logs import LogWatch
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
+from services.engines.llamacpp.folder import ModelFolder
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
 from services.engines.port import Engine, GpuBytes
@@ -83,6 +84,7 @@ class Services:
     updates: UpdateCheck
     ollama_service: OllamaService
     engines: dict[str, Engine]
+    folder: ModelFolder
     devices: DeviceMonitor
     watch: CatalogWatch
     log_watch: LogWatch
@@ -161,6 +163,7 @@ def build_services(settings: Settings) -> Services:
     devices = DeviceMonitor(settings.memory_budget_bytes)
     hub = HubProcess(registry, hosts=settings.download_hosts)
     board = Board()
+    folder = ModelFolder(settings.models_dir, on_change=board.touch)
     service = OllamaService(
         settings.ollama_base_url,
         registry,
@@ -170,7 +173,7 @@ def build_services(settings: Settings) -> Services:
     )
     ollama = _ollama(settings, service, devices)
     engines: dict[str, Engine] = {
-        "llamacpp": _llamacpp(settings, registry, devices),
+        "llamacpp": _llamacpp(settings, folder, registry, devices),
         "ollama": ollama,
         "vllm": _vllm(settings, devices, hub, owner(settings.state_dir, lambda: notes.get("owner") or new_id()[:12])),
     }
@@ -204,6 +207,7 @@ def build_services(settings: Settings) -> Services:
         updates=updates,
         ollama_service=service,
         engines=engines,
+        folder=folder,
         devices=devices,
         watch=CatalogWatch(catalog),
         log_watch=LogWatch(registry.prune_logs),
@@ -328,9 +332,9 @@ def _gpu_bytes_now(devices: DeviceMonitor) -> GpuHeld:
     return held
 
 
-def _llamacpp(settings: Settings, registry: ProcessRegistry, devices: DeviceMonitor) -> LlamaCpp:
+def _llamacpp(settings: Settings, folder: ModelFolder, registry: ProcessRegistry, devices: DeviceMonitor) -> LlamaCpp:
     return LlamaCpp(
-        settings.models_dir,
+        folder,
         registry,
         context_length=settings.context_length,
         parallel=settings.parallel_requests,

@@ -20,25 +20,41 @@ THREADS = 8
 CALL_SECONDS = 30.0
 """How long a call may take, the wait for a thread included."""
 
-_pool: Any = None
+
+class NativeThreads:
+    """Threads of their own for what may hang together (one disk, one network share), so that it takes no others'."""
+
+    def __init__(self, threads: int, seconds: float) -> None:
+        self._threads = threads
+        self._seconds = seconds
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call `function` in one of them when this process runs on gevent, directly otherwise.
+
+        What it raises is raised here, and TimeoutError (an OSError) when it is not done in time, the wait for a thread
+        included. It must not start processes, nor touch what greenlets share without a lock.
+        """
+        if not _on_gevent():
+            return function(*args, **kwargs)
+        import gevent
+        from gevent.threadpool import ThreadPool
+
+        if self._pool is None:
+            self._pool = ThreadPool(self._threads)
+        with gevent.Timeout(self._seconds, TimeoutError(f"a native call did not end within {self._seconds:.0f} s")):
+            return cast(R, self._pool.apply(function, args, kwargs))
+
+
+_shared: NativeThreads | None = None
 
 
 def off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `function` in a thread beside the hub when this process runs on gevent, directly otherwise.
-
-    What it raises is raised here, and TimeoutError (an OSError) when it is not done within `CALL_SECONDS`. It must not
-    start processes, nor touch what greenlets share without a lock.
-    """
-    global _pool
-    if not _on_gevent():
-        return function(*args, **kwargs)
-    import gevent
-    from gevent.threadpool import ThreadPool
-
-    if _pool is None:
-        _pool = ThreadPool(THREADS)
-    with gevent.Timeout(CALL_SECONDS, TimeoutError(f"a native call did not end within {CALL_SECONDS:.0f} s")):
-        return cast(R, _pool.apply(function, args, kwargs))
+    """As `NativeThreads`, in threads that all share who use this: for what hangs only if the machine does."""
+    global _shared
+    if _shared is None:
+        _shared = NativeThreads(THREADS, CALL_SECONDS)
+    return _shared(function, *args, **kwargs)
 
 
 def compute_off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -9,8 +9,11 @@ from pathlib import Path
 import structlog
 
 from services.downloads.fetcher import DownloadError, Source
-from services.offhub import off_hub
+from services.offhub import NativeThreads
 from services.switching.plan import say_gb
+
+CALL_SECONDS = 5.0
+"""How long a disk may take to say how much room it has."""
 
 log = structlog.get_logger(__name__)
 
@@ -29,6 +32,7 @@ class DiskCheck:
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         self._folders = folders
+        self._threads = {source: NativeThreads(1, CALL_SECONDS) for source in folders}  # each disk may hang by itself
         self._margin_bytes = margin_bytes
         self._free_bytes = free_bytes
 
@@ -42,7 +46,7 @@ class DiskCheck:
         if folder is None or not left_bytes:
             return
         try:
-            free = off_hub(self._free_on, folder)
+            free = self._threads[source](self._free_on, folder)
         except OSError as error:
             log.warning("how much room there is can't be told", folder=str(folder), error=str(error))
             return

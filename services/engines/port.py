@@ -227,7 +227,7 @@ class Engine(Protocol):
         """Whether its instances stay loaded when the app goes, to be found again by the next one."""
 
     def discover(self) -> Sequence[Model]:
-        """The models that are there by themselves, without being listed in the settings."""
+        """Look what models are there by themselves, without being listed in the settings."""
 
     def describe(self, model: Model) -> Model:
         """Complete a listed model with what the engine knows (size, fault). Never raises."""

@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from services.engines.llamacpp.engine import LlamaCpp, id_of
+from services.engines.llamacpp.folder import ModelFolder
 from services.engines.llamacpp.instance import first_cause
 from services.engines.port import Endpoint, Instance, Model
 from services.engines.processes import ProcessRegistry
@@ -24,7 +25,7 @@ def make_case(folder: Path, native_server: str | None = None) -> EngineCase:
     damaged = folder / "damaged.gguf"
     damaged.write_bytes((DEMO_MODELS / "switchyard-mini.gguf").read_bytes()[:200_000])
     engine = LlamaCpp(
-        DEMO_MODELS,
+        ModelFolder(DEMO_MODELS),
         ProcessRegistry(folder / "state"),
         context_length=2048,
         parallel=2,

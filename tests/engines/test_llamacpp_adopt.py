@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from services.engines.llamacpp.engine import LlamaCpp
+from services.engines.llamacpp.folder import ModelFolder
 from services.engines.llamacpp.instance import LlamaCppInstance
 from services.engines.port import Endpoint, Exit, Model, NotYet
 from services.engines.processes import ProcessRegistry
@@ -38,7 +39,12 @@ def make_engine(folder: Path) -> Iterator[MakeEngine]:
 
     def make() -> LlamaCpp:
         engine = LlamaCpp(
-            folder, registry, context_length=512, parallel=1, native_server=str(FAKE_LLAMA_SERVER), standby=False
+            ModelFolder(folder),
+            registry,
+            context_length=512,
+            parallel=1,
+            native_server=str(FAKE_LLAMA_SERVER),
+            standby=False,
         )
         engine.discover()
         engine.prepare()

@@ -216,9 +216,13 @@ class Faults:
         """Before and after it, there is no Docker."""
         return hanging_server(self._docker)
 
+    def hanging_models(self) -> AbstractContextManager[None]:
+        """Whoever asks about a file of the models folder waits until it is over."""
+        return self.slow_models(float("inf"))
+
     @contextmanager
     def slow_models(self, seconds: float) -> Iterator[None]:
-        """Each question about a file of the models folder takes so long."""
+        """Each question about a file of the models folder takes so long, or until it is over."""
         switch = self._folder / "slow-models"
         switch.write_text(f"{seconds}\n{self._models}\n")
         try:

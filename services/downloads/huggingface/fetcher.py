@@ -8,7 +8,10 @@ from services.abort import Abort
 from services.downloads.fetcher import Report, Seen, Source
 from services.downloads.huggingface import files, names
 from services.downloads.huggingface.process import HubProcess
-from services.offhub import off_hub
+from services.offhub import NativeThreads
+
+DISCARD_SECONDS = 30.0
+"""How long removing an unfinished file may take: a disk takes a while for many gigabytes."""
 
 
 class HuggingFaceFetcher:
@@ -19,6 +22,7 @@ class HuggingFaceFetcher:
     def __init__(self, models_dir: Path, process: HubProcess) -> None:
         self._models_dir = models_dir.absolute()
         self._process = process
+        self._disk = NativeThreads(1, DISCARD_SECONDS)
 
     def check_name(self, name: str) -> str:
         return str(names.parse(name))
@@ -31,8 +35,5 @@ class HuggingFaceFetcher:
         self._process.fetch("models", self._models_dir, checked, report, abort)
 
     def discard(self, name: str) -> None:
-        """Removes unfinished files that `name` covers, but for those another download is fetching.
-
-        Beside the hub: to remove a file of many gigabytes takes a disk a while.
-        """
-        off_hub(files.discard, self._models_dir, names.parse(name))
+        """Removes unfinished files that `name` covers, but for those another download is fetching."""
+        self._disk(files.discard, self._models_dir, names.parse(name))

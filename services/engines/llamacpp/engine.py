@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import structlog
 
 from services.abort import Abort
+from services.engines.llamacpp.folder import ModelFolder
 from services.engines.llamacpp.gguf import (
     GGUFError,
     GGUFHeader,
@@ -29,7 +29,6 @@ from services.engines.llamacpp.gguf import (
 )
 from services.engines.llamacpp.instance import LlamaCppInstance, answers, endpoint_of
 from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
-from services.engines.llamacpp.model_files import ModelFiles
 from services.engines.port import (
     ADOPT_PATIENCE,
     HOST_DEVICE,
@@ -44,13 +43,13 @@ from services.engines.port import (
     Report,
 )
 from services.engines.processes import GroupLeader, ProcessRegistry, Record
-from services.offhub import off_hub
-
-log = structlog.get_logger(__name__)
+from services.offhub import NativeThreads
 
 REPACKED_SHARE = 0.1
 ADOPT_SECONDS = 2.0
 """How long a process that was left behind may take to answer each question of one look."""
+REMOVE_SECONDS = 30.0
+"""How long deleting a model's files may take: a disk takes a while for many gigabytes."""
 
 
 @dataclass(slots=True)
@@ -67,14 +66,17 @@ class Left:
 
 
 class LlamaCpp:
-    """Engine `llamacpp`. Every GGUF file below `models_dir` is a model by itself, its id the file's path."""
+    """Engine `llamacpp`. Every GGUF file in `folder` is a model by itself, its id the file's path.
+
+    What it says of files is what the folder's last look saw: only `remove` touches them itself.
+    """
 
     name = "llamacpp"
     outlives_app = False
 
     def __init__(
         self,
-        models_dir: Path,
+        folder: ModelFolder,
         registry: ProcessRegistry,
         *,
         context_length: int,
@@ -83,11 +85,11 @@ class LlamaCpp:
         standby: bool = True,
         gpu_bytes: GpuBytes = lambda _device, _pid: None,
     ) -> None:
-        self._models_dir = models_dir
+        self._folder = folder
+        self._disk = NativeThreads(1, REMOVE_SECONDS)
         self._context_length = context_length
         self._parallel = parallel
         self._gpu_bytes = gpu_bytes
-        self._files = ModelFiles(models_dir)
         self._registry = registry
         self._found: list[Record] = []
         self._left: dict[str, Left] = {}
@@ -96,22 +98,21 @@ class LlamaCpp:
         )
 
     def discover(self) -> Sequence[Model]:
+        self._folder.refresh()
         found = []
-        for path in self._files.look():
-            file = self._files.read(path)
+        for file in self._folder.found():
             if file.header is not None and is_projector(file.header):
                 continue  # the image half of another model, not one to talk to
-            model_id = id_of(path.relative_to(self._models_dir))
-            found.append(self.describe(Model(id=model_id, engine=self.name, source=str(path))))
+            model_id = id_of(file.path.relative_to(self._folder.path))
+            found.append(self.describe(Model(id=model_id, engine=self.name, source=str(file.path))))
         return found
 
     def describe(self, model: Model) -> Model:
-        path = self._files.path_of(model.source)
-        file = self._files.read(path)
+        file = self._folder.file(model.source)
         header = file.header
         return replace(
             model,
-            source=str(path),
+            source=str(file.path),
             size_bytes=file.size_bytes or model.size_bytes,
             description=model.description or (header.description if header and header.description else ""),
             fault=file.fault,
@@ -170,7 +171,7 @@ class LlamaCpp:
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
         """What an earlier run left loaded as it would be loaded now; at the first call, whatever else it left is ended.
 
-        Reads nothing: the records were read by `prepare`, the files by `describe`.
+        Reads nothing: the records were read by `prepare`, the files by the folder.
         """
         if self._found:
             found, self._found = self._found, []
@@ -194,14 +195,13 @@ class LlamaCpp:
         raise NotYet(f"The process of {model.id} is there, but does not answer yet.")
 
     def remove(self, model: Model) -> None:
-        path = self._files.path_of(model.source)
         try:
-            mine = off_hub(_delete, path, self._models_dir)
+            mine = self._disk(_delete, self._folder.file(model.source).path, self._folder.path)
         except (GGUFError, OSError) as error:
             raise EngineError(f"The files of {model.id} can't be deleted: {error}.") from None
         if not mine:
             raise EngineError(
-                f"{model.id} is not in the models folder {self._models_dir.absolute()}, so it is left alone. "
+                f"{model.id} is not in the models folder {self._folder.path.absolute()}, so it is left alone. "
                 "Delete it yourself."
             )
 
@@ -254,9 +254,7 @@ class LlamaCpp:
         return f"{self._launcher.kind} ctx={context} slots={self._slots(model)} {options} {model.size_bytes}"
 
     def _header(self, model: Model) -> GGUFHeader | None:
-        """Of its file as it was at the latest look: plans and pages ask for it, who must not wait for a disk."""
-        known = self._files.known(Path(model.source))
-        return (known or self._files.read(self._files.path_of(model.source))).header
+        return self._folder.file(model.source).header
 
     def _context(self, model: Model, header: GGUFHeader | None) -> int:
         asked = _whole_number(model.options.get("context_length"), self._context_length)

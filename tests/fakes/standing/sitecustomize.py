@@ -2,8 +2,8 @@
 
 Python imports this first when its folder is on PYTHONPATH; `tests/support/faults.py` puts it there. STANDING_FAULTS
 names a folder. While a file `slow-models` lies in it, whatever asks the file system about the folder that its second
-line names waits for the seconds in its first, in the kernel, as on a network disk that is slow. Whoever connects to the
-socket `PID` in it is told how many greenlets that process has.
+line names waits for the seconds in its first, in the kernel, as on a network disk that is slow; at most until the file
+is gone. Whoever connects to the socket `PID` in it is told how many greenlets that process has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from _thread import start_new_thread  # these as they are before gevent puts its
 from collections.abc import Callable
 from socket import AF_UNIX, SOCK_STREAM
 from socket import socket as Socket
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 FOLDER = os.environ.get("STANDING_FAULTS")
@@ -24,13 +24,17 @@ _open = io.open
 
 
 def _wait(path: object) -> None:
-    try:
-        with _open(f"{FOLDER}/slow-models", encoding="utf-8") as file:
-            seconds, folder = file.read().splitlines()
-    except (OSError, ValueError):
-        return
-    if isinstance(path, str | os.PathLike) and str(path).startswith(folder):
-        sleep(float(seconds))
+    began = monotonic()
+    while isinstance(path, str | os.PathLike):
+        try:
+            with _open(f"{FOLDER}/slow-models", encoding="utf-8") as file:
+                seconds, folder = file.read().splitlines()
+        except (OSError, ValueError):
+            return
+        left = began + float(seconds) - monotonic()
+        if not str(path).startswith(folder) or left <= 0:
+            return
+        sleep(min(left, 0.05))
 
 
 def _slow(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +59,7 @@ def _tell_of_greenlets() -> None:
 
 
 if FOLDER is not None:
-    for name in ("stat", "lstat", "scandir", "listdir"):
+    for name in ("stat", "lstat", "scandir", "listdir", "open", "unlink", "statvfs"):
         setattr(os, name, _slow(getattr(os, name)))
     io.open = builtins.open = _slow(_open)
     os.register_at_fork(after_in_child=lambda: start_new_thread(_tell_of_greenlets, ()))  # gunicorn's worker is a fork

@@ -1,0 +1,44 @@
+"""A console whose models folder is on a network share that hangs: everything else goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.console import DEMO_MODELS, Console, wait_until
+from tests.support.faults import Faults
+
+MINI = DEMO_MODELS / "switchyard-mini.gguf"
+
+
+def test_a_models_folder_that_hangs_delays_nobody(start_console: Callable[..., Console], tmp_path: Path) -> None:
+    """Start, stop, pages, switches and answers go on with what was last seen, and say so."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("one", "two"):
+        shutil.copy(MINI, models / f"{name}.gguf")
+    listed = '[[models]]\nid = "listed"\nsource = "two.gguf"\n'
+    (tmp_path / "faults").mkdir()
+    with Faults(tmp_path / "faults", models) as faults:
+        with faults.hanging_models():
+            console = start_console(models_dir=models, environment=faults.environment, toml=listed, standby="false")
+            assert console.states() == {"listed": "failed"}
+            assert "does not answer. Its models will be listed once it answers." in console.get("/models").text
+            assert "its folder is slow" in console.model("listed")["error"]
+            assert console.stop() == 0
+        console.start()
+        console.wait_for(lambda s: set(s["models"]) == {"one", "listed"}, "the models")
+        console.switch("one")
+        before = console.said()
+        with faults.hanging_models():
+            wait_until(lambda: "does not answer" in console.said().removeprefix(before), "the hang to be noticed")
+            assert console.states() == {"one": "running", "listed": "stopped"}
+            console.switch("listed")
+            assert console.ask("Hello").status_code == 200
+            assert f"The models folder {models} does not answer." in console.get("/models").text
+            shutil.copy(MINI, models / "three.gguf")
+        console.wait_for(lambda s: "three" in s["models"], "the new file to be noticed")
+        wait_until(lambda: "The models folder" not in console.get("/models").text, "the notice to go")
+        assert console.said().removeprefix(before).count("does not answer") == 1, "it is logged once, not at every look"
+        console.close()
