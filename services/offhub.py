@@ -43,7 +43,7 @@ class NativeThreads:
         if self._pool is None:
             self._pool = ThreadPool(self._threads)
         with gevent.Timeout(self._seconds, TimeoutError(f"a native call did not end within {self._seconds:.0f} s")):
-            return cast(R, self._pool.apply(function, args, kwargs))
+            return cast("_Result[R]", self._pool.apply(_result_of, (function, args, kwargs))).unwrap()
 
 
 _shared: NativeThreads | None = None
@@ -63,7 +63,28 @@ def compute_off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs)
         return function(*args, **kwargs)
     import gevent
 
-    return cast(R, gevent.get_hub().threadpool.apply(function, args, kwargs))
+    result = gevent.get_hub().threadpool.apply(_result_of, (function, args, kwargs))
+    return cast("_Result[R]", result).unwrap()
+
+
+class _Result(Generic[R]):
+    """What a function returned or raised. gevent prints the traceback of whatever is raised within its threads."""
+
+    def __init__(self, value: R | None, error: BaseException | None = None) -> None:
+        self._value = value
+        self._error = error
+
+    def unwrap(self) -> R:
+        if self._error is not None:
+            raise self._error
+        return cast(R, self._value)
+
+
+def _result_of(function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Result[R]:
+    try:
+        return _Result(function(*args, **kwargs))
+    except BaseException as error:
+        return _Result(None, error)
 
 
 class SharedCall(Generic[R]):
@@ -91,16 +112,16 @@ class SharedCall(Generic[R]):
             if call is None or call is before:
                 self._latest = call = _Call(self._begin())
         call.wait(timeout)
-        return call.outcome.get()
+        return call.outcome.get().unwrap()
 
-    def _begin(self) -> _Outcome[R]:
+    def _begin(self) -> _Outcome[_Result[R]]:
         if not _on_gevent():
             return _Thread(self._function)
         from gevent.threadpool import ThreadPool
 
         if self._pool is None:
             self._pool = ThreadPool(1)
-        return cast("_Outcome[R]", self._pool.spawn(self._function))
+        return cast("_Outcome[_Result[R]]", self._pool.spawn(_result_of, self._function, (), {}))
 
 
 class _Outcome(Protocol[R_co]):
@@ -116,7 +137,7 @@ class _Outcome(Protocol[R_co]):
 class _Call(Generic[R]):
     """One call, and when it began."""
 
-    def __init__(self, outcome: _Outcome[R]) -> None:
+    def __init__(self, outcome: _Outcome[_Result[R]]) -> None:
         self.outcome = outcome
         self._began = time.monotonic()
 
@@ -134,15 +155,11 @@ class _Thread(Generic[R]):
     def __init__(self, function: Callable[[], R]) -> None:
         self._function = function
         self._over = threading.Event()
-        self._value: R
-        self._error: BaseException | None = None
+        self._result: _Result[R]
         threading.Thread(target=self._run, name="native-call", daemon=True).start()
 
     def _run(self) -> None:
-        try:
-            self._value = self._function()
-        except BaseException as error:
-            self._error = error
+        self._result = _result_of(self._function, (), {})
         self._over.set()
 
     def ready(self) -> bool:
@@ -151,10 +168,8 @@ class _Thread(Generic[R]):
     def wait(self, timeout: float) -> object:
         return self._over.wait(timeout)
 
-    def get(self) -> R:
-        if self._error is not None:
-            raise self._error
-        return self._value
+    def get(self) -> _Result[R]:
+        return self._result
 
 
 def _on_gevent() -> bool:

@@ -26,7 +26,7 @@ def shared(start_shared) -> Console:
 
 
 def database(console: Console) -> Path:
-    return Path(console.environment["SWITCHYARD_STATE_DIR"]) / "switchyard.db"
+    return console.state / "switchyard.db"
 
 
 def begin_a_chat(console: Console, text: str) -> requests.Response:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.soak.faults import FAULTS
 from tests.soak.run import CLIENTS, soak
 
 
@@ -16,11 +17,15 @@ def main() -> int:
     parser.add_argument("operations", type=int)
     parser.add_argument("seed", type=int)
     parser.add_argument("--keep", type=Path, help="folder for the console's state and logs, which stays")
+    parser.add_argument("--faults", default="all", help='parts of the names of faults, such as "disk,Docker"; or none')
     asked = parser.parse_args()
+    faults = [f for f in FAULTS if asked.faults == "all" or any(part in f.name for part in asked.faults.split(","))]
     began = time.monotonic()
     print(f"soak: {asked.operations} operations by {CLIENTS} clients, seed {asked.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        record = soak(asked.keep or Path(folder), asked.operations, asked.seed, lambda words: print(words, flush=True))
+        record = soak(
+            asked.keep or Path(folder), asked.operations, asked.seed, lambda words: print(words, flush=True), faults
+        )
     print(record.summary())
     print(f"{time.monotonic() - began:.0f} s in all")
     return 1 if record.broken else 0

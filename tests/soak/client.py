@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from tests.soak.contract import ENGINE_TROUBLE, STATUSES, code_of, is_engines_own, objection
+from tests.soak.contract import ENGINE_TROUBLE, STATE_TROUBLE, STATUSES, code_of, is_engines_own, objection
 from tests.soak.record import Record
 from tests.soak.world import BAD, COPIES, NOBODY, World
 
@@ -76,7 +76,7 @@ class Client:
         self.record.count(self.doing, f"event {code}")
         if code not in STATUSES:
             self.record.breach(f"{self.doing}: an event says {code!r}: {words}")
-        elif code in ENGINE_TROUBLE and not self._excused(began, model):
+        elif code in ENGINE_TROUBLE | STATE_TROUBLE and not self._expected(code, began, model):
             self.record.breach(f"{self.doing} of {model}: {code} though nobody ordered a fault: {words}")
 
     def _judge(self, answer: requests.Response, path: str, began: float, model: str | None) -> None:
@@ -91,10 +91,11 @@ class Client:
             return
         self.record.count(self.doing, f"{status} {code or 'page'}")
         if for_people or asked.method == "HEAD":
-            wrong = None if status == 404 else f"instead of a page: {answer.text[:300]}"
+            told = status == 503 and any(self.record.explained(code, began) for code in STATE_TROUBLE)
+            wrong = None if status == 404 or told else f"instead of a page: {answer.text[:300]}"
         else:
             wrong = objection(path, status, answer.headers, answer.content)
-        if wrong is None and code in ENGINE_TROUBLE and not self._excused(began, model):
+        if wrong is None and code in ENGINE_TROUBLE | STATE_TROUBLE and not self._expected(code, began, model):
             wrong = f"is {code} though nobody ordered a fault: {answer.text[:300]}"
         if wrong is None and code == "model_not_found" and not self._may_be_gone(began, model):
             wrong = f"says that a model which is there is not: {answer.text[:300]}"
@@ -103,6 +104,10 @@ class Client:
 
     def _may_be_gone(self, began: float, model: str | None) -> bool:
         return model in (NOBODY, *COPIES) or (model is None and self.record.faulty_since(began, None))
+
+    def _expected(self, code: str, began: float, model: str | None) -> bool:
+        """Whether an error comes of a fault that was ordered, of the model or around the app."""
+        return self.record.explained(code, began) or (code in ENGINE_TROUBLE and self._excused(began, model))
 
     def _excused(self, began: float, model: str | None) -> bool:
         """Whether trouble with an engine was asked for. Who asks the active model can't know which one that is."""

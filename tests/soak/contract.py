@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 ENGINE_TROUBLE = frozenset({"load_failed", "engine_error", "engine_unreachable", "memory_not_freed"})
-"""Codes that take a fault to have been ordered."""
+"""Codes that take a fault of a model to have been ordered."""
+STATE_TROUBLE = frozenset({"state_unwritable", "database_locked", "database_unavailable"})
+"""Codes that take one of the faults around the app (`faults.py`)."""
 NOT_NOW = frozenset(
     {
         "cancelled",
@@ -33,6 +35,7 @@ STATUSES: Mapping[str, frozenset[int]] = {
     "engine_unreachable": frozenset({502}),
     "memory_not_freed": frozenset({409}),
     "queue_full": frozenset({503}),
+    **{code: frozenset({503}) for code in STATE_TROUBLE},
     "starting": frozenset({503}),
     "stopping": frozenset({503}),
     "engine_timeout": frozenset({504}),

@@ -22,7 +22,9 @@ OPERATIONS: dict[str, tuple[int, Operation]] = {}
 HELLO = [{"role": "user", "content": "Hello"}]
 STATUS_SECONDS = 10.0
 """The longest that the status may take, on a machine that is busy with everything else."""
-MESSAGE = re.compile(r'<li id="message-(\w+)" class="message (user|assistant \w+)">(.*?)</li>', re.DOTALL)
+MESSAGE = re.compile(
+    r'<li id="message-(\w+)" class="message (user|assistant \w+)">(.*?)(?=<li id="message-|\Z)', re.DOTALL
+)
 """A message on the Chat page: its id, its kind, its insides."""
 POLLED = (
     "/v1/models",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,10 @@ COME_BACK_SECONDS = 15.0
 """The longest until what is loaded is found after a start."""
 STEADY_SECONDS, STEADY_LOOKS = 2.0, 5
 """Longer than the second between two looks at an engine."""
-MOST_DESCRIPTORS = 150
-MOST_CLOSE_WAIT = 0
-MOST_THREADS = 40
+MOST = (150, 0, 40, 0)
+"""Descriptors, connections in CLOSE-WAIT, threads, and messages that are being written, at rest."""
+MORE_DESCRIPTORS, MORE_GREENLETS, MORE_MEGABYTES = 25, 25, 60
+"""From one rest to another of the same worker: engines come and go, and what was learned grows."""
 TROUBLE = re.compile(
     r"Traceback|unforeseen|failed with an unexpected error|message to the switcher failed|what follows a message failed"
 )
@@ -40,19 +42,38 @@ Loaded = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Figures:
-    """What the app's worker holds at a moment of rest. `rss` is bytes."""
+    """What the app's worker holds at a moment of rest. `rss` is bytes, `streaming` messages that are being written."""
 
     pid: int
     rss: int
     descriptors: int
     close_wait: int
     threads: int
+    greenlets: int
+    streaming: int
 
     def __str__(self) -> str:
         return (
-            f"worker {self.pid}: {self.rss / 1e6:.0f} MB, {self.descriptors} descriptors, "
-            f"{self.close_wait} in CLOSE-WAIT, {self.threads} threads"
+            f"worker {self.pid}: {self.rss / 1e6:.0f} MB, {self.descriptors} descriptors, {self.close_wait} in "
+            f"CLOSE-WAIT, {self.threads} threads, {self.greenlets} greenlets; {self.streaming} rows streaming"
         )
+
+    def since(self, before: Figures) -> str:
+        """What has grown or shrunk, in words."""
+        return (
+            f"{self.descriptors} descriptors ({self.descriptors - before.descriptors:+}), {self.close_wait} in "
+            f"CLOSE-WAIT, {self.greenlets} greenlets ({self.greenlets - before.greenlets:+}), "
+            f"{self.rss / 1e6:.0f} MB ({(self.rss - before.rss) / 1e6:+.0f}), {self.streaming} rows streaming"
+        )
+
+    def grown(self, before: Figures) -> str | None:
+        """What has grown by more than is by chance since a rest of the same worker, in words."""
+        bounds = (
+            ("descriptors", self.descriptors - before.descriptors, MORE_DESCRIPTORS),
+            ("greenlets", self.greenlets - before.greenlets, MORE_GREENLETS),
+            ("MB", (self.rss - before.rss) / 1e6, MORE_MEGABYTES),
+        )
+        return ", ".join(f"{more:.0f} {what} more" for what, more, most in bounds if more > most) or None
 
 
 class Oracle:
@@ -63,8 +84,8 @@ class Oracle:
         self._record = record
         self._client = Client(world, record)
 
-    def look(self) -> str:
-        """Every promise for a moment of rest; what there is to say of it, in one line."""
+    def look(self) -> Figures | None:
+        """Every promise for a moment of rest; None when the console can't be asked."""
         self._client.doing = "at rest"
         try:
             status = self._wait_for_rest()
@@ -72,13 +93,11 @@ class Oracle:
             self._check_conversations()
         except Lost:
             self._breach("the console can't be asked")
-            return "the console can't be asked"
+            return None
         finally:
             self._client.close()
         self._check_log()
-        figures = self._settle()
-        running = [name for name, model in status["models"].items() if model["status"] == "running"]
-        return f"{len(running)} models run; {figures}"
+        return self._settle()
 
     def check_survival(self, what: str, happens: Callable[[], None]) -> None:
         """At rest, the app goes down and comes back: what was loaded is, in the same processes."""
@@ -192,20 +211,36 @@ class Oracle:
 
     def _settle(self) -> Figures:
         """The worker's figures, once what clients left behind is noticed."""
-        self._await(lambda: self._figures().close_wait <= MOST_CLOSE_WAIT, SETTLE_SECONDS)
+        self._await(lambda: not self._too_much(self._figures()), SETTLE_SECONDS)
         figures = self._figures()
-        bounds = (MOST_DESCRIPTORS, MOST_CLOSE_WAIT, MOST_THREADS)
-        if any(
-            n > most for n, most in zip((figures.descriptors, figures.close_wait, figures.threads), bounds, strict=True)
-        ):
+        if self._too_much(figures):
             self._breach(f"the worker keeps too much: {figures}")
         return figures
+
+    def _too_much(self, figures: Figures) -> bool:
+        held = (figures.descriptors, figures.close_wait, figures.threads, figures.streaming)
+        return any(n > most for n, most in zip(held, MOST, strict=True))
 
     def _figures(self) -> Figures:
         worker = self._world.worker
         links = worker.net_connections(kind="tcp")
         waiting = sum(link.status == psutil.CONN_CLOSE_WAIT for link in links)
-        return Figures(worker.pid, worker.memory_info().rss, worker.num_fds(), waiting, worker.num_threads())
+        return Figures(
+            worker.pid,
+            worker.memory_info().rss,
+            worker.num_fds(),
+            waiting,
+            worker.num_threads(),
+            self._world.faults.greenlets(worker),
+            self._streaming(),
+        )
+
+    def _streaming(self) -> int:
+        """How many messages are being written, by their rows in the database."""
+        database = f"{self._world.faults.database.as_uri()}?mode=ro"
+        with closing(sqlite3.connect(database, uri=True, timeout=60)) as connection:
+            count = connection.execute("SELECT count(*) FROM messages WHERE state = 'streaming'").fetchone()
+        return int(count[0])
 
     def _await(self, condition: Callable[[], bool], patience: float) -> bool:
         deadline = time.monotonic() + patience

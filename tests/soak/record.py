@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 FAULT_SECONDS = 3.0
@@ -25,6 +25,8 @@ class Record:
     """When, what was done, and to which model."""
     broken: list[str] = field(default_factory=list)
     _disturbances: list[tuple[float, float]] = field(default_factory=list)
+    _standing: list[tuple[float, frozenset[str]]] = field(default_factory=list)
+    """Faults around the app: when each was over, and the codes that it explains."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -54,6 +56,23 @@ class Record:
         """Whether a fault of a model, or of any for None, can be met by a request that began then."""
         with self._lock:
             return any(at > began - FAULT_SECONDS and model in (None, of) for at, _, of in self.faults)
+
+    @contextmanager
+    def standing_fault(self, codes: frozenset[str], *, breaks: bool) -> Iterator[None]:
+        """Something is wrong around the app: these errors are explained by it, and connections that break."""
+        with self._lock:
+            self._standing.append((float("inf"), codes))
+        try:
+            with self.disturbance() if breaks else nullcontext():
+                yield
+        finally:
+            with self._lock:
+                self._standing[-1] = (time.monotonic(), codes)
+
+    def explained(self, code: str, began: float) -> bool:
+        """Whether a fault around the app explains an error of a request that began then."""
+        with self._lock:
+            return any(ended > began - FAULT_SECONDS and code in codes for ended, codes in self._standing)
 
     @contextmanager
     def disturbance(self) -> Iterator[None]:

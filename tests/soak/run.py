@@ -6,33 +6,48 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.soak.client import Client, Lost
+from tests.soak.faults import FAULTS, FULL_DISK, LONGEST_SECONDS, Fault
 from tests.soak.operations import OPERATIONS, look
-from tests.soak.oracle import Oracle
-from tests.soak.record import Record
+from tests.soak.oracle import Figures, Oracle
+from tests.soak.record import Record, say_times
 from tests.soak.world import World
 from tests.support.console import wait_until
 
 CLIENTS = 6
-ROUNDS = 4
 LOOK_SECONDS = 0.25
 """How often the status is asked for beside the operations, as a tab does."""
 RESTART_SECONDS = 60.0
 LONGEST_OPERATION = 5.0
 """In the mean; a soak that takes longer than that for each has got stuck."""
 
+Middle = Callable[[World, Record], None]
 
-def soak(folder: Path, operations: int, seed: int, say: Callable[[str], None]) -> Record:
+
+@dataclass(frozen=True)
+class Round:
+    """A share of the operations. `middle` happens when half of it is done, `fault` is there until then."""
+
+    name: str
+    middle: Middle | None = None
+    fault: Fault | None = None
+
+
+def soak(
+    folder: Path, operations: int, seed: int, say: Callable[[str], None], faults: Sequence[Fault] = FAULTS
+) -> Record:
     """Do them, `say` what is seen at each rest, and return the record; whatever happened, nothing is left running."""
     record = Record()
     world = World(folder)
     try:
         world.start()
-        _all_rounds(world, record, operations, seed, say)
+        _all_rounds(world, record, choose_rounds(world, faults, say), operations, seed, say)
         oracle = Oracle(world, record)
         oracle.check_survival("restart-api", lambda: _restart(world, record, asks_first=False))
         oracle.check_survival("kill -9", lambda: _kill_worker(world, record))
@@ -42,16 +57,41 @@ def soak(folder: Path, operations: int, seed: int, say: Callable[[str], None]) -
     return record
 
 
-def _all_rounds(world: World, record: Record, operations: int, seed: int, say: Callable[[str], None]) -> None:
-    began = time.monotonic()
+def choose_rounds(world: World, faults: Sequence[Fault], say: Callable[[str], None]) -> list[Round]:
+    """Four without a fault around the app, then one for each."""
+    rounds = [Round("all is well"), Round("a restart", _restart), Round("kill -9", _kill_worker), Round("all is well")]
+    for fault in faults:
+        if fault.name == FULL_DISK and not world.faults.can_fill_disk:
+            say(f"{fault.name} is left out: a disk of its own takes root")
+        else:
+            rounds.append(Round(fault.name, fault=fault))
+    return rounds
+
+
+def _all_rounds(
+    world: World, record: Record, rounds: Sequence[Round], operations: int, seed: int, say: Callable[[str], None]
+) -> None:
+    """Each of them with its share of the operations, and a look at rest after it."""
     steps = [choose(seed, number, operations) for number in range(CLIENTS)]
-    middle: dict[int, Callable[[World, Record], None]] = {1: _restart, 2: _kill_worker}
-    for number in range(ROUNDS):
-        mine = [own[len(own) * number // ROUNDS : len(own) * (number + 1) // ROUNDS] for own in steps]
-        _round(world, record, mine, middle.get(number))
-        seen = Oracle(world, record).look()
+    before: Figures | None = None
+    for number, one in enumerate(rounds):
+        mine = [own[len(own) * number // len(rounds) : len(own) * (number + 1) // len(rounds)] for own in steps]
+        began, asked, done = time.monotonic(), len(record.status_seconds), record.done
+        _round(world, record, mine, one)
+        figures = Oracle(world, record).look()
         seconds = time.monotonic() - began
-        say(f"{record.done} operations, {seconds:.0f} s, {len(record.broken)} promises broken; at rest: {seen}")
+        held = "the console can't be asked"
+        if figures is not None:
+            same = before is not None and before.pid == figures.pid
+            held = figures.since(before) if same and before is not None else str(figures)
+            grown = figures.grown(before) if same and before is not None else None
+            if grown is not None:
+                record.breach(f"{one.name} left the worker with {grown}")
+            before = before if same else figures
+        say(
+            f"{one.name}: {record.done - done} operations, {seconds:.0f} s, {len(record.broken)} promises broken so "
+            f"far; at rest: {held}; status: {say_times(record.status_seconds[asked:])}"
+        )
 
 
 Step = tuple[str, random.Random]
@@ -65,20 +105,25 @@ def choose(seed: int, client: int, operations: int) -> list[Step]:
     return [(name, random.Random(f"{seed}/{client}/{number}")) for number, name in enumerate(names)]
 
 
-def _round(
-    world: World, record: Record, steps: list[list[Step]], middle: Callable[[World, Record], None] | None
-) -> None:
-    """All clients at once; `middle` happens when half of it is done."""
+def _round(world: World, record: Record, steps: list[list[Step]], one: Round) -> None:
+    """All clients at once."""
     half = record.done + sum(map(len, steps)) // 2
     over = threading.Event()
     threads = [threading.Thread(target=_act, args=(world, record, own), daemon=True) for own in steps]
     watcher = threading.Thread(target=_watch, args=(world, record, over), daemon=True)
     deadline = time.monotonic() + LONGEST_OPERATION * sum(map(len, steps)) + RESTART_SECONDS
-    for thread in (watcher, *threads):
-        thread.start()
-    if middle is not None:
+    with ExitStack() as fault:
+        if one.fault is not None:
+            fault.enter_context(record.standing_fault(one.fault.codes, breaks=one.fault.breaks))
+            fault.enter_context(one.fault.during(world))
+        lifted = time.monotonic() + LONGEST_SECONDS
+        for thread in (watcher, *threads):
+            thread.start()
+        while one.fault is not None and record.done < half and time.monotonic() < lifted:
+            time.sleep(0.05)
+    if one.middle is not None:
         wait_until(lambda: record.done >= half, "half of the operations", deadline - time.monotonic())
-        middle(world, record)
+        one.middle(world, record)
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     over.set()

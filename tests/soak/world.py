@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import psutil
 
 from services.engines.processes import MARK_VARIABLE
 from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, Console, stand_in
+from tests.support.faults import Faults
 from tests.support.ollama import TINY_A, TINY_B, FakeOllama
 
 DEMO = DEMO_MODELS / "switchyard-mini.gguf"
@@ -22,9 +23,13 @@ COPIES = tuple(f"copy-{number}" for number in range(6))
 """Found in the models folder: they are deleted, taken away and put back."""
 SOUND = ("good", "second", "talker", "wide", "slow", "stubborn")
 OLLAMA = ("tiny-a:latest", "tiny-b:latest")
-BAD = ("crasher", "mute", "late", "dies")
+DOCKED = "docked"
+"""Runs in Docker, which is not there, or hangs."""
+BAD = ("crasher", "mute", "late", "dies", DOCKED)
 """Their faults are ordered from the beginning."""
 HUGE = "huge"
+DESCRIPTORS = 1024
+"""What `ulimit -n` is on most machines."""
 NOBODY = "nobody"
 SETTINGS = {
     "drain_timeout_seconds": 5,
@@ -55,12 +60,16 @@ class World:
         self.models.mkdir(parents=True)
         for name in COPIES:
             self.bring(name)
+        self._folder = folder
+        self._opened = ExitStack()
+        self.faults = Faults(folder / "faults", self.models)
         self.ollama = FakeOllama(folder / "ollama", {OLLAMA[0]: TINY_A, OLLAMA[1]: TINY_B})
         self.console = Console(
             folder,
             models_dir=self.models,
             toml=settings_file(asks_first=False),
-            environment={"SWITCHYARD_OLLAMA_BASE_URL": self.ollama.url},
+            environment={**self.faults.environment, "SWITCHYARD_OLLAMA_BASE_URL": self.ollama.url},
+            descriptors=DESCRIPTORS,
             llamacpp_server=FAKE_LLAMA_SERVER,
             **SETTINGS,
         )
@@ -70,6 +79,7 @@ class World:
         self.lock = threading.Lock()
 
     def start(self) -> None:
+        self._opened.enter_context(self.faults)
         self.ollama.start()
         self.console.start()
 
@@ -80,6 +90,9 @@ class World:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.ollama.close()
+        with suppress(OSError):  # what is on a disk of its own goes with that, and somebody may want to read it
+            shutil.copytree(self.faults.state, self._folder / "state", dirs_exist_ok=True)
+        self._opened.close()
 
     def ask_first(self, wanted: bool) -> None:
         """Change the setting `confirm_before_unload`; it holds from the next start of the app on."""
@@ -95,6 +108,12 @@ class World:
     def take_away(self, name: str) -> None:
         """Remove the file of a copy behind the console's back."""
         (self.models / f"{name}.gguf").unlink(missing_ok=True)
+
+    def forget_conversations(self) -> None:
+        """They are lost, and nobody is to look for them any more."""
+        with self.lock:
+            for conversation in self.conversations:
+                conversation.deleted = True
 
     def conversation(self, dice: random.Random) -> Conversation | None:
         """One that nobody has asked to delete."""
@@ -148,5 +167,6 @@ def settings_file(*, asks_first: bool) -> str:
             stand_in("late", "never_ready", source=str(DEMO), required_gb=0.5),
             stand_in("dies", "crash_answering", source=str(DEMO), **hold),
             stand_in(HUGE, source=str(DEMO), required_gb=900),
+            f'[[models]]\nid = "{DOCKED}"\nengine = "vllm"\nsource = "/models/{DOCKED}"\nrequired_gb = 2\n',
         )
     )

@@ -36,7 +36,8 @@ NO_OLLAMA = "http://127.0.0.1:9"
 class Console:
     """One running Switchyard.
 
-    `settings` become environment variables, `toml` its settings file; `environment` joins as it is.
+    `settings` become environment variables, `toml` its settings file; `environment` joins as it is. `descriptors` is
+    how many files and sockets each of its processes may have open, as `ulimit -n` sets it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Console:
         *,
         models_dir: Path = DEMO_MODELS,
         toml: str = "",
+        descriptors: int | None = None,
         environment: dict[str, str] | None = None,
         **settings: object,
     ) -> None:
@@ -65,11 +67,16 @@ class Console:
             **{f"SWITCHYARD_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.log = folder / "console.log"
+        self._limits = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
         self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def state(self) -> Path:
+        return Path(self.environment["SWITCHYARD_STATE_DIR"])
 
     def start(self) -> Console:
         """Start it and wait until it answers; also again, on what the run before left. Fails with what it said."""
-        put_empty_database(Path(self.environment["SWITCHYARD_STATE_DIR"]))
+        put_empty_database(self.state)
         self.launch()
         wait_until(self._answers, f"the console to answer (it writes to {self.log})")
         return self
@@ -78,7 +85,7 @@ class Console:
         """Start it as it is, and wait for nothing."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
+                [*self._limits, sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
                 cwd=ROOT,
                 env={
                     k: v
@@ -159,7 +166,7 @@ class Console:
     def _recorded(self) -> list[psutil.Process]:
         """Every process that it wrote down and that still runs, also one that an earlier run of the app started."""
         found = []
-        for path in (self.folder / "state" / "processes").glob("*.json"):
+        for path in (self.state / "processes").glob("*.json"):
             with suppress(psutil.Error, OSError):
                 process = psutil.Process(int(path.stem))
                 if MARK_VARIABLE in process.environ():  # else the number is a stranger's by now
@@ -168,7 +175,7 @@ class Console:
 
     def engines(self) -> list[psutil.Process]:
         """The engine processes that hold a model (one that stands by holds none)."""
-        recorded = (self.folder / "state" / "processes").glob("*.json")
+        recorded = (self.state / "processes").glob("*.json")
         return [psutil.Process(int(path.stem)) for path in recorded if psutil.pid_exists(int(path.stem))]
 
     def get(self, path: str, **options: Any) -> requests.Response:
