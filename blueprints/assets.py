@@ -19,6 +19,9 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "vendor/sse.min.js",
         "vendor/idiomorph-ext.min.js",
         "switchyard.js",
+        "rows.js",
+        "focus.js",
+        "ages.js",
     ),
     "switchyard.css": (
         "css/tokens.css",

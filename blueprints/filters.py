@@ -107,6 +107,12 @@ def ago(moment: float | datetime | None, now: float | None = None) -> str:
     return f"{span(past)} ago" if past < 7 * 86400 else f"{_local(moment):%-d %b %Y}"
 
 
+@bp.app_template_global()
+def now() -> float:
+    """The time by the server's clock, from which ages are told: a browser's may be off by minutes."""
+    return time.time()
+
+
 @bp.app_template_filter()
 def moment(value: float | datetime | None) -> str:
     """A point in time in full, for tooltips."""

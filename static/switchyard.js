@@ -10,8 +10,7 @@
   Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) =>
     !(name === "value" && node.matches("textarea, input:not([type=hidden])")) &&
     !(name === "open" && node.matches("details, dialog")) &&
-    !(name === "class" && node.matches(".htmx-request")) &&
-    !(name.includes("disabled") && node.matches("[data-disabled-by-htmx]"));
+    !(name === "class" && node.matches(".htmx-request"));
   // What was brought here since the page was opened (an answer that streams in) is newer than the look.
   Idiomorph.defaults.callbacks.beforeNodeMorphed = (old, now) => !(old.matches?.("[data-keep]") && old.id === now.id);
 
@@ -88,39 +87,6 @@
   }
   on("visibilitychange", () => document.hidden || look());
 
-  // Rows of lists come one by one. Which there are, and in what order, stands in an element of its own (order.html). A row
-  // never moves while somebody points at one of them, or has the focus there: it takes its place when they have left.
-  const orders = () => document.querySelectorAll("[data-order]");
-  const rowsOf = (order) => order.dataset.order.split(" ").filter(Boolean);
-  const inUse = (list) => list.matches(":hover") || list.contains(document.activeElement);
-  on("htmx:oobAfterSwap", ({ target }) => { // a row that is new is put into the empty one that is made for it here
-    if (!target.matches("[data-order]")) return;
-    const list = document.getElementById(target.dataset.rows);
-    for (const id of rowsOf(target)) {
-      if (document.getElementById(id)) continue;
-      list.append(Object.assign(document.createElement(list.matches("tbody") ? "tr" : "li"), { id }));
-    }
-  });
-  const arrange = () => {
-    const wanted = new Set([...orders()].flatMap(rowsOf));
-    for (const order of orders()) {
-      const list = document.getElementById(order.dataset.rows);
-      for (const row of [...list.children]) wanted.has(row.id) || row.remove();
-    }
-    if ([...orders()].some((order) => inUse(document.getElementById(order.dataset.rows)))) return;
-    for (const order of orders()) {
-      const list = document.getElementById(order.dataset.rows);
-      rowsOf(order).forEach((id, at) => {
-        const row = document.getElementById(id);
-        if (list.children[at] !== row) list.insertBefore(row, list.children[at] ?? null);
-      });
-    }
-  };
-  on("htmx:afterSettle", arrange);
-  for (const type of ["pointerout", "focusout"]) {
-    on(type, ({ target }) => target.closest?.("tbody, ul") && requestAnimationFrame(arrange));
-  }
-
   // What was done here is seen at once in the other tabs.
   const tabs = new BroadcastChannel("switchyard");
   tabs.onmessage = look;
@@ -162,32 +128,14 @@
     if (detail.requestConfig.verb === "post") $("#notice").replaceChildren();
   });
 
-  // A button that was out of use while its request was under way gets the focus back; where it is gone, the part of the
-  // page that it was in has it.
-  let focused = null;
-  let home = null;
-  on("focusin", ({ target }) => { focused = target; home = target.closest("[tabindex='-1'], #messages"); });
-  on("pointerdown", () => { focused = null; });
-  on("htmx:afterRequest", () => {
-    if (!focused || focused.disabled || document.activeElement !== document.body) return;
-    (focused.isConnected ? focused : home)?.focus({ preventScroll: true });
-  });
-
-  // Menus and dialogs close when what was chosen in them is under way. A dialog gives the focus back to what opened it;
-  // a look may have taken that away meanwhile, and then the part of the page that it was in has it.
-  let opener = null;
+  // Menus and dialogs close when what was chosen in them is under way.
   on("htmx:afterRequest", ({ detail }) => {
     if (detail.requestConfig?.verb !== "post") return;
     detail.elt.closest("[popover]")?.hidePopover();
-    const dialog = detail.elt.closest("dialog");
-    if (!dialog?.open) return;
-    dialog.close();
-    if (opener && !opener.button.isConnected) opener.home?.focus({ preventScroll: true });
+    detail.elt.closest("dialog")?.close();
   });
   on("htmx:afterSwap", ({ detail }) => {
-    if (detail.target?.id !== "dialog" || detail.target.open) return;
-    opener = focused && { button: focused, home };
-    detail.target.showModal();
+    if (detail.target?.id === "dialog" && !detail.target.open) detail.target.showModal();
   });
 
   // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads, refusals, and a

@@ -314,3 +314,21 @@ def test_an_answer_cut_by_the_end_of_the_app_is_shown_as_such(
     answers(page).get_by_role("button", name="Retry").click()
     expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
     expect(messages(page)).to_have_count(2)
+
+
+def test_ages_grow_older_by_themselves(page: Page, console: Console) -> None:
+    """What was "just now" isn't five minutes later, though nobody asked the server for it again."""
+    page.clock.install()
+    console.switch("markdown")
+    visit(page, console)
+    say(page, "Hello")
+    written = page.locator(".message.complete time")
+    listed = page.locator(".conversation-list [aria-current] time")
+    expect(written).to_have_text("just now")
+    expect(listed).to_have_text("just now")
+    page.route(re.compile("/fragments/"), lambda route: route.fulfill(status=204))
+    page.clock.fast_forward("05:20")
+    expect(written).to_have_text("5 min ago")
+    expect(listed).to_have_text("5 min ago")
+    page.clock.fast_forward("49:00:00")
+    expect(written).to_have_text("2 days ago")

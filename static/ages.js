@@ -1,0 +1,22 @@
+// Times that are told as ages grow older by themselves, in the words of `ago` in blueprints/filters.py.
+"use strict";
+(() => {
+  const UNITS = [[86400, "day"], [3600, "h"], [60, "min"], [1, "s"]];
+  const WEEK = 7 * 86400; // older ones are told as dates
+  const ahead = Date.now() / 1000 - document.documentElement.dataset.now; // this clock, of the server's
+
+  const words = (past) => {
+    if (past < 10) return "just now";
+    const [length, unit] = UNITS.find(([seconds]) => past >= seconds);
+    const count = Math.floor(past / length);
+    return `${count} ${unit}${unit === "day" && count > 1 ? "s" : ""} ago`;
+  };
+  const grow = () => {
+    for (const time of document.querySelectorAll("time[data-ago]")) {
+      const past = Date.now() / 1000 - ahead - Date.parse(time.dateTime) / 1000;
+      if (past < WEEK && time.textContent !== words(past)) time.textContent = words(past);
+    }
+  };
+  setInterval(grow, 5000);
+  for (const type of ["htmx:afterSettle", "visibilitychange"]) document.addEventListener(type, grow);
+})();

@@ -1,0 +1,57 @@
+// The focus is never lost to the page: where what had it is gone, hidden or out of use, what is nearest to it gets it.
+"use strict";
+(() => {
+  const CONTROLS = "a[href], button, input:not([type=hidden]), select, textarea, summary, [tabindex='0']";
+  const PARTS = "tr, li, form, dialog, .banner, .panel"; // small enough for their first control to be near
+  const usable = (it) => Boolean(it?.isConnected && it.checkVisibility() && !it.matches(":disabled"));
+  const control = (part) => part && [...part.querySelectorAll(CONTROLS)].find(usable);
+
+  // What has the focus and what that is in, from the inside out, each with its neighbours: a row may go as a whole.
+  let trail = [];
+  const trailOf = (it) => {
+    const steps = [];
+    for (let at = it; at && at !== document.body; at = at.parentElement) {
+      steps.push({ at, id: at.id, next: at.nextElementSibling, before: at.previousElementSibling });
+    }
+    return steps;
+  };
+  const isIn = (steps, dialog) => steps.some(({ at }) => at === dialog);
+  const remember = (it) => {
+    const dialog = it.closest("dialog"); // behind what is in one is what opened it
+    const opener = !dialog ? [] : isIn(trail, dialog) ? trail.slice(trail.findIndex(({ at }) => at === dialog) + 1) : trail;
+    const steps = trailOf(it);
+    trail = dialog ? [...steps.slice(0, steps.findIndex(({ at }) => at === dialog) + 1), ...opener] : steps;
+  };
+
+  const nearest = () => {
+    for (const [number, { at, id, next, before }] of trail.entries()) {
+      const now = at.isConnected ? at : (id && document.getElementById(id)) || at;
+      if (!number && usable(now)) return now;
+      if (now.popover !== null && !usable(now)) {
+        const invoker = document.querySelector(`[popovertarget="${CSS.escape(id)}"]`);
+        if (usable(invoker)) return invoker;
+      }
+      const near = usable(now) && now.matches(PARTS) ? now.querySelector("[autofocus]") ?? control(now) : null;
+      if (near) return near;
+      if (usable(now) && now.hasAttribute("tabindex")) return now;
+      if (!now.isConnected && now.matches("tr, li")) {
+        const neighbour = control(next) ?? control(before);
+        if (neighbour) return neighbour;
+      }
+    }
+    return document.getElementById("main");
+  };
+  const keep = () => {
+    const active = document.activeElement;
+    const lost = !active || active === document.body || !usable(active);
+    if (!lost && !trail.length) remember(active);
+    if (lost && trail.length) nearest()?.focus({ preventScroll: true });
+  };
+
+  document.addEventListener("focusin", ({ target }) => remember(target));
+  document.addEventListener("pointerdown", () => { trail = []; }); // who points at nothing wants it nowhere
+  new MutationObserver(keep).observe(document.body, {
+    childList: true, subtree: true, attributes: true, attributeFilter: ["disabled", "hidden", "open"],
+  });
+  document.addEventListener("toggle", keep, true);
+})();
