@@ -52,7 +52,7 @@ def press(button: Locator) -> None:
     button.press("Enter")
 
 
-def test_a_row_whose_buttons_change_keeps_it(models: Page, console: Console) -> None:
+def test_a_row_whose_buttons_change_keeps_it(models: Page) -> None:
     """Load, cancel and unload replace the very button that was pressed."""
     slow, first = row(models, "slow"), row(models, "first-plain")
     press(slow.get_by_role("button", name="Use slow"))
@@ -67,7 +67,7 @@ def test_a_row_whose_buttons_change_keeps_it(models: Page, console: Console) -> 
     assert within(first)
 
 
-def test_a_banner_that_goes_gives_it_to_the_page(models: Page, console: Console) -> None:
+def test_a_banner_that_goes_gives_it_to_the_page(models: Page) -> None:
     """After Cancel the banner says so for a moment and goes; after Dismiss it goes at once."""
     row(models, "slow").get_by_role("button", name="Use slow").click()
     press(banner(models).get_by_role("button", name="Cancel"))
