@@ -14,10 +14,11 @@ from blueprints.pages import done, live_now, local_path, see_other, told
 from blueprints.pieces import Piece, Sheet, news, order, sheet
 from blueprints.web import client_name, services
 from services.downloads.download import Download
-from services.downloads.library import Recommended
+from services.downloads.library import Deletion, Recommended
 from services.status import ModelStatus
 from services.switching.events import SwitchView
 from services.switching.plan import Plan, Unload
+from services.text import listed
 
 bp = Blueprint("models", __name__)
 
@@ -220,7 +221,7 @@ def ask_to_delete() -> str:
         live=live,
         model=model,
         loaded=status is not None and status.state in ("running", "loading", "unloading", "asleep"),
-        frees=found.library.frees(model),
+        deletion=found.library.deletion(model),
     )
 
 
@@ -230,8 +231,17 @@ def delete(model_id: str) -> Response:
     removed = services().library.remove(model_id, client_name())
     if not request.htmx:
         return done()
-    freed = f"{size(removed.freed_bytes)} are free again." if removed.freed_bytes else "No space was freed by it."
-    return told(f"{removed.model} was deleted", freed if removed.freed_bytes is not None else "")
+    return told(f"{removed.model} was deleted", _freed(removed.deletion))
+
+
+def _freed(deletion: Deletion) -> str:
+    """What came of it besides, in a sentence."""
+    if not deletion.shared_with:
+        return f"{size(deletion.frees_bytes)} are free again." if deletion.frees_bytes else ""
+    uses = "uses" if len(deletion.shared_with) == 1 else "use"
+    if len(deletion.files) == 1:
+        return f"Its file {deletion.files[0]} stays: {listed(deletion.shared_with)} {uses} it."
+    return f"Its files stay: {listed(deletion.shared_with)} {uses} them."
 
 
 @bp.post("/models/check-updates")

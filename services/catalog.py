@@ -10,6 +10,7 @@ from types import MappingProxyType
 import structlog
 
 from services.config import ModelEntry
+from services.deleted_models import DeletedModels
 from services.engines.port import Engine, Model
 
 log = structlog.get_logger(__name__)
@@ -29,8 +30,11 @@ class UnknownModel(Exception):
 class Catalog:
     """An immutable view of every model, replaced whole when a look at the engines finds a difference."""
 
-    def __init__(self, entries: Sequence[ModelEntry], engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self, entries: Sequence[ModelEntry], engines: Mapping[str, Engine], deleted: DeletedModels | None = None
+    ) -> None:
         self._listed = tuple(_listed(entry) for entry in entries)
+        self._deleted = deleted or DeletedModels()
         self._engines = engines
         self._models: Mapping[str, Model] = MappingProxyType({})
         self._aliases: Mapping[str, str] = MappingProxyType({})
@@ -62,6 +66,19 @@ class Catalog:
         same = (model.engine, model.held_as)
         return [m.id for m in self._models.values() if (m.engine, m.held_as) == same]
 
+    def is_listed(self, model: Model) -> bool:
+        """Whether the settings list it, so that it would be there without its file too."""
+        return any(entry.id == model.id for entry in self._listed)
+
+    def sharers_of(self, model: Model) -> list[Model]:
+        """The other models that use a file of this one."""
+        return [other for other in self._models.values() if other.id != model.id and _uses_files_of(other, model)]
+
+    def forget(self, model: Model) -> None:
+        """It was deleted: it is listed no more, though the settings do, or its file stays because others use it."""
+        self._deleted.add(model, file_stays=bool(self.sharers_of(model)), listed=self.is_listed(model))
+        self.refresh()
+
     def keep_listed(self, in_use: Callable[[], Iterable[Model]]) -> None:
         """Models that are loaded stay listed though their files have gone: else nobody could name or unload them."""
         self._in_use = in_use
@@ -86,6 +103,7 @@ class Catalog:
             if (found.engine, found.source) not in taken:
                 free = found if found.id not in models else replace(found, id=f"{found.engine}/{found.id}")
                 models.setdefault(free.id, free)
+        models = {m.id: m for m in models.values() if not self._deleted.hides(m)}
         for loaded in self._in_use():
             if loaded.id not in models:
                 gone = "Its files are gone. It works as long as it stays loaded."
@@ -118,6 +136,14 @@ class CatalogWatch:
                 self._catalog.refresh()
             except Exception:  # one odd answer of an engine must not end the watch
                 log.exception("the engines can't be asked for their models")
+
+
+def _uses_files_of(other: Model, model: Model) -> bool:
+    if other.engine != model.engine:
+        return False
+    if model.files:
+        return not {*other.files, *other.companions}.isdisjoint(model.files)
+    return model.digest is not None and other.digest == model.digest
 
 
 def _listed(entry: ModelEntry) -> Model:

@@ -11,6 +11,7 @@ import structlog
 from services.catalog import Catalog, CatalogWatch, UnknownModel
 from services.chats import Chats
 from services.config import Settings
+from services.deleted_models import DeletedModels
 from services.downloads.disk import DiskCheck
 from services.downloads.fetcher import Fetcher, Source
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
@@ -177,7 +178,7 @@ def build_services(settings: Settings) -> Services:
         "ollama": ollama,
         "vllm": _vllm(settings, devices, hub, owner(settings.state_dir, lambda: notes.get("owner") or new_id()[:12])),
     }
-    catalog = Catalog(settings.models, engines)
+    catalog = Catalog(settings.models, engines, DeletedModels(notes))
     catalog.on_change(board.publish)
     catalog.keep_listed(lambda: [view.entry for view in board.current.instances.values()])
     learned = Learned(DeferredLoads(LoadRepository(store), writes))

@@ -126,14 +126,15 @@ def cancel(download_id: str) -> Response:
 @bp.delete("/models/<path:model_id>")
 @documented(errors=(409, 502))
 def delete(model_id: str) -> Response:
-    """Delete a model's files; one that is loaded is unloaded first."""
+    """Delete a model, unloading it first, and its files unless other models use them."""
     removed = services().library.remove(model_id, client_name())
     return jsonify(
         {
             "status": "deleted",
             "model": removed.model,
-            "freed_bytes": removed.freed_bytes,
-            "freed_gb": shapes.gb(removed.freed_bytes),
+            "freed_bytes": removed.deletion.frees_bytes,
+            "freed_gb": shapes.gb(removed.deletion.frees_bytes),
+            "shared_with": list(removed.deletion.shared_with),
             "message": f"{removed.model} was deleted.",
         }
     )

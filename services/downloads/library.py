@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.catalog import GB, Catalog
 from services.config import Recommendation
@@ -33,11 +34,25 @@ class Recommended:
 
 
 @dataclass(frozen=True, slots=True)
+class Deletion:
+    """What deleting a model does.
+
+    `frees_bytes` is None when nobody knows its size. Its files stay as long as others use them, `shared_with`. `files`
+    are their names, where its engine tells. `listed`: the settings go on listing it, so that it is back with its file.
+    """
+
+    frees_bytes: int | None
+    shared_with: tuple[str, ...]
+    files: tuple[str, ...]
+    listed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Removed:
-    """A model whose files are gone, and what that freed: None when nobody knows its size."""
+    """A model that was deleted, and what that did."""
 
     model: str
-    freed_bytes: int | None
+    deletion: Deletion
 
 
 class Library:
@@ -83,22 +98,26 @@ class Library:
             for r in self._recommended
         ]
 
-    def frees(self, model: Model) -> int | None:
-        """Bytes that deleting a model gives back: none while another name stands for the same files."""
-        others = [m for m in self._catalog.models.values() if m.id != model.id and m.engine == model.engine]
-        shared = model.digest is not None and any(m.digest == model.digest for m in others)
-        return 0 if shared else model.size_bytes
+    def deletion(self, model: Model) -> Deletion:
+        """What deleting a model would do."""
+        sharers = tuple(sharer.id for sharer in self._catalog.sharers_of(model))
+        return Deletion(
+            frees_bytes=0 if sharers else model.size_bytes,
+            shared_with=sharers,
+            files=tuple(Path(file).name for file in model.files),
+            listed=bool(model.files) and self._catalog.is_listed(model),
+        )
 
     def remove(self, model_id: str, requested_by: str) -> Removed:
-        """Unload a model and delete its files. Raises UnknownModel, and SwitchError when that can't be done."""
+        """Unload a model and delete its files, unless others use them. Raises UnknownModel and SwitchError."""
         model = self._catalog.get(model_id)
-        freed = self.frees(model)
+        deletion = self.deletion(model)
         job = self._switcher.remove(model.id, requested_by=requested_by)
         if not job.wait_done(self._longest_seconds):
             raise SwitchError("engine_timeout", f"{model.id} was not deleted in time; it may still happen.")
         if job.error is not None:
             raise job.error
-        return Removed(model.id, freed)
+        return Removed(model.id, deletion)
 
     def _find(self, wanted: Recommendation) -> str | None:
         """The id of a recommended model that is here."""

@@ -31,6 +31,8 @@ class Model:
     model can't be loaded at all (a damaged file), in words. `digest` tells versions of the same source apart.
     `held_as` says what of it lies in memory once it is loaded: models of one engine with the same are served by one
     instance, whose memory is held once; None when that isn't known, or can't happen.
+    `files` on this disk are what it consists of, by every path that leads to them, and `companions` what it is loaded
+    with besides; empty where its engine doesn't tell.
     `fetch_bytes` have to come to this machine before it can be loaded: 0 when all is here.
     """
 
@@ -46,6 +48,8 @@ class Model:
     digest: str | None = None
     held_as: str | None = None
     fetch_bytes: int | None = 0
+    files: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     fault: str | None = None
 
@@ -262,8 +266,11 @@ class Engine(Protocol):
         ended, and None returned.
         """
 
-    def remove(self, model: Model) -> None:
-        """Delete the files of a model that is not loaded. Raises EngineError when they can't be, or must not."""
+    def remove(self, model: Model, keep: Collection[str], /) -> None:
+        """Delete the files of a model that is not loaded, but for those in `keep`, which others use.
+
+        Raises EngineError when they can't be deleted, or must not.
+        """
 
     def prepare(self) -> None:
         """Do ahead what makes the next load start sooner; called once the app serves. Returns at once."""

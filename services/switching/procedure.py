@@ -283,13 +283,18 @@ class Procedure:
         return Ending("success")
 
     def _remove(self, job: Job) -> Ending:
-        """Unload a model if it is loaded, then delete its files. Here, so that nothing loads it meanwhile."""
+        """Unload a model if it is loaded, then delete its files, but for those that others use.
+
+        Here, so that nothing loads it meanwhile.
+        """
+        self._catalog.refresh()  # who uses them now
         model = self._catalog.get(job.target)
         self._mailbox.call(self._fleet.forgive, model.id)
         if self._lifecycle.unload(model.id, job.token, on_drained=lambda: None):
             job.unloaded.append(model.id)
-        self._engines[model.engine].remove(model)
-        self._catalog.refresh()
+        sharers = self._catalog.sharers_of(model)
+        self._engines[model.engine].remove(model, {file for m in sharers for file in (*m.files, *m.companions)})
+        self._catalog.forget(model)
         return Ending("success")
 
     # When it did not work out.

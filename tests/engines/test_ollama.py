@@ -222,7 +222,7 @@ class TestShared:
 
     def test_removing_a_model_deletes_its_files(self, case: EngineCase, server: FakeOllama):
         """And what was derived from it."""
-        case.engine.remove(case.engine.describe(case.good))
+        case.engine.remove(case.engine.describe(case.good), ())
         assert "tiny-a:latest" not in server.tags()
         assert "tiny-a:latest" not in [m.id for m in case.engine.discover()]
 

@@ -358,7 +358,7 @@ class StubEngine:
         names.append(instance)
         return instance
 
-    def remove(self, model: Model) -> None:
+    def remove(self, model: Model, _keep: Collection[str]) -> None:
         self.listed.pop(model.id, None)
 
     def prepare(self) -> None:

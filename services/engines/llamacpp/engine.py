@@ -19,13 +19,12 @@ from pathlib import Path
 import psutil
 
 from services.abort import Abort
-from services.engines.llamacpp.folder import ModelFolder
+from services.engines.llamacpp.folder import ModelFolder, places_of
 from services.engines.llamacpp.gguf import (
-    GGUFError,
     GGUFHeader,
     estimate_bytes,
     is_projector,
-    split_parts,
+    parts_here,
 )
 from services.engines.llamacpp.instance import LlamaCppInstance, answers, endpoint_of
 from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
@@ -113,7 +112,10 @@ class LlamaCpp:
         return replace(
             model,
             source=str(file.path),
-            size_bytes=file.size_bytes or model.size_bytes,
+            size_bytes=model.size_bytes if file.size_bytes is None else file.size_bytes,
+            digest=file.version,
+            files=file.places,
+            companions=self._companions(model),
             description=model.description or (header.description if header and header.description else ""),
             fault=file.fault,
         )
@@ -194,10 +196,10 @@ class LlamaCpp:
             return None
         raise NotYet(f"The process of {model.id} is there, but does not answer yet.")
 
-    def remove(self, model: Model) -> None:
+    def remove(self, model: Model, keep: Collection[str], /) -> None:
         try:
-            mine = self._disk(_delete, self._folder.file(model.source).path, self._folder.path)
-        except (GGUFError, OSError) as error:
+            mine = self._disk(_delete, self._folder.file(model.source).path, self._folder.path, keep)
+        except OSError as error:
             raise EngineError(f"The files of {model.id} can't be deleted: {error}.") from None
         if not mine:
             raise EngineError(
@@ -256,6 +258,12 @@ class LlamaCpp:
     def _header(self, model: Model) -> GGUFHeader | None:
         return self._folder.file(model.source).header
 
+    def _companions(self, model: Model) -> tuple[str, ...]:
+        """Files that its arguments name: a projector, a draft model, adapters."""
+        arguments = map(str, _list(model.options.get("arguments")))
+        paths = [argument.rpartition("=")[2] for argument in arguments if argument.endswith(".gguf")]
+        return tuple(place for path in paths for place in self._folder.file(path).places)
+
     def _context(self, model: Model, header: GGUFHeader | None) -> int:
         asked = _whole_number(model.options.get("context_length"), self._context_length)
         return min(asked, header.context_length) if header and header.context_length else asked
@@ -280,12 +288,17 @@ def _may_be_in_id(character: str) -> bool:
     return character in "._:/@+-" or unicodedata.category(character)[0] in "LMN"
 
 
-def _delete(path: Path, folder: Path) -> bool:
-    """Delete a model's files; False for one that isn't in the folder, which stays. Raises GGUFError, OSError."""
-    if not path.resolve().is_relative_to(folder.resolve()):
+def _delete(path: Path, folder: Path, keep: Collection[str]) -> bool:
+    """Delete a model's files, and those that they link to, but for the ones to `keep`. Raises OSError.
+
+    False when one of them isn't in the folder: then all stay.
+    """
+    mine = [Path(place) for place in places_of(parts_here(path)) if place not in keep]
+    home = folder.resolve()
+    if not all((place.parent.resolve() / place.name).is_relative_to(home) for place in mine):
         return False
-    for part in split_parts(path):
-        part.unlink(missing_ok=True)
+    for place in mine:
+        place.unlink(missing_ok=True)
     return True
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 import structlog
 
-from services.engines.llamacpp.gguf import GGUFError, GGUFHeader, is_first_part, read_header, split_parts
+from services.engines.llamacpp.gguf import GGUFError, GGUFHeader, is_first_part, parts_here, read_header
 from services.offhub import SharedCall
 
 log = structlog.get_logger(__name__)
@@ -30,18 +30,31 @@ MOST_ENTRIES = 100_000
 """How much of the folder is looked through: who names a whole disk by mistake waits no longer than for that."""
 
 
+Stamp = tuple[int, int]
+"""Size in bytes and time of change in nanoseconds."""
+NO_STAMP: Stamp = (0, 0)
+"""Of what is not there, or can't be looked at."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFile:
     """What a look at a model's file gave; it is read again when its `stamp`, its size and time, is another one.
 
-    `size_bytes` counts all parts of a split model. `fault` says in words why it can't be loaded.
+    `size_bytes` counts all parts of a split model, None when it isn't there. `fault` says in words why it can't be
+    loaded. `places` are the paths of all its parts, and where they lead if they are links.
     """
 
     path: Path
-    stamp: tuple[int, int]
+    stamp: Stamp
     header: GGUFHeader | None
-    size_bytes: int
+    size_bytes: int | None
     fault: str | None
+    places: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str | None:
+        """Tells it from another file in its place; None when there is none, as far as is known."""
+        return None if self.stamp == NO_STAMP else "{}-{}".format(*self.stamp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +122,7 @@ class ModelFolder:
             return known
         path = _expanded(source)
         path = path if path.is_absolute() else self.path / path
-        return ModelFile(path, (0, 0), None, 0, f"The file {path.name} could not be read yet: its folder is slow.")
+        return ModelFile(path, NO_STAMP, None, None, f"The file {path.name} could not be read yet: its folder is slow.")
 
     def _known(self, source: str) -> ModelFile | None:
         last = self._last or _Look()
@@ -215,24 +228,34 @@ def _is_model(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _read(path: Path, stamp: tuple[int, int]) -> ModelFile:
+def _read(path: Path, stamp: Stamp) -> ModelFile:
+    header, fault = None, None
     try:
         header = read_header(path)
-        size = sum(part.stat().st_size for part in split_parts(path))
     except FileNotFoundError:
-        return ModelFile(path, stamp, None, 0, f"The file {path.name} is not there.")
+        return ModelFile(path, stamp, None, None, f"The file {path.name} is not there.")
     except GGUFError as error:
-        return ModelFile(path, stamp, None, stamp[0], str(error))
+        fault = str(error)
     except OSError as error:
-        return ModelFile(path, stamp, None, stamp[0], f"The file {path.name} can't be read: {error.strerror or error}.")
-    return ModelFile(path, stamp, header, size, None)
+        fault = f"The file {path.name} can't be read: {error.strerror or error}."
+    try:
+        parts = parts_here(path)
+        size = sum(part.stat().st_size for part in parts)
+    except OSError:
+        parts, size = [path], stamp[0]
+    return ModelFile(path, stamp, header, size, fault, places_of(parts))
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def places_of(parts: Sequence[Path]) -> tuple[str, ...]:
+    """The paths of a model's files, and where they lead if they are links."""
+    return tuple(dict.fromkeys(place(str(part)) for part in parts for place in (os.path.abspath, os.path.realpath)))
+
+
+def _stamp(path: Path) -> Stamp:
     try:
         stat = path.stat()
     except OSError:
-        return (0, 0)
+        return NO_STAMP
     return (stat.st_size, stat.st_mtime_ns)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "estimate_bytes",
     "is_first_part",
     "is_projector",
+    "parts_here",
     "read_header",
     "split_parts",
 ]
@@ -105,6 +106,16 @@ def split_parts(path: Path) -> list[Path]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise GGUFError(f"{path.name} is one part of {count}: {', '.join(missing[:3])}{more} missing.")
     return parts
+
+
+def parts_here(path: Path) -> list[Path]:
+    """The files of a model that are there, missing ones of a split model left out."""
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match["count"]) > MAX_PARTS:
+        return [path]
+    numbers = range(1, int(match["count"]) + 1)
+    parts = [path.with_name(f"{match['stem']}-{n:05}-of-{match['count']}.gguf") for n in numbers]
+    return [part for part in parts if part.is_file()]
 
 
 def estimate_bytes(header: GGUFHeader, context_tokens: int, slots: int, *, repack: bool = True) -> int:

@@ -123,7 +123,7 @@ class Ollama:
                 return self._instance(model, name, on_exit, ready=True)
         return None
 
-    def remove(self, model: Model) -> None:
+    def remove(self, model: Model, _keep: Collection[str], /) -> None:
         base = model.source
         for name in [
             n for n in self._inventory.list(fresh=True) if n.startswith(OURS) and self._inventory.source_of(n) == base

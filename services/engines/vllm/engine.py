@@ -175,7 +175,7 @@ class Vllm:
             raise NotYet(f"The container of {model.id} runs, but does not answer yet.")
         return None
 
-    def remove(self, model: Model) -> None:
+    def remove(self, model: Model, _keep: Collection[str], /) -> None:
         raise EngineError(
             f"The files of {model.id} lie in the Hugging Face cache, which other programs share: delete them there. "
             "The model itself is listed in the settings."
