@@ -13,6 +13,8 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from services.abort import Abort, Aborted
+from services.downloads.huggingface import vllm_weights
+from services.downloads.huggingface.cache import CachedModel
 from services.downloads.huggingface.process import HubProcess
 from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.engines.port import Evidence, LoadFailed, Model
@@ -216,6 +218,26 @@ def test_the_token_and_the_revision_are_those_of_the_model(weights, cache):
     assert list((repo(cache, "gated") / "snapshots").iterdir()) == [repo(cache, "gated") / "snapshots" / COMMIT]
     assert weights.size_bytes(listed("org/gated", revision=COMMIT)) == 800_000
     assert weights.size_bytes(listed("org/gated")) is None
+
+
+def test_a_cache_that_hangs_holds_up_nobody(cache, monkeypatch):
+    """The catalogue asks every two seconds: what was last seen stands until its disk answers."""
+    weights, go_on, sizes = VllmWeights(cache, HubProcess()), threading.Event(), CachedModel._sizes
+    fill_cache(cache, "org/model", TINY_MODEL)
+    assert weights.size_bytes(listed("org/model")) == 700
+
+    def hang(model: CachedModel) -> dict[str, int | None]:
+        assert go_on.wait(PATIENCE)
+        return sizes(model)
+
+    monkeypatch.setattr(vllm_weights, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(CachedModel, "_sizes", hang)
+    fill_cache(cache, "org/other", TINY_MODEL)
+    for _ in range(3):
+        assert weights.size_bytes(listed("org/model")) == 700
+        assert weights.size_bytes(listed("org/other")) is None
+    go_on.set()
+    wait_until(lambda: weights.size_bytes(listed("org/other")) == 700, "the disk to answer")
 
 
 @pytest.mark.usefixtures("hub")

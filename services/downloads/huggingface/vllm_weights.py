@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -21,6 +22,7 @@ from services.downloads.huggingface.process import HubProcess
 from services.downloads.progress import Figures
 from services.downloads.transfer import TransferObserver
 from services.engines.port import Evidence, LoadFailed, Model, Report
+from services.offhub import NativeThreads, SharedCall
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +34,10 @@ TRUE = ("1", "ON", "YES", "TRUE")
 """What huggingface_hub takes for a yes."""
 NAMED = 3
 """How many of the missing files are named."""
+LOOK_SECONDS = 2.0
+"""How long a look at a model's files in the cache is waited for."""
+FETCH_LOOK_SECONDS = 10.0
+"""The same before they are fetched, when something depends on it."""
 FATAL = ("disk_full", "digest_mismatch")
 """What would be no better if vLLM tried: a load doesn't go on with an older version then."""
 
@@ -43,14 +49,25 @@ class VllmWeights:
         self._cache = hub_cache.absolute() / "hub"
         self._process = process
         self._disk = DiskCheck({"huggingface": lambda: self._cache}, margin_bytes=margin_bytes)
+        self._threads = NativeThreads(1, FETCH_LOOK_SECONDS)
+        self._looks: dict[HubName, SharedCall[int | None]] = {}
+        self._sizes: dict[HubName, int | None] = {}
 
     def size_bytes(self, model: Model) -> int | None:
-        """How large its weights are, as they lie in the cache; None when they don't. Asks nobody, never raises."""
+        """How large its weights are, as they lie in the cache; None when they don't. Never raises.
+
+        As they were last seen, while the cache's disk (a network share) hangs.
+        """
         try:
             name = _name_of(model, {})
         except LoadFailed:
             return None
-        return CachedModel(self._cache, name).size_bytes() if name is not None else None
+        if name is None:
+            return None
+        look = self._looks.setdefault(name, SharedCall(CachedModel(self._cache, name).size_bytes))
+        with suppress(TimeoutError):
+            self._sizes[name] = look(LOOK_SECONDS)
+        return self._sizes.get(name)
 
     def fetches(self, model: Model) -> bool:
         """Whether its weights come from the hub through here. Asks nobody, never raises."""
@@ -68,7 +85,10 @@ class VllmWeights:
         name = _name_of(model, environment)
         if name is None:
             return
-        lacking = CachedModel(self._cache, name).lacking()
+        try:
+            lacking = self._threads(CachedModel(self._cache, name).lacking)
+        except TimeoutError:
+            raise LoadFailed(f"The Hugging Face cache {self._cache} does not answer. Check its disk.") from None
         if environment.get("HF_HUB_OFFLINE", "").upper() in TRUE:
             if lacking:
                 raise LoadFailed(self._say_offline(name, lacking))
