@@ -71,12 +71,24 @@ class InstanceView:
     shares: str | None = None
     silent: bool = False
     """Whether it gives no sign of life though it should."""
+    drain_until: float | None = None
+    """Until when the answers under way may take, while the unload of it waits for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why a model is not running though it was asked to."""
 
+    cause: str
+    log_tail: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A model that was loaded and ended by itself: why (a sentence), the end of its log, and when (Unix seconds)."""
+
+    model: str
     cause: str
     log_tail: str
     at: float
@@ -125,6 +137,7 @@ class SwitchView:
 class Snapshot:
     """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the one before.
 
+    `loss` is the last model that ended by itself, until it is asked for again or somebody has read of it.
     `notices` say of models what people should know though nothing failed: somebody else had it unloaded. `last_used`
     are Unix times by model, of those that are loaded no more.
     """
@@ -136,6 +149,7 @@ class Snapshot:
     active_model: str | None = None
     switch: SwitchView | None = None
     last_switch: SwitchView | None = None
+    loss: Loss | None = None
     queued: tuple[str, ...] = ()
     last_used: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from services.engines.port import Endpoint, Engine, Exit, Instance, LoadFailed, Model, Usage
 from services.memory.ledger import Holding, holdings_of
 from services.scheduling import Scheduler
-from services.switching.events import Failure, InstanceState, LoadView, SwitchView
+from services.switching.events import Failure, InstanceState, LoadView, Loss, SwitchView
 from services.switching.member import Measurement, Member, Standing
 from services.switching.traffic import Traffic
 
@@ -39,6 +39,7 @@ class Fleet:
     notes: Notes
     switch: SwitchView | None = None
     last_switch: SwitchView | None = None
+    loss: Loss | None = None
     active: str | None = None
     changed: bool = False
     _members: dict[str, Member] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Fleet:
             "active_model": self.active,
             "switch": self.switch,
             "last_switch": self.last_switch,
+            "loss": self.loss,
         }
 
     # A load, from its launch to its first token.
@@ -130,15 +132,26 @@ class Fleet:
 
     # An unload, or a sleep.
 
-    def begin_drain(self, model_id: str) -> Member | None:
-        """Let no request in any more; None when it is not held, so that there is nothing to unload."""
+    def begin_drain(self, model_id: str, seconds: float) -> Member | None:
+        """Let no request in any more; those under way may take `seconds`.
+
+        None when it is not held, so that there is nothing to unload.
+        """
         member = self.held(model_id)
         if member is not None:
             member.traffic.close()
+            self._drain_until(member, self.scheduler.time() + seconds)
         return member
+
+    def cut_short(self, model_id: str) -> None:
+        """Have nobody wait any more for the answers of a model that is being unloaded."""
+        member = self._members.get(model_id)
+        if member is not None and member.drain_until is not None:
+            member.traffic.hurry()
 
     def resume(self, member: Member) -> None:
         """Nothing came of unloading it: it goes on serving."""
+        self._drain_until(member, None)
         if member.state == "running":
             member.traffic.reopen()
 
@@ -146,6 +159,7 @@ class Fleet:
         """It is being stopped, or put to sleep; returns the state it was in."""
         before = member.state
         member.traffic.close()
+        self._drain_until(member, None)
         self._set_state(member, "unloading")
         return before
 
@@ -190,6 +204,9 @@ class Fleet:
             member.exit = exit
             return None
         self._lose(member, exit)
+        if not exit.released:
+            failure = self._failures[member.model.id]
+            self.loss = Loss(member.model.id, failure.cause, failure.log_tail, failure.at)
         return member
 
     def adopt(
@@ -255,6 +272,8 @@ class Fleet:
         failed = self._failures.pop(model_id, None)
         noted = self._notices.pop(model_id, None)
         self.changed = self.changed or failed is not None or noted is not None
+        if self.loss is not None and self.loss.model == model_id:
+            self.loss = None
 
     # The switch as people see it.
 
@@ -271,8 +290,8 @@ class Fleet:
         self.changed = True
 
     def dismiss(self) -> None:
-        """People have read how the last switch ended."""
-        self.last_switch = None
+        """People have read how the last switch ended, or that a model has ended by itself."""
+        self.last_switch = self.loss = None
         self.changed = True
 
     def _new_traffic(self) -> Traffic:
@@ -307,6 +326,11 @@ class Fleet:
         for one in self._of_one_instance(member):
             if one is member or one.endpoint is not None:
                 one.state = state
+        self.changed = True
+
+    def _drain_until(self, member: Member, at: float | None) -> None:
+        for one in self._of_one_instance(member):
+            one.drain_until = at
         self.changed = True
 
     def _lose(self, member: Member, exit: Exit) -> None:

@@ -139,11 +139,12 @@ class Lifecycle:
 
         Raises Aborted while it drains (it goes on serving), and EngineError when it won't go (likewise).
         """
-        member = self._mailbox.call(self._fleet.begin_drain, model_id)
+        longest = self._settings.drain_timeout_seconds
+        member = self._mailbox.call(self._fleet.begin_drain, model_id, longest)
         if member is None:
             return False
         try:
-            drained = member.traffic.wait_idle(self._settings.drain_timeout_seconds, token)
+            drained = member.traffic.wait_idle(longest, token)
         except Aborted:
             self._mailbox.call(self._fleet.resume, member)
             raise

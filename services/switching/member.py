@@ -72,6 +72,8 @@ class Member:
     shares: Member | None = None
     silent: bool = False
     """Whether it has given no sign of life for a while though it should."""
+    drain_until: float | None = None
+    """Until when the answers under way may take (Unix seconds), while the unload of it waits for them."""
 
     @property
     def held(self) -> bool:
@@ -97,6 +99,7 @@ class Member:
             rest=self.rest if self.state == "running" else None,
             shares=self.shares.model.id if self.shares is not None else None,
             silent=silent,
+            drain_until=self.drain_until,
         )
 
     def differs(self, reading: Measurement) -> bool:

@@ -193,7 +193,8 @@ class Narrator:
 
     def _show(self, **changes: object) -> None:
         self._advance(**changes)
-        self._mailbox.post(self._fleet.show, self.view)
+        ends = self._job.cancelled and not self._job.superseded and not self._rolling_back
+        self._mailbox.post(self._fleet.show, cancelling(self.view) if ends else self.view)
 
     def _advance(self, **changes: object) -> None:
         percent = max(self.view.percent, int(str(changes.pop("percent", 0))))
@@ -228,6 +229,11 @@ def requested(job: Job) -> SwitchView:
         requested_by=job.request.requested_by,
         started_at=job.scheduler.time(),
     )
+
+
+def cancelling(view: SwitchView) -> SwitchView:
+    """A switch that was cancelled and isn't over yet: what it was at says nothing any more."""
+    return replace(view, stage="cancelling", detail=None, basis=None, eta_seconds=None)
 
 
 def _eta(seconds: float | None) -> int | None:

@@ -23,7 +23,7 @@ from services.switching.jobs import Ending, Job, Replace, Request, SwitchError
 from services.switching.learning import Learned
 from services.switching.lifecycle import Lifecycle
 from services.switching.mailbox import Mailbox, MailboxClosed
-from services.switching.narrator import memory_figures, requested
+from services.switching.narrator import cancelling, memory_figures, requested
 from services.switching.plan import Plan
 from services.switching.planner import Planner
 from services.switching.procedure import Procedure, as_switch_error
@@ -161,8 +161,12 @@ class Switcher:
         """Cancel the latest switch, or only the one with `switch_id`; returns it, None when there is none such."""
         return self._call(self._cancel, reason, switch_id)
 
+    def unload_now(self, model_id: str) -> None:
+        """Wait no longer for the answers of a model that is being unloaded. Raises UnknownModel."""
+        self._call(self._fleet.cut_short, self._catalog.get(model_id).id)
+
     def dismiss(self) -> None:
-        """Forget the last switch: people have read how it ended."""
+        """Forget the last switch, or that a model has ended by itself: people have read of it."""
         self._call(self._fleet.dismiss)
 
     def plan(self, model_id: str, strategy: Strategy | None = None, *, loads_give_way: bool = False) -> Plan:
@@ -275,8 +279,11 @@ class Switcher:
         if job in self._agenda.waiting and not self._agenda.owes(job):
             self._agenda.waiting.remove(job)
             self._end(job, Ending("cancelled", SwitchError("cancelled", reason)))
-        else:
-            job.cancel(reason)
+            return
+        job.cancel(reason)
+        view = self._fleet.switch
+        if view is not None and view.id == job.id and not job.restoring:
+            self._fleet.show(cancelling(view))  # whoever asked sees it from the answer on
 
     def _withdraw(self, job: Job) -> None:
         job.askers -= 1

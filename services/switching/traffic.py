@@ -17,6 +17,7 @@ class Traffic:
         self._clock = clock
         self._changed = changed or threading.Condition(threading.Lock())
         self._open = True
+        self._hurried = False
         self._in_flight = 0
         self.signs = 0
         """How often an engine gave a sign of life: a piece of any answer."""
@@ -77,16 +78,23 @@ class Traffic:
             self._open = False
 
     def wait_idle(self, timeout: float, token: Abort) -> bool:
-        """Wait for those inside; False when some are still there after `timeout` seconds.
+        """Wait for those inside; False when some are still there after `timeout` seconds, or once `hurry` was called.
 
         Raises Aborted as soon as `token` is cancelled.
         """
-        return wait_for(self._changed, lambda: self._in_flight == 0, timeout, token)
+        wait_for(self._changed, lambda: self._in_flight == 0 or self._hurried, timeout, token)
+        return self._in_flight == 0
+
+    def hurry(self) -> None:
+        """Have nobody wait for those inside any more, until it is reopened."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
 
     def reopen(self) -> None:
         """Take a drain back."""
         with self._changed:
-            self._open = True
+            self._open, self._hurried = True, False
             self._changed.notify_all()
 
     def _count(self, now: float, change: int) -> None:

@@ -6,6 +6,7 @@ told; the promises are about what the real switcher, procedure, fleet and router
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +119,11 @@ class Operations:
         job = self.heart.switcher.cancel()
         if job is not None and not job.restoring:
             self.may_go.update([job.target])
+
+    def unload_now(self, model_id: str) -> None:
+        """Whoever waits for the last answers of a model that is being unloaded waits no longer."""
+        with suppress(UnknownModel):
+            self.heart.switcher.unload_now(model_id)
 
     def request(self, model_id: str, act: str, seconds: float, patience: float | None) -> None:
         """A client asks the gateway; the engine does as `act` says once it gets its place."""

@@ -41,6 +41,7 @@ STEPS: tuple[Step, ...] = (
     (6, "start", lambda c: (_model(c),)),
     (10, "act", lambda c: (c.choice(["stop", "stop", "restart", "remove"]), _model(c))),
     (8, "cancel", lambda _: ()),
+    (3, "unload_now", lambda c: (_model(c),)),
     (12, "request", lambda c: (_model(c), c.choice(ACTS), c.choice(SECONDS), c.choice(PATIENCE))),
     (5, "leave", lambda c: (c.random() < 0.5,)),
     (40, "pass_time", lambda c: (c.choice([0.0, 0.01, 0.3, 1.0, 4.0, 30.0]),)),

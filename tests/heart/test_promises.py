@@ -71,6 +71,10 @@ class Promises(RuleBasedStateMachine):
     def request(self, model_id, act, seconds, patience):
         self.operations.request(model_id, act, seconds, patience)
 
+    @rule(model_id=model_ids)
+    def unload_now(self, model_id):
+        self.operations.unload_now(model_id)
+
     @rule(newest=st.booleans())
     def leave(self, newest):
         self.operations.leave(newest)

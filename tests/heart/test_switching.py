@@ -392,6 +392,87 @@ def test_a_busy_model_is_called_busy_and_its_drain_counts(heart):
     assert busy.estimated_seconds == idle.estimated_seconds + heart.settings.drain_timeout_seconds
 
 
+def test_a_model_that_finishes_its_answers_says_until_when(heart):
+    """Those under way may take `drain_timeout_seconds`; when they end sooner, so does the wait."""
+    heart.ready("medium")
+    admission = heart.router.admit_now("medium")
+    job = heart.switcher.stop("medium", requested_by="test")
+    heart.scheduler.settle()
+    until = heart.now.instances["medium"].drain_until
+    assert until == heart.scheduler.time() + heart.settings.drain_timeout_seconds
+    heart.scheduler.pause(6)
+    assert heart.now.instances["medium"].drain_until == until
+    admission.release()
+    heart.done(job)
+    assert heart.states() == {}
+
+
+@pytest.mark.parametrize("how", ["stop", "switch"])
+def test_who_does_not_want_to_wait_for_answers_need_not(heart, how):
+    """The answer under way is given up, and what waited for it goes on at once."""
+    heart.ready("medium")
+    asking = heart.ask("medium", "sse", 1000.0)
+    heart.scheduler.pause(1)
+    job = heart.switcher.stop("medium", requested_by="test") if how == "stop" else heart.switch("large")
+    heart.scheduler.pause(2)
+    began = heart.scheduler.now()
+    heart.switcher.unload_now("medium")
+    heart.until(lambda: "medium" not in heart.states(), "the model to be gone")
+    assert heart.scheduler.now() - began < 1
+    heart.done(job)
+    assert job.outcome == "success"
+    assert asking.outcome == "broken off"
+
+
+def test_without_an_unload_under_way_no_answer_is_given_up(heart):
+    """Neither before it nor after one that was called off, at the next."""
+    heart.ready("medium")
+    admission = heart.router.admit_now("medium")
+    heart.switcher.unload_now("medium")
+    job = heart.switch("large")
+    heart.stage("draining")
+    heart.switcher.unload_now("large")
+    heart.switcher.cancel()
+    heart.done(job)
+    assert heart.now.instances["medium"].drain_until is None
+    heart.switch("large")
+    heart.stage("draining")
+    heart.scheduler.pause(2)
+    assert heart.states()["medium"] == "running"
+    admission.release()
+
+
+def test_a_cancelled_switch_says_so_until_it_is_over(heart):
+    """At once, and whatever the load that is being stopped still reports; what it brings back is told as such."""
+    heart.ready("medium")
+    heart.faults("large").slow_stop = 3
+    job = heart.switch("large")
+    heart.stage("loading")
+    heart.switcher.cancel()
+    assert heart.now.switch.stage == "cancelling"
+    seen = []
+    heart.until(lambda: bool(heart.now.switch and seen.append(heart.now.switch.stage)) or job.done, "the end")
+    assert list(dict.fromkeys(seen)) == ["cancelling", "rolling_back"]
+
+
+def test_a_model_that_ends_by_itself_is_told_with_its_cause(heart):
+    """Until somebody has read it, or has the model loaded again."""
+    heart.ready("medium")
+    heart.ready("small")
+    heart.engines["solo"].crash(heart.model("medium"))
+    heart.scheduler.settle()
+    loss = heart.now.loss
+    assert (loss.model, loss.at) == ("medium", heart.scheduler.time())
+    assert loss.cause == heart.now.failures["medium"].cause
+    heart.switcher.dismiss()
+    assert heart.now.loss is None
+    heart.engines["solo"].crash(heart.model("small"))
+    heart.scheduler.settle()
+    assert heart.now.loss.model == "small"
+    heart.ready("small")
+    assert heart.now.loss is None
+
+
 def test_when_a_model_was_last_used_survives_its_unload(heart):
     """Defect 14."""
     heart.ready("small")

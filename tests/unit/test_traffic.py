@@ -76,3 +76,16 @@ def test_how_long_answers_take_in_the_mean_is_known_without_timing_each():
     traffic.leave()
     traffic.leave()
     assert traffic.mean_seconds == 3.0
+
+
+def test_a_drain_can_be_cut_short():
+    """Whoever waits for the last answers goes on at once; the next drain waits again."""
+    traffic = Traffic()
+    traffic.enter()
+    traffic.close()
+    threading.Timer(0.01, traffic.hurry).start()
+    assert not traffic.wait_idle(60, Abort())
+    traffic.reopen()
+    traffic.close()
+    threading.Timer(0.01, traffic.leave).start()
+    assert traffic.wait_idle(60, Abort())
