@@ -5,18 +5,19 @@ Chat, Models and the header render the same `Live`, so they can't tell different
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from blueprints.filters import about
+from blueprints.filters import about, duration
 from services.downloads.download import Download
 from services.providers.local_services import ServiceStatus
 from services.providers.local_services import State as ServiceState
-from services.status import KEEP_SECONDS, ModelStatus, Status
-from services.switching.events import SwitchStage, SwitchView
+from services.status import KEEP_SECONDS, ModelState, ModelStatus, Status
+from services.switching.events import Loss, SwitchStage, SwitchView
 from services.text import running_again
 
-Tone = Literal["moving", "ready", "cancelled", "failed"]
+Tone = Literal["moving", "ready", "cancelled", "failed", "lost"]
 
 GOOD_NEWS_SECONDS = 4.0
 """How long the banner says that a switch is done before it goes."""
@@ -40,6 +41,14 @@ _STAGE_WORDS: dict[SwitchStage, str] = {
     "warming_up": "Warming up",
     "cancelling": "Cancelling",
     "rolling_back": "Restoring previous models",
+}
+_STATE_WORDS: dict[ModelState, str] = {
+    "running": "Ready",
+    "loading": "Loading",
+    "unloading": "Unloading",
+    "asleep": "Asleep",
+    "failed": "Failed",
+    "stopped": "",
 }
 _LOAD_WORDS = {
     "downloading": "Downloading",
@@ -76,10 +85,11 @@ _SERVICE_NEWS: dict[ServiceState, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Banner:
-    """The switch that people should know about now, and how to tell it."""
+    """The switch that people should know about now, and how to tell it; or a model that has ended by itself."""
 
     tone: Tone
-    switch: SwitchView
+    switch: SwitchView | None = None
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,34 @@ class Live:
         """The model that is on its way, where there is one."""
         return next((m for m in self.status.models if m.state == "loading"), None)
 
+    def word(self, model: ModelStatus) -> str:
+        """The word for a model's state. One that is simply not loaded has none."""
+        if model.state == "loading":
+            if self._is_cancelled(model):
+                return "Cancelling"
+            percent = self.percent(model)
+            return "Loading" if percent is None else f"Loading {percent} %"
+        if model.drain_until is not None:
+            return self._finishing(model)
+        return _STATE_WORDS[model.state]
+
+    @property
+    def moving_words(self) -> dict[str, str]:
+        """The words for the models whose words may change with the time alone."""
+        return {model.id: self.word(model) for model in self.status.models if model.moving}
+
+    def _is_cancelled(self, model: ModelStatus) -> bool:
+        switch = self.status.switch
+        return switch is not None and switch.stage == "cancelling" and switch.to_model == model.id
+
+    def _finishing(self, model: ModelStatus, of: str = "") -> str:
+        """What an unload waits for: how many answers, and how long at most."""
+        if not model.in_flight:
+            return f"Unloading{of and f' {model.id}'}"
+        left = math.ceil((model.drain_until or 0.0) - self.now)
+        answers = "1 answer" if model.in_flight == 1 else f"{model.in_flight} answers"
+        return f"Finishing {answers}{of}" + (f", at most {duration(left)} more" if left > 0 else "")
+
     def percent(self, model: ModelStatus) -> int | None:
         """How far a model is on its way: the whole switch's figure where it is the target, so that pages show one."""
         switch = self.status.switch
@@ -123,10 +161,15 @@ class Live:
 
     @property
     def banner(self) -> Banner | None:
-        """A switch under way; one that failed, until it is dismissed; one that ended well, for a moment."""
+        """A switch under way; one that failed, until it is dismissed; one that ended well, for a moment.
+
+        A model that has ended by itself, until it is dismissed, or a switch has ended since.
+        """
         if self.status.switch is not None:
             return Banner("moving", self.status.switch)
-        last = self.status.last_switch
+        last, loss = self.status.last_switch, self.status.loss
+        if loss is not None and (last is None or (last.finished_at or 0.0) < loss.at):
+            return Banner("lost", loss=loss)
         if last is None or last.stage not in ("ready", "cancelled", "failed", "refused", "rolled_back"):
             return None
         if last.stage not in ("ready", "cancelled"):
@@ -161,8 +204,22 @@ class Live:
         return next((d for d in self.downloads if d.model == model and not d.final), None)
 
     @property
+    def draining(self) -> ModelStatus | None:
+        """The model that finishes its answers before the switch under way unloads it."""
+        switch = self.status.switch
+        if switch is None or switch.stage != "draining" or switch.detail is None:
+            return None
+        return self.status.model(switch.detail)
+
+    @property
     def stage(self) -> str:
-        """What the switch under way is doing."""
+        """What the switch under way is doing, with the figures that go with it."""
+        model = self.draining
+        return self._step if model is None else self._finishing(model, f" of {model.id}")
+
+    @property
+    def _step(self) -> str:
+        """The same without figures, which nobody wants to be read out."""
         switch = self.status.switch
         if switch is None:
             return ""
@@ -175,6 +232,12 @@ class Live:
     def restoring(self) -> bool:
         """Whether a switch came to nothing, and what it had unloaded is being loaded again."""
         return self.status.switch is not None and self.status.switch.stage == "rolling_back"
+
+    @property
+    def headline(self) -> str | None:
+        """What goes on where that is no load of the model that was asked for; it has one name in every place."""
+        switch = self.status.switch
+        return self._step if switch is not None and switch.stage in ("rolling_back", "cancelling") else None
 
     @property
     def device(self) -> str | None:
@@ -198,19 +261,28 @@ class Live:
         switch = self.status.switch
         answers = self.active is not None and self.active.state == "running"
         if switch is not None and not (answers and switch.stage == "downloading"):
-            what = self.stage if self.restoring else f"Switching to {switch.to_model}"
+            what = self._switching(switch)
             return what if switch.eta_seconds is None else f"{what}, {about(switch.eta_seconds)}"
         if self.active is None:
             return "Choose a model to start" if self.status.models else "Add a model to start"
+        if self.active.drain_until is not None:
+            return f"{self.active.id} is being unloaded"
         if self.active.state == "running":
             return None
         return f"{self.active.id} is {'loading' if self.active.state == 'loading' else 'not ready'}"
 
+    def _switching(self, switch: SwitchView) -> str:
+        if self.restoring:
+            return self._step
+        return f"{'Cancelling the switch' if switch.stage == 'cancelling' else 'Switching'} to {switch.to_model}"
+
     @property
     def running_now(self) -> str:
-        """What answers after a switch went wrong."""
+        """What answers after a switch went wrong, or a model has ended by itself."""
         if self.active is None or self.active.state != "running":
             return "No model is loaded now."
+        if self.banner is not None and self.banner.loss is not None:
+            return f"{self.active.id} answers now."
         last = self.status.last_switch
         restored = [name for name in (last.restored if last is not None else ()) if self._runs(name)]
         if self.active.id in restored:
@@ -242,10 +314,12 @@ class Live:
     @property
     def _switch_news(self) -> str:
         banner = self.banner
-        if banner is not None:
-            to_model = banner.switch.to_model
+        if banner is not None and banner.loss is not None:
+            return f"{banner.loss.model} ended by itself. {banner.loss.cause} {self.running_now}"
+        if banner is not None and banner.switch is not None:
+            to_model, what = banner.switch.to_model, self._switching(banner.switch)
             return {
-                "moving": f"{self.stage}." if self.restoring else f"Switching to {to_model}: {self.stage}.",
+                "moving": f"{what}." if self.headline else f"{what}: {self._step}.",
                 "ready": f"{to_model} is ready.",
                 "cancelled": f"The switch to {to_model} was cancelled. {self.running_now}",
                 "failed": f"{to_model} could not be loaded. {self.cause} {self.running_now}",

@@ -66,6 +66,7 @@ class Row:
     """
 
     model: ModelStatus
+    word: str
     percent: int | None
     used: str | None
     update: _Update | None
@@ -110,11 +111,12 @@ def _pieces(live: Live) -> Sheet:
     updates = {model_id: _Update(name, live.download(name)) for model_id, name in sources.items()}
     offers = [_Offer(r, live.download(r.name)) for r in found.library.recommendations()]
     used = {model.id: ago(model.last_used, live.now) for model in live.status.models if model.last_used}
+    basis = (live.status.models, live.status.switch, live.moving_words, updates, used)
     return (
         sheet("models")
         .draw("parts", (live.moment, offers), lambda: _parts(live, offers))
         .draw("folder", found.folder.notice, lambda: [_folder(found.folder.notice)])
-        .draw("rows", (live.status.models, live.status.switch, updates, used), lambda: _rows(live, updates, used))
+        .draw("rows", basis, lambda: _rows(live, updates, used))
     )
 
 
@@ -140,10 +142,11 @@ def _rows(live: Live, updates: dict[str, _Update], used: dict[str, str]) -> Iter
     for model in models:
         row = Row(
             model=model,
+            word=live.word(model),
             percent=live.percent(model),
             used=used.get(model.id),
             update=updates.get(model.id),
-            cancels=switch.id if switch is not None and switch.to_model == model.id else None,
+            cancels=switch.id if switch is not None and switch.to_model == model.id and not live.headline else None,
         )
         yield Piece(_row_id(model), "fragments/model_row.html", {"row": row}, alone=False)
 
@@ -197,8 +200,12 @@ def dismiss() -> Response:
 
 @bp.post("/models/<path:model_id>/unload")
 def unload(model_id: str) -> Response:
+    """Unload a model once it has finished its answers; with `now`, one that finishes them already, without them."""
     version = services().status.current().version
-    services().switcher.stop(model_id, requested_by=client_name())
+    if request.form.get("now") == "yes":
+        services().switcher.unload_now(model_id)
+    else:
+        services().switcher.stop(model_id, requested_by=client_name())
     return done(version)
 
 

@@ -13,7 +13,7 @@ from services.catalog import Catalog
 from services.engines.port import Basis, Model, Need, Usage
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
-from services.switching.events import Board, Failure, InstanceView, LoadView, Snapshot, SwitchView
+from services.switching.events import Board, Failure, InstanceView, LoadView, Loss, Snapshot, SwitchView
 from services.switching.planner import Planner
 
 log = structlog.get_logger(__name__)
@@ -49,6 +49,13 @@ class ModelStatus:
     log_tail: str
     silent: bool = False
     """Whether it runs and gives no sign of life though it should."""
+    drain_until: float | None = None
+    """Until when its answers under way may take, while the unload of it waits for them."""
+
+    @property
+    def moving(self) -> bool:
+        """Whether it is being loaded or unloaded, or finishes its answers before it is."""
+        return self.state in ("loading", "unloading") or self.drain_until is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +100,12 @@ class Status:
     switch: SwitchView | None
     last_switch: SwitchView | None
     queued: tuple[str, ...]
+    loss: Loss | None = None
 
     @property
     def moving(self) -> bool:
         """Whether anything is changing, so that pages should look often."""
-        return self.switch is not None or any(m.state in ("loading", "unloading") for m in self.models)
+        return self.switch is not None or any(m.moving for m in self.models)
 
     def model(self, model_id: str) -> ModelStatus | None:
         return next((m for m in self.models if m.id == model_id), None)
@@ -150,6 +158,7 @@ class StatusService:
             switch=snapshot.switch,
             last_switch=snapshot.last_switch,
             queued=snapshot.queued,
+            loss=snapshot.loss,
         )
 
     def _forecast(self, model: Model, snapshot: Snapshot) -> _Forecast:
@@ -215,6 +224,7 @@ def _status_of(known: _Known) -> ModelStatus:
         warning=" ".join(words for words in cautions if words) or None,
         log_tail=known.failure.log_tail if known.failure else "",
         silent=view.silent if view else False,
+        drain_until=view.drain_until if view else None,
     )
 
 

@@ -68,7 +68,8 @@ class ChatStream:
             return chunk
         except (OSError, HTTPParseError) as error:
             self._abort.check()
-            raise GenerationError(f"The answer broke off: {error}. What came so far is kept; try again.") from None
+            why = "the engine closed the connection" if isinstance(error, HTTPParseError) else str(error).rstrip(".")
+            raise GenerationError(f"The answer broke off: {why}. What came so far is kept; try again.") from None
 
 
 class ChatClient:

@@ -19,6 +19,7 @@ MODELS = "".join(
         stand_in("second-plain", "hold:80", required_gb=0.3, source=str(MINI)),
         stand_in("greedy", required_gb=0.9, source=str(MINI)),
         stand_in("slow", "slow_load:60", required_gb=0.2, source=str(MINI)),
+        stand_in("talks-plain", "slow_tokens:30", required_gb=0.1, source=str(MINI)),
     ]
 )
 
@@ -134,7 +135,7 @@ def names(page: Page) -> list[str]:
 def test_rows_keep_their_place_while_somebody_is_at_one(models: Page, console: Console, hold: str) -> None:
     """What was loaded belongs on top, and goes there once nobody can be aiming at a row any more."""
     before = names(models)
-    assert before == ["first-plain", "greedy", "second-plain", "slow"]
+    assert before == ["first-plain", "greedy", "second-plain", "slow", "talks-plain"]
     button = row(models, "slow").get_by_role("button", name="Use slow")
     if hold == "pointer":
         button.hover()
@@ -151,7 +152,7 @@ def test_rows_keep_their_place_while_somebody_is_at_one(models: Page, console: C
         assert names(models) == before, "the focus is still on one of the rows"
         models.locator(".brand").focus()
     expect(models.locator(".model-table tbody tr").first).to_contain_text("second-plain")
-    assert names(models) == ["second-plain", "first-plain", "greedy", "slow"]
+    assert names(models) == ["second-plain", "first-plain", "greedy", "slow", "talks-plain"]
 
 
 def test_models_come_and_go_one_row_at_a_time(models: Page, console: Console) -> None:
@@ -161,11 +162,26 @@ def test_models_come_and_go_one_row_at_a_time(models: Page, console: Console) ->
     path.write_bytes(MINI.read_bytes())
     fresh = row(models, "fresh")
     expect(fresh).to_be_visible()
-    assert names(models) == ["first-plain", "fresh", "greedy", "second-plain", "slow"]
+    assert names(models) == ["first-plain", "fresh", "greedy", "second-plain", "slow", "talks-plain"]
     fresh.get_by_role("button", name="Use fresh").click()
     expect(fresh.locator(".word")).to_have_text("Ready")
     console.post("/v1/models/fresh/stop")
     path.unlink()
     expect(fresh).to_have_count(0)
     rows = models.locator(".model-table tbody tr")
-    assert rows.evaluate_all("rows => rows.map((row) => row.untouched)") == [True] * 4
+    assert rows.evaluate_all("rows => rows.map((row) => row.untouched)") == [True] * 5
+
+
+def test_a_busy_model_finishes_its_answers_unless_it_has_to_go_now(models: Page, console: Console) -> None:
+    """The row says what the unload waits for and how long at most; "now" gives the answer up."""
+    console.switch("talks-plain")
+    busy = row(models, "talks-plain")
+    with console.post(
+        "/v1/chat/completions", {"messages": [{"role": "user", "content": "Go on"}], "stream": True}, stream=True
+    ):
+        expect(busy.locator(".tag", has_text="1 in progress")).to_be_visible()
+        busy.get_by_role("button", name="Unload talks-plain").click()
+        expect(busy.locator(".word")).to_have_text(re.compile(r"Finishing 1 answer, at most \d\d s more"))
+        busy.get_by_role("button", name="Unload now: talks-plain").click()
+        expect(busy.locator(".word")).to_have_count(0)
+    assert console.engines() == []

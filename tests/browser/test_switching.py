@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenPage, StartShared
-from tests.browser.steps import MINI, banner, choice, choose, composer, dialog, expect_active, note, visit
+from tests.browser.steps import MINI, banner, choice, choose, composer, dialog, expect_active, note, say, visit
 from tests.conftest import StartConsole
 from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in
 from tests.support.stopwatch import Stopwatch
@@ -28,6 +28,7 @@ def shared(start_shared: StartShared, big_model: Path) -> Console:
         stand_in("slow", "slow_load:60", required_gb=0.6, source=big),
         stand_in("steady", "slow_load:3", required_gb=0.1, source=big),
         stand_in("huge", required_gb=900, source=mini),
+        stand_in("fragile", "crash_answering", required_gb=0.01, source=mini),
     ]
     return start_shared("".join(models), memory_budget_gb=TIGHT_GB)
 
@@ -228,3 +229,18 @@ def test_a_model_that_does_not_fit_is_explained(with_good: Page, console: Consol
     page.keyboard.press("Escape")
     expect(dialog(page)).to_be_hidden()
     assert console.status()["active_model"] == "good-plain"
+
+
+def test_a_crash_in_mid_answer_is_told_with_its_cause(with_good: Page) -> None:
+    """On the page where it happened: what ended and why, and what answers now, until it is dismissed."""
+    page = with_good
+    choose(page, "fragile")
+    expect_active(page, "fragile")
+    say(page, "Hello")
+    expect(banner(page)).to_contain_text("fragile ended by itself")
+    expect(banner(page).locator(".cause")).to_contain_text("Its process ended with exit code")
+    expect(banner(page).locator(".now-and-next")).to_have_text("good-plain answers now.")
+    expect_active(page, "good-plain")
+    expect(page.locator(".message.failed .trouble")).to_be_visible()
+    banner(page).get_by_role("button", name="Dismiss").click()
+    expect(banner(page)).to_be_hidden()

@@ -38,6 +38,7 @@ class InProcess:
             active_model=None,
             switch=None,
             last_switch=None,
+            loss=None,
             queued=(),
         )
         self.asked.clear()

@@ -11,7 +11,7 @@ from blueprints.live import Live
 from services.downloads.download import Download
 from services.providers.local_services import ServiceStatus
 from services.status import ModelStatus, Status
-from services.switching.events import LoadView, SwitchView
+from services.switching.events import LoadView, Loss, SwitchView
 
 NOW = 1_800_000_000.0
 MODEL = ModelStatus(
@@ -224,3 +224,60 @@ def test_without_a_forecast_or_a_count_no_percent_is_told() -> None:
     assert live(switch=switch(percent=80, eta_seconds=None, basis=None)).switch_percent is None
     assert live(switch=switch(percent=80, eta_seconds=None, basis="measured")).switch_percent == 80
     assert live(switch=switch(percent=80, eta_seconds=9.0, basis=None)).switch_percent == 80
+
+
+def test_a_model_that_finishes_its_answers_says_how_many_and_how_long() -> None:
+    """Seconds are rounded up: nobody is told 0 s while it still goes on."""
+    busy = replace(RUNNING, in_flight=1, drain_until=NOW + 23.2)
+    told = live(models=(busy,), active_model="large")
+    assert told.word(busy) == "Finishing 1 answer, at most 24 s more"
+    assert told.word(replace(busy, in_flight=2, drain_until=NOW - 1)) == "Finishing 2 answers"
+    assert told.word(replace(busy, in_flight=0)) == "Unloading"
+    assert told.lock == "large is being unloaded"
+    drains = switch(stage="draining", detail="large", eta_seconds=40)
+    assert live(models=(busy, MODEL), active_model="large", switch=drains).stage == (
+        "Finishing 1 answer of large, at most 24 s more"
+    )
+    assert live(models=(replace(busy, in_flight=0), MODEL), switch=drains).stage == "Unloading large"
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [("running", "Ready"), ("unloading", "Unloading"), ("asleep", "Asleep"), ("failed", "Failed"), ("stopped", "")],
+)
+def test_each_state_has_a_word(state: Any, word: str) -> None:
+    assert live().word(replace(MODEL, state=state)) == word
+
+
+def test_a_model_that_loads_says_how_far_it_is() -> None:
+    loading = replace(MODEL, state="loading", load=LoadView(43, "loading_weights"))
+    assert live(models=(loading,)).word(loading) == "Loading 43 %"
+    assert live(models=(loading,)).word(replace(loading, load=None)) == "Loading"
+
+
+def test_after_a_cancel_everything_says_so() -> None:
+    """Banner, header, composer, row and menu: none goes on telling of a load."""
+    loading = replace(MODEL, state="loading", load=LoadView(43, "loading_weights"))
+    told = live(models=(loading,), switch=switch(stage="cancelling", percent=43))
+    assert told.stage == told.headline == told.word(loading) == "Cancelling"
+    assert told.lock == "Cancelling the switch to small"
+    assert told.announcement == "Cancelling the switch to small."
+    assert told.percent(loading) is None
+    assert told.switch_percent is None
+
+
+def test_a_model_that_ended_by_itself_is_told_until_it_is_dismissed_or_outdated() -> None:
+    loss = Loss("small", "It was killed by signal 9.", "the log", NOW - 3600)
+    told = live(loss=loss, models=(RUNNING, MODEL), active_model="large")
+    assert told.banner is not None
+    assert told.banner.tone == "lost"
+    assert told.running_now == "large answers now."
+    assert told.announcement == "small ended by itself. It was killed by signal 9. large answers now."
+    assert live(loss=loss).running_now == "No model is loaded now."
+    before = switch(stage="failed", finished_at=NOW - 7200)
+    assert live(loss=loss, last_switch=before).banner == told.banner
+    after = replace(before, finished_at=NOW - 60)
+    banner = live(loss=loss, last_switch=after).banner
+    assert banner is not None
+    assert banner.tone == "failed"
+    assert live(loss=loss, last_switch=replace(after, stage="ready")).banner is None
