@@ -10,7 +10,7 @@ from htmx_flask import make_response, request
 
 from blueprints.filters import ago, dom_id, size
 from blueprints.live import Live
-from blueprints.pages import done, live_now, local_path, see_other, told
+from blueprints.pages import done, live_now, local_path, see_other, show_begun, told
 from blueprints.pieces import Piece, Sheet, news, order, sheet
 from blueprints.web import client_name, services
 from services.downloads.download import Download
@@ -205,14 +205,14 @@ def unload(model_id: str) -> Response:
     if request.form.get("now") == "yes":
         services().switcher.unload_now(model_id)
     else:
-        services().switcher.stop(model_id, requested_by=client_name())
+        show_begun(services().switcher.stop(model_id, requested_by=client_name()))
     return done(version)
 
 
 @bp.post("/models/<path:model_id>/restart")
 def restart(model_id: str) -> Response:
     version = services().status.current().version
-    services().switcher.restart(model_id, requested_by=client_name())
+    show_begun(services().switcher.restart(model_id, requested_by=client_name()))
     return done(version)
 
 

@@ -11,12 +11,14 @@ from htmx_flask import make_response, request
 
 from blueprints.live import Live
 from blueprints.web import services
+from services.switching.jobs import Job
 
 bp = Blueprint("pages", __name__)
 log = structlog.get_logger(__name__)
 
 _LOCAL_PATH = re.compile(r"/(?![/\\])[^\x00-\x20\\]*")
 _NOTICE_SECONDS = 0.3
+_BEGUN_SECONDS = 1.0
 
 
 def live_now() -> Live:
@@ -47,6 +49,13 @@ def done(version: int | None = None) -> Response:
         answer: Response = make_response("", 204, trigger="refresh")
         return answer
     return see_other(local_path(request.form.get("back"), "/"))
+
+
+def show_begun(job: Job) -> None:
+    """Give a job a moment to end, for a browser without htmx: its page would show the model as it was before, and looks
+    again only while something is moving."""
+    if not request.htmx:
+        job.wait_done(_BEGUN_SECONDS)
 
 
 def local_path(back: str | None, otherwise: str) -> str:

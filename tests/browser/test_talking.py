@@ -69,8 +69,17 @@ def test_code_can_be_copied(open_page: OpenPage, console: Console) -> None:
     console.switch("markdown")
     visit(page, console)
     say(page, "Show me")
+    expect(page.locator(".message.complete")).to_be_visible()
+    page.evaluate(
+        """() => { // it says so for a moment only, which a busy test could miss
+            const button = document.querySelector("[data-copy]");
+            window.said = new Promise((heard) => {
+                new MutationObserver(() => heard(button.textContent)).observe(button, { childList: true });
+            });
+        }"""
+    )
     page.locator(".message.complete").get_by_role("button", name="Copy").click()
-    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("window.said") == "Copied"
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == 'def greet(name: str) -> str:\n    return f"Hello, {name}"\n'
 

