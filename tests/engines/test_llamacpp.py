@@ -72,6 +72,7 @@ class TestEmbedded(EngineConformance):
     def test_the_process_standing_by_is_used_and_replaced(self, case: EngineCase):
         """The next load runs in the process that was prepared; soon another one stands by."""
         case.engine.prepare()
+        wait_until(lambda: len(_children()) == 1, "a process to stand by")  # its command line is there after its exec
         (standing_by,) = _children()
         with case.ready() as (instance, _):
             assert instance.pid == standing_by
