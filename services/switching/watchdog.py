@@ -9,7 +9,7 @@ for minutes either, but lets that part answer between its batches; so silence al
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -69,7 +69,7 @@ class Watchdog:
         self._on_exit = on_exit
         self._load = load
         self._pulses: dict[Instance, Pulse] = {}
-        self._restarts: Mapping[str, list[float]] = defaultdict(list)
+        self._restarts: defaultdict[str, list[float]] = defaultdict(list)
         self._changed = scheduler.condition()
         self._stopped = False
 
@@ -107,6 +107,7 @@ class Watchdog:
         if member.silent != (silent >= self._warn):
             self._mailbox.post(self._fleet.silent, member, not member.silent)
         if silent >= self._limit:
+            pulse.since = now  # ended once, however long its end takes
             self._scheduler.spawn(f"end-{member.model.id}", lambda: self._end(member, silent))
         elif silent >= self._quiet and not pulse.asked:
             pulse.asked = True
