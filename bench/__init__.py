@@ -1,1 +1,1 @@
-"""Measures what the README promises: `python -m bench` prints one table, every figure taken side by side in one run."""
+"""Benchmarks behind the figures in the README: `python -m bench` prints one table, all measured in one run."""

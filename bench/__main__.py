@@ -1,8 +1,8 @@
-"""`python -m bench`: every figure of the README's table, measured side by side in one run, on this machine alone.
+"""`python -m bench`: measure every figure of the README's table, side by side in one run on this machine.
 
---only NAME     one group; may be repeated
+--only NAME     run one group; may be repeated
 --models DIR    GGUF files to measure with (models/)
---json FILE     the same for programs
+--json FILE     also write the figures as JSON
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ GROUPS: Mapping[str, Callable[[Rig], Iterator[Row]]] = {
     "page": page.measure,
     "chats": chats.measure,
 }
-"""In this order: the memory that `tabs` reads is that after the load of `relay`."""
+"""Run in this order: `tabs` reports the memory after the load of `relay`."""
 BUSY = 0.5
 
 
 def main() -> None:
     arguments = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # unwinds, so that child processes are ended
     began, load = time.monotonic(), os.getloadavg()[0]
     if load > BUSY * (os.cpu_count() or 1):
         print(f"This machine is busy (load average {load:.1f}): expect noise.", file=sys.stderr)
@@ -55,10 +55,10 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures the figures of the README's table.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the figures of the README's table.")
     parser.add_argument("--only", action="append", choices=GROUPS, metavar="NAME", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--models", type=Path, default=ROOT / "models", metavar="DIR", help="GGUF files (models/)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures for programs too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser.parse_args()
 
 

@@ -1,8 +1,9 @@
-"""The Chat page of somebody who has talked a lot: 10,000 conversations, the newest of 2,000 messages.
+"""The Chat page with a long history: 10,000 conversations, the newest with 2,000 messages.
 
-Each time is from sending the request to the end of the page, compressed as for a browser, on a kept connection. The
-first time its answers are rendered; after that their HTML is kept. `held up` is the longest time that another request,
-for `/v1/models/status`, took while the console rendered a page with the longest answer that is formatted at all.
+Each time is from sending the request to the end of the page, compressed as for a browser, on a kept-alive connection.
+The first request renders the answers; later ones reuse their cached HTML. `held up` is the longest time that another
+request, for `/v1/models/status`, took while the console rendered a page with the longest answer that is still
+formatted.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _open(connection: wire.Wire, path: str) -> wire.Answer:
 
 
 def _held_up(console: Console, path: str) -> tuple[float, float]:
-    """How long a page took, and the slowest of the other requests meanwhile."""
+    """Seconds that the page took, and the slowest of the status requests meanwhile."""
     over = threading.Event()
     seconds: list[float] = []
 

@@ -1,4 +1,4 @@
-"""A measured figure, its target, and the table they make. Pure."""
+"""A measured figure with its target, and the Markdown table of all figures. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Values = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `values` are the same for programs; `met` is None where nothing can be said."""
+    """One line of the table. `values` holds the raw figures for the JSON; `met` is None if that can't be judged."""
 
     figure: str
     measured: str
@@ -29,7 +29,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile of samples, not empty."""
+    """The nearest-rank percentile. `samples` must not be empty."""
     ranked = sorted(samples)
     return ranked[max(0, math.ceil(percent / 100 * len(ranked)) - 1)]
 

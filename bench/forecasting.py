@@ -1,12 +1,13 @@
-"""How far off the time left is that people are told while a model loads.
+"""Error of the estimated time left (ETA) while a model loads.
 
-The stand-in loads a model five times, each load of another known length (up to a tenth off the middle, as a disk that
-others use too), three quarters of it reading, one quarter without a sign. Every event of the switch's stream that holds
-an `eta` is compared with what it then took; the figure is the median relative error over the third to fifth load.
+The fake engine loads a model five times, each time with another known duration (up to a tenth off the middle, as on a
+disk that other programs use too): three quarters of it reading the file, one quarter without visible progress. Each
+event of the switch's stream that has an `eta` is compared with the time that was really left; the figure is the median
+relative error over the third to fifth load.
 
-The stream says whole seconds, rounded up: "4" stands for 3 to 4, and is taken as 3.5. What a reader sees is off by that
-half second more, which matters for loads as short as these only; the row says that too. The last half second isn't
-counted: whatever is said then is a multiple of what is left.
+The stream rounds up to whole seconds: "4" stands for 3 to 4 s and counts as 3.5. The error that people see includes
+that half second, which matters only for loads as short as these; the row reports it too. The last half second isn't
+counted: any forecast then is a multiple of the time left.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TARGET = 0.20
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Seconds left as an event said, and as it turned out."""
+    """Seconds left as an event forecast them, and as they turned out."""
 
     said: float
     left: float
@@ -57,7 +58,7 @@ def measure(rig: Rig) -> Iterator[Row]:
 
 
 def _load(rig: Rig, console: Console, seconds: float) -> list[Forecast]:
-    """Load the slow model once, then unload it; the forecasts that were made meanwhile."""
+    """Load the slow model once, then unload it; return the forecasts made during the load."""
     rig.load_plan.write_text(str(seconds))
     said: list[tuple[float, float]] = []
     for name, data in console.switch_stream(SLOW_MODEL):

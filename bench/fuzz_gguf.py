@@ -1,6 +1,6 @@
-"""`python -m bench.fuzz_gguf SECONDS [SEED]`: headers with lies in them, as many as there is time for.
+"""`python -m bench.fuzz_gguf SECONDS [SEED]`: fuzz the GGUF reader with random corrupt headers for a given time.
 
-What breaks the GGUF reader is written to `tests/unit/gguf_cases/`, where the tests read it from then on.
+A header that breaks the reader is written to `tests/unit/gguf_cases/`, which the unit tests read from then on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CASES = ROOT / "tests" / "unit" / "gguf_cases"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.fuzz_gguf", description="Looks for headers that break.")
+    parser = argparse.ArgumentParser(prog="python -m bench.fuzz_gguf", description="Fuzz the GGUF header reader.")
     parser.add_argument("seconds", type=float)
     parser.add_argument("seed", type=int, nargs="?", default=random.SystemRandom().randrange(2**32))
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The load generator: a process of its own, so that it never waits for what it measures, nor the other way round.
+"""Load generator, run as a separate process so that it and the measuring process never wait for each other.
 
-    python -m bench.load rate < JOB      as many requests as can be had, a number of clients at once
-    python -m bench.load tabs < JOB      clients that each ask in turn at a steady pace, as open browser tabs do
+    python -m bench.load rate < JOB      as many requests as possible, from a number of concurrent clients
+    python -m bench.load tabs < JOB      clients that each send requests at a steady pace, like open browser tabs
 
-JOB is a JSON document (`RateJob`, `TabsJob`), the answer another on stdout. One thread, one epoll loop, raw sockets,
-standard library only. What it costs: about 25 µs a non-streamed request and 60 µs a stream of 64 tokens when those come
-in few pieces, so some 30,000 and 10,000 a second on a core of its own; `cpu_seconds` of the answer says what it took.
+JOB is a JSON document (`RateJob`, `TabsJob`), the result another on stdout. One thread, one epoll loop, raw sockets,
+standard library only. Its own cost is about 25 µs per plain request and 60 µs per stream of 64 tokens that arrives in
+few pieces, so one core generates some 30,000 and 10,000 a second; `cpu_seconds` of the result says what it used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ GRACE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RateJob:
-    """`clients` connections that each repeat `request` for `seconds`, `at_most` in all.
+    """`clients` connections that each repeat `request` for `seconds`, `at_most` requests in all.
 
-    `expect` is how often `data: ` has to occur in each answer: a stream that lost a token is an error.
+    `expect` is how often `data: ` must occur in each response: a stream that lost a token counts as an error.
     """
 
     port: int
@@ -58,9 +58,9 @@ class RateResult:
 
 @dataclass(frozen=True, slots=True)
 class TabsJob:
-    """`clients` connections that send `requests` one after the other every `every` seconds, for `seconds`.
+    """`clients` connections that each send `requests` one after the other every `every` seconds, for `seconds`.
 
-    Each begins at a moment of its own: tabs are not opened in step.
+    Each starts at a random offset, because tabs are not opened in step.
     """
 
     port: int
@@ -72,7 +72,7 @@ class TabsJob:
 
 @dataclass(frozen=True, slots=True)
 class TabsResult:
-    """The seconds that each answer took, per request of the job."""
+    """The seconds that each response took, per request of the job."""
 
     latencies: list[list[float]] = field(default_factory=list)
     errors: int = 0
@@ -80,12 +80,12 @@ class TabsResult:
 
 
 def run_rate(job: RateJob) -> RateResult:
-    """Carry the job out in a process of its own."""
+    """Run the job in a process of its own."""
     return RateResult(**_in_a_process("rate", asdict(job), job.seconds))
 
 
 def run_tabs(job: TabsJob) -> TabsResult:
-    """Carry the job out in a process of its own."""
+    """Run the job in a process of its own."""
     return TabsResult(**_in_a_process("tabs", asdict(job), job.seconds))
 
 
@@ -100,7 +100,7 @@ def _in_a_process(kind: str, job: dict[str, object], seconds: float) -> Any:
 
 
 class _Connections:
-    """Open connections, and the epoll set that says which of them have something to read."""
+    """Open connections, and the epoll set that reports which of them are readable."""
 
     def __init__(self, port: int, count: int) -> None:
         self._poll = select.epoll()
@@ -115,7 +115,7 @@ class _Connections:
             self._poll.register(connection.fileno(), select.EPOLLIN)
 
     def answers(self, timeout: float) -> list[tuple[int, bytearray]]:
-        """Whole answers that came within `timeout`, by connection. Raises ConnectionError when a server hangs up."""
+        """Complete responses within `timeout`, by connection. Raises ConnectionError if the server hangs up."""
         whole = []
         for number, _ in self._poll.poll(timeout):
             heard = self.heard[number]
@@ -164,7 +164,7 @@ def _tabs(job: TabsJob) -> TabsResult:
             at, number = heapq.heappop(due)
             heapq.heappush(due, (at + job.every, number))
             if number in asked:
-                errors += 1  # still without an answer from the last time
+                errors += 1  # the request before has not been answered yet
                 continue
             asked[number] = (0, time.perf_counter())
             connections.sockets[number].sendall(requests[0])

@@ -1,6 +1,6 @@
-"""What a browser fetches to show the first page for the first time: its HTML, and the script and stylesheet it names.
+"""Bytes that a browser fetches to show the first page for the first time: its HTML, script and stylesheet.
 
-Bytes are those of the bodies as they cross the wire, compressed where the server does that.
+Sizes are those of the bodies on the wire, compressed where the server compresses them.
 """
 
 from __future__ import annotations

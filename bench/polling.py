@@ -1,8 +1,8 @@
-"""A hundred open tabs, and the memory that the app holds after all of the load.
+"""Latency with a hundred open tabs, and the app's memory after all of the load.
 
-Each tab looks every 2 s, as the page does while something moves: it asks for the page's fragment with the address that
-the page itself names, then for `/v1/models/status`. The times are those of `/v1/models/status`, from sending to the end
-of the answer, on a kept connection; the tabs' moments are spread by chance.
+Each tab polls every 2 s, as the page does while something is in progress: first the page's fragment, at the URL that
+the page itself names, then `/v1/models/status`. Times are those of `/v1/models/status`, from sending the request to the
+end of the response, on a kept-alive connection; the tabs start at random offsets.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def _status(console: Console) -> Row:
 
 
 def _polled_path(console: Console) -> str:
-    """What the page polls, as it says itself, together with what it says that it has."""
+    """The URL that the page polls, with the versions that the page says it already shows."""
     page = console.get("/").text
     found = re.search(r'id="poll"\s+hx-get="([^"]+)"', page)
     if found is None:
-        raise LookupError("the page names nothing to poll")
+        raise LookupError("the page names no URL to poll")
     shown = re.findall(r'<input type="hidden" class="shown"[^>]* name="(\w+)" value="([^"]*)"', page)
     path = html.unescape(found[1])
     return f"{path}{'&' if '?' in path else '?'}{urlencode(shown)}"

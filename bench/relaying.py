@@ -1,15 +1,16 @@
-"""What the gateway costs: the same requests through it and to the stand-in engine itself, taking turns.
+"""Cost of the gateway: the same requests through it and directly to the fake engine, in turns.
 
-The engine of these rows is `upstream.py`, because a real one would take nearly all of the time, and keeps its key to
-itself. Where a `llama-swap` is on the PATH it takes its turns too, before a stand-in of its own.
+The engine of these rows is `upstream.py`, because a real one would take nearly all of the time and would refuse direct
+requests without its key. If `llama-swap` is on the PATH, it is measured in turn as well, in front of its own fake
+engine.
 
-Added time: one client on a kept connection; a stream of four tokens 2 ms apart (no engine is faster, and without a
-pause the rest of the stream would compete with its first token for the processors), 1 ms between requests, the order
-of the ways changing each time. The figure is the difference of the percentiles, not a percentile of differences.
+Added time: one client on a kept-alive connection; streams of four tokens 2 ms apart (no engine is faster, and without a
+pause the rest of the stream would compete with its first token for the processors), 1 ms between requests, the order of
+the routes rotating. The figure is the difference of the percentiles, not a percentile of differences.
 
 Rates: 32 clients without a pause from `load.py`, in rounds that take turns; the ratio is of the medians. The load
-generator, the app and the engine share the machine's processors, so on two of them three processes can't reach 1.
-"µs of processor" is what the app's worker used for each: the figure that a busy machine changes least.
+generator, the app and the engine share the machine's processors, so with two processors the ratio can't reach 1.
+"µs of processor" is the processor time of the app's worker per request: the figure that other load disturbs least.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ MESSAGES = [{"role": "user", "content": "Write sixty-four words about a railway 
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
-    """The ports at which the same question is asked: the engine's own, the gateway's, and llama-swap's."""
+class Routes:
+    """The ports to which the same request is sent: the engine's own, the gateway's, and llama-swap's."""
 
     direct: int
     gateway: int
@@ -56,16 +57,16 @@ class Ways:
 
 def measure(rig: Rig) -> Iterator[Row]:
     console = rig.stand_in_console
-    ways = Ways(upstream_port(console, STAND_IN_MODEL), console.port, rig.llama_swap_port, worker(console))
-    yield _added_time(ways)
-    yield _rate(ways, f"relayed streams/s of {TOKENS} tokens, {CLIENTS} at once", stream=True, over_llama_swap=1.1)
-    yield _rate(ways, f"non-streamed requests/s, {CLIENTS} at once", stream=False, over_llama_swap=0.6)
+    routes = Routes(upstream_port(console, STAND_IN_MODEL), console.port, rig.llama_swap_port, worker(console))
+    yield _added_time(routes)
+    yield _rate(routes, f"relayed streams/s of {TOKENS} tokens, {CLIENTS} at once", stream=True, over_llama_swap=1.1)
+    yield _rate(routes, f"non-streamed requests/s, {CLIENTS} at once", stream=False, over_llama_swap=0.6)
 
 
-def _added_time(ways: Ways) -> Row:
-    seconds = _first_tokens(ways)
+def _added_time(routes: Routes) -> Row:
+    seconds = _first_tokens(routes)
     added = {p: _added_ms(seconds, "gateway", p) for p in (50, 95)}
-    direct, gateway = (1000 * percentile(seconds[way], 50) for way in ("direct", "gateway"))
+    direct, gateway = (1000 * percentile(seconds[route], 50) for route in ("direct", "gateway"))
     other = _llama_swap_added(seconds)
     return Row(
         "added time to first token of a relayed stream, one client",
@@ -83,23 +84,23 @@ def _added_time(ways: Ways) -> Row:
     )
 
 
-def _first_tokens(ways: Ways) -> Mapping[str, list[float]]:
-    """Seconds to the first token, request by request."""
+def _first_tokens(routes: Routes) -> Mapping[str, list[float]]:
+    """Seconds to the first token of each request, per route."""
     body = {"model": STAND_IN_MODEL, "stream": True, "max_tokens": 4, "pause_ms": 2, "messages": MESSAGES}
     request = wire.post("/v1/chat/completions", body)
-    seconds: dict[str, list[float]] = {way: [] for way, _ in ways}
+    seconds: dict[str, list[float]] = {route: [] for route, _ in routes}
     with ExitStack() as opened:
-        open_ways = [(way, opened.enter_context(wire.Wire(port))) for way, port in ways]
+        open_routes = [(route, opened.enter_context(wire.Wire(port))) for route, port in routes]
         for _ in range(WARM_UP_REQUESTS + REQUESTS):
-            for way, connection in open_ways:
-                seconds[way].append(connection.ask_well(request).first)
+            for route, connection in open_routes:
+                seconds[route].append(connection.ask_well(request).first)
                 time.sleep(PAUSE_SECONDS)
-            open_ways.append(open_ways.pop(0))
-    return {way: taken[WARM_UP_REQUESTS:] for way, taken in seconds.items()}
+            open_routes.append(open_routes.pop(0))
+    return {route: taken[WARM_UP_REQUESTS:] for route, taken in seconds.items()}
 
 
-def _added_ms(seconds: Mapping[str, list[float]], way: str, percent: float) -> float:
-    return 1000 * (percentile(seconds[way], percent) - percentile(seconds["direct"], percent))
+def _added_ms(seconds: Mapping[str, list[float]], route: str, percent: float) -> float:
+    return 1000 * (percentile(seconds[route], percent) - percentile(seconds["direct"], percent))
 
 
 def _llama_swap_added(seconds: Mapping[str, list[float]]) -> str:
@@ -108,9 +109,9 @@ def _llama_swap_added(seconds: Mapping[str, list[float]]) -> str:
     return f"{_added_ms(seconds, 'llama_swap', 50):.2f} ms p50, {_added_ms(seconds, 'llama_swap', 95):.2f} ms p95"
 
 
-def _rate(ways: Ways, figure: str, *, stream: bool, over_llama_swap: float) -> Row:
-    rates, cpu_us = _rates(ways, stream)
-    middle = {way: median(taken) for way, taken in rates.items()}
+def _rate(routes: Routes, figure: str, *, stream: bool, over_llama_swap: float) -> Row:
+    rates, cpu_us = _rates(routes, stream)
+    middle = {route: median(taken) for route, taken in rates.items()}
     of_direct = middle["gateway"] / middle["direct"]
     of_other = middle["gateway"] / middle["llama_swap"] if "llama_swap" in middle else None
     if of_other is None:
@@ -127,26 +128,26 @@ def _rate(ways: Ways, figure: str, *, stream: bool, over_llama_swap: float) -> R
             "of_direct": of_direct,
             "of_llama_swap": of_other,
             "cpu_us": cpu_us,
-            **{f"{way}_per_s": rate for way, rate in middle.items()},
+            **{f"{route}_per_s": rate for route, rate in middle.items()},
         },
     )
 
 
-def _rates(ways: Ways, stream: bool) -> tuple[Mapping[str, list[float]], float]:
-    """Requests a second, round by round, and the worker's µs for each. Raises RuntimeError when an answer was wrong."""
+def _rates(routes: Routes, stream: bool) -> tuple[Mapping[str, list[float]], float]:
+    """Requests per second of each round, and the worker's µs per request. Raises RuntimeError on a wrong response."""
     body = {"model": STAND_IN_MODEL, "stream": stream, "messages": MESSAGES}
     request = wire.post("/v1/chat/completions", body).decode()
     expect = TOKENS + 1 if stream else 0
-    rates: dict[str, list[float]] = {way: [] for way, _ in ways}
-    used_before, relayed = _processor_seconds(ways.worker), 0
+    rates: dict[str, list[float]] = {route: [] for route, _ in routes}
+    used_before, relayed = _processor_seconds(routes.worker), 0
     for _ in range(ROUNDS):
-        for way, port in ways:
+        for route, port in routes:
             result = run_rate(RateJob(port, request, CLIENTS, ROUND_SECONDS, expect=expect))
             if result.errors:
-                raise RuntimeError(f"{result.errors} wrong answers by {way}, such as: {result.first_error}")
-            rates[way].append(result.per_second)
-            relayed += result.completed if way == "gateway" else 0
-    return rates, 1e6 * (_processor_seconds(ways.worker) - used_before) / relayed
+                raise RuntimeError(f"{result.errors} wrong answers by {route}, such as: {result.first_error}")
+            rates[route].append(result.per_second)
+            relayed += result.completed if route == "gateway" else 0
+    return rates, 1e6 * (_processor_seconds(routes.worker) - used_before) / relayed
 
 
 def _processor_seconds(process: psutil.Process) -> float:

@@ -1,4 +1,4 @@
-"""What the measurements stand on: consoles and stand-ins in processes of their own, all ended when the run is."""
+"""Test rig of the benchmarks: consoles and fake engines in processes of their own, all ended with the run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ UPSTREAM = Path(__file__).with_name("upstream.py")
 STAND_IN_MODEL = "bench-model"
 SLOW_MODEL = "bench-slow"
 LLAMA_SWAP_REQUESTS = 1000
-"""Requests that llama-swap passes on at once to a model: by default ten, and it answers 429 to the others."""
+"""Requests that llama-swap relays to one model at a time; its default of ten answers the others with 429."""
 SLOW_BYTES = 256_000_000
-"""Large beside what a Python process reads to start, so that what is read of it can be told from that."""
+"""Much more than a Python process reads to start, so that reading this file is distinguishable from that."""
 
 
 class Rig:
@@ -44,7 +44,7 @@ class Rig:
 
     @cached_property
     def model_file(self) -> Path:
-        """The smallest model of the folder."""
+        """The smallest model in the folder."""
         files = sorted(self.models_dir.glob("*.gguf"), key=lambda file: file.stat().st_size)
         if not files:
             sys.exit(f"There is no GGUF file in {self.models_dir}. Name another folder with --models.")
@@ -52,9 +52,9 @@ class Rig:
 
     @cached_property
     def stand_in_console(self) -> Console:
-        """A console whose one running model is the stand-in; its other model loads slowly, as `load_plan` says.
+        """A console whose running model is the fake engine; its other model loads slowly, as `load_plan` says.
 
-        Started twice: making the state folder takes code, and so memory, that later starts do without.
+        Started twice: creating the state folder imports code, and so takes memory, that later starts don't need.
         """
         console = self.console(toml=self._catalogue(), models_dir=self._empty(), llamacpp_server=self.stand_in_program)
         console.start().stop()
@@ -72,18 +72,18 @@ class Rig:
 
     @property
     def load_plan(self) -> Path:
-        """The file in which stands how many seconds the next load of the slow model takes."""
+        """The file with the number of seconds that the next load of the slow model takes."""
         return self.folder / "load-plan"
 
     def console(self, *, models_dir: Path | None = None, toml: str = "", **settings: object) -> Console:
-        """A console that isn't started yet, on a state folder of its own; ended with the run."""
+        """A console that isn't started yet, with a state folder of its own; ended with the run."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         console = Console(folder, models_dir=models_dir or self.models_dir, toml=toml, log_level="warning", **settings)
         self._exits.callback(end, console)
         return console
 
     def spawn(self, argv: list[str], log: Path) -> subprocess.Popen[bytes]:
-        """Another program, ended with the run."""
+        """Start another program, ended with the run."""
         with log.open("ab") as out:
             process = subprocess.Popen(argv, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         self._exits.callback(_end_tree, process)
@@ -91,7 +91,7 @@ class Rig:
 
     @cached_property
     def llama_swap_port(self) -> int | None:
-        """The port of a llama-swap before the same stand-in program; None where it isn't installed."""
+        """The port of a llama-swap in front of the same fake engine; None if it isn't installed."""
         program = shutil.which("llama-swap")
         if program is None:
             return None
@@ -104,7 +104,7 @@ class Rig:
         return port
 
     def _catalogue(self) -> str:
-        """Both stand-in models; the slow one's file is the real one, followed by nothing for a long time."""
+        """Entries of both fake models; the slow one's file is the real one, extended by a long hole."""
         self.load_plan.write_text("0")
         slow = self.folder / "slow.gguf"
         shutil.copyfile(self.model_file, slow)
@@ -120,14 +120,14 @@ class Rig:
 
 
 def worker(console: Console) -> psutil.Process:
-    """The gunicorn worker of a console: its one child that isn't an engine."""
+    """The gunicorn worker of a console: its one child process that isn't an engine."""
     assert console.process is not None
     children = psutil.Process(console.process.pid).children()
     return next(child for child in children if "gunicorn" in " ".join(child.cmdline()))
 
 
 def upstream_port(console: Console, model_id: str) -> int:
-    """Where the stand-in that serves a model listens, to ask it directly."""
+    """The port of the fake engine that serves a model, for direct requests."""
     for engine in console.engines():
         argv = engine.cmdline()
         if model_id in argv:
@@ -136,7 +136,7 @@ def upstream_port(console: Console, model_id: str) -> int:
 
 
 def end(console: Console) -> None:
-    """Stop a console and whatever it started."""
+    """Stop a console and everything it started."""
     if console.process is not None and console.process.poll() is None:
         console.close()
 

@@ -1,7 +1,7 @@
-"""From the start of the program to the first answer that says it can serve.
+"""Time from starting the program to the first 200 of `/readyz`.
 
-The state folder exists, as it does for everyone but the first time; `/readyz` is asked every 2 ms over a new connection
-each time, so the figure is at most that much too large.
+The state folder exists, as at every start but the first. `/readyz` is polled every 2 ms over a new connection each
+time, so the figure is at most 2 ms too large.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TARGET_SECONDS = 1.0
 
 def measure(rig: Rig) -> Iterator[Row]:
     console = rig.console()
-    _start(console)  # makes the state folder, and the compiled modules of a fresh clone
+    _start(console)  # creates the state folder, and the compiled modules of a fresh clone
     seconds = [_start(console) for _ in range(STARTS)]
     yield Row(
         "start to serving",
@@ -38,7 +38,7 @@ def measure(rig: Rig) -> Iterator[Row]:
 
 
 def _start(console: Console) -> float:
-    """Start, take the time, stop."""
+    """Start, measure, stop."""
     argv = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SWITCHYARD_")}
     environment |= console.environment

@@ -1,10 +1,10 @@
-"""How long until a model can be talked to, beside starting the same engine by hand.
+"""Time until a model answers, compared with starting the same engine by hand.
 
-A, by the app: `POST /v1/models/switch` with `wait`, then a chat completion of one token, nothing being loaded before.
-B, by hand: the very program that the app runs, started cold with the same order on stdin, then the same completion as
-soon as it says that it is ready. A and B alternate, so that a busy machine is busy for both; the figure is the ratio
-of their medians. Between two switches the app has the time it takes to make its standby process ready (a second at
-most): the state that people's switches find, who look at an answer before they switch again.
+A, by the app: `POST /v1/models/switch` with `wait`, then a chat completion of one token; nothing was loaded before.
+B, by hand: the program that the app runs, started cold with the same instructions on stdin, then the same completion as
+soon as it reports `ready`. A and B alternate, so that other load on the machine affects both; the figure is the ratio
+of their medians. Before each switch the app has time to get its standby process ready (a second at most), as it has
+between the switches of people, who look at an answer before they switch again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _row(rig: Rig, *, standby: bool, target: str) -> Row:
     finally:
         end(console)
     ratio = median(by_app) / median(by_hand)
-    note = f"; the process that stands by holds {held / 1e6:.0f} MB" if held else ""
+    note = f"; the standby process holds {held / 1e6:.0f} MB" if held else ""
     mode = "on" if standby else "off"
     return Row(
         f"switch to first token, embedded engine, over starting that engine by hand (standby {mode})",
@@ -81,7 +81,7 @@ def _by_app(console: Console, model_id: str) -> float:
 
 
 def _by_hand(order: Order) -> float:
-    """Start, order, wait for `ready`, ask: what a shell script around the same program would do."""
+    """Start, send the order, wait for `ready`, ask: what a shell script around the same program would do."""
     argv = [sys.executable, "-I", "-S", str(PROGRAM), sysconfig.get_paths()["platlib"]]
     said = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     began = time.perf_counter()
@@ -100,7 +100,7 @@ def _by_hand(order: Order) -> float:
 
 
 def _order(rig: Rig) -> Order:
-    """What the app orders for this model with the settings that nobody changed."""
+    """The app's instructions to the engine for this model, with default settings."""
     settings, header = Settings(), read_header(rig.model_file)
     return Order(
         path=str(rig.model_file),
@@ -125,6 +125,6 @@ def _standby_bytes(console: Console) -> int:
 
 
 def _standby(console: Console) -> psutil.Process | None:
-    """The app's one engine process; with nothing loaded it is the one that stands by."""
+    """The app's standby process: its only engine while nothing is loaded; None unless there is exactly one."""
     engines = [child for child in worker(console).children() if PROGRAM.name in " ".join(child.cmdline())]
     return engines[0] if len(engines) == 1 else None

@@ -1,17 +1,17 @@
-"""A stand-in for a native `llama-server`, as fast as Python gets: what is measured is the way to it, not the engine.
+"""A fake native `llama-server`, as fast as Python gets, so that the relay is measured and not the engine.
 
-It takes the arguments that Switchyard's native launcher gives (and ignores those that it doesn't know), looks at no
-key, so that it can be asked directly on its port as well, and answers:
+It takes the arguments that Switchyard's launcher gives a native server (and ignores unknown ones), requires no
+key, so that it can also be called directly, and answers:
 
     GET /health, GET /v1/models     as llama.cpp does; 503 while it loads
     POST anything                   `max_tokens` tokens (64): at once as JSON, or with `"stream": true` one send each
 
-Each token is a chunk of its own in llama.cpp's words (about 220 bytes), sent without waiting, or `pause_ms` apart where
-the body asks for that. One thread and one epoll loop, standard library only: about 2,500 streams of 64 tokens a second
-on a core, the 66 `send` calls of each being nearly all of it.
+Each token is a chunk of its own in llama.cpp's format (about 220 bytes), sent at once, or `pause_ms` apart if the body
+asks for that. One thread and one epoll loop, standard library only: about 2,500 streams of 64 tokens a second
+on one core; the 66 `send` calls per stream are nearly all of that time.
 
-    --load-plan FILE    loading takes the seconds that FILE says at that time: three quarters of them reading the model
-                        evenly, the rest without a sign, as an engine that prepares its device. 0 when not given.
+    --load-plan FILE    the file holds the seconds that loading takes: three quarters of them reading the model
+                        evenly, the rest without visible progress, like an engine that prepares its device. Default: 0.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 class Upstream:
-    """The server. Sockets block, but are read only when epoll says that something is there."""
+    """The server. Sockets are blocking, but are read only when epoll reports data."""
 
     def __init__(self, host: str, port: int, alias: str) -> None:
         self._listener = socket.create_server((host, port), backlog=1024)
@@ -68,7 +68,7 @@ class Upstream:
         self._short_answer = _json(200, _completion(alias, 1))
 
     def load(self, model: Path, seconds: float) -> None:
-        """Read the model in the time given, then answer."""
+        """Read the model over the given time, then become ready."""
         size = model.stat().st_size
         with model.open("rb", buffering=0) as file:
             for _ in range(READING_STEPS if seconds else 0):
@@ -139,7 +139,7 @@ class Upstream:
         return self._models if head.startswith(b"GET /v1/models") else _json(200, {"status": "ok"})
 
     def _send_next(self, number: int, pieces: Iterator[bytes], pause: float) -> None:
-        """Send one piece and be called again for the next; the marks of the end follow the last token at once."""
+        """Send one piece and schedule the next; the end marks follow the last token at once."""
         client, _ = self._clients.get(number, (None, None))
         if client is None:
             return
@@ -154,7 +154,7 @@ class Upstream:
 
 
 def _take_request(kept: bytearray) -> tuple[bytes, bytes] | None:
-    """The first whole request in `kept`, cut off from it: its head in bytes, and its body."""
+    """Remove and return the first complete request in `kept`: its head and body as bytes."""
     end = kept.find(b"\r\n\r\n")
     if end < 0:
         return None

@@ -1,4 +1,4 @@
-"""HTTP over a plain socket, for requests whose time is taken: nothing between the clock and the bytes."""
+"""HTTP over a plain socket, for timed requests: no client library between the clock and the bytes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 class WireError(Exception):
-    """An answer that isn't what was asked for."""
+    """A response other than the expected one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer; `first` is seconds from sending to the first token of a stream (or the end, where none came)."""
+    """A complete response; `first` is seconds from sending to the first token (or the end)."""
 
     status: int
     head: bytes
@@ -33,7 +33,7 @@ class Answer:
 
 
 class Wire:
-    """One kept connection to a port of this machine, one request at a time."""
+    """One kept-alive connection to a local port, for one request at a time."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
@@ -46,7 +46,7 @@ class Wire:
         self._socket.close()
 
     def ask(self, request: bytes) -> Answer:
-        """Send and read to the end. Raises WireError, OSError."""
+        """Send the request and read the whole response. Raises WireError, OSError."""
         began = time.perf_counter()
         self._socket.sendall(request)
         data, first = b"", 0.0
@@ -62,7 +62,7 @@ class Wire:
         return Answer(int(head[9:12]), head, body, first or took, took)
 
     def ask_well(self, request: bytes) -> Answer:
-        """As `ask`; raises WireError for every status but 200."""
+        """As `ask`, but raises WireError for every status except 200."""
         answer = self.ask(request)
         if answer.status != 200:
             raise WireError(f"status {answer.status}: {answer.body[:300]!r}")
@@ -70,7 +70,7 @@ class Wire:
 
 
 def is_whole(data: bytes | bytearray) -> bool:
-    """Whether one whole answer is here, by its length or its last chunk."""
+    """Whether `data` holds one complete response, by its length or its last chunk."""
     end = data.find(b"\r\n\r\n")
     if end < 0:
         return False
@@ -81,12 +81,12 @@ def is_whole(data: bytes | bytearray) -> bool:
 
 
 def get(path: str, **headers: str) -> bytes:
-    """The bytes of a GET; underscores in the names of headers stand for dashes."""
+    """The bytes of a GET request; underscores in header names stand for dashes."""
     return _head("GET", path, headers) + b"\r\n"
 
 
 def post(path: str, body: object = None, **headers: str) -> bytes:
-    """The bytes of a POST with a JSON body."""
+    """The bytes of a POST request with a JSON body."""
     data = b"" if body is None else json.dumps(body).encode()
     headers = {"Content_Type": "application/json", **headers, "Content_Length": str(len(data))}
     return _head("POST", path, headers) + b"\r\n" + data

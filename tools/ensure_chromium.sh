@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs Debian's Chromium for the browser tests, where none is there yet.
+# Install Debian's Chromium for the browser tests, if no Chromium is installed yet.
 set -eu
 for name in chromium chromium-browser google-chrome; do
     if command -v "$name" >/dev/null 2>&1; then exit 0; fi

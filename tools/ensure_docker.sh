@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what the tests of containers need from Debian, where it is missing: the Docker engine (they run a daemon of
-# their own, which needs ps to list the processes of a container), Compose, and what the app's image is made of.
+# Install missing Debian packages for the container tests: the Docker engine (the tests run a daemon of
+# their own, which needs ps to list the processes of a container), Compose, and what the app's image is built from.
 set -eu
 PATH="$PATH:/usr/sbin:/sbin"
 missing=""

