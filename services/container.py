@@ -23,7 +23,7 @@ from services.downloads.ollama.registry import Registries
 from services.downloads.ollama.updates import UpdateCheck
 from services.downloads.queue import DownloadQueue
 from services.engines.child_logs import LogWatch
-from services.engines.containers.docker_runtime import DockerRuntime
+from services.engines.containers.port import ContainerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.llamacpp.folder import ModelFolder
 from services.engines.ollama.engine import Ollama
@@ -255,7 +255,7 @@ def _vllm(settings: Settings, devices: DeviceMonitor, hub: HubProcess, owner: st
     hub_cache = settings.hub_cache_dir.expanduser()
     passed_on = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
     return Vllm(
-        DockerRuntime(settings.docker_host),
+        lambda: _docker(settings.docker_host),
         VllmSettings(
             image=settings.vllm_image,
             owner=owner,
@@ -270,6 +270,12 @@ def _vllm(settings: Settings, devices: DeviceMonitor, hub: HubProcess, owner: st
         gpu_bytes=_gpu_bytes_now(devices),
         settle=devices.settle,
     )
+
+
+def _docker(host: str | None) -> ContainerRuntime:
+    from services.engines.containers.docker_runtime import DockerRuntime  # see Vllm for why only now
+
+    return DockerRuntime(host)
 
 
 def _ollama_environment(settings: Settings, downloads: DownloadQueue) -> dict[str, str]:

@@ -67,7 +67,9 @@ def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., 
             environment={"HF_HUB_OFFLINE": "1"},
         )
         weights = VllmWeights(tmp_path / "hub", HubProcess())
-        engine = Vllm(DockerRuntime(docker.host), settings, weights, readings=lambda: [on], gpu_bytes=_gpu_bytes)
+        engine = Vllm(
+            lambda: DockerRuntime(docker.host), settings, weights, readings=lambda: [on], gpu_bytes=_gpu_bytes
+        )
         for listed in models:
             engine.describe(listed)
         engine.prepare()

@@ -48,7 +48,7 @@ class TestRealVllm(EngineConformance):
         shm_bytes = SHM_GB * 10**9
         settings = VllmSettings(REAL_IMAGE, "test", tmp_path / "hub", tmp_path / "compiled", shm_bytes=shm_bytes)
         weights = VllmWeights(tmp_path / "hub", HubProcess())
-        engine = Vllm(DockerRuntime(docker.host), settings, weights, readings=lambda: [HOST])
+        engine = Vllm(lambda: DockerRuntime(docker.host), settings, weights, readings=lambda: [HOST])
         good, other, damaged = model("tiny-a"), model("tiny-b"), model("damaged")
 
         def end(instance: Instance) -> None:

@@ -93,7 +93,8 @@ class Weights(Protocol):
 class Vllm:
     """`readings` gives this machine's devices, GPUs first. `settle` waits until a device's free memory stands still.
 
-    The runtime is only touched when a vLLM model is listed.
+    `runtime` makes what runs the containers, once, when a vLLM model first needs it: the import of Docker's client is a
+    tenth of the app's start, which nobody without such a model has to wait for.
     """
 
     name = "vllm"
@@ -101,7 +102,7 @@ class Vllm:
 
     def __init__(
         self,
-        runtime: ContainerRuntime,
+        runtime: Callable[[], ContainerRuntime],
         settings: VllmSettings,
         weights: Weights,
         *,
@@ -109,7 +110,9 @@ class Vllm:
         gpu_bytes: GpuHeld = lambda _device, _pids: 0,
         settle: Callable[[str], None] = lambda _device: None,
     ) -> None:
-        self._runtime = runtime
+        self._make_runtime = runtime
+        self._made_runtime: ContainerRuntime | None = None
+        self._making = threading.Lock()
         self._settings = settings
         self._weights = weights
         self._readings = readings
@@ -190,7 +193,15 @@ class Vllm:
         self._stopped.set()
         if self._watch.is_alive():
             self._watch.join(CLOSE_SECONDS)  # a look under way would open what is closed here
-        self._runtime.close()
+        if self._made_runtime is not None:
+            self._made_runtime.close()
+
+    @property
+    def _runtime(self) -> ContainerRuntime:
+        with self._making:
+            if self._made_runtime is None:
+                self._made_runtime = self._make_runtime()
+            return self._made_runtime
 
     def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
         instance = VllmInstance(
