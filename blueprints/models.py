@@ -17,6 +17,7 @@ from services.downloads.download import Download
 from services.downloads.library import Deletion, Recommended
 from services.status import ModelStatus
 from services.switching.events import SwitchView
+from services.switching.jobs import SwitchOptions
 from services.switching.plan import Plan, Unload
 from services.text import listed
 
@@ -177,9 +178,8 @@ def switch() -> Response:
         wary = services().settings.confirm_before_unload and bool(preview.unload)
         if preview.abandons or wary or not preview.plan.feasible:
             return _ask(preview, activate)
-    services().switcher.switch(
-        target, requested_by=client_name(), replace="cancel", confirm=True, activate=activate == "yes"
-    )
+    options = SwitchOptions(confirm=True, activate=activate == "yes")
+    services().switcher.switch(target, requested_by=client_name(), options=options)
     return done(live.status.version)
 
 

@@ -55,8 +55,9 @@ from services.store.repository import (
     NoteRepository,
     open_store,
 )
+from services.switching.context import SwitchingContext
 from services.switching.events import Board
-from services.switching.jobs import SwitchError
+from services.switching.jobs import SwitchError, SwitchOptions
 from services.switching.learning import Learned
 from services.switching.planner import Planner
 from services.switching.reconciler import FIRST_LOOK_SECONDS
@@ -120,7 +121,8 @@ class Services:
         if self.board.current.instances:
             return
         try:
-            self.switcher.switch(model_id, requested_by="preload", auto_unload=False, activate=False)
+            options = SwitchOptions(auto_unload=False, activate=False)
+            self.switcher.switch(model_id, requested_by="preload", options=options)
         except (UnknownModel, SwitchError) as error:
             log.warning("the model to preload can't be loaded", model=model_id, reason=str(error))
 
@@ -182,10 +184,9 @@ def build_services(settings: Settings) -> Services:
     catalog.on_change(board.publish)
     catalog.keep_listed(lambda: [view.entry for view in board.current.instances.values()])
     learned = Learned(DeferredLoads(LoadRepository(store), writes))
-    planner = Planner(settings, board, catalog, engines, devices, learned, Threads())
-    switcher = Switcher(
-        settings, board, catalog, engines, planner, learned, notes, check_state=lambda: _check_state(settings)
-    )
+    context = SwitchingContext(settings, board, catalog, engines, Threads())
+    planner = Planner(context, devices, learned)
+    switcher = Switcher(context, planner, learned, notes, check_state=lambda: _check_state(settings))
     downloads = _downloads(settings, store, registry, hub, ollama, catalog)
     updates = UpdateCheck(
         ollama.installed,

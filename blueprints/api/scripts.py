@@ -13,7 +13,7 @@ from services.env_file import EnvFileError
 from services.restart import RestartRefused
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchView
-from services.switching.jobs import Job
+from services.switching.jobs import Job, SwitchOptions
 
 bp = Blueprint("scripts", __name__)
 
@@ -98,7 +98,8 @@ def switch_ollama_model() -> Response:
     old, target = _ollama_model_in_use(before), before.model(model.id)
     was_loaded = target is not None and target.state == "running"
     instead_of = old if old != model.id else None
-    job = found.switcher.switch(model.id, requested_by=client_name(), instead_of=instead_of)
+    options = SwitchOptions(instead_of=instead_of)
+    job = found.switcher.switch(model.id, requested_by=client_name(), options=options)
     if not job.wait_done(found.settings.longest_switch_seconds):
         raise ApiError("engine_timeout", f"{model.id} was not ready in time.")
     if job.error is not None:

@@ -26,7 +26,7 @@ from blueprints.web import (
     wants_event_stream,
 )
 from services.config import Strategy
-from services.switching.jobs import Job, Replace
+from services.switching.jobs import Job, Replace, SwitchOptions
 
 bp = Blueprint("switching", __name__, url_prefix="/v1/models")
 _EVENT_NUMBER = re.compile(r"[0-9]{1,18}")
@@ -83,8 +83,7 @@ def switch() -> Response:
         body.target_model,
         requested_by=client_name(),
         replace=body.replace,
-        strategy=body.strategy,
-        confirm=body.confirm,
+        options=SwitchOptions(strategy=body.strategy, confirm=body.confirm),
     )
     if wants_event_stream():
         return sse(_events(job))
@@ -134,9 +133,8 @@ def plan() -> Response:
 @documented(errors=SWITCH_ERRORS)
 def start(model_id: str) -> Response:
     """Load a model, without unloading another for it."""
-    job = services().switcher.switch(
-        model_id, requested_by=client_name(), replace="queue", auto_unload=False, activate=False
-    )
+    options = SwitchOptions(auto_unload=False, activate=False)
+    job = services().switcher.switch(model_id, requested_by=client_name(), replace="queue", options=options)
     return _answer(job, wait=False)
 
 

@@ -11,7 +11,7 @@ from services.catalog import Catalog, UnknownModel
 from services.config import Settings
 from services.scheduling import Scheduler, Threads
 from services.switching.events import Board, InstanceView
-from services.switching.jobs import Job, SwitchError
+from services.switching.jobs import Job, SwitchError, SwitchOptions
 from services.switching.switcher import Switcher
 
 AUTO = "auto"
@@ -161,9 +161,8 @@ class Router:
         """Ask for a switch, once more if the model is unloaded before there was a place at it."""
         deadline = self._scheduler.now() + self._settings.queue_timeout_seconds
         while self._scheduler.now() < deadline:
-            job = self._switcher.switch(
-                model_id, requested_by="request", replace="queue", activate=False, lasting=False
-            )
+            options = SwitchOptions(activate=False, lasting=False)
+            job = self._switcher.switch(model_id, requested_by="request", replace="queue", options=options)
             try:
                 self._wait_done(job, deadline, client_left)
             finally:  # a client that left causes no switch

@@ -39,16 +39,13 @@ class JobEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked for.
+class SwitchOptions:
+    """How a switch is to be made; None leaves a choice to the settings.
 
-    `activate`: requests for "auto" go to the target afterwards. `instead_of` is unloaded for it in any case.
-    `lasting`: it stands even when everyone who waits for it has left.
+    `activate`: requests for "auto" go to the target afterwards. `instead_of` names a model that is unloaded for it even
+    where there is room for both. What isn't `lasting` is dropped once everyone who asked for it has withdrawn.
     """
 
-    kind: Literal["switch", "stop", "restart", "remove"]
-    model: str
-    requested_by: str
     strategy: Strategy | None = None
     confirm: bool | None = None
     auto_unload: bool | None = None
@@ -56,12 +53,8 @@ class Request:
     instead_of: str | None = None
     lasting: bool = True
 
-    @property
-    def switches(self) -> bool:
-        return self.kind in ("switch", "restart")
-
-    def joined(self, other: Request) -> Request:
-        """Both requests in one: for the same model, with the rights and wishes of either."""
+    def joined(self, other: SwitchOptions) -> SwitchOptions:
+        """Both in one, with the rights and wishes of either."""
         return replace(
             self,
             strategy=other.strategy or self.strategy,
@@ -71,6 +64,27 @@ class Request:
             instead_of=other.instead_of or self.instead_of,
             lasting=self.lasting or other.lasting,
         )
+
+
+SWITCH_DEFAULTS = SwitchOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for."""
+
+    kind: Literal["switch", "stop", "restart", "remove"]
+    model: str
+    requested_by: str
+    options: SwitchOptions = SWITCH_DEFAULTS
+
+    @property
+    def switches(self) -> bool:
+        return self.kind in ("switch", "restart")
+
+    def joined(self, other: Request) -> Request:
+        """Both requests in one, for the same model."""
+        return replace(self, options=self.options.joined(other.options))
 
 
 @dataclass(eq=False)
@@ -175,7 +189,7 @@ class Job:
         with self._changed:
             if (ours.kind, ours.model) != (request.kind, request.model) or self.sealed or self.cancelled or self.done:
                 return False
-            if self.touched and request.instead_of not in (None, ours.instead_of):
+            if self.touched and request.options.instead_of not in (None, ours.options.instead_of):
                 return False
             self.request = ours.joined(request)
             return True

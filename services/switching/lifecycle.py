@@ -6,7 +6,7 @@ it through the job's token, which has the instance stopped: every step is left b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from threading import Lock
 from types import TracebackType
 from typing import Protocol
@@ -14,10 +14,10 @@ from typing import Protocol
 import structlog
 
 from services.abort import Abort, Aborted
-from services.config import Settings
 from services.engines.port import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model, Need
 from services.scheduling import Scheduler
 from services.store.records import LoadRecord
+from services.switching.context import SwitchingContext
 from services.switching.fleet import Fleet
 from services.switching.jobs import Job
 from services.switching.learning import Learned, load_key
@@ -48,22 +48,20 @@ class Lifecycle:
 
     def __init__(
         self,
-        settings: Settings,
-        scheduler: Scheduler,
+        context: SwitchingContext,
         mailbox: Mailbox,
         fleet: Fleet,
         planner: Planner,
         learned: Learned,
-        engines: Mapping[str, Engine],
         on_exit: Callable[[Instance, Exit], None],
     ) -> None:
-        self._settings = settings
-        self._scheduler = scheduler
+        self._settings = context.settings
+        self._scheduler = context.scheduler
         self._mailbox = mailbox
         self._fleet = fleet
         self._planner = planner
         self._learned = learned
-        self._engines = engines
+        self._engines = context.engines
         self._on_exit = on_exit
 
     def fetch(self, job: Job, model: Model, story: Narrator, slot: Slot) -> bool:

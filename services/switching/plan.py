@@ -97,6 +97,24 @@ class Alternative:
     need: Need
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory as measured: free and in all on the target's device, and free on the host, for what is put to sleep."""
+
+    available_bytes: int
+    total_bytes: int
+    host_available_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadRules:
+    """What may be unloaded, and in which order. `instead_of` names a model that is unloaded in any case."""
+
+    strategy: Strategy
+    auto_unload: bool = True
+    instead_of: str | None = None
+
+
 Rank = Callable[[Loaded], tuple[float, ...]]
 
 _RANKS: dict[Strategy, Rank] = {
@@ -110,31 +128,27 @@ _RANKS: dict[Strategy, Rank] = {
 def make_plan(
     target: str,
     need: Need,
-    *,
-    available_bytes: int,
-    total_bytes: int,
+    room: Room,
     loaded: Sequence[Loaded],
-    strategy: Strategy,
+    rules: UnloadRules,
+    *,
     load_seconds: float | None = None,
-    auto_unload: bool = True,
-    instead_of: str | None = None,
     others: Sequence[Alternative] = (),
-    host_available_bytes: int = 0,
 ) -> Plan:
     """Choose what to unload so that `need` fits.
 
     Models that answer somebody right now go last, those asleep first; those that must stay, never. What was chosen
-    first but turned out not to be needed is kept after all, so that no plan unloads more than it has to. `instead_of`
-    goes in any case. What goes is put to sleep where that frees enough too, and fits into `host_available_bytes`.
+    first but turned out not to be needed is kept after all, so that no plan unloads more than it has to. What goes is
+    put to sleep where that frees enough too, and the host has room for it.
     """
     device = need.device
     candidates = [m for m in loaded if (m.device == device or m.held_on(device)) and m.model != target]
-    may_go = [m for m in candidates if _keeps(m, auto_unload) is None]
-    may_go.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[strategy](m), m.model))
+    may_go = [m for m in candidates if _keeps(m, rules.auto_unload) is None]
+    may_go.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[rules.strategy](m), m.model))
     freeable = sum(m.held_on(device) for m in may_go)
-    short = need.bytes - available_bytes
+    short = need.bytes - room.available_bytes
     feasible = short <= freeable
-    named = [m for m in loaded if m.model == instead_of != target and m.keep is None]
+    named = [m for m in loaded if m.model == rules.instead_of != target and m.keep is None]
     rest = [m for m in may_go if m not in named]
     freed = sum(m.held_on(device) for m in named)
     chosen = [*named, *_enough(rest, short - freed, device)] if feasible else []
@@ -145,13 +159,13 @@ def make_plan(
         device=device,
         required_bytes=need.bytes,
         memory_basis=need.basis,
-        available_bytes=available_bytes,
-        total_bytes=total_bytes,
+        available_bytes=room.available_bytes,
+        total_bytes=room.total_bytes,
         freeable_bytes=freeable,
-        unload=tuple(_unloads(chosen, device, spare, host_available_bytes)),
-        blocked_by=tuple(_blocked(candidates, auto_unload)) if not feasible else (),
+        unload=tuple(_unloads(chosen, device, spare, room.host_available_bytes)),
+        blocked_by=tuple(_blocked(candidates, rules.auto_unload)) if not feasible else (),
         estimated_seconds=None if load_seconds is None else load_seconds + sum(m.drain_seconds for m in chosen),
-        alternatives=() if feasible else _alternatives(target, need, available_bytes + freeable, others),
+        alternatives=() if feasible else _alternatives(target, need, room.available_bytes + freeable, others),
     )
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import structlog
 
-from services.catalog import Catalog
-from services.config import Settings, Strategy
-from services.engines.port import HOST_DEVICE, Engine, EngineError, Model, Need
+from services.config import Strategy
+from services.engines.port import HOST_DEVICE, EngineError, Model, Need
 from services.memory.ledger import Account, Holding, Reading, account, holdings_of
-from services.scheduling import Scheduler
-from services.switching.events import Board, InstanceView, Snapshot
+from services.switching.context import SwitchingContext
+from services.switching.events import InstanceView, Snapshot
 from services.switching.learning import Learned
-from services.switching.plan import Alternative, Loaded, Plan, make_plan
+from services.switching.plan import Alternative, Loaded, Plan, Room, UnloadRules, make_plan
 from services.switching.progress import History
 from services.switching.traffic import Traffic
 
@@ -35,23 +34,14 @@ class Devices(Protocol):
 class Planner:
     """Answers what a switch would do. Changes nothing; safe from any thread."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        board: Board,
-        catalog: Catalog,
-        engines: Mapping[str, Engine],
-        devices: Devices,
-        learned: Learned,
-        scheduler: Scheduler,
-    ) -> None:
-        self._settings = settings
-        self._board = board
-        self._catalog = catalog
-        self._engines = engines
+    def __init__(self, context: SwitchingContext, devices: Devices, learned: Learned) -> None:
+        self._settings = context.settings
+        self._board = context.board
+        self._catalog = context.catalog
+        self._engines = context.engines
         self._devices = devices
         self._learned = learned
-        self._scheduler = scheduler
+        self._scheduler = context.scheduler
 
     def plan(
         self,
@@ -79,15 +69,15 @@ class Planner:
         return make_plan(
             model.id,
             need if already is None else _rest_of(need, already),
-            available_bytes=ledger.available_bytes,
-            total_bytes=ledger.total_bytes,
-            loaded=[self._loaded(view, snapshot, loads_give_way) for view in others],
-            strategy=strategy or self._settings.strategy,
+            Room(
+                available_bytes=ledger.available_bytes,
+                total_bytes=ledger.total_bytes,
+                host_available_bytes=self._account(HOST_DEVICE, holdings).available_bytes,
+            ),
+            [self._loaded(view, snapshot, loads_give_way) for view in others],
+            UnloadRules(strategy or self._settings.strategy, auto, instead_of),
             load_seconds=self.load_seconds(model) if already is None or already.state == "asleep" else 0.0,
-            auto_unload=auto,
-            instead_of=instead_of,
             others=list(self._alternatives()),
-            host_available_bytes=self._account(HOST_DEVICE, holdings).available_bytes,
         )
 
     def account(self, device: str, holdings: Sequence[Holding]) -> Account:

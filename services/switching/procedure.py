@@ -6,17 +6,16 @@ asks anew where a model stands after each step that takes time: another client, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
 
 from services.abort import Abort, Aborted
-from services.catalog import Catalog, UnknownModel
-from services.config import Settings
-from services.engines.port import Engine, EngineError, LoadFailed, Model
-from services.scheduling import Scheduler, pause
-from services.switching.events import Board
+from services.catalog import UnknownModel
+from services.engines.port import EngineError, LoadFailed, Model
+from services.scheduling import pause
+from services.switching.context import SwitchingContext
 from services.switching.fleet import Fleet
 from services.switching.jobs import Ending, Job, Outcome, SwitchError
 from services.switching.lifecycle import Lifecycle, Slot
@@ -38,29 +37,25 @@ class Procedure:
 
     def __init__(
         self,
-        settings: Settings,
-        scheduler: Scheduler,
+        context: SwitchingContext,
         mailbox: Mailbox,
         fleet: Fleet,
-        board: Board,
         planner: Planner,
         lifecycle: Lifecycle,
         reconciler: Reconciler,
-        catalog: Catalog,
-        engines: Mapping[str, Engine],
         slot: Slot,
         check_state: Callable[[], None],
     ) -> None:
-        self._settings = settings
-        self._scheduler = scheduler
+        self._settings = context.settings
+        self._scheduler = context.scheduler
         self._mailbox = mailbox
         self._fleet = fleet
-        self._board = board
+        self._board = context.board
         self._planner = planner
         self._lifecycle = lifecycle
         self._reconciler = reconciler
-        self._catalog = catalog
-        self._engines = engines
+        self._catalog = context.catalog
+        self._engines = context.engines
         self._slot = slot
         self._check_state = check_state
 
@@ -149,14 +144,14 @@ class Procedure:
 
     def _use(self, job: Job) -> None:
         """A message: the target answers; whether it is the active one is asked now, since others may have joined."""
-        if job.request.activate:
+        if job.request.options.activate:
             self._fleet.activate(job.target)
         else:
             self._fleet.fall_to(job.target)
 
     def _displaced(self, job: Job) -> str | None:
         """The model that is to go for the target in any case, if it is loaded."""
-        instead_of = job.request.instead_of
+        instead_of = job.request.options.instead_of
         view = self._board.current.instances.get(instead_of) if instead_of != job.target and instead_of else None
         return view.model if view is not None else None
 
@@ -181,12 +176,13 @@ class Procedure:
         """What has to be done; made anew when somebody joins who may do more. Raises SwitchError."""
         while True:
             request = job.request
+            options = request.options
             self._reconciler.measure()
             plan = self._planner.plan(
                 model,
-                request.strategy,
-                request.auto_unload,
-                instead_of=request.instead_of,
+                options.strategy,
+                options.auto_unload,
+                instead_of=options.instead_of,
                 loads_give_way=loads_give_way,
             )
             job.plan = plan
@@ -199,7 +195,7 @@ class Procedure:
     def _objection(self, job: Job, plan: Plan) -> SwitchError | None:
         if not plan.feasible:
             return SwitchError("insufficient_memory", refusal(plan), plan=plan)
-        if plan.unload and self._settings.confirm_before_unload and not job.request.confirm:
+        if plan.unload and self._settings.confirm_before_unload and not job.request.options.confirm:
             names = ", ".join(u.model for u in plan.unload)
             words = f"Loading {plan.target} would unload {names}. Confirm it."
             return SwitchError("confirmation_required", words, plan=plan)
@@ -207,7 +203,8 @@ class Procedure:
 
     def _unload_for_restart(self, job: Job, story: Narrator) -> None:
         """Make way for the same model; it becomes the active one again only if it was."""
-        job.request = replace(job.request, activate=job.chain.active == job.target)
+        options = replace(job.request.options, activate=job.chain.active == job.target)
+        job.request = replace(job.request, options=options)
         if self._standing(self._catalog.get(job.target)) == "absent":
             return
         self._drain_and_unload(job, story, job.target)

@@ -6,15 +6,13 @@ engine is looked at in a greenlet of its own, so that one that hangs delays no o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import structlog
 
-from services.catalog import Catalog
 from services.engines.port import Endpoint, Engine, EngineError, Exit, Instance, Model
-from services.scheduling import Scheduler
-from services.switching.events import Board
+from services.switching.context import SwitchingContext
 from services.switching.fleet import Fleet
 from services.switching.mailbox import Mailbox, MailboxClosed
 from services.switching.member import read
@@ -34,27 +32,19 @@ class Reconciler:
     """Looks at every engine, each second. `on_exit` is told when an adopted instance ends by itself."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        mailbox: Mailbox,
-        fleet: Fleet,
-        board: Board,
-        catalog: Catalog,
-        engines: Mapping[str, Engine],
-        planner: Planner,
-        on_exit: OnExit,
+        self, context: SwitchingContext, mailbox: Mailbox, fleet: Fleet, planner: Planner, on_exit: OnExit
     ) -> None:
-        self._scheduler = scheduler
+        self._scheduler = context.scheduler
         self._mailbox = mailbox
         self._fleet = fleet
-        self._board = board
-        self._catalog = catalog
-        self._engines = engines
+        self._board = context.board
+        self._catalog = context.catalog
+        self._engines = context.engines
         self._planner = planner
         self._on_exit = on_exit
-        self._changed = scheduler.condition()
+        self._changed = context.scheduler.condition()
         self._stopped = False
-        self._unseen = set(engines)
+        self._unseen = set(context.engines)
         self._adopting: set[str] = set()
         self._silent: set[str] = set()
         """What is loaded but doesn't answer yet, which has been said."""

@@ -7,19 +7,18 @@ message, or reads the snapshot on the board. A slow load, a hanging driver or a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import structlog
 
-from services.catalog import Catalog, UnknownModel
-from services.config import Settings, Strategy
-from services.engines.port import Engine, Exit, Instance
-from services.scheduling import Scheduler, Threads
+from services.catalog import UnknownModel
+from services.config import Strategy
+from services.engines.port import Exit, Instance
 from services.switching.agenda import Agenda, Turn
-from services.switching.events import Board
+from services.switching.context import SwitchingContext
 from services.switching.fleet import Fleet, Notes
-from services.switching.jobs import Ending, Job, Replace, Request, SwitchError
+from services.switching.jobs import SWITCH_DEFAULTS, Ending, Job, Replace, Request, SwitchError, SwitchOptions
 from services.switching.learning import Learned
 from services.switching.lifecycle import Lifecycle
 from services.switching.mailbox import Mailbox, MailboxClosed
@@ -41,19 +40,15 @@ class Switcher:
 
     def __init__(
         self,
-        settings: Settings,
-        board: Board,
-        catalog: Catalog,
-        engines: Mapping[str, Engine],
+        context: SwitchingContext,
         planner: Planner,
         learned: Learned,
         notes: Notes,
-        scheduler: Scheduler | None = None,
         check_state: Callable[[], None] = lambda: None,
     ) -> None:
-        self._scheduler = scheduler or Threads()
-        self._board = board
-        self._catalog = catalog
+        self._scheduler = context.scheduler
+        self._board = context.board
+        self._catalog = context.catalog
         self._planner = planner
         self._fleet = Fleet(self._scheduler, notes)
         self._mailbox = Mailbox(self._scheduler, self._after_each)
@@ -62,33 +57,18 @@ class Switcher:
         self._closing = False
         self._started = False
         self._idle = self._scheduler.condition()
-        self._reconciler = Reconciler(
-            self._scheduler, self._mailbox, self._fleet, board, catalog, engines, planner, self._report_exit
-        )
+        self._reconciler = Reconciler(context, self._mailbox, self._fleet, planner, self._report_exit)
         self._watchdog = Watchdog(
             self._scheduler,
             self._mailbox,
             self._fleet,
-            settings.unresponsive_seconds,
+            context.settings.unresponsive_seconds,
             self._report_exit,
             self._load_again,
         )
-        lifecycle = Lifecycle(
-            settings, self._scheduler, self._mailbox, self._fleet, planner, learned, engines, self._report_exit
-        )
+        lifecycle = Lifecycle(context, self._mailbox, self._fleet, planner, learned, self._report_exit)
         self._procedure = Procedure(
-            settings,
-            self._scheduler,
-            self._mailbox,
-            self._fleet,
-            board,
-            planner,
-            lifecycle,
-            self._reconciler,
-            catalog,
-            engines,
-            self,
-            check_state,
+            context, self._mailbox, self._fleet, planner, lifecycle, self._reconciler, self, check_state
         )
 
     def start(self) -> None:
@@ -118,24 +98,14 @@ class Switcher:
         *,
         requested_by: str,
         replace: Replace = "cancel",
-        strategy: Strategy | None = None,
-        confirm: bool | None = None,
-        auto_unload: bool | None = None,
-        activate: bool = True,
-        instead_of: str | None = None,
-        lasting: bool = True,
+        options: SwitchOptions = SWITCH_DEFAULTS,
     ) -> Job:
         """Ask for a model to be made ready; returns the job, which may be one under way for the same model.
-
-        `instead_of` names a model to unload for it even where there is room for both. What isn't `lasting` is dropped
-        once everyone who asked for it has called `withdraw`.
 
         Raises UnknownModel, and SwitchError `switch_in_progress` when `replace` is "refuse" and one is.
         """
         model_id = self._catalog.get(model_id).id
-        request = Request(
-            "switch", model_id, requested_by, strategy, confirm, auto_unload, activate, instead_of, lasting
-        )
+        request = Request("switch", model_id, requested_by, options)
         objection = None
         if replace == "cancel" and (current := self.job()) is not None and current.target != model_id:
             objection = self._procedure.refusal(Job(request, self._scheduler))
@@ -240,7 +210,7 @@ class Switcher:
         return self._counted(job, request)
 
     def _counted(self, job: Job, request: Request) -> Job:
-        if not request.lasting:
+        if not request.options.lasting:
             job.askers += 1
         return job
 
@@ -287,7 +257,7 @@ class Switcher:
 
     def _withdraw(self, job: Job) -> None:
         job.askers -= 1
-        if job.askers <= 0 and not job.request.lasting and not job.done and not job.touched:
+        if job.askers <= 0 and not job.request.options.lasting and not job.done and not job.touched:
             self._cancel_job(job, "Nobody waits for it any more.")
 
     def _advance(self) -> None:
@@ -378,9 +348,8 @@ class Switcher:
     def _load_again(self, model_id: str, activate: bool) -> None:
         """Load a model that was ended because it did not respond, where nothing has to be unloaded for it."""
         try:
-            self.switch(
-                model_id, requested_by="watchdog", replace="queue", auto_unload=False, activate=activate, lasting=True
-            )
+            options = SwitchOptions(auto_unload=False, activate=activate)
+            self.switch(model_id, requested_by="watchdog", replace="queue", options=options)
         except (SwitchError, UnknownModel) as error:
             log.warning("a model can't be loaded again", model=model_id, reason=str(error))
 

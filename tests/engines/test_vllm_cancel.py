@@ -13,7 +13,7 @@ import pytest
 from services.engines.containers.port import Container, ContainerSpec
 from services.engines.port import Exit, LoadFailed, Model
 from services.engines.vllm.engine import Leftover
-from services.engines.vllm.instance import VllmInstance
+from services.engines.vllm.instance import Host, VllmInstance
 
 PATIENCE = 10.0
 
@@ -94,16 +94,14 @@ class StubRuntime:
 def launch(runtime: StubRuntime, exits: list[Exit]) -> VllmInstance:
     spec = ContainerSpec("name", "image", 8000)
     nothing: Mapping[str, object] = {}
-    return VllmInstance(
+    host = Host(
         runtime,  # type: ignore[arg-type]
-        Model("m", "vllm", "m", options=nothing),
-        spec,
-        "GPU-1",
-        exits.append,
-        lambda _device, _pids: 0,
-        lambda _device: runtime._step("settle"),
-        lambda _container: None,
+        gpu_bytes=lambda _device, _pids: 0,
+        settle=lambda _device: runtime._step("settle"),
+        on_end=lambda _container: None,
+        kept_asleep={},
     )
+    return VllmInstance(host, Model("m", "vllm", "m", options=nothing), spec, "GPU-1", exits.append)
 
 
 @pytest.mark.parametrize(

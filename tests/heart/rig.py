@@ -13,8 +13,9 @@ from services.engines.port import HOST_DEVICE, Model
 from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
+from services.switching.context import SwitchingContext
 from services.switching.events import Board, Snapshot
-from services.switching.jobs import Job, SwitchError
+from services.switching.jobs import Job, Replace, SwitchError, SwitchOptions
 from services.switching.learning import Learned
 from services.switching.planner import Planner
 from services.switching.switcher import Switcher
@@ -86,11 +87,9 @@ class Heart:
         self.catalog.keep_listed(lambda: [v.entry for v in self.board.current.instances.values()])
         learned = Learned(DeferredLoads(self.store, self.writes))
         notes = DeferredNotes(self.store, self.writes)
-        arguments = (self.settings, self.board, self.catalog, self.engines)
-        self.planner = Planner(*arguments, self.machine, learned, self.scheduler)
-        self.switcher = Switcher(
-            *arguments, self.planner, learned, notes, scheduler=self.scheduler, check_state=self._check_state
-        )
+        context = SwitchingContext(self.settings, self.board, self.catalog, self.engines, self.scheduler)
+        self.planner = Planner(context, self.machine, learned)
+        self.switcher = Switcher(context, self.planner, learned, notes, self._check_state)
         self.router = Router(self.settings, self.board, self.catalog, self.switcher, self.scheduler)
         self.wire = Wire(self.scheduler, self.settings.upstream_timeout_seconds, self._listens)
         self.relay = Relay(self.wire.silence, self.wire, lambda: self.board.current.origins)
@@ -160,8 +159,8 @@ class Heart:
     def states(self) -> dict[str, str]:
         return {m: view.state for m, view in self.now.instances.items()}
 
-    def switch(self, model_id: str, **options: Any) -> Job:
-        return self.switcher.switch(model_id, requested_by="test", **options)
+    def switch(self, model_id: str, *, replace: Replace = "cancel", **options: Any) -> Job:
+        return self.switcher.switch(model_id, requested_by="test", replace=replace, options=SwitchOptions(**options))
 
     def ready(self, model_id: str, **options: Any) -> Job:
         """Switch, and wait for the good end."""

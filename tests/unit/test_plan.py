@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.engines.port import Need, Rest
-from services.switching.plan import Alternative, Loaded, Plan, make_plan, refusal
+from services.switching.plan import Alternative, Loaded, Plan, Room, UnloadRules, make_plan, refusal
 
 STRATEGIES = ("largest_first", "oldest_first", "preserve_favorites", "cheapest_reload")
 GB = 10**9
@@ -32,13 +32,14 @@ loaded_models = st.lists(
 
 
 def plan_for(need: int, available: int, loaded: list[Loaded], **options: object) -> Plan:
-    options.setdefault("strategy", "largest_first")
+    rules = {name: options.pop(name) for name in ("strategy", "auto_unload", "instead_of") if name in options}
+    room = Room(available, 200 * GB, options.pop("host_available_bytes", 0))  # type: ignore[arg-type]
     return make_plan(
         "target",
         Need("gpu0", need, "declared"),
-        available_bytes=available,
-        total_bytes=200 * GB,
-        loaded=loaded,
+        room,
+        loaded,
+        UnloadRules(**{"strategy": "largest_first", **rules}),  # type: ignore[arg-type]
         **options,  # type: ignore[arg-type]
     )
 
@@ -115,11 +116,9 @@ def test_into_this_machines_memory_nobody_is_put_to_sleep():
     plan = make_plan(
         "target",
         Need("host", 6 * GB, "declared"),
-        available_bytes=0,
-        total_bytes=16 * GB,
-        loaded=[spilled],
-        strategy="largest_first",
-        host_available_bytes=16 * GB,
+        Room(0, 16 * GB, host_available_bytes=16 * GB),
+        [spilled],
+        UnloadRules("largest_first"),
     )
     assert [(u.model, u.frees_bytes, u.sleeps) for u in plan.unload] == [("spilled", 8 * GB, False)]
 

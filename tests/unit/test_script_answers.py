@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pytest
 
 from services.switching.events import Failure, LoadView
-from services.switching.jobs import Job, Outcome, Request
+from services.switching.jobs import Job, Outcome, Request, SwitchOptions
 from tests.support.in_process import InProcess, in_process
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
@@ -131,12 +131,12 @@ def test_a_model_that_is_being_unloaded_is_not_ready(console):
 
 def switch_in_ollama(
     console: InProcess, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, unloaded: list[str], target: str = B
-) -> tuple[dict[str, object], dict[str, object]]:
-    """The answer to a switch that ended so, and what the switcher was asked for beyond the model."""
-    asked: dict[str, object] = {}
+) -> tuple[dict[str, object], SwitchOptions]:
+    """The answer to a switch that ended so, and how the switcher was asked to make it."""
+    asked: list[SwitchOptions] = []
 
-    def switch(model_id: str, **options: object) -> Job:
-        asked.update(options)
+    def switch(model_id: str, *, options: SwitchOptions, **_: object) -> Job:
+        asked.append(options)
         job = Job(Request("switch", model_id, "api"))
         job.unloaded += unloaded
         job.load_seconds = 1.25 if outcome == "success" else None
@@ -146,7 +146,7 @@ def switch_in_ollama(
     monkeypatch.setattr(console.services.switcher, "switch", switch)
     response = console.client.post("/ollama/models/switch", json={"model": target})
     assert response.status_code == 200
-    return response.get_json(), asked
+    return response.get_json(), asked[0]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_the_model_in_use_is_what_goes(console, monkeypatch):
     """Even where both would fit, unless it is the very model that is asked for."""
     console.show(A, engine="ollama")
     _, asked = switch_in_ollama(console, monkeypatch, "success", [A])
-    assert asked["instead_of"] == A
+    assert asked.instead_of == A
     answer, asked = switch_in_ollama(console, monkeypatch, "already_loaded", [], target=A)
-    assert asked["instead_of"] is None
+    assert asked.instead_of is None
     assert (answer["old_model"], answer["new_model"], answer["load_seconds"]) == (A, A, 0.0)

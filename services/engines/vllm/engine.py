@@ -28,7 +28,7 @@ from services.engines.port import (
     OnExit,
     Report,
 )
-from services.engines.vllm.instance import GpuHeld, VllmInstance
+from services.engines.vllm.instance import Found, GpuHeld, Host, VllmInstance
 from services.engines.vllm.server import Condition, server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
@@ -41,14 +41,6 @@ FIRST_LOOK_SECONDS = 2.0
 
 Run = tuple[str, float | None]
 """One run of a container: its id and when it was started. The same container can run again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A container of ours that is ready, and whether the model in it sleeps."""
-
-    container: Container
-    asleep: bool
 
 
 @dataclass(slots=True)
@@ -204,20 +196,8 @@ class Vllm:
             return self._made_runtime
 
     def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
-        instance = VllmInstance(
-            self._runtime,
-            model,
-            self._spec(model),
-            self._device(model),
-            on_exit,
-            self._gpu_bytes,
-            self._settle,
-            self._note_end,
-            running=found.container if found is not None else None,
-            asleep=found is not None and found.asleep,
-            kept_asleep=self._kept_asleep.get(model.id),
-            on_sleep=partial(self._kept_asleep.__setitem__, model.id),
-        )
+        host = Host(self._runtime, self._gpu_bytes, self._settle, self._note_end, self._kept_asleep)
+        instance = VllmInstance(host, model, self._spec(model), self._device(model), on_exit, found)
         self._instances.add(instance)
         return instance
 

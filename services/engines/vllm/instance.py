@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -58,32 +59,49 @@ GpuHeld = Callable[[str, Collection[int]], int]
 """(device id, pids) to the bytes that those processes hold there, measured now; 0 when the driver doesn't say."""
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What every instance shares: what runs its container, and who measures its device.
+
+    `settle` waits until a device's free memory stands still; `on_end` is told of a container whose run is over.
+    `kept_asleep` holds the bytes that models were measured to keep of their GPU in their sleep, by id.
+    """
+
+    runtime: ContainerRuntime
+    gpu_bytes: GpuHeld
+    settle: Callable[[str], None]
+    on_end: Callable[[Container], None]
+    kept_asleep: MutableMapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A container of ours that is ready, and whether the model in it sleeps."""
+
+    container: Container
+    asleep: bool
+
+
 class VllmInstance:
-    """A model loading, loaded or being unloaded in a container of its own."""
+    """A model loading, loaded or being unloaded in a container of its own; with `found`, in one that runs already."""
 
     def __init__(
         self,
-        runtime: ContainerRuntime,
+        host: Host,
         model: Model,
         spec: ContainerSpec,
         device: str,
         on_exit: OnExit,
-        gpu_bytes: GpuHeld,
-        settle: Callable[[str], None],
-        on_end: Callable[[Container], None],
-        running: Container | None = None,
-        asleep: bool = False,
-        kept_asleep: int | None = None,
-        on_sleep: Callable[[int], None] = lambda _bytes: None,
+        found: Found | None = None,
     ) -> None:
         self.model = model
-        self._runtime = runtime
+        self._runtime = host.runtime
         self._spec = spec
         self._device = device
         self._on_exit = on_exit
-        self._gpu_bytes = gpu_bytes
-        self._settle = settle
-        self._on_end = on_end
+        self._gpu_bytes = host.gpu_bytes
+        self._settle = host.settle
+        self._on_end = host.on_end
         self._abort = Abort()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -92,16 +110,15 @@ class VllmInstance:
         self._starting = threading.Lock()
         self._log = VllmLog()
         self._news: list[Evidence] = []
-        self._container = running
+        self._container = found.container if found is not None else None
         self._stream: Stream[bytes] | None = None
         self._server: VllmServer | None = None
         self._usage: Usage | None = None
         self._tail = ""
-        self._asleep = asleep
-        self._kept_asleep = kept_asleep
-        self._on_sleep = on_sleep
-        if running is not None:
-            self._server = server_in(running, model.id)
+        self._asleep = found is not None and found.asleep
+        self._kept_asleep = host.kept_asleep
+        if found is not None:
+            self._server = server_in(found.container, model.id)
             threading.Thread(target=self._outlive, name="vllm-adopted", daemon=True).start()
 
     @property
@@ -170,7 +187,7 @@ class VllmInstance:
         weights = self._log.facts.weights_bytes or self.model.size_bytes
         if SLEEP_FLAG not in self._spec.command or not weights:
             return None
-        return Rest(self._kept_asleep or KEPT_ASLEEP, weights)
+        return Rest(self._kept_asleep.get(self.model.id, KEPT_ASLEEP), weights)
 
     def sleep(self, timeout: float) -> None:
         assert self._server is not None
@@ -179,8 +196,7 @@ class VllmInstance:
         self._asleep = True
         kept = self._measure()
         if kept is not None:  # what was measured before it slept must not be taken for what it keeps
-            self._kept_asleep = kept.bytes
-            self._on_sleep(kept.bytes)
+            self._kept_asleep[self.model.id] = kept.bytes
 
     def wake(self, report: Report, timeout: float) -> Endpoint:
         assert self._server is not None

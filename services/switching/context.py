@@ -1,0 +1,23 @@
+"""What the parts of switching share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.catalog import Catalog
+from services.config import Settings
+from services.engines.port import Engine
+from services.scheduling import Scheduler
+from services.switching.events import Board
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchingContext:
+    """Settings, models, engines by name, the board that all is published on, and what to wait and run with."""
+
+    settings: Settings
+    board: Board
+    catalog: Catalog
+    engines: Mapping[str, Engine]
+    scheduler: Scheduler
