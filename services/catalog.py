@@ -7,13 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-import structlog
-
 from services.config import ModelEntry
 from services.deleted_models import DeletedModels
 from services.engines.port import Engine, Model
-
-log = structlog.get_logger(__name__)
 
 GB = 1_000_000_000
 
@@ -113,29 +109,6 @@ class Catalog:
         self._aliases = MappingProxyType({alias: m.id for m in reversed(models.values()) for alias in m.aliases})
         self._models = MappingProxyType(models)
         return True
-
-
-class CatalogWatch:
-    """Looks for new, changed and removed models every `interval` seconds."""
-
-    def __init__(self, catalog: Catalog, interval: float = 2.0) -> None:
-        self._catalog = catalog
-        self._interval = interval
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="catalog-watch", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._interval):
-            try:
-                self._catalog.refresh()
-            except Exception:  # one odd answer of an engine must not end the watch
-                log.exception("the engines can't be asked for their models")
 
 
 def _uses_files_of(other: Model, model: Model) -> bool:

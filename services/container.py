@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.catalog import Catalog, CatalogWatch, UnknownModel
+from services.catalog import Catalog, UnknownModel
 from services.chats import Chats
 from services.config import Settings
 from services.deleted_models import DeletedModels
@@ -22,7 +22,6 @@ from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.registry import Registries
 from services.downloads.ollama.updates import UpdateCheck
 from services.downloads.queue import DownloadQueue
-from services.engines.child_logs import LogWatch
 from services.engines.containers.port import ContainerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.llamacpp.folder import ModelFolder
@@ -39,6 +38,7 @@ from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
 from services.offhub import off_hub
+from services.periodic import Periodic
 from services.providers.local_services import OllamaService, find_ollama
 from services.restart import Restart
 from services.scheduling import Threads
@@ -67,6 +67,10 @@ log = structlog.get_logger(__name__)
 
 START_LOOK_SECONDS = 2.0
 """How long the start waits at most for the first look at the engines."""
+CATALOG_SECONDS = 2.0
+"""Between two looks for new, changed and removed models."""
+PRUNE_SECONDS = 60.0
+"""Between two looks at the size and number of engines' logs."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,7 @@ class Services:
     engines: dict[str, Engine]
     folder: ModelFolder
     devices: DeviceMonitor
-    watch: CatalogWatch
-    log_watch: LogWatch
+    background: tuple[Periodic, ...]
     store: Store
     damaged: Damaged
     writes: DeferredWrites
@@ -97,7 +100,7 @@ class Services:
     compose: ComposeChoice
 
     def start(self) -> None:
-        """Begin to look after models: readings, the catalogue's watch, the switcher, the model to preload.
+        """Begin to look after models: readings, what is done regularly, the switcher, the model to preload.
 
         Returns once it is known what the engines have loaded, so that the first page after a restart doesn't say of
         a loaded model that it is stopped; an engine that is slow to tell holds nobody up for long.
@@ -106,8 +109,8 @@ class Services:
         self.ollama_service.start_watching()
         for engine in self.engines.values():
             engine.prepare()
-        self.watch.start()
-        self.log_watch.start()
+        for periodic in self.background:
+            periodic.start()
         self.switcher.start()
         self.downloads.start()
         self.updates.start()
@@ -135,8 +138,8 @@ class Services:
         self.board.close()
         self.chats.close()
         self.updates.stop()
-        self.watch.stop()
-        self.log_watch.stop()
+        for periodic in self.background:
+            periodic.stop()
         self.downloads.close()
         self.switcher.close(for_good=not self.restart.models_stay)
         self.relay.close()
@@ -211,8 +214,10 @@ def build_services(settings: Settings) -> Services:
         engines=engines,
         folder=folder,
         devices=devices,
-        watch=CatalogWatch(catalog),
-        log_watch=LogWatch(registry.prune_logs),
+        background=(
+            Periodic("look-for-models", catalog.refresh, CATALOG_SECONDS, first_seconds=CATALOG_SECONDS),
+            Periodic("prune-logs", lambda: off_hub(registry.prune_logs), PRUNE_SECONDS, first_seconds=PRUNE_SECONDS),
+        ),
         store=store,
         damaged=damaged,
         writes=writes,

@@ -7,20 +7,14 @@ be shortened under it: the child goes on at the new end.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import structlog
-
-from services.offhub import off_hub
 from services.state_folder import PRIVATE_FOLDER, private_opener
-
-log = structlog.get_logger(__name__)
 
 LONGEST_BYTES = 10_000_000
 """A longer log is cut to its last KEPT_BYTES."""
@@ -28,7 +22,6 @@ KEPT_BYTES = 1_000_000
 MOST_OF_A_KIND = 50
 """Logs kept of children that have ended, for each program; the oldest go first."""
 AGE_SECONDS = 7 * 86_400
-LOOK_SECONDS = 60.0
 TAIL_BYTES = 8_192
 CUT = b"[Switchyard cut off what was before this]\n"
 
@@ -67,29 +60,6 @@ class ChildLogs:
                 if number >= MOST_OF_A_KIND or written < oldest:
                     with suppress(OSError):
                         path.unlink()
-
-
-class LogWatch:
-    """Has logs pruned every `interval` seconds, in a thread beside the event loop: a disk may be slow."""
-
-    def __init__(self, prune: Callable[[], None], interval: float = LOOK_SECONDS) -> None:
-        self._prune = prune
-        self._interval = interval
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="log-watch", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._interval):
-            try:
-                off_hub(self._prune)
-            except OSError as error:
-                log.warning("logs of engines can't be pruned", error=str(error))
 
 
 def open_log(path: Path) -> BinaryIO:

@@ -20,6 +20,7 @@ import structlog
 from services.engines.port import HOST_DEVICE
 from services.memory.ledger import Reading
 from services.offhub import SharedCall
+from services.periodic import Periodic
 
 log = structlog.get_logger(__name__)
 
@@ -45,11 +46,10 @@ class DeviceMonitor:
         driver_seconds: float = DRIVER_SECONDS,
     ) -> None:
         self._budget_bytes = budget_bytes
-        self._interval = interval
         self._gpus = _Gpus(nvml, driver_seconds)
         self._readings: tuple[Reading, ...] = ()
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._sampling = Periodic("device-monitor", self.sample, interval)
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -86,22 +86,11 @@ class DeviceMonitor:
 
     def start(self) -> None:
         """Keep `readings` fresh until `stop`."""
-        self._stopping.clear()
-        self._thread = threading.Thread(target=self._watch, name="device-monitor", daemon=True)
-        self._thread.start()
+        self._sampling.start()
 
     def stop(self) -> None:
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(STOP_SECONDS)
-
-    def _watch(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                self.sample()
-            except Exception:
-                log.exception("the devices could not be read")
-            self._stopping.wait(self._interval)
+        self._sampling.stop(STOP_SECONDS)
 
 
 def _host(budget_bytes: int | None) -> Reading:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from services.engines import child_logs
-from services.engines.child_logs import AGE_SECONDS, CUT, ChildLogs, LogWatch, open_log, shorten, tail
+from services.engines.child_logs import AGE_SECONDS, CUT, ChildLogs, open_log, shorten, tail
 from services.engines.ollama.load import LoadObserver
 from services.engines.port import Evidence
 from tests.support.console import PATIENCE, wait_until
@@ -66,23 +65,6 @@ def test_old_logs_go(logs: ChildLogs) -> None:
     logs.prune({str(silent)})
     assert silent.exists()
     assert not gone.exists()
-
-
-def test_pruning_goes_on_after_it_failed() -> None:
-    """Such as on a disk that did not answer."""
-    again = threading.Event()
-    calls: list[int] = []
-
-    def prune() -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            raise OSError("no answer")
-        again.set()
-
-    watch = LogWatch(prune, interval=0.001)
-    watch.start()
-    assert again.wait(PATIENCE)
-    watch.stop()
 
 
 def test_a_load_is_followed_through_a_log_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

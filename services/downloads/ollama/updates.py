@@ -11,6 +11,7 @@ from services.downloads.fetcher import DownloadError
 from services.downloads.ollama.registry import Registries, fetch_manifest
 from services.engines.ollama.api import Installed
 from services.engines.ollama.names import OllamaName
+from services.periodic import Periodic
 
 log = structlog.get_logger(__name__)
 
@@ -31,12 +32,10 @@ class UpdateCheck:
     ) -> None:
         self._installed = installed
         self._registries = registries
-        self._every_seconds = every_seconds
-        self._first_seconds = first_seconds
+        self._enabled = every_seconds > 0
         self._checking = threading.Lock()
         self._newest: dict[str, str] = {}
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="update-check", daemon=True)
+        self._checks = Periodic("update-check", self.check, every_seconds, first_seconds=first_seconds)
 
     @property
     def available(self) -> frozenset[str]:
@@ -58,17 +57,8 @@ class UpdateCheck:
         return self.available
 
     def start(self) -> None:
-        if self._every_seconds:
-            self._thread.start()
+        if self._enabled:
+            self._checks.start()
 
     def stop(self) -> None:
-        self._stopped.set()
-
-    def _run(self) -> None:
-        pause = self._first_seconds
-        while not self._stopped.wait(pause):
-            try:
-                self.check()
-            except Exception:
-                log.exception("the check for newer versions failed")
-            pause = self._every_seconds
+        self._checks.stop()

@@ -32,6 +32,7 @@ from services.engines.vllm.instance import Found, GpuHeld, Host, VllmInstance
 from services.engines.vllm.server import Condition, server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
+from services.periodic import Periodic
 
 log = structlog.get_logger(__name__)
 
@@ -115,11 +116,9 @@ class Vllm:
         self._found: Mapping[str, Found] = {}
         self._over: set[Run] = set()
         self._kept_asleep: dict[str, int] = {}
-        self._looked = threading.Event()
         self._silent: Mapping[str, Container] = {}
         self._leftovers: dict[Run, Leftover] | None = None
-        self._stopped = threading.Event()
-        self._watch = threading.Thread(target=self._run, name="vllm-look", daemon=True)
+        self._watch = Periodic("vllm-look", self._look_if_possible, LOOK_SECONDS)
 
     def discover(self) -> Sequence[Model]:
         return ()  # a container runs what the settings list, nothing by itself
@@ -177,14 +176,12 @@ class Vllm:
         )
 
     def prepare(self) -> None:
-        if self._models and not self._watch.is_alive():
+        if self._models:
             self._watch.start()
-            self._looked.wait(FIRST_LOOK_SECONDS)  # what runs is known when the first request comes
+            self._watch.wait_called(FIRST_LOOK_SECONDS)  # what runs is known when the first request comes
 
     def close(self) -> None:
-        self._stopped.set()
-        if self._watch.is_alive():
-            self._watch.join(CLOSE_SECONDS)  # a look under way would open what is closed here
+        self._watch.stop(CLOSE_SECONDS)  # a look under way would open what is closed here
         if self._made_runtime is not None:
             self._made_runtime.close()
 
@@ -233,16 +230,11 @@ class Vllm:
         """0 where it is no GPU."""
         return next((r.total_bytes for r in self._readings() if r.id == device and r.kind == "gpu"), 0)
 
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._look()
-            except ContainerError as error:
-                log.info("the containers can't be looked at", reason=str(error))
-            except Exception:
-                log.exception("a look at the containers failed")
-            self._looked.set()
-            self._stopped.wait(LOOK_SECONDS)
+    def _look_if_possible(self) -> None:
+        try:
+            self._look()
+        except ContainerError as error:
+            log.info("the containers can't be looked at", reason=str(error))
 
     def _look(self) -> None:
         """Find the containers of ours that are ready, and those that may become so; end what nobody will adopt."""
