@@ -272,7 +272,7 @@ def updates_in_words(count: int) -> tuple[str, str]:
 def _look_ahead(live: Live, target: str) -> _Preview:
     """What a switch to `target` would do. One under way gives way to it, which is no unloading."""
     under_way = live.status.switch
-    plan = services().switcher.plan(target, loads_give_way=under_way is not None)
+    plan = services().switcher.plan(target, preempt_loads=under_way is not None)
     unload = tuple(u for u in plan.unload if under_way is None or u.model != under_way.to_model)
     return _Preview(live, plan, unload, live.asks_first(target))
 

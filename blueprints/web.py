@@ -25,8 +25,8 @@ from services.offhub import compute_off_hub
 from services.providers.local_services import ServiceError
 from services.store.errors import StoreError, StoreLocked
 from services.switching.jobs import SwitchError
-from services.switching.narrator import memory_figures
 from services.switching.plan import Plan
+from services.switching.reporter import memory_figures
 
 CSP = (
     "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "

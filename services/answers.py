@@ -36,7 +36,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Delta:
     """A piece of an answer: of what the model says, or of its `thought` before that.
 
     `so_far` says that all text before it was thought, too: some models tell only where their thoughts end.
@@ -44,7 +44,7 @@ class Piece:
 
     text: str
     thought: bool = False
-    so_far: bool = False
+    all_before: bool = False
 
 
 class ChatStream(Protocol):
@@ -62,7 +62,7 @@ class ChatStream(Protocol):
     def context_full(self) -> bool:
         """Whether the answer, which has come to its end, ended because nothing more fitted."""
 
-    def __iter__(self) -> Iterator[Piece]: ...
+    def __iter__(self) -> Iterator[Delta]: ...
 
 
 class Generator(Protocol):
@@ -88,7 +88,7 @@ class Answer:
         self._save = save
         self._clock = clock
         self._abort = Abort()
-        self._pieces: list[tuple[float, Piece]] = []
+        self._deltas: list[tuple[float, Delta]] = []
         """What has come since somebody looked, with the seconds from the first piece: joining each would take longer
         with every one of them."""
         self._first_at: float | None = None
@@ -98,9 +98,9 @@ class Answer:
     def message(self) -> Message:
         """The message as it is now."""
         with self._changed:
-            if self._pieces:
-                self._message = _with_pieces(self._message, self._pieces)
-                self._pieces = []
+            if self._deltas:
+                self._message = _append_deltas(self._message, self._deltas)
+                self._deltas = []
             return self._message
 
     def write(self, generator: Generator, model: str | None, prompt: Prompt) -> None:
@@ -109,7 +109,7 @@ class Answer:
             with generator.stream_chat(model, prompt, self._abort) as stream:
                 first = prompt.messages[stream.told_from].id if stream.told_from else None
                 if self._update(model=stream.model, told_from=first):
-                    self._take_in(stream)
+                    self._consume(stream)
                 self._update(context_full=stream.context_full)
                 self.finish("complete")
         except Aborted:
@@ -141,7 +141,7 @@ class Answer:
         seen = self.message
         yield seen
         while not seen.final:
-            newer = self._wait(lambda last=seen: bool(self._pieces) or self._message is not last, HEARTBEAT_SECONDS)  # type: ignore[misc]
+            newer = self._wait(lambda last=seen: bool(self._deltas) or self._message is not last, HEARTBEAT_SECONDS)  # type: ignore[misc]
             yield None if newer is seen else newer
             seen = newer
             self._wait(lambda: self._message.final, FOLLOW_SECONDS)
@@ -151,21 +151,21 @@ class Answer:
             self._changed.wait_for(ready, timeout)
             return self.message
 
-    def _take_in(self, stream: ChatStream) -> None:
+    def _consume(self, stream: ChatStream) -> None:
         breaks = Breaks()  # an engine that is faster than us is never waited for
-        for piece in stream:
-            if not self._grow(piece):
+        for delta in stream:
+            if not self._append(delta):
                 return
             breaks()
 
-    def _grow(self, piece: Piece) -> bool:
+    def _append(self, delta: Delta) -> bool:
         """Add a piece. False when it was stopped before that."""
         with self._changed:
             if self._message.final:
                 return False
             now = time.monotonic()
             self._first_at = now if self._first_at is None else self._first_at
-            self._pieces.append((now - self._first_at, piece))
+            self._deltas.append((now - self._first_at, delta))
             self._changed.notify_all()
             if now - self._saved_at >= SAVE_SECONDS:
                 self._saved_at = now
@@ -182,22 +182,22 @@ class Answer:
             return True
 
 
-def _with_pieces(message: Message, pieces: list[tuple[float, Piece]]) -> Message:
+def _append_deltas(message: Message, deltas: list[tuple[float, Delta]]) -> Message:
     """The message once these pieces have joined it, each so many seconds after the first one."""
     thinking, said, thought_until = [message.thinking], [message.content], message.thinking_seconds
-    for seconds, piece in pieces:
-        if piece.so_far:
+    for seconds, delta in deltas:
+        if delta.all_before:
             thinking, said, thought_until = ["".join([*thinking, *said]).strip()], [], seconds
-        elif piece.thought:
-            thinking.append(piece.text)
+        elif delta.thought:
+            thinking.append(delta.text)
             thought_until = seconds
         else:
-            said.append(piece.text)
+            said.append(delta.text)
     return replace(
         message,
         thinking="".join(thinking),
         content="".join(said),
         thinking_seconds=thought_until,
-        tokens=(message.tokens or 0) + len(pieces),
-        seconds=pieces[-1][0],
+        tokens=(message.tokens or 0) + len(deltas),
+        seconds=deltas[-1][0],
     )

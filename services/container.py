@@ -60,12 +60,12 @@ from services.switching.events import Board
 from services.switching.jobs import SwitchError, SwitchOptions
 from services.switching.learning import Learned
 from services.switching.planner import Planner
-from services.switching.reconciler import FIRST_LOOK_SECONDS
+from services.switching.reconciler import FIRST_PASS_SECONDS
 from services.switching.switcher import Switcher
 
 log = structlog.get_logger(__name__)
 
-START_LOOK_SECONDS = 2.0
+FIRST_PASS_WAIT_SECONDS = 2.0
 """How long the start waits at most for the first look at the engines."""
 CATALOG_SECONDS = 2.0
 """Between two looks for new, changed and removed models."""
@@ -116,11 +116,11 @@ class Services:
         self.updates.start()
         if self.settings.preload is not None:
             Threads().spawn("preload", lambda: self._preload(str(self.settings.preload)))
-        self.switcher.wait_looked(START_LOOK_SECONDS)
+        self.switcher.wait_first_pass(FIRST_PASS_WAIT_SECONDS)
 
     def _preload(self, model_id: str) -> None:
         """Load the model that the settings name, unless something is loaded: who wants another one switches to it."""
-        self.switcher.wait_looked(FIRST_LOOK_SECONDS)
+        self.switcher.wait_first_pass(FIRST_PASS_SECONDS)
         if self.board.current.instances:
             return
         try:

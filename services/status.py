@@ -47,7 +47,7 @@ class ModelStatus:
     error: str | None
     warning: str | None
     log_tail: str
-    silent: bool = False
+    unresponsive: bool = False
     """Whether it runs and gives no sign of life though it should."""
     drain_until: float | None = None
     """Until when its answers under way may take, while the unload of it waits for them."""
@@ -164,7 +164,7 @@ class StatusService:
     def _forecast(self, model: Model, snapshot: Snapshot) -> _Forecast:
         """What is kept of it, if that still holds: for a model in a file it takes three questions to the disk."""
         view = snapshot.instances.get(model.id)
-        follows_from = (model, self._planner.lessons, view is not None and view.state == "asleep")
+        follows_from = (model, self._planner.learned_version, view is not None and view.state == "asleep")
         kept = self._forecasts.get(model.id)
         if kept is not None and kept.follows_from == follows_from and self._clock() < kept.until:
             return kept
@@ -223,7 +223,7 @@ def _status_of(known: _Known) -> ModelStatus:
         error=error,
         warning=" ".join(words for words in cautions if words) or None,
         log_tail=known.failure.log_tail if known.failure else "",
-        silent=view.silent if view else False,
+        unresponsive=view.unresponsive if view else False,
         drain_until=view.drain_until if view else None,
     )
 

@@ -46,7 +46,7 @@ def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
             app = create_app(**told)
             services = made.enter_context(closing(app.extensions["switchyard"]))
             services.catalog.refresh()
-            monkeypatch.setattr(services.switcher, "wait_looked", lambda _timeout: True)  # nobody looks at engines here
+            monkeypatch.setattr(services.switcher, "wait_first_pass", lambda _timeout: True)  # no engine is polled here
             return app
 
         yield make

@@ -29,7 +29,7 @@ def healthz() -> Response:
 def readyz() -> Response:
     """Whether it can serve: the switcher runs, memory was measured, and what the engines have loaded is known."""
     found = services()
-    if bool(found.devices.readings) and found.switcher.alive and found.switcher.looked:
+    if bool(found.devices.readings) and found.switcher.alive and found.switcher.first_pass_done:
         return jsonify({"status": "ready"})
     answer = jsonify({"status": "starting"})
     answer.status_code = 503

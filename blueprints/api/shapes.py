@@ -47,7 +47,7 @@ def model_document(model: ModelStatus) -> Json:
     load = model.load
     return {
         "status": model.state,
-        "health": "unhealthy" if model.silent else _HEALTH.get(model.state),
+        "health": "unhealthy" if model.unresponsive else _HEALTH.get(model.state),
         "engine": model.engine,
         "description": model.description,
         "size_gb": gb(model.size_bytes),

@@ -1,4 +1,4 @@
-"""The chat page's own way into the gateway: the same router and relay as everyone's, the text of the answer out."""
+"""The chat page's client of the gateway: sends a prompt through the router and relay, yields the answer's deltas."""
 
 from __future__ import annotations
 
@@ -10,52 +10,55 @@ from typing import Any
 from geventhttpclient.response import HTTPParseError
 
 from services.abort import Abort, Aborted
-from services.answers import GenerationError, Piece, Prompt
+from services.answers import Delta, GenerationError, Prompt
 from services.catalog import UnknownModel
-from services.gateway.context import TooLong, first_told, leave_out, too_long
-from services.gateway.deltas import finish_reason, joined, pieces_of, told_apart
+from services.gateway.context import ContextOverflow, drop_oldest, first_included, parse_overflow
+from services.gateway.deltas import finish_reason, join_surrogates, parse_chunk, split_thoughts
 from services.gateway.relay import EngineAnswer, Hangup, Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
 from services.store.records import Message
 from services.switching.events import InstanceView
 
 JSON_HEADERS = (("Content-Type", "application/json"), ("Accept", "text/event-stream"))
-LONGEST_ERROR = 65_536
-"""Bytes of an engine's refusal that are read: one that never ends must not be waited for."""
-LONGEST_EVENT = 1_000_000
-"""Bytes of one event of an answer: one that never ends must not fill the memory."""
+MAX_ERROR_BYTES = 65_536
+"""Longest error body that is read; an engine may send one without end."""
+MAX_EVENT_BYTES = 1_000_000
+"""Longest server-sent event that is buffered; an engine may send one without end."""
 
 
 class ChatStream:
-    """One answer as its pieces, and the model that gives it. `told_from`: the first of the messages that it is told."""
+    """Deltas of one answer, and the model that gives it.
+
+    `told_from` is the index of the first prompt message that the model was given.
+    """
 
     def __init__(
-        self, model: str, answer: EngineAnswer, abort: Abort, told_from: int, on_piece: Callable[[], object]
+        self, model: str, answer: EngineAnswer, abort: Abort, told_from: int, on_chunk: Callable[[], object]
     ) -> None:
         self.model = model
         self.told_from = told_from
         self.context_full = False
-        self._on_piece = on_piece
+        self._on_chunk = on_chunk
         self._answer = answer
         self._abort = abort
 
-    def __iter__(self) -> Iterator[Piece]:
-        return told_apart(joined(self._pieces()))
+    def __iter__(self) -> Iterator[Delta]:
+        return split_thoughts(join_surrogates(self._deltas()))
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _deltas(self) -> Iterator[Delta]:
         for data in self._events():
             if data == "[DONE]":
                 return
             chunk = _chunk(data)
-            yield from pieces_of(chunk)
-            if finish_reason(chunk) == "length":  # no length was asked for
+            yield from parse_chunk(chunk)
+            if finish_reason(chunk) == "length":  # no max_tokens was sent, so the context is full
                 self.context_full = True
 
     def _events(self) -> Iterator[str]:
         rest = b""
         while chunk := self._chunk():
             *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) > LONGEST_EVENT:
+            if len(rest) > MAX_EVENT_BYTES:
                 raise GenerationError("The engine sent something that is no answer. What came so far is kept.")
             for line in lines:
                 if line.startswith(b"data:"):
@@ -64,7 +67,7 @@ class ChatStream:
     def _chunk(self) -> bytes:
         try:
             chunk = self._answer.arrived()
-            self._on_piece()
+            self._on_chunk()
             return chunk
         except (OSError, HTTPParseError) as error:
             self._abort.check()
@@ -73,7 +76,7 @@ class ChatStream:
 
 
 class ChatClient:
-    """Asks the model behind the gateway for chat answers."""
+    """Requests chat answers from the model behind the gateway."""
 
     def __init__(self, router: Router, relay: Relay) -> None:
         self._router = router
@@ -81,26 +84,25 @@ class ChatClient:
 
     @contextmanager
     def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> Iterator[ChatStream]:
-        """One streamed answer. Leaving the context stops the generation, and so does `abort`, at any time.
+        """Open one streamed answer. Leaving the context stops the generation, and so does `abort`, at any time.
 
-        What doesn't fit into the model's context is left out, the oldest turns first. Raises GenerationError, and
-        Aborted.
+        The oldest turns are left out while the prompt exceeds the model's context. Raises GenerationError and Aborted.
         """
         admission = self._admit(model, abort)
         try:
             instance = admission.instance
-            told_from: int | None = first_told(prompt, instance.model)
+            told_from: int | None = first_included(prompt, instance.model)
             while told_from is not None:
                 answer = self._ask(instance, prompt.messages[told_from:], abort)
                 try:
                     if answer.status_code == 200:
                         yield ChatStream(instance.model, answer, abort, told_from, instance.traffic.heard)
                         return
-                    refusal = _length_refusal(answer)
+                    refusal = _read_overflow(answer)
                 finally:
                     answer.break_off()
-                told_from = leave_out(prompt.messages, told_from, refusal)
-            raise GenerationError(_say_too_long(instance.model, refusal))
+                told_from = drop_oldest(prompt.messages, told_from, refusal)
+            raise GenerationError(_overflow_message(instance.model, refusal))
         finally:
             admission.release()
 
@@ -113,7 +115,10 @@ class ChatClient:
             raise GenerationError(str(error)) from None
 
     def _ask(self, instance: InstanceView, messages: Iterable[Message], abort: Abort) -> EngineAnswer:
-        """The engine's answer once its headers are here; `abort` closes the connection from the first moment on."""
+        """Send the prompt and return the response once its headers are here.
+
+        `abort` closes the connection at any time.
+        """
         assert instance.endpoint is not None, "a running instance has an endpoint"
         told = [{"role": message.role, "content": message.content} for message in messages]
         body = {"model": instance.endpoint.model or instance.model, "messages": told, "stream": True}
@@ -137,7 +142,7 @@ def _as_generation_error() -> Iterator[None]:
 
 
 def _chunk(data: str) -> Mapping[str, Any]:
-    """One chunk of the stream; empty where it is none. Raises GenerationError when it holds an error."""
+    """Return one chunk of the stream, {} if it can't be parsed. Raises GenerationError if it reports an error."""
     try:
         chunk = json.loads(data)
     except (ValueError, RecursionError):
@@ -149,15 +154,15 @@ def _chunk(data: str) -> Mapping[str, Any]:
     return chunk
 
 
-def _length_refusal(answer: EngineAnswer) -> TooLong:
-    """An engine's refusal of what doesn't fit into its context. Raises GenerationError for any other refusal."""
+def _read_overflow(answer: EngineAnswer) -> ContextOverflow:
+    """Return what an engine's refusal says about the context. Raises GenerationError for any other refusal."""
     with _as_generation_error():
-        said = answer.beginning(LONGEST_ERROR)
+        said = answer.beginning(MAX_ERROR_BYTES)
     try:
         document = json.loads(said)
     except (ValueError, RecursionError):
         document = None
-    refusal = too_long(answer.status_code, document)
+    refusal = parse_overflow(answer.status_code, document)
     if refusal is not None:
         return refusal
     if isinstance(document, Mapping) and "error" in document:
@@ -165,8 +170,8 @@ def _length_refusal(answer: EngineAnswer) -> TooLong:
     raise GenerationError(f"The engine answered with status {answer.status_code}.")
 
 
-def _say_too_long(model: str, refusal: TooLong) -> str:
-    """What is the matter, and what can be done here, once nothing but the user's message is left to tell."""
+def _overflow_message(model: str, refusal: ContextOverflow) -> str:
+    """Return the message for a single user message that exceeds the context: what is wrong, and what helps."""
     held = f" holds {refusal.context:,} tokens" if refusal.context else " is too small for it"
     needed = f", and it needs {refusal.prompt:,}" if refusal.context and refusal.prompt else ""
     return (

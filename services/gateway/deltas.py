@@ -1,8 +1,8 @@
-"""From the chunks of an OpenAI-style stream to pieces of an answer: what the model thinks and what it says. No I/O.
+"""Parses an OpenAI-style stream into deltas of an answer, and separates thoughts from text. No I/O.
 
-Engines that know a model's way of thinking give its thoughts in a field of their own: llama.cpp and older vLLM as
-`reasoning_content`, newer vLLM and Ollama as `reasoning`, and vLLM in between as both. Those that don't leave them in
-the text, between `<think>` and `</think>`; a chat template that opens the tag itself leaves the closing one alone.
+Engines that know a model's reasoning format send thoughts in a field of their own: llama.cpp and older vLLM as
+`reasoning_content`, newer vLLM and Ollama as `reasoning`, vLLM versions in between as both. Other engines leave them in
+the text, between `<think>` and `</think>`. Where the chat template itself opens the tag, only the closing one appears.
 """
 
 from __future__ import annotations
@@ -10,95 +10,95 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from services.answers import Piece
+from services.answers import Delta
 from services.text import is_first_half, whole_characters
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 OPEN, CLOSE = "<think>", "</think>"
-FENCE = "```"
-LINE_BEGINNING = 16
-"""Characters of a line that are remembered: enough for a fence of code."""
+CODE_FENCE = "```"
+LINE_PREFIX_LENGTH = 16
+"""Characters kept of the current line, enough to recognise a code fence."""
 
 
-def pieces_of(chunk: Mapping[str, Any]) -> Iterator[Piece]:
-    """What one chunk adds to the answer, as the engine gives it."""
-    for delta in (_mapping(_mapping(choice).get("delta")) for choice in _list(chunk.get("choices"))):
-        thought = next((t for name in THOUGHT_FIELDS if (t := delta.get(name)) and isinstance(t, str)), "")
+def parse_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
+    """Yield the deltas of one chunk."""
+    for fields in (_mapping(_mapping(choice).get("delta")) for choice in _list(chunk.get("choices"))):
+        thought = next((t for name in THOUGHT_FIELDS if (t := fields.get(name)) and isinstance(t, str)), "")
         if thought:
-            yield Piece(thought, thought=True)
-        text = delta.get("content")
+            yield Delta(thought, thought=True)
+        text = fields.get("content")
         if isinstance(text, str) and text:
-            yield Piece(text)
+            yield Delta(text)
 
 
 def finish_reason(chunk: Mapping[str, Any]) -> str | None:
-    """Why the engine ended the answer, where this chunk says it: "stop", "length", or a word of its own."""
+    """Return why the engine ended the answer: "stop", "length" or a word of its own; None if the chunk doesn't say."""
     reasons = (_mapping(choice).get("finish_reason") for choice in _list(chunk.get("choices")))
     return next((reason for reason in reasons if isinstance(reason, str)), None)
 
 
-def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces, each text by itself: a character that was cut in two comes whole, with the later piece."""
-    half = Piece("")
-    for piece in pieces:
-        if half.text and half.thought != piece.thought:
-            yield Piece(whole_characters(half.text), half.thought)
-            half = Piece("")
-        text = half.text + piece.text
-        half = Piece(text[-1] if is_first_half(text[-1]) else "", piece.thought)
-        if whole := whole_characters(text.removesuffix(half.text)):
-            yield Piece(whole, piece.thought)
-    if half.text:
-        yield Piece(whole_characters(half.text), half.thought)
+def join_surrogates(deltas: Iterable[Delta]) -> Iterator[Delta]:
+    """Yield the deltas with split surrogate pairs joined, so that each text is valid by itself."""
+    pending = Delta("")
+    for delta in deltas:
+        if pending.text and pending.thought != delta.thought:
+            yield Delta(whole_characters(pending.text), pending.thought)
+            pending = Delta("")
+        text = pending.text + delta.text
+        pending = Delta(text[-1] if is_first_half(text[-1]) else "", delta.thought)
+        if whole := whole_characters(text.removesuffix(pending.text)):
+            yield Delta(whole, delta.thought)
+    if pending.text:
+        yield Delta(whole_characters(pending.text), pending.thought)
 
 
-def told_apart(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces, with the thoughts that stand between tags in the text marked as such, and the tags left out."""
-    tags = _Tags()
-    for piece in pieces:
-        if piece.thought:
-            yield from tags.thought(piece.text)
+def split_thoughts(deltas: Iterable[Delta]) -> Iterator[Delta]:
+    """Yield the deltas with text between think tags marked as thought, and the tags removed."""
+    tags = _ThinkTagParser()
+    for delta in deltas:
+        if delta.thought:
+            yield from tags.thought(delta.text)
         else:
-            yield from tags.text(piece.text)
+            yield from tags.text(delta.text)
     yield from tags.end()
 
 
-class _Tags:
-    """Reads text piece by piece, and keeps back what may turn out to be a tag.
+class _ThinkTagParser:
+    """Incremental parser of think tags. Holds back text that may turn out to be part of a tag.
 
-    Tags count where models write them: the opening one before the first word, the closing one after it; and a closing
-    one without an opening one on a line of its own, outside of code. Elsewhere they are what the answer is about.
+    Tags count only where models write them: an opening tag before the first word, the closing tag after it, and a
+    closing tag without an opening one on a line of its own outside code. Elsewhere a tag is text of the answer.
     """
 
     def __init__(self) -> None:
-        self._read = self._beginning
+        self._read = self._start
         self._held = ""
         self._thought = False
         self._line = ""
-        """The beginning of the line that is being read."""
+        """Beginning of the current line."""
         self._in_code = False
 
-    def thought(self, text: str) -> Iterator[Piece]:
-        """Thoughts; what comes before the first word of them is dropped."""
+    def thought(self, text: str) -> Iterator[Delta]:
+        """Pass thoughts on, without the white space before the first word."""
         if not self._thought:
             text = text.lstrip()
         if text:
             self._thought = True
-            yield Piece(text, thought=True)
+            yield Delta(text, thought=True)
 
-    def text(self, text: str) -> Iterator[Piece]:
+    def text(self, text: str) -> Iterator[Delta]:
         held, self._held = self._held, ""
         yield from self._read(held + text)
 
-    def end(self) -> Iterator[Piece]:
-        """What was kept back: the answer is over, so that it is no tag, unless it is a whole one."""
+    def end(self) -> Iterator[Delta]:
+        """Yield the text held back: at the end of the answer it is no tag, unless it is a complete one."""
         held, self._held = self._held, ""
-        if self._read == self._untold and held.strip() == CLOSE:
-            yield Piece("", thought=True, so_far=True)
+        if self._read == self._undecided and held.strip() == CLOSE:
+            yield Delta("", thought=True, all_before=True)
         elif held:
-            yield Piece(held, thought=self._read == self._thinking)
+            yield Delta(held, thought=self._read == self._thinking)
 
-    def _beginning(self, text: str) -> Iterator[Piece]:
+    def _start(self, text: str) -> Iterator[Delta]:
         begun = text.lstrip()
         if begun.startswith(OPEN):
             self._read = self._thinking
@@ -106,10 +106,10 @@ class _Tags:
         elif OPEN.startswith(begun):
             self._held = text
         else:
-            self._read = self._before_answer if self._thought else self._untold
+            self._read = self._before_answer if self._thought else self._undecided
             yield from self._read(text)
 
-    def _thinking(self, text: str) -> Iterator[Piece]:
+    def _thinking(self, text: str) -> Iterator[Delta]:
         thought, tag, answer = text.partition(CLOSE)
         if tag:
             self._read = self._before_answer
@@ -120,18 +120,18 @@ class _Tags:
         self._held = thought[len(thought) - tail :]
         yield from self.thought(thought[: len(thought) - tail])
 
-    def _before_answer(self, text: str) -> Iterator[Piece]:
-        """The line breaks between thoughts and answer belong to neither."""
+    def _before_answer(self, text: str) -> Iterator[Delta]:
+        """Drop the white space between thoughts and answer."""
         if begun := text.lstrip():
             self._read = self._answer
-            yield Piece(begun)
+            yield Delta(begun)
 
-    def _answer(self, text: str) -> Iterator[Piece]:
+    def _answer(self, text: str) -> Iterator[Delta]:
         if text:
-            yield Piece(text)
+            yield Delta(text)
 
-    def _untold(self, text: str) -> Iterator[Piece]:
-        """Text of which it isn't known yet whether it is a thought. What is kept back is the beginning of a line."""
+    def _undecided(self, text: str) -> Iterator[Delta]:
+        """Read text that may still turn out to be a thought. At most the beginning of a line is held back."""
         passed = ""
         while text:
             line, end, rest = text.partition("\n")
@@ -139,8 +139,8 @@ class _Tags:
             if not self._line.strip() and not self._in_code and word and CLOSE.startswith(word):
                 if end and word == CLOSE:
                     if passed:
-                        yield Piece(passed)
-                    yield Piece("", thought=True, so_far=True)
+                        yield Delta(passed)
+                    yield Delta("", thought=True, all_before=True)
                     self._read = self._before_answer
                     yield from self._before_answer(rest)
                     return
@@ -148,13 +148,13 @@ class _Tags:
                     self._held = line
                     break
             passed += line + end
-            self._line = (self._line + line)[:LINE_BEGINNING]
+            self._line = (self._line + line)[:LINE_PREFIX_LENGTH]
             if end:
-                self._in_code ^= self._line.lstrip().startswith(FENCE)
+                self._in_code ^= self._line.lstrip().startswith(CODE_FENCE)
                 self._line = ""
             text = rest
         if passed:
-            yield Piece(passed)
+            yield Delta(passed)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""From the model a request names to the instance that answers it, switching to it first when that is wanted."""
+"""Routes a request to the instance of the model it names, and switches to that model first where permitted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from services.switching.jobs import Job, SwitchError, SwitchOptions
 from services.switching.switcher import Switcher
 
 AUTO = "auto"
-FIRST_LOOK_WAIT_SECONDS = 5.0
+FIRST_PASS_WAIT_SECONDS = 5.0
 """How long a request waits after a start until it is known what the engines have loaded."""
-LOOK_SECONDS = 0.5
-"""How often a waiting request looks whether its client is still there."""
+CLIENT_POLL_SECONDS = 0.5
+"""Interval at which a waiting request checks whether its client is still connected."""
 
 
 class GatewayError(Exception):
-    """A request can't be passed on. `code` is the contract's; `retry_after` is seconds, where waiting helps."""
+    """A request can't be relayed.
+
+    `code` is an error code of the contract; `retry_after` is seconds, None if a retry won't help.
+    """
 
     def __init__(self, code: str, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -32,11 +35,11 @@ class GatewayError(Exception):
 
 
 class ClientGone(Exception):
-    """The client disconnected while waiting."""
+    """The client disconnected while its request waited."""
 
 
 class Admission:
-    """A place in an instance's traffic. Give it back with `release`, which may be called twice."""
+    """A request counted in on an instance. `release` counts it out, and is idempotent."""
 
     def __init__(self, instance: InstanceView) -> None:
         self.instance = instance
@@ -49,7 +52,7 @@ class Admission:
 
 
 class Router:
-    """Admits requests to running instances; keeps the bounded, visible queue of those that wait for one."""
+    """Admits requests to running instances, and holds the bounded, visible queue of those that wait for one."""
 
     def __init__(
         self,
@@ -69,24 +72,24 @@ class Router:
 
     @property
     def waiting(self) -> Mapping[str, int]:
-        """Requests that wait, per model."""
+        """Number of waiting requests, per model."""
         return {model: count for model, count in self._waiting.items() if count}
 
     def admit(self, name: str | None, client_left: Callable[[], bool] = lambda: False) -> Admission:
-        """A place at the model called `name` (None or "auto": the active one); release it when answered.
+        """Admit a request to the model called `name` (None or "auto": the active one).
 
         Blocks while the model is switched to. Raises UnknownModel, GatewayError, and ClientGone once `client_left`
-        says so.
+        returns True.
         """
         if name is not None and (admission := self.admit_now(name)) is not None:
             return admission
-        if not self._switcher.wait_looked(FIRST_LOOK_WAIT_SECONDS):
+        if not self._switcher.wait_first_pass(FIRST_PASS_WAIT_SECONDS):
             raise GatewayError("starting", "Switchyard is finding out what is loaded. Try again in a moment.", 1)
         model_id = self._resolve(name)
-        admission = self._enter(model_id)
+        admission = self._try_enter(model_id)
         if admission is not None:
             return admission
-        if not self._settings.switch_on_request and not self._coming(model_id):
+        if not self._settings.switch_on_request and not self._is_switch_target(model_id):
             raise GatewayError(
                 "model_not_loaded",
                 f"{model_id} is not loaded, and switching on request is switched off. "
@@ -96,15 +99,15 @@ class Router:
             return self._wait_for(model_id, client_left)
 
     def admit_now(self, name: str | None) -> Admission | None:
-        """A place at a model that is running; None when that takes waiting, or another look."""
+        """Admit a request if its model is running; None if that takes waiting or an error. Never blocks."""
         if name is None or name == AUTO:
-            return self._enter(self._board.current.active_model or "")
-        return self._enter(self._catalog.id_of(name))
+            return self._try_enter(self._board.current.active_model or "")
+        return self._try_enter(self._catalog.id_of(name))
 
     def would_switch(self, name: str | None) -> bool:
-        """Whether asking the model called `name` (None or "auto": the active one) causes a switch.
+        """Return whether a request for `name` (None or "auto": the active model) would cause a switch.
 
-        Asking a model that runs, or that is coming already, causes none.
+        A model that runs or is already being switched to causes none.
         """
         if not self._settings.switch_on_request:
             return False
@@ -113,7 +116,7 @@ class Router:
         except (GatewayError, UnknownModel):
             return False
         snapshot = self._board.current
-        if model_id in snapshot.queued or self._coming(model_id):
+        if model_id in snapshot.queued or self._is_switch_target(model_id):
             return False
         view, switch = snapshot.instances.get(model_id), snapshot.switch
         going = switch is not None and any(unloading.model == model_id for unloading in switch.unloads)
@@ -131,13 +134,13 @@ class Router:
             return self._catalog.get(self._settings.ollama_model).id
         raise GatewayError("model_not_loaded", "No model is loaded. Name one, or switch to one first.")
 
-    def _enter(self, model_id: str) -> Admission | None:
+    def _try_enter(self, model_id: str) -> Admission | None:
         instance = self._board.current.instances.get(model_id)
         if instance is not None and instance.state == "running" and instance.traffic.enter():
             return Admission(instance)
         return None
 
-    def _coming(self, model_id: str) -> bool:
+    def _is_switch_target(self, model_id: str) -> bool:
         switch = self._board.current.switch
         return switch is not None and switch.to_model == model_id
 
@@ -158,18 +161,18 @@ class Router:
                 self._waiting[model_id] -= 1
 
     def _wait_for(self, model_id: str, client_left: Callable[[], bool]) -> Admission:
-        """Ask for a switch, once more if the model is unloaded before there was a place at it."""
+        """Request a switch, again if the model is unloaded before the request is admitted."""
         deadline = self._scheduler.now() + self._settings.queue_timeout_seconds
         while self._scheduler.now() < deadline:
             options = SwitchOptions(activate=False, lasting=False)
             job = self._switcher.switch(model_id, requested_by="request", replace="queue", options=options)
             try:
                 self._wait_done(job, deadline, client_left)
-            finally:  # a client that left causes no switch
+            finally:  # a switch that only disconnected clients waited for is cancelled
                 self._switcher.withdraw(job)
             if isinstance(job.error, SwitchError):
                 raise GatewayError(job.error.code, job.error.message, 2 if job.error.code == "stopping" else None)
-            admission = self._enter(model_id)
+            admission = self._try_enter(model_id)
             if admission is not None:
                 return admission
         raise GatewayError(
@@ -179,8 +182,8 @@ class Router:
         )
 
     def _wait_done(self, job: Job, deadline: float, client_left: Callable[[], bool]) -> None:
-        """Wait until a job has ended, or the deadline. Raises ClientGone."""
-        while not job.wait_done(LOOK_SECONDS):
+        """Wait until a job has ended, or until the deadline. Raises ClientGone."""
+        while not job.wait_done(CLIENT_POLL_SECONDS):
             if client_left():
                 raise ClientGone
             if self._scheduler.now() > deadline:

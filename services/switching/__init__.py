@@ -1,1 +1,1 @@
-"""The heart: one writer of lifecycle state, and the pure rules it follows."""
+"""Model lifecycle: the switcher, the only writer of lifecycle state, and the pure rules it follows."""

@@ -1,4 +1,4 @@
-"""What the parts of switching share."""
+"""What the parts of the switching package share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.switching.events import Board
 
 @dataclass(frozen=True, slots=True)
 class SwitchingContext:
-    """Settings, models, engines by name, the board that all is published on, and what to wait and run with."""
+    """Settings, catalogue, engines by name, the board to publish on, and the scheduler to wait and spawn with."""
 
     settings: Settings
     board: Board

@@ -1,6 +1,7 @@
 """Publish and subscribe of immutable snapshots.
 
-The switcher publishes; everyone else reads `current`, or waits for a newer version. A reader never locks the writer.
+The switcher publishes; everyone else reads `Board.current`, or waits for a newer version. A reader never locks the
+writer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ FINAL_STAGES: frozenset[SwitchStage] = frozenset({"ready", "failed", "cancelled"
 
 @dataclass(frozen=True, slots=True)
 class LoadView:
-    """How a load stands: percent 0-100 (never falling, 100 only when ready), what was seen, how long it may take."""
+    """Progress of one load or download.
+
+    `percent` is 0 to 100, never falls, and reaches 100 only when the model is ready. `basis` says where the figures
+    come from, `eta_seconds` is None when there is no honest forecast.
+    """
 
     percent: int
     stage: str
@@ -48,10 +53,10 @@ class LoadView:
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
-    """One instance as the switcher last saw it. Times are Unix seconds; `traffic` alone is live.
+    """One instance at one version. Times are Unix seconds. `traffic` is the live object, everything else a copy.
 
-    `entry` is the catalogue entry it was loaded from, which the catalogue may have lost since. `shares` names the model
-    whose instance it is as well, and whose memory is counted there.
+    `entry` is the catalogue entry it was loaded from; the catalogue may have dropped it since. `shares` is the id of
+    the model whose instance this one uses; the memory is accounted to that model.
     """
 
     model: str
@@ -69,15 +74,15 @@ class InstanceView:
     warning: str | None = None
     rest: Rest | None = None
     shares: str | None = None
-    silent: bool = False
-    """Whether it gives no sign of life though it should."""
+    unresponsive: bool = False
+    """Whether it has shown no activity for too long although it has work."""
     drain_until: float | None = None
-    """Until when the answers under way may take, while the unload of it waits for them."""
+    """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a model is not running though it was asked to."""
+    """Why a requested model is not running: cause, last log lines, time (Unix seconds)."""
 
     cause: str
     log_tail: str
@@ -86,7 +91,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A model that was loaded and ended by itself: why (a sentence), the end of its log, and when (Unix seconds)."""
+    """A loaded model that ended unasked: cause (a sentence), last log lines, time (Unix seconds)."""
 
     model: str
     cause: str
@@ -96,7 +101,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Unloading:
-    """A model that a switch unloads, or puts to sleep, and the reason in words."""
+    """A model that a switch unloads or puts to sleep, and the reason as text."""
 
     model: str
     reason: str
@@ -105,10 +110,10 @@ class Unloading:
 
 @dataclass(frozen=True, slots=True)
 class SwitchView:
-    """A switch as it stands.
+    """State of one switch.
 
-    `error` is a code of the contract, `message` says why it failed and what that cost. `restored` are the models that
-    it had unloaded and that came back.
+    `error` is an error code of the HTTP contract; `message` says why the switch failed and what that cost. `restored`
+    lists the models it had unloaded that are loaded again.
     """
 
     id: str
@@ -135,11 +140,11 @@ class SwitchView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the one before.
+    """The whole lifecycle state at one version. `switch` is the one under way, `last_switch` the last that ended.
 
-    `loss` is the last model that ended by itself, until it is asked for again or somebody has read of it.
-    `notices` say of models what people should know though nothing failed: somebody else had it unloaded. `last_used`
-    are Unix times by model, of those that are loaded no more.
+    `loss` is the last model that ended unasked, until it is requested again or dismissed. `notices` holds one message
+    per model for events that are no failures, such as an unload by another client. `last_used` maps unloaded models to
+    Unix times.
     """
 
     version: int = 0
@@ -155,11 +160,15 @@ class Snapshot:
 
     @property
     def origins(self) -> frozenset[str]:
-        """Where its instances answer."""
+        """The HTTP origins of all instances."""
         return frozenset(view.endpoint.origin for view in self.instances.values() if view.endpoint is not None)
 
     def holder(self, model: Model) -> InstanceView | None:
-        """The instance that serves a model, or would: its own, else the one of a model held in memory as it is."""
+        """Return the instance that serves `model`, or would serve it.
+
+        That is the model's own instance, else one of the same engine whose weights in memory are the same
+        (`Model.held_as`).
+        """
         own = self.instances.get(model.id)
         if own is not None:
             return self.instances.get(own.shares or model.id, own)
@@ -170,37 +179,37 @@ class Snapshot:
 
 
 class Board:
-    """Holds the current snapshot and wakes those who wait for the next one."""
+    """The current snapshot, and a condition to wait for the next one. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._current = Snapshot()
         self.closed = False
-        """Whether the app is going away, so that whoever follows along should stop."""
+        """Whether the app is shutting down; streams end when it is set."""
 
     @property
     def current(self) -> Snapshot:
         return self._current
 
     def publish(self, **changes: Any) -> Snapshot:
-        """Replace the current snapshot by one with `changes` (its fields by name) and the next version."""
+        """Replace the current snapshot: `changes` are fields by name, the version grows by one."""
         with self._changed:
             self._current = replace(self._current, version=self._current.version + 1, **changes)
             self._changed.notify_all()
             return self._current
 
     def touch(self) -> None:
-        """A new version of the same picture: something that is shown beside it has changed."""
+        """Publish an unchanged snapshot as a new version, because something that pages show beside it has changed."""
         self.publish()
 
     def wait_newer(self, version: int, timeout: float) -> Snapshot:
-        """The current snapshot, once its version exceeds `version` or `timeout` seconds have passed."""
+        """Return the current snapshot once its version exceeds `version`, or after `timeout` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._current.version > version or self.closed, timeout)
             return self._current
 
     def close(self) -> None:
-        """Send everyone home who waits for a newer snapshot."""
+        """Set `closed` and wake everyone in `wait_newer`."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()

@@ -1,7 +1,7 @@
-"""The lifecycle state: every instance, the failures, which model is the active one, the switch as people see it.
+"""The lifecycle state: all instances, failures, the active model, and the switch as shown to people.
 
-Mutable, and changed by messages in the switcher's mailbox alone. Everyone else reads the snapshots that are made of it.
-Nothing here waits or asks an engine: what was learned of one comes in with the message.
+Mutable, and changed by messages in the switcher's mailbox only; everyone else reads the snapshots made from it. Nothing
+here blocks or calls an engine: what was measured arrives as an argument.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from services.engines.port import Endpoint, Engine, Exit, Instance, LoadFailed, 
 from services.memory.ledger import Holding, holdings_of
 from services.scheduling import Scheduler
 from services.switching.events import Failure, InstanceState, LoadView, Loss, SwitchView
-from services.switching.member import Measurement, Member, Standing
+from services.switching.member import Measurement, Member, MemberState
 from services.switching.traffic import Traffic
 
-ACTIVE = "active_model"
-FIND_SECONDS = 30.0
-"""How long after a start what the run before had loaded may turn up; later it was somebody else who loaded it."""
+ACTIVE_KEY = "active_model"
+RESTORE_ACTIVE_SECONDS = 30.0
+"""How long after a start the previous run's active model becomes active again when it is adopted. A model that turns up
+later was loaded by another client."""
 
 
 class Notes(Protocol):
-    """What is remembered between two runs of the app, by key. `put` must not wait for the disk."""
+    """Key-value store that outlives the app. `put` must not wait for the disk."""
 
     def get(self, key: str) -> str | None: ...
 
@@ -33,7 +34,7 @@ class Notes(Protocol):
 
 @dataclass(eq=False)
 class Fleet:
-    """The state. Every method is one message's work: short, without I/O. `changed` says whether to publish it anew."""
+    """The state. Each method does one message's work: short, no I/O. `changed` is set when a new snapshot is due."""
 
     scheduler: Scheduler
     notes: Notes
@@ -48,10 +49,10 @@ class Fleet:
     _last_used: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._before = self.notes.get(ACTIVE)
-        self._find_until = self.scheduler.now() + FIND_SECONDS
+        self._previous_active = self.notes.get(ACTIVE_KEY)
+        self._restore_until = self.scheduler.now() + RESTORE_ACTIVE_SECONDS
 
-    # What is there.
+    # Queries.
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members())
@@ -59,25 +60,25 @@ class Fleet:
     def get(self, model_id: str) -> Member | None:
         return self._members.get(model_id)
 
-    def standing(self, model_id: str) -> Standing:
-        """Where a model stands now: the one place that says so."""
+    def state_of(self, model_id: str) -> MemberState:
+        """Return the state of a model's instance, "absent" if it has none."""
         member = self._members.get(model_id)
         return "absent" if member is None else member.state
 
     def members(self) -> tuple[Member, ...]:
         return tuple(self._members.values())
 
-    def held(self, model_id: str) -> Member | None:
-        """The instance of a model that is loaded, awake or asleep, with nothing under way."""
+    def loaded_member(self, model_id: str) -> Member | None:
+        """Return a model's instance if it is loaded, awake or asleep, and not being changed."""
         member = self._members.get(model_id)
-        return member if member is not None and member.held else None
+        return member if member is not None and member.is_loaded else None
 
     def holdings(self) -> list[Holding]:
         own = (m for m in self if m.shares is None)
         return [part for m in own for part in holdings_of(m.model.id, m.device, m.usage, m.reserved_bytes)]
 
     def snapshot(self) -> dict[str, Any]:
-        """The fields of the next published snapshot."""
+        """Return the fields of the next published snapshot."""
         return {
             "instances": MappingProxyType({m.model.id: m.view() for m in self}),
             "failures": MappingProxyType(dict(self._failures)),
@@ -89,121 +90,128 @@ class Fleet:
             "loss": self.loss,
         }
 
-    # A load, from its launch to its first token.
+    # Load: from the launch to the first token.
 
     def begin_load(self, model: Model, engine: Engine, instance: Instance, device: str, reserved_bytes: int) -> Member:
-        """An engine has begun to load a model."""
-        self.forgive(model.id)
+        """Add an instance that an engine has begun to load."""
+        self.clear_failure(model.id)
         return self._add(Member(instance.model, engine, instance, device, reserved_bytes, self._new_traffic()))
 
     def begin_wake(self, model_id: str, reserved_bytes: int) -> Member | None:
-        """A sleeper is about to be woken; None when it doesn't sleep any more."""
+        """Mark a sleeping instance as loading; return None if it no longer sleeps."""
         member = self._members.get(model_id)
         if member is None or member.state != "asleep":
             return None
-        self.forgive(model_id)
+        self.clear_failure(model_id)
         self._set_state(member, "loading")
         member.reserved_bytes = reserved_bytes
         return member
 
     def observe(self, member: Member, load: LoadView, usage: Usage | None, pid: int | None) -> None:
-        """How far a load is, what it holds by now, and in which process."""
+        """Record the progress, memory and process of a load under way."""
         member.load = load
         member.usage, member.pid = usage or member.usage, pid
         self.changed = True
 
-    def ready(self, member: Member, endpoint: Endpoint, reading: Measurement) -> None:
-        """Its first token is out: requests are routed to it from now on. Raises LoadFailed if it ended meanwhile."""
+    def mark_ready(self, member: Member, endpoint: Endpoint, reading: Measurement) -> None:
+        """Record that an instance generated its first token, and route requests to it from now on.
+
+        Raises LoadFailed if it ended in the meantime.
+        """
         if member.exit is not None or self._members.get(member.model.id) is not member:
             cause = member.exit.cause if member.exit is not None else "It ended while it was loading"
             raise LoadFailed(f"{cause}.", member.log_tail)
         member.endpoint, member.load, member.reserved_bytes = endpoint, None, 0
         member.loaded_at = self.scheduler.time()
         member.model = reading.model
-        self._link(member)
-        self._take(member, reading)
+        self._share_instance(member)
+        self._apply(member, reading)
         self._set_state(member, "running")
         member.traffic.reopen()
 
-    def fail(self, model_id: str, cause: str, log_tail: str) -> None:
-        """Remember why a model is not running though it was asked to."""
+    def record_failure(self, model_id: str, cause: str, log_tail: str) -> None:
+        """Record why a requested model is not running."""
         self._failures[model_id] = Failure(cause, log_tail, self.scheduler.time())
         self.changed = True
 
-    # An unload, or a sleep.
+    # Unload and sleep.
 
     def begin_drain(self, model_id: str, seconds: float) -> Member | None:
-        """Let no request in any more; those under way may take `seconds`.
+        """Admit no further requests; those in flight have `seconds` to finish.
 
-        None when it is not held, so that there is nothing to unload.
+        Return None if the model is not loaded.
         """
-        member = self.held(model_id)
+        member = self.loaded_member(model_id)
         if member is not None:
             member.traffic.close()
             self._drain_until(member, self.scheduler.time() + seconds)
         return member
 
-    def cut_short(self, model_id: str) -> None:
-        """Have nobody wait any more for the answers of a model that is being unloaded."""
+    def cut_drain_short(self, model_id: str) -> None:
+        """End the drain of a model at once instead of waiting for its requests in flight."""
         member = self._members.get(model_id)
         if member is not None and member.drain_until is not None:
-            member.traffic.hurry()
+            member.traffic.cut_drain_short()
 
-    def resume(self, member: Member) -> None:
-        """Nothing came of unloading it: it goes on serving."""
+    def cancel_drain(self, member: Member) -> None:
+        """Admit requests again, because the unload did not happen."""
         self._drain_until(member, None)
         if member.state == "running":
             member.traffic.reopen()
 
     def begin_unload(self, member: Member) -> InstanceState:
-        """It is being stopped, or put to sleep; returns the state it was in."""
+        """Mark an instance as unloading; return the state it was in."""
         before = member.state
         member.traffic.close()
         self._drain_until(member, None)
         self._set_state(member, "unloading")
         return before
 
-    def refuse_unload(self, member: Member, before: InstanceState) -> bool:
-        """Its engine would not let it go. Whether it goes on as it was; False when it ended all the same."""
+    def undo_unload(self, member: Member, before: InstanceState) -> bool:
+        """Return an instance to state `before`, because its engine refused to unload it.
+
+        Return False if it can't go on, because it ended nevertheless or was not loaded before.
+        """
         if before not in ("running", "asleep") or member.exit is not None:
             return False
         self._set_state(member, before)
-        self.resume(member)
+        self.cancel_drain(member)
         return True
 
-    def asleep(self, member: Member, reading: Measurement) -> None:
-        """It fell asleep, unless it ended on the way."""
+    def mark_asleep(self, member: Member, reading: Measurement) -> None:
+        """Record that an instance fell asleep, or its loss if it ended on the way."""
         if member.exit is not None:
-            self._lose(member, member.exit)
+            self._record_loss(member, member.exit)
             return
-        self._take(member, reading)
+        self._apply(member, reading)
         self._set_state(member, "asleep")
-        self._retire(member)
+        self._deactivate(member)
 
-    def gone(self, member: Member) -> None:
-        """It was unloaded, with every other name of the same instance."""
+    def mark_unloaded(self, member: Member) -> None:
+        """Remove an unloaded instance, and with it every model that shares it."""
         for one in self._of_one_instance(member):
             self._remove(one)
 
-    def drop_name(self, member: Member) -> None:
-        """One more name of an instance did not work out; the instance itself is as it was."""
+    def remove_member(self, member: Member) -> None:
+        """Remove one model that failed to join a shared instance; the instance stays for the others."""
         self._remove(member)
 
-    # What instances do by themselves.
+    # Events that no job asked for.
 
-    def exited(self, instance: Instance, exit: Exit, log_tail: str) -> Member | None:
-        """An instance ended without having been asked to; returns the member that was lost by it.
+    def record_exit(self, instance: Instance, exit: Exit, log_tail: str) -> Member | None:
+        """Record that an instance ended unasked; return the member that was lost.
 
-        None when a job is busy with it, which is to decide what that means, or when nobody knows it any more.
+        Return None when the instance is unknown, or when a job is busy with it: then the job decides what the exit
+        means.
         """
         member = next((m for m in self if m.instance is instance), None)
         if member is None:
             return None
         member.log_tail = log_tail
-        if not member.held:
+        if not member.is_loaded:
             member.exit = exit
             return None
-        self._lose(member, exit)
+        self._record_loss(member, exit)
         if not exit.released:
             failure = self._failures[member.model.id]
             self.loss = Loss(member.model.id, failure.cause, failure.log_tail, failure.at)
@@ -218,79 +226,83 @@ class Fleet:
         endpoint: Endpoint | None,
         reading: Measurement,
     ) -> bool:
-        """Take in an instance that was found loaded, asleep if it has no endpoint; False when the model has one by now.
+        """Add an instance that was found loaded; without an endpoint it is asleep.
 
-        The active model of the run before is that again once it is found.
+        Return False if the model has an instance already. The previous run's active model becomes active again when it
+        is found.
         """
         if model.id in self._members:
             return False
-        self.forgive(model.id)
+        self.clear_failure(model.id)
         member = self._add(Member(reading.model, engine, instance, device, 0, self._new_traffic()))
         member.endpoint, member.loaded_at = endpoint, self.scheduler.time()
         member.state = "asleep" if endpoint is None else "running"
         if endpoint is None:
             member.traffic.close()
-        self._take(member, reading)
+        self._apply(member, reading)
         if endpoint is not None:
-            if model.id == self._before and self.scheduler.now() < self._find_until:
+            if model.id == self._previous_active and self.scheduler.now() < self._restore_until:
                 self.activate(model.id)
             else:
-                self.fall_to(model.id)
+                self.activate_if_none(model.id)
         return True
 
-    def measured(self, member: Member, reading: Measurement) -> None:
-        """A fresh reading of an instance; published only if it changed noticeably."""
+    def update_measurement(self, member: Member, reading: Measurement) -> None:
+        """Store a fresh measurement; publish only a noticeable change."""
         if self._members.get(member.model.id) is member:
-            self._take(member, reading)
+            self._apply(member, reading)
 
-    def silent(self, member: Member, silent: bool) -> None:
-        """It gives no sign of life though it should, or does again."""
+    def set_unresponsive(self, member: Member, unresponsive: bool) -> None:
+        """Mark an instance, for all models that share it, as unresponsive or responsive again."""
         for one in self._of_one_instance(member):
-            one.silent = silent
+            one.unresponsive = unresponsive
         self.changed = True
 
-    # The active model, and what is said of models.
+    # The active model; notices and failures.
 
     def activate(self, model_id: str) -> None:
-        """Requests that name no model go to this one from now on."""
-        self._before = None
-        self._note_active(model_id)
+        """Route requests that name no model to this one."""
+        self._previous_active = None
+        self._set_active(model_id)
 
-    def fall_to(self, model_id: str) -> None:
-        """Requests that name no model go to this one for want of another; the active one of before may turn up."""
+    def activate_if_none(self, model_id: str) -> None:
+        """Make a model active only if none is.
+
+        This is not remembered for the next run while the previous run's active model may still be adopted.
+        """
         if self.active is None:
-            self._note_active(model_id)
+            self._set_active(model_id)
 
-    def note(self, model_id: str, words: str) -> None:
-        """Say what people should know of a model though nothing failed."""
+    def set_notice(self, model_id: str, words: str) -> None:
+        """Set a model's notice: something worth knowing that is no failure."""
         if self._notices.get(model_id) != words:
             self._notices[model_id] = words
             self.changed = True
 
-    def forgive(self, model_id: str) -> None:
-        """Forget what was said of a model: it is asked for again."""
+    def clear_failure(self, model_id: str) -> None:
+        """Clear a model's failure, notice and loss, because it is requested again."""
         failed = self._failures.pop(model_id, None)
         noted = self._notices.pop(model_id, None)
         self.changed = self.changed or failed is not None or noted is not None
         if self.loss is not None and self.loss.model == model_id:
             self.loss = None
 
-    # The switch as people see it.
+    # The switch as shown to people.
 
     def show(self, view: SwitchView | None) -> None:
-        """The switch under way, as it stands now."""
+        """Set the switch under way as shown to people."""
         self.switch = view
         self.changed = True
 
     def end_switch(self, view: SwitchView) -> None:
-        """A switch has ended; it is the last one now."""
+        """Make a switch that has ended the last one."""
         if self.switch is not None and self.switch.id == view.id:
             self.switch = None
         self.last_switch = view
         self.changed = True
 
     def dismiss(self) -> None:
-        """People have read how the last switch ended, or that a model has ended by itself."""
+        """Clear the last switch and the last loss, because somebody has read them."""
         self.last_switch = self.loss = None
         self.changed = True
 
@@ -299,14 +311,15 @@ class Fleet:
 
     def _add(self, member: Member) -> Member:
         self._members[member.model.id] = member
-        self._link(member)
+        self._share_instance(member)
         self.changed = True
         return member
 
-    def _link(self, member: Member) -> None:
-        """Models that are held in memory as one are one instance: counted once, drained and gone together.
+    def _share_instance(self, member: Member) -> None:
+        """Link a member to the instance that already holds the same weights (`Model.held_as`).
 
-        Done before anybody is let in: their traffic is one as well.
+        Linked members are accounted once, drained and unloaded together. They share one `Traffic`, so the link is made
+        before the first request is admitted.
         """
         if member.shares is not None:
             return
@@ -322,7 +335,7 @@ class Fleet:
         return [m for m in self if m is owner or m.shares is owner]
 
     def _set_state(self, member: Member, state: InstanceState) -> None:
-        """Of an instance with all its names, but those that are only being added."""
+        """Set the state of an instance for all models that share it, except those still joining it."""
         for one in self._of_one_instance(member):
             if one is member or one.endpoint is not None:
                 one.state = state
@@ -333,13 +346,13 @@ class Fleet:
             one.drain_until = at
         self.changed = True
 
-    def _lose(self, member: Member, exit: Exit) -> None:
+    def _record_loss(self, member: Member, exit: Exit) -> None:
         for one in self._of_one_instance(member):
             self._remove(one)
             if exit.released:
-                self.note(one.model.id, f"{exit.cause}.")
+                self.set_notice(one.model.id, f"{exit.cause}.")
             else:
-                self.fail(one.model.id, f"{exit.cause}.", member.log_tail)
+                self.record_failure(one.model.id, f"{exit.cause}.", member.log_tail)
 
     def _remove(self, member: Member) -> None:
         used = member.traffic.last_used
@@ -347,24 +360,24 @@ class Fleet:
             self._last_used[member.model.id] = used
         if self._members.get(member.model.id) is member:
             del self._members[member.model.id]
-        self._retire(member)
+        self._deactivate(member)
         self.changed = True
 
-    def _retire(self, member: Member) -> None:
-        """An instance answers no more. If it was the active one, the most recently used other one is now."""
+    def _deactivate(self, member: Member) -> None:
+        """If `member` was active, activate the most recently used running model instead."""
         if self.active == member.model.id:
             left = [m for m in self if m.state == "running"]
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
-            self._note_active(left[-1].model.id if left else None)
+            self._set_active(left[-1].model.id if left else None)
 
-    def _take(self, member: Member, reading: Measurement) -> None:
+    def _apply(self, member: Member, reading: Measurement) -> None:
         noticeable = member.differs(reading)
         member.usage, member.warning = reading.usage, reading.warning
         member.rest, member.pid = reading.rest, reading.pid
         self.changed = self.changed or noticeable
 
-    def _note_active(self, model_id: str | None) -> None:
+    def _set_active(self, model_id: str | None) -> None:
         self.active = model_id
         self.changed = True
-        if model_id is not None and self._before is None:
-            self.notes.put(ACTIVE, model_id)
+        if model_id is not None and self._previous_active is None:
+            self.notes.put(ACTIVE_KEY, model_id)

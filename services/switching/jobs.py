@@ -1,4 +1,4 @@
-"""What is asked of the switcher, and how the answer is followed: a job with its events."""
+"""Jobs of the switcher: requests, their results, and the event stream that followers read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from services.switching.events import SwitchView
 from services.switching.plan import Plan
 
 Replace = Literal["cancel", "queue", "refuse"]
-"""What a new switch does with the one under way."""
+"""What a new switch does about the one under way."""
 
 Outcome = Literal["success", "already_loaded", "failed", "cancelled"]
 
 
 class SwitchError(Exception):
-    """Why a job did not do what was asked. `code` is the contract's, the text is for people."""
+    """Why a job did not do what was requested. `code` is an error code of the HTTP contract, the text is for people."""
 
     def __init__(self, code: str, message: str, **details: object) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class SwitchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """One event of seed 001's stream: `stage`, `progress`, `complete` or `error`, numbered from 1."""
+    """One server-sent event of a job: `stage`, `progress`, `complete` or `error`, numbered from 1."""
 
     number: int
     name: str
@@ -40,10 +40,10 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class SwitchOptions:
-    """How a switch is to be made; None leaves a choice to the settings.
+    """Options of a switch; None leaves a choice to the settings.
 
-    `activate`: requests for "auto" go to the target afterwards. `instead_of` names a model that is unloaded for it even
-    where there is room for both. What isn't `lasting` is dropped once everyone who asked for it has withdrawn.
+    `activate`: make the target the active model. `instead_of`: a model to unload even if there is room for both.
+    `lasting`: keep the job even when all clients that wait for it have disconnected.
     """
 
     strategy: Strategy | None = None
@@ -53,8 +53,8 @@ class SwitchOptions:
     instead_of: str | None = None
     lasting: bool = True
 
-    def joined(self, other: SwitchOptions) -> SwitchOptions:
-        """Both in one, with the rights and wishes of either."""
+    def merged_with(self, other: SwitchOptions) -> SwitchOptions:
+        """Return options that grant the permissions of both and take the other's choices first."""
         return replace(
             self,
             strategy=other.strategy or self.strategy,
@@ -71,7 +71,7 @@ SWITCH_DEFAULTS = SwitchOptions()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for."""
+    """What a job was asked to do."""
 
     kind: Literal["switch", "stop", "restart", "remove"]
     model: str
@@ -80,20 +80,21 @@ class Request:
 
     @property
     def switches(self) -> bool:
+        """Whether the job ends with the target loaded."""
         return self.kind in ("switch", "restart")
 
-    def joined(self, other: Request) -> Request:
-        """Both requests in one, for the same model."""
-        return replace(self, options=self.options.joined(other.options))
+    def merged_with(self, other: Request) -> Request:
+        """Return one request with the options of both, which name the same model."""
+        return replace(self, options=self.options.merged_with(other.options))
 
 
 @dataclass(eq=False)
 class Chain:
-    """What a chain of switches, each superseding the one before, owes to those who ran before the first.
+    """Debt of a chain of switches, each superseding the one before: the models to restore if the last one fails.
 
-    `active` is the model that was the active one then, `unloaded` what the chain has unloaded and not brought back, in
-    order. A switch that supersedes another inherits its chain, so that the last one can restore it all. Unloading one
-    of them by hand strikes it off.
+    `active` was the active model before the first switch; `unloaded` lists what the chain unloaded and has not loaded
+    again, in order. A superseding switch inherits the chain, so that the last one can restore everything. Unloading a
+    model by hand takes it off the list.
     """
 
     active: str | None = None
@@ -101,7 +102,7 @@ class Chain:
     begun: bool = False
 
     def begin(self, active: str | None) -> None:
-        """The first switch of the chain begins, while `active` is the active model."""
+        """Note the active model when the first switch of the chain begins; later calls do nothing."""
         if not self.begun:
             self.active, self.begun = active, True
 
@@ -109,14 +110,14 @@ class Chain:
         if model_id not in self.unloaded:
             self.unloaded.append(model_id)
 
-    def strike(self, model_id: str) -> None:
+    def discard(self, model_id: str) -> None:
         if model_id in self.unloaded:
             self.unloaded.remove(model_id)
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How a job ended. `view` is its switch as people will see it, None for jobs that are none."""
+class JobResult:
+    """How a job ended. `view` is the final state of its switch, None for other kinds of jobs."""
 
     outcome: Outcome
     error: SwitchError | None = None
@@ -125,9 +126,9 @@ class Ending:
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way through the switcher, followed by anyone.
+    """One request on its way through the switcher, with an event log that any number of clients can follow.
 
-    The switcher alone accepts, cancels and ends it; the greenlet that carries it out tells its events.
+    The switcher alone accepts, cancels and finishes it; the greenlet that runs it publishes its events. Thread-safe.
     """
 
     request: Request
@@ -143,13 +144,13 @@ class Job:
     cancel_reason: str | None = None
     superseded: bool = False
     restoring: bool = False
-    """Whether it brings back what it had unloaded. Only a switch that supersedes it can end that."""
-    touched: bool = False
-    """Whether it has begun to change what is loaded; before that it can be withdrawn without a trace."""
+    """Whether it is loading again what it had unloaded. Only a superseding switch can interrupt that."""
+    has_changes: bool = False
+    """Whether it has begun to change what is loaded. Until then it can be withdrawn without a trace."""
     sealed: bool = False
-    """Whether its end is decided: whoever wants the same now needs a job of their own."""
-    askers: int = 0
-    """Requests of clients that wait for it."""
+    """Whether its result is decided. A sealed job accepts no further requests."""
+    waiters: int = 0
+    """Number of clients waiting for it whose request is not `lasting`."""
 
     def __post_init__(self) -> None:
         self.created = self.scheduler.now()
@@ -171,11 +172,14 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Seconds since it was asked for."""
+        """Seconds since it was requested."""
         return self.scheduler.now() - self.created
 
     def cancel(self, reason: str, *, superseded: bool = False) -> None:
-        """Ask it to end. The first reason counts; once it restores, only a switch that supersedes it ends that."""
+        """Request cancellation; the first reason counts.
+
+        Only a superseding switch interrupts a job that is restoring.
+        """
         self.superseded = self.superseded or superseded
         if self.restoring and not superseded:
             return
@@ -184,57 +188,61 @@ class Job:
         self.token()
 
     def join(self, request: Request) -> bool:
-        """Have it do what `request` asks as well; False when it is too late, or another matter."""
+        """Merge `request` into this job. Return False if it asks for something else, or comes too late."""
         ours = self.request
         with self._changed:
             if (ours.kind, ours.model) != (request.kind, request.model) or self.sealed or self.cancelled or self.done:
                 return False
-            if self.touched and request.options.instead_of not in (None, ours.options.instead_of):
+            if self.has_changes and request.options.instead_of not in (None, ours.options.instead_of):
                 return False
-            self.request = ours.joined(request)
+            self.request = ours.merged_with(request)
             return True
 
     def seal(self, request: Request | None = None) -> bool:
-        """Decide its end; False when somebody joined since `request`, whose wishes have to be looked at first."""
+        """Close the job to further requests. Return False if the request is no longer `request`.
+
+        The caller decides on the basis of `request`; when another client has joined since, it has to decide again.
+        """
         with self._changed:
             if request is not None and self.request is not request:
                 return False
             self.sealed = True
             return True
 
-    def touch(self) -> None:
-        """It begins to change what is loaded. Raises Aborted when it was cancelled before."""
+    def begin_changes(self) -> None:
+        """Mark that it begins to change what is loaded. Raises Aborted if it was cancelled before."""
         self.token.check()
-        self.touched = True
+        self.has_changes = True
 
     def begin_restoring(self) -> Abort:
-        """It is over, what it unloaded comes back; returns the token that a superseding switch cancels."""
+        """Begin the rollback; return its token, which only a superseding switch cancels."""
         self.restoring = True
         self.token = Abort()
         if self.superseded:
             self.token()
         return self.token
 
-    def tell(self, event: str, **data: object) -> None:
+    def publish(self, event: str, **data: object) -> None:
+        """Append an event and wake all followers."""
         with self._changed:
             self._events.append(JobEvent(len(self._events) + 1, event, data))
             self._changed.notify_all()
 
     def mark_started(self) -> None:
-        """The target's load has begun: a caller that doesn't want to wait has its answer."""
+        """Mark that the target's load has begun, for callers that don't wait for its end."""
         with self._changed:
             self._started = True
             self._changed.notify_all()
 
     def finish(self, outcome: Outcome, error: SwitchError | None = None) -> None:
-        """The end, said once; later calls are a fault of the caller."""
+        """Set the outcome, exactly once."""
         with self._changed:
             assert self.outcome is None, f"job {self.id} has ended already"
             self.outcome, self.error = outcome, error
             self._changed.notify_all()
 
     def wait_started(self, timeout: float) -> bool:
-        """Wait until the target's load began, or the job ended."""
+        """Wait until the target's load has begun or the job has ended."""
         with self._changed:
             return self._changed.wait_for(lambda: self._started or self.done, timeout)
 
@@ -243,7 +251,10 @@ class Job:
             return self._changed.wait_for(lambda: self.done, timeout)
 
     def follow(self, after: int = 0, heartbeat: float = 10.0) -> Iterator[JobEvent | None]:
-        """Every event numbered above `after`, as it comes, until the job is done; None when nothing did for a while."""
+        """Yield every event numbered above `after` until the job is done.
+
+        Yields None after `heartbeat` seconds without an event.
+        """
         seen = after
         while True:
             fresh, done = self._newer(seen, heartbeat)
@@ -260,4 +271,4 @@ class Job:
             return self._events[seen:], self.done
 
 
-__all__ = ["Aborted", "Chain", "Ending", "Job", "JobEvent", "Outcome", "Replace", "Request", "SwitchError"]
+__all__ = ["Aborted", "Chain", "Job", "JobEvent", "JobResult", "Outcome", "Replace", "Request", "SwitchError"]

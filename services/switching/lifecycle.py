@@ -1,7 +1,7 @@
-"""What a job does to one instance: fetch, launch or wake it, see it through its first token, drain, put to sleep, stop.
+"""Operations on a single instance: fetch, launch or wake, warm up, drain, put to sleep, stop.
 
-Straight-line blocking code in the job's own greenlet. What it learns it tells the fleet by messages. A cancel reaches
-it through the job's token, which has the instance stopped: every step is left by the exception that it raises then.
+Blocking code that runs in the job's greenlet and reports to the fleet by messages. Cancelling the job's token stops the
+instance from another greenlet; the step in progress then raises.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from services.switching.fleet import Fleet
 from services.switching.jobs import Job
 from services.switching.learning import Learned, load_key
 from services.switching.mailbox import Mailbox
-from services.switching.member import Member, read
-from services.switching.narrator import Narrator
+from services.switching.member import Member, measure
 from services.switching.planner import Planner
 from services.switching.progress import Progress
+from services.switching.reporter import JobReporter
 
 log = structlog.get_logger(__name__)
 
 OBSERVE_SECONDS = 0.2
-"""How often a load's figures are refreshed while nothing new is reported."""
+"""Interval between updates of a load's figures while the engine reports nothing."""
 
 
 class Slot(Protocol):
-    """The right to change what is loaded, which one job has at a time."""
+    """The right to change what is loaded. One job holds it at a time."""
 
     def release(self, job: Job) -> None:
-        """Let others go first while this one only fetches."""
+        """Give up the slot, because this job only fetches for now."""
 
     def acquire(self, job: Job) -> None:
-        """Wait until it is this one's turn again."""
+        """Block until this job holds the slot again."""
 
 
 class Lifecycle:
-    """What is done to single instances, for one job after another."""
+    """Operations on instances, on behalf of one job after another."""
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class Lifecycle:
         self._engines = context.engines
         self._on_exit = on_exit
 
-    def fetch(self, job: Job, model: Model, story: Narrator, slot: Slot) -> bool:
-        """Have what the load takes fetched to this machine; whether anything had to be.
+    def fetch(self, job: Job, model: Model, reporter: JobReporter, slot: Slot) -> bool:
+        """Fetch the files that the load needs; return whether any were missing.
 
-        Others may change what is loaded meanwhile. Raises EngineError and Aborted.
+        The job gives up its slot meanwhile. Raises EngineError and Aborted.
         """
         engine = self._engines[model.engine]
         progress = Progress(self._planner.history(model))
@@ -80,13 +80,13 @@ class Lifecycle:
                 fetched = True
                 slot.release(job)
                 job.mark_started()
-            story.fetching(progress.advance(seen, self._scheduler.now() - began))
+            reporter.fetching(progress.advance(seen, self._scheduler.now() - began))
 
         try:
             engine.fetch(model, report, job.token)
             seconds = self._scheduler.now() - began
         except EngineError as error:
-            self._mailbox.call(self._fleet.fail, model.id, str(error), "")
+            self._mailbox.call(self._fleet.record_failure, model.id, str(error), "")
             raise
         finally:
             if fetched:
@@ -98,44 +98,46 @@ class Lifecycle:
             self._learned.record_fetch(model, engine, size, seconds, device=device, at=self._scheduler.time())
         return fetched
 
-    def load(self, model: Model, story: Narrator, token: Abort, on_started: Callable[[], None] = lambda: None) -> None:
-        """Load a model and see it through its first token; then, and only then, requests are routed to it.
+    def load(
+        self, model: Model, reporter: JobReporter, token: Abort, on_started: Callable[[], None] = lambda: None
+    ) -> None:
+        """Load a model, or wake it if it sleeps, and route requests to it once it has generated a token.
 
-        One that sleeps is woken; if it can't be, it is stopped and loaded anew. Raises EngineError and Aborted; nothing
-        of the load is left then.
+        A sleeping instance that can't be woken is stopped and loaded anew. Raises EngineError and Aborted; nothing of
+        the load remains then.
         """
         token.check()
         engine = self._engines[model.engine]
         need, history = self._planner.need(model), self._planner.history(model)
-        story.loading(model.id, history.total_seconds)
+        reporter.loading(model.id, history.total_seconds)
         member = self._mailbox.call(self._fleet.begin_wake, model.id, need.bytes)
         waking = member is not None
         if member is None:
             member = self._launch(model, engine, need)
         on_started()
-        follower = _Follower(self._scheduler, Progress(history), member, story)
+        monitor = _LoadMonitor(self._scheduler, Progress(history), member, reporter)
         try:
-            self._see_through(member, follower, token, waking=waking)
+            self._wait_until_ready(member, monitor, token, waking=waking)
         except LoadFailed as error:
-            self._give_up(member)
+            self._abandon(member)
             if token.requested:
                 raise Aborted from None
             if waking:
-                log.warning("a model did not wake, so it is loaded anew", model=model.id, cause=error.cause)
-                self.load(model, story, token)
+                log.warning("a model did not wake; loading it anew", model=model.id, cause=error.cause)
+                self.load(model, reporter, token)
                 return
-            self._mailbox.call(self._fleet.fail, model.id, error.cause, error.log_tail)
+            self._mailbox.call(self._fleet.record_failure, model.id, error.cause, error.log_tail)
             log.warning("a load failed", model=model.id, cause=error.cause)
             raise
         except BaseException:
-            self._give_up(member)
+            self._abandon(member)
             raise
-        self._remember(member, load_key(model, engine, waking=waking), follower)
+        self._record_load(member, load_key(model, engine, waking=waking), monitor)
 
     def unload(self, model_id: str, token: Abort, *, sleeps: bool = False, on_drained: Callable[[], None]) -> bool:
-        """Let a model finish its answers, then stop it or put it to sleep; False when it was gone by itself.
+        """Drain a model, then stop it or put it to sleep. Return False if it ended by itself.
 
-        Raises Aborted while it drains (it goes on serving), and EngineError when it won't go (likewise).
+        Raises Aborted during the drain and EngineError if the engine refuses; the model goes on serving in both cases.
         """
         longest = self._settings.drain_timeout_seconds
         member = self._mailbox.call(self._fleet.begin_drain, model_id, longest)
@@ -144,61 +146,61 @@ class Lifecycle:
         try:
             drained = member.traffic.wait_idle(longest, token)
         except Aborted:
-            self._mailbox.call(self._fleet.resume, member)
+            self._mailbox.call(self._fleet.cancel_drain, member)
             raise
-        if self._mailbox.call(self._fleet.held, model_id) is not member:
+        if self._mailbox.call(self._fleet.loaded_member, model_id) is not member:
             return False
         on_drained()
-        if sleeps and drained:  # put to sleep while it answers, vLLM breaks (its issues 45520 and 28714)
+        if sleeps and drained:  # vLLM breaks when put to sleep while it answers (its issues 45520 and 28714)
             self._put_to_sleep(member)
         else:
             self.stop(member)
         return True
 
     def stop(self, member: Member) -> None:
-        """Stop an instance whatever it is doing; when this returns it is gone.
+        """Stop an instance, whatever it is doing, and return when it is gone.
 
-        Raises EngineError when a loaded one won't go; then it goes on as it was.
+        Raises EngineError if a loaded one can't be stopped; it goes on serving then.
         """
         before = self._mailbox.call(self._fleet.begin_unload, member)
         try:
             member.instance.stop(self._settings.unload_timeout_seconds)
         except Exception as error:
-            if self._mailbox.call(self._fleet.refuse_unload, member, before):
+            if self._mailbox.call(self._fleet.undo_unload, member, before):
                 raise _as_engine_error(member, error) from error
-            log.exception("a load that was given up did not go", model=member.model.id)
-        self._mailbox.call(self._fleet.gone, member)
+            log.exception("an abandoned load could not be stopped", model=member.model.id)
+        self._mailbox.call(self._fleet.mark_unloaded, member)
 
     def _launch(self, model: Model, engine: Engine, need: Need) -> Member:
         instance: Instance | None = None
 
         def ended(exit: Exit) -> None:
-            if instance is not None:  # else `wait_ready` says so
+            if instance is not None:  # before that, `wait_ready` reports the exit
                 self._on_exit(instance, exit)
 
         try:
             instance = engine.launch(model, ended)
         except EngineError as error:
-            self._mailbox.call(self._fleet.fail, model.id, str(error), "")
+            self._mailbox.call(self._fleet.record_failure, model.id, str(error), "")
             raise
         try:
             return self._mailbox.call(self._fleet.begin_load, model, engine, instance, need.device, need.bytes)
-        except BaseException:  # nobody would know of it
+        except BaseException:  # no member refers to the instance, so nothing else would stop it
             instance.stop(self._settings.unload_timeout_seconds)
             raise
 
-    def _see_through(self, member: Member, follower: _Follower, token: Abort, *, waking: bool) -> None:
+    def _wait_until_ready(self, member: Member, monitor: _LoadMonitor, token: Abort, *, waking: bool) -> None:
         instance = member.instance
-        with follower, token.acting(lambda: self._stop_beside(instance)):
-            come_up = instance.wake if waking else instance.wait_ready
-            endpoint = come_up(follower.report, self._settings.load_timeout_seconds)
-            follower.report(Evidence("warming_up"))
+        with monitor, token.acting(lambda: self._stop_in_background(instance)):
+            wait = instance.wake if waking else instance.wait_ready
+            endpoint = wait(monitor.report, self._settings.load_timeout_seconds)
+            monitor.report(Evidence("warming_up"))
             instance.warm_up(self._settings.warm_up_timeout_seconds)
         token.check()
-        self._mailbox.call(self._fleet.ready, member, endpoint, read(instance))
+        self._mailbox.call(self._fleet.mark_ready, member, endpoint, measure(instance))
 
-    def _stop_beside(self, instance: Instance) -> None:
-        """Stop a load from outside, in a greenlet of its own: whoever cancels must not wait for it."""
+    def _stop_in_background(self, instance: Instance) -> None:
+        """Stop a load in a greenlet of its own, so that cancelling does not block."""
 
         def stop() -> None:
             try:
@@ -208,27 +210,27 @@ class Lifecycle:
 
         self._scheduler.spawn("stop-load", stop)
 
-    def _give_up(self, member: Member) -> None:
-        """Put away what was being loaded. One more name of an instance that serves others is only forgotten."""
+    def _abandon(self, member: Member) -> None:
+        """Stop an instance whose load failed; one that shares another model's instance is only removed."""
         if member.shares is not None:
-            self._mailbox.call(self._fleet.drop_name, member)
+            self._mailbox.call(self._fleet.remove_member, member)
         else:
             self.stop(member)
 
     def _put_to_sleep(self, member: Member) -> None:
-        """Let it go on in its sleep, for less memory; one that can't is stopped. Raises EngineError like that."""
+        """Put an instance to sleep to free memory, or stop it if it can't sleep. Raises EngineError as `stop` does."""
         self._mailbox.call(self._fleet.begin_unload, member)
         try:
             member.instance.sleep(self._settings.sleep_timeout_seconds)
         except Exception as error:
-            log.warning("a model can't sleep, so it is stopped", model=member.model.id, reason=str(error))
-            self._mailbox.call(self._fleet.refuse_unload, member, "running")
+            log.warning("a model can't be put to sleep; stopping it", model=member.model.id, reason=str(error))
+            self._mailbox.call(self._fleet.undo_unload, member, "running")
             self.stop(member)
             return
-        self._mailbox.call(self._fleet.asleep, member, read(member.instance))
+        self._mailbox.call(self._fleet.mark_asleep, member, measure(member.instance))
 
-    def _remember(self, member: Member, key: str, follower: _Follower) -> None:
-        total = follower.seconds
+    def _record_load(self, member: Member, key: str, monitor: _LoadMonitor) -> None:
+        total = monitor.seconds
         self._learned.record(
             LoadRecord(
                 model=member.model.id,
@@ -236,7 +238,7 @@ class Lifecycle:
                 settings_key=key,
                 outcome="ready",
                 total_seconds=total,
-                stage_seconds=follower.stage_seconds(total),
+                stage_seconds=monitor.stage_seconds(total),
                 memory_bytes=member.usage.bytes if member.usage and member.shares is None else None,
                 device=member.device,
                 at=self._scheduler.time(),
@@ -245,54 +247,54 @@ class Lifecycle:
         log.info("model ready", model=member.model.id, seconds=round(total, 3))
 
 
-class _Follower:
-    """Follows one load: takes in evidence as it comes, and every 0.2 s that time has passed. Closed on leaving it."""
+class _LoadMonitor:
+    """Context manager that reports the progress of one load: on evidence, and every OBSERVE_SECONDS without any."""
 
-    def __init__(self, scheduler: Scheduler, progress: Progress, member: Member, story: Narrator) -> None:
+    def __init__(self, scheduler: Scheduler, progress: Progress, member: Member, reporter: JobReporter) -> None:
         self._scheduler = scheduler
         self._progress = progress
         self._member = member
-        self._story = story
+        self._reporter = reporter
         self._began = scheduler.now()
-        self._over = False
+        self._closed = False
         self._changed = scheduler.condition()
-        self._advancing = Lock()  # held for a calculation, never for a wait
+        self._lock = Lock()  # never held while waiting
         self.seconds = 0.0
 
-    def __enter__(self) -> _Follower:
-        self._scheduler.spawn("follow-load", self._keep_looking)
+    def __enter__(self) -> _LoadMonitor:
+        self._scheduler.spawn("follow-load", self._run)
         return self
 
     def __exit__(self, _type: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
         with self._changed:
-            self._over = True
+            self._closed = True
             self.seconds = self._scheduler.now() - self._began
             self._changed.notify_all()
 
     def report(self, seen: Evidence) -> None:
-        """What the engine saw of the load. Called from any greenlet."""
-        self._look(seen)
+        """Take in evidence from the engine. Callable from any greenlet."""
+        self._update(seen)
 
     def stage_seconds(self, total: float) -> dict[str, float]:
         return {str(stage): seconds for stage, seconds in self._progress.stage_seconds(total).items()}
 
-    def _keep_looking(self) -> None:
-        while not self._wait_over():
+    def _run(self) -> None:
+        while not self._wait_closed():
             try:
-                self._look(None)
+                self._update(None)
             except Exception as error:
-                log.warning("a load can't be followed", model=self._member.model.id, error=str(error))
+                log.warning("the progress of a load can't be read", model=self._member.model.id, error=str(error))
 
-    def _wait_over(self) -> bool:
+    def _wait_closed(self) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: self._over, OBSERVE_SECONDS)
+            return self._changed.wait_for(lambda: self._closed, OBSERVE_SECONDS)
 
-    def _look(self, evidence: Evidence | None) -> None:
-        with self._advancing:
+    def _update(self, evidence: Evidence | None) -> None:
+        with self._lock:
             estimate = self._progress.advance(evidence, self._scheduler.now() - self._began)
-        if not self._over:
-            reading = read(self._member.instance)
-            self._story.observed(self._member, estimate, reading.usage, reading.pid)
+        if not self._closed:
+            reading = measure(self._member.instance)
+            self._reporter.observed(self._member, estimate, reading.usage, reading.pid)
 
 
 def _as_engine_error(member: Member, error: Exception) -> EngineError:

@@ -1,8 +1,8 @@
-"""The single writer's mailbox: calls from anywhere, run one after another in one greenlet.
+"""The switcher's mailbox: calls from any greenlet, run one after another in a single one.
 
-Two invariants. Nothing that is put in here may block: a slow engine, driver or database would delay everyone (the
-mailbox once ran jobs itself, and re-entered itself while one waited). And an exception belongs to the message that
-raised it: its sender is told, nobody else notices.
+Two invariants. A message must not block: a slow engine, driver or database would delay everyone (an earlier version ran
+jobs inside the mailbox, and re-entered itself while one waited). And an exception belongs to the message that raised
+it: it is raised in the sender, and no other message is affected.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 REPLY_SECONDS = 10.0
-"""When a call fails for want of an answer. Handlers take microseconds: this bounds a fault, not a wait."""
+"""Time limit for the reply to a call. Handlers take microseconds, so only a bug exceeds it."""
 
 
 class MailboxClosed(Exception):
-    """The writer has ended, or does not answer."""
+    """The mailbox is closed, or did not reply in time."""
 
 
 class _Reply(Generic[T]):
@@ -36,12 +36,12 @@ class _Reply(Generic[T]):
         self._value: T | None = None
         self._error: BaseException | None = None
 
-    def give(self, value: T | None, error: BaseException | None = None) -> None:
+    def set(self, value: T | None, error: BaseException | None = None) -> None:
         with self._changed:
             self._value, self._error, self._done = value, error, True
             self._changed.notify_all()
 
-    def take(self) -> T:
+    def wait(self) -> T:
         with self._changed:
             if not self._changed.wait_for(lambda: self._done, REPLY_SECONDS):
                 raise MailboxClosed("The switcher does not answer.")
@@ -58,7 +58,7 @@ class _Message:
 
 
 class Mailbox:
-    """Runs messages in order. `after_each` is called after every one, before its sender is answered."""
+    """Runs messages in order. `after_each` is called after every message, before its sender gets the reply."""
 
     def __init__(self, scheduler: Scheduler, after_each: Callable[[], None] = lambda: None) -> None:
         self._scheduler = scheduler
@@ -72,29 +72,29 @@ class Mailbox:
         return self._open
 
     def post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Have the writer call `function`; doesn't wait. What it raises is logged. Ignored once closed."""
+        """Queue a call and return at once. What it raises is logged. Ignored once closed."""
         self._put(_Message(_bound(function, kwargs), args, None))
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Have the writer call `function`, and return what it returns or raise what it raises.
+        """Queue a call, wait for it, and return its result or raise its exception.
 
-        Never from within a message. Raises MailboxClosed.
+        Never call this within a message: it would wait for itself. Raises MailboxClosed.
         """
         reply: _Reply[T] = _Reply(self._scheduler.condition())
         if not self._put(_Message(_bound(function, kwargs), args, reply)):
             raise MailboxClosed("Switchyard is stopping.")
-        return reply.take()
+        return reply.wait()
 
     def close(self) -> None:
-        """Take no more messages; those that were sent are still dealt with."""
+        """Accept no further messages; those already queued still run."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Deal with messages until closed. This greenlet is the writer."""
+        """Run messages until closed. The greenlet that calls this is the single writer."""
         while (message := self._next()) is not None:
-            self._deal_with(message)
+            self._handle(message)
 
     def _put(self, message: _Message) -> bool:
         with self._changed:
@@ -108,7 +108,7 @@ class Mailbox:
             self._changed.wait_for(lambda: bool(self._messages) or not self._open)
             return self._messages.popleft() if self._messages else None
 
-    def _deal_with(self, message: _Message) -> None:
+    def _handle(self, message: _Message) -> None:
         value: Any = None
         error: BaseException | None = None
         try:
@@ -120,9 +120,9 @@ class Mailbox:
         try:
             self._after_each()
         except Exception:
-            log.exception("what follows a message failed", message=_name(message.function))
+            log.exception("publishing after a message failed", message=_name(message.function))
         if message.reply is not None:
-            message.reply.give(value, error)
+            message.reply.set(value, error)
 
 
 def _bound(function: Callable[..., T], kwargs: dict[str, Any]) -> Callable[..., T]:

@@ -1,4 +1,4 @@
-"""One model's instance as the fleet keeps it, and what a look at it gives."""
+"""A model's instance as the fleet keeps it, and the measurement of an instance."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from services.switching.traffic import Traffic
 log = structlog.get_logger(__name__)
 
 NOTICEABLE_BYTES = 1_000_000
-"""A change of use below this is not worth a new version of the snapshot."""
+"""Smaller changes in memory use do not make a new snapshot version."""
 
-SILENT = (
+UNRESPONSIVE = (
     "It does not respond: no answer makes progress, and its engine gives no sign of life. "
     "It is restarted if it stays so."
 )
 
-Standing = Literal["absent", "loading", "running", "asleep", "unloading"]
+MemberState = Literal["absent", "loading", "running", "asleep", "unloading"]
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one look at an instance gave; `model` is its entry, with what is known by now of how it is held."""
+    """One measurement of an instance. `model` is its entry, updated with what is known of its weights in memory."""
 
     model: Model
     usage: Usage | None
@@ -35,10 +35,10 @@ class Measurement:
     pid: int | None
 
 
-def read(instance: Instance) -> Measurement:
-    """Look at an instance; what can't be known is None. It may take a moment, so never in a message.
+def measure(instance: Instance) -> Measurement:
+    """Measure an instance; unknown values are None. It may block for a moment, so never call it within a message.
 
-    Nothing it meets is an error: a load that works must not fail for want of a figure.
+    Errors are logged, not raised: a load that works must not fail because a figure is missing.
     """
     try:
         return Measurement(instance.model, instance.usage(), instance.warning(), instance.rest(), instance.pid)
@@ -49,7 +49,7 @@ def read(instance: Instance) -> Measurement:
 
 @dataclass(eq=False)
 class Member:
-    """One model's instance and what is known of it. `shares` is the member whose instance it is as well."""
+    """A model's instance and its state. `shares` is the member whose instance this one uses."""
 
     model: Model
     engine: Engine
@@ -66,22 +66,22 @@ class Member:
     warning: str | None = None
     pid: int | None = None
     exit: Exit | None = None
-    """How it ended by itself while a job was busy with it; that job decides what it means."""
+    """How it ended unasked while a job was busy with it; that job decides what it means."""
     log_tail: str = ""
-    """The last lines of its log, once it has ended."""
+    """Last lines of its log, set once it has ended."""
     shares: Member | None = None
-    silent: bool = False
-    """Whether it has given no sign of life for a while though it should."""
+    unresponsive: bool = False
+    """Whether it has shown no activity for a while although it has work."""
     drain_until: float | None = None
-    """Until when the answers under way may take (Unix seconds), while the unload of it waits for them."""
+    """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
 
     @property
-    def held(self) -> bool:
-        """Loaded, awake or asleep, with nothing under way."""
+    def is_loaded(self) -> bool:
+        """Loaded, awake or asleep, and not being changed."""
         return self.state in ("running", "asleep")
 
     def view(self) -> InstanceView:
-        silent = self.silent and self.state == "running"
+        unresponsive = self.unresponsive and self.state == "running"
         return InstanceView(
             model=self.model.id,
             engine=self.engine.name,
@@ -95,15 +95,15 @@ class Member:
             usage=self.usage if self.shares is None else None,
             reserved_bytes=self.reserved_bytes if self.shares is None else 0,
             loaded_at=self.loaded_at,
-            warning=SILENT if silent else self.warning,
+            warning=UNRESPONSIVE if unresponsive else self.warning,
             rest=self.rest if self.state == "running" else None,
             shares=self.shares.model.id if self.shares is not None else None,
-            silent=silent,
+            unresponsive=unresponsive,
             drain_until=self.drain_until,
         )
 
     def differs(self, reading: Measurement) -> bool:
-        """Whether a fresh reading is worth a new version of the snapshot."""
+        """Whether a new measurement is worth a new version of the snapshot."""
         return _differs(self.usage, reading.usage) or self.warning != reading.warning
 
 

@@ -1,4 +1,4 @@
-"""What a switch would do, computed without doing it: what is unloaded, why, the time and memory it takes.
+"""Computes what a switch would do: which models it unloads and why, and the time and memory it takes.
 
 Pure: a function of the target, the ledger and what is loaded. Sizes are bytes, times seconds.
 """
@@ -14,11 +14,11 @@ from services.engines.port import HOST_DEVICE, Basis, Need, Rest
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that is loaded, seen as something that could be unloaded.
+    """A loaded model as a candidate for unloading.
 
-    `keep` says in words why it must stay (a pin, a load under way), None when it may go. `spilled_bytes` are what it
-    holds of this machine's RAM besides. `rest` is what it would keep asleep, None where it can't sleep or does already.
-    `drain_seconds` is how long its answers under way may take to end.
+    `keep_reason` says why it must stay (pinned, being loaded), None if it may be unloaded. `spilled_bytes` is the part
+    of it in host RAM because it did not fit on its GPU. `rest` is what it would hold asleep, None if it can't sleep or
+    already does. `drain_seconds` is how long its requests in flight are expected to take.
     """
 
     model: str
@@ -28,7 +28,7 @@ class Loaded:
     in_flight: int = 0
     reload_seconds: float | None = None
     drain_seconds: float = 0.0
-    keep: str | None = None
+    keep_reason: str | None = None
     spilled_bytes: int = 0
     asleep: bool = False
     rest: Rest | None = None
@@ -42,9 +42,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """A model that has to go, what that frees on the plan's device, and how long it takes to bring it back.
+    """A model to unload, the bytes this frees on the plan's device, and the time to load it again.
 
-    `sleeps`: it is put to sleep, because what it keeps then is not needed. `in_flight` requests end before it goes.
+    `sleeps`: it is put to sleep instead, because the memory it keeps asleep is not needed. `in_flight` requests finish
+    first.
     """
 
     model: str
@@ -57,7 +58,7 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """A model that could make room but stays, and why."""
+    """A model on the device that must stay, and why."""
 
     model: str
     reason: str
@@ -65,7 +66,10 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What switching to `target` takes. Infeasible plans unload nothing; `alternatives` would fit instead."""
+    """What it takes to make `target` ready.
+
+    An infeasible plan unloads nothing; `alternatives` are models that would fit.
+    """
 
     target: str
     feasible: bool
@@ -91,7 +95,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Another model that could be switched to instead."""
+    """Another model that could be loaded instead, and the memory it needs."""
 
     model: str
     need: Need
@@ -99,7 +103,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory as measured: free and in all on the target's device, and free on the host, for what is put to sleep."""
+    """Measured memory: free and total on the target's device, and free on the host for models put to sleep."""
 
     available_bytes: int
     total_bytes: int
@@ -137,21 +141,21 @@ def make_plan(
 ) -> Plan:
     """Choose what to unload so that `need` fits.
 
-    Models that answer somebody right now go last, those asleep first; those that must stay, never. What was chosen
-    first but turned out not to be needed is kept after all, so that no plan unloads more than it has to. What goes is
-    put to sleep where that frees enough too, and the host has room for it.
+    Sleeping models are unloaded first and models with requests in flight last; those with a `keep_reason` never. A
+    model chosen early that turns out not to be needed stays, so that no plan unloads more than necessary. A model is
+    put to sleep instead of stopped where that frees enough and the host has room for it.
     """
     device = need.device
     candidates = [m for m in loaded if (m.device == device or m.held_on(device)) and m.model != target]
-    may_go = [m for m in candidates if _keeps(m, rules.auto_unload) is None]
-    may_go.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[rules.strategy](m), m.model))
-    freeable = sum(m.held_on(device) for m in may_go)
+    unloadable = [m for m in candidates if _keep_reason(m, rules.auto_unload) is None]
+    unloadable.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[rules.strategy](m), m.model))
+    freeable = sum(m.held_on(device) for m in unloadable)
     short = need.bytes - room.available_bytes
     feasible = short <= freeable
-    named = [m for m in loaded if m.model == rules.instead_of != target and m.keep is None]
-    rest = [m for m in may_go if m not in named]
+    named = [m for m in loaded if m.model == rules.instead_of != target and m.keep_reason is None]
+    remaining = [m for m in unloadable if m not in named]
     freed = sum(m.held_on(device) for m in named)
-    chosen = [*named, *_enough(rest, short - freed, device)] if feasible else []
+    chosen = [*named, *_choose_enough(remaining, short - freed, device)] if feasible else []
     spare = sum(m.held_on(device) for m in chosen) - short
     return Plan(
         target=target,
@@ -170,7 +174,7 @@ def make_plan(
 
 
 def refusal(plan: Plan) -> str:
-    """Why an infeasible plan can't be carried out, and what to do, for people."""
+    """Return the message for an infeasible plan: why it can't be carried out, and what to do."""
     room = plan.available_bytes + plan.freeable_bytes
     parts = [
         f"{plan.target} needs {say_gb(plan.required_bytes)} ({plan.memory_basis}), but at most {say_gb(room)} of "
@@ -186,22 +190,22 @@ def refusal(plan: Plan) -> str:
 
 
 def say_gb(size: int) -> str:
-    """Bytes for people: decimal GB with one digit, MB below one GB."""
+    """Format bytes for people: decimal GB with one digit, MB below one GB."""
     return f"{size / 1e9:.1f} GB" if size >= 999_500_000 else f"{size / 1e6:.0f} MB"
 
 
-def _keeps(model: Loaded, auto_unload: bool) -> str | None:
-    if model.keep is not None:
-        return model.keep
+def _keep_reason(model: Loaded, auto_unload: bool) -> str | None:
+    if model.keep_reason is not None:
+        return model.keep_reason
     return None if auto_unload else "unloading without being asked is switched off"
 
 
 def _blocked(candidates: Sequence[Loaded], auto_unload: bool) -> list[Blocked]:
-    reasons = ((m.model, _keeps(m, auto_unload)) for m in candidates)
+    reasons = ((m.model, _keep_reason(m, auto_unload)) for m in candidates)
     return [Blocked(model, reason) for model, reason in reasons if reason is not None]
 
 
-def _enough(ranked: Sequence[Loaded], short: int, device: str) -> list[Loaded]:
+def _choose_enough(ranked: Sequence[Loaded], short: int, device: str) -> list[Loaded]:
     chosen: list[Loaded] = []
     for model in ranked:
         if sum(m.held_on(device) for m in chosen) >= short:
@@ -216,9 +220,9 @@ def _enough(ranked: Sequence[Loaded], short: int, device: str) -> list[Loaded]:
 
 
 def _unloads(chosen: Sequence[Loaded], device: str, spare: int, host_spare: int) -> Iterator[Unload]:
-    """How each of them goes: asleep as long as there is room for what it keeps then, else stopped.
+    """Decide for each model whether it sleeps, while there is room for what it keeps asleep, or is stopped.
 
-    Nobody is put to sleep into the memory that the plan is to make free: that of the host, for an embedded model.
+    On the host device no model is put to sleep: its weights would stay in the memory that the plan is to free.
     """
     for model in chosen:
         frees = model.held_on(device)

@@ -1,4 +1,4 @@
-"""Gathers what a plan is made from: fresh readings, what is loaded, what past loads taught."""
+"""Gathers the inputs of a plan: fresh measurements, what is loaded, and what was learned from past loads."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ log = structlog.get_logger(__name__)
 
 
 class Devices(Protocol):
-    """Who measures memory."""
+    """Source of memory readings."""
 
     @property
     def readings(self) -> Sequence[Reading]:
-        """The latest readings."""
+        """The latest readings; no I/O."""
 
     def sample(self) -> Sequence[Reading]:
-        """Fresh ones; takes a moment."""
+        """Take and return new readings; may block for a moment."""
 
 
 class Planner:
-    """Answers what a switch would do. Changes nothing; safe from any thread."""
+    """Computes plans. Changes nothing; thread-safe."""
 
     def __init__(self, context: SwitchingContext, devices: Devices, learned: Learned) -> None:
         self._settings = context.settings
@@ -49,15 +49,13 @@ class Planner:
         strategy: Strategy | None = None,
         auto_unload: bool | None = None,
         *,
-        loads_give_way: bool = False,
+        preempt_loads: bool = False,
         instead_of: str | None = None,
     ) -> Plan:
-        """What making `model` ready takes now. It measures, so never in a message to the switcher.
+        """Return the plan for making `model` ready now. It measures, so never call it within a switcher message.
 
-        Raises EngineError when its device isn't there, and what its engine's estimate raises.
-
-        With `loads_give_way` a load under way counts as something that could be unloaded. `instead_of` is a model that
-        goes in any case.
+        With `preempt_loads` a load under way counts as a candidate for unloading. `instead_of` is unloaded in any case.
+        Raises EngineError if the model's device does not exist, and whatever its engine's estimate raises.
         """
         snapshot = self._board.current
         need = self.need(model)
@@ -68,20 +66,20 @@ class Planner:
         others = [view for view in snapshot.instances.values() if view.shares is None and view is not already]
         return make_plan(
             model.id,
-            need if already is None else _rest_of(need, already),
+            need if already is None else _remaining_need(need, already),
             Room(
                 available_bytes=ledger.available_bytes,
                 total_bytes=ledger.total_bytes,
                 host_available_bytes=self._account(HOST_DEVICE, holdings).available_bytes,
             ),
-            [self._loaded(view, snapshot, loads_give_way) for view in others],
+            [self._loaded(view, snapshot, preempt_loads) for view in others],
             UnloadRules(strategy or self._settings.strategy, auto, instead_of),
             load_seconds=self.load_seconds(model) if already is None or already.state == "asleep" else 0.0,
             others=list(self._alternatives()),
         )
 
     def account(self, device: str, holdings: Sequence[Holding]) -> Account:
-        """One device's memory, measured now. Raises EngineError when there is no such device."""
+        """Return the account of one device, measured now. Raises EngineError if there is no such device."""
         self._devices.sample()
         return self._account(device, holdings)
 
@@ -93,27 +91,27 @@ class Planner:
         raise EngineError(f"There is no device {device!r} on this machine. There are: {known}.")
 
     def _alternatives(self) -> Iterator[Alternative]:
-        """The models that could be offered instead. One whose engine can't say what it needs is no reason to fail."""
+        """Yield the models that could be loaded instead, without those whose engine fails to estimate their memory."""
         for model in self._catalog.models.values():
             if not model.fault:
                 try:
                     yield Alternative(model.id, self.need(model))
                 except Exception as error:
-                    log.warning("the memory a model needs is unknown", model=model.id, error=str(error))
+                    log.warning("the memory a model needs can't be estimated", model=model.id, error=str(error))
 
     @property
-    def lessons(self) -> int:
-        """How many loads have taught something so far: forecasts from before the last one are outdated."""
-        return self._learned.lessons
+    def learned_version(self) -> int:
+        """Number of loads learned from so far; forecasts made at a lower number are outdated."""
+        return self._learned.version
 
     def need(self, model: Model) -> Need:
-        """What a model takes when loaded. Raises whatever its engine's estimate does."""
+        """Return the memory a model takes when loaded. Raises whatever its engine's estimate raises."""
         return self._learned.need(model, self._engines[model.engine])
 
     def load_seconds(self, model: Model) -> float | None:
-        """How long loading it usually takes, what has to be fetched first included, or waking it while it sleeps.
+        """Forecast the time to load a model, including the fetch of missing files, or to wake it if it sleeps.
 
-        None when nobody can know yet.
+        None if unknown.
         """
         loading = self.history(model).total_seconds
         if loading is None or model.fetch_bytes == 0:
@@ -122,18 +120,18 @@ class Planner:
         return None if fetching is None else fetching + loading
 
     def history(self, model: Model) -> History:
-        """What is known of how long that takes, stage by stage."""
+        """Return past times, stage by stage, for loading a model, or for waking it if it sleeps."""
         view = self._board.current.instances.get(model.id)
         return self._history(model, waking=view is not None and view.state == "asleep")
 
     def _history(self, model: Model, *, waking: bool) -> History:
         return self._learned.history(model, self._engines[model.engine], waking=waking)
 
-    def _loaded(self, view: InstanceView, snapshot: Snapshot, loads_give_way: bool) -> Loaded:
+    def _loaded(self, view: InstanceView, snapshot: Snapshot, preempt_loads: bool) -> Loaded:
         model, traffic = view.entry, view.traffic
         last_used = traffic.last_used or view.loaded_at
         held = view.usage.bytes if view.usage else 0
-        if view.state == "running" and not held:  # a driver that doesn't tell, or one just found: that is not nothing
+        if view.state == "running" and not held:  # not measured: the driver doesn't report it, or it was just adopted
             held = self.need(model).bytes
         return Loaded(
             model=view.model,
@@ -143,31 +141,31 @@ class Planner:
             in_flight=traffic.in_flight,
             reload_seconds=self._history(model, waking=False).total_seconds,
             drain_seconds=self._drain_seconds(traffic),
-            keep=self._keep(view, snapshot, loads_give_way),
+            keep_reason=self._keep_reason(view, snapshot, preempt_loads),
             spilled_bytes=view.usage.spilled_bytes if view.usage else 0,
             asleep=view.state == "asleep",
             rest=view.rest,
             wake_seconds=self._history(model, waking=True).total_seconds,
         )
 
-    def _keep(self, view: InstanceView, snapshot: Snapshot, loads_give_way: bool) -> str | None:
-        """Why an instance must stay, whatever the strategy: a promise for one of its names, or something under way."""
+    def _keep_reason(self, view: InstanceView, snapshot: Snapshot, preempt_loads: bool) -> str | None:
+        """Return why an instance must stay whatever the strategy: a setting, or a change under way; else None."""
         names = {view.model, *(v.model for v in snapshot.instances.values() if v.shares == view.model)}
         if kept := sorted(names.intersection(self._settings.preserve_models)):
             return f"{kept[0]} is one of preserve_models" if kept[0] != view.model else "it is one of preserve_models"
-        movable = view.state in ("running", "asleep") or loads_give_way
+        movable = view.state in ("running", "asleep") or preempt_loads
         return None if movable else f"it is {view.state} right now"
 
     def _drain_seconds(self, traffic: Traffic) -> float:
-        """How long answers under way are likely to take: what they took in the mean, at most what a drain may take."""
+        """Estimate how long the requests in flight take: the mean of past requests, at most the drain timeout."""
         if not traffic.in_flight:
             return 0.0
         longest = self._settings.drain_timeout_seconds
         return longest if traffic.mean_seconds is None else min(longest, traffic.mean_seconds)
 
 
-def _rest_of(need: Need, view: InstanceView) -> Need:
-    """What a model needs beyond what its instance holds already: nothing, unless it sleeps."""
+def _remaining_need(need: Need, view: InstanceView) -> Need:
+    """Return what a model needs beyond what its instance already holds: nothing, unless it sleeps."""
     held = view.usage.bytes if view.usage else 0
     return Need(need.device, max(0, need.bytes - held) if view.state == "asleep" else 0, need.basis)
 

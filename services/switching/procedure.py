@@ -1,7 +1,7 @@
-"""How one job is carried out, step by step: plan, drain, unload, wait for memory, load, warm up, or restore.
+"""Runs one job step by step: plan, fetch, drain, unload, wait for memory, load, warm up, or roll back.
 
-Straight-line blocking code in a greenlet of its own. It reads snapshots, tells the fleet what happened by messages, and
-asks anew where a model stands after each step that takes time: another client, or a crash, may have changed that.
+Blocking code in a greenlet of its own. It reads snapshots, reports to the fleet by messages, and reads a model's state
+again after each step that takes time: another client, or a crash, may have changed it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from services.engines.port import EngineError, LoadFailed, Model
 from services.scheduling import pause
 from services.switching.context import SwitchingContext
 from services.switching.fleet import Fleet
-from services.switching.jobs import Ending, Job, Outcome, SwitchError
+from services.switching.jobs import Job, JobResult, Outcome, SwitchError
 from services.switching.lifecycle import Lifecycle, Slot
 from services.switching.mailbox import Mailbox
-from services.switching.member import Member, Standing
-from services.switching.narrator import Narrator
+from services.switching.member import Member, MemberState
 from services.switching.plan import Plan, Unload, refusal, say_gb
 from services.switching.planner import Planner
 from services.switching.reconciler import Reconciler
+from services.switching.reporter import JobReporter
 
 log = structlog.get_logger(__name__)
 
-MEMORY_LOOK_SECONDS = 0.05
-LAST_ANSWERS_SECONDS = 3.0
+MEMORY_POLL_SECONDS = 0.05
+"""Interval between measurements while waiting for freed memory."""
+FINAL_DRAIN_SECONDS = 3.0
+"""Time for requests in flight to finish when the app shuts down."""
 
 
 class Procedure:
-    """Carries out jobs, one after another. `check_state` raises SwitchError when the app's state can't be written."""
+    """Runs jobs, one after another. `check_state` raises SwitchError when the state folder can't be written."""
 
     def __init__(
         self,
@@ -59,109 +61,112 @@ class Procedure:
         self._slot = slot
         self._check_state = check_state
 
-    def carry_out(self, job: Job) -> Ending:
-        """Do what the job asks, or undo what was done for it; whatever happens, it ends."""
-        story = Narrator(job, self._mailbox, self._fleet)
+    def run(self, job: Job) -> JobResult:
+        """Run a job, or roll back what was done for it. Never raises."""
+        reporter = JobReporter(job, self._mailbox, self._fleet)
         try:
             job.token.check()
             if job.request.kind == "stop":
                 return self._stop(job)
             if job.request.kind == "remove":
                 return self._remove(job)
-            return self._switch(job, story)
+            return self._switch(job, reporter)
         except Exception as error:
-            return self._undo(job, story, as_switch_error(job, error))
+            return self._undo(job, reporter, as_switch_error(job, error))
 
     def refusal(self, job: Job) -> SwitchError | None:
-        """Why the target can't be made ready even if the load under way gave way; None when it can.
+        """Return why the target can't be made ready, even if the load under way were cancelled; None if it can.
 
-        Asked before a running switch is cancelled for it: a target that is refused must not cost the one that works.
+        Checked before a running switch is cancelled for this one: a refused target must not cost the switch that works.
         """
         try:
             model = self._usable(job.target)
             if self._board.current.instances.get(model.id) is None:
-                self._make_plan(job, model, loads_give_way=True)
+                self._make_plan(job, model, preempt_loads=True)
         except Exception as error:
             return as_switch_error(job, error)
         return None
 
     def stop_all(self, *, for_good: bool = True) -> None:
-        """Stop every instance that needs the app, which is going away, side by side.
+        """Stop every instance that depends on the app, in parallel, because the app is shutting down.
 
-        Answers under way get a moment to end. Unless it goes `for_good` the app is back at once, and finds those that
-        are loaded.
+        Requests in flight get FINAL_DRAIN_SECONDS. Unless `for_good`, the app restarts at once and adopts loaded
+        instances, so only unfinished ones are stopped.
         """
         for member in self._mailbox.call(self._fleet.members):
             stays = member.engine.outlives_app or not for_good
-            if not (stays and member.held) and member.shares is None:
+            if not (stays and member.is_loaded) and member.shares is None:
                 self._scheduler.spawn("last-stop", lambda member=member: self._stop_last(member))  # type: ignore[misc]
 
     def _stop_last(self, member: Member) -> None:
         member.traffic.close()
-        member.traffic.wait_idle(LAST_ANSWERS_SECONDS, Abort())
+        member.traffic.wait_idle(FINAL_DRAIN_SECONDS, Abort())
         try:
             self._lifecycle.stop(member)
         except Exception as error:
             log.warning("a model could not be unloaded", model=member.model.id, reason=str(error))
-            self._mailbox.call(self._fleet.gone, member)
+            self._mailbox.call(self._fleet.mark_unloaded, member)
 
-    # A switch, or a restart.
+    # Switch and restart.
 
-    def _switch(self, job: Job, story: Narrator) -> Ending:
+    def _switch(self, job: Job, reporter: JobReporter) -> JobResult:
         restart = job.request.kind == "restart"
         if not restart and self._already_there(job):
-            return Ending("already_loaded")
-        story.begin()
+            return JobResult("already_loaded")
+        reporter.begin()
         inherited = list(job.chain.unloaded)
         self._check_state()
         model = self._usable(job.target)
         plan = self._make_plan(job, model)
-        missing = restart or self._standing(model) == "absent"
-        if missing and self._lifecycle.fetch(job, model, story, self._slot):
-            model, plan = self._look_again(job)
+        missing = restart or self._current_state(model) == "absent"
+        if missing and self._lifecycle.fetch(job, model, reporter, self._slot):
+            model, plan = self._replan(job)
         if restart:
-            self._unload_for_restart(job, story)
-            model, plan = self._look_again(job)
-        story.planned(plan)
-        self._make_room(job, story, plan)
-        if self._standing(model) != "running":
-            job.touch()
-            self._lifecycle.load(model, story, job.token, job.mark_started)
+            self._unload_for_restart(job, reporter)
+            model, plan = self._replan(job)
+        reporter.planned(plan)
+        self._make_room(job, reporter, plan)
+        if self._current_state(model) != "running":
+            job.begin_changes()
+            self._lifecycle.load(model, reporter, job.token, job.mark_started)
         job.seal()
-        self._mailbox.call(self._use, job)
+        self._mailbox.call(self._activate_target, job)
         here = self._board.current.instances
         job.unloaded[:0] = [m for m in inherited if m not in here and m not in job.unloaded]
-        return story.ready()
+        return reporter.ready()
 
     def _already_there(self, job: Job) -> bool:
-        """Whether the target answers already, and nothing else was asked for; it is the active one then, if wanted."""
+        """Return whether the target runs already and nothing else was requested. If so, activate it as requested."""
         model = self._catalog.get(job.target)
-        if self._standing(model) != "running" or self._displaced(job) is not None:
+        if self._current_state(model) != "running" or self._model_to_replace(job) is not None:
             return False
         job.seal()
-        self._mailbox.call(self._use, job)
+        self._mailbox.call(self._activate_target, job)
         return True
 
-    def _use(self, job: Job) -> None:
-        """A message: the target answers; whether it is the active one is asked now, since others may have joined."""
+    def _activate_target(self, job: Job) -> None:
+        """Message: activate the target if any request of the job asks for it.
+
+        Read here, because others may have joined.
+        """
         if job.request.options.activate:
             self._fleet.activate(job.target)
         else:
-            self._fleet.fall_to(job.target)
+            self._fleet.activate_if_none(job.target)
 
-    def _displaced(self, job: Job) -> str | None:
-        """The model that is to go for the target in any case, if it is loaded."""
+    def _model_to_replace(self, job: Job) -> str | None:
+        """Return the model that is to be unloaded in any case (`Request.instead_of`), if it is loaded."""
         instead_of = job.request.options.instead_of
         view = self._board.current.instances.get(instead_of) if instead_of != job.target and instead_of else None
         return view.model if view is not None else None
 
-    def _standing(self, model: Model) -> Standing:
-        """Where a model stands, once what its engine has loaded by now is taken in."""
-        self._reconciler.look_for(model)
-        return self._mailbox.call(self._fleet.standing, model.id)
+    def _current_state(self, model: Model) -> MemberState:
+        """Return a model's state after taking in what its engine has loaded meanwhile."""
+        self._reconciler.reconcile_model(model)
+        return self._mailbox.call(self._fleet.state_of, model.id)
 
-    def _look_again(self, job: Job) -> tuple[Model, Plan]:
-        """A while later a model's size is known, it may have left the catalogue, and much else may have changed."""
+    def _replan(self, job: Job) -> tuple[Model, Plan]:
+        """Refresh the catalogue and plan again: a fetch or an unload may have changed sizes and the set of models."""
         self._catalog.refresh()
         model = self._usable(job.target)
         return model, self._make_plan(job, model)
@@ -172,8 +177,11 @@ class Procedure:
             raise SwitchError("model_unusable", f"{model.id} can't be loaded: {model.fault}")
         return model
 
-    def _make_plan(self, job: Job, model: Model, *, loads_give_way: bool = False) -> Plan:
-        """What has to be done; made anew when somebody joins who may do more. Raises SwitchError."""
+    def _make_plan(self, job: Job, model: Model, *, preempt_loads: bool = False) -> Plan:
+        """Return a feasible and permitted plan; plan again when a client with more permissions joins.
+
+        Raises SwitchError.
+        """
         while True:
             request = job.request
             options = request.options
@@ -183,16 +191,16 @@ class Procedure:
                 options.strategy,
                 options.auto_unload,
                 instead_of=options.instead_of,
-                loads_give_way=loads_give_way,
+                preempt_loads=preempt_loads,
             )
             job.plan = plan
-            error = self._objection(job, plan)
+            error = self._plan_error(job, plan)
             if error is None:
                 return plan
             if job.seal(request):
                 raise error
 
-    def _objection(self, job: Job, plan: Plan) -> SwitchError | None:
+    def _plan_error(self, job: Job, plan: Plan) -> SwitchError | None:
         if not plan.feasible:
             return SwitchError("insufficient_memory", refusal(plan), plan=plan)
         if plan.unload and self._settings.confirm_before_unload and not job.request.options.confirm:
@@ -201,60 +209,60 @@ class Procedure:
             return SwitchError("confirmation_required", words, plan=plan)
         return None
 
-    def _unload_for_restart(self, job: Job, story: Narrator) -> None:
-        """Make way for the same model; it becomes the active one again only if it was."""
+    def _unload_for_restart(self, job: Job, reporter: JobReporter) -> None:
+        """Unload the target before it is loaded again; it becomes active again only if it was active before."""
         options = replace(job.request.options, activate=job.chain.active == job.target)
         job.request = replace(job.request, options=options)
-        if self._standing(self._catalog.get(job.target)) == "absent":
+        if self._current_state(self._catalog.get(job.target)) == "absent":
             return
-        self._drain_and_unload(job, story, job.target)
+        self._drain_and_unload(job, reporter, job.target)
 
-    def _make_room(self, job: Job, story: Narrator, plan: Plan) -> None:
+    def _make_room(self, job: Job, reporter: JobReporter, plan: Plan) -> None:
         for unload in plan.unload:
-            self._unload(job, story, unload)
+            self._unload(job, reporter, unload)
         if plan.unload:
-            self._wait_for_room(job, story, plan)
+            self._wait_for_room(job, reporter, plan)
 
-    def _unload(self, job: Job, story: Narrator, unload: Unload) -> None:
-        if self._drain_and_unload(job, story, unload.model, sleeps=unload.sleeps):
+    def _unload(self, job: Job, reporter: JobReporter, unload: Unload) -> None:
+        if self._drain_and_unload(job, reporter, unload.model, sleeps=unload.sleeps):
             job.unloaded.append(unload.model)
 
-    def _drain_and_unload(self, job: Job, story: Narrator, model_id: str, *, sleeps: bool = False) -> bool:
-        job.touch()
-        story.step("draining", model_id)
-        owed = self._names_of(model_id)
+    def _drain_and_unload(self, job: Job, reporter: JobReporter, model_id: str, *, sleeps: bool = False) -> bool:
+        job.begin_changes()
+        reporter.step("draining", model_id)
+        names = self._names_of(model_id)
 
         def drained() -> None:
-            for name in owed:  # written down before it is done: a failure in between must not lose them
+            for name in names:  # recorded before the unload, so that a failure in between can't lose them
                 job.chain.add(name)
-            story.step("unloading", model_id)
+            reporter.step("unloading", model_id)
 
         return self._lifecycle.unload(model_id, job.token, sleeps=sleeps, on_drained=drained)
 
     def _names_of(self, model_id: str) -> list[str]:
-        """A model, and the others that are served by the same instance."""
+        """Return a model and the others that share its instance."""
         views = self._board.current.instances
         owner = view.shares or model_id if (view := views.get(model_id)) is not None else model_id
         others = [v.model for v in views.values() if v.model == owner or v.shares == owner]
         return [model_id, *(other for other in others if other != model_id)]
 
-    def _wait_for_room(self, job: Job, story: Narrator, plan: Plan) -> None:
-        """Until there is room for the target. Models that keep too much of it in their sleep are stopped after all."""
+    def _wait_for_room(self, job: Job, reporter: JobReporter, plan: Plan) -> None:
+        """Wait until the target fits; stop models put to sleep that turn out to keep too much memory."""
         try:
-            self._wait_for_memory(job, story, plan)
+            self._wait_for_memory(job, reporter, plan)
         except SwitchError:
-            sleepers = [self._mailbox.call(self._fleet.held, u.model) for u in plan.unload]
+            sleepers = [self._mailbox.call(self._fleet.loaded_member, u.model) for u in plan.unload]
             asleep = [m for m in sleepers if m is not None and m.state == "asleep"]
             if not asleep:
                 raise
             for member in asleep:
-                log.warning("a model keeps too much in its sleep, so it is stopped", model=member.model.id)
+                log.warning("a sleeping model keeps too much memory; stopping it", model=member.model.id)
                 self._lifecycle.stop(member)
-            self._wait_for_memory(job, story, plan)
+            self._wait_for_memory(job, reporter, plan)
 
-    def _wait_for_memory(self, job: Job, story: Narrator, plan: Plan) -> None:
-        """Until the device *measures* free: an engine's exit and the driver's account of it can lie apart."""
-        story.step("waiting_for_memory", plan.target)
+    def _wait_for_memory(self, job: Job, reporter: JobReporter, plan: Plan) -> None:
+        """Wait until the device *measures* free: a driver may free memory only some time after the engine's exit."""
+        reporter.step("waiting_for_memory", plan.target)
         deadline = self._scheduler.now() + self._settings.memory_timeout_seconds
         while True:
             holdings = self._mailbox.call(self._fleet.holdings)
@@ -268,56 +276,57 @@ class Procedure:
                     f"{say_gb(ledger.available_bytes)} are: other programs hold {say_gb(ledger.other_bytes)}.",
                     plan=plan,
                 )
-            pause(self._scheduler, MEMORY_LOOK_SECONDS, job.token)
+            pause(self._scheduler, MEMORY_POLL_SECONDS, job.token)
 
-    # Jobs that are no switches.
+    # Other kinds of jobs.
 
-    def _stop(self, job: Job) -> Ending:
-        self._mailbox.call(self._fleet.forgive, job.target)
+    def _stop(self, job: Job) -> JobResult:
+        self._mailbox.call(self._fleet.clear_failure, job.target)
         if self._lifecycle.unload(job.target, job.token, on_drained=lambda: None):
             job.unloaded.append(job.target)
-            self._catalog.refresh()  # what was listed only because it was loaded goes now
-        return Ending("success")
+            self._catalog.refresh()  # drop a model that was listed only because it was loaded
+        return JobResult("success")
 
-    def _remove(self, job: Job) -> Ending:
-        """Unload a model if it is loaded, then delete its files, but for those that others use.
+    def _remove(self, job: Job) -> JobResult:
+        """Unload a model if it is loaded, then delete its files, except those that other models use.
 
-        Here, so that nothing loads it meanwhile.
+        This is a job of the switcher so that nothing loads the model meanwhile.
         """
-        self._catalog.refresh()  # who uses them now
+        self._catalog.refresh()  # know which models share its files now
         model = self._catalog.get(job.target)
-        self._mailbox.call(self._fleet.forgive, model.id)
+        self._mailbox.call(self._fleet.clear_failure, model.id)
         if self._lifecycle.unload(model.id, job.token, on_drained=lambda: None):
             job.unloaded.append(model.id)
         sharers = self._catalog.sharers_of(model)
         self._engines[model.engine].remove(model, {file for m in sharers for file in (*m.files, *m.companions)})
         self._catalog.forget(model)
-        return Ending("success")
+        return JobResult("success")
 
-    # When it did not work out.
+    # Rollback.
 
-    def _undo(self, job: Job, story: Narrator, error: SwitchError) -> Ending:
-        """Restore what the chain of switches unloaded, unless the next switch inherits that; then say how it ended."""
+    def _undo(self, job: Job, reporter: JobReporter, error: SwitchError) -> JobResult:
+        """Restore what the chain unloaded, unless a superseding switch inherits the chain; then report the result."""
         job.seal()
         outcome: Outcome = "cancelled" if error.code == "cancelled" else "failed"
         if not job.request.switches:
-            self._mailbox.call(self._fleet.note, job.target, error.message)
-            return Ending(outcome, error)
+            self._mailbox.call(self._fleet.set_notice, job.target, error.message)
+            return JobResult(outcome, error)
         restored: list[str] = []
         missing: dict[str, str] = {}
         if job.chain.unloaded and not job.superseded:
             failed = job.target if error.code == "load_failed" else None
-            restored, missing = self._restore(job, story, failed)
-        return story.end(outcome, error, active=self._board.current.active_model, restored=restored, missing=missing)
+            restored, missing = self._restore(job, reporter, failed)
+        return reporter.end(outcome, error, active=self._board.current.active_model, restored=restored, missing=missing)
 
-    def _restore(self, job: Job, story: Narrator, failed: str | None) -> tuple[list[str], dict[str, str]]:
-        """Load what the chain unloaded, the latest first. Each by itself: one that can't come back costs no other.
+    def _restore(self, job: Job, reporter: JobReporter, failed: str | None) -> tuple[list[str], dict[str, str]]:
+        """Load what the chain unloaded, the latest first; return what is loaded again, and what is not with the reason.
 
-        `failed` is the model that could not be loaded just now, which is not tried once more. Returns what is back, and
-        what is not with the reason. What a superseding switch leaves undone stays in the chain, which it inherits.
+        Models are restored independently: one that fails does not affect the others. `failed` is the model that could
+        not be loaded just now and is not tried again. What a superseding switch leaves undone stays in the chain, which
+        it inherits.
         """
         token = job.begin_restoring()
-        story.rolling_back(job.chain.unloaded)
+        reporter.rolling_back(job.chain.unloaded)
         restored: list[str] = []
         missing: dict[str, str] = {}
         for model_id in reversed(list(job.chain.unloaded)):
@@ -326,40 +335,43 @@ class Procedure:
             try:
                 if model_id == failed:
                     raise SwitchError("load_failed", "it could not be loaded again")
-                self._restore_one(model_id, story, token)
+                self._restore_one(model_id, reporter, token)
                 restored.append(model_id)
-                job.chain.strike(model_id)
+                job.chain.discard(model_id)
             except Aborted:
                 break
             except Exception as error:
                 reason = as_switch_error(job, error)
-                log.warning("a model is not back after a switch that failed", model=model_id, reason=reason.message)
+                log.warning("a model was not restored after a failed switch", model=model_id, reason=reason.message)
                 missing[model_id] = reason.message
         self._mailbox.call(self._reactivate, job)
-        if job.superseded:  # its successor tries once more, and says what then is missing
+        if job.superseded:  # the superseding switch tries again and reports what is missing
             return restored, {}
         for model_id in missing:
-            job.chain.strike(model_id)
+            job.chain.discard(model_id)
         return restored, missing
 
-    def _restore_one(self, model_id: str, story: Narrator, token: Abort) -> None:
+    def _restore_one(self, model_id: str, reporter: JobReporter, token: Abort) -> None:
         model = self._catalog.get(model_id)
-        if self._standing(model) == "running":
+        if self._current_state(model) == "running":
             return
         plan = self._planner.plan(model, auto_unload=False)
         if not plan.feasible:
             raise SwitchError("insufficient_memory", refusal(plan), plan=plan)
-        self._lifecycle.load(model, story, token)
+        self._lifecycle.load(model, reporter, token)
 
     def _reactivate(self, job: Job) -> None:
-        """A message: requests that name no model go where they went before the chain, if that answers."""
+        """Message: make the model active again that was active before the chain, if it is running."""
         active = job.chain.active
-        if active is not None and self._fleet.standing(active) == "running":
+        if active is not None and self._fleet.state_of(active) == "running":
             self._fleet.activate(active)
 
 
 def as_switch_error(job: Job, error: Exception) -> SwitchError:
-    """Whatever ended a job, in the contract's terms. An unexpected exception is logged and told as that."""
+    """Convert the exception that ended a job to an error of the contract.
+
+    An unexpected one is logged with its traceback.
+    """
     if isinstance(error, SwitchError):
         return error
     if isinstance(error, Aborted):

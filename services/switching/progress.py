@@ -1,7 +1,7 @@
-"""Stages to percent and time left. Pure: no I/O and no clock; the caller says how much time has passed.
+"""Computes percent and time left of a load from its stages. Pure: no I/O and no clock; the caller passes elapsed time.
 
-The overall percentages are seed 001's: downloading 0-20 (only when not cached), loading_weights 20-80,
-initializing_gpu 80-95, warming_up 95-100. Percent never falls, and 100 is not said before ready.
+Percentages of the stages: downloading 0-20 (only when not cached), loading_weights 20-80, initializing_gpu 80-95,
+warming_up 95-100. Percent never falls, and stays below 100 until the model is ready.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ STAGES: Mapping[Stage, tuple[int, int]] = {
     "warming_up": (95, 100),
 }
 ORDER: tuple[Stage, ...] = tuple(STAGES)
-ALMOST = 0.95
-"""How far a stage may be said to be on the strength of its usual duration alone."""
-ENOUGH_TO_EXTRAPOLATE = 0.02
+MAX_FRACTION_BY_TIME = 0.95
+"""Largest fraction of a stage that is reported by elapsed time alone."""
+MIN_FRACTION_TO_EXTRAPOLATE = 0.02
+"""Smallest measured fraction from which a rate is computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What earlier loads of the same (model, engine, settings) took, in seconds; empty when there were none."""
+    """Seconds that earlier loads of the same (model, engine, settings) took; empty without earlier loads."""
 
     total_seconds: float | None = None
     stage_seconds: Mapping[Stage, float] = field(default_factory=dict)
@@ -35,7 +36,7 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """How a load stands: percent 0-99, the stage, what it rests on, seconds left (None: no honest figure)."""
+    """Progress of a load: percent 0-99, the stage, the basis of the figures, seconds left (None: unknown)."""
 
     percent: int
     stage: Stage
@@ -45,7 +46,7 @@ class Estimate:
 
 
 def learn(loads: Sequence[Mapping[Stage, float]]) -> History:
-    """The median of past loads, each given as seconds per stage; the most recent five count."""
+    """Return the median of the latest five loads, each given as seconds per stage."""
     recent = loads[-5:]
     if not recent:
         return History()
@@ -54,31 +55,31 @@ def learn(loads: Sequence[Mapping[Stage, float]]) -> History:
 
 
 class Progress:
-    """Follows one load. Give it evidence and the seconds since the load began, in order."""
+    """Progress of one load, fed with evidence and the seconds since the load began, in order."""
 
     def __init__(self, history: History) -> None:
         self._history = history
-        self._evidence = Evidence("loading_weights")  # what a load without a word is taken to do
-        self._heard = False
+        self._evidence = Evidence("loading_weights")  # assumed until the engine reports a stage
+        self._has_evidence = False
         self._began: dict[Stage, float] = {}
         self._counted: dict[Stage, tuple[float, float]] = {}
-        """When counting began in a stage, and from where: much of it can have passed before (vLLM's 20 to 40 s), and a
-        download can go on from the middle."""
+        """Elapsed seconds and fraction at which counting began, per stage. vLLM spends 20 to 40 s in a stage before it
+        counts, and a download can resume from the middle."""
         self._elapsed = 0.0
         self._percent = 0
 
     def advance(self, evidence: Evidence | None, elapsed: float) -> Estimate:
-        """Take in new evidence (None: only time has passed) and say how the load stands.
+        """Take in new evidence, or None when only time has passed, and return the new estimate.
 
-        Evidence of a stage that is over already is ignored: logs can repeat themselves.
+        Evidence of an earlier stage is ignored, because logs can repeat themselves.
         """
         self._elapsed = max(self._elapsed, elapsed)
-        if evidence is not None and (not self._heard or _order(evidence) >= _order(self._evidence)):
-            self._evidence, self._heard = evidence, True
+        if evidence is not None and (not self._has_evidence or _order(evidence) >= _order(self._evidence)):
+            self._evidence, self._has_evidence = evidence, True
         stage = self._evidence.stage
         self._began.setdefault(stage, self._elapsed if self._began else 0.0)
         if self._evidence.fraction is not None and stage not in self._counted:
-            fresh = self._evidence.fraction <= ENOUGH_TO_EXTRAPOLATE or stage == "downloading"
+            fresh = self._evidence.fraction <= MIN_FRACTION_TO_EXTRAPOLATE or stage == "downloading"
             self._counted[stage] = (self._elapsed, self._evidence.fraction) if fresh else (self._began[stage], 0.0)
         fraction, basis = self._fraction()
         low, high = STAGES[stage]
@@ -86,7 +87,7 @@ class Progress:
         return Estimate(self._percent, stage, self._evidence.detail, basis, self._eta(fraction, basis))
 
     def stage_seconds(self, total: float) -> dict[Stage, float]:
-        """Seconds spent in each stage that was seen, when the whole load took `total`."""
+        """Return the seconds spent in each stage that was seen, given that the whole load took `total`."""
         marks = sorted(self._began.items(), key=lambda mark: mark[1])
         ends = [*(began for _, began in marks[1:]), total]
         return {stage: max(0.0, end - began) for (stage, began), end in zip(marks, ends, strict=True)}
@@ -96,15 +97,15 @@ class Progress:
             return min(1.0, max(0.0, self._evidence.fraction)), "measured"
         usual = self._history.stage_seconds.get(self._evidence.stage)
         if usual:
-            return min(ALMOST, self._in_stage() / usual), self._history.basis
+            return min(MAX_FRACTION_BY_TIME, self._in_stage() / usual), self._history.basis
         if self._history.total_seconds and not self._history.stage_seconds:
             return self._share_of_total(self._history.total_seconds), self._history.basis
         return 0.0, None
 
     def _share_of_total(self, total: float) -> float:
-        """With only a total to go by, spread the percentages evenly over it."""
+        """Return the fraction of the stage when only the total time is known: percent grows evenly over it."""
         low, high = STAGES[self._evidence.stage]
-        return min(ALMOST, max(0.0, (100 * self._elapsed / total - low) / (high - low)))
+        return min(MAX_FRACTION_BY_TIME, max(0.0, (100 * self._elapsed / total - low) / (high - low)))
 
     def _in_stage(self) -> float:
         return self._elapsed - self._began[self._evidence.stage]
@@ -114,7 +115,7 @@ class Progress:
         stages = history.stage_seconds
         later = sum(stages.get(s, 0.0) for s in ORDER[_order(self._evidence) + 1 :])
         left = self._left_by_pace(fraction) if basis == "measured" else None
-        if stage == "downloading":  # what is known of a load says nothing about that
+        if stage == "downloading":  # past loads say nothing about the download
             return None if left is None else left + (later or history.total_seconds or 0.0)
         if stages:
             left = stages.get(stage, 0.0) - self._in_stage() if left is None else left
@@ -122,12 +123,12 @@ class Progress:
         if history.total_seconds:
             left = history.total_seconds - self._elapsed
             return left if left > 0 else None
-        return left or None  # 0 of this stage is no figure for those to come
+        return left or None  # 0 s left of this stage says nothing about the later ones
 
     def _left_by_pace(self, fraction: float) -> float | None:
-        """Seconds left of this stage at the pace that was counted so far; None while that says nothing."""
+        """Return the seconds left of this stage at the measured rate; None while too little was counted."""
         since, start = self._counted[self._evidence.stage]
-        if fraction - start <= ENOUGH_TO_EXTRAPOLATE:
+        if fraction - start <= MIN_FRACTION_TO_EXTRAPOLATE:
             return None
         return (self._elapsed - since) * (1 - fraction) / (fraction - start)
 

@@ -1,8 +1,8 @@
 """The single writer of all lifecycle state.
 
-Its mailbox owns the fleet, the queue and the board; each message is a short method that neither waits nor asks an
-engine. A job runs beside it, one at a time, in a greenlet of its own, and tells it what happened. Everyone else sends a
-message, or reads the snapshot on the board. A slow load, a hanging driver or a failing database delays nobody else.
+Its mailbox owns the fleet, the queue and the board. Each message is a short method that neither blocks nor calls an
+engine. Jobs run beside it, one at a time, each in a greenlet of its own, and report by messages. Everyone else sends a
+message or reads the snapshot on the board, so a slow load, a hanging driver or a failing database delays nobody else.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import structlog
 from services.catalog import UnknownModel
 from services.config import Strategy
 from services.engines.port import Exit, Instance
-from services.switching.agenda import Agenda, Turn
 from services.switching.context import SwitchingContext
 from services.switching.fleet import Fleet, Notes
-from services.switching.jobs import SWITCH_DEFAULTS, Ending, Job, Replace, Request, SwitchError, SwitchOptions
+from services.switching.job_queue import FetchingJob, JobQueue
+from services.switching.jobs import SWITCH_DEFAULTS, Job, JobResult, Replace, Request, SwitchError, SwitchOptions
 from services.switching.learning import Learned
 from services.switching.lifecycle import Lifecycle
 from services.switching.mailbox import Mailbox, MailboxClosed
-from services.switching.narrator import cancelling, memory_figures, requested
 from services.switching.plan import Plan
 from services.switching.planner import Planner
 from services.switching.procedure import Procedure, as_switch_error
 from services.switching.reconciler import Reconciler
+from services.switching.reporter import cancelling, memory_figures, requested
 from services.switching.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -52,8 +52,8 @@ class Switcher:
         self._planner = planner
         self._fleet = Fleet(self._scheduler, notes)
         self._mailbox = Mailbox(self._scheduler, self._after_each)
-        self._agenda = Agenda()
-        self._ended: list[tuple[Job, Ending]] = []
+        self._queue = JobQueue()
+        self._ended: list[tuple[Job, JobResult]] = []
         self._closing = False
         self._started = False
         self._idle = self._scheduler.condition()
@@ -72,7 +72,7 @@ class Switcher:
         )
 
     def start(self) -> None:
-        """Begin to take requests, and to look at what the engines have loaded."""
+        """Start to accept requests and to poll the engines."""
         self._started = True
         self._scheduler.spawn("switcher", self._mailbox.run)
         self._reconciler.start()
@@ -80,17 +80,17 @@ class Switcher:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests."""
+        """Whether it accepts requests."""
         return self._mailbox.open and not self._closing
 
     @property
-    def looked(self) -> bool:
-        """Whether the first look at what the engines have loaded is over."""
-        return self._reconciler.looked
+    def first_pass_done(self) -> bool:
+        """Whether every engine was polled once for what it has loaded, or that took too long."""
+        return self._reconciler.first_pass_done
 
-    def wait_looked(self, timeout: float) -> bool:
-        """Wait for the first look at what the engines have loaded, at most `timeout` seconds; whether it is over."""
-        return self._reconciler.wait_looked(timeout)
+    def wait_first_pass(self, timeout: float) -> bool:
+        """Wait until every engine was polled once, at most `timeout` seconds; return whether that is done."""
+        return self._reconciler.wait_first_pass(timeout)
 
     def switch(
         self,
@@ -100,9 +100,11 @@ class Switcher:
         replace: Replace = "cancel",
         options: SwitchOptions = SWITCH_DEFAULTS,
     ) -> Job:
-        """Ask for a model to be made ready; returns the job, which may be one under way for the same model.
+        """Request that a model be made ready; return the job, which may be an existing one for the same model.
 
-        Raises UnknownModel, and SwitchError `switch_in_progress` when `replace` is "refuse" and one is.
+        A job whose requests all lack `SwitchOptions.lasting` is cancelled once all its requesters have called
+        `withdraw`. Raises UnknownModel, and SwitchError `switch_in_progress` if `replace` is "refuse" and another
+        switch is under way.
         """
         model_id = self._catalog.get(model_id).id
         request = Request("switch", model_id, requested_by, options)
@@ -112,60 +114,63 @@ class Switcher:
         return self._call(self._accept, request, replace, objection)
 
     def withdraw(self, job: Job) -> None:
-        """A client that asked for a switch has left: it ends if nobody else wants it and it has touched nothing."""
+        """Note that a waiting client disconnected.
+
+        Cancels the job if nobody waits for it and it has changed nothing yet.
+        """
         self._mailbox.post(self._withdraw, job)
 
     def stop(self, model_id: str, *, requested_by: str) -> Job:
-        """Ask for a model to be unloaded; a load of it under way is cancelled. Raises UnknownModel."""
+        """Request that a model be unloaded; a load of it under way is cancelled. Raises UnknownModel."""
         return self._submit(Request("stop", self._catalog.get(model_id).id, requested_by))
 
     def restart(self, model_id: str, *, requested_by: str) -> Job:
-        """Ask for a model to be unloaded and loaded again. Raises UnknownModel."""
+        """Request that a model be unloaded and loaded again. Raises UnknownModel."""
         return self._submit(Request("restart", self._catalog.get(model_id).id, requested_by))
 
     def remove(self, model_id: str, *, requested_by: str) -> Job:
-        """Ask for a model's files to be deleted, unloading it first. Raises UnknownModel."""
+        """Request that a model be unloaded and its files deleted. Raises UnknownModel."""
         return self._submit(Request("remove", self._catalog.get(model_id).id, requested_by))
 
     def cancel(self, reason: str = "It was cancelled.", *, switch_id: str | None = None) -> Job | None:
-        """Cancel the latest switch, or only the one with `switch_id`; returns it, None when there is none such."""
+        """Cancel the latest switch, or the one with `switch_id`; return it, or None if there is none."""
         return self._call(self._cancel, reason, switch_id)
 
     def unload_now(self, model_id: str) -> None:
-        """Wait no longer for the answers of a model that is being unloaded. Raises UnknownModel."""
-        self._call(self._fleet.cut_short, self._catalog.get(model_id).id)
+        """Stop waiting for the requests in flight of a model that is being unloaded. Raises UnknownModel."""
+        self._call(self._fleet.cut_drain_short, self._catalog.get(model_id).id)
 
     def dismiss(self) -> None:
-        """Forget the last switch, or that a model has ended by itself: people have read of it."""
+        """Clear the messages about the last switch and the last loss, because somebody has read them."""
         self._call(self._fleet.dismiss)
 
-    def plan(self, model_id: str, strategy: Strategy | None = None, *, loads_give_way: bool = False) -> Plan:
-        """What switching to a model would do now. Changes nothing. Raises UnknownModel, and SwitchError.
+    def plan(self, model_id: str, strategy: Strategy | None = None, *, preempt_loads: bool = False) -> Plan:
+        """Return what switching to a model would do now. Changes nothing. Raises UnknownModel and SwitchError.
 
-        With `loads_give_way` a load under way counts as something that could be unloaded.
+        With `preempt_loads` a load under way counts as a candidate for unloading.
         """
         model = self._catalog.get(model_id)
         try:
-            return self._planner.plan(model, strategy, loads_give_way=loads_give_way)
+            return self._planner.plan(model, strategy, preempt_loads=preempt_loads)
         except Exception as error:
             raise as_switch_error(Job(Request("switch", model.id, "plan"), self._scheduler), error) from error
 
     def job(self) -> Job | None:
-        """The job under way."""
-        return self._agenda.current
+        """Return the job under way."""
+        return self._queue.current
 
     def close(self, timeout: float = 30.0, *, for_good: bool = True) -> None:
-        """Cancel what is under way, stop every instance, and return after at most `timeout` seconds.
+        """Cancel the job under way, stop every instance, and return after at most `timeout` seconds.
 
-        Unless the app goes `for_good`, what is loaded stays: the next run takes it over.
+        Unless `for_good`, loaded instances stay for the next run to adopt.
         """
-        if not self._started:  # the app's start failed: nobody would answer
+        if not self._started:  # the app failed to start: the mailbox is not running
             self._mailbox.close()
             return
         deadline = self._scheduler.now() + timeout
         try:
             self._mailbox.call(self._begin_to_close)
-            self._wait_idle(deadline, lambda: self._agenda.idle)
+            self._wait_idle(deadline, lambda: self._queue.idle)
             self._procedure.stop_all(for_good=for_good)
             leaving = [m for m in self._fleet.members() if for_good and not m.engine.outlives_app]
             self._wait_idle(deadline, lambda: all(self._fleet.get(m.model.id) is not m for m in leaving))
@@ -176,133 +181,133 @@ class Switcher:
             self._reconciler.stop()
             self._mailbox.close()
 
-    # The slot, which the running job may leave to others while it only fetches.
+    # The slot, which the running job gives up while it only fetches.
 
     def release(self, job: Job) -> None:
         self._mailbox.call(self._release, job)
 
     def acquire(self, job: Job) -> None:
-        self._mailbox.call(self._want_turn, job).wait()
+        self._mailbox.call(self._request_slot, job).wait()
 
-    # Messages. Short, and without waiting.
+    # Messages: short, and never blocking.
 
     def _accept(self, request: Request, replace: Replace, objection: SwitchError | None) -> Job:
         if self._closing:
             raise SwitchError("stopping", "Switchyard is stopping.")
         current = self.job()
-        for same in self._agenda.all:
+        for same in self._queue.all:
             if same.join(request):
-                return self._counted(same, request)
+                return self._add_waiter(same, request)
         if current is not None and current.request.kind == "switch" and current.target == request.model:
-            replace = replace if current.cancelled or current.restoring else "queue"  # it is about to end by itself
+            replace = replace if current.cancelled or current.restoring else "queue"  # sealed: about to end
         if current is not None and replace == "refuse":
             raise _in_progress(current)
         job = Job(request, self._scheduler)
         if objection is not None and current is not None and replace == "cancel":
-            self._end(job, Ending("failed", objection))
+            self._end(job, JobResult("failed", objection))
             return job
         if replace == "cancel":
             self._supersede(job)
         elif request.kind in ("stop", "remove"):
             self._cancel_loads(request)
-        self._agenda.waiting.append(job)
+        self._queue.waiting.append(job)
         self._advance()
-        return self._counted(job, request)
+        return self._add_waiter(job, request)
 
-    def _counted(self, job: Job, request: Request) -> Job:
+    def _add_waiter(self, job: Job, request: Request) -> Job:
         if not request.options.lasting:
-            job.askers += 1
+            job.waiters += 1
         return job
 
     def _supersede(self, job: Job) -> None:
-        """Make way for a switch: cancel the one under way and those that wait, and inherit what they owe."""
+        """Cancel the switch under way and all waiting ones, and inherit the chain of what they have unloaded."""
         reason = f"It was replaced by a switch to {job.target}."
         current = self.job()
         if current is not None and current.request.switches:
             current.cancel(reason, superseded=True)
             job.chain = current.chain
-        for waiting in self._agenda.waiting_switches():
-            self._agenda.waiting.remove(waiting)
+        for waiting in self._queue.waiting_switches():
+            self._queue.waiting.remove(waiting)
             waiting.superseded = True
             if waiting.chain.unloaded and not job.chain.begun:
                 job.chain = waiting.chain
-            self._end(waiting, Ending("cancelled", SwitchError("cancelled", reason)))
+            self._end(waiting, JobResult("cancelled", SwitchError("cancelled", reason)))
 
     def _cancel_loads(self, request: Request) -> None:
-        """A model is to be unloaded, or deleted: no load of it goes on, and no switch brings it back."""
+        """Cancel loads of a model that is to be unloaded or deleted, and keep chains from restoring it."""
         reason = f"{request.model} is to be {'unloaded' if request.kind == 'stop' else 'deleted'}."
-        for job in self._agenda.all:
+        for job in self._queue.all:
             if job.request.switches:
                 for name in self._catalog.names_of(request.model):
-                    job.chain.strike(name)
+                    job.chain.discard(name)
                 if job.target == request.model:
                     self._cancel_job(job, reason)
 
     def _cancel(self, reason: str, switch_id: str | None) -> Job | None:
-        job = self._agenda.latest_switch() if switch_id is None else self._agenda.switch_with(switch_id)
+        job = self._queue.latest_switch() if switch_id is None else self._queue.switch_with(switch_id)
         if job is not None:
             self._cancel_job(job, reason)
         return job
 
     def _cancel_job(self, job: Job, reason: str) -> None:
-        """Cancel a job. One that waits ends at once, unless it owes something to those a job before it unloaded."""
-        if job in self._agenda.waiting and not self._agenda.owes(job):
-            self._agenda.waiting.remove(job)
-            self._end(job, Ending("cancelled", SwitchError("cancelled", reason)))
+        """Cancel a job. A waiting one ends at once, unless it has to run to restore models (`JobQueue.must_run`)."""
+        if job in self._queue.waiting and not self._queue.must_run(job):
+            self._queue.waiting.remove(job)
+            self._end(job, JobResult("cancelled", SwitchError("cancelled", reason)))
             return
         job.cancel(reason)
         view = self._fleet.switch
         if view is not None and view.id == job.id and not job.restoring:
-            self._fleet.show(cancelling(view))  # whoever asked sees it from the answer on
+            self._fleet.show(cancelling(view))  # visible by the time the caller gets its answer
 
     def _withdraw(self, job: Job) -> None:
-        job.askers -= 1
-        if job.askers <= 0 and not job.request.options.lasting and not job.done and not job.touched:
+        job.waiters -= 1
+        if job.waiters <= 0 and not job.request.options.lasting and not job.done and not job.has_changes:
             self._cancel_job(job, "Nobody waits for it any more.")
 
     def _advance(self) -> None:
         """Give the slot to the next job, if it is free."""
-        job = self._agenda.next()
+        job = self._queue.next()
         if job is not None:
             job.chain.begin(self._fleet.active)
-            if job.request.switches and self._fleet.standing(job.target) != "running":
-                self._fleet.show(requested(job))  # whoever asked sees it from the answer on
+            if job.request.switches and self._fleet.state_of(job.target) != "running":
+                self._fleet.show(requested(job))  # visible by the time the caller gets its answer
             self._scheduler.spawn(f"job-{job.id}", lambda: self._run(job))
 
     def _release(self, job: Job) -> None:
-        self._agenda.release(job, self._scheduler.condition())
+        self._queue.release(job, self._scheduler.condition())
         self._advance()
 
-    def _want_turn(self, job: Job) -> Turn:
-        turn = self._agenda.want(job)
+    def _request_slot(self, job: Job) -> FetchingJob:
+        fetching = self._queue.request_slot(job)
         self._advance()
-        return turn
+        return fetching
 
-    def _finish(self, job: Job, ending: Ending) -> None:
-        """A job's greenlet is done with it."""
-        self._agenda.finish(job)
-        if ending.view is not None:
-            self._fleet.end_switch(ending.view)
+    def _finish(self, job: Job, result: JobResult) -> None:
+        """Message: a job's greenlet has returned."""
+        self._queue.finish(job)
+        if result.view is not None:
+            self._fleet.end_switch(result.view)
         elif self._fleet.switch is not None and self._fleet.switch.id == job.id:
             self._fleet.show(None)
-        self._end(job, ending)
+        self._end(job, result)
         self._advance()
 
-    def _end(self, job: Job, ending: Ending) -> None:
-        """Note how a job has ended. One that never ran has nobody who told those who follow it."""
-        if ending.error is not None and ending.view is None:
-            job.tell("error", error=ending.error.code, message=ending.error.message, **memory_figures(ending.error))
-        self._ended.append((job, ending))
+    def _end(self, job: Job, result: JobResult) -> None:
+        """Queue a job's result for its followers. A job that never ran gets its error event here."""
+        if result.error is not None and result.view is None:
+            job.publish("error", error=result.error.code, message=result.error.message, **memory_figures(result.error))
+        self._ended.append((job, result))
 
     def _note_exit(self, instance: Instance, exit: Exit, log_tail: str) -> None:
-        lost = self._fleet.exited(instance, exit, log_tail)
+        lost = self._fleet.record_exit(instance, exit, log_tail)
         if lost is None:
             return
         log.warning("a model ended by itself", model=lost.model.id, cause=exit.cause)
         job = self.job()
         if exit.released and job is not None and job.request.switches and lost.model.id != job.target:
-            # An engine may make room by itself for the load under way. If that fails, what it evicted comes back too:
-            # Ollama evicts the working model before it finds out that the new one can't be loaded (seen with 0.24.0).
+            # The engine evicted this model to make room for the load under way. It joins the chain, so that it is
+            # restored if the load fails: Ollama evicts before it knows whether the new model loads (seen with 0.24.0).
             job.chain.add(lost.model.id)
             job.unloaded.append(lost.model.id)
 
@@ -311,34 +316,38 @@ class Switcher:
         current = self.job()
         if current is not None:
             current.cancel("Switchyard is stopping.", superseded=True)
-        while self._agenda.waiting:
+        while self._queue.waiting:
             self._end(
-                self._agenda.waiting.popleft(), Ending("cancelled", SwitchError("cancelled", "Switchyard is stopping."))
+                self._queue.waiting.popleft(),
+                JobResult("cancelled", SwitchError("cancelled", "Switchyard is stopping.")),
             )
 
     def _after_each(self) -> None:
-        """After every message: publish what it changed, and only then tell those who follow a job that it ended."""
-        queued = self._agenda.queued
+        """Publish what a message changed; only then tell the followers of a job that it has ended.
+
+        In this order a client that sees the end of its job also sees the state that it led to.
+        """
+        queued = self._queue.queued
         if self._fleet.changed or queued != self._board.current.queued:
             self._fleet.changed = False
             self._board.publish(**self._fleet.snapshot(), queued=queued)
         ended, self._ended = self._ended, []
-        for job, ending in ended:
-            job.finish(ending.outcome, ending.error)
+        for job, result in ended:
+            job.finish(result.outcome, result.error)
         with self._idle:
             self._idle.notify_all()
 
-    # In greenlets of their own.
+    # In other greenlets.
 
     def _run(self, job: Job) -> None:
         try:
-            ending = self._procedure.carry_out(job)
+            result = self._procedure.run(job)
         except Exception as error:
-            ending = Ending("failed", as_switch_error(job, error))
-        self._mailbox.post(self._finish, job, ending)
+            result = JobResult("failed", as_switch_error(job, error))
+        self._mailbox.post(self._finish, job, result)
 
     def _report_exit(self, instance: Instance, exit: Exit) -> None:
-        """An instance ended by itself; called from wherever that is noticed."""
+        """Report that an instance ended unasked. Callable from any thread."""
         try:
             log_tail = instance.log_tail()
         except Exception as error:
@@ -346,7 +355,7 @@ class Switcher:
         self._mailbox.post(self._note_exit, instance, exit, log_tail)
 
     def _load_again(self, model_id: str, activate: bool) -> None:
-        """Load a model that was ended because it did not respond, where nothing has to be unloaded for it."""
+        """Load a model that was ended because it did not respond, without unloading others for it."""
         try:
             options = SwitchOptions(auto_unload=False, activate=activate)
             self.switch(model_id, requested_by="watchdog", replace="queue", options=options)

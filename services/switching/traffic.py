@@ -1,4 +1,4 @@
-"""Counts the requests that an instance is answering, so that it can be drained before it is unloaded."""
+"""Counts the requests in flight on an instance, so that it can be drained before it is unloaded."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from services.scheduling import Condition, wait_for
 
 
 class Traffic:
-    """Counts requests in flight. Closing and counting are one atomic step: no request enters after a drain began."""
+    """Counter of requests in flight. Admission and close are atomic: no request enters after a drain began."""
 
     def __init__(self, clock: Callable[[], float] = time.time, changed: Condition | None = None) -> None:
         self._clock = clock
         self._changed = changed or threading.Condition(threading.Lock())
         self._open = True
-        self._hurried = False
+        self._cut_short = False
         self._in_flight = 0
-        self.signs = 0
-        """How often an engine gave a sign of life: a piece of any answer."""
-        self._signs_before = 0
-        """How many there had been when the first of those inside came in."""
+        self.activity_count = 0
+        """Number of signs of activity so far: a chunk of any answer, or a successful probe."""
+        self._activity_before = 0
+        """`activity_count` when the first of the requests in flight was admitted."""
         self._last_used: float | None = None
         self._answered = 0
         self._busy_seconds = 0.0
-        """Seconds times requests in flight, since the beginning."""
+        """Integral of requests in flight over time, in seconds."""
         self._counted_at = clock()
 
     @property
@@ -35,32 +35,32 @@ class Traffic:
 
     @property
     def last_used(self) -> float | None:
-        """Unix time of the last request's end, now while one is being answered, None when there was none."""
+        """Unix time when the last request ended, now if one is in flight, None if there was none."""
         return self._clock() if self._in_flight else self._last_used
 
     @property
     def mean_seconds(self) -> float | None:
-        """How long an answer took in the mean, None before there was one.
+        """Mean duration of a request, None before the first one ended.
 
-        By Little's law, so that no request has to be timed: the time spent in flight over the number of answers.
+        By Little's law, so that no request has to be timed: total time in flight over the number of requests.
         """
         return self._busy_seconds / self._answered if self._answered else None
 
     @property
     def unanswered(self) -> bool:
-        """Whether no request is in flight, and the last ones ended without a byte of an answer."""
-        return self._answered > 0 and self._in_flight == 0 and self.signs == self._signs_before
+        """Whether no request is in flight and the last ones ended without one byte of an answer."""
+        return self._answered > 0 and self._in_flight == 0 and self.activity_count == self._activity_before
 
     def heard(self) -> None:
-        """The engine has given a sign of life."""
-        self.signs += 1
+        """Note that the engine showed activity."""
+        self.activity_count += 1
 
     def enter(self) -> bool:
-        """Count one request in; False when the instance is being drained. Each True needs one `leave`."""
+        """Admit a request; return False if the instance is being drained. Each True needs one `leave`."""
         with self._changed:
             if self._open:
                 if self._in_flight == 0:
-                    self._signs_before = self.signs
+                    self._activity_before = self.activity_count
                 self._count(self._clock(), 1)
             return self._open
 
@@ -73,28 +73,28 @@ class Traffic:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Admit no request from now on."""
+        """Admit no further requests."""
         with self._changed:
             self._open = False
 
     def wait_idle(self, timeout: float, token: Abort) -> bool:
-        """Wait for those inside; False when some are still there after `timeout` seconds, or once `hurry` was called.
+        """Wait until no request is in flight. Return False after `timeout` seconds or `cut_drain_short`.
 
         Raises Aborted as soon as `token` is cancelled.
         """
-        wait_for(self._changed, lambda: self._in_flight == 0 or self._hurried, timeout, token)
+        wait_for(self._changed, lambda: self._in_flight == 0 or self._cut_short, timeout, token)
         return self._in_flight == 0
 
-    def hurry(self) -> None:
-        """Have nobody wait for those inside any more, until it is reopened."""
+    def cut_drain_short(self) -> None:
+        """End every wait for requests in flight, until `reopen`."""
         with self._changed:
-            self._hurried = True
+            self._cut_short = True
             self._changed.notify_all()
 
     def reopen(self) -> None:
-        """Take a drain back."""
+        """Admit requests again."""
         with self._changed:
-            self._open, self._hurried = True, False
+            self._open, self._cut_short = True, False
             self._changed.notify_all()
 
     def _count(self, now: float, change: int) -> None:

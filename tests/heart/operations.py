@@ -12,7 +12,7 @@ from typing import Any
 
 from services.catalog import UnknownModel
 from services.engines.port import HOST_DEVICE
-from services.switching.jobs import Ending, Job, Replace, SwitchError
+from services.switching.jobs import Job, JobResult, Replace, SwitchError
 from tests.heart.relay_promises import check_relay, check_rest
 from tests.heart.rig import MODELS, Heart
 from tests.heart.stub import GB, GPU, StubInstance
@@ -216,7 +216,7 @@ class Operations:
         assert self.broken == [], self.broken
         for device in (HOST_DEVICE, GPU):
             assert heart.machine.ours(device) <= 10 * GB, f"over budget on {device}: {heart.machine.held}"
-        waiting = tuple(job.target for job in heart.switcher._agenda.waiting)
+        waiting = tuple(job.target for job in heart.switcher._queue.waiting)
         assert heart.now.queued == waiting, "the queue equals what waits"
         check_relay(heart, EXPECTED_ERRORS)
         for job in self.jobs:
@@ -252,12 +252,12 @@ class Operations:
 
     def _at_rest(self) -> bool:
         switcher = self.heart.switcher
-        idle = switcher.job() is None and not switcher._agenda.waiting
+        idle = switcher.job() is None and not switcher._queue.waiting
         return idle and all(asking.outcome is not None for asking in self.heart.asked)
 
     def _under_way(self) -> object:
         switcher = self.heart.switcher
-        return switcher.job(), list(switcher._agenda.waiting), [a.number for a in self.heart.asked if a.outcome is None]
+        return switcher.job(), list(switcher._queue.waiting), [a.number for a in self.heart.asked if a.outcome is None]
 
     def _asked(self, job: Job) -> None:
         if job not in self.jobs:
@@ -279,15 +279,15 @@ class Operations:
 
     def _watch_jobs(self) -> None:
         procedure = self.heart.switcher._procedure
-        carry_out = procedure.carry_out
+        carry_out = procedure.run
 
-        def watched(job: Job) -> Ending:
+        def watched(job: Job) -> JobResult:
             self._begins(job)
-            ending = carry_out(job)
-            self._ends(job, ending)
-            return ending
+            result = carry_out(job)
+            self._ends(job, result)
+            return result
 
-        procedure.carry_out = watched  # type: ignore[method-assign]
+        procedure.run = watched  # type: ignore[method-assign]
         mailbox = self.heart.switcher._mailbox
         after_each = mailbox._after_each
 
@@ -295,7 +295,7 @@ class Operations:
             try:
                 after_each()
             except Exception as error:  # the mailbox would log it, and go on
-                self.broken.append(f"what follows a message failed: {error}")
+                self.broken.append(f"publishing after a message failed: {error}")
 
         mailbox._after_each = checked
 
@@ -306,7 +306,7 @@ class Operations:
             running = frozenset(m for m, state in states.items() if state == "running")
             self.chain, self.owed = self.owed or Watched(running), None
 
-    def _ends(self, job: Job, ending: Ending) -> None:
+    def _ends(self, job: Job, result: JobResult) -> None:
         """After any failed or cancelled chain what ran before runs again, or the reason is said."""
         self.ended[job.id] = self.ended.get(job.id, 0) + 1
         if self.ended[job.id] > 1:
@@ -316,8 +316,8 @@ class Operations:
         watched, self.chain = self.chain, None
         if job.superseded:
             self.owed = watched
-        elif watched is not None and ending.error is not None:
-            self._check_restored(watched, f"{job.target}, and: {ending.error.message}", ending.error.message)
+        elif watched is not None and result.error is not None:
+            self._check_restored(watched, f"{job.target}, and: {result.error.message}", result.error.message)
 
     def _check_restored(self, watched: Watched, after: str, said: str) -> None:
         for model_id in watched.running - watched.excused - self.sent_away:

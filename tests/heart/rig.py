@@ -77,7 +77,7 @@ class Heart:
     def _start(self) -> None:
         self.build()
         self.switcher.start()
-        assert self.switcher.wait_looked(PATIENCE)
+        assert self.switcher.wait_first_pass(PATIENCE)
 
     def build(self) -> None:
         """Make the app's parts anew, without starting them."""

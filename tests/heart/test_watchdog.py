@@ -24,7 +24,7 @@ def heart() -> Iterator[Heart]:
 
 def warned(heart: Heart) -> bool:
     view = heart.now.instances.get(MODEL)
-    return view is not None and view.silent and "does not respond" in (view.warning or "")
+    return view is not None and view.unresponsive and "does not respond" in (view.warning or "")
 
 
 def instance(heart: Heart) -> object:

@@ -31,7 +31,8 @@ MOST = (150, 0, 40, 0)
 MORE_DESCRIPTORS, MORE_GREENLETS, MORE_MEGABYTES = 25, 25, 60
 """From one rest to another of the same worker: engines come and go, and what was learned grows."""
 TROUBLE = re.compile(
-    r"Traceback|unforeseen|failed with an unexpected error|message to the switcher failed|what follows a message failed"
+    r"Traceback|unforeseen|failed with an unexpected error|message to the switcher failed"
+    r"|publishing after a message failed"
 )
 REASON = re.compile(r'<p class="trouble[^"]*">.*?<span>(.*?)</span>', re.DOTALL)
 NO_REASON = "The engine ended the answer without a reason."

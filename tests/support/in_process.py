@@ -92,6 +92,6 @@ def in_process(folder: Path, **settings: object) -> Iterator[InProcess]:
         console = InProcess(create_app(**values))
         patch.setattr(console.services.switcher, "switch", console._note)
         patch.setattr(console.services.switcher, "restart", console._note)
-        patch.setattr(console.services.switcher, "wait_looked", lambda _timeout: True)
+        patch.setattr(console.services.switcher, "wait_first_pass", lambda _timeout: True)
         yield console
         console.close()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.abort import Abort, Aborted
-from services.answers import GenerationError, Piece, Prompt
+from services.answers import Delta, GenerationError, Prompt
 from services.engines.port import Endpoint, Model
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
@@ -120,7 +120,7 @@ def delta(**fields: object) -> object:
     return {"choices": [{"index": 0, "delta": fields}]}
 
 
-def streamed(relay: Relay, *events: object) -> list[Piece]:
+def streamed(relay: Relay, *events: object) -> list[Delta]:
     """The pieces of an answer made of these events. A str is an event's data as it is."""
     lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
     body = "".join(f"data: {line}\n\n" for line in lines).encode()
@@ -179,7 +179,7 @@ def test_thoughts_come_by_any_of_their_names_once(relay):
 )
 def test_what_is_no_piece_of_an_answer_is_passed_over(relay, odd):
     """An engine's odd event costs nothing of the rest."""
-    assert streamed(relay, delta(content="a"), odd, delta(content="b"), "[DONE]") == [Piece("a"), Piece("b")]
+    assert streamed(relay, delta(content="a"), odd, delta(content="b"), "[DONE]") == [Delta("a"), Delta("b")]
 
 
 def test_an_event_that_never_ends_is_not_read_to_its_end(relay):

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from services import answers
 from services.abort import Abort
-from services.answers import Piece, Prompt
+from services.answers import Delta, Prompt
 from services.chats import (
     ChatBusy,
     Chats,
@@ -54,10 +54,10 @@ class FakeStream:
         self.messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         self.left = threading.Event()
         self.cancelled = False
-        self._pieces: queue.Queue[str | Piece | Exception | None] = queue.Queue()
+        self._pieces: queue.Queue[str | Delta | Exception | None] = queue.Queue()
         abort.applies_to(self._cancel)
 
-    def say(self, *pieces: str | Piece) -> FakeStream:
+    def say(self, *pieces: str | Delta) -> FakeStream:
         for piece in pieces:
             self._pieces.put(piece)
         return self
@@ -72,11 +72,11 @@ class FakeStream:
         self.cancelled = True
         self.end()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Delta]:
         while (piece := self._pieces.get(timeout=WAIT)) is not None:
             if isinstance(piece, Exception):
                 raise piece
-            yield piece if isinstance(piece, Piece) else Piece(piece)
+            yield piece if isinstance(piece, Delta) else Delta(piece)
 
 
 class FakeGenerator:
@@ -477,7 +477,7 @@ def test_thoughts_are_kept_apart_from_the_answer_and_never_told_again(
 ) -> None:
     """They are a sign of life, are saved with their time, and are no history."""
     sent = chats.send(conversation.id, "One")
-    stream = generator.next().say(Piece("Let me ", thought=True), Piece("see", thought=True))
+    stream = generator.next().say(Delta("Let me ", thought=True), Delta("see", thought=True))
     thinking = next(m for m in chats.follow(sent.id) if m is not None and m.thinking == "Let me see")
     assert (thinking.content, thinking.tokens, thinking.final) == ("", 2, False)
     stream.say("It is ", "one.").end()
@@ -498,7 +498,7 @@ def test_a_late_sign_makes_all_before_it_a_thought(
 ) -> None:
     """Where a model tells only the end of its thoughts."""
     sent = chats.send(conversation.id, "One")
-    generator.next().say("Let me see\n", Piece("", thought=True, so_far=True), "It is one.").end()
+    generator.next().say("Let me see\n", Delta("", thought=True, all_before=True), "It is one.").end()
     done = final(chats, sent.id)
     assert (done.thinking, done.content) == ("Let me see", "It is one.")
 
@@ -508,7 +508,7 @@ def test_an_answer_that_is_all_thought_can_be_stopped_and_paged_back_to(
 ) -> None:
     """Thoughts are worth keeping on Retry, too."""
     sent = chats.send(conversation.id, "One")
-    generator.next().say(Piece("Hm", thought=True))
+    generator.next().say(Delta("Hm", thought=True))
     next(m for m in chats.follow(sent.id) if m is not None and m.thinking)
     chats.stop(sent.id)
     again = chats.retry(sent.id)

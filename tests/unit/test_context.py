@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.context import TooLong, leave_out, too_long
+from services.gateway.context import ContextOverflow, drop_oldest, parse_overflow
 from services.store.records import Message
 
 VLLM = "This model's maximum context length is 4096 tokens. However, "
@@ -29,17 +29,19 @@ VLLM = "This model's maximum context length is 4096 tokens. However, "
 )
 def test_the_words_of_the_engines(message: str, context: int | None, prompt: int | None) -> None:
     """llama.cpp old and new, vLLM from 0.4 to 0.32, OpenAI; in OpenAI's shape and in vLLM's older one."""
-    expected = TooLong(context, prompt)
-    assert too_long(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}) == expected
-    assert too_long(400, {"object": "error", "message": message, "type": "BadRequestError", "code": 400}) == expected
-    assert too_long(400, {"error": message}) == expected
+    expected = ContextOverflow(context, prompt)
+    assert parse_overflow(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}) == expected
+    assert (
+        parse_overflow(400, {"object": "error", "message": message, "type": "BadRequestError", "code": 400}) == expected
+    )
+    assert parse_overflow(400, {"error": message}) == expected
 
 
 def test_the_fields_of_the_engines() -> None:
     """A type or a code says it, whatever the words; llama.cpp's figures stand in fields."""
     fields = {"type": "exceed_context_size_error", "message": "zu lang", "n_prompt_tokens": 1502, "n_ctx": 512}
-    assert too_long(400, {"error": fields}) == TooLong(512, 1502)
-    assert too_long(400, {"error": {"code": "context_length_exceeded", "message": "x"}}) == TooLong()
+    assert parse_overflow(400, {"error": fields}) == ContextOverflow(512, 1502)
+    assert parse_overflow(400, {"error": {"code": "context_length_exceeded", "message": "x"}}) == ContextOverflow()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_the_fields_of_the_engines() -> None:
 )
 def test_other_refusals_are_other_refusals(status: int, document: object) -> None:
     """They must not make anything be left out."""
-    assert too_long(status, document) is None
+    assert parse_overflow(status, document) is None
 
 
 MESSAGES = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.integers(0, 500)), max_size=20)
@@ -74,7 +76,7 @@ def test_less_is_told_each_time_until_one_turn_is_left(
     ]
     at: int | None = told_from
     while at is not None:
-        following = leave_out(messages, at, TooLong(context, prompt))
+        following = drop_oldest(messages, at, ContextOverflow(context, prompt))
         if following is not None:
             assert at < following < len(messages)
             assert messages[following].role == "user"

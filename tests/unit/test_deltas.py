@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.answers import Piece
-from services.gateway.deltas import told_apart
+from services.answers import Delta
+from services.gateway.deltas import split_thoughts
 
 
-def read(*pieces: str | Piece) -> tuple[str, str]:
+def read(*pieces: str | Delta) -> tuple[str, str]:
     """Thoughts, without the space around them, and answer, once the stream has ended."""
     thought = said = ""
-    for piece in told_apart(p if isinstance(p, Piece) else Piece(p) for p in pieces):
-        if piece.so_far:
+    for piece in split_thoughts(p if isinstance(p, Delta) else Delta(p) for p in pieces):
+        if piece.all_before:
             thought, said = thought + said, ""
         elif piece.thought:
             thought += piece.text
@@ -55,7 +55,7 @@ def test_tags_are_read_whole_and_in_pieces(text: str, thought: str, said: str) -
 
 def test_thoughts_of_their_own_leave_the_text_alone() -> None:
     """A model whose thoughts come in their own field may write about the tags; line breaks before it are dropped."""
-    assert read(Piece("\n Hm", thought=True), "\n\nThe tag:\n</think>\n") == ("Hm", "The tag:\n</think>\n")
+    assert read(Delta("\n Hm", thought=True), "\n\nThe tag:\n</think>\n") == ("Hm", "The tag:\n</think>\n")
 
 
 WORDS = st.sampled_from(["<think>", "</think>", "<", "</", "think", ">", "\n", " ", "```", "word", "\n</think>\n"])

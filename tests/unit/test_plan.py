@@ -22,7 +22,7 @@ loaded_models = st.lists(
         idle_seconds=st.none() | st.floats(0, 1e6),
         in_flight=st.integers(0, 3),
         reload_seconds=st.none() | st.floats(0, 1e3),
-        keep=st.none() | st.just("it is pinned"),
+        keep_reason=st.none() | st.just("it is pinned"),
         asleep=st.booleans(),
         rest=st.none() | st.builds(Rest, st.integers(0, 60 * GB), st.integers(0, 60 * GB)),
     ),
@@ -66,7 +66,7 @@ def test_what_must_stay_is_never_unloaded(need, available, loaded, strategy):
     for unload in plan.unload:
         model = by_id[unload.model]
         assert model.device == "gpu0"
-        assert model.keep is None
+        assert model.keep_reason is None
 
 
 @given(st.integers(1, 200 * GB), loaded_models)
@@ -152,7 +152,7 @@ def test_a_refusal_names_what_blocks_it_and_the_largest_model_that_fits():
     plan = plan_for(
         150 * GB,
         10 * GB,
-        [Loaded("pinned-one", "gpu0", 90 * GB, keep="it is pinned")],
+        [Loaded("pinned-one", "gpu0", 90 * GB, keep_reason="it is pinned")],
         others=[
             Alternative("fits", Need("gpu0", 9 * GB, "declared")),
             Alternative("huge", Need("gpu0", 99 * GB, "declared")),

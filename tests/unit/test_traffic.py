@@ -83,7 +83,7 @@ def test_a_drain_can_be_cut_short():
     traffic = Traffic()
     traffic.enter()
     traffic.close()
-    threading.Timer(0.01, traffic.hurry).start()
+    threading.Timer(0.01, traffic.cut_drain_short).start()
     assert not traffic.wait_idle(60, Abort())
     traffic.reopen()
     traffic.close()

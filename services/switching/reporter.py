@@ -1,8 +1,8 @@
-"""Tells how a job goes: as seed 001's events to those who follow it, and as the switch on the board to everyone.
+"""Reports a job's progress: as events to its followers, and as the switch on the board.
 
-Overall percent of a switch: 0 checking memory, 0-20 downloading, 20-50 unloading, then the load mapped onto the rest:
-by the time it took over the time it is forecast to take, without a forecast by its stages.
-It never falls, and 100 is said only when the model is ready.
+Overall percent of a switch: 0 while checking memory, 0-20 downloading, 20-50 unloading, and the load is mapped onto
+what remains, by elapsed time over forecast time, or by its stages without a forecast. Percent never falls, and reaches
+100 only when the model is ready.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from services.engines.port import Usage
 from services.switching.events import LoadView, SwitchStage, SwitchView, Unloading
 from services.switching.fleet import Fleet
-from services.switching.jobs import Ending, Job, Outcome, SwitchError
+from services.switching.jobs import Job, JobResult, Outcome, SwitchError
 from services.switching.mailbox import Mailbox
 from services.switching.member import Member
 from services.switching.plan import Plan, say_gb
@@ -25,8 +25,8 @@ UNLOADING_FROM, LOADING_FROM = 20, 50
 _LOAD_STAGES: dict[str, SwitchStage] = {"warming_up": "warming_up"}
 
 
-class Narrator:
-    """The story of one job. Methods are called by its greenlet, in the order in which things happen."""
+class JobReporter:
+    """Reports one job. Its methods are called by the job's greenlet, in the order of events."""
 
     def __init__(self, job: Job, mailbox: Mailbox, fleet: Fleet) -> None:
         self._job = job
@@ -44,10 +44,10 @@ class Narrator:
 
     def begin(self) -> None:
         self._show(stage="checking_memory")
-        self._job.tell("stage", stage="checking_memory", progress=0)
+        self._job.publish("stage", stage="checking_memory", progress=0)
 
     def fetching(self, estimate: Estimate) -> None:
-        """What the target needs is being fetched to this machine; nobody has made room for it yet."""
+        """Report the progress of a fetch; no memory has been freed for the target yet."""
         load = LoadView(estimate.percent, estimate.stage, estimate.detail, estimate.basis, estimate.eta_seconds)
         if self._fetched is not None and _same(self._fetched, load):
             return
@@ -59,7 +59,7 @@ class Narrator:
             basis=estimate.basis,
             eta_seconds=estimate.eta_seconds,
         )
-        self._job.tell(
+        self._job.publish(
             "progress",
             stage="downloading",
             phase=estimate.stage,
@@ -81,17 +81,17 @@ class Narrator:
             eta_seconds=plan.estimated_seconds,
             unloads=tuple(Unloading(u.model, reason, u.sleeps) for u in plan.unload),
         )
-        self._job.tell(
+        self._job.publish(
             "stage", stage="unloading_models", progress=UNLOADING_FROM, unloading=[u.model for u in plan.unload]
         )
 
     def step(self, stage: SwitchStage, model_id: str) -> None:
-        """One step on the way to free memory has begun, for one model."""
+        """Report that one step of freeing memory has begun, for one model."""
         steps = 2 * len(self.view.unloads) + 1
         self._steps_done += 1
         percent = UNLOADING_FROM + (LOADING_FROM - UNLOADING_FROM) * self._steps_done // (steps + 1)
         self._show(stage=stage, percent=percent, detail=model_id if stage != "waiting_for_memory" else None)
-        self._job.tell(
+        self._job.publish(
             "progress", stage=stage, progress=self.view.percent, model=model_id, eta=_eta(self._load_seconds)
         )
 
@@ -101,12 +101,12 @@ class Narrator:
             self._show(detail=model_id, eta_seconds=usual_seconds)
             return
         self._show(stage="loading", percent=self._load_from, eta_seconds=usual_seconds, detail=None)
-        self._job.tell(
+        self._job.publish(
             "stage", stage="loading_target", progress=self.view.percent, model=model_id, eta=_eta(usual_seconds)
         )
 
     def observed(self, member: Member, estimate: Estimate, usage: Usage | None, pid: int | None) -> None:
-        """A fresh look at the load under way; told only when it says something new."""
+        """Report an update of the load under way, if it says something new."""
         load = LoadView(estimate.percent, estimate.stage, estimate.detail, estimate.basis, estimate.eta_seconds)
         before, self._observed = self._observed, (member.model.id, load, usage)
         if before is not None and before[0] == member.model.id and _same(before[1], load) and before[2] == usage:
@@ -120,7 +120,7 @@ class Narrator:
         percent = self._load_from + int((100 - self._load_from) * self._share(load))
         stage = _LOAD_STAGES.get(load.stage, "loading")
         self._show(stage=stage, percent=percent, detail=load.detail, basis=load.basis, eta_seconds=load.eta_seconds)
-        self._job.tell(
+        self._job.publish(
             "progress",
             stage=stage,
             phase=load.stage,
@@ -132,9 +132,10 @@ class Narrator:
         )
 
     def _share(self, load: LoadView) -> float:
-        """How much of the load is done: the time it took over its forecast, so that percent and time left agree.
+        """Return the fraction of the load that is done.
 
-        Without a forecast it is what its stage says.
+        It is elapsed time over forecast time, so that percent and time left agree; without a forecast, the percentage
+        of the load's stage.
         """
         if load.eta_seconds is None:
             return load.percent / 100
@@ -144,21 +145,21 @@ class Narrator:
     def rolling_back(self, models: Sequence[str]) -> None:
         self._rolling_back = True
         self._show(stage="rolling_back", detail=models[-1], basis=None, eta_seconds=None)
-        self._job.tell("stage", stage="rolling_back", progress=self.view.percent, reloading=list(models))
+        self._job.publish("stage", stage="rolling_back", progress=self.view.percent, reloading=list(models))
 
-    def ready(self) -> Ending:
-        """The target answers."""
+    def ready(self) -> JobResult:
+        """Report that the target answers."""
         job = self._job
         job.load_seconds = job.seconds
         self._advance(stage="ready", finished_at=self._time(), percent=100, detail=None, eta_seconds=0.0)
-        job.tell(
+        job.publish(
             "complete",
             status="success",
             model=job.target,
             total_time_seconds=round(job.seconds, 2),
             unloaded_models=list(job.unloaded),
         )
-        return Ending("success", None, self.view)
+        return JobResult("success", None, self.view)
 
     def end(
         self,
@@ -168,10 +169,10 @@ class Narrator:
         active: str | None,
         restored: Sequence[str] = (),
         missing: Mapping[str, str] | None = None,
-    ) -> Ending:
-        """The job did not do what was asked: say the first cause, and what is running now.
+    ) -> JobResult:
+        """Report that the job failed or was cancelled: the first cause, and what is running now.
 
-        `missing` are the models that were unloaded and are not back, each with the reason.
+        `missing` maps each model that was unloaded and could not be restored to the reason.
         """
         message = f"{_sentence(error.message)} {_lost(missing or {})}".strip()
         told = SwitchError(error.code, f"{message} {_running(restored, active)}".strip(), **error.details)
@@ -188,8 +189,8 @@ class Narrator:
             restored=tuple(restored),
             eta_seconds=None,
         )
-        self._job.tell("error", error=error.code, message=told.message, **memory_figures(error))
-        return Ending(outcome, told, self.view)
+        self._job.publish("error", error=error.code, message=told.message, **memory_figures(error))
+        return JobResult(outcome, told, self.view)
 
     def _show(self, **changes: object) -> None:
         self._advance(**changes)
@@ -202,7 +203,7 @@ class Narrator:
 
 
 def memory_figures(error: SwitchError) -> dict[str, object]:
-    """The figures that go with a refusal, in GB; empty for errors that are not about memory."""
+    """Return the figures of a memory refusal, in GB; empty for other errors."""
     plan = error.details.get("plan")
     if not isinstance(plan, Plan):
         return {}
@@ -216,12 +217,12 @@ def memory_figures(error: SwitchError) -> dict[str, object]:
 
 
 def gb(size: int) -> float:
-    """Bytes as decimal gigabytes with three digits, so that a model of 1 MB isn't 0."""
+    """Return bytes as decimal gigabytes with three digits, so that a model of 1 MB does not show as 0."""
     return round(size / 1e9, 3)
 
 
 def requested(job: Job) -> SwitchView:
-    """A switch that has its turn, before anything of it was done."""
+    """Return the view of a switch that got the slot and has done nothing yet."""
     return SwitchView(
         id=job.id,
         to_model=job.target,
@@ -232,7 +233,7 @@ def requested(job: Job) -> SwitchView:
 
 
 def cancelling(view: SwitchView) -> SwitchView:
-    """A switch that was cancelled and isn't over yet: what it was at says nothing any more."""
+    """Return the view of a switch that was cancelled and has not ended: its detail and figures no longer apply."""
     return replace(view, stage="cancelling", detail=None, basis=None, eta_seconds=None)
 
 
@@ -245,12 +246,12 @@ def _same(a: LoadView, b: LoadView) -> bool:
 
 
 def _lost(missing: Mapping[str, str]) -> str:
-    """What was unloaded for nothing, and why it is not back."""
+    """Say which models were unloaded and are not back, and why."""
     return " ".join(f"{model} was unloaded and is not back: {_sentence(why)}" for model, why in missing.items())
 
 
 def _running(restored: Sequence[str], active: str | None) -> str:
-    """What runs now, for those who read this one message; the pages say it from the status."""
+    """Say what runs now, for readers of this one message; pages show it from the status."""
     if restored:
         return running_again(restored)
     return f"{active} is still running." if active else ""
