@@ -21,7 +21,7 @@ test: $(DEV_READY) browser docker ## set up and run every test, JOBS=4 files at 
 	@$(CACHING) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
-	@OLLAMA_TEST_BINARY="$(OLLAMA)" $(BIN)/python -m pytest tests/engines/test_ollama_server.py tests/engines/test_ollama_stand_in.py $(ARGS)
+	@OLLAMA_TEST_BINARY="$(OLLAMA)" $(BIN)/python -m pytest tests/engines/test_ollama_server.py tests/engines/test_fake_ollama.py $(ARGS)
 
 test-vllm: $(DEV_READY) docker ## the vLLM suite on a real one: its CPU build in .venv-vllm (4 GB), in real containers
 	@PYTHON="$(PYTHON)" tools/ensure_vllm.sh

@@ -40,7 +40,7 @@ class Forecast:
 
 
 def measure(rig: Rig) -> Iterator[Row]:
-    console = rig.stand_in_console
+    console = rig.fake_engine_console
     loads = [_load(rig, console, seconds) for seconds in LOADS]
     learned = [forecast for load in loads[LEARNED_AFTER:] for forecast in load]
     error = median(forecast.error(ROUNDING_SECONDS) for forecast in learned)

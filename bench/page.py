@@ -19,7 +19,7 @@ _STYLE = re.compile(r'<link[^>]*\srel="stylesheet"[^>]*\shref="([^"]+)"')
 
 
 def measure(rig: Rig) -> Iterator[Row]:
-    console = rig.stand_in_console
+    console = rig.fake_engine_console
     page = console.get("/").text
     scripts, styles = _SCRIPT.findall(page), _STYLE.findall(page)
     sizes = {path: _bytes(console, path) for path in ("/", *scripts, *styles)}

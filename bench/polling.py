@@ -29,7 +29,7 @@ TARGET_MB = 80.0
 
 
 def measure(rig: Rig) -> Iterator[Row]:
-    console = rig.stand_in_console
+    console = rig.fake_engine_console
     yield _status(console)
     yield _memory(console)
 

@@ -26,7 +26,7 @@ import psutil
 from bench import wire
 from bench.figures import Row, percentile, spread
 from bench.load import RateJob, run_rate
-from bench.rig import STAND_IN_MODEL, Rig, upstream_port, worker
+from bench.rig import FAKE_MODEL, Rig, upstream_port, worker
 from bench.upstream import TOKENS
 
 REQUESTS = 600
@@ -56,8 +56,8 @@ class Routes:
 
 
 def measure(rig: Rig) -> Iterator[Row]:
-    console = rig.stand_in_console
-    routes = Routes(upstream_port(console, STAND_IN_MODEL), console.port, rig.llama_swap_port, worker(console))
+    console = rig.fake_engine_console
+    routes = Routes(upstream_port(console, FAKE_MODEL), console.port, rig.llama_swap_port, worker(console))
     yield _added_time(routes)
     yield _rate(routes, f"relayed streams/s of {TOKENS} tokens, {CLIENTS} at once", stream=True, over_llama_swap=1.1)
     yield _rate(routes, f"non-streamed requests/s, {CLIENTS} at once", stream=False, over_llama_swap=0.6)
@@ -86,7 +86,7 @@ def _added_time(routes: Routes) -> Row:
 
 def _first_tokens(routes: Routes) -> Mapping[str, list[float]]:
     """Seconds to the first token of each request, per route."""
-    body = {"model": STAND_IN_MODEL, "stream": True, "max_tokens": 4, "pause_ms": 2, "messages": MESSAGES}
+    body = {"model": FAKE_MODEL, "stream": True, "max_tokens": 4, "pause_ms": 2, "messages": MESSAGES}
     request = wire.post("/v1/chat/completions", body)
     seconds: dict[str, list[float]] = {route: [] for route, _ in routes}
     with ExitStack() as opened:
@@ -135,7 +135,7 @@ def _rate(routes: Routes, figure: str, *, stream: bool, over_llama_swap: float) 
 
 def _rates(routes: Routes, stream: bool) -> tuple[Mapping[str, list[float]], float]:
     """Requests per second of each round, and the worker's µs per request. Raises RuntimeError on a wrong response."""
-    body = {"model": STAND_IN_MODEL, "stream": stream, "messages": MESSAGES}
+    body = {"model": FAKE_MODEL, "stream": stream, "messages": MESSAGES}
     request = wire.post("/v1/chat/completions", body).decode()
     expect = TOKENS + 1 if stream else 0
     rates: dict[str, list[float]] = {route: [] for route, _ in routes}

@@ -19,7 +19,7 @@ from bench import wire
 from tests.support.console import ROOT, Console, free_port, wait_until
 
 UPSTREAM = Path(__file__).with_name("upstream.py")
-STAND_IN_MODEL = "bench-model"
+FAKE_MODEL = "bench-model"
 SLOW_MODEL = "bench-slow"
 LLAMA_SWAP_REQUESTS = 1000
 """Requests that llama-swap relays to one model at a time; its default of ten answers the others with 429."""
@@ -51,19 +51,21 @@ class Rig:
         return files[0].resolve()
 
     @cached_property
-    def stand_in_console(self) -> Console:
+    def fake_engine_console(self) -> Console:
         """A console whose running model is the fake engine; its other model loads slowly, as `load_plan` says.
 
         Started twice: creating the state folder imports code, and so takes memory, that later starts don't need.
         """
-        console = self.console(toml=self._catalogue(), models_dir=self._empty(), llamacpp_server=self.stand_in_program)
+        console = self.console(
+            toml=self._catalogue(), models_dir=self._empty(), llamacpp_server=self.fake_engine_program
+        )
         console.start().stop()
         console.start()
-        console.switch(STAND_IN_MODEL)
+        console.switch(FAKE_MODEL)
         return console
 
     @cached_property
-    def stand_in_program(self) -> Path:
+    def fake_engine_program(self) -> Path:
         """`upstream.py` as one executable, whatever file modes the checkout has."""
         program = self.folder / "llama-server"
         program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(UPSTREAM))} "$@"\n')
@@ -96,9 +98,9 @@ class Rig:
         if program is None:
             return None
         port, config = free_port(), self.folder / "llama-swap.yaml"
-        command = f"{self.stand_in_program} --model {self.model_file} --alias {STAND_IN_MODEL} --port ${{PORT}}"
+        command = f"{self.fake_engine_program} --model {self.model_file} --alias {FAKE_MODEL} --port ${{PORT}}"
         entry = {"cmd": command, "concurrencyLimit": LLAMA_SWAP_REQUESTS}
-        config.write_text(json.dumps({"models": {STAND_IN_MODEL: entry}}))  # JSON is YAML
+        config.write_text(json.dumps({"models": {FAKE_MODEL: entry}}))  # JSON is YAML
         self.spawn([program, "--config", str(config), "--listen", f"127.0.0.1:{port}"], self.folder / "llama-swap.log")
         wait_until(lambda: _answers(port), "llama-swap to answer")
         return port
@@ -110,7 +112,7 @@ class Rig:
         shutil.copyfile(self.model_file, slow)
         with slow.open("r+b") as file:
             file.truncate(max(SLOW_BYTES, self.model_file.stat().st_size))
-        quick = _entry(STAND_IN_MODEL, self.model_file, [])
+        quick = _entry(FAKE_MODEL, self.model_file, [])
         return quick + _entry(SLOW_MODEL, slow, ["--load-plan", str(self.load_plan)])
 
     def _empty(self) -> Path:
@@ -149,7 +151,7 @@ def _entry(model_id: str, source: Path, arguments: list[str]) -> str:
 
 
 def _answers(port: int) -> bool:
-    body = {"model": STAND_IN_MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    body = {"model": FAKE_MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
     try:
         with wire.Wire(port) as connection:
             return connection.ask(wire.post("/v1/chat/completions", body)).status == 200
@@ -173,4 +175,4 @@ def _end_tree(process: subprocess.Popen[bytes]) -> None:
             child.kill()
 
 
-__all__ = ["ROOT", "SLOW_MODEL", "STAND_IN_MODEL", "Rig", "end", "free_port", "upstream_port", "wait_until", "worker"]
+__all__ = ["FAKE_MODEL", "ROOT", "SLOW_MODEL", "Rig", "end", "free_port", "upstream_port", "wait_until", "worker"]

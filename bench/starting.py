@@ -50,7 +50,7 @@ def _start(console: Console) -> float:
     try:
         while not _ready(console.port):
             if console.process.poll() is not None or time.perf_counter() - began > LONGEST_SECONDS:
-                raise RuntimeError(f"the console did not start: {console.said()[-800:]}")
+                raise RuntimeError(f"the console did not start: {console.output()[-800:]}")
             time.sleep(LOOK_SECONDS)
         return time.perf_counter() - began
     finally:

@@ -94,7 +94,7 @@ def console(shared: Console) -> Console:
 
     What it learned from earlier tests it still knows, as the time of a load, or a conversation.
     """
-    return shared.rest()
+    return shared.reset()
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def own_console(start_console: StartConsole) -> Console:
 
 
 @pytest.fixture
-def start_stand_in(start_console: StartConsole) -> StartConsole:
+def start_with_fakes(start_console: StartConsole) -> StartConsole:
     """Starts consoles of the test's own whose models run on the stand-in llama-server."""
 
     def start(toml: str, **options: object) -> Console:

@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.browser.conftest import ARGUMENTS, MARKDOWN_SERVER, NAMES
 from tests.browser.steps import MINI, SMALL, answers, banner, expect_active, say
-from tests.support.console import Console, stand_in
+from tests.support.console import Console, fake_model
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 SIZE = {"width": 1280, "height": 800}
@@ -57,7 +57,7 @@ def main() -> None:
             for scheme in ("light", "dark")
         }
         address = _with_the_demo_models(Console(folder, memory_budget_gb=DEMO_BUDGET_GB), pages)
-        _with_the_stand_in(_slow_console(folder), pages, address)
+        _with_the_fake_engine(_slow_console(folder), pages, address)
         browser.close()
 
 
@@ -83,7 +83,7 @@ def _with_the_demo_models(console: Console, pages: dict[str, Page]) -> str:
         console.close()
 
 
-def _with_the_stand_in(console: Console, pages: dict[str, Page], path: str) -> None:
+def _with_the_fake_engine(console: Console, pages: dict[str, Page], path: str) -> None:
     """Take an answer half written, and a switch half done."""
     console.start()
     try:
@@ -108,9 +108,9 @@ def _slow_console(folder: Path) -> Console:
     with large.open("r+b") as file:
         file.truncate(LARGE_BYTES)
     answer.write_text(ANSWER, encoding="utf-8")
-    toml = stand_in("switchyard-mini", source=str(MINI))
-    toml += stand_in(TALKER, "slow_tokens:0.08", f"text:{answer}", source=str(SMALL), required_gb=1)
-    toml += stand_in(LARGE, f"slow_load:{LOAD_SECONDS}", source=str(large), required_gb=BUDGET_GB - 0.8)
+    toml = fake_model("switchyard-mini", source=str(MINI))
+    toml += fake_model(TALKER, "slow_tokens:0.08", f"text:{answer}", source=str(SMALL), required_gb=1)
+    toml += fake_model(LARGE, f"slow_load:{LOAD_SECONDS}", source=str(large), required_gb=BUDGET_GB - 0.8)
     return Console(folder, toml=toml, memory_budget_gb=BUDGET_GB, llamacpp_server=MARKDOWN_SERVER)
 
 

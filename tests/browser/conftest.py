@@ -22,7 +22,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE_MS = 30_000
+TIMEOUT_MS = 30_000
 """It only ends a hang; what has to be prompt is held against a Stopwatch."""
 MARKDOWN_SERVER = Path(__file__).parent / "markdown_server.py"
 """A stand-in for llama-server that answers in Markdown."""
@@ -64,7 +64,7 @@ class Complaints:
 def chromium() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, NAMES)), None)
     assert path, "the browser tests need Chromium: tools/ensure_chromium.sh installs it"
-    expect.set_options(timeout=PATIENCE_MS)
+    expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
@@ -82,7 +82,7 @@ def open_page(chromium: Browser, request: pytest.FixtureRequest) -> Iterator[Ope
 
     def open_one(*, tolerate: tuple[str, ...] = (), **options: object) -> Page:
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})  # type: ignore[arg-type]
-        context.set_default_timeout(PATIENCE_MS)
+        context.set_default_timeout(TIMEOUT_MS)
         contexts.append((context, Complaints(context, tolerate)))
         return context.new_page()
 

@@ -51,12 +51,12 @@ class Workbench:
         self._consoles.append(console)
         return console.start()
 
-    def rest(self, console: Console) -> Console:
+    def reset(self, console: Console) -> Console:
         """For the next test: Ollama as it began and running, the registry too, and a console that has seen both."""
         self.ollama.clear_faults()
-        console.rest().cancel_downloads()
-        self.registry.rest()
-        self.ollama.rest()
+        console.reset().cancel_downloads()
+        self.registry.reset()
+        self.ollama.reset()
         self.await_ollama(console, "running")
         return console
 

@@ -40,11 +40,11 @@ from tests.browser.steps import (
     say,
     visit,
 )
-from tests.support.console import Console, stand_in, wait_until
+from tests.support.console import Console, fake_model, wait_until
 from tests.support.talk import put_conversations
 
 LONG = "a-model-whose-name-has-as-many-as-sixty-letters-and-hyphens-"[:59] + "x"
-FORTY = "".join(stand_in(f"family-{n // 10}/model-{n:02d}-plain", source=str(MINI)) for n in range(40))
+FORTY = "".join(fake_model(f"family-{n // 10}/model-{n:02d}-plain", source=str(MINI)) for n in range(40))
 LONG_NAME = "a-model-whose-name-has-as-many-as-sixty-letters-in-it-all:7b"
 WIDTHS = (1280, 390)
 OF_COLOUR = {"runOnly": {"type": "rule", "values": ["color-contrast", "link-in-text-block"]}}
@@ -55,11 +55,11 @@ OF_COLOUR = {"runOnly": {"type": "rule", "values": ["color-contrast", "link-in-t
 def shared(start_shared: StartShared, big_model: Path) -> Console:
     """Forty models and one with a long name; one that is slow to load, one that fails, one that can't fit."""
     more = [
-        stand_in(LONG, "slow_tokens:0.01", description="A name that needs room", source=str(MINI)),
-        stand_in("talkative", "slow_tokens:1", source=str(MINI)),
-        stand_in("slow", "slow_load:60", source=str(big_model)),
-        stand_in("bad", "crash_loading", source=str(MINI)),
-        stand_in("huge", required_gb=9000, source=str(MINI)),
+        fake_model(LONG, "slow_tokens:0.01", description="A name that needs room", source=str(MINI)),
+        fake_model("talkative", "slow_tokens:1", source=str(MINI)),
+        fake_model("slow", "slow_load:60", source=str(big_model)),
+        fake_model("bad", "crash_loading", source=str(MINI)),
+        fake_model("huge", required_gb=9000, source=str(MINI)),
     ]
     return start_shared(FORTY + "".join(more))
 
@@ -385,7 +385,7 @@ def test_a_switch_without_a_mouse_is_read_out(page: Page, console: Console) -> N
     expect(said).to_contain_text(f"{LONG} is still running.")
     choose(page, "slow")
     expect(said).to_have_text(re.compile("^Switching to slow: [A-Z][a-z ]+\\.$"))
-    console.rest()
+    console.reset()
 
 
 def test_forty_models_can_be_narrowed_down(page: Page, console: Console) -> None:

@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import StartShared
 from tests.browser.steps import MINI, banner, choice, dialog, row, visit
-from tests.support.console import Console, stand_in
+from tests.support.console import Console, fake_model
 
 LOST = """() => {
     let had = false;
@@ -28,11 +28,11 @@ LOST = """() => {
 @pytest.fixture(scope="module")
 def shared(start_shared: StartShared, big_model: Path) -> Console:
     models = [
-        stand_in("first-plain", "hold:80", required_gb=0.3, source=str(MINI)),
-        stand_in("second-plain", "hold:80", required_gb=0.3, source=str(MINI)),
-        stand_in("bad", "crash_loading", required_gb=0.1, source=str(MINI)),
-        stand_in("slow", "slow_load:60", required_gb=0.1, source=str(big_model)),
-        stand_in("huge", required_gb=900, source=str(MINI)),
+        fake_model("first-plain", "hold:80", required_gb=0.3, source=str(MINI)),
+        fake_model("second-plain", "hold:80", required_gb=0.3, source=str(MINI)),
+        fake_model("bad", "crash_loading", required_gb=0.1, source=str(MINI)),
+        fake_model("slow", "slow_load:60", required_gb=0.1, source=str(big_model)),
+        fake_model("huge", required_gb=900, source=str(MINI)),
     ]
     return start_shared("".join(models), memory_budget_gb=1)
 

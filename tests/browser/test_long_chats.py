@@ -13,7 +13,7 @@ from services.chats import PAGE_MESSAGES
 from services.store.database import open_store
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, composer, messages, say
-from tests.support.console import Console, stand_in
+from tests.support.console import Console, fake_model
 from tests.support.talk import put_conversations
 
 CONVERSATIONS = 3 * LISTED
@@ -22,7 +22,7 @@ MESSAGES = 2 * PAGE_MESSAGES + 10
 
 @pytest.fixture(scope="module")
 def shared(start_shared: StartShared) -> Console:
-    return start_shared(stand_in("quick-plain", source=str(MINI)))
+    return start_shared(fake_model("quick-plain", source=str(MINI)))
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import StartShared
 from tests.browser.steps import MINI, banner, dialog, row, visit
-from tests.support.console import Console, stand_in, wait_until
+from tests.support.console import Console, fake_model, wait_until
 
 MODELS = "".join(
     [
-        stand_in("first-plain", "hold:150", required_gb=0.3, description="Holds 150 MB", source=str(MINI)),
-        stand_in("second-plain", "hold:80", required_gb=0.3, source=str(MINI)),
-        stand_in("greedy", required_gb=0.9, source=str(MINI)),
-        stand_in("slow", "slow_load:60", required_gb=0.2, source=str(MINI)),
-        stand_in("talks-plain", "slow_tokens:30", required_gb=0.1, source=str(MINI)),
+        fake_model("first-plain", "hold:150", required_gb=0.3, description="Holds 150 MB", source=str(MINI)),
+        fake_model("second-plain", "hold:80", required_gb=0.3, source=str(MINI)),
+        fake_model("greedy", required_gb=0.9, source=str(MINI)),
+        fake_model("slow", "slow_load:60", required_gb=0.2, source=str(MINI)),
+        fake_model("talks-plain", "slow_tokens:30", required_gb=0.1, source=str(MINI)),
     ]
 )
 

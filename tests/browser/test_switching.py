@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, banner, choice, choose, composer, dialog, expect_active, note, say, visit
 from tests.conftest import StartConsole
-from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in
+from tests.support.console import FAKE_LLAMA_SERVER, Console, fake_model
 from tests.support.stopwatch import Stopwatch
 
 TIGHT_GB = 0.65
@@ -22,13 +22,13 @@ TIGHT_GB = 0.65
 def shared(start_shared: StartShared, big_model: Path) -> Console:
     mini, big = str(MINI), str(big_model)
     models = [
-        stand_in("good-plain", "hold:80", required_gb=0.6, source=mini),
-        stand_in("other-plain", "hold:80", required_gb=0.6, source=mini),
-        stand_in("bad", "crash_loading", required_gb=0.6, source=mini),
-        stand_in("slow", "slow_load:60", required_gb=0.6, source=big),
-        stand_in("steady", "slow_load:3", required_gb=0.1, source=big),
-        stand_in("huge", required_gb=900, source=mini),
-        stand_in("fragile", "crash_answering", required_gb=0.01, source=mini),
+        fake_model("good-plain", "hold:80", required_gb=0.6, source=mini),
+        fake_model("other-plain", "hold:80", required_gb=0.6, source=mini),
+        fake_model("bad", "crash_loading", required_gb=0.6, source=mini),
+        fake_model("slow", "slow_load:60", required_gb=0.6, source=big),
+        fake_model("steady", "slow_load:3", required_gb=0.1, source=big),
+        fake_model("huge", required_gb=900, source=mini),
+        fake_model("fragile", "crash_answering", required_gb=0.01, source=mini),
     ]
     return start_shared("".join(models), memory_budget_gb=TIGHT_GB)
 
@@ -127,7 +127,7 @@ def test_one_click_switches_and_the_banner_names_what_goes(with_good: Page, cons
 def test_with_confirmation_the_plan_is_shown_first(open_page: OpenPage, start_console: StartConsole) -> None:
     """`confirm_before_unload`: what goes, what that frees, what stays; Cancel leaves all as it was."""
     mini = str(MINI)
-    models = [stand_in(name, "hold:80", required_gb=0.6, source=mini) for name in ("good-plain", "other-plain")]
+    models = [fake_model(name, "hold:80", required_gb=0.6, source=mini) for name in ("good-plain", "other-plain")]
     console = start_console(
         toml="".join(models),
         llamacpp_server=FAKE_LLAMA_SERVER,

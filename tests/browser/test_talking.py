@@ -10,16 +10,16 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, answers, composer, messages, note, say, visit
-from tests.support.console import Console, stand_in, wait_until
+from tests.support.console import Console, fake_model, wait_until
 
 WHOLE = "I am a stand-in and answer in ten short words."
 GONE = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
 OFFLINE = (*GONE, "htmx:", "[object Event]")
 """What Chromium, htmx and its event stream say of an app that is gone."""
-MODELS = stand_in("markdown", source=str(MINI)) + stand_in("slow-plain", "slow_tokens:0.2", source=str(MINI))
-MODELS += stand_in("slow-markdown", "slow_tokens:0.1", source=str(MINI))
-MODELS += stand_in("thinker-plain", "thinks:0.3", "slow_tokens:0.1", source=str(MINI))
-MODELS += stand_in("silent-plain", "silent", source=str(MINI))
+MODELS = fake_model("markdown", source=str(MINI)) + fake_model("slow-plain", "slow_tokens:0.2", source=str(MINI))
+MODELS += fake_model("slow-markdown", "slow_tokens:0.1", source=str(MINI))
+MODELS += fake_model("thinker-plain", "thinks:0.3", "slow_tokens:0.1", source=str(MINI))
+MODELS += fake_model("silent-plain", "silent", source=str(MINI))
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +277,9 @@ def test_conversations_are_listed_renamed_and_deleted(slow: Page) -> None:
     expect(listed.get_by_text("Renamed")).to_have_count(0)
 
 
-def test_conversations_outlive_a_restart(open_page: OpenPage, start_stand_in) -> None:
+def test_conversations_outlive_a_restart(open_page: OpenPage, start_with_fakes) -> None:
     """The page waits for the app and goes on by itself; the conversation is there and can be continued."""
-    console = start_stand_in(stand_in("plain"))
+    console = start_with_fakes(fake_model("plain"))
     console.switch("plain")
     page = open_page(tolerate=OFFLINE)
     visit(page, console)
@@ -304,10 +304,10 @@ def test_conversations_outlive_a_restart(open_page: OpenPage, start_stand_in) ->
     ],
 )
 def test_an_answer_cut_by_the_end_of_the_app_is_shown_as_such(
-    open_page: OpenPage, start_stand_in, end: signal.Signals, words: str
+    open_page: OpenPage, start_with_fakes, end: signal.Signals, words: str
 ) -> None:
     """What came is kept, marked as cut, in the open page without a reload; it can be tried again."""
-    console = start_stand_in(stand_in("slow", "slow_tokens:0.3"))
+    console = start_with_fakes(fake_model("slow", "slow_tokens:0.3"))
     console.switch("slow")
     page = open_page(tolerate=OFFLINE)
     visit(page, console)

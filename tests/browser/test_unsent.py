@@ -7,7 +7,7 @@ from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, answers, composer, messages, say, visit
-from tests.support.console import Console, stand_in
+from tests.support.console import Console, fake_model
 
 NGINX = "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
 PROXY = ("the server responded with a status", "ERR_FAILED", "htmx:", "[object Event]")
@@ -16,7 +16,9 @@ PROXY = ("the server responded with a status", "ERR_FAILED", "htmx:", "[object E
 
 @pytest.fixture(scope="module")
 def shared(start_shared: StartShared) -> Console:
-    return start_shared(stand_in("plain", source=str(MINI)) + stand_in("slow-plain", "slow_tokens:1", source=str(MINI)))
+    return start_shared(
+        fake_model("plain", source=str(MINI)) + fake_model("slow-plain", "slow_tokens:1", source=str(MINI))
+    )
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from playwright.sync_api import Page, Response
 
 from tests.browser.conftest import StartShared
 from tests.browser.steps import MINI, visit
-from tests.support.console import Console, stand_in
+from tests.support.console import Console, fake_model
 
 LIMIT = 60_000
 """Bytes of HTML, CSS and JavaScript together, as they travel."""
@@ -15,7 +15,7 @@ LIMIT = 60_000
 
 @pytest.fixture(scope="module")
 def shared(start_shared: StartShared) -> Console:
-    return start_shared("".join(stand_in(f"model-{number}", source=str(MINI)) for number in range(40)))
+    return start_shared("".join(fake_model(f"model-{number}", source=str(MINI)) for number in range(40)))
 
 
 def test_the_first_page_is_light(page: Page, console: Console) -> None:

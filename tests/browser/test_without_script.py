@@ -7,15 +7,15 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, banner, choose, composer, row, visit
-from tests.support.console import Console, stand_in
+from tests.support.console import Console, fake_model
 
 WHOLE = "I am a stand-in and answer in ten short words."
 
 
 @pytest.fixture(scope="module")
 def shared(start_shared: StartShared) -> Console:
-    models = stand_in("quick-plain", "slow_tokens:0.1", "hold:80", required_gb=0.6, source=str(MINI))
-    models += stand_in("other-plain", "hold:80", required_gb=0.6, source=str(MINI))
+    models = fake_model("quick-plain", "slow_tokens:0.1", "hold:80", required_gb=0.6, source=str(MINI))
+    models += fake_model("other-plain", "hold:80", required_gb=0.6, source=str(MINI))
     return start_shared(models, memory_budget_gb=0.65, confirm_before_unload="true")
 
 

@@ -42,7 +42,7 @@ from services.engines.containers.port import (
     RuntimeHangs,
 )
 from tests.support.console import NO_OLLAMA, ROOT, free_port, wait_until
-from tests.support.docker import STAND_IN_IMAGE, TRANSCRIPTS, DockerEngine
+from tests.support.docker import FAKE_VLLM_IMAGE, TRANSCRIPTS, DockerEngine
 from tests.support.image_registry import image_registry
 from tests.support.stopwatch import Stopwatch
 
@@ -52,7 +52,7 @@ NOBODY = 65_534
 LABELS = {MODEL_LABEL: "tiny"}
 
 
-def spec(name: str = "tiny", *arguments: str, image: str = STAND_IN_IMAGE, **faults: object) -> ContainerSpec:
+def spec(name: str = "tiny", *arguments: str, image: str = FAKE_VLLM_IMAGE, **faults: object) -> ContainerSpec:
     return ContainerSpec(
         name=name,
         image=image,
@@ -133,7 +133,7 @@ def test_docker_is_told_all_that_the_spec_says_and_nothing_that_brings_a_contain
 ):
     order = ContainerSpec(
         name="full",
-        image=STAND_IN_IMAGE,
+        image=FAKE_VLLM_IMAGE,
         port=9000,
         command=("m", "--port", "9000"),
         environment={"HF_TOKEN": "hf_x"},
@@ -160,7 +160,7 @@ def test_docker_is_told_all_that_the_spec_says_and_nothing_that_brings_a_contain
         "/root/.cache/huggingface": ("bind", str(tmp_path), False),
         "/root/.cache/vllm": ("volume", "compiled", True),
     }
-    shared = runtime.create(ContainerSpec("shared", STAND_IN_IMAGE, 8000, host_ipc=True))
+    shared = runtime.create(ContainerSpec("shared", FAKE_VLLM_IMAGE, 8000, host_ipc=True))
     host = docker.client.inspect_container(shared)["HostConfig"]
     assert (host["IpcMode"], host["DeviceRequests"]) == ("host", None)
 
@@ -220,7 +220,7 @@ def test_another_runtime_finds_the_containers_again_by_their_labels(docker: Dock
     """As the next run of the app does: those of the model, running or not, but no foreign one with the same label."""
     order = spec()
     container_id = run(runtime, order)
-    runtime.create(ContainerSpec("other", STAND_IN_IMAGE, 8000, labels={MODEL_LABEL: "other"}))
+    runtime.create(ContainerSpec("other", FAKE_VLLM_IMAGE, 8000, labels={MODEL_LABEL: "other"}))
     docker.run_foreign("foreign", ["m"], labels=LABELS)
     with closing(DockerRuntime(docker.host)) as another:
         (found,) = another.find(LABELS)
@@ -358,7 +358,7 @@ CALLS: dict[str, Callable[[DockerRuntime], object]] = {
     "find": lambda r: r.find(LABELS),
     "pids": lambda r: r.pids("tiny"),
     "events": lambda r: r.events(LABELS),
-    "image_present": lambda r: r.image_present(STAND_IN_IMAGE),
+    "image_present": lambda r: r.image_present(FAKE_VLLM_IMAGE),
     "start": lambda r: r.start("tiny"),
     "stop": lambda r: r.stop("tiny", 0),
     "remove": lambda r: r.remove("tiny"),
@@ -470,21 +470,21 @@ class _DaemonOnTcp(BaseHTTPRequestHandler):
 
 @pytest.mark.skipif(shutil.which("nvidia-container-runtime-hook") is not None, reason="this machine can give GPUs")
 def test_gpus_without_nvidia_s_runtime_are_refused_with_what_to_install(runtime: DockerRuntime):
-    container_id = runtime.create(ContainerSpec("tiny", STAND_IN_IMAGE, 8000, ("m",), gpus=("GPU-0",)))
+    container_id = runtime.create(ContainerSpec("tiny", FAKE_VLLM_IMAGE, 8000, ("m",), gpus=("GPU-0",)))
     with pytest.raises(NoGpuRuntime, match="nvidia-container-toolkit"):
         runtime.start(container_id)
     assert runtime.inspect(container_id).state == "created"
 
 
 def test_a_missing_image_is_told_from_one_that_is_here(runtime: DockerRuntime):
-    assert runtime.image_present(STAND_IN_IMAGE)
+    assert runtime.image_present(FAKE_VLLM_IMAGE)
     assert not runtime.image_present("vllm/vllm-openai:never")
     with pytest.raises(ImageMissing, match="docker pull vllm/vllm-openai:never"):
         runtime.create(spec(image="vllm/vllm-openai:never"))
 
 
 def test_what_docker_refuses_comes_in_its_words(runtime: DockerRuntime):
-    order = ContainerSpec("tiny", STAND_IN_IMAGE, 8000, mounts=(Mount("/nonexistent/folder", "/x"),))
+    order = ContainerSpec("tiny", FAKE_VLLM_IMAGE, 8000, mounts=(Mount("/nonexistent/folder", "/x"),))
     with pytest.raises(ContainerError, match=r"could not make the container tiny: .*/nonexistent/folder"):
         runtime.create(order)
 
@@ -542,7 +542,7 @@ def test_under_gevent_other_greenlets_go_on_while_docker_is_waited_for(docker: D
     """The life of a container, a stream closed beside its reader, and a daemon that hangs: nothing blocks the loop."""
     script = ROOT / "tests" / "engines" / "docker_under_gevent.py"
     done = subprocess.run(
-        [sys.executable, str(script), docker.host, STAND_IN_IMAGE, str(docker.pid)],
+        [sys.executable, str(script), docker.host, FAKE_VLLM_IMAGE, str(docker.pid)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -628,11 +628,11 @@ def test_bytes_of_a_pull_never_fall_nor_exceed_the_total(lines: list[dict[str, o
         assert layers.total is None or done <= layers.total
 
 
-def test_the_stand_in_sleeps_only_where_vllm_would(runtime: DockerRuntime):
+def test_fake_vllm_sleeps_only_where_the_real_one_would(runtime: DockerRuntime):
     """Sleep needs the developer mode and its argument, as vLLM does since 0.8.5."""
     order = spec("tiny", "--enable-sleep-mode", "--served-model-name", "tiny")
     environment = {**order.environment, "VLLM_SERVER_DEV_MODE": "1"}
-    container_id = run(runtime, ContainerSpec("tiny", STAND_IN_IMAGE, 8000, order.command, environment))
+    container_id = run(runtime, ContainerSpec("tiny", FAKE_VLLM_IMAGE, 8000, order.command, environment))
     wait_until(lambda: answers(runtime, container_id), "the stand-in to answer")
     origin = f"http://127.0.0.1:{runtime.inspect(container_id).host_port}"
     with requests.Session() as http:

@@ -80,7 +80,7 @@ class TestShared:
         """Noticed within seconds, told once for each model."""
         with case.ready():
             server.kill()
-            wait_until(lambda: bool(case.exits), "the exit to be reported", patience=5)
+            wait_until(lambda: bool(case.exits), "the exit to be reported", timeout=5)
         assert len(case.exits) == 1
 
     def test_loads_carry_no_options_and_a_numeric_keep_alive(self, case: EngineCase, server: FakeOllama):
@@ -90,7 +90,7 @@ class TestShared:
         asked = [r["body"] for r in server.requests() if r["path"] == "/api/generate"]
         assert asked[0] == {"model": "tiny-a:latest", "keep_alive": -1, "stream": False}
         assert asked[-1]["keep_alive"] == 0
-        assert server.said().count("runner started in") == 1
+        assert server.output().count("runner started in") == 1
 
     def test_after_stop_its_memory_is_free(self, case: EngineCase):
         """Not only gone from the list: the process that held it has ended."""

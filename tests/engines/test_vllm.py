@@ -25,7 +25,7 @@ from services.memory.ledger import Reading
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase, EngineConformance
 from tests.fakes.gpu.pynvml import TOTAL_BYTES, held_on
 from tests.support.console import wait_until
-from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.docker import FAKE_VLLM_IMAGE, DockerEngine
 from tests.support.hub import TINY_MODEL, fill_cache
 from tests.support.vllm import GPU_NAME, ON_GPU
 
@@ -59,7 +59,7 @@ def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., 
 
     def make(*models: Model, owner: str = OWNER, docker: DockerEngine = docker, on: Reading = HOST) -> Vllm:
         settings = VllmSettings(
-            STAND_IN_IMAGE,
+            FAKE_VLLM_IMAGE,
             owner,
             tmp_path / "hub",
             tmp_path / "compiled",
@@ -208,7 +208,7 @@ class TestVllm(EngineConformance):
         self, docker: DockerEngine, make_engine: Callable[..., Vllm]
     ):
         """Nobody has followed its log; another Switchyard's containers are none of its business."""
-        settings = VllmSettings(STAND_IN_IMAGE, OWNER, Path("/tmp"), Path("/tmp"), shm_bytes=64_000_000)
+        settings = VllmSettings(FAKE_VLLM_IMAGE, OWNER, Path("/tmp"), Path("/tmp"), shm_bytes=64_000_000)
         half = spec_of(model("half", hang_at="loading_weights"), settings, device="host", share=None)
         others = spec_of(
             model("theirs", hang_at="loading_weights"), replace(settings, owner="other"), device="host", share=None

@@ -15,7 +15,7 @@ from services.engines.port import Exit, LoadFailed, Model
 from services.engines.vllm.engine import Leftover
 from services.engines.vllm.instance import Host, VllmInstance
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 
 
 class Output:
@@ -28,7 +28,7 @@ class Output:
         return self
 
     def __next__(self) -> bytes:
-        assert self.closed.wait(PATIENCE), "the stream was never closed"
+        assert self.closed.wait(TIMEOUT), "the stream was never closed"
         raise StopIteration
 
     def close(self) -> None:
@@ -116,17 +116,17 @@ def test_a_load_that_is_cancelled_leaves_nothing(at: str):
     def stop() -> None:
         stopper.start()
         if at != "start":  # a stop waits for the start that is under way
-            stopper.join(PATIENCE)
+            stopper.join(TIMEOUT)
             assert not stopper.is_alive()
 
     runtime.meanwhile = stop
     if at == "nothing":
         stop()
     with pytest.raises(LoadFailed, match="stopped"):
-        instance.wait_ready(lambda _: None, PATIENCE)
-    stopper.join(PATIENCE)
+        instance.wait_ready(lambda _: None, TIMEOUT)
+    stopper.join(TIMEOUT)
     assert not stopper.is_alive()
-    assert all(output.closed.wait(PATIENCE) for output in runtime.outputs)
+    assert all(output.closed.wait(TIMEOUT) for output in runtime.outputs)
     assert runtime.state == ("exited" if at == "start" else None)
     assert runtime.starts == (1 if at == "start" else 0)
     assert exits == []
@@ -141,7 +141,7 @@ def test_a_load_whose_start_fails_leaves_nothing():
 
     runtime.meanwhile = fail
     with pytest.raises(RuntimeError):
-        launch(runtime, []).wait_ready(lambda _: None, PATIENCE)
+        launch(runtime, []).wait_ready(lambda _: None, TIMEOUT)
     assert runtime.outputs[0].closed.is_set()
     assert runtime.state is None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.console import PATIENCE, ROOT, Console
+from tests.support.console import ROOT, TIMEOUT, Console
 from tests.support.faults import locked_database, modes
 
 MINI = "switchyard-mini"
@@ -30,7 +30,7 @@ def database(console: Console) -> Path:
 
 
 def begin_a_chat(console: Console, text: str) -> requests.Response:
-    return requests.post(f"{console.url}/chats", data={"text": text}, allow_redirects=False, timeout=PATIENCE)
+    return requests.post(f"{console.url}/chats", data={"text": text}, allow_redirects=False, timeout=TIMEOUT)
 
 
 def back_up(console: Console, copy: Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def back_up(console: Console, copy: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **console.environment},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
 
 
@@ -78,7 +78,7 @@ def test_a_copy_is_made_while_the_console_writes_and_put_back_after_a_loss(conso
     writer.start()
     made = back_up(console, copy)
     over.set()
-    writer.join(PATIENCE)
+    writer.join(TIMEOUT)
     assert made.returncode == 0, made.stderr
     assert "switchyard-backup.db is a copy of" in made.stdout
     assert modes(copy) == {".": 0o600}
@@ -120,5 +120,5 @@ def test_a_damaged_database_does_not_keep_the_app_from_starting(start_console, t
     (aside,) = state.glob("switchyard-damaged-*.db")
     assert aside.read_bytes() == b"no database" * 1000
     assert modes(aside) == {".": 0o600}
-    assert "the database was damaged" in console.said()
+    assert "the database was damaged" in console.output()
     assert str(aside) in console.get("/").text

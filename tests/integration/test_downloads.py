@@ -34,7 +34,7 @@ def shared_ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOlla
 @pytest.fixture
 def ollama(shared_ollama: FakeOllama) -> FakeOllama:
     """A server that somebody else started, with a registry behind it."""
-    return shared_ollama.rest()
+    return shared_ollama.reset()
 
 
 @pytest.fixture(scope="module", params=["command", "api"])
@@ -51,7 +51,7 @@ def shared(request: pytest.FixtureRequest, start_shared: StartConsole, shared_ol
 @pytest.fixture
 def console(shared: Console, ollama: FakeOllama) -> Iterator[Console]:
     """A console that downloads through the command, and one that has none and asks the API."""
-    yield shared.rest()
+    yield shared.reset()
     ollama.clear_faults()
     shared.cancel_downloads()
     for name in set(REGISTRY) & set(shared.states()):

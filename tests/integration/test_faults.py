@@ -10,26 +10,26 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, PATIENCE, Console, stand_in, wait_until
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, TIMEOUT, Console, fake_model, wait_until
 
 TIGHT_GB = 0.65
 """A budget in which a model that needs 0.6 GB has to displace one that holds 80 MB."""
 ROOMY = (
-    stand_in("good")
-    + stand_in("soon", "slow_load:2")
-    + stand_in("slow", "slow_load:30")
-    + stand_in("bad", "crash_loading", "slow_load:1.5")
-    + stand_in("dies", "crash_ready:0.3")
-    + stand_in("huge", required_gb=900)
-    + "".join(stand_in(fault, fault) for fault in ("crash_loading", "refuse_first"))
+    fake_model("good")
+    + fake_model("soon", "slow_load:2")
+    + fake_model("slow", "slow_load:30")
+    + fake_model("bad", "crash_loading", "slow_load:1.5")
+    + fake_model("dies", "crash_ready:0.3")
+    + fake_model("huge", required_gb=900)
+    + "".join(fake_model(fault, fault) for fault in ("crash_loading", "refuse_first"))
 )
 TIGHT = "".join(
     [
-        stand_in("good", "hold:80", required_gb=0.6),
-        stand_in("bad", "crash_loading", required_gb=0.6),
-        stand_in("slow", "slow_load:30", required_gb=0.6),
-        stand_in("talker", "slow_tokens:0.2", "hold:80", required_gb=0.6),
-        stand_in("slow-talker", "slow_tokens:0.3", "hold:80", required_gb=0.6),
+        fake_model("good", "hold:80", required_gb=0.6),
+        fake_model("bad", "crash_loading", required_gb=0.6),
+        fake_model("slow", "slow_load:30", required_gb=0.6),
+        fake_model("talker", "slow_tokens:0.2", "hold:80", required_gb=0.6),
+        fake_model("slow-talker", "slow_tokens:0.3", "hold:80", required_gb=0.6),
     ]
 )
 
@@ -37,7 +37,7 @@ StartConsole = Callable[..., Console]
 
 
 @pytest.fixture(scope="module")
-def start_stand_ins(start_shared: StartConsole) -> StartConsole:
+def start_shared_with_fakes(start_shared: StartConsole) -> StartConsole:
     def start(toml: str, **settings: object) -> Console:
         return start_shared(toml=toml, llamacpp_server=FAKE_LLAMA_SERVER, **settings)
 
@@ -45,27 +45,27 @@ def start_stand_ins(start_shared: StartConsole) -> StartConsole:
 
 
 @pytest.fixture(scope="module")
-def shared(start_stand_ins: StartConsole) -> Console:
+def shared(start_shared_with_fakes: StartConsole) -> Console:
     """Room for every model but `huge`."""
-    return start_stand_ins(ROOMY)
+    return start_shared_with_fakes(ROOMY)
 
 
 @pytest.fixture(scope="module")
-def shared_tight(start_stand_ins: StartConsole) -> Console:
-    return start_stand_ins(TIGHT, memory_budget_gb=TIGHT_GB)
+def shared_tight(start_shared_with_fakes: StartConsole) -> Console:
+    return start_shared_with_fakes(TIGHT, memory_budget_gb=TIGHT_GB)
 
 
 @pytest.fixture
 def tight(shared_tight: Console) -> Console:
     """A console at rest with room for one model of 0.6 GB, which is what each of them declares."""
-    return shared_tight.rest()
+    return shared_tight.reset()
 
 
-def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_stand_in, tmp_path):
+def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_with_fakes, tmp_path):
     """Measured progress that never falls, with what was read, what there is to read, and the time left."""
     large = shutil.copy(DEMO_MODELS / "switchyard-small.gguf", tmp_path / "large.gguf")
     os.truncate(large, 90_000_000)  # large beside the libraries, which a native server reads as well
-    console = start_stand_in(stand_in("slow", "slow_load:1.5", source=str(large)))
+    console = start_with_fakes(fake_model("slow", "slow_load:1.5", source=str(large)))
     seen = [data for name, data in console.switch_stream("slow") if name == "progress"]
     measured = [data for data in seen if data.get("basis") == "measured"]
     assert len(measured) >= 3
@@ -95,10 +95,10 @@ def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(tight):
     ("fault", "words"),
     [("crash_loading", "told to crash"), ("refuse_first", "first answer"), ("never_ready", "not ready after 1 s")],
 )
-def test_every_way_to_fail_a_load_has_its_own_words(request, start_stand_in, fault, words):
+def test_every_way_to_fail_a_load_has_its_own_words(request, start_with_fakes, fault, words):
     """502 with the cause; the model is shown as failed with it; no process stays."""
     if fault == "never_ready":
-        console = start_stand_in(stand_in(fault, fault), load_timeout_seconds=1)
+        console = start_with_fakes(fake_model(fault, fault), load_timeout_seconds=1)
     else:  # with all the time that a busy machine takes to start it
         console = request.getfixturevalue("console")
     answer = console.post("/v1/models/switch", {"target_model": fault, "wait": True})
@@ -137,9 +137,9 @@ def test_a_model_that_dies_when_ready_is_noticed_and_shown(console):
     assert console.ask("Hello").status_code == 200
 
 
-def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(start_stand_in):
+def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(start_with_fakes):
     """Unloading it takes the grace period and no longer, and the process is gone."""
-    console = start_stand_in(stand_in("stubborn", "ignore_sigterm"), unload_timeout_seconds=0.5)
+    console = start_with_fakes(fake_model("stubborn", "ignore_sigterm"), unload_timeout_seconds=0.5)
     console.switch("stubborn")
     (engine,) = console.engines()
     assert console.post("/v1/models/stubborn/stop").status_code == 200
@@ -175,7 +175,7 @@ def test_a_new_switch_cancels_the_running_one_by_default(console):
     console.wait_for(lambda s: s["models"]["slow"]["status"] == "loading", "the load to begin")
     console_two = _second_client(console)
     console_two.switch("good")
-    follower.join(PATIENCE)
+    follower.join(TIMEOUT)
     assert ended[-1][0] == "error"
     assert ended[-1][1]["error"] == "cancelled"
     assert "replaced by a switch to good" in ended[-1][1]["message"]
@@ -193,7 +193,7 @@ def test_a_new_switch_can_be_refused_or_queued_instead(console):
         lambda: [q["model"] for q in console.get("/v1/models/switch").json()["queue"]] == ["good"],
         "the second switch to be queued",
     )
-    waiting.join(PATIENCE)
+    waiting.join(TIMEOUT)
     assert console.states() | {"soon": "running", "good": "running"} == console.states()
     assert console.status()["active_model"] == "good"
 
@@ -215,7 +215,7 @@ def test_a_busy_model_finishes_its_answer_before_it_is_unloaded(tight):
     asking.start()
     tight.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
     assert tight.switch("good")["unloaded_models"] == ["talker"]
-    asking.join(PATIENCE)
+    asking.join(TIMEOUT)
     assert "ten short words" in answers[0]
 
 
@@ -232,8 +232,8 @@ def test_a_cancel_while_draining_leaves_the_model_serving(tight):
     tight.wait_for(lambda s: (s["switch"] or {}).get("stage") == "draining", "the drain to begin")
     assert tight.delete("/v1/models/switch").json()["status"] == "cancelled"
     assert tight.ask("Hello", model="slow-talker", max_tokens=1).status_code == 200
-    asking.join(PATIENCE)
-    switching.join(PATIENCE)
+    asking.join(TIMEOUT)
+    switching.join(TIMEOUT)
     assert tight.states()["slow-talker"] == "running"
 
 

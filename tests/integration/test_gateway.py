@@ -10,19 +10,19 @@ import pytest
 import requests
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in, wait_until
+from tests.support.console import FAKE_LLAMA_SERVER, Console, fake_model, wait_until
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-STAND_INS = (
-    stand_in("slow", "slow_load:1.5")
-    + stand_in("bad", "crash_loading")
-    + stand_in("talker", "slow_tokens:1")
-    + stand_in("ponderer", "slow_tokens:3")  # half a minute to the end of its answer
-    + stand_in("dies", "crash_answering")
-    + stand_in("good")
+FAKE_MODELS = (
+    fake_model("slow", "slow_load:1.5")
+    + fake_model("bad", "crash_loading")
+    + fake_model("talker", "slow_tokens:1")
+    + fake_model("ponderer", "slow_tokens:3")  # half a minute to the end of its answer
+    + fake_model("dies", "crash_answering")
+    + fake_model("good")
 )
 
 
@@ -34,14 +34,14 @@ def openai(console: Console) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def shared_stand_ins(start_shared: Callable[..., Console]) -> Console:
-    return start_shared(toml=STAND_INS, llamacpp_server=FAKE_LLAMA_SERVER, queue_limit=2)
+def shared_with_fakes(start_shared: Callable[..., Console]) -> Console:
+    return start_shared(toml=FAKE_MODELS, llamacpp_server=FAKE_LLAMA_SERVER, queue_limit=2)
 
 
 @pytest.fixture
-def stand_ins(shared_stand_ins: Console) -> Console:
+def console_with_fakes(shared_with_fakes: Console) -> Console:
     """A console at rest whose models are slow to load, crash or talk for long; two requests may wait in it."""
-    return shared_stand_ins.rest()
+    return shared_with_fakes.reset()
 
 
 def test_the_openai_client_works_streaming_and_not(console, openai):
@@ -114,20 +114,20 @@ def test_switching_on_request_can_be_switched_off(start_console):
     assert console.states()[MINI] == "stopped"
 
 
-def test_waiting_requests_are_visible_and_bounded(stand_ins):
+def test_waiting_requests_are_visible_and_bounded(console_with_fakes):
     """Two may wait, and are seen waiting; the third is sent away with Retry-After; both are answered in the end."""
     answers: list[int] = []
     threads = [
-        threading.Thread(target=lambda: answers.append(_ask_alone(stand_ins, "slow").status_code), daemon=True)
+        threading.Thread(target=lambda: answers.append(_ask_alone(console_with_fakes, "slow").status_code), daemon=True)
         for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     wait_until(
-        lambda: sum(q["requests"] for q in stand_ins.get("/v1/models/switch").json()["queue"]) == 2,
+        lambda: sum(q["requests"] for q in console_with_fakes.get("/v1/models/switch").json()["queue"]) == 2,
         "both requests to be seen waiting",
     )
-    third = stand_ins.ask("Hello", model="slow")
+    third = console_with_fakes.ask("Hello", model="slow")
     assert (third.status_code, third.json()["error"]["code"]) == (503, "queue_full")
     assert int(third.headers["Retry-After"]) > 0
     for thread in threads:
@@ -135,64 +135,66 @@ def test_waiting_requests_are_visible_and_bounded(stand_ins):
     assert answers == [200, 200]
 
 
-def test_a_request_for_a_model_that_fails_to_load_is_told_why(stand_ins):
+def test_a_request_for_a_model_that_fails_to_load_is_told_why(console_with_fakes):
     """The load's first cause, in OpenAI's shape."""
-    answer = stand_ins.ask("Hello", model="bad")
+    answer = console_with_fakes.ask("Hello", model="bad")
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "load_failed")
     assert "told to crash" in answer.json()["error"]["message"]
 
 
-def test_a_client_that_leaves_a_stream_stops_the_generation(stand_ins):
+def test_a_client_that_leaves_a_stream_stops_the_generation(console_with_fakes):
     """The engine sees its connection close, and the request no longer counts as in flight."""
-    stand_ins.switch("talker")
-    with stand_ins.post(
+    console_with_fakes.switch("talker")
+    with console_with_fakes.post(
         "/v1/chat/completions", {"model": "talker", "messages": HELLO, "stream": True}, stream=True
     ) as answer:
         next(answer.iter_lines())
-    wait_until(lambda: stand_ins.model("talker")["in_flight"] == 0, "the request to be over")
-    logs = (stand_ins.folder / "state" / "logs").glob("llama-server-*.log")
+    wait_until(lambda: console_with_fakes.model("talker")["in_flight"] == 0, "the request to be over")
+    logs = (console_with_fakes.folder / "state" / "logs").glob("llama-server-*.log")
     log = max(logs, key=lambda path: path.stat().st_mtime)
     wait_until(lambda: "the client went away" in log.read_text(), "the engine to notice")
 
 
-def test_a_client_that_leaves_before_the_answer_is_not_waited_for(stand_ins):
+def test_a_client_that_leaves_before_the_answer_is_not_waited_for(console_with_fakes):
     """Not streamed: nothing has been written yet, and the request no longer counts as in flight."""
-    stand_ins.switch("ponderer")
+    console_with_fakes.switch("ponderer")
     with pytest.raises(requests.Timeout):
         requests.post(
-            f"{stand_ins.url}/v1/chat/completions", json={"model": "ponderer", "messages": HELLO}, timeout=0.5
+            f"{console_with_fakes.url}/v1/chat/completions", json={"model": "ponderer", "messages": HELLO}, timeout=0.5
         )
-    wait_until(lambda: stand_ins.model("ponderer")["in_flight"] == 0, "the request to be over", patience=20)
+    wait_until(lambda: console_with_fakes.model("ponderer")["in_flight"] == 0, "the request to be over", timeout=20)
 
 
-def test_a_client_that_leaves_while_waiting_gives_up_its_place(stand_ins):
+def test_a_client_that_leaves_while_waiting_gives_up_its_place(console_with_fakes):
     """Its place in the queue is free again; the load goes on."""
     with pytest.raises(requests.Timeout):
-        requests.post(f"{stand_ins.url}/v1/chat/completions", json={"model": "slow", "messages": HELLO}, timeout=0.4)
+        requests.post(
+            f"{console_with_fakes.url}/v1/chat/completions", json={"model": "slow", "messages": HELLO}, timeout=0.4
+        )
     wait_until(
-        lambda: sum(q["requests"] for q in stand_ins.get("/v1/models/switch").json()["queue"]) == 0,
+        lambda: sum(q["requests"] for q in console_with_fakes.get("/v1/models/switch").json()["queue"]) == 0,
         "the place to be free",
     )
-    stand_ins.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the load to go on")
+    console_with_fakes.wait_for(lambda s: s["models"]["slow"]["status"] == "running", "the load to go on")
 
 
-def test_an_engine_that_dies_in_mid_answer_is_told_in_the_stream(stand_ins):
+def test_an_engine_that_dies_in_mid_answer_is_told_in_the_stream(console_with_fakes):
     """The stream ends with an error event, not with silence, and the model is shown as failed."""
-    stand_ins.switch("dies")
-    answer = stand_ins.post("/v1/chat/completions", {"messages": HELLO, "stream": True})
+    console_with_fakes.switch("dies")
+    answer = console_with_fakes.post("/v1/chat/completions", {"messages": HELLO, "stream": True})
     last = [line for line in answer.text.splitlines() if line.startswith("data: ")][-1]
     assert "broke off" in json.loads(last[6:])["error"]["message"]
-    stand_ins.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be shown")
+    console_with_fakes.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be shown")
 
 
-def test_an_engine_that_died_a_moment_ago_is_an_error_and_not_a_hang(stand_ins):
+def test_an_engine_that_died_a_moment_ago_is_an_error_and_not_a_hang(console_with_fakes):
     """Asked right after its death it is loaded again, or the failure is told; the app serves on."""
-    stand_ins.switch("good")
-    (engine,) = stand_ins.engines()
+    console_with_fakes.switch("good")
+    (engine,) = console_with_fakes.engines()
     engine.kill()
-    answer = stand_ins.ask("Hello", model="good")
+    answer = console_with_fakes.ask("Hello", model="good")
     assert answer.status_code in (200, 502)
-    assert stand_ins.get("/healthz").status_code == 200
+    assert console_with_fakes.get("/healthz").status_code == 200
 
 
 def test_the_short_address_is_the_same_gateway(console):

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.support.console import FAKE_LLAMA_SERVER, PATIENCE, Console, stand_in, wait_until
+from tests.support.console import FAKE_LLAMA_SERVER, TIMEOUT, Console, fake_model, wait_until
 from tests.support.raw import Raw
 
 CHAT = "/v1/chat/completions"
@@ -19,10 +19,10 @@ CHAT = "/v1/chat/completions"
 def shared(start_shared) -> Console:
     """Models that answer at once, after a while, token by token and never, and one that takes its time to load."""
     return start_shared(
-        toml=stand_in("quick")
-        + stand_in("talker", "slow_tokens:0.1")
-        + stand_in("ponderer", "hang_answering")
-        + stand_in("coming", "slow_load:2"),
+        toml=fake_model("quick")
+        + fake_model("talker", "slow_tokens:0.1")
+        + fake_model("ponderer", "hang_answering")
+        + fake_model("coming", "slow_load:2"),
         llamacpp_server=FAKE_LLAMA_SERVER,
     )
 
@@ -53,7 +53,7 @@ def test_a_client_that_sends_nothing_more_gets_its_answer(console, stream, versi
 def test_a_usual_client_skips_what_it_is_sent_meanwhile(console):
     """Python's own, which knows of no interim answer but that one."""
     console.switch("talker")
-    link = http.client.HTTPConnection("127.0.0.1", console.port, timeout=PATIENCE)
+    link = http.client.HTTPConnection("127.0.0.1", console.port, timeout=TIMEOUT)
     with closing(link):
         link.request("POST", CHAT, json.dumps({"model": "talker", "messages": []}))
         link.sock.shutdown(socket.SHUT_WR)

@@ -15,7 +15,7 @@ import requests
 
 from tests.support.app_image import AppImage, Compose, build
 from tests.support.console import NO_OLLAMA, ROOT, Console, wait_until
-from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.docker import FAKE_VLLM_IMAGE, DockerEngine
 from tests.support.hub import TINY_MODEL, fill_cache
 from tests.support.stopwatch import Stopwatch
 
@@ -65,7 +65,7 @@ class Boxed(Console):
     def inspect(self) -> dict[str, dict[str, object]]:
         return self._docker.client.inspect_container(self.id)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._docker.client.logs(self.id).decode(errors="replace") if self.id else ""
 
     def run(self, *argv: str, **environment: str) -> tuple[int, str]:
@@ -84,8 +84,8 @@ class Boxed(Console):
 
     def _ready(self) -> bool:
         found = self.inspect()
-        assert found["State"]["Running"], self.said()
-        assert not found["RestartCount"], self.said()
+        assert found["State"]["Running"], self.output()
+        assert not found["RestartCount"], self.output()
         try:
             return self.get("/readyz").status_code == 200
         except requests.ConnectionError:
@@ -240,8 +240,8 @@ def test_a_folder_that_it_may_not_write_to_is_named_with_the_remedy(docker, boxe
     """Docker makes missing folders as root's, so this is what most people meet first."""
     boxed.start_by_hand(f"{tmp_path / 'missing'}:/data")
     assert docker.client.wait(boxed.id)["StatusCode"] == 1
-    assert "User 10001 can't write to /data/state" in boxed.said()
-    assert "chown 10001:10001" in boxed.said()
+    assert "User 10001 can't write to /data/state" in boxed.output()
+    assert "chown 10001:10001" in boxed.output()
 
 
 def test_with_the_docker_socket_vllm_models_run_and_are_measured(docker, compose, boxed, tmp_path):
@@ -262,7 +262,7 @@ def test_with_the_docker_socket_vllm_models_run_and_are_measured(docker, compose
         DOCKER_SOCKET=str(docker.socket),
         SWITCHYARD_HUB_CACHE_DIR=str(hub),
         SWITCHYARD_VLLM_CACHE_DIR=str(compiled),
-        SWITCHYARD_VLLM_IMAGE=STAND_IN_IMAGE,
+        SWITCHYARD_VLLM_IMAGE=FAKE_VLLM_IMAGE,
     )
     boxed.id = project.up()
     boxed.await_ready()

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in
+from tests.support.console import FAKE_LLAMA_SERVER, Console, fake_model
 from tests.support.raw import Answer, Raw, chunked
 
 WISHES = {
@@ -22,7 +22,7 @@ WISHES = {
 @pytest.fixture(scope="module")
 def shared(start_shared) -> Console:
     """One whose models answer at once."""
-    return start_shared(toml=stand_in("plain"), llamacpp_server=FAKE_LLAMA_SERVER, max_body_mb=0.1)
+    return start_shared(toml=fake_model("plain"), llamacpp_server=FAKE_LLAMA_SERVER, max_body_mb=0.1)
 
 
 def send(console: Console, path: str, framing: str, *pieces: bytes) -> Answer:

@@ -37,7 +37,7 @@ def shared_ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOlla
 @pytest.fixture
 def ollama(shared_ollama: FakeOllama) -> FakeOllama:
     """A server that somebody else started, with nothing loaded, said or asked."""
-    return shared_ollama.rest()
+    return shared_ollama.reset()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def shared(start_shared: StartConsole, shared_ollama: FakeOllama) -> Console:
 @pytest.fixture
 def console(shared: Console, ollama: FakeOllama) -> Console:  # noqa: ARG001 — at rest first
     """A console in front of that server, which has seen its models."""
-    return seeing(shared.rest())
+    return seeing(shared.reset())
 
 
 def seeing(console: Console) -> Console:
@@ -83,7 +83,7 @@ def test_seed_002_unloads_the_old_model_and_loads_the_new_one(console, ollama):
     assert second["note"] == "Model physically unloaded and reloaded in Ollama. No server restart needed."
     assert ollama.ps() == [B]
     assert console.post("/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}).status_code == 200
-    assert ollama.said().count("runner started in") == 2  # the chat asked for nothing that loads it again
+    assert ollama.output().count("runner started in") == 2  # the chat asked for nothing that loads it again
 
 
 def test_seed_002_keeps_the_old_model_when_the_new_one_fails(console, ollama):
@@ -139,7 +139,7 @@ def test_a_restart_of_the_app_unloads_nothing(console, ollama, end):
     console.start()
     console.wait_for(lambda s: s["models"].get(A, {}).get("status") == "running", "the adoption")
     assert console.status()["active_model"] == A
-    assert ollama.said().count("runner started in") == 1
+    assert ollama.output().count("runner started in") == 1
 
 
 def test_a_server_killed_during_a_switch_ends_it_with_the_truth(console, ollama):

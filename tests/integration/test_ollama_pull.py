@@ -27,7 +27,7 @@ from services.downloads.ollama.registry import MAX_BYTES, Registries, fetch_mani
 from services.downloads.progress import TransferProgress
 from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry
-from tests.support.console import PATIENCE, wait_until
+from tests.support.console import TIMEOUT, wait_until
 from tests.support.ollama import TINY_B, FakeOllama, FakeRegistry
 from tests.support.stopwatch import Stopwatch
 
@@ -131,7 +131,7 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
     def wait_for(self, phase: str) -> None:
@@ -141,7 +141,7 @@ class Running:
         """Abort it; how many seconds it let pass until it ended."""
         watch = Stopwatch()
         self.abort()
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         return watch.waited
 
     def _run(self) -> None:
@@ -640,7 +640,7 @@ print(turns, ended[0] < 1)
 def _under_gevent(url: str, binary: str) -> None:
     """Run the worker; it tells how often others had their turn, and whether the abort took less than a second."""
     worker = subprocess.run(
-        [sys.executable, "-c", WORKER, url, binary], capture_output=True, text=True, timeout=PATIENCE, check=True
+        [sys.executable, "-c", WORKER, url, binary], capture_output=True, text=True, timeout=TIMEOUT, check=True
     )
     assert worker.stdout.splitlines()[-1] == "50 True", worker.stdout + worker.stderr
 

@@ -25,7 +25,7 @@ from tests.support.console import wait_until
 from tests.support.ollama import TINY_A, FakeOllama
 from tests.support.stopwatch import Stopwatch
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 MODEL = "tiny-a:latest"
 
 MakeOllama = Callable[..., FakeOllama]
@@ -77,11 +77,11 @@ def load_model(ollama: FakeOllama) -> None:
 
 
 def wait_for_no_process(ollama: FakeOllama) -> None:
-    wait_until(lambda: not ollama.processes(), "server and runner to be gone", PATIENCE)
+    wait_until(lambda: not ollama.processes(), "server and runner to be gone", TIMEOUT)
 
 
 def wait_for(service: OllamaService, state: str) -> ServiceStatus:
-    wait_until(lambda: service.status().state == state, f"Ollama to be {state}", PATIENCE)
+    wait_until(lambda: service.status().state == state, f"Ollama to be {state}", TIMEOUT)
     return service.status()
 
 
@@ -119,7 +119,7 @@ def test_it_starts_tells_what_it_is_and_stops(service: OllamaService, ollama: Fa
     assert service.reachable
     assert [server.pid for server in ollama.servers()] == [status.pid]
     assert status.uptime_seconds is not None
-    assert 0 <= status.uptime_seconds < PATIENCE
+    assert 0 <= status.uptime_seconds < TIMEOUT
     assert re.fullmatch(r"\d+\.\d+\.\d+", status.version or "")
     assert f"Listening on 127.0.0.1:{ollama.port}" in status.log_tail
     load_model(ollama)
@@ -309,7 +309,7 @@ def test_a_hanging_server_is_unreachable_and_holds_nobody_up(service: OllamaServ
     service.start_watching()
     service.start()
     ollama.set_fault("hang", True)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     slowest = 0.0
     while service.status().state != "unreachable":
         watch = Stopwatch()

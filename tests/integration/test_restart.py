@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import requests
 
-from tests.support.console import Console, stand_in, wait_until
+from tests.support.console import Console, fake_model, wait_until
 
 StartConsole = Callable[..., Console]
 
@@ -19,12 +19,12 @@ def chat(console: Console, model: str, **options: object) -> requests.Response:
     return requests.post(f"{console.url}/v1/chat/completions", json=body, timeout=60)
 
 
-def test_requests_that_come_with_a_restart_are_answered_after_it(start_stand_in: StartConsole) -> None:
+def test_requests_that_come_with_a_restart_are_answered_after_it(start_with_fakes: StartConsole) -> None:
     """For what is loaded and what is not, streamed and not, on new connections and kept ones; the old worker is gone.
 
     They got a 499, or a switch that the restart then broke off.
     """
-    console = start_stand_in(stand_in("a") + stand_in("b", "slow_load:1"), memory_budget_gb=0.5)
+    console = start_with_fakes(fake_model("a") + fake_model("b", "slow_load:1"), memory_budget_gb=0.5)
     console.switch("a")
     before = {child.pid for child in console.children()} - {engine.pid for engine in console.engines()}
     assert console.post("/api/restart-api").status_code == 200
@@ -42,9 +42,9 @@ def test_requests_that_come_with_a_restart_are_answered_after_it(start_stand_in:
     assert (states["a"], states["b"]) == ("running", "running")
 
 
-def test_the_first_answer_after_a_start_knows_what_is_loaded(start_stand_in: StartConsole) -> None:
+def test_the_first_answer_after_a_start_knows_what_is_loaded(start_with_fakes: StartConsole) -> None:
     """What a crash left loaded was called stopped until the first look at its engine was over."""
-    console = start_stand_in(stand_in("a", "slow_health:0.4"))
+    console = start_with_fakes(fake_model("a", "slow_health:0.4"))
     console.switch("a")
     console.kill()
     answers: list[requests.Response] = []
@@ -61,9 +61,9 @@ def test_the_first_answer_after_a_start_knows_what_is_loaded(start_stand_in: Sta
     assert answers[0].json()["models"]["a"]["status"] == "running"
 
 
-def test_an_answer_that_a_restart_breaks_off_says_so(start_stand_in: StartConsole) -> None:
+def test_an_answer_that_a_restart_breaks_off_says_so(start_with_fakes: StartConsole) -> None:
     """It had reached an engine, so nobody asks twice; but it was the app that hung up, not the client that left."""
-    console = start_stand_in(stand_in("slow", "slow_tokens:3"))
+    console = start_with_fakes(fake_model("slow", "slow_tokens:3"))
     console.switch("slow")
     with ThreadPoolExecutor(1) as asker:
         answer = asker.submit(chat, console, "slow")

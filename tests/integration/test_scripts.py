@@ -8,26 +8,28 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.console import FAKE_LLAMA_SERVER, Console, stand_in, wait_until
+from tests.support.console import FAKE_LLAMA_SERVER, Console, fake_model, wait_until
 
 MINI = "switchyard-mini"
 
 
 @pytest.fixture(scope="module")
-def shared_stand_ins(start_shared: Callable[..., Console]) -> Console:
-    models = stand_in("slow", "slow_load:0.8") + stand_in("bad", "crash_loading") + stand_in("endless", "slow_load:60")
+def shared_with_fakes(start_shared: Callable[..., Console]) -> Console:
+    models = (
+        fake_model("slow", "slow_load:0.8") + fake_model("bad", "crash_loading") + fake_model("endless", "slow_load:60")
+    )
     return start_shared(toml=models, llamacpp_server=FAKE_LLAMA_SERVER)
 
 
 @pytest.fixture
-def stand_ins(shared_stand_ins: Console) -> Console:
+def console_with_fakes(shared_with_fakes: Console) -> Console:
     """A console at rest whose models are slow to load, or fail."""
-    return shared_stand_ins.rest()
+    return shared_with_fakes.reset()
 
 
-def test_switch_model_answers_at_once_and_the_loading_status_follows(stand_ins):
+def test_switch_model_answers_at_once_and_the_loading_status_follows(console_with_fakes):
     """Seed 000's workflow: switch, poll until ready, and its shapes."""
-    console = stand_ins
+    console = console_with_fakes
     assert console.get("/api/model-loading-status").json()["status"] == "idle"
     answer = console.post("/api/switch-model?model_id=slow").json()
     assert (answer["status"], answer["message"], answer["model_id"]) == ("switching", "Switching to slow", "slow")
@@ -41,9 +43,9 @@ def test_switch_model_answers_at_once_and_the_loading_status_follows(stand_ins):
     assert (status["model_loaded"], status["current_model"], status["progress"]) == (True, "slow", 100)
 
 
-def test_a_failed_switch_is_an_error_in_the_loading_status(stand_ins):
+def test_a_failed_switch_is_an_error_in_the_loading_status(console_with_fakes):
     """The poller learns the cause and can stop polling."""
-    console = stand_ins
+    console = console_with_fakes
     console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
     status = console.get("/api/model-loading-status").json()
     assert status["status"] == "error"
@@ -108,11 +110,13 @@ def test_every_page_and_answer_carries_the_security_headers(client):
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_switch_model_writes_the_choice_into_the_env_file_of_a_compose_project(start_stand_in, tmp_path):
+def test_switch_model_writes_the_choice_into_the_env_file_of_a_compose_project(start_with_fakes, tmp_path):
     """Seed 000: at once, other lines untouched; a switch that fails leaves what was there before."""
     path = tmp_path / ".env"
     path.write_text("# ours\nHF_TOKEN='secret'\nVLLM_MODEL=old\nX=1\n")
-    console = start_stand_in(stand_in("good") + stand_in("bad", "crash_loading"), env_file=path, env_key="VLLM_MODEL")
+    console = start_with_fakes(
+        fake_model("good") + fake_model("bad", "crash_loading"), env_file=path, env_key="VLLM_MODEL"
+    )
     assert console.post("/api/switch-model?model_id=good").status_code == 200
     assert path.read_text() == "# ours\nHF_TOKEN='secret'\nVLLM_MODEL=good\nX=1\n"
     console.wait_for(lambda s: s["models"]["good"]["status"] == "running", "the model")
@@ -123,9 +127,9 @@ def test_switch_model_writes_the_choice_into_the_env_file_of_a_compose_project(s
     assert console.states()["good"] == "running"
 
 
-def test_nothing_is_switched_when_the_env_file_can_not_be_written(start_stand_in, tmp_path):
+def test_nothing_is_switched_when_the_env_file_can_not_be_written(start_with_fakes, tmp_path):
     """The answer says so; the file and the models stay as they are."""
-    console = start_stand_in(stand_in("good"), env_file=tmp_path)
+    console = start_with_fakes(fake_model("good"), env_file=tmp_path)
     answer = console.post("/api/switch-model?model_id=good")
     assert (answer.status_code, answer.json()["error"]) == (409, "env_file_unusable")
     assert "Nothing was switched" in answer.json()["message"]
@@ -197,9 +201,9 @@ def test_a_stop_that_comes_with_a_restart_leaves_no_engine_behind(start_console)
     wait_until(lambda: ended(engine.pid), "the engine to end")
 
 
-def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wrong(stand_ins):
+def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wrong(console_with_fakes):
     """In both cases the app goes on as it is."""
-    console = stand_ins
+    console = console_with_fakes
     console.post("/v1/models/switch", {"target_model": "endless"})
     answer = console.post("/api/restart-api")
     assert (answer.status_code, answer.json()["error"]) == (409, "switch_in_progress")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.console import ROOT, Console, free_port, stand_in, wait_until
+from tests.support.console import ROOT, Console, fake_model, free_port, wait_until
 
 MINI = "switchyard-mini"
 StartConsole = Callable[..., Console]
@@ -27,7 +27,7 @@ def test_signals_for_more_workers_or_another_master_are_refused(start_console: S
     before = processes(console)
     for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2):
         master(console).send_signal(number)
-        wait_until(lambda n=number: f"{n.name} is refused" in console.said(), f"{number.name} to be refused")
+        wait_until(lambda n=number: f"{n.name} is refused" in console.output(), f"{number.name} to be refused")
     worker(console).send_signal(signal.SIGUSR2)
     worker(console).send_signal(signal.SIGTTIN)
     assert console.get("/readyz").status_code == 200
@@ -47,13 +47,13 @@ def test_sighup_restarts_the_app_and_keeps_its_models(start_console: StartConsol
     assert console.ask("Hello").status_code == 200
 
 
-def test_sighup_is_refused_while_a_switch_would_be_lost(start_stand_in: StartConsole) -> None:
+def test_sighup_is_refused_while_a_switch_would_be_lost(start_with_fakes: StartConsole) -> None:
     """As `/api/restart-api`; the log says so, and the switch ends as if nothing had happened."""
-    console = start_stand_in(stand_in("slow", "slow_load:3"))
+    console = start_with_fakes(fake_model("slow", "slow_load:3"))
     old = worker(console)
     console.post("/v1/models/switch", {"target_model": "slow"})
     master(console).send_signal(signal.SIGHUP)
-    wait_until(lambda: "The switch to slow would be lost" in console.said(), "the refusal")
+    wait_until(lambda: "The switch to slow would be lost" in console.output(), "the refusal")
     console.wait_for(lambda s: s["active_model"] == "slow", "the switch")
     assert worker(console) == old
 
@@ -69,7 +69,7 @@ def test_sighup_means_nothing_to_who_was_told_to_ignore_it(start_console: StartC
     for process in (master(console), worker(console)):
         process.send_signal(signal.SIGHUP)
     master(console).send_signal(signal.SIGUSR2)  # served after it
-    wait_until(lambda: "SIGUSR2 is refused" in console.said(), "the signals to be served")
+    wait_until(lambda: "SIGUSR2 is refused" in console.output(), "the signals to be served")
     assert console.get("/readyz").status_code == 200
     assert processes(console) == before
 

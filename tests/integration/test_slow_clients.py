@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 import requests
 
-from tests.support.console import FAKE_LLAMA_SERVER, PATIENCE, Console, stand_in
+from tests.support.console import FAKE_LLAMA_SERVER, TIMEOUT, Console, fake_model
 from tests.support.raw import Raw
 
 DRIBBLERS, IDLERS = 2_000, 1_100
@@ -26,7 +26,7 @@ def shared(start_shared) -> Iterator[Console]:
     if before[1] != resource.RLIM_INFINITY and before[1] < OPEN_FILES:
         pytest.skip(f"{OPEN_FILES} open files are needed")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], OPEN_FILES), before[1]))
-    yield start_shared(toml=stand_in("plain"), llamacpp_server=FAKE_LLAMA_SERVER)
+    yield start_shared(toml=fake_model("plain"), llamacpp_server=FAKE_LLAMA_SERVER)
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
@@ -44,7 +44,7 @@ def test_thousands_of_slow_and_idle_clients_leave_others_served(console, crowd):
     console.switch("plain")
     kept = requests.Session()
     with kept:
-        assert kept.get(f"{console.url}/healthz", timeout=PATIENCE).status_code == 200
+        assert kept.get(f"{console.url}/healthz", timeout=TIMEOUT).status_code == 200
         for number in range(DRIBBLERS + IDLERS):
             crowd.append(_connect(console))
             if number < DRIBBLERS:
@@ -60,8 +60,8 @@ def test_thousands_of_slow_and_idle_clients_leave_others_served(console, crowd):
             with Raw(console.port, "127.0.0.2") as raw:
                 raw.say("GET /v1/models/status HTTP/1.1", "Host: localhost", "Connection: close")
                 assert raw.answer().status == 200
-        assert kept.get(f"{console.url}/healthz", timeout=PATIENCE).status_code == 200
-    assert "Traceback" not in console.said()
+        assert kept.get(f"{console.url}/healthz", timeout=TIMEOUT).status_code == 200
+    assert "Traceback" not in console.output()
 
 
 def test_a_body_that_dribbles_is_told_and_a_head_that_dribbles_is_not_waited_for(console):
@@ -96,10 +96,10 @@ def test_a_body_that_dribbles_is_told_and_a_head_that_dribbles_is_not_waited_for
 
 
 def _connect(console: Console) -> socket.socket:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while True:
         try:
-            return socket.create_connection(("127.0.0.1", console.port), PATIENCE)
+            return socket.create_connection(("127.0.0.1", console.port), TIMEOUT)
         except OSError:
             assert time.monotonic() < deadline
 

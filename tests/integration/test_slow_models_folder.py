@@ -30,9 +30,9 @@ def test_a_models_folder_that_hangs_delays_nobody(start_console: Callable[..., C
         console.start()
         console.wait_for(lambda s: set(s["models"]) == {"one", "listed"}, "the models")
         console.switch("one")
-        before = console.said()
+        before = console.output()
         with faults.hanging_models():
-            wait_until(lambda: "does not answer" in console.said().removeprefix(before), "the hang to be noticed")
+            wait_until(lambda: "does not answer" in console.output().removeprefix(before), "the hang to be noticed")
             assert console.states() == {"one": "running", "listed": "stopped"}
             console.switch("listed")
             assert console.ask("Hello").status_code == 200
@@ -40,5 +40,7 @@ def test_a_models_folder_that_hangs_delays_nobody(start_console: Callable[..., C
             shutil.copy(MINI, models / "three.gguf")
         console.wait_for(lambda s: "three" in s["models"], "the new file to be noticed")
         wait_until(lambda: "The models folder" not in console.get("/models").text, "the notice to go")
-        assert console.said().removeprefix(before).count("does not answer") == 1, "it is logged once, not at every look"
+        assert console.output().removeprefix(before).count("does not answer") == 1, (
+            "it is logged once, not at every look"
+        )
         console.close()

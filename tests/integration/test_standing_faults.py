@@ -14,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, PATIENCE, Console, stand_in, wait_until
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, TIMEOUT, Console, fake_model, wait_until
 from tests.support.faults import Faults, few_descriptors
 from tests.support.stopwatch import Stopwatch
 
@@ -35,7 +35,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, start_shared: Callable[...
     shutil.copy(DEMO_MODELS / "switchyard-mini.gguf", models)
     with Faults(tmp_path_factory.mktemp("faults"), models) as faults:
         console = start_shared(
-            toml=stand_in("good", "hold:20") + stand_in("other") + VLLM,
+            toml=fake_model("good", "hold:20") + fake_model("other") + VLLM,
             models_dir=models,
             environment=faults.environment,
             llamacpp_server=FAKE_LLAMA_SERVER,
@@ -47,7 +47,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, start_shared: Callable[...
 @pytest.fixture
 def console(started: Started) -> Console:
     """At rest, with a model that answers."""
-    return started[0].rest()
+    return started[0].reset()
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def gpu_of(console: Console) -> dict[str, Any]:
 
 
 def begin_a_chat(console: Console) -> requests.Response:
-    return requests.post(f"{console.url}/chats", data={"text": "Hello"}, allow_redirects=False, timeout=PATIENCE)
+    return requests.post(f"{console.url}/chats", data={"text": "Hello"}, allow_redirects=False, timeout=TIMEOUT)
 
 
 def assert_it_serves(console: Console) -> None:
@@ -94,19 +94,19 @@ def test_a_driver_that_hangs(console: Console, faults: Faults) -> None:
     """The last figures stand, models are switched to and answer, and the driver is heard again."""
     gpu = gpu_of(console)
     with faults.hanging_driver():
-        wait_until(lambda: "driver hangs" in console.said(), "the hang to be noticed")
+        wait_until(lambda: "driver hangs" in console.output(), "the hang to be noticed")
         watch = Stopwatch()
         assert [gpu_of(console) for _ in range(20)] == [gpu] * 20
         assert watch.waited < 1, "nobody waits for the driver"
         console.switch("good")
         assert_it_serves(console)
-    wait_until(lambda: "answers again" in console.said(), "the driver to be heard again")
+    wait_until(lambda: "answers again" in console.output(), "the driver to be heard again")
 
 
 def test_the_app_stops_though_the_driver_hangs(console: Console, faults: Faults) -> None:
-    before = console.said().count("driver hangs")
+    before = console.output().count("driver hangs")
     with faults.hanging_driver():
-        wait_until(lambda: console.said().count("driver hangs") > before, "it to hang")
+        wait_until(lambda: console.output().count("driver hangs") > before, "it to hang")
         assert console.stop() == 0
 
 
@@ -117,7 +117,7 @@ def test_a_docker_that_hangs(console: Console, faults: Faults) -> None:
 
     def load() -> None:
         wish = {"target_model": "docked", "wait": True}
-        answers.append(requests.post(f"{console.url}/v1/models/switch", json=wish, timeout=PATIENCE))
+        answers.append(requests.post(f"{console.url}/v1/models/switch", json=wish, timeout=TIMEOUT))
 
     with faults.hanging_docker():
         asking = threading.Thread(target=load, daemon=True)
@@ -155,6 +155,6 @@ def test_too_few_descriptors(console: Console) -> None:
 
 
 def ask_for_the_status(console: Console) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", console.port), PATIENCE)
+    connection = socket.create_connection(("127.0.0.1", console.port), TIMEOUT)
     connection.sendall(b"GET /v1/models/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     return connection

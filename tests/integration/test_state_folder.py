@@ -12,7 +12,7 @@ import pytest
 from flask import Flask
 
 from services.state_folder import owner, prepare
-from tests.support.console import PATIENCE, Console
+from tests.support.console import TIMEOUT, Console
 from tests.support.faults import NOBODY, as_nobody, full_disk, modes, read_only_disk, readable_by_nobody, small_disk
 
 MINI = "switchyard-mini"
@@ -55,10 +55,10 @@ def refusal(folder: Path, **settings: object) -> str:
     """What a start says that comes to nothing."""
     console = Console(folder, **settings)  # type: ignore[arg-type]
     try:
-        assert console.launch().wait(PATIENCE) != 0
+        assert console.launch().wait(TIMEOUT) != 0
     finally:
         console.close()
-    return console.said()
+    return console.output()
 
 
 def assert_one_sentence(said: str, *parts: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.support.console import DEMO_MODELS, PATIENCE, Console, stand_in, wait_until
+from tests.support.console import DEMO_MODELS, TIMEOUT, Console, fake_model, wait_until
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 
@@ -31,7 +31,7 @@ def shared_tight(shared: Console, start_shared: Callable[..., Console]) -> Conso
 @pytest.fixture
 def tight(shared_tight: Console) -> Console:
     """A console at rest whose budget holds one of the two models."""
-    return shared_tight.rest()
+    return shared_tight.reset()
 
 
 def test_a_switch_streams_its_stages_in_order_and_the_model_then_answers(console):
@@ -213,13 +213,13 @@ def test_sigterm_ends_every_process(own_console):
     own_console.switch(MINI)
     children = own_console.children()
     assert own_console.stop() == 0
-    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
+    _, alive = psutil.wait_procs(children, timeout=TIMEOUT)
     assert not alive
 
 
-def test_what_a_crash_leaves_half_loaded_is_ended_at_the_next_start(start_stand_in):
+def test_what_a_crash_leaves_half_loaded_is_ended_at_the_next_start(start_with_fakes):
     """SIGKILL to the app leaves the engine running; the next start finds it by its record, and nobody followed it."""
-    console = start_stand_in(stand_in("slow", "slow_load:60"))
+    console = start_with_fakes(fake_model("slow", "slow_load:60"))
     console.post("/v1/models/switch", {"target_model": "slow"})
     engines = console.engines()
     console.kill()
@@ -249,5 +249,5 @@ def test_sigint_stops_as_cleanly_as_sigterm(own_console):
     own_console.switch(MINI)
     children = own_console.children()
     assert own_console.stop(signal.SIGINT) == 0
-    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
+    _, alive = psutil.wait_procs(children, timeout=TIMEOUT)
     assert not alive

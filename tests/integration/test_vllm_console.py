@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.hub import COMMIT, FakeHub, Repo
 from tests.support.console import Console, wait_until
-from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.docker import FAKE_VLLM_IMAGE, DockerEngine
 from tests.support.hub import TINY_MODEL, fill_cache, hub_environment
 from tests.support.stopwatch import Stopwatch
 
@@ -62,7 +62,7 @@ def start_here(docker: DockerEngine, start_shared: StartConsole, folder: Path) -
         return start_shared(
             toml=toml,
             environment={"HF_HUB_OFFLINE": "1"},
-            vllm_image=STAND_IN_IMAGE,
+            vllm_image=FAKE_VLLM_IMAGE,
             docker_host=docker.host,
             hub_cache_dir=folder / "hub",
             vllm_cache_dir=folder / "compiled",
@@ -88,16 +88,16 @@ def shared_tight(start_here: StartConsole) -> Console:
 def console(docker: DockerEngine, console: Console) -> Iterator[Console]:
     """The module's console, and no container, stopped ones included."""
     docker.remove_containers()
-    yield console.rest()
-    console.rest()
+    yield console.reset()
+    console.reset()
 
 
 @pytest.fixture
 def tight(docker: DockerEngine, shared_tight: Console) -> Iterator[Console]:
     """A console at rest with memory for one model; no container."""
     docker.remove_containers()
-    yield shared_tight.rest()
-    shared_tight.rest()
+    yield shared_tight.reset()
+    shared_tight.reset()
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def start(docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> 
         return start_console(
             toml=toml,
             environment=hub_environment(hub, tmp_path / "home"),
-            vllm_image=STAND_IN_IMAGE,
+            vllm_image=FAKE_VLLM_IMAGE,
             docker_host=docker.host,
             hub_cache_dir=tmp_path / "hub",
             vllm_cache_dir=tmp_path / "compiled",

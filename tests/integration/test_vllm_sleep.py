@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.console import PATIENCE, Console, wait_until
+from tests.support.console import TIMEOUT, Console, wait_until
 from tests.support.docker import DockerEngine
 from tests.support.vllm import gpu_entry as entry
 from tests.support.vllm import models_running as running
@@ -47,7 +47,7 @@ def shared(
 def console(console: Console) -> Iterator[Console]:
     """The module's console at rest, before and after: others need the GPU as well."""
     yield console
-    console.rest()
+    console.reset()
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_one_that_goes_on_answering_is_stopped_and_not_put_to_sleep(start, gpu_d
     console.switch(B)
     assert console.states()[A] == "stopped"
     assert running(gpu_docker) == [B]
-    asking.join(PATIENCE)
+    asking.join(TIMEOUT)
     assert not asking.is_alive()
 
 

@@ -20,7 +20,7 @@ from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.engines.port import Evidence, LoadFailed, Model
 from services.engines.processes import ProcessRegistry
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
-from tests.support.console import PATIENCE, free_port, wait_until
+from tests.support.console import TIMEOUT, free_port, wait_until
 from tests.support.hub import RETRY_PAUSE, TINY_MODEL, fill_cache, hub_running
 from tests.support.stopwatch import Stopwatch
 
@@ -84,7 +84,7 @@ class Fetching(threading.Thread):
 
     def result(self) -> Fetching:
         """Wait for its end; raises what it raised."""
-        self.join(PATIENCE)
+        self.join(TIMEOUT)
         assert not self.is_alive(), "it did not end"
         if self.error is not None:
             raise self.error
@@ -227,7 +227,7 @@ def test_a_cache_that_hangs_holds_up_nobody(cache, monkeypatch):
     assert weights.size_bytes(listed("org/model")) == 700
 
     def hang(model: CachedModel) -> dict[str, int | None]:
-        assert go_on.wait(PATIENCE)
+        assert go_on.wait(TIMEOUT)
         return sizes(model)
 
     monkeypatch.setattr(vllm_weights, "LOOK_SECONDS", 0.05)

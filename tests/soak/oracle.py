@@ -206,7 +206,7 @@ class Oracle:
             self._breach(f"the answer to {question!r} is complete, and empty")
 
     def _check_log(self) -> None:
-        found = TROUBLE.search(said := self._world.console.said())
+        found = TROUBLE.search(said := self._world.console.output())
         if found is not None:
             self._breach(f"the console's log: {said[max(0, found.start() - 300) : found.end() + 1500]}")
 

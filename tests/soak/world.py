@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from services.engines.processes import MARK_VARIABLE
-from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, Console, stand_in
+from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, Console, fake_model
 from tests.support.faults import Faults
 from tests.support.ollama import TINY_A, TINY_B, FakeOllama
 
@@ -156,17 +156,17 @@ def settings_file(*, asks_first: bool) -> str:
     hold = {"required_gb": 0.2}
     return f"confirm_before_unload = {str(asks_first).lower()}\n" + "".join(
         (
-            stand_in("good", "slow_load:0.3", "hold:60", source=str(DEMO), **hold),
-            stand_in("second", "slow_load:0.5", "hold:40", source=str(DEMO), **hold),
-            stand_in("talker", "slow_tokens:0.1", "hold:60", source=str(DEMO), **hold),
-            stand_in("wide", "hold:150", source=str(DEMO), required_gb=0.45),
-            stand_in("slow", "slow_load:1.2", source=str(DEMO), **hold),
-            stand_in("stubborn", "ignore_sigterm", source=str(DEMO), **hold),
-            stand_in("crasher", "slow_load:0.4", "crash_loading", source=str(DEMO), **hold),
-            stand_in("mute", "refuse_first", source=str(DEMO), **hold),
-            stand_in("late", "never_ready", source=str(DEMO), required_gb=0.5),
-            stand_in("dies", "crash_answering", source=str(DEMO), **hold),
-            stand_in(HUGE, source=str(DEMO), required_gb=900),
+            fake_model("good", "slow_load:0.3", "hold:60", source=str(DEMO), **hold),
+            fake_model("second", "slow_load:0.5", "hold:40", source=str(DEMO), **hold),
+            fake_model("talker", "slow_tokens:0.1", "hold:60", source=str(DEMO), **hold),
+            fake_model("wide", "hold:150", source=str(DEMO), required_gb=0.45),
+            fake_model("slow", "slow_load:1.2", source=str(DEMO), **hold),
+            fake_model("stubborn", "ignore_sigterm", source=str(DEMO), **hold),
+            fake_model("crasher", "slow_load:0.4", "crash_loading", source=str(DEMO), **hold),
+            fake_model("mute", "refuse_first", source=str(DEMO), **hold),
+            fake_model("late", "never_ready", source=str(DEMO), required_gb=0.5),
+            fake_model("dies", "crash_answering", source=str(DEMO), **hold),
+            fake_model(HUGE, source=str(DEMO), required_gb=900),
             f'[[models]]\nid = "{DOCKED}"\nengine = "vllm"\nsource = "/models/{DOCKED}"\nrequired_gb = 2\n',
         )
     )

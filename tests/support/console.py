@@ -26,7 +26,7 @@ from services.store.repository import open_store
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODELS = ROOT / "models"
 FAKE_LLAMA_SERVER = ROOT / "tests" / "fakes" / "llama_server.py"
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds. It only ends a hang: no test passes because of it, so a busy machine may take its time."""
 PORTS = random.SystemRandom()
 NO_OLLAMA = "http://127.0.0.1:9"
@@ -103,15 +103,15 @@ class Console:
         """Send a signal to the gunicorn master and wait for its end; its exit code."""
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
     def kill(self) -> None:
         """SIGKILL to master and worker alone: what a crash of the app leaves behind stays."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
 
-    def rest(self) -> Console:
+    def reset(self) -> Console:
         """Bring it back to rest: nothing under way, nothing loaded, nothing to tell. It starts again where it ended.
 
         What it has learned, said and written down stays: a test that counts on none of it starts a console of its own.
@@ -152,7 +152,7 @@ class Console:
                 process.kill()
         self.http.close()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def children(self) -> list[psutil.Process]:
@@ -179,15 +179,15 @@ class Console:
         return [psutil.Process(int(path.stem)) for path in recorded if psutil.pid_exists(int(path.stem))]
 
     def get(self, path: str, **options: Any) -> requests.Response:
-        return self.http.get(self.url + path, timeout=PATIENCE, **options)
+        return self.http.get(self.url + path, timeout=TIMEOUT, **options)
 
     def post(self, path: str, body: object = None, **options: Any) -> requests.Response:
         if body is not None:
             options["json"] = body
-        return self.http.post(self.url + path, timeout=PATIENCE, **options)
+        return self.http.post(self.url + path, timeout=TIMEOUT, **options)
 
     def delete(self, path: str) -> requests.Response:
-        return self.http.delete(self.url + path, timeout=PATIENCE)
+        return self.http.delete(self.url + path, timeout=TIMEOUT)
 
     def status(self) -> dict[str, Any]:
         answer = self.get("/v1/models/status")
@@ -238,7 +238,7 @@ class Console:
     def _answers(self) -> bool:
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError(f"the console ended with {self.process.returncode}: {self.said()}")
+            raise AssertionError(f"the console ended with {self.process.returncode}: {self.output()}")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)):
                 return False
@@ -274,15 +274,15 @@ def events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(line[6:])
 
 
-def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
-    """Look until `condition` holds; fails the test naming `what` after `patience` seconds.
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
+    """Look until `condition` holds; fails the test naming `what` after `timeout` seconds.
 
     Every 10 ms at first, later less often: asking a console a hundred times a second kept half a processor busy.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     pause = 0.01
     while not condition():
-        assert time.monotonic() < deadline, f"waited {patience:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"
         time.sleep(pause)
         pause = min(1.2 * pause, 0.1)
 
@@ -300,7 +300,7 @@ def free_port() -> int:
             return port
 
 
-def stand_in(model_id: str, *faults: str, source: str = "switchyard-mini.gguf", **fields: object) -> str:
+def fake_model(model_id: str, *faults: str, source: str = "switchyard-mini.gguf", **fields: object) -> str:
     """A `[[models]]` table for the stand-in llama-server, with its fault switches."""
     arguments = [part for fault in faults for part in ("--fault", fault)]
     lines = [f'id = "{model_id}"', f'source = "{source}"', *(f"{key} = {json.dumps(v)}" for key, v in fields.items())]

@@ -27,7 +27,7 @@ from docker.errors import APIError
 
 from tests.support.console import ROOT, wait_until
 
-STAND_IN_IMAGE = "switchyard-test/vllm:0.32.0"
+FAKE_VLLM_IMAGE = "switchyard-test/vllm:0.32.0"
 FAKE_VLLM_SERVER = ROOT / "tests" / "fakes" / "vllm_server.py"
 TRANSCRIPTS = ROOT / "tests" / "transcripts" / "vllm"
 API_VERSION = "1.41"
@@ -130,7 +130,7 @@ class DockerEngine:
         labels = host_options.pop("labels", {})
         environment = host_options.pop("environment", {})
         made = self.client.create_container(
-            STAND_IN_IMAGE,
+            FAKE_VLLM_IMAGE,
             command,
             name=name,
             labels=labels,
@@ -184,13 +184,13 @@ def docker_engine(*, gpus: bool = False) -> Iterator[DockerEngine]:
     engine = DockerEngine(gpus=gpus)
     try:
         engine.start()
-        import_stand_in(engine.client)
+        import_fake_vllm(engine.client)
         yield engine
     finally:
         engine.close()
 
 
-def import_stand_in(client: APIClient, name: str = STAND_IN_IMAGE) -> None:
+def import_fake_vllm(client: APIClient, name: str = FAKE_VLLM_IMAGE) -> None:
     """Make the image of the stand-in: this machine's own Python, its libraries, and the recorded logs; nothing else."""
     with tempfile.NamedTemporaryFile(suffix=".tar") as file:
         libraries = _pack_python(file)

@@ -136,7 +136,7 @@ def corrupt_database(path: Path) -> None:
 
 @contextmanager
 def hanging_driver(lock: Path) -> Iterator[None]:
-    """Whoever asks the stand-in GPU's driver, with STAND_IN_GPU_HANG set to `lock`, waits in the kernel."""
+    """Whoever asks the stand-in GPU's driver, with FAKE_GPU_HANG set to `lock`, waits in the kernel."""
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -186,7 +186,7 @@ class Faults:
         self.environment = {
             "PYTHONPATH": os.pathsep.join(str(FAKES / name) for name in ("standing", "gpu")),
             "STANDING_FAULTS": str(folder),
-            "STAND_IN_GPU_HANG": str(self._driver),
+            "FAKE_GPU_HANG": str(self._driver),
             "DOCKER_HOST": f"unix://{self._docker}",
             "SWITCHYARD_STATE_DIR": str(self.state),
         }

@@ -13,7 +13,7 @@ from services.abort import Abort
 from services.downloads.fetcher import DownloadError, Seen
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
-from tests.support.console import PATIENCE
+from tests.support.console import TIMEOUT
 
 RETRY_PAUSE = 0.02
 TINY_MODEL = {"config.json": b"{}", "tokenizer.json": b"{} ", "model.safetensors": b"weights" * 100}
@@ -61,7 +61,7 @@ class Fetch(threading.Thread):
 
     def result(self) -> Fetch:
         """Wait for its end; raises what it raised."""
-        self.join(PATIENCE)
+        self.join(TIMEOUT)
         assert not self.is_alive(), "the fetch did not end"
         if self.error is not None:
             raise self.error

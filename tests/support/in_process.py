@@ -22,16 +22,16 @@ from tests.support.console import DEMO_MODELS, NO_OLLAMA
 
 
 class InProcess:
-    """An app whose services are built but not started. `asked` lists the models that the switcher was asked for."""
+    """An app whose services are built but not started. `switch_requests` lists the models of calls to the switcher."""
 
     def __init__(self, app: Flask) -> None:
         self.app = app
         self.services: Services = app.extensions["switchyard"]
         self.client: FlaskClient = app.test_client()
-        self.asked: list[str] = []
+        self.switch_requests: list[str] = []
 
-    def rest(self) -> None:
-        """Nothing is loaded, and nobody was asked for anything: as it was at first."""
+    def reset(self) -> None:
+        """Reset: nothing is loaded, no switch was requested."""
         self.services.board.publish(
             instances=MappingProxyType({}),
             failures=MappingProxyType({}),
@@ -41,7 +41,7 @@ class InProcess:
             loss=None,
             queued=(),
         )
-        self.asked.clear()
+        self.switch_requests.clear()
         self.client = self.app.test_client()
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class InProcess:
         return view
 
     def _note(self, model_id: str, **_options: object) -> None:
-        self.asked.append(self.services.catalog.get(model_id).id)
+        self.switch_requests.append(self.services.catalog.get(model_id).id)
         raise SwitchError("stopping", "The test has no switcher.")
 
 

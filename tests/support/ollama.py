@@ -63,7 +63,7 @@ TINY_A = {
 }
 """The smaller of the models that the recordings were made with."""
 TINY_B = {"size": 46_236_961, "loaded_size": 60_852_224, "parameter_size": "23.08M", "hold_mb": 40}
-PATIENCE = 30.0
+TIMEOUT = 30.0
 
 
 class FakeOllama:
@@ -130,7 +130,7 @@ class FakeOllama:
             self._installed = self._digests()
         return self
 
-    def rest(self) -> FakeOllama:
+    def reset(self) -> FakeOllama:
         """Bring it back to how it began, for the next test: no fault, the same models, nothing loaded, said or asked.
 
         It runs again where it was ended.
@@ -140,7 +140,7 @@ class FakeOllama:
         if self.process is None or self.process.poll() is not None:
             self._restart()
         for name in set(self.tags()) - set(self._installed):
-            self.http.delete(f"{self.url}/api/delete", json={"model": name}, timeout=PATIENCE).raise_for_status()
+            self.http.delete(f"{self.url}/api/delete", json={"model": name}, timeout=TIMEOUT).raise_for_status()
         for name in self.ps():
             self.unload(name)
         for path in (self.models_folder / "blobs").glob("*-partial*"):
@@ -158,7 +158,7 @@ class FakeOllama:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         if self.process is not None:
-            self.process.wait(PATIENCE)
+            self.process.wait(TIMEOUT)
         # Not a wait for each one's end: an orphan may stay a zombie until somebody collects it.
         wait_until(lambda: not self.processes(), "the stand-in's processes to end")
 
@@ -188,7 +188,7 @@ class FakeOllama:
     def pulls(self) -> list[psutil.Process]:
         return [process for process in self.processes() if "pull" in command_line(process)]
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What the server that `start` started wrote on stderr."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
@@ -246,11 +246,11 @@ class FakeOllama:
     def _listens(self) -> bool:
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError(f"the stand-in ended with {self.process.returncode}: {self.said()}")
+            raise AssertionError(f"the stand-in ended with {self.process.returncode}: {self.output()}")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)):
                 return False
-        return "Listening on" in self.said()
+        return "Listening on" in self.output()
 
     def _restart(self) -> None:
         self.end()
@@ -262,7 +262,7 @@ class FakeOllama:
     def _signal(self, number: signal.Signals) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
@@ -273,12 +273,12 @@ class FakeOllama:
             return False
 
     def _get(self, path: str) -> dict[str, Any]:
-        answer = self.http.get(self.url + path, timeout=PATIENCE)
+        answer = self.http.get(self.url + path, timeout=TIMEOUT)
         answer.raise_for_status()
         return answer.json()
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
-        self.http.post(self.url + path, json=body, timeout=PATIENCE).raise_for_status()
+        self.http.post(self.url + path, json=body, timeout=TIMEOUT).raise_for_status()
 
     def _write(self) -> None:
         # Put in place whole: the server may read at any moment.
@@ -298,7 +298,7 @@ class FakeRegistry:
         self.seen: list[str] = []
         """The paths asked for, oldest first."""
         self._first = {name: dict(options) for name, options in models.items()}
-        self.rest()
+        self.reset()
         self._server = _RegistryServer(("127.0.0.1", 0), _RegistryHandler)
         self._server.registry = self
         self.port = int(self._server.server_address[1])
@@ -319,7 +319,7 @@ class FakeRegistry:
         self._models[parsed.manifest_path] = made = package(parsed.short, ModelOptions.of(options))
         return made.manifest
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         """Offer what it offered in the beginning, and nothing else."""
         self._models.clear()
         for name, options in self._first.items():

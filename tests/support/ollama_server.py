@@ -54,12 +54,12 @@ class OllamaServer:
 @contextmanager
 def ollama_server(folder: Path) -> Iterator[OllamaServer]:
     """The server of this run, with both models."""
-    with _real(folder, BINARY) if BINARY else _stand_in(folder) as server:
+    with _real(folder, BINARY) if BINARY else _fake(folder) as server:
         yield server
 
 
 @contextmanager
-def _stand_in(folder: Path) -> Iterator[OllamaServer]:
+def _fake(folder: Path) -> Iterator[OllamaServer]:
     models = {OTHER: {"size": 46_236_961, "hold_mb": 30}}
     with FakeOllama(folder / "ollama", models, {full_name(MODEL): {"size": 7_411_936}}) as fake:
         _run(fake.binary, fake.environment, "pull", MODEL)

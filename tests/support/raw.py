@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-from tests.support.console import PATIENCE
+from tests.support.console import TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Raw:
     """A connection to a server on this machine."""
 
     def __init__(self, port: int, address: str = "127.0.0.1") -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE, source_address=(address, 0))
+        self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=(address, 0))
         self._came = b""
 
     def __enter__(self) -> Raw:

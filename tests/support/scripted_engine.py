@@ -17,19 +17,19 @@ AUTHORITY = TLS / "authority.pem"
 
 
 @dataclass(frozen=True)
-class Act:
-    """What happens to one request: `says` is sent, then the connection is closed if it `hangs_up`.
+class Reply:
+    """What happens to one request: `data` is sent, then the connection is closed if it `close`.
 
     With `unread` it answers before it has read the request's body.
     """
 
-    says: bytes = b""
-    hangs_up: bool = False
+    data: bytes = b""
+    close: bool = False
     unread: bool = False
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """A request as it came: over which connection (counted from 0), its first line, its body."""
 
     connection: int
@@ -45,22 +45,22 @@ def answer(status: str = "200 OK", body: object = None, *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
 
 
-OK = Act(answer())
-DROP = Act(hangs_up=True)
+OK = Reply(answer())
+DROP = Reply(close=True)
 
 
 class ScriptedEngine:
-    """Listens on loopback. Each request that comes takes the next act; the last one stays."""
+    """Listens on loopback. Each request that comes takes the next reply; the last one stays."""
 
-    def __init__(self, *acts: Act, tls: bool = False) -> None:
-        self._acts = list(acts) or [OK]
+    def __init__(self, *replies: Reply, tls: bool = False) -> None:
+        self._replies = list(replies) or [OK]
         self._lock = threading.Lock()
         self._context = _context() if tls else None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self.asked: list[Asked] = []
-        self.left = threading.Event()
+        self.requests: list[Request] = []
+        self.disconnected = threading.Event()
         """Somebody closed a connection to it."""
         scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
         self.origin = f"{scheme}://{host}:{self._listener.getsockname()[1]}"
@@ -68,7 +68,7 @@ class ScriptedEngine:
 
     @property
     def lines(self) -> list[str]:
-        return [asked.line for asked in self.asked]
+        return [request.line for request in self.requests]
 
     def close(self) -> None:
         for sock in (self._listener, *self._open):
@@ -94,7 +94,7 @@ class ScriptedEngine:
                 self._open.append(sock)
                 while self._answer_one(sock, number):
                     pass
-        self.left.set()
+        self.disconnected.set()
 
     def _answer_one(self, sock: socket.socket, number: int) -> bool:
         head = b""
@@ -106,14 +106,14 @@ class ScriptedEngine:
         head, _, body = head.partition(b"\r\n\r\n")
         lines = head.decode("latin-1").split("\r\n")
         with self._lock:
-            act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
-        length = 0 if act.unread else _length(lines)
+            reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
+        length = 0 if reply.unread else _length(lines)
         while len(body) < length:
             body += sock.recv(65_536)
         with self._lock:
-            self.asked.append(Asked(number, lines[0], body))
-        sock.sendall(act.says)
-        return not act.hangs_up
+            self.requests.append(Request(number, lines[0], body))
+        sock.sendall(reply.data)
+        return not reply.close
 
 
 def _length(lines: Iterable[str]) -> int:

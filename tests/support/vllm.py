@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.fakes.gpu.pynvml import TOTAL_BYTES
 from tests.support.console import ROOT
-from tests.support.docker import STAND_IN_IMAGE, DockerEngine
+from tests.support.docker import FAKE_VLLM_IMAGE, DockerEngine
 from tests.support.hub import TINY_MODEL, fill_cache
 
 GPU_NAME = f"of_run_{os.getpid()}"
@@ -31,13 +31,13 @@ def on_gpu(docker: DockerEngine, folder: Path, *models: str) -> dict[str, object
     for model in models:
         fill_cache(folder / "hub", model, TINY_MODEL)
     return {
-        "vllm_image": STAND_IN_IMAGE,
+        "vllm_image": FAKE_VLLM_IMAGE,
         "docker_host": docker.host,
         "hub_cache_dir": folder / "hub",
         "vllm_cache_dir": folder / "compiled",
         "environment": {
             "PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu"),
-            "STAND_IN_GPU": GPU_NAME,
+            "FAKE_GPU": GPU_NAME,
             "HF_HUB_OFFLINE": "1",
         },
     }

@@ -22,7 +22,7 @@ from services.store.records import Message
 from services.switching.events import InstanceView
 from services.switching.traffic import Traffic
 from services.text import whole_characters
-from tests.support.scripted_engine import Act, ScriptedEngine, answer
+from tests.support.scripted_engine import Reply, ScriptedEngine, answer
 
 
 class OneModel:
@@ -45,14 +45,14 @@ def relay() -> Iterator[Relay]:
     relay.close()
 
 
-def refused(relay: Relay, act: Act) -> str:
+def refused(relay: Relay, act: Reply) -> str:
     """What is said of an engine's refusal, once nothing of the request is left anywhere."""
     engine = ScriptedEngine(act)
     router = OneModel(engine)
     client = ChatClient(router, relay)  # type: ignore[arg-type]
     with pytest.raises(GenerationError) as caught, client.stream_chat(None, Prompt(()), Abort()):
         pass
-    assert engine.left.wait(2)
+    assert engine.disconnected.wait(2)
     engine.close()
     assert router.traffic.in_flight == 0
     return str(caught.value)
@@ -70,35 +70,35 @@ def refused(relay: Relay, act: Act) -> str:
 )
 def test_a_refusal_is_told_in_the_engines_words_where_it_has_any(relay, body, told):
     """Whatever its shape."""
-    assert refused(relay, Act(answer("400 Bad Request", body), hangs_up=True)) == told
+    assert refused(relay, Reply(answer("400 Bad Request", body), close=True)) == told
 
 
 def test_a_refusal_that_never_ends_is_not_read_to_its_end(relay):
     """Nor waited for: what has come says enough, and the connection is closed."""
     endless = b"HTTP/1.1 500 Oops\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 200_000
-    assert refused(relay, Act(endless)) == "The engine answered with status 500."
+    assert refused(relay, Reply(endless)) == "The engine answered with status 500."
 
 
 def test_a_refusal_that_breaks_off_is_one_all_the_same(relay):
     """It is no error of Switchyard's own."""
-    told = refused(relay, Act(b"HTTP/1.1 500 Oops\r\nContent-Length: 10\r\n\r\nx", hangs_up=True))
+    told = refused(relay, Reply(b"HTTP/1.1 500 Oops\r\nContent-Length: 10\r\n\r\nx", close=True))
     assert "broke off" in told
 
 
 def test_stopping_before_the_first_token_closes_the_connection(relay):
     """An engine that still reads a long prompt has sent nothing, not even headers: it hears of it at once."""
-    engine = ScriptedEngine(Act())
+    engine = ScriptedEngine(Reply())
     router, abort = OneModel(engine), Abort()
 
     def stop() -> None:
-        while not engine.asked:
+        while not engine.requests:
             gevent.sleep(0.001)
         abort()
 
     stopping = gevent.spawn(stop)
     with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, Prompt(()), abort):  # type: ignore[arg-type]
         pass
-    assert engine.left.wait(2)
+    assert engine.disconnected.wait(2)
     stopping.join()
     engine.close()
     assert router.traffic.in_flight == 0
@@ -112,7 +112,7 @@ def test_stopping_before_the_engine_is_asked_asks_nobody(relay):
     with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, Prompt(()), abort):  # type: ignore[arg-type]
         pass
     engine.close()
-    assert engine.asked == []
+    assert engine.requests == []
     assert router.traffic.in_flight == 0
 
 
@@ -124,7 +124,7 @@ def streamed(relay: Relay, *events: object) -> list[Delta]:
     """The pieces of an answer made of these events. A str is an event's data as it is."""
     lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
     body = "".join(f"data: {line}\n\n" for line in lines).encode()
-    engine = ScriptedEngine(Act(answer(body=body)))
+    engine = ScriptedEngine(Reply(answer(body=body)))
     with (
         suppress(GenerationError),
         ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), Abort()) as stream,
@@ -184,7 +184,7 @@ def test_what_is_no_piece_of_an_answer_is_passed_over(relay, odd):
 
 def test_an_event_that_never_ends_is_not_read_to_its_end(relay):
     """Nor kept: the memory is for everybody."""
-    engine = ScriptedEngine(Act(answer(body=b"data: " + b"x" * 2_000_000)))
+    engine = ScriptedEngine(Reply(answer(body=b"data: " + b"x" * 2_000_000)))
     with (
         pytest.raises(GenerationError, match="no answer"),
         ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), Abort()) as stream,  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def test_an_event_that_never_ends_is_not_read_to_its_end(relay):
 
 
 FULL = {"code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 900, "n_ctx": 300, "message": "request"}
-ANSWER = Act(answer(body=b'data: {"choices":[{"delta":{"content":"ok"}}]}\n\ndata: [DONE]\n\n'))
+ANSWER = Reply(answer(body=b'data: {"choices":[{"delta":{"content":"ok"}}]}\n\ndata: [DONE]\n\n'))
 
 
 def turns(count: int) -> tuple[Message, ...]:
@@ -209,12 +209,12 @@ def turns(count: int) -> tuple[Message, ...]:
 
 def asked(engine: ScriptedEngine) -> list[list[str]]:
     """The contents of the messages of each request, by their numbers."""
-    return [[m["content"].rstrip("x") for m in json.loads(a.body)["messages"]] for a in engine.asked]
+    return [[m["content"].rstrip("x") for m in json.loads(a.body)["messages"]] for a in engine.requests]
 
 
-def told(relay: Relay, prompt: Prompt, *acts: Act) -> tuple[int, list[list[str]]]:
+def told(relay: Relay, prompt: Prompt, *replies: Reply) -> tuple[int, list[list[str]]]:
     """From which message on a model is told in the end, and what it was asked until then."""
-    engine = ScriptedEngine(*acts)
+    engine = ScriptedEngine(*replies)
     router = OneModel(engine)
     try:
         with ChatClient(router, relay).stream_chat(None, prompt, Abort()) as stream:  # type: ignore[arg-type]
@@ -227,14 +227,14 @@ def told(relay: Relay, prompt: Prompt, *acts: Act) -> tuple[int, list[list[str]]
 
 def test_a_conversation_that_no_longer_fits_goes_on_without_its_oldest_turns(relay):
     """What is left fills about half of the context, and begins with a question."""
-    first, requests = told(relay, Prompt(turns(6)), Act(answer("400 Bad Request", {"error": FULL})), ANSWER)
+    first, requests = told(relay, Prompt(turns(6)), Reply(answer("400 Bad Request", {"error": FULL})), ANSWER)
     assert first == 10
     assert requests == [[str(n) for n in range(11)], ["10"]]
 
 
 def test_without_figures_half_is_left_out_again_and_again(relay):
     """As when an engine's words are not understood in full."""
-    vague = Act(answer("400 Bad Request", {"message": "This model's maximum context length is full"}))
+    vague = Reply(answer("400 Bad Request", {"message": "This model's maximum context length is full"}))
     first, requests = told(relay, Prompt(turns(6)), vague, vague, ANSWER)
     assert first == 10
     assert [request[0] for request in requests] == ["0", "6", "10"]
@@ -254,7 +254,7 @@ def test_what_did_not_fit_last_time_is_not_tried_again(relay):
 def test_a_message_that_is_too_long_by_itself_is_explained(relay):
     """With the figures, and what can be done."""
     with pytest.raises(GenerationError) as caught:
-        told(relay, Prompt(turns(2)), Act(answer("400 Bad Request", {"error": FULL})))
+        told(relay, Prompt(turns(2)), Reply(answer("400 Bad Request", {"error": FULL})))
     assert str(caught.value).startswith(
         "This message is too long: the context of m holds 300 tokens, and it needs 900. Send it in parts, or"
     )
@@ -265,7 +265,7 @@ def test_an_answer_that_fills_the_context_says_so(relay):
     chunk = {"choices": [{"delta": {}, "finish_reason": "length"}]}
     body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
     for said, full in ((body, True), (body.replace(b"length", b"stop"), False)):
-        engine = ScriptedEngine(Act(answer(body=said)))
+        engine = ScriptedEngine(Reply(answer(body=said)))
         with ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(turns(1)), Abort()) as stream:  # type: ignore[arg-type]
             assert list(stream) == []
             assert stream.context_full == full

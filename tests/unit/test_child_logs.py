@@ -14,7 +14,7 @@ from services.engines import child_logs
 from services.engines.child_logs import AGE_SECONDS, CUT, ChildLogs, open_log, shorten, tail
 from services.engines.ollama.load import LoadObserver
 from services.engines.port import Evidence
-from tests.support.console import PATIENCE, wait_until
+from tests.support.console import TIMEOUT, wait_until
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_child_goes_on_in_a_log_that_was_cut_under_it(logs: ChildLogs, monkeyp
     logs.prune({str(path)})
     assert path.stat().st_size < 12_000
     assert path.stat().st_mode & 0o077 == 0
-    child.communicate("go on\n", timeout=PATIENCE)
+    child.communicate("go on\n", timeout=TIMEOUT)
     lines = path.read_bytes().splitlines(keepends=True)
     assert lines[0] == CUT
     first = int(lines[1].split()[1])

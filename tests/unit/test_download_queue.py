@@ -22,7 +22,7 @@ from services.store.records import DownloadRecord
 from services.store.repository import DownloadRepository, open_store
 from tests.support.console import wait_until
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 BROKEN = DownloadError("interrupted", "The connection broke.", may_resume=True)
 
 
@@ -47,7 +47,7 @@ class Call:
                 done.set()
 
         self._orders.put(report)
-        assert done.wait(PATIENCE)
+        assert done.wait(TIMEOUT)
 
     def ends(self, error: Exception | None = None) -> None:
         """The transfer is done, or fails with `error`."""
@@ -55,7 +55,7 @@ class Call:
 
     def run(self) -> None:
         self._abort.applies_to(lambda: self._orders.put(Aborted()))
-        while (order := self._orders.get(timeout=PATIENCE)) is not None:
+        while (order := self._orders.get(timeout=TIMEOUT)) is not None:
             if isinstance(order, Exception):
                 raise order
             order()
@@ -86,12 +86,12 @@ class Scripted:
             call.over.set()
 
     def discard(self, name: str) -> None:
-        assert self.tidy.wait(PATIENCE)
+        assert self.tidy.wait(TIMEOUT)
         self.discarded.append(name)
 
     def next(self, model: str) -> Call:
         """The transfer that begins next, which has to be that of `model`."""
-        call = self._calls.get(timeout=PATIENCE)
+        call = self._calls.get(timeout=TIMEOUT)
         assert call.model == model
         return call
 
@@ -112,7 +112,7 @@ class Kept:
         self.ready.set()
 
     def save(self, record: DownloadRecord) -> None:
-        assert self.ready.wait(PATIENCE)
+        assert self.ready.wait(TIMEOUT)
         if self.broken:
             raise OSError("No space left on device")
         self.rows[record.id] = record
@@ -176,7 +176,7 @@ def ask(downloads: DownloadQueue, model: str) -> Download:
 
 def reaches(downloads: DownloadQueue, download: Download, state: str) -> Download:
     """The download once it is in `state`."""
-    wait_until(lambda: downloads.get(download.id).state == state, f"{download.model} to be {state}", PATIENCE)
+    wait_until(lambda: downloads.get(download.id).state == state, f"{download.model} to be {state}", TIMEOUT)
     return downloads.get(download.id)
 
 
@@ -220,7 +220,7 @@ def test_a_model_is_never_downloaded_twice_at_once(rig: Rig, downloads: Download
     running = ask(downloads, "a")
     assert ask(downloads, "A").id == running.id
     downloads.pause(running.id)
-    rig.fetcher.next("a").over.wait(PATIENCE)
+    rig.fetcher.next("a").over.wait(TIMEOUT)
     assert ask(downloads, "a").id == running.id
     rig.fetcher.next("a").ends(DownloadError("unknown_model", "There is no such model."))
     reaches(downloads, running, "failed")
@@ -239,7 +239,7 @@ def test_a_pause_keeps_what_has_arrived(rig: Rig, downloads: DownloadQueue) -> N
     call.sees(60, 100)
     paused = downloads.pause(a.id)
     assert (paused.state, paused.percent, paused.completed_bytes, paused.position) == ("paused", 60, 60, None)
-    assert call.over.wait(PATIENCE)
+    assert call.over.wait(TIMEOUT)
     rig.fetcher.next("c").ends()
     reaches(downloads, c, "complete")
     assert rig.fetcher.discarded == []
@@ -266,7 +266,7 @@ def test_cancelling_stops_the_transfer_then_gives_up_what_arrived(rig: Rig, down
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     assert downloads.cancel(a.id).state == "cancelled"
-    assert call.over.wait(PATIENCE)
+    assert call.over.wait(TIMEOUT)
     downloads.remove(a.id)  # not even when it is off the list already
     again = ask(downloads, "a")
     assert (again.id != a.id, again.state) == (True, "queued")
@@ -281,7 +281,7 @@ def test_what_a_paused_download_left_is_given_up_when_it_is_cancelled(rig: Rig, 
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     downloads.pause(a.id)
-    assert call.over.wait(PATIENCE)
+    assert call.over.wait(TIMEOUT)
     downloads.cancel(a.id)
     wait_until(lambda: rig.fetcher.discarded == ["a"], "the pieces to go")
     ask(downloads, "a")
@@ -311,7 +311,7 @@ def test_a_pause_holds_even_when_the_transfer_was_just_done(rig: Rig, downloads:
     expected = "complete"
     with suppress(DownloadError):  # where the end came first
         expected = downloads.pause(a.id).state
-    assert call.over.wait(PATIENCE)
+    assert call.over.wait(TIMEOUT)
     downloads.close()
     assert downloads.get(a.id).state == expected
 
@@ -491,9 +491,9 @@ def test_following_ends_when_the_download_leaves_the_list_or_the_app_stops(downl
         threading.Thread(target=follow, args=(download,), daemon=True).start()
     downloads.cancel(a.id)
     downloads.remove(a.id)
-    assert ended.get(timeout=PATIENCE) == "a"
+    assert ended.get(timeout=TIMEOUT) == "a"
     downloads.close()
-    assert ended.get(timeout=PATIENCE) == "b"
+    assert ended.get(timeout=TIMEOUT) == "b"
 
 
 def test_waiting_for_news(rig: Rig, downloads: DownloadQueue) -> None:
@@ -501,7 +501,7 @@ def test_waiting_for_news(rig: Rig, downloads: DownloadQueue) -> None:
     before = downloads.version
     assert downloads.wait_newer(before, timeout=0.01) == before
     threading.Thread(target=ask, args=(downloads, "a"), daemon=True).start()
-    assert downloads.wait_newer(before, timeout=PATIENCE) > before
+    assert downloads.wait_newer(before, timeout=TIMEOUT) > before
     rig.fetcher.next("a")
 
 
@@ -704,7 +704,7 @@ def test_nothing_is_lost_when_many_hands_pull_at_once(rig: Rig, seed: int) -> No
     for hand in hands:
         hand.join()
     assert failures == []
-    wait_until(lambda: all(d.final or d.state == "paused" for d in downloads.all()), "every job to end", PATIENCE)
+    wait_until(lambda: all(d.final or d.state == "paused" for d in downloads.all()), "every job to end", TIMEOUT)
     downloads.close()
 
     assert busy.most_at_once <= 2
@@ -755,7 +755,7 @@ def test_a_download_can_be_stopped_while_its_model_is_looked_for(rig: Rig, comma
     downloads = rig.queue(at_once=1, on_complete=look, listing_seconds=3600.0)
     a, _ = ask(downloads, "a"), ask(downloads, "b")
     rig.fetcher.next("a").ends()
-    assert looked.wait(PATIENCE)
+    assert looked.wait(TIMEOUT)
     assert getattr(downloads, command)(a.id).state == state
     rig.fetcher.next("b")
     assert downloads.get(a.id).state == state
@@ -770,8 +770,8 @@ def test_stopping_waits_for_no_disk(rig: Rig, command: str, state: str) -> None:
     rig.store.ready.clear()
     stopping = threading.Thread(target=getattr(downloads, command), args=(a.id,))
     stopping.start()
-    assert call.over.wait(PATIENCE)
+    assert call.over.wait(TIMEOUT)
     assert downloads.get(a.id).state == state
     rig.store.ready.set()
-    stopping.join(PATIENCE)
+    stopping.join(TIMEOUT)
     wait_until(lambda: rig.store.rows[a.id].state == state, "the store to hear of it")

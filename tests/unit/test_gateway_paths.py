@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.in_process import InProcess, in_process
-from tests.support.scripted_engine import Act, ScriptedEngine, answer
+from tests.support.scripted_engine import Reply, ScriptedEngine, answer
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 IMAGE_ELSEWHERE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
@@ -23,7 +23,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 
 @pytest.fixture
 def console(shared: InProcess) -> InProcess:
-    shared.rest()
+    shared.reset()
     return shared
 
 
@@ -32,8 +32,8 @@ def loaded(console: InProcess) -> Iterator[Loaded]:
     """Loads switchyard-mini on an engine that does what the test says."""
     started: list[ScriptedEngine] = []
 
-    def load(*acts: Act) -> ScriptedEngine:
-        started.append(ScriptedEngine(*acts))
+    def load(*replies: Reply) -> ScriptedEngine:
+        started.append(ScriptedEngine(*replies))
         console.show(MINI, origin=started[-1].origin)
         return started[-1]
 
@@ -60,7 +60,7 @@ def test_only_a_post_switches(console, loaded, method, headers):
     assert response.status_code == 409
     if method != "HEAD":
         assert error(response)["code"] == "model_not_loaded"
-    assert (console.asked, engine.asked) == ([], [])
+    assert (console.switch_requests, engine.requests) == ([], [])
 
 
 @pytest.mark.parametrize("state", ["asleep", "loading", "unloading"])
@@ -70,13 +70,13 @@ def test_a_model_that_is_not_ready_is_not_woken_by_a_get(console, state):
     assert error(console.client.get(f"/v1/anything?model={SMALL}"))["code"] == "model_not_loaded"
     console.services.board.publish(active_model=SMALL)
     assert error(console.client.get("/v1/anything"))["code"] == "model_not_loaded"
-    assert console.asked == []
+    assert console.switch_requests == []
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE"])
 def test_what_is_loaded_is_asked_whatever_the_path(console, loaded, method):
     """Any other /v1 path of the engine, with its query, unchanged."""
-    engine = loaded(Act(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nETag: yes\r\n\r\n" + b"hi" * (method != "HEAD")))
+    engine = loaded(Reply(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nETag: yes\r\n\r\n" + b"hi" * (method != "HEAD")))
     response = console.client.open("/v1/responses/resp_1?model=auto&x=1", method=method)
     assert (response.status_code, response.headers["ETag"]) == (200, "yes")
     assert response.data == (b"" if method == "HEAD" else b"hi")
@@ -89,7 +89,7 @@ def test_a_post_to_an_unknown_path_does_not_switch(console, loaded):
     response = console.client.post("/v1/chat/completion", json={"model": SMALL})
     assert response.status_code == 409
     assert SMALL in str(error(response)["message"])
-    assert (console.asked, engine.asked) == ([], [])
+    assert (console.switch_requests, engine.requests) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_post_to_an_unknown_path_does_not_switch(console, loaded):
 def test_a_post_that_asks_a_model_to_work_switches(console, path):
     """Those that all engines serve, and those that some do."""
     console.client.post(f"/v1/{path}", json={"model": SMALL})
-    assert console.asked == [SMALL]
+    assert console.switch_requests == [SMALL]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_known_path_with_another_method_is_405(console, loaded, method, path, 
     assert response.status_code == 405
     assert set(response.headers["Allow"].split(", ")) == allowed
     assert error(response)["code"] == "method_not_allowed"
-    assert (console.asked, engine.asked) == ([], [])
+    assert (console.switch_requests, engine.requests) == ([], [])
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -137,7 +137,7 @@ def test_what_is_ours_or_leads_elsewhere_is_not_passed_on(console, loaded, metho
     engine = loaded()
     response = console.client.open(path, method=method)
     assert response.status_code == 404
-    assert engine.asked == []
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT"])
@@ -160,12 +160,12 @@ NO_SUCH_ADDRESS = [
 @pytest.mark.parametrize("path", ["/v1/nonsense", "/v1/embeddings", "/v1/rerank"])
 def test_an_address_that_the_engine_does_not_serve_is_our_404(console, loaded, path, body):
     """On both lanes: the engine's own words for it are as many as there are engines."""
-    engine = loaded(Act(answer("404 Not Found", body)))
+    engine = loaded(Reply(answer("404 Not Found", body)))
     view = console.services.board.current.instances[MINI]
     response = console.client.post(path, json={"input": "x"})
     assert (response.status_code, error(response)["code"]) == (404, "not_found")
     assert MINI in str(error(response)["message"])
-    assert len(engine.asked) == 1
+    assert len(engine.requests) == 1
     assert view.traffic.in_flight == 0
 
 
@@ -173,22 +173,22 @@ def test_an_address_that_the_engine_does_not_serve_is_our_404(console, loaded, p
 def test_a_404_about_anything_else_is_the_engines_own(console, loaded, path):
     """Such as a model or a response that it doesn't know: unchanged, byte for byte."""
     own = {"error": {"message": "The model `x` does not exist.", "type": "NotFoundError", "param": None, "code": 404}}
-    engine = loaded(Act(answer("404 Not Found", own)))
+    engine = loaded(Reply(answer("404 Not Found", own)))
     response = console.client.post(path, json={"messages": []})
     assert (response.status_code, response.get_json()) == (404, own)
-    assert len(engine.asked) == 1
+    assert len(engine.requests) == 1
 
 
 def test_a_long_404_is_passed_on_whole(console, loaded):
     """What was looked at of it is not lost."""
-    loaded(Act(answer("404 Not Found", b"x" * 300_000)))
+    loaded(Reply(answer("404 Not Found", b"x" * 300_000)))
     response = console.client.post("/v1/chat/completions", json={"messages": []})
     assert (response.status_code, response.data) == (404, b"x" * 300_000)
 
 
 def test_a_method_that_the_engine_does_not_take_is_our_405(console, loaded):
     """With the methods that it does."""
-    loaded(Act(answer("405 Method Not Allowed", {"detail": "Method Not Allowed"}, "Allow: POST")))
+    loaded(Reply(answer("405 Method Not Allowed", {"detail": "Method Not Allowed"}, "Allow: POST")))
     response = console.client.get("/v1/load_lora_adapter")
     assert (response.status_code, response.headers["Allow"]) == (405, "POST")
     assert error(response)["code"] == "method_not_allowed"
@@ -196,7 +196,7 @@ def test_a_method_that_the_engine_does_not_take_is_our_405(console, loaded):
 
 def test_a_404_that_breaks_off_is_an_error_of_the_engine(console, loaded):
     """And gives its place back."""
-    loaded(Act(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{", hangs_up=True))
+    loaded(Reply(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{", close=True))
     response = console.client.post("/v1/chat/completions", json={"messages": []})
     assert (response.status_code, error(response)["code"]) == (502, "engine_unreachable")
     assert console.services.board.current.instances[MINI].traffic.in_flight == 0

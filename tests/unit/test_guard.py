@@ -29,7 +29,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 @pytest.fixture
 def console(shared: InProcess, request: pytest.FixtureRequest) -> InProcess:
     """The app at rest, its client known by an address of its own, so that nothing was counted yet."""
-    shared.rest()
+    shared.reset()
     shared.client.environ_base["REMOTE_ADDR"] = request.node.name
     return shared
 
@@ -77,7 +77,7 @@ def test_every_way_to_switch_counts(console, path, body):
     use_up(console)
     response = console.client.post(path, **body)
     assert_limited(response)
-    assert console.asked == []
+    assert console.switch_requests == []
     if path.startswith(("/v1/", "/chat/")):
         assert response.get_json()["error"]["code"] == "rate_limited"
         assert response.get_json()["error"]["type"] == "rate_limit_error"
@@ -113,7 +113,7 @@ def test_asking_a_model_that_runs_does_not_count(console, engine, path):
     use_up(console)
     for body in ({"model": MINI}, {"model": "auto"}, {}) * 5:
         assert console.client.post(path, json=body).status_code == 200
-    assert len(engine.asked) == 15
+    assert len(engine.requests) == 15
 
 
 def test_asking_a_model_that_is_coming_does_not_count(console):
@@ -123,7 +123,7 @@ def test_asking_a_model_that_is_coming_does_not_count(console):
     console.services.board.publish(queued=(SMALL,))
     for name in (MINI, SMALL, None):
         assert console.client.post(FAST, json={"model": name}).status_code != 429
-    assert console.asked == [MINI, SMALL, MINI]
+    assert console.switch_requests == [MINI, SMALL, MINI]
     console.services.board.publish(switch=None, queued=(), last_switch=switch)
     assert_limited(console.client.post(FAST, json={"model": SMALL}))
 
@@ -134,7 +134,7 @@ def test_asking_a_model_that_is_being_unloaded_counts(console, engine):
     console.services.board.current.instances[MINI].traffic.close()
     console.show_switch(SMALL, unloads=(Unloading(MINI, "to make room"),))
     assert_limited(console.client.post(FAST, json={"model": MINI}))
-    assert engine.asked == []
+    assert engine.requests == []
 
 
 def test_what_causes_no_switch_does_not_count(console):
@@ -185,7 +185,7 @@ def test_a_page_of_another_site_can_not_act_on_either_lane(console, engine, path
     """Neither ask what is loaded nor have anything loaded."""
     response = console.client.post(path, json={"target_model": SMALL, "messages": HELLO}, headers=headers)
     assert response.status_code == 403
-    assert (engine.asked, console.asked) == ([], [])
+    assert (engine.requests, console.switch_requests) == ([], [])
 
 
 @pytest.mark.parametrize("path", [FAST, SLOW])
@@ -193,7 +193,7 @@ def test_a_page_of_another_site_can_not_act_on_either_lane(console, engine, path
 def test_the_own_page_and_plain_scripts_can_act_on_both_lanes(console, engine, path, headers):
     """Same origin by either header, or no browser at all."""
     assert console.client.post(path, json={"messages": HELLO}, headers=headers).status_code == 200
-    assert len(engine.asked) == 1
+    assert len(engine.requests) == 1
 
 
 @pytest.mark.parametrize("path", [FAST, SLOW])
@@ -202,7 +202,7 @@ def test_a_foreign_host_name_is_refused_on_both_lanes(console, engine, path, hos
     """DNS rebinding."""
     response = console.client.post(path, json={"messages": HELLO}, headers={"Host": host})
     assert response.status_code in (400, 403)
-    assert engine.asked == []
+    assert engine.requests == []
 
 
 def test_http_1_0_needs_no_host(console):

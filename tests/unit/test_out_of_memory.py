@@ -13,7 +13,7 @@ import pytest
 from services.engines import out_of_memory
 from services.engines.out_of_memory import ADDED_SCORE, HIGHEST_SCORE, engine_score, is_killed, killed_since, say_killed
 from services.engines.processes import ChildProcess, ProcessRegistry
-from tests.support.console import PATIENCE, wait_until
+from tests.support.console import TIMEOUT, wait_until
 
 PARENT = (
     "import subprocess, sys, time; sys.stdin.readline(); "
@@ -43,7 +43,7 @@ def test_an_engine_goes_before_the_console(tmp_path: Path) -> None:
     mine = score_of("self")
     assert [score_of(pid) - mine for pid in (child.pid, runner)] == [ADDED_SCORE, ADDED_SCORE]
     child.stop(5)
-    assert ended.wait(PATIENCE)
+    assert ended.wait(TIMEOUT)
     wait_until(lambda: not psutil.pid_exists(runner), "the runner to end")
 
 
@@ -82,7 +82,7 @@ def test_a_kill_is_told_with_what_is_known(
     )
     set_kills(monkeypatch, vmstat, after)
     psutil.Process(child.pid).send_signal(signal.SIGKILL)
-    assert ended.wait(PATIENCE)
+    assert ended.wait(TIMEOUT)
     assert child.killed
     assert words in child.say_end()
     assert "SIGKILL" in child.say_end()
@@ -93,7 +93,7 @@ def test_other_ends_are_told_by_their_code(tmp_path: Path) -> None:
     ended = Event()
     argv = [sys.executable, "-c", "raise SystemExit(3)"]
     child = ChildProcess(argv, registry, registry.new_log("engine"), lambda _code: ended.set())
-    assert ended.wait(PATIENCE)
+    assert ended.wait(TIMEOUT)
     assert child.say_end() == "ended with exit code 3"
     assert not child.killed
 

@@ -56,7 +56,7 @@ class Run:
         log_path = self.registry.new_log("child")
         child = ChildProcess(argv, self.registry, log_path, self.on_exit, service=service, **options)
         if not options:
-            wait_until(lambda: "ready" in child.log_tail(), "the child to be there", patience=GRACE)
+            wait_until(lambda: "ready" in child.log_tail(), "the child to be there", timeout=GRACE)
         return child
 
     def find(self, service: Service = SERVICE) -> AdoptedProcess | None:
@@ -72,7 +72,7 @@ def state(tmp_path: Path) -> Iterator[Path]:
             os.killpg(int(path.stem), signal.SIGKILL)
         except ProcessLookupError:
             continue
-    wait_until(lambda: not list((tmp_path / "processes").glob("*.json")), "every child to end", patience=GRACE)
+    wait_until(lambda: not list((tmp_path / "processes").glob("*.json")), "every child to end", timeout=GRACE)
 
 
 def gone(pid: int) -> bool:
@@ -179,7 +179,7 @@ def test_a_found_service_can_be_stopped_with_all_it_started(state: Path) -> None
     assert second.ended.wait(GRACE)
     assert second.codes == [None]
     assert gone(service.pid)
-    wait_until(lambda: gone(runner), "the runner to end", patience=GRACE)
+    wait_until(lambda: gone(runner), "the runner to end", timeout=GRACE)
     assert Run(state).find() is None
 
 
@@ -200,7 +200,7 @@ def test_the_end_of_a_child_is_noticed_and_its_runner_ended(state: Path) -> None
     os.kill(service.pid, signal.SIGKILL)
     assert run.ended.wait(1.0), "the end has to be noticed within a second"
     assert run.codes == [-signal.SIGKILL]
-    wait_until(lambda: gone(runner), "the runner to end", patience=GRACE)
+    wait_until(lambda: gone(runner), "the runner to end", timeout=GRACE)
 
 
 @dataclass
@@ -227,7 +227,7 @@ def earlier() -> Iterator[EarlierService]:
         yield service
         with suppress(ProcessLookupError):
             os.killpg(leader.pid, signal.SIGKILL)
-    wait_until(lambda: gone(service.runner), "the runner to end", patience=GRACE)
+    wait_until(lambda: gone(service.runner), "the runner to end", timeout=GRACE)
 
 
 def test_the_end_of_an_adopted_service_is_noticed_and_its_runner_ended(state: Path, earlier: EarlierService) -> None:
@@ -239,7 +239,7 @@ def test_the_end_of_an_adopted_service_is_noticed_and_its_runner_ended(state: Pa
     os.kill(earlier.leader.pid, signal.SIGKILL)
     assert run.ended.wait(1.0), "the end has to be noticed within a second"
     assert found.exited
-    wait_until(lambda: gone(earlier.runner), "the runner to end", patience=GRACE)
+    wait_until(lambda: gone(earlier.runner), "the runner to end", timeout=GRACE)
     assert not list((state / "processes").iterdir())
 
 
@@ -252,7 +252,7 @@ def test_the_runner_of_a_service_that_died_between_two_runs_is_ended(state: Path
     assert not gone(earlier.runner)
     assert run.find() is None
     assert run.registry.end_leftovers() == []
-    wait_until(lambda: gone(earlier.runner), "the runner to end", patience=GRACE)
+    wait_until(lambda: gone(earlier.runner), "the runner to end", timeout=GRACE)
     assert not list((state / "processes").iterdir())
 
 

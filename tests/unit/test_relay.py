@@ -13,7 +13,7 @@ from geventhttpclient.response import HTTPParseError
 from services.engines.port import Endpoint
 from services.gateway.relay import EngineAnswer, Hangup, Relay, answer_headers
 from services.gateway.router import ClientGone, GatewayError
-from tests.support.scripted_engine import AUTHORITY, DROP, OK, Act, ScriptedEngine, answer
+from tests.support.scripted_engine import AUTHORITY, DROP, OK, Reply, ScriptedEngine, answer
 
 StartEngine = Callable[..., ScriptedEngine]
 
@@ -23,8 +23,8 @@ def engine() -> Iterator[StartEngine]:
     """Starts scripted engines that end with the test."""
     started: list[ScriptedEngine] = []
 
-    def start(*acts: Act, tls: bool = False) -> ScriptedEngine:
-        started.append(ScriptedEngine(*acts, tls=tls))
+    def start(*replies: Reply, tls: bool = False) -> ScriptedEngine:
+        started.append(ScriptedEngine(*replies, tls=tls))
         return started[-1]
 
     yield start
@@ -69,7 +69,7 @@ def test_an_engine_that_hangs_up_on_a_new_connection_is_not_asked_again(relay, e
     with pytest.raises(GatewayError) as caught:
         ask(relay, broken)
     assert caught.value.code == "engine_unreachable"
-    assert len(broken.asked) == 1
+    assert len(broken.requests) == 1
 
 
 def test_a_used_connection_that_gives_nothing_is_replaced_by_a_new_one(relay, engine):
@@ -77,28 +77,28 @@ def test_a_used_connection_that_gives_nothing_is_replaced_by_a_new_one(relay, en
     tired = engine(OK, DROP, OK)
     whole(ask(relay, tired))
     assert ask(relay, tired).status_code == 200
-    assert [asked.connection for asked in tired.asked] == [0, 0, 1]
+    assert [request.connection for request in tired.requests] == [0, 0, 1]
 
 
 def test_the_second_try_goes_over_a_new_connection_whatever_else_is_idle(relay, engine):
     """Two idle connections break at once when their engine restarts: the second would break as the first did."""
-    long = Act(answer(body=b"x" * 500_000))  # not all there with its headers, so that it keeps its connection
-    restarted = engine(long, long, DROP, Act(answer(body={"n": 4})))
+    long = Reply(answer(body=b"x" * 500_000))  # not all there with its headers, so that it keeps its connection
+    restarted = engine(long, long, DROP, Reply(answer(body={"n": 4})))
     first, second = ask(relay, restarted), ask(relay, restarted)
     whole(first), whole(second)
     assert whole(ask(relay, restarted)) == b'{"n": 4}'
-    assert [asked.connection for asked in restarted.asked] == [0, 1, 1, 2]
+    assert [request.connection for request in restarted.requests] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 102 Processing\r\n\r\n"])
 def test_one_byte_of_an_answer_is_enough_not_to_ask_again(relay, engine, said):
     """The engine was at work on it."""
-    broken = engine(OK, Act(said, hangs_up=True), OK)
+    broken = engine(OK, Reply(said, close=True), OK)
     whole(ask(relay, broken))
     with pytest.raises(GatewayError) as caught:
         ask(relay, broken)
     assert caught.value.code == "engine_unreachable"
-    assert len(broken.asked) == 2
+    assert len(broken.requests) == 2
 
 
 def test_an_engine_is_asked_three_times_at_most_for_two_requests(relay, engine):
@@ -107,12 +107,12 @@ def test_an_engine_is_asked_three_times_at_most_for_two_requests(relay, engine):
     whole(ask(relay, broken))
     with pytest.raises(GatewayError):
         ask(relay, broken)
-    assert len(broken.asked) == 3
+    assert len(broken.requests) == 3
 
 
 def test_an_answer_that_comes_before_the_request_was_read_is_passed_on(relay, engine):
     """An engine that refuses a long body says so and hangs up; the failing send must not hide what it said."""
-    strict = engine(Act(answer("413 Payload Too Large", {"error": "too long"}), hangs_up=True, unread=True))
+    strict = engine(Reply(answer("413 Payload Too Large", {"error": "too long"}), close=True, unread=True))
     refused = ask(relay, strict, b"x" * 20_000_000)
     assert refused.status_code == 413
     assert whole(refused) == b'{"error": "too long"}'
@@ -120,21 +120,21 @@ def test_an_answer_that_comes_before_the_request_was_read_is_passed_on(relay, en
 
 def test_a_client_that_left_is_the_reason_and_no_second_try(relay, engine):
     """Hung up on by us, the engine's silence is not its failure."""
-    silent, hangup = engine(OK, Act()), Hangup()
+    silent, hangup = engine(OK, Reply()), Hangup()
     whole(ask(relay, silent))
     gevent.spawn_later(0.05, hangup)
     with pytest.raises(ClientGone):
         ask(relay, silent, hangup=hangup)
-    assert len(silent.asked) == 2
+    assert len(silent.requests) == 2
 
 
 def test_an_https_engine_answers_over_kept_connections(relay, engine, monkeypatch):
     """TLS at the origin's own port, its certificate signed by an authority that the system trusts."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
-    remote = engine(Act(answer(body={"hello": "there"})), tls=True)
+    remote = engine(Reply(answer(body={"hello": "there"})), tls=True)
     for _ in range(3):
         assert whole(ask(relay, remote)) == b'{"hello": "there"}'
-    assert [asked.connection for asked in remote.asked] == [0, 0, 0]
+    assert [request.connection for request in remote.requests] == [0, 0, 0]
     assert remote.lines[0] == "POST /v1/chat/completions HTTP/1.1"
 
 
@@ -144,22 +144,22 @@ def test_a_used_tls_connection_that_gives_nothing_is_replaced(relay, engine, mon
     tired = engine(OK, DROP, OK, tls=True)
     whole(ask(relay, tired))
     assert ask(relay, tired).status_code == 200
-    assert [asked.connection for asked in tired.asked] == [0, 0, 1]
+    assert [request.connection for request in tired.requests] == [0, 0, 1]
     fresh = engine(DROP, tls=True)
     with pytest.raises(GatewayError):
         ask(relay, fresh)
-    assert len(fresh.asked) == 1
+    assert len(fresh.requests) == 1
 
 
 def test_a_tls_connection_that_was_closed_while_idle_is_noticed(relay, engine, monkeypatch):
     """Looked at before it is used: the request isn't sent into the void first."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
-    brief = engine(Act(answer(), hangs_up=True), tls=True)
+    brief = engine(Reply(answer(), close=True), tls=True)
     for _ in range(2):
-        brief.left.clear()
+        brief.disconnected.clear()
         whole(ask(relay, brief))
-        assert brief.left.wait(5)
-    assert [asked.connection for asked in brief.asked] == [0, 1]
+        assert brief.disconnected.wait(5)
+    assert [request.connection for request in brief.requests] == [0, 1]
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(relay, engine):
@@ -169,27 +169,27 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(relay, engine):
         ask(relay, impostor)
     assert caught.value.code == "engine_unreachable"
     assert "certificate" in caught.value.message
-    assert impostor.asked == []
+    assert impostor.requests == []
 
 
 def test_leaving_breaks_a_tls_answer_off(relay, engine, monkeypatch):
     """The engine sees its connection close, whoever waits for the next byte goes on, and nothing is left behind."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     begun = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
-    talker, hangup = engine(Act(begun), tls=True), Hangup()
+    talker, hangup = engine(Reply(begun), tls=True), Hangup()
     streamed = ask(relay, talker, hangup=hangup)
     assert streamed.arrived() == b"hi"
     gevent.spawn_later(0.05, hangup)
     with pytest.raises((OSError, HTTPParseError)):
         streamed.arrived()
     streamed.break_off()
-    assert talker.left.wait(5)
+    assert talker.disconnected.wait(5)
 
 
 def test_a_silent_tls_engine_times_out_like_any_other(start_relay, engine, monkeypatch):
     """Its own error class must not turn a time-out into something else."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
-    silent = engine(Act(), tls=True)
+    silent = engine(Reply(), tls=True)
     with pytest.raises(GatewayError) as caught:
         ask(start_relay(0.2), silent)
     assert caught.value.code == "engine_timeout"
@@ -233,7 +233,7 @@ def test_idle_connections_to_an_engine_that_has_gone_are_closed(relay, engine, m
             gevent.sleep(0.01)
     assert _half_closed() == 0
     assert ask(relay, stays).status_code == 200
-    assert [asked.connection for asked in stays.asked] == [0, 0]
+    assert [request.connection for request in stays.requests] == [0, 0]
 
 
 def test_an_engines_headers_pass_by_a_list(relay, engine):
@@ -253,7 +253,7 @@ def test_an_engines_headers_pass_by_a_list(relay, engine):
         "Keep-Alive: timeout=5",
     )
     useful = ("X-Request-Id: 7", "Retry-After: 3", "X-RateLimit-Remaining: 9", "OpenAI-Processing-Ms: 12")
-    talkative = engine(Act(answer("200 OK", {"n": 1}, *harmful, *useful)))
+    talkative = engine(Reply(answer("200 OK", {"n": 1}, *harmful, *useful)))
     passed = dict(answer_headers(ask(relay, talkative)))
     assert passed == {
         "Content-Type": "application/json",

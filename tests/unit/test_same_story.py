@@ -25,7 +25,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 
 @pytest.fixture
 def console(shared: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
-    shared.rest()
+    shared.reset()
     monkeypatch.setattr("blueprints.pages.time.time", lambda: NOW)
     return shared
 

@@ -26,7 +26,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 
 @pytest.fixture
 def console(shared: InProcess) -> InProcess:
-    shared.rest()
+    shared.reset()
     return shared
 
 

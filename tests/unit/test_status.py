@@ -53,7 +53,7 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 
 @pytest.fixture
 def seen(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> Seen:
-    console.rest()
+    console.reset()
     seen = Seen(console, monkeypatch)
     assert seen.look() == {MINI: 1, SMALL: 1}
     return seen

@@ -1,9 +1,9 @@
 """A stand-in for NVIDIA's driver library, as much of it as Switchyard uses, for a machine with one GPU of 80 GB.
 
-Its folder comes first on a console's PYTHONPATH, and STAND_IN_GPU names the GPU, so that two runs of the tests don't
+Its folder comes first on a console's PYTHONPATH, and FAKE_GPU names the GPU, so that two runs of the tests don't
 share one. A process holds what a stand-in vLLM has written to `/tmp/gpu_NAME` in its container, which is seen through
 `/proc`: so it is gone with the process, as real GPU memory is. While somebody holds a lock on the file that
-STAND_IN_GPU_HANG names, the driver hangs.
+FAKE_GPU_HANG names, the driver hangs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 UUID = "GPU-5ca1ab1e-0000-4000-8000-000000000001"
 TOTAL_BYTES = 80_000_000_000
-NAME = os.environ.get("STAND_IN_GPU", "")
-HANG = os.environ.get("STAND_IN_GPU_HANG")
+NAME = os.environ.get("FAKE_GPU", "")
+HANG = os.environ.get("FAKE_GPU_HANG")
 
 
 class NVMLError(Exception):

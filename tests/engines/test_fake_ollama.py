@@ -73,7 +73,7 @@ class Ollama:
 
 
 @pytest.fixture(scope="module")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOllama]:
+def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOllama]:
     if REAL_BINARY:
         pytest.skip("this asks for what only the stand-in has")
     models = {
@@ -89,12 +89,12 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOllama]:
 
 
 @pytest.fixture
-def fake(stand_in: FakeOllama) -> Iterator[FakeOllama]:
+def fake(fake_model: FakeOllama) -> Iterator[FakeOllama]:
     """The stand-in behind `ollama`, with nothing loaded."""
-    for name in stand_in.ps():
-        stand_in.unload(name)
-    yield stand_in
-    stand_in.clear_faults()
+    for name in fake_model.ps():
+        fake_model.unload(name)
+    yield fake_model
+    fake_model.clear_faults()
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def own(tmp_path: Path) -> Iterator[FakeOllama]:
 def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Ollama]:
     """What the facts are asked of: the real one if there is one."""
     if REAL_BINARY is None:
-        fake: FakeOllama = request.getfixturevalue("stand_in")
+        fake: FakeOllama = request.getfixturevalue("fake_model")
         ollama = Ollama(fake.port, fake.binary, fake.environment, "tiny-a")
         ollama.http.trust_env = False
         with closing(ollama.http):
@@ -470,12 +470,12 @@ def test_a_loaded_model_is_a_process_that_holds_its_memory(own: FakeOllama) -> N
     while loading.is_alive():
         names = own.ps()
         sizes += [runner.memory_info().rss for runner in own.runners()]
-        assert not names or "llama runner started in" in own.said()
+        assert not names or "llama runner started in" in own.output()
         loading.join(0.03)
     assert sizes[0] < sizes[-1] - 10_000_000
     assert len(set(sizes)) > 3, "it grows step by step"
-    assert 'level=DEBUG source=server.go:1438 msg="model load progress 0.50"' in own.said()
-    assert re.search(r'level=INFO source=server.go:1432 msg="llama runner started in \d\.\d\d seconds"', own.said())
+    assert 'level=DEBUG source=server.go:1438 msg="model load progress 0.50"' in own.output()
+    assert re.search(r'level=INFO source=server.go:1432 msg="llama runner started in \d\.\d\d seconds"', own.output())
     own.kill()
     assert [runner.is_running() for runner in own.runners()] == [True], "a killed server orphans its runner"
     own.start()
@@ -492,7 +492,7 @@ def test_a_client_that_leaves_aborts_the_load(own: FakeOllama) -> None:
         with pytest.raises(requests.ReadTimeout):
             own.http.post(f"{own.url}/api/generate", json={"model": "tiny-a"}, timeout=0.3)
         wait_until(lambda: not own.runners(), "the runner to end")
-        assert "client connection closed before server finished loading, aborting load" in own.said()
+        assert "client connection closed before server finished loading, aborting load" in own.output()
         assert own.ps() == []
 
 
