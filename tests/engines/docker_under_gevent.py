@@ -21,12 +21,12 @@ from tests.support.stopwatch import Stopwatch  # noqa: E402
 
 LONGEST_PAUSE = 0.3
 """Seconds that the loop may stand still while there is a core for it."""
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds after which what should happen is given up: it only ends a hang."""
 
 
 def main(host: str, image: str, daemon: int) -> None:
-    runtime = DockerRuntime(host, timeout=PATIENCE)
+    runtime = DockerRuntime(host, timeout=TIMEOUT)
     container_id = runtime.create(ContainerSpec("gevent", image, 8000, ("m",), {"FAKE_VLLM": '{"load_seconds": 0.2}'}))
     pauses: list[float] = []
     gevent.spawn(watch, pauses)
@@ -34,18 +34,18 @@ def main(host: str, image: str, daemon: int) -> None:
     ready = Event()
     reader = gevent.spawn(read, output, ready)
     runtime.start(container_id)
-    assert ready.wait(PATIENCE), "nothing came of what the container wrote"
+    assert ready.wait(TIMEOUT), "nothing came of what the container wrote"
     assert runtime.wait(container_id, 0.1) is None
     output.close()
-    reader.get(timeout=PATIENCE)
+    reader.get(timeout=TIMEOUT)
     events = runtime.events({})
     listener = gevent.spawn(next, events)
     runtime.stop(container_id, 5)
-    assert listener.get(timeout=PATIENCE).kind == "die"
+    assert listener.get(timeout=TIMEOUT).kind == "die"
     listener = gevent.spawn(list, events)
     gevent.sleep(0)  # it reads
     events.close()
-    assert listener.get(timeout=PATIENCE) == []
+    assert listener.get(timeout=TIMEOUT) == []
     os.kill(daemon, signal.SIGSTOP)
     try:
         with closing(DockerRuntime(host, timeout=0.5)) as hasty:

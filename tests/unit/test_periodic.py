@@ -7,7 +7,7 @@ import threading
 from structlog.testing import capture_logs
 
 from services.periodic import Periodic
-from tests.support.console import PATIENCE
+from tests.support.console import TIMEOUT
 
 
 def test_it_goes_on_after_a_failure_which_is_logged_once_while_it_stays_the_same() -> None:
@@ -28,8 +28,8 @@ def test_it_goes_on_after_a_failure_which_is_logged_once_while_it_stays_the_same
     with capture_logs() as logged:
         periodic = Periodic("looking", act, 0.001)
         periodic.start()
-        assert over.wait(PATIENCE)
-        periodic.stop(PATIENCE)
+        assert over.wait(TIMEOUT)
+        periodic.stop(TIMEOUT)
     assert [(line["what"], repr(line["exc_info"])) for line in logged] == [
         ("looking", "OSError('no answer')"),
         ("looking", "ValueError('odd')"),
@@ -44,17 +44,17 @@ def test_a_stop_waits_for_the_call_under_way_and_lets_no_other_begin() -> None:
     def act() -> None:
         calls.append(1)
         begun.set()
-        go_on.wait(PATIENCE)
+        go_on.wait(TIMEOUT)
         calls.append(2)
 
     periodic = Periodic("working", act, 0.0)
     periodic.start()
     periodic.start()
-    assert begun.wait(PATIENCE)
+    assert begun.wait(TIMEOUT)
     periodic.stop()
     assert calls == [1], "without a time-out nobody is waited for"
     go_on.set()
-    periodic.stop(PATIENCE)
+    periodic.stop(TIMEOUT)
     assert calls == [1, 2]
     assert periodic.wait_called(0)
     periodic.start()
@@ -64,9 +64,9 @@ def test_a_stop_waits_for_the_call_under_way_and_lets_no_other_begin() -> None:
 def test_the_first_call_may_come_later() -> None:
     """So that a start isn't held up by what nobody needs then."""
     calls: list[int] = []
-    periodic = Periodic("checking", lambda: calls.append(1), 0.0, first_seconds=PATIENCE)
+    periodic = Periodic("checking", lambda: calls.append(1), 0.0, first_seconds=TIMEOUT)
     periodic.start()
     assert periodic.running
     assert not periodic.wait_called(0.01)
-    periodic.stop(PATIENCE)
+    periodic.stop(TIMEOUT)
     assert calls == []
