@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, render_markdown
 from services.engines.port import Basis
+from services.sizes import format_size
 from services.text import listed
 
 bp = Blueprint("filters", __name__)
@@ -31,12 +32,7 @@ _BASIS_WORDS: dict[str, str] = {
 @bp.app_template_filter()
 def size(value: float | None) -> str:
     """Bytes in decimal GB with one digit, in MB below 1 GB."""
-    if value is None:
-        return UNKNOWN
-    if value >= 999_500_000:
-        return f"{value / 1e9:,.1f} GB"
-    megabytes = value / 1e6
-    return f"{megabytes:.1f} MB" if 0 < megabytes < 9.95 else f"{megabytes:.0f} MB"
+    return UNKNOWN if value is None else format_size(value)
 
 
 @bp.app_template_filter()

@@ -57,7 +57,7 @@ _LOAD_WORDS = {
     "warming_up": "Warming up",
 }
 _TRY = {
-    "insufficient_memory": "Unload a model or choose a smaller one.",
+    "insufficient_memory": "",  # the reason says what can be done, which depends on the limit
     "memory_not_freed": "Close the program that holds the memory, then try again.",
     "pinned": "Unpin a model to make room, or choose a smaller one.",
     "model_unusable": "Replace the model's file, or choose another model.",

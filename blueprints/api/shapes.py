@@ -10,18 +10,20 @@ from services.downloads.download import Download
 from services.downloads.library import Recommended
 from services.memory.ledger import Account
 from services.providers.local_services import ServiceStatus
+from services.sizes import gigabytes
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchView
 from services.switching.jobs import Job
 from services.switching.plan import Plan
+from services.switching.reporter import limit_figures
 
 Json = dict[str, object]
 MIB = 1_048_576
 
 
 def gb(size: int | None) -> float | None:
-    """Decimal gigabytes with three digits, so that a model of 1 MB isn't 0; None stays None."""
-    return None if size is None else round(size / 1e9, 3)
+    """Bytes as decimal gigabytes with three digits; None stays None."""
+    return None if size is None else gigabytes(size)
 
 
 def whole_seconds(seconds: float | None) -> int | None:
@@ -151,6 +153,7 @@ def plan_document(plan: Plan) -> Json:
         "memory_basis": plan.memory_basis,
         "after": {"available_gb": gb(plan.after_available_bytes) if plan.feasible else None},
         "alternatives": list(plan.alternatives),
+        "limits": limit_figures(plan.limits),
     }
 
 

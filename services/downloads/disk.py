@@ -10,7 +10,7 @@ import structlog
 
 from services.downloads.fetcher import DownloadError, Source
 from services.offhub import NativeThreads
-from services.switching.plan import say_gb
+from services.sizes import format_size
 
 CALL_SECONDS = 5.0
 """How long a disk may take to say how much room it has."""
@@ -51,11 +51,11 @@ class DiskCheck:
             log.warning("how much room there is can't be told", folder=str(folder), error=str(error))
             return
         if left_bytes > free - self._margin_bytes:
+            left, room, margin = map(format_size, (left_bytes, free, self._margin_bytes))
             raise DownloadError(
                 "disk_full",
-                f"{say_gb(left_bytes)} more have to be downloaded, but only {say_gb(free)} are free in {folder}, and "
-                f"{say_gb(self._margin_bytes)} of that stay free (setting disk_margin_gb). Delete a model or other "
-                "files, then try again.",
+                f"{left} more have to be downloaded, but only {room} are free in {folder}, and {margin} of that stay "
+                "free (setting disk_margin_gb). Delete a model or other files, then try again.",
                 may_resume=True,
             )
 

@@ -6,10 +6,11 @@ hung for that long nobody waits at all: there is what it said last, marked as st
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -19,13 +20,15 @@ import structlog
 
 from services.engines.port import HOST_DEVICE
 from services.memory.ledger import Reading
-from services.offhub import SharedCall
+from services.memory.programs import Program, largest_programs
+from services.offhub import NativeThreads, SharedCall
 from services.periodic import Periodic
 
 log = structlog.get_logger(__name__)
 
 DRIVER_SECONDS = 2.0
 STOP_SECONDS = 2.0
+PROGRAMS_SECONDS = 2.0
 SETTLE_SECONDS = 5.0
 SETTLE_LOOK_SECONDS = 0.25
 SETTLED_BYTES = 64 * 2**20
@@ -47,6 +50,7 @@ class DeviceMonitor:
     ) -> None:
         self._budget_bytes = budget_bytes
         self._gpus = _Gpus(nvml, driver_seconds)
+        self._look_for_programs = NativeThreads(1, PROGRAMS_SECONDS)
         self._readings: tuple[Reading, ...] = ()
         self._stopping = threading.Event()
         self._sampling = Periodic("device-monitor", self.sample, interval)
@@ -84,6 +88,20 @@ class DeviceMonitor:
             return 0
         return None if reading.stale else reading.free_bytes
 
+    def programs(self, device: str, ours: Collection[int]) -> tuple[Program, ...]:
+        """The programs that hold most of a device, by its latest reading, but for this app and the processes `ours`.
+
+        Empty where nobody can tell, or not within a few seconds.
+        """
+        reading = next((r for r in self.readings if r.id == device), None)
+        if reading is None:
+            return ()
+        try:
+            return self._look_for_programs(largest_programs, reading, {os.getpid(), *ours})
+        except Exception as error:
+            log.warning("the other programs can't be looked for", device=device, error=str(error))
+            return ()
+
     def start(self) -> None:
         """Keep `readings` fresh until `stop`."""
         self._sampling.start()
@@ -102,6 +120,7 @@ def _host(budget_bytes: int | None) -> Reading:
         total_bytes=memory.total if budget_bytes is None else min(memory.total, budget_bytes),
         free_bytes=memory.available,
         budget_bytes=budget_bytes,
+        installed_bytes=memory.total,
         measured_at=time.time(),
     )
 

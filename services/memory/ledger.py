@@ -18,9 +18,10 @@ DeviceKind = Literal["gpu", "host"]
 class Reading:
     """One device as its driver (NVML) or the kernel (psutil) reports it.
 
-    `total_bytes` is already capped by the budget where there is one (`budget_bytes`). `free_bytes` is what the
-    driver says could still be allocated. `process_bytes` is use per process id, where the driver tells. `measured_at`
-    is Unix seconds, None where nobody noted it; `stale` means that the driver was asked since and did not answer.
+    `total_bytes` is what models may use of it: all that is installed (`installed_bytes`, None: the same), or less where
+    the settings limit that (`budget_bytes`). `free_bytes` is what the driver says could still be allocated.
+    `process_bytes` is use per process id, where the driver tells. `measured_at` is Unix seconds, None where nobody
+    noted it; `stale` means that the driver was asked since and did not answer.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Reading:
     process_bytes: Mapping[int, int] = field(default_factory=dict)
     measured_at: float | None = None
     stale: bool = False
+    installed_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,12 @@ def holdings_of(model: str, device: str, usage: Usage | None, reserved_bytes: in
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One device's memory, split so that ours + reserved + other + available = total."""
+    """One device's memory, split so that ours + reserved + other + available = total.
+
+    `available_bytes` is the smaller of two limits: `free_bytes`, what measures free of all that is installed
+    (`installed_bytes`), and `budget_left_bytes`, what the budget leaves (`budget_bytes`; None where there is none, or
+    it is no less than what is installed). Both are without what is reserved.
+    """
 
     id: str
     name: str
@@ -64,10 +71,20 @@ class Account:
     reserved_bytes: int
     other_bytes: int
     available_bytes: int
+    installed_bytes: int
+    free_bytes: int
+    budget_bytes: int | None = None
+    budget_left_bytes: int | None = None
 
     @property
     def used_bytes(self) -> int:
         return self.total_bytes - self.available_bytes
+
+    @property
+    def all_other_bytes(self) -> int:
+        """What other programs hold of all that is installed; `other_bytes` is only what they take of the budget."""
+        ours = sum(size for _, size in self.ours)
+        return max(0, self.installed_bytes - ours - self.reserved_bytes - self.free_bytes)
 
 
 def account(reading: Reading, holdings: Sequence[Holding]) -> Account:
@@ -83,7 +100,9 @@ def account(reading: Reading, holdings: Sequence[Holding]) -> Account:
     free = max(0, min(reading.free_bytes - mapped_bytes, unclaimed))
     pending = sum(max(0, h.reserved_bytes - size) for h, (_, size) in zip(mine, ours, strict=True))
     reserved = min(pending, free)
-    available = free - reserved
+    installed = reading.total_bytes if reading.installed_bytes is None else reading.installed_bytes
+    measured = min(reading.free_bytes - mapped_bytes, installed - ours_bytes)
+    capped = reading.budget_bytes is not None and reading.budget_bytes < installed
     return Account(
         id=reading.id,
         name=reading.name,
@@ -92,5 +111,9 @@ def account(reading: Reading, holdings: Sequence[Holding]) -> Account:
         ours=ours,
         reserved_bytes=reserved,
         other_bytes=unclaimed - free,
-        available_bytes=available,
+        available_bytes=free - reserved,
+        installed_bytes=installed,
+        free_bytes=max(0, measured - pending),
+        budget_bytes=reading.budget_bytes if capped else None,
+        budget_left_bytes=max(0, unclaimed - pending) if capped else None,
     )

@@ -5,11 +5,17 @@ Pure: a function of the target, the ledger and what is loaded. Sizes are bytes, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from services.config import Strategy
 from services.engines.port import HOST_DEVICE, Basis, Need, Rest
+from services.memory.ledger import Account
+from services.memory.programs import Program
+from services.sizes import format_size
+from services.text import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,43 @@ class Blocked:
     reason: str
 
 
+LimitKind = Literal["memory_budget_gb", "other_programs", "device_size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One of the limits that keep a model out.
+
+    `bytes` is the budget, what other programs hold, or what the device has in all. `short_bytes` is how much more of
+    it would do; None where changing this limit alone can't make room. `programs` are the largest of the other programs,
+    where their names are known.
+    """
+
+    kind: LimitKind
+    device: str
+    bytes: int
+    short_bytes: int | None = None
+    programs: tuple[Program, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """What it is, and what to do about it."""
+        size, short = format_size(self.bytes), self.short_bytes
+        if self.kind == "device_size":
+            return f"{self.device} has {size} in all: choose a smaller model."
+        if self.kind == "other_programs":
+            advice = "" if short is None else f" Close some of them, so that {format_size(short)} more is free."
+            return f"{other_programs(self.bytes, self.programs)}{advice}"
+        advice = "" if short is None else f" Raise it to at least {_setting(self.bytes + short)} to make room."
+        return f"The setting memory_budget_gb limits all models together to {size}.{advice}"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What it takes to make `target` ready.
 
-    An infeasible plan unloads nothing; `alternatives` are models that would fit.
+    An infeasible plan unloads nothing. It names the models that stay (`blocked_by`) and the `limits` that keep the
+    target out, at least one of both, and models that would fit instead (`alternatives`).
     """
 
     target: str
@@ -83,6 +121,7 @@ class Plan:
     blocked_by: tuple[Blocked, ...] = ()
     estimated_seconds: float | None = None
     alternatives: tuple[str, ...] = ()
+    limits: tuple[Limit, ...] = ()
 
     @property
     def freed_bytes(self) -> int:
@@ -103,10 +142,9 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Measured memory: free and total on the target's device, and free on the host for models put to sleep."""
+    """Measured memory: the account of the target's device, and what is free on the host for models put to sleep."""
 
-    available_bytes: int
-    total_bytes: int
+    account: Account
     host_available_bytes: int = 0
 
 
@@ -139,18 +177,18 @@ def make_plan(
     load_seconds: float | None = None,
     others: Sequence[Alternative] = (),
 ) -> Plan:
-    """Choose what to unload so that `need` fits.
+    """Choose what to unload so that `need` fits on its device.
 
     Sleeping models are unloaded first and models with requests in flight last; those with a `keep_reason` never. A
     model chosen early that turns out not to be needed stays, so that no plan unloads more than necessary. A model is
     put to sleep instead of stopped where that frees enough and the host has room for it.
     """
-    device = need.device
+    device, memory = need.device, room.account
     candidates = [m for m in loaded if (m.device == device or m.held_on(device)) and m.model != target]
     unloadable = [m for m in candidates if _keep_reason(m, rules.auto_unload) is None]
     unloadable.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[rules.strategy](m), m.model))
     freeable = sum(m.held_on(device) for m in unloadable)
-    short = need.bytes - room.available_bytes
+    short = need.bytes - memory.available_bytes
     feasible = short <= freeable
     named = [m for m in loaded if m.model == rules.instead_of != target and m.keep_reason is None]
     remaining = [m for m in unloadable if m not in named]
@@ -163,13 +201,14 @@ def make_plan(
         device=device,
         required_bytes=need.bytes,
         memory_basis=need.basis,
-        available_bytes=room.available_bytes,
-        total_bytes=room.total_bytes,
+        available_bytes=memory.available_bytes,
+        total_bytes=memory.total_bytes,
         freeable_bytes=freeable,
         unload=tuple(_unloads(chosen, device, spare, room.host_available_bytes)),
         blocked_by=tuple(_blocked(candidates, rules.auto_unload)) if not feasible else (),
         estimated_seconds=None if load_seconds is None else load_seconds + sum(m.drain_seconds for m in chosen),
-        alternatives=() if feasible else _alternatives(target, need, room.available_bytes + freeable, others),
+        alternatives=() if feasible else _alternatives(target, need, memory.available_bytes + freeable, others),
+        limits=() if feasible else tuple(_limits(need.bytes, memory, freeable, candidates)),
     )
 
 
@@ -177,21 +216,21 @@ def refusal(plan: Plan) -> str:
     """Return the message for an infeasible plan: why it can't be carried out, and what to do."""
     room = plan.available_bytes + plan.freeable_bytes
     parts = [
-        f"{plan.target} needs {say_gb(plan.required_bytes)} ({plan.memory_basis}), but at most {say_gb(room)} of "
-        f"{say_gb(plan.total_bytes)} can be made available."
+        f"{plan.target} needs {format_size(plan.required_bytes)} ({plan.memory_basis}), but at most "
+        f"{format_size(room)} of {format_size(plan.total_bytes)} can be made available."
     ]
     if plan.blocked_by:
         parts.append("Kept: " + "; ".join(f"{b.model} ({b.reason})" for b in plan.blocked_by) + ".")
+    parts += [limit.words for limit in plan.limits]
     if plan.alternatives:
         parts.append(f"The largest model that would fit is {plan.alternatives[0]}.")
-    else:
-        parts.append("Close other programs or raise the memory budget to make room.")
     return " ".join(parts)
 
 
-def say_gb(size: int) -> str:
-    """Format bytes for people: decimal GB with one digit, MB below one GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 999_500_000 else f"{size / 1e6:.0f} MB"
+def other_programs(held_bytes: int, programs: Sequence[Program]) -> str:
+    """Return a sentence about what other programs hold, with the names of the largest where they are known."""
+    names = listed([f"{p.name} ({p.place}, {format_size(p.bytes)})" for p in programs])
+    return f"Other programs hold {format_size(held_bytes)}" + (f", the largest of them {names}." if names else ".")
 
 
 def _keep_reason(model: Loaded, auto_unload: bool) -> str | None:
@@ -234,6 +273,35 @@ def _unloads(chosen: Sequence[Loaded], device: str, spare: int, host_spare: int)
             yield Unload(model.model, frees - keeps, model.idle_seconds, model.wake_seconds, True, model.in_flight)
         else:
             yield Unload(model.model, frees, model.idle_seconds, model.reload_seconds, False, model.in_flight)
+
+
+def _limits(required: int, account: Account, freeable: int, candidates: Sequence[Loaded]) -> Iterator[Limit]:
+    """What keeps it out besides models that stay.
+
+    A device that is too small as a whole is the one limit that counts: nothing that people close or set helps then.
+    Other programs count unless unloading the models that stay would be enough.
+    """
+    name, installed = account.name, account.installed_bytes
+    kept = sum(m.held_on(account.id) for m in candidates) - freeable
+    over_budget = 0
+    if account.budget_bytes is not None and account.budget_left_bytes is not None:
+        over_budget = required - account.budget_left_bytes - freeable
+    over_free = required - account.free_bytes - freeable
+    others = account.all_other_bytes
+    crowded = over_free > 0 and others > 0 and (others >= over_free or kept < over_free)
+    if required > installed or not (over_budget > 0 or crowded or kept):
+        yield Limit("device_size", name, installed)
+        return
+    if account.budget_bytes is not None and over_budget > 0:
+        enough = account.budget_bytes + over_budget <= installed
+        yield Limit("memory_budget_gb", name, account.budget_bytes, over_budget if enough else None)
+    if crowded:
+        yield Limit("other_programs", name, others, over_free if others >= over_free else None)
+
+
+def _setting(size: int) -> str:
+    """A size as the settings have it, in GB with one digit: rounded up, since less would not do."""
+    return f"{math.ceil(size / 1e8) / 10:.1f}"
 
 
 def _alternatives(target: str, need: Need, room: int, others: Sequence[Alternative]) -> tuple[str, ...]:

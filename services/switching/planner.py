@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -10,6 +11,7 @@ import structlog
 from services.config import Strategy
 from services.engines.port import HOST_DEVICE, EngineError, Model, Need
 from services.memory.ledger import Account, Holding, Reading, account, holdings_of
+from services.memory.programs import Program
 from services.switching.context import SwitchingContext
 from services.switching.events import InstanceView, Snapshot
 from services.switching.learning import Learned
@@ -29,6 +31,12 @@ class Devices(Protocol):
 
     def sample(self) -> Sequence[Reading]:
         """Take and return new readings; may block for a moment."""
+
+    def programs(self, device: str, ours: Collection[int]) -> Sequence[Program]:
+        """Return the programs that hold most of a device, without the processes `ours` and their descendants.
+
+        Empty if they can't be determined. May block for a moment.
+        """
 
 
 class Planner:
@@ -64,19 +72,28 @@ class Planner:
         auto = self._settings.auto_unload if auto_unload is None else auto_unload
         already = snapshot.holder(model)
         others = [view for view in snapshot.instances.values() if view.shares is None and view is not already]
-        return make_plan(
+        plan = make_plan(
             model.id,
             need if already is None else _remaining_need(need, already),
-            Room(
-                available_bytes=ledger.available_bytes,
-                total_bytes=ledger.total_bytes,
-                host_available_bytes=self._account(HOST_DEVICE, holdings).available_bytes,
-            ),
+            Room(ledger, self._account(HOST_DEVICE, holdings).available_bytes),
             [self._loaded(view, snapshot, preempt_loads) for view in others],
             UnloadRules(strategy or self._settings.strategy, auto, instead_of),
             load_seconds=self.load_seconds(model) if already is None or already.state == "asleep" else 0.0,
-            others=list(self._alternatives()),
+            others=list(self._alternatives(snapshot)),
         )
+        return self._with_names(plan)
+
+    def programs(self, device: str) -> Sequence[Program]:
+        """Return the other programs that hold most of a device; empty if unknown. May block for a moment."""
+        return self._devices.programs(device, [v.pid for v in self._board.current.instances.values() if v.pid])
+
+    def _with_names(self, plan: Plan) -> Plan:
+        """Add the names of the programs to a plan that they keep from being feasible."""
+        if not any(limit.kind == "other_programs" for limit in plan.limits):
+            return plan
+        programs = tuple(self.programs(plan.device))
+        named = (replace(o, programs=programs) if o.kind == "other_programs" else o for o in plan.limits)
+        return replace(plan, limits=tuple(named))
 
     def account(self, device: str, holdings: Sequence[Holding]) -> Account:
         """Return the account of one device, measured now. Raises EngineError if there is no such device."""
@@ -90,10 +107,14 @@ class Planner:
         known = ", ".join(r.id for r in self._devices.readings)
         raise EngineError(f"There is no device {device!r} on this machine. There are: {known}.")
 
-    def _alternatives(self) -> Iterator[Alternative]:
-        """Yield the models that could be loaded instead, without those whose engine fails to estimate their memory."""
+    def _alternatives(self, snapshot: Snapshot) -> Iterator[Alternative]:
+        """Yield the models that could be loaded instead: none that is loaded already, or being loaded.
+
+        Models whose engine fails to estimate their memory are left out.
+        """
         for model in self._catalog.models.values():
-            if not model.fault:
+            holder = snapshot.holder(model)
+            if not model.fault and (holder is None or holder.state == "asleep"):
                 try:
                     yield Alternative(model.id, self.need(model))
                 except Exception as error:

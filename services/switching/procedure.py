@@ -15,13 +15,14 @@ from services.abort import Abort, Aborted
 from services.catalog import UnknownModel
 from services.engines.port import EngineError, LoadFailed, Model
 from services.scheduling import pause
+from services.sizes import format_size
 from services.switching.context import SwitchingContext
 from services.switching.fleet import Fleet
 from services.switching.jobs import Job, JobResult, Outcome, SwitchError
 from services.switching.lifecycle import Lifecycle, Slot
 from services.switching.mailbox import Mailbox
 from services.switching.member import Member, MemberState
-from services.switching.plan import Plan, Unload, refusal, say_gb
+from services.switching.plan import Plan, Unload, other_programs, refusal
 from services.switching.planner import Planner
 from services.switching.reconciler import Reconciler
 from services.switching.reporter import JobReporter
@@ -272,8 +273,9 @@ class Procedure:
             if self._scheduler.now() > deadline:
                 raise SwitchError(
                     "memory_not_freed",
-                    f"{say_gb(plan.required_bytes)} should be free on {ledger.name} by now, but only "
-                    f"{say_gb(ledger.available_bytes)} are: other programs hold {say_gb(ledger.other_bytes)}.",
+                    f"{format_size(plan.required_bytes)} should be free on {ledger.name} by now, but only "
+                    f"{format_size(ledger.available_bytes)} are. "
+                    f"{other_programs(ledger.other_bytes, self._planner.programs(plan.device))}",
                     plan=plan,
                 )
             pause(self._scheduler, MEMORY_POLL_SECONDS, job.token)

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from services.engines.port import Usage
+from services.sizes import format_size, gigabytes
 from services.switching.events import LoadView, SwitchStage, SwitchView, Unloading
 from services.switching.fleet import Fleet
 from services.switching.jobs import Job, JobResult, Outcome, SwitchError
 from services.switching.mailbox import Mailbox
 from services.switching.member import Member
-from services.switching.plan import Plan, say_gb
+from services.switching.plan import Limit, Plan
 from services.switching.progress import Estimate
 from services.text import running_again
 
@@ -75,7 +76,7 @@ class JobReporter:
         if not plan.unload:
             return
         self._load_from = LOADING_FROM
-        reason = f"to make room for {plan.target}, which needs {say_gb(plan.required_bytes)}"
+        reason = f"to make room for {plan.target}, which needs {format_size(plan.required_bytes)}"
         self._show(
             percent=UNLOADING_FROM,
             eta_seconds=plan.estimated_seconds,
@@ -208,17 +209,26 @@ def memory_figures(error: SwitchError) -> dict[str, object]:
     if not isinstance(plan, Plan):
         return {}
     return {
-        "required_gb": gb(plan.required_bytes),
-        "available_gb": gb(plan.available_bytes),
-        "can_free_gb": gb(plan.freeable_bytes),
+        "required_gb": gigabytes(plan.required_bytes),
+        "available_gb": gigabytes(plan.available_bytes),
+        "can_free_gb": gigabytes(plan.freeable_bytes),
         "freed_gb": 0,
-        "total_available_gb": gb(plan.available_bytes + plan.freeable_bytes),
+        "total_available_gb": gigabytes(plan.available_bytes + plan.freeable_bytes),
+        "limits": limit_figures(plan.limits),
     }
 
 
-def gb(size: int) -> float:
-    """Return bytes as decimal gigabytes with three digits, so that a model of 1 MB does not show as 0."""
-    return round(size / 1e9, 3)
+def limit_figures(limits: Sequence[Limit]) -> list[dict[str, object]]:
+    """Return the limits that keep a model out, for JSON: what each allows or holds, and how much more is needed."""
+    return [
+        {
+            "limit": limit.kind,
+            "gb": gigabytes(limit.bytes),
+            "short_gb": None if limit.short_bytes is None else gigabytes(limit.short_bytes),
+            "programs": [{"name": p.name, "pids": list(p.pids), "gb": gigabytes(p.bytes)} for p in limit.programs],
+        }
+        for limit in limits
+    ]
 
 
 def requested(job: Job) -> SwitchView:

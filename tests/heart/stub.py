@@ -22,6 +22,7 @@ from services.engines.port import (
     Usage,
 )
 from services.memory.ledger import Reading
+from services.memory.programs import Program
 from services.scheduling import pause
 from services.store.records import LoadRecord
 from tests.heart.virtual import VirtualScheduler
@@ -81,6 +82,10 @@ class Machine:
             )
             for device, total in self.totals.items()
         )
+
+    def programs(self, device: str, _ours: Collection[int]) -> Sequence[Program]:
+        held = self.others.get(device, 0)
+        return [Program("hog", held, (4242,))] if held else []
 
     def free(self, key: object) -> None:
         """What held memory has ended; the driver's account of it follows."""

@@ -48,6 +48,21 @@ def test_a_target_that_can_not_fit_is_refused_before_anything_is_touched(heart):
     assert heart.states() == {"small": "running"}
 
 
+def test_a_refusal_names_the_program_in_the_way_and_no_model_that_is_loaded(heart):
+    """Other programs hold 5 of 10 GB. `medium` would fit, but it is what answers now; `beta` does not, `small` does."""
+    heart.ready("medium")
+    heart.machine.others["host"] = 5_000_000_000
+    job = heart.done(heart.switch("large"))
+    assert job.error.code == "insufficient_memory"
+    assert "Other programs hold 5.0 GB, the largest of them hog (process 4242, 5.0 GB)." in job.error.message
+    assert "medium" not in job.error.message.replace("medium is still running.", "")
+    assert "medium" not in job.error.details["plan"].alternatives
+    (event,) = [event for event in job.follow() if event is not None and event.name == "error"]
+    (limit,) = event.data["limits"]
+    assert (limit["limit"], limit["gb"], limit["short_gb"]) == ("other_programs", 5.0, 4.0)
+    assert limit["programs"] == [{"name": "hog", "pids": [4242], "gb": 5.0}]
+
+
 def test_a_failed_load_restores_what_was_unloaded_and_says_both(heart):
     """The first cause with the log tail, and what is running now."""
     heart.ready("medium")

@@ -115,6 +115,11 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_is_touched(start_
     assert body["required_gb"] == 900.0
     assert body["total_available_gb"] < 900
     assert "huge needs 900.0 GB" in body["message"]
+    assert [limit["limit"] for limit in body["limits"]] == ["device_size"]
+    assert MINI not in body["message"].replace(f"{MINI} is still running", ""), "it answers already"
+    asked = console.ask("Hello", model="huge")
+    assert (asked.status_code, asked.json()["error"]["code"]) == (409, "insufficient_memory")
+    assert "System memory has" in asked.json()["error"]["message"]
     assert console.states()[MINI] == "running"
     assert before <= {p.pid for p in console.engines()}
     streamed = list(console.switch_stream("huge"))

@@ -23,7 +23,8 @@ def situations(draw: st.DrawFn) -> tuple[Reading, list[Holding]]:
     kind = draw(st.sampled_from(["gpu", "host"]))
     total = draw(SIZES)
     budget = total if kind == "host" and draw(st.booleans()) else None
-    reading = Reading("d", "Device", kind, total, draw(SIZES), budget)
+    installed = None if budget is None else total + draw(SIZES)
+    reading = Reading("d", "Device", kind, total, draw(SIZES), budget, installed_bytes=installed)
     holdings = [
         Holding(f"m{n}", device, draw(usages(device)), draw(SIZES))
         for n, device in enumerate(draw(st.lists(st.sampled_from(["d", "elsewhere"]), max_size=4)))
@@ -48,6 +49,26 @@ def test_what_is_available_is_really_free(situation: tuple[Reading, list[Holding
     reading, holdings = situation
     result = account(reading, holdings)
     assert result.available_bytes + result.reserved_bytes <= reading.free_bytes
+
+
+@given(situations())
+def test_what_is_available_is_the_smaller_of_what_measures_free_and_what_the_budget_leaves(
+    situation: tuple[Reading, list[Holding]],
+) -> None:
+    """So that it can be told which of the two is short; there is no budget where it limits nothing."""
+    reading, holdings = situation
+    result = account(reading, holdings)
+    limits = [result.free_bytes, *([] if result.budget_left_bytes is None else [result.budget_left_bytes])]
+    assert result.available_bytes == min(limits)
+    assert (result.budget_bytes is None) == (result.budget_left_bytes is None)
+    assert result.budget_bytes is None or result.budget_bytes < result.installed_bytes
+
+
+def test_what_others_hold_is_told_whole_beside_what_they_take_of_a_budget() -> None:
+    """16 GB, a budget of 10, 4 free: others hold 12, of which 6 are of the budget."""
+    reading = Reading("host", "System memory", "host", 10 * GB, 4 * GB, 10 * GB, installed_bytes=16 * GB)
+    result = account(reading, [])
+    assert (result.other_bytes, result.all_other_bytes, result.available_bytes) == (6 * GB, 12 * GB, 4 * GB)
 
 
 def test_mapped_weights_count_as_ours_on_the_host() -> None:

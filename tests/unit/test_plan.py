@@ -7,7 +7,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engines.port import Need, Rest
+from services.engines.port import Need, Rest, Usage
+from services.memory.ledger import Account, Holding, Reading, account
+from services.memory.programs import Program
 from services.switching.plan import Alternative, Loaded, Plan, Room, UnloadRules, make_plan, refusal
 
 STRATEGIES = ("largest_first", "oldest_first", "preserve_favorites", "cheapest_reload")
@@ -31,9 +33,22 @@ loaded_models = st.lists(
 )
 
 
+def device(name: str, installed: int, free: int, budget: int | None = None, ours: int = 0) -> Account:
+    """A device of which `free` bytes measure free, our models hold `ours`, and the rest belongs to other programs."""
+    total = installed if budget is None else min(installed, budget)
+    reading = Reading(name, name, "host", total, free, budget_bytes=budget, installed_bytes=installed)
+    return account(reading, [Holding("ours", name, Usage(name, ours))])
+
+
+def host_plan(required: int, memory: Account, loaded: list[Loaded], others: tuple[Alternative, ...] = ()) -> Plan:
+    """A plan for the host, in bytes."""
+    need = Need("host", required, "declared")
+    return make_plan("target", need, Room(memory), loaded, UnloadRules("largest_first"), others=others)
+
+
 def plan_for(need: int, available: int, loaded: list[Loaded], **options: object) -> Plan:
     rules = {name: options.pop(name) for name in ("strategy", "auto_unload", "instead_of") if name in options}
-    room = Room(available, 200 * GB, options.pop("host_available_bytes", 0))  # type: ignore[arg-type]
+    room = Room(device("gpu0", 200 * GB, available), options.pop("host_available_bytes", 0))  # type: ignore[arg-type]
     return make_plan(
         "target",
         Need("gpu0", need, "declared"),
@@ -116,7 +131,7 @@ def test_into_this_machines_memory_nobody_is_put_to_sleep():
     plan = make_plan(
         "target",
         Need("host", 6 * GB, "declared"),
-        Room(0, 16 * GB, host_available_bytes=16 * GB),
+        Room(device("host", 16 * GB, 0), host_available_bytes=16 * GB),
         [spilled],
         UnloadRules("largest_first"),
     )
@@ -162,6 +177,72 @@ def test_a_refusal_names_what_blocks_it_and_the_largest_model_that_fits():
     words = refusal(plan)
     for expected in ("150.0 GB", "10.0 GB", "pinned-one (it is pinned)", "fits"):
         assert expected in words
+
+
+def test_a_refusal_names_the_setting_when_the_budget_is_what_bites():
+    """With the value that would do: the machine itself has room enough."""
+    memory = device("host", 64 * GB, 50 * GB, budget=10 * GB, ours=3 * GB)
+    plan = host_plan(9_010_000_000, memory, [Loaded("stays", "host", 3 * GB, keep_reason="it is pinned")])
+    assert [limit.kind for limit in plan.limits] == ["memory_budget_gb"]
+    words = refusal(plan)
+    assert "The setting memory_budget_gb limits all models together to 10.0 GB. Raise it to at least 12.1" in words
+    assert "stays (it is pinned)" in words
+    assert "rograms" not in words
+
+
+def test_a_refusal_names_other_programs_when_free_memory_is_what_bites():
+    """By name, with what they hold; nothing is said of a setting that has nothing to do with it."""
+    plan = host_plan(9 * GB, device("host", 16 * GB, 5 * GB), [])
+    (limit,) = plan.limits
+    assert (limit.kind, limit.bytes, limit.short_bytes) == ("other_programs", 11 * GB, 4 * GB)
+    named = replace(limit, programs=(Program("blender", 8 * GB, (7,)), Program("tabs", 2 * GB, (8, 9))))
+    assert named.words == (
+        "Other programs hold 11.0 GB, the largest of them blender (process 7, 8.0 GB) and tabs (2 processes, 2.0 GB). "
+        "Close some of them, so that 4.0 GB more is free."
+    )
+    assert "memory_budget_gb" not in refusal(plan)
+
+
+def test_a_refusal_names_both_when_neither_alone_would_do():
+    """A budget of 10 GB, and 8 of 16 GB held by others."""
+    plan = host_plan(12 * GB, device("host", 16 * GB, 8 * GB, budget=10 * GB), [])
+    assert [(limit.kind, limit.bytes, limit.short_bytes) for limit in plan.limits] == [
+        ("memory_budget_gb", 10 * GB, 2 * GB),
+        ("other_programs", 8 * GB, 4 * GB),
+    ]
+
+
+def test_a_refusal_names_the_device_when_it_is_too_small_as_a_whole():
+    """Neither closing programs nor a larger budget would help."""
+    plan = host_plan(40 * GB, device("host", 16 * GB, 8 * GB, budget=10 * GB), [])
+    assert [limit.words for limit in plan.limits] == ["host has 16.0 GB in all: choose a smaller model."]
+
+
+def test_other_programs_are_not_blamed_for_what_a_pinned_model_holds():
+    """What they hold would not be enough, and unloading the pinned model would."""
+    memory = device("host", 24 * GB, 7 * GB, ours=16 * GB)
+    plan = host_plan(10 * GB, memory, [Loaded("stays", "host", 16 * GB, keep_reason="it is pinned")])
+    assert (plan.limits, [b.model for b in plan.blocked_by]) == ((), ["stays"])
+
+
+@given(
+    st.integers(1, 100 * GB),
+    st.integers(1, 100 * GB),
+    st.integers(0, 100 * GB),
+    st.none() | st.integers(1, 120 * GB),
+    loaded_models,
+)
+def test_every_refusal_names_what_bites_and_no_plan_else_names_a_limit(required, installed, free, budget, loaded):
+    """Models that stay, or limits; and of each limit what it says is short is really missing."""
+    loaded = [replace(m, device="host") for m in loaded]
+    memory = device("host", installed, min(free, installed), budget, sum(m.bytes for m in loaded))
+    plan = host_plan(required, memory, loaded)
+    assert bool(plan.limits or plan.blocked_by) is not plan.feasible
+    for limit in plan.limits:
+        if limit.kind == "memory_budget_gb" and limit.short_bytes is not None:
+            assert limit.bytes + limit.short_bytes <= installed
+        if limit.kind == "other_programs" and limit.short_bytes is not None:
+            assert limit.short_bytes <= limit.bytes
 
 
 @given(st.integers(0, 50 * GB), st.integers(0, 100 * GB), loaded_models)
