@@ -13,7 +13,7 @@ import pytest
 from tests.fakes.hub import COMMIT, FakeHub, Repo
 from tests.support.console import Console, wait_until
 from tests.support.docker import FAKE_VLLM_IMAGE, DockerEngine
-from tests.support.hub import TINY_MODEL, fill_cache, hub_environment
+from tests.support.hub import SHARDED_MODEL, TINY_MODEL, fill_cache, hub_environment
 from tests.support.stopwatch import Stopwatch
 
 StartConsole = Callable[..., Console]
@@ -49,8 +49,9 @@ MODELS = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that has the files of every model already."""
     folder = tmp_path_factory.mktemp("vllm")
-    for model in (A, B, BAD, SLOW, STUCK, LONE):
+    for model in (A, B, BAD, STUCK, LONE):
         fill_cache(folder / "hub", model, TINY_MODEL)
+    fill_cache(folder / "hub", SLOW, SHARDED_MODEL)
     return folder
 
 
@@ -131,7 +132,8 @@ def test_a_switch_makes_a_container_and_a_chat_reaches_it(console, docker):
     assert events[-1][0] == "complete"
     phases = [data["phase"] for name, data in events if name == "progress" and "phase" in data]
     assert {"loading_weights", "warming_up"} <= set(phases)
-    assert any("shards" in str(data.get("detail")) for _, data in events)
+    details = [str(data.get("detail")) for _, data in events]
+    assert "3 of 6 shards, 0.6 of 1.2 MB" in details
     progress = [data["progress"] for _, data in events if "progress" in data]
     assert progress == sorted(progress)
     assert running(docker) == [SLOW]

@@ -220,6 +220,19 @@ def test_the_token_and_the_revision_are_those_of_the_model(weights, cache):
     assert weights.size_bytes(listed("org/gated")) is None
 
 
+@pytest.mark.usefixtures("hub")
+def test_the_sizes_of_its_files_are_told_in_the_order_in_which_they_are_loaded(cache):
+    """By their names, with numbers counted as such; none as long as they are not here."""
+    weights = VllmWeights(cache, HubProcess())
+    files = {f"model-{n}.safetensors": bytes(n * 1000) for n in (1, 2, 10)}
+    fill_cache(cache, "org/many", {**TINY_MODEL, "model.safetensors": bytes(500), **files})
+    assert weights.shard_bytes(listed("org/many")) == ()
+    weights.size_bytes(listed("org/many"))
+    assert weights.shard_bytes(listed("org/many")) == (1000, 2000, 10_000, 500)
+    weights.size_bytes(listed("org/model"))
+    assert weights.shard_bytes(listed("org/model")) == ()
+
+
 def test_a_cache_that_hangs_holds_up_nobody(cache, monkeypatch):
     """The catalogue asks every two seconds: what was last seen stands until its disk answers."""
     weights, go_on, sizes = VllmWeights(cache, HubProcess()), threading.Event(), CachedModel._sizes

@@ -19,6 +19,13 @@ RETRY_PAUSE = 0.02
 TINY_MODEL = {"config.json": b"{}", "tokenizer.json": b"{} ", "model.safetensors": b"weights" * 100}
 """As much as makes a model that vLLM would load, by the names of its files."""
 
+SHARDED_MODEL = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{} ",
+    **{f"model-0000{n}-of-00006.safetensors": bytes([n]) * 200_000 for n in range(1, 7)},
+}
+"""One of as many shards as the recorded starts of vLLM count; 1.2 MB."""
+
 
 @contextmanager
 def hub_running(repos: Mapping[str, Repo], monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[FakeHub]:

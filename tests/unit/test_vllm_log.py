@@ -17,6 +17,7 @@ from services.switching.progress import ORDER
 
 RECORDED = Path(__file__).parents[1] / "transcripts" / "vllm"
 GIB = 2**30
+GB = 10**9
 
 OLD = "INFO 08-25 18:29:27 model_runner.py:879] "
 NEW = "INFO 04-09 02:05:53 [gpu_model_runner.py:1273] "
@@ -150,6 +151,23 @@ def test_a_recorded_start_says_how_far_it_is():
         Evidence("initializing_gpu", 1.0, "cache for 65536 tokens"),
         Evidence("warming_up", 1.0),
     ]
+
+
+def test_where_the_sizes_of_its_files_are_known_bytes_are_told_beside_shards():
+    """And they say how far it is: the last three of these six are most of it."""
+    told = VllmLog(shard_bytes=[GB, GB, GB, 9 * GB, 9 * GB, 4 * GB]).feed((RECORDED / "ok-eager.log").read_bytes())
+    assert told[1:4] == [
+        Evidence("loading_weights", 0.0, "0 of 6 shards, 0.0 of 25.0 GB"),
+        Evidence("loading_weights", 0.12, "3 of 6 shards, 3.0 of 25.0 GB"),
+        Evidence("loading_weights", 1.0, "6 of 6 shards, 25.0 of 25.0 GB"),
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(), (GB, GB), (0,) * 6])
+def test_sizes_of_other_files_than_it_counts_say_nothing(sizes):
+    """It may load from another place, or a second model's weights: unknown bytes are left out."""
+    told = VllmLog(shard_bytes=sizes).feed((RECORDED / "ok-eager.log").read_bytes())
+    assert told[2] == Evidence("loading_weights", 0.5, "3 of 6 shards")
 
 
 def test_compiling_on_a_cpu_is_initialising_of_unknown_length():

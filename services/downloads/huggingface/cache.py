@@ -23,7 +23,7 @@ from pathlib import Path
 from services.downloads.fetcher import DownloadError
 from services.downloads.huggingface.files import DIGEST_CHARACTERS, SUFFIX
 from services.downloads.huggingface.names import HubName
-from services.downloads.huggingface.weight_files import choose, index_of, lacking, weights_of
+from services.downloads.huggingface.weight_files import choose, in_load_order, index_of, lacking, weights_of
 
 USUAL_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -43,12 +43,15 @@ class CachedModel:
         sizes = self._sizes()
         return lacking(sizes, self._indexed(sizes)) if sizes else ("all of its files",)
 
-    def size_bytes(self) -> int | None:
-        """Bytes of its weights; None when they are not all here. Opens one short file and looks at the others."""
+    def shard_bytes(self) -> tuple[int, ...]:
+        """The sizes of its weights' files, in the order in which vLLM loads them; empty when they are not all here.
+
+        Opens one short file and looks at the others.
+        """
         sizes = self._sizes()
         if lacking(sizes):
-            return None
-        return sum(sizes[path] or 0 for path in weights_of(sizes))
+            return ()
+        return tuple(sizes[path] or 0 for path in in_load_order(weights_of(sizes)))
 
     def _sizes(self) -> dict[str, int | None]:
         """Every file of the snapshot with its size, None where its blob is missing."""

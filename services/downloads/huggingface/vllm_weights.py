@@ -23,6 +23,7 @@ from services.downloads.progress import Figures
 from services.downloads.transfer import TransferObserver
 from services.engines.port import Evidence, LoadFailed, Model, Report
 from services.offhub import NativeThreads, SharedCall
+from services.sizes import format_part
 
 log = structlog.get_logger(__name__)
 
@@ -50,8 +51,8 @@ class VllmWeights:
         self._process = process
         self._disk = DiskCheck({"huggingface": lambda: self._cache}, margin_bytes=margin_bytes)
         self._threads = NativeThreads(1, FETCH_LOOK_SECONDS)
-        self._looks: dict[HubName, SharedCall[int | None]] = {}
-        self._sizes: dict[HubName, int | None] = {}
+        self._looks: dict[HubName, SharedCall[tuple[int, ...]]] = {}
+        self._shards: dict[HubName, tuple[int, ...]] = {}
 
     def size_bytes(self, model: Model) -> int | None:
         """How large its weights are, as they lie in the cache; None when they don't. Never raises.
@@ -64,13 +65,24 @@ class VllmWeights:
             return None
         if name is None:
             return None
-        look = self._looks.setdefault(name, SharedCall(CachedModel(self._cache, name).size_bytes))
+        look = self._looks.setdefault(name, SharedCall(CachedModel(self._cache, name).shard_bytes))
         with suppress(TimeoutError):
-            self._sizes[name] = look(LOOK_SECONDS)
-        return self._sizes.get(name)
+            self._shards[name] = look(LOOK_SECONDS)
+        return sum(self._shards.get(name, ())) or None
+
+    def shard_bytes(self, model: Model) -> tuple[int, ...]:
+        """The sizes of its weights' files in the order in which vLLM loads them, as `size_bytes` last saw them.
+
+        Empty where it did not. No I/O, never raises.
+        """
+        try:
+            name = _name_of(model, {})
+        except LoadFailed:
+            return ()
+        return self._shards.get(name, ()) if name is not None else ()
 
     def fetches(self, model: Model) -> bool:
-        """Whether its weights come from the hub through here. Asks nobody, never raises."""
+        """Whether its weights come from the hub through here. No I/O, never raises."""
         try:
             return _name_of(model, {}) is not None
         except LoadFailed:
@@ -139,9 +151,8 @@ class _Progress:
 
 
 def _words(phase: Phase, done: int, total: int) -> str:
-    scale, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
     checking = ", checking them" if phase == "verifying" else ""
-    return f"{done / scale:.1f} of {total / scale:.1f} {unit} of the weights{checking}"
+    return f"{format_part(done, total)} of the weights{checking}"
 
 
 def _name_of(model: Model, environment: Mapping[str, str]) -> HubName | None:

@@ -38,6 +38,7 @@ LEFT_OUT = ("original", "onnx", "metal")
 """Folders that hold the same weights once more."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.\w+")
+_NUMBER = re.compile(r"([0-9]+)")
 _ARCHIVE = re.compile(r"\.tar[^/]*$")
 
 
@@ -76,6 +77,14 @@ def weights_of(listed: Iterable[str]) -> tuple[str, ...]:
             if found:
                 return found
     return ()
+
+
+def in_load_order(weights: Iterable[str]) -> list[str]:
+    """These weights as vLLM 0.32 loads them: by their names, with numbers counted as such.
+
+    Older versions take them as their directory lists them.
+    """
+    return sorted(weights, key=lambda path: [int(part) if part.isdecimal() else part for part in _NUMBER.split(path)])
 
 
 def index_of(weights: Collection[str]) -> str | None:

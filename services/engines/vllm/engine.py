@@ -76,6 +76,9 @@ class Weights(Protocol):
     def size_bytes(self, model: Model) -> int | None:
         """How large they are, where they are here; None where they aren't. No I/O beyond this disk; never raises."""
 
+    def shard_bytes(self, model: Model) -> Sequence[int]:
+        """The sizes of its files in the order in which vLLM loads them, as last seen; empty when unknown. No I/O."""
+
     def fetches(self, model: Model) -> bool:
         """Whether `fetch` would fetch them at all. No network; never raises."""
 
@@ -193,7 +196,9 @@ class Vllm:
             return self._made_runtime
 
     def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
-        host = Host(self._runtime, self._gpu_bytes, self._settle, self._note_end, self._kept_asleep)
+        host = Host(
+            self._runtime, self._gpu_bytes, self._settle, self._note_end, self._kept_asleep, self._weights.shard_bytes
+        )
         instance = VllmInstance(host, model, self._spec(model), self._device(model), on_exit, found)
         self._instances.add(instance)
         return instance

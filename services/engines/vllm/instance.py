@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,8 @@ class Host:
     """What every instance shares: what runs its container, and who measures its device.
 
     `settle` waits until a device's free memory stands still; `on_end` is told of a container whose run is over.
-    `kept_asleep` holds the bytes that models were measured to keep of their GPU in their sleep, by id.
+    `kept_asleep` holds the bytes that models were measured to keep of their GPU in their sleep, by id. `shard_bytes`
+    tells the sizes of a model's files in the order in which they are loaded; none where they are unknown.
     """
 
     runtime: ContainerRuntime
@@ -72,6 +73,7 @@ class Host:
     settle: Callable[[str], None]
     on_end: Callable[[Container], None]
     kept_asleep: MutableMapping[str, int]
+    shard_bytes: Callable[[Model], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class VllmInstance:
         self._oom_kills = out_of_memory.kills()
         self._lock = threading.Lock()
         self._starting = threading.Lock()
-        self._log = VllmLog()
+        self._log = VllmLog(shard_bytes=host.shard_bytes(model))
         self._news: list[Evidence] = []
         self._container = found.container if found is not None else None
         self._stream: Stream[bytes] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from services.engines.port import Evidence
@@ -16,6 +17,7 @@ from services.engines.vllm.facts import GIB, Facts, learn
 from services.engines.vllm.facts import MARKS as FACT_MARKS
 from services.engines.vllm.failures import MARKS as FAILURE_MARKS
 from services.engines.vllm.failures import Diagnosis, FailureLog
+from services.sizes import format_part
 from services.switching.progress import ORDER
 
 LONGEST_LINE = 16_384
@@ -26,13 +28,15 @@ LONGEST_BAR = 600
 class VllmLog:
     """Reads the output of one start; give it each new piece, split anywhere.
 
-    `downloads`: the weights have to be fetched first. vLLM says that it loads a model before it fetches it and nothing
-    while it does, so what comes before the first shard is then told as the download.
+    `shard_bytes` are the sizes of the files that vLLM loads, in its order, where they are known: it counts shards, but
+    not their bytes. `downloads`: the weights have to be fetched first. vLLM says that it loads a model before it
+    fetches it and nothing while it does, so what comes before the first shard is then told as the download.
     """
 
-    def __init__(self, *, downloads: bool = False) -> None:
+    def __init__(self, *, shard_bytes: Sequence[int] = (), downloads: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = ""
+        self._shard_bytes = shard_bytes
         self._downloads = downloads
         self._last: Evidence | None = None
         self._failures = FailureLog()
@@ -54,7 +58,8 @@ class VllmLog:
         for line in lines:
             told += self._read(line[:LONGEST_LINE])
         if not self.ready and len(self._rest) <= LONGEST_BAR and "%" in self._rest:
-            told += self._news(_bar(_plain(self._rest)))  # the end of a bar's line comes with its next state
+            # The end of a bar's line comes with its next state.
+            told += self._news(_bar(_plain(self._rest), self._shard_bytes))
         return told
 
     def _read(self, line: str) -> list[Evidence]:
@@ -65,7 +70,7 @@ class VllmLog:
         told: list[Evidence] = []
         if says_progress(line):
             line = _plain(line)
-            told += self._news(_bar(line))
+            told += self._news(_bar(line, self._shard_bytes))
             self.facts = learn(self.facts, line)
             told += self._news(self._phase(line))
             if "Application startup complete." in line:
@@ -159,20 +164,29 @@ _GRAPH_SHARES = {"mixed": (0.0, 0.45), "decode": (0.45, 0.9)}
 one without a name."""
 
 
-def _bar(line: str) -> Evidence | None:
+def _bar(line: str, shard_bytes: Sequence[int]) -> Evidence | None:
     """What a progress bar on this line has counted; only what is drawn up to its `[` counts, so that a piece of it can
     not be misread."""
     shards = _SHARDS.search(line)
     if shards is not None:
-        done, total = int(shards.group(2)), int(shards.group(3))
-        what = "shards" if shards.group(1) else "parts"
-        return Evidence("loading_weights", _fraction(done, total), f"{done} of {total} {what}")
+        words = "shards" if shards.group(1) else "parts"
+        return _shards_read(int(shards.group(2)), int(shards.group(3)), words, shard_bytes)
     graphs = _GRAPHS.search(line)
     if graphs is None:
         return None
     done, total = int(graphs.group(2)), int(graphs.group(3))
     low, high = next((s for name, s in _GRAPH_SHARES.items() if name in graphs.group(1)), (0.0, 0.9))
     return Evidence("warming_up", low + (high - low) * _fraction(done, total), f"{done} of {total} graphs")
+
+
+def _shards_read(done: int, total: int, words: str, shard_bytes: Sequence[int]) -> Evidence:
+    """How many shards are read, and how many bytes that is. Sizes of another number of files are not those it reads."""
+    counted = f"{done} of {total} {words}"
+    size = sum(shard_bytes)
+    if len(shard_bytes) != total or not size:
+        return Evidence("loading_weights", _fraction(done, total), counted)
+    read = sum(shard_bytes[:done])
+    return Evidence("loading_weights", _fraction(read, size), f"{counted}, {format_part(read, size)}")
 
 
 def _fraction(done: int, total: int) -> float:
