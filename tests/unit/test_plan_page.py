@@ -1,4 +1,4 @@
-"""What the plan says of a model that doesn't fit, over HTTP: the setting by its name, and nothing that is loaded."""
+"""The plan over HTTP, for people and for scripts: why a model doesn't fit, and the links to the models it names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from blueprints import filters
 from services.engines.port import Need
 from tests.support.in_process import InProcess, in_process
 
@@ -48,6 +49,28 @@ def test_a_model_that_is_loaded_is_not_offered_instead(tight: InProcess) -> None
     assert plan_of(tight)["alternatives"] == []
     page = tight.client.get(f"/models/plan?target={SMALL}").text
     assert "would fit" not in page
+
+
+def test_the_plan_links_to_the_models_page_and_to_the_rows_of_the_models_it_names(tight: InProcess) -> None:
+    """As the banner does, also on the page that is shown without JavaScript."""
+    page = tight.client.get(f"/models/plan?target={SMALL}&back=/").text
+    assert link_to_row(SMALL) in page
+    assert '<a class="button" href="/models">Models</a>' in page
+    on_models = tight.client.get(f"/models/plan?target={SMALL}&back=/models").text
+    assert on_models.count('class="button"') == 1, "Back leads there already"
+
+
+def test_a_dialog_on_the_models_page_has_no_links_into_the_page_behind_it(tight: InProcess) -> None:
+    """They would move what is behind the dialog, and leave the dialog open."""
+    dialog = tight.client.get(f"/models/plan?target={SMALL}", headers={"HX-Request": "true"}).text
+    assert f"<b>{SMALL}</b>" in dialog
+    assert "/models#row-" not in dialog
+    on_chat = tight.client.get(f"/models/plan?target={SMALL}&back=/", headers={"HX-Request": "true"}).text
+    assert link_to_row(SMALL) in on_chat
+
+
+def link_to_row(model_id: str) -> str:
+    return f'<a class="model-link" href="/models#row-{filters.dom_id(model_id)}">{model_id}</a>'
 
 
 def plan_of(tight: InProcess) -> dict[str, object]:
