@@ -1,7 +1,7 @@
-"""Fixtures that every suite shares. `tests/README.md` says which one a test asks for.
+"""Fixtures shared by all suites. `tests/README.md` says which one to use.
 
-From the cheapest to the dearest: `client` (Flask's test client, no process), `console` (the module's console, at rest),
-`start_shared` (for modules with another one), `start_console` (one of the test's own: 1.5 s of a core).
+From cheapest to most expensive: `client` (Flask's test client, no process), `console` (the module's console, reset),
+`start_shared` (for modules that need a different one), `start_console` (one per test: 1.5 s of a core).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SLOWEST_FIRST = ("browser", "integration", "engines")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several workers share the files, the long ones come first, so that none is left with one at the end."""
+    """Run the slowest folders first when several workers share the files, so that no worker ends with a long one."""
     if hasattr(config, "workerinput"):
         folders = [*SLOWEST_FIRST, ""]
         items.sort(key=lambda item: min(folders.index(part) for part in folders if part in ("", item.path.parent.name)))
@@ -31,19 +31,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Flask]]:
-    """Makes apps as `app` is; keyword arguments are settings."""
-    from app import create_app  # half a second that a run without it is spared
+    """Make an app like `app`; keyword arguments are settings."""
+    from app import create_app  # imported here: it takes half a second, which runs without this fixture save
 
     for name in [name for name in os.environ if name.startswith(("SWITCHYARD_", "OLLAMA_", "HF_", "DOCKER_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)  # no settings file of whoever runs the tests
+    monkeypatch.chdir(tmp_path)  # so that no settings file of the developer is read
     with ExitStack() as made:
 
         def make(**settings: object) -> Flask:
             state = tmp_path / "app-state"
             put_empty_database(state)
-            told = {"state_dir": state, "models_dir": DEMO_MODELS, "ollama_base_url": NO_OLLAMA, **settings}
-            app = create_app(**told)
+            values = {"state_dir": state, "models_dir": DEMO_MODELS, "ollama_base_url": NO_OLLAMA, **settings}
+            app = create_app(**values)
             services = made.enter_context(closing(app.extensions["switchyard"]))
             services.catalog.refresh()
             monkeypatch.setattr(services.switcher, "wait_first_pass", lambda _timeout: True)  # no engine is polled here
@@ -54,22 +54,22 @@ def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 @pytest.fixture
 def app(make_app: Callable[..., Flask]) -> Flask:
-    """The app without a server: its services are built and not started, so that no engine and no greenlet runs.
+    """The app without a server: its services are built and not started, so no engine and no greenlet runs.
 
-    It knows the demo models, of which none is loaded.
+    It lists the demo models; none is loaded.
     """
     return make_app()
 
 
 @pytest.fixture
 def client(app: Flask) -> FlaskClient:
-    """Asks `app`: for what is pure HTTP."""
+    """Flask's test client of `app`, for what is pure HTTP."""
     return app.test_client()
 
 
 @pytest.fixture(scope="module")
 def start_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartConsole]:
-    """Starts consoles that the tests of a module share; keyword arguments are Console's."""
+    """Start consoles that the tests of a module share; keyword arguments are Console's."""
     started: list[Console] = []
 
     def start(**options: object) -> Console:
@@ -84,22 +84,22 @@ def start_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartCons
 
 @pytest.fixture(scope="module")
 def shared(start_shared: StartConsole) -> Console:
-    """The module's console: the embedded engine and the demo models. A module may have another one by this name."""
+    """The module's console: the embedded engine and the demo models. A module may override it."""
     return start_shared()
 
 
 @pytest.fixture
 def console(shared: Console) -> Console:
-    """The module's console as if it had just started: nothing loaded, nothing under way, nothing to tell.
+    """The module's console as if it had just started: nothing loaded, nothing under way, nothing to report.
 
-    What it learned from earlier tests it still knows, as the time of a load, or a conversation.
+    What it learned from earlier tests stays, such as load times and conversations.
     """
     return shared.reset()
 
 
 @pytest.fixture
 def start_console(tmp_path: Path) -> Iterator[StartConsole]:
-    """Starts real consoles that end with the test; keyword arguments are Console's."""
+    """Start real consoles that end with the test; keyword arguments are Console's."""
     started: list[Console] = []
 
     def start(**options: object) -> Console:
@@ -116,13 +116,13 @@ def start_console(tmp_path: Path) -> Iterator[StartConsole]:
 
 @pytest.fixture
 def own_console(start_console: StartConsole) -> Console:
-    """A console of the test's own, with the embedded engine and the demo models: to end it, or to see it new."""
+    """A console for this test only, with the embedded engine and the demo models: to end it, or to see it new."""
     return start_console()
 
 
 @pytest.fixture
 def start_with_fakes(start_console: StartConsole) -> StartConsole:
-    """Starts consoles of the test's own whose models run on the stand-in llama-server."""
+    """Start consoles for this test only whose models run on the fake llama-server."""
 
     def start(toml: str, **options: object) -> Console:
         return start_console(toml=toml, llamacpp_server=FAKE_LLAMA_SERVER, **options)
@@ -132,15 +132,15 @@ def start_with_fakes(start_console: StartConsole) -> StartConsole:
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[DockerEngine]:
-    """A real Docker engine of the worker's own, with the stand-in vLLM's image; who makes containers removes them."""
-    assert os.geteuid() == 0, "A Docker engine of one's own needs root: run the tests as root."
+    """A real Docker engine per test worker, with the fake vLLM's image; tests remove the containers they create."""
+    assert os.geteuid() == 0, "The tests' own Docker engine needs root: run the tests as root."
     with docker_engine() as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def gpu_docker() -> Iterator[DockerEngine]:
-    """Another one, which can hand GPUs to containers; `tests/fakes/gpu` is their driver."""
-    assert os.geteuid() == 0, "A Docker engine of one's own needs root: run the tests as root."
+    """A second Docker engine, which can give GPUs to containers; `tests/fakes/gpu` is their driver."""
+    assert os.geteuid() == 0, "The tests' own Docker engine needs root: run the tests as root."
     with docker_engine(gpus=True) as engine:
         yield engine

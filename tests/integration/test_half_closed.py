@@ -31,7 +31,7 @@ def asked(console: Console, model: str, version: str = "1.1", **body: object) ->
     """A client that has asked a model for an answer."""
     wish = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], **body})
     raw = Raw(console.port)
-    raw.say(f"POST {CHAT} HTTP/{version}", "Host: localhost", f"Content-Length: {len(wish)}")
+    raw.send_head(f"POST {CHAT} HTTP/{version}", "Host: localhost", f"Content-Length: {len(wish)}")
     raw.send(wish.encode())
     return raw
 
@@ -43,7 +43,7 @@ def test_a_client_that_sends_nothing_more_gets_its_answer(console, stream, versi
     console.switch("talker")
     with asked(console, "talker", version, stream=stream) as raw:
         raw.half_close()
-        answer = raw.answer()
+        answer = raw.response()
     assert answer.status == 200
     assert b"words." in answer.body
     assert set(answer.interim) <= {100}
@@ -66,7 +66,7 @@ def test_it_gets_its_answer_from_a_model_that_has_to_be_loaded_first(console):
     """Waiting for its place it counts as there."""
     with asked(console, "coming") as raw:
         raw.half_close()
-        answer = raw.answer()
+        answer = raw.response()
     assert answer.status == 200
     assert b"words." in answer.body
 
@@ -74,9 +74,9 @@ def test_it_gets_its_answer_from_a_model_that_has_to_be_loaded_first(console):
 def test_it_gets_any_other_page_as_well(console):
     """Nobody watches those."""
     with Raw(console.port) as raw:
-        raw.say("GET /v1/models/status HTTP/1.1", "Host: localhost")
+        raw.send_head("GET /v1/models/status HTTP/1.1", "Host: localhost")
         raw.half_close()
-        assert raw.answer().status == 200
+        assert raw.response().status == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -102,7 +102,7 @@ def test_one_that_left_in_the_middle_of_a_stream_is_noticed(console):
     console.switch("talker")
     with asked(console, "talker", stream=True) as raw:
         raw.half_close()
-        assert raw.arrived()
+        assert raw.receive()
     in_flight(console, "talker", 0)
 
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from tests.support.console import FAKE_LLAMA_SERVER, Console, fake_model
-from tests.support.raw import Answer, Raw, chunked
+from tests.support.raw import Raw, Response, chunked
 
 WISHES = {
     "/v1/models/switch": {"target_model": "plain"},
@@ -25,17 +25,17 @@ def shared(start_shared) -> Console:
     return start_shared(toml=fake_model("plain"), llamacpp_server=FAKE_LLAMA_SERVER, max_body_mb=0.1)
 
 
-def send(console: Console, path: str, framing: str, *pieces: bytes) -> Answer:
+def send(console: Console, path: str, framing: str, *pieces: bytes) -> Response:
     """A POST with this body, after which nothing more is sent."""
     with Raw(console.port) as raw:
-        raw.say(f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", framing)
+        raw.send_head(f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", framing)
         for piece in pieces:
             raw.send(piece)
         raw.half_close()
-        return raw.answer()
+        return raw.response()
 
 
-def check_refused(console: Console, answer: Answer, path: str, status: int) -> None:
+def check_refused(console: Console, answer: Response, path: str, status: int) -> None:
     """It is an error of the contract, in its shape, the last thing on its connection, and nothing was done."""
     assert answer.status == status, answer
     document = json.loads(answer.body)
@@ -86,7 +86,7 @@ def test_a_form_that_ends_early_is_refused_and_not_executed(console):
     """A switch by the page's own button."""
     form = b"target_model=plain&confirm=yes"
     with Raw(console.port) as raw:
-        raw.say(
+        raw.send_head(
             "POST /models/switch HTTP/1.1",
             "Host: localhost",
             "Content-Type: application/x-www-form-urlencoded",
@@ -94,7 +94,7 @@ def test_a_form_that_ends_early_is_refused_and_not_executed(console):
         )
         raw.send(form)
         raw.half_close()
-        check_refused(console, raw.answer(), "/models/switch", 400)
+        check_refused(console, raw.response(), "/models/switch", 400)
 
 
 @pytest.mark.parametrize("path", WISHES)
@@ -108,10 +108,10 @@ def test_a_chunked_body_is_limited_like_any_other(console, path):
 def test_a_chunked_body_without_end_is_refused_before_it_ends(shared):
     """Whoever sends it need not stop for that."""
     with Raw(shared.port) as raw:
-        raw.say("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked")
+        raw.send_head("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked")
         for _ in range(8):
             raw.send(chunked(b" " * 50_000))
-        assert raw.answer().status == 413
+        assert raw.response().status == 413
 
 
 def test_a_whole_chunked_body_is_executed(console):

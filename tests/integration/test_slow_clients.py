@@ -58,8 +58,8 @@ def test_thousands_of_slow_and_idle_clients_leave_others_served(console, crowd):
             answer = console.ask("Hello", model="plain")
             assert answer.status_code == 200
             with Raw(console.port, "127.0.0.2") as raw:
-                raw.say("GET /v1/models/status HTTP/1.1", "Host: localhost", "Connection: close")
-                assert raw.answer().status == 200
+                raw.send_head("GET /v1/models/status HTTP/1.1", "Host: localhost", "Connection: close")
+                assert raw.response().status == 200
         assert kept.get(f"{console.url}/healthz", timeout=TIMEOUT).status_code == 200
     assert "Traceback" not in console.output()
 
@@ -70,8 +70,8 @@ def test_a_body_that_dribbles_is_told_and_a_head_that_dribbles_is_not_waited_for
     with Raw(console.port) as slow_head, Raw(console.port) as slow_body, Raw(console.port) as steady:
         slow_head.send(b"POST /v1/chat/completions HTTP/1.1\r\n")
         head = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost")
-        slow_body.say(*head, f"Content-Length: {len(body)}")
-        steady.say(*head, f"Content-Length: {len(body)}")
+        slow_body.send_head(*head, f"Content-Length: {len(body)}")
+        steady.send_head(*head, f"Content-Length: {len(body)}")
         over = threading.Event()
 
         def dribble() -> None:
@@ -85,11 +85,11 @@ def test_a_body_that_dribbles_is_told_and_a_head_that_dribbles_is_not_waited_for
         sender = threading.Thread(target=dribble)
         sender.start()
         try:
-            refused = slow_body.answer()
+            refused = slow_body.response()
             assert (refused.status, b'"code":"request_timeout"' in refused.body) == (408, True)
-            assert slow_head.arrived() == b""
+            assert slow_head.receive() == b""
             sender.join()
-            assert steady.answer().status == 409, "all of it was taken: no model is loaded"
+            assert steady.response().status == 409, "all of it was taken: no model is loaded"
         finally:
             over.set()
             sender.join()

@@ -1,4 +1,4 @@
-"""The app's own image, built from a base that needs no internet, and run through `compose.yaml`."""
+"""Build the app's Docker image from a base that needs no internet, and run it through `compose.yaml`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.console import ROOT
 from tests.support.docker import DockerEngine, program
 
 IMAGE = "switchyard:latest"
-"""What compose.yaml calls it."""
+"""The image's name in compose.yaml."""
 BASE_REPOSITORY, BASE_TAG = "switchyard-test/base", "1"
 BUILD_SECONDS = 300
 COMPOSE_SECONDS = 120
@@ -29,7 +29,7 @@ COMPOSE_SECONDS = 120
 
 @dataclass(frozen=True, slots=True)
 class AppImage:
-    """What the build made. Sizes in bytes; `index` is the address that packages came from."""
+    """Result of a build. Sizes in bytes; `index` is the URL that packages were installed from."""
 
     name: str
     size: int
@@ -38,7 +38,7 @@ class AppImage:
 
 
 def build(client: APIClient) -> AppImage:
-    """Build the repository's Dockerfile, with packages that this machine's pip gets and serves to the build."""
+    """Build the repository's Dockerfile with packages that this machine's pip downloads and serves to the build."""
     import_base(client, BASE_REPOSITORY, BASE_TAG)
     with tempfile.TemporaryDirectory() as folder:
         _download(Path(folder))
@@ -61,20 +61,20 @@ def _download(folder: Path) -> None:
 def _build(client: APIClient, index: str) -> AppImage:
     base = f"{BASE_REPOSITORY}:{BASE_TAG}"
     arguments = {"BASE": base, "PIP_FIND_LINKS": index, "PIP_NO_INDEX": "1"}
-    told = list(
+    printed = list(
         client.build(
             path=str(ROOT), tag=IMAGE, buildargs=arguments, network_mode="host", decode=True, timeout=BUILD_SECONDS
         )
     )
-    said = "".join(news.get("stream", "") + news.get("error", "") for news in told)
-    assert not any("error" in news for news in told), said
+    output = "".join(line.get("stream", "") + line.get("error", "") for line in printed)
+    assert not any("error" in line for line in printed), output
     return AppImage(IMAGE, client.inspect_image(IMAGE)["Size"], client.inspect_image(base)["Size"], index)
 
 
 class Compose:
-    """`docker-compose` with the repository's files, and further ones, on the tests' own engine.
+    """`docker-compose` with the repository's files, and further ones, on the tests' own Docker engine.
 
-    `environment` is what a person's shell would have set; `folder` is for an empty `.env`.
+    `environment` holds what a person would have set in the shell; `folder` is where an empty `.env` is created.
     """
 
     def __init__(self, docker: DockerEngine, folder: Path, files: list[Path], environment: dict[str, str]) -> None:
@@ -85,7 +85,7 @@ class Compose:
         self._environment = environment
 
     def run(self, *arguments: str) -> str:
-        """One command; what it printed. Fails the test with what it said."""
+        """Run one command and return its stdout. Fails the test with its stderr."""
         foreign = ("DOCKER_", "COMPOSE_", "SWITCHYARD_", "HF_", "OLLAMA_")
         done = subprocess.run(
             [
@@ -108,18 +108,18 @@ class Compose:
         return done.stdout
 
     def up(self) -> str:
-        """Start the app, in a new container; its id."""
+        """Start the app in a new container; return the container's id."""
         self.run("up", "--detach", "--no-build", "--force-recreate", "switchyard")
         return self.run("ps", "--quiet", "switchyard").strip()
 
     def close(self) -> None:
-        """Remove its containers and volumes."""
+        """Remove the containers and volumes."""
         self.run("down", "--volumes")
 
 
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
-    """The folder's address, for as long as it is served: pip reads the list of its files."""
+    """Serve the folder over HTTP and yield its URL; pip reads the directory listing."""
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -128,4 +128,4 @@ def _served(folder: Path) -> Iterator[str]:
 
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Nothing: the build's own output says what it fetched."""
+        """Log nothing: the build's own output says what it downloaded."""

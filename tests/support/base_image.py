@@ -1,7 +1,7 @@
-"""A base image for builds on a machine that can pull none: what python:3.11-slim has, made of what is here.
+"""A base image for builds without internet: the contents of python:3.11-slim, made of this machine's files.
 
-Python and pip stand where the official image has them. Debian packages that a build may ask for are at hand but not
-installed; `apt-get` in the image unpacks them, and knows no others.
+Python and pip are at the same paths as in the official image. Debian packages that a build may install are included but
+not installed; the image's `apt-get` unpacks them, and knows no others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.support.docker import libraries_of, program
 
 PROGRAMS = ("cat", "chmod", "cp", "id", "install", "ln", "ls", "mkdir", "rm", "sh", "sleep", "stat", "useradd")
 LIBRARIES = ("libc6", "libgcc-s1", "libstdc++6", "zlib1g")
-"""Debian packages with the libraries that slim images have and wheels count on."""
+"""Debian packages with the libraries that slim images have and wheels rely on."""
 PACKAGES = ("libgomp1", "tini")
-"""Debian packages that slim images don't have: `apt-get` installs them."""
+"""Debian packages that slim images don't have; the image's `apt-get` installs them."""
 LEFT_OUT = re.compile(r"tests?|site-packages|config-.*|idlelib|tkinter|ensurepip|lib2to3|.*\.opt-[12]\.pyc")
 APT_GET = '''\
 #!/usr/local/bin/python3
-"""Installs what was packed with the image; fails at anything else, as apt-get does."""
+"""Install packages that are packed in the image; fail for any other, as apt-get does."""
 import sys, tarfile
 if "install" in sys.argv:
     for name in (word for word in sys.argv[2:] if not word.startswith("-")):
@@ -44,12 +44,12 @@ ACCOUNTS = {
 
 
 def import_base(client: APIClient, repository: str, tag: str) -> None:
-    """Make the image. The Debian packages have to be installed here, which `tools/ensure_docker.sh` sees to."""
+    """Make the image. The Debian packages must be installed on this machine; `tools/ensure_docker.sh` does that."""
     with tempfile.NamedTemporaryFile(suffix=".tar") as file:
         with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:
             _pack(tar)
         file.flush()
-        # As in the official image; the loader has no cache of /usr/local/lib here.
+        # As in the official image. The library path is needed because the loader has no cache of /usr/local/lib here.
         changes = ["ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "ENV LD_LIBRARY_PATH=/usr/local/lib"]
         client.import_image_from_file(file.name, repository=repository, tag=tag, changes=changes)
 
@@ -89,7 +89,7 @@ def _package(name: str) -> bytes:
 
 
 def _files(*packages: str) -> list[Path]:
-    """The programs and libraries of Debian packages that are installed here; documentation is left out."""
+    """The programs and libraries of Debian packages installed on this machine, without documentation."""
     listed = subprocess.run(["dpkg", "--listfiles", *packages], capture_output=True, text=True, timeout=30, check=True)
     paths = [Path(line) for line in listed.stdout.splitlines() if line.startswith("/")]
     return [path for path in paths if not path.is_dir() and not {"share", "gconv"} & set(path.parts)]

@@ -1,4 +1,4 @@
-"""A real Switchyard for tests: gunicorn with its gevent worker in a process of its own, spoken to over HTTP."""
+"""A real Switchyard for tests: gunicorn with its gevent worker in a process of its own, used over HTTP."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TIMEOUT = 60.0
 """Seconds. It only ends a hang: no test passes because of it, so a busy machine may take its time."""
 PORTS = random.SystemRandom()
 NO_OLLAMA = "http://127.0.0.1:9"
-"""Nobody answers there (the discard port): a test sees the Ollama that it starts itself, never this machine's."""
+"""The discard port, where nothing listens: a test uses only the Ollama that it starts itself, never this machine's."""
 
 
 class Console:
     """One running Switchyard.
 
-    `settings` become environment variables, `toml` its settings file; `environment` joins as it is. `descriptors` is
-    how many files and sockets each of its processes may have open, as `ulimit -n` sets it.
+    `settings` become environment variables, `toml` its settings file; `environment` is added unchanged. `descriptors`
+    is the number of files and sockets that each of its processes may have open, as set by `ulimit -n`.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Console:
         return Path(self.environment["SWITCHYARD_STATE_DIR"])
 
     def start(self) -> Console:
-        """Start it and wait until it answers; also again, on what the run before left. Fails with what it said."""
+        """Start it and wait until it answers; also on the state of an earlier run. Fails with its log."""
         put_empty_database(self.state)
         self.launch()
         wait_until(self._answers, f"the console to answer (it writes to {self.log})")
         return self
 
     def launch(self) -> subprocess.Popen[bytes]:
-        """Start it as it is, and wait for nothing."""
+        """Start the process without waiting for anything."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._limits, sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
@@ -100,21 +100,21 @@ class Console:
         return self.process
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal to the gunicorn master and wait for its end; its exit code."""
+        """Send a signal to the gunicorn master, wait for its end and return its exit code."""
         assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(TIMEOUT)
 
     def kill(self) -> None:
-        """SIGKILL to master and worker alone: what a crash of the app leaves behind stays."""
+        """SIGKILL master and worker only: what a crash of the app leaves behind stays."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(TIMEOUT)
 
     def reset(self) -> Console:
-        """Bring it back to rest: nothing under way, nothing loaded, nothing to tell. It starts again where it ended.
+        """Reset it to rest: nothing under way, nothing loaded, nothing to report. Starts it again if it has ended.
 
-        What it has learned, said and written down stays: a test that counts on none of it starts a console of its own.
+        What it has learned, logged and stored stays: a test that must not see that starts a console of its own.
         """
         if self.process is None or self.process.poll() is not None:
             self.start()
@@ -127,13 +127,13 @@ class Console:
         return self
 
     def cancel_downloads(self) -> None:
-        """Empty the list of downloads, whatever they are at; what has arrived of finished ones stays."""
+        """Empty the list of downloads, whatever their state; files of finished ones stay."""
         downloads = "/api/providers/models/downloads"
 
         def none_left() -> bool:
             left = self.get(downloads).json()["downloads"]
             for download in left:
-                self.delete(f"{downloads}/{download['id']}")  # calls it off first, then takes it from the list
+                self.delete(f"{downloads}/{download['id']}")  # cancels it, then removes it from the list
             return not left
 
         wait_until(none_left, "the downloads to be cancelled")
@@ -144,7 +144,7 @@ class Console:
             return
         left = self._recorded()
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGSTOP)  # so that it starts nothing while we look at what it started
+            os.killpg(self.process.pid, signal.SIGSTOP)  # so that it starts nothing while its children are listed
             left += self.children()
             self.kill()
         for process in left:
@@ -156,7 +156,7 @@ class Console:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def children(self) -> list[psutil.Process]:
-        """Every process below it: the worker, and the engines it started."""
+        """All processes below it: the worker, and the engines it started."""
         assert self.process is not None
         try:
             return psutil.Process(self.process.pid).children(recursive=True)
@@ -164,17 +164,17 @@ class Console:
             return []
 
     def _recorded(self) -> list[psutil.Process]:
-        """Every process that it wrote down and that still runs, also one that an earlier run of the app started."""
+        """All processes that it has recorded and that still run, including those of earlier runs of the app."""
         found = []
         for path in (self.state / "processes").glob("*.json"):
             with suppress(psutil.Error, OSError):
                 process = psutil.Process(int(path.stem))
-                if MARK_VARIABLE in process.environ():  # else the number is a stranger's by now
+                if MARK_VARIABLE in process.environ():  # else the pid belongs to another program by now
                     found.append(process)
         return found
 
     def engines(self) -> list[psutil.Process]:
-        """The engine processes that hold a model (one that stands by holds none)."""
+        """The engine processes that hold a model (the standby process holds none and isn't recorded)."""
         recorded = (self.state / "processes").glob("*.json")
         return [psutil.Process(int(path.stem)) for path in recorded if psutil.pid_exists(int(path.stem))]
 
@@ -201,13 +201,13 @@ class Console:
         return {model_id: model["status"] for model_id, model in self.status()["models"].items()}
 
     def switch(self, model_id: str, **options: object) -> dict[str, Any]:
-        """Switch and wait until it is ready."""
+        """Switch to a model and wait until it is ready."""
         answer = self.post("/v1/models/switch", {"target_model": model_id, "wait": True, **options})
         assert answer.status_code == 200, answer.text
         return answer.json()
 
     def switch_stream(self, model_id: str, **options: object) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The events of a switch as (name, data)."""
+        """Switch, and yield the stream's events as (name, data)."""
         with closing(
             self.post(
                 "/v1/models/switch",
@@ -224,7 +224,7 @@ class Console:
         return self.post("/v1/chat/completions", {"messages": messages, "temperature": 0, **body})
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """The first status that meets `condition`."""
+        """Poll the status until it meets `condition`; return that status."""
         seen: dict[str, Any] = {}
 
         def met() -> bool:
@@ -248,7 +248,7 @@ class Console:
 
 
 def put_empty_database(state_dir: Path) -> None:
-    """Give a state folder that has none a database without entries: making the tables takes a third of a start."""
+    """Give a state folder without a database an empty one: creating the tables takes a third of a start."""
     database = state_dir / "switchyard.db"
     if not database.exists():
         state_dir.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ def put_empty_database(state_dir: Path) -> None:
 
 @functools.cache
 def _empty_database() -> bytes:
-    """As the app itself makes it."""
+    """The database as the app itself creates it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "switchyard.db"
         open_store(path).close()
@@ -265,7 +265,7 @@ def _empty_database() -> bytes:
 
 
 def events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The named events of an SSE answer, their data parsed."""
+    """The named events of an SSE response, with parsed data."""
     name = ""
     for line in answer.iter_lines(decode_unicode=True):
         if line.startswith("event: "):
@@ -275,9 +275,9 @@ def events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
-    """Look until `condition` holds; fails the test naming `what` after `timeout` seconds.
+    """Poll until `condition` holds; fail the test, naming `what`, after `timeout` seconds.
 
-    Every 10 ms at first, later less often: asking a console a hundred times a second kept half a processor busy.
+    Polls every 10 ms at first, then less often: asking a console a hundred times a second kept half a processor busy.
     """
     deadline = time.monotonic() + timeout
     pause = 0.01
@@ -288,10 +288,10 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = TIMEOU
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on, and that no other test run takes meanwhile, but by a bad chance.
+    """A free port on loopback that no other test run takes meanwhile, except by an unlikely coincidence.
 
-    It lies below those that the kernel hands out (from 32768), one of which could become the near end of somebody's
-    connection before a program listens on it; and it is drawn, since workers of one run ask at the same moment.
+    It is below the kernel's ephemeral ports (from 32768), one of which could become the local end of a connection
+    before a program listens on it; and it is random, since the workers of one run ask at the same moment.
     """
     while True:
         port = PORTS.randrange(10_000, 32_000)
@@ -301,7 +301,7 @@ def free_port() -> int:
 
 
 def fake_model(model_id: str, *faults: str, source: str = "switchyard-mini.gguf", **fields: object) -> str:
-    """A `[[models]]` table for the stand-in llama-server, with its fault switches."""
+    """A `[[models]]` table for a model of the fake llama-server, with its faults."""
     arguments = [part for fault in faults for part in ("--fault", fault)]
     lines = [f'id = "{model_id}"', f'source = "{source}"', *(f"{key} = {json.dumps(v)}" for key, v in fields.items())]
     return "\n".join(["[[models]]", *lines, "[models.options]", f"arguments = {json.dumps(arguments)}", ""])

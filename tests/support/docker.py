@@ -1,7 +1,7 @@
-"""A real Docker engine for tests: a daemon of their own, its data in a temporary folder, ended with them.
+"""A real Docker engine for tests: a daemon of their own with its data in a temporary folder, ended with them.
 
-It leaves the machine's own Docker alone: another socket, other folders, another bridge, another namespace in
-containerd, and no rules in the firewall (published ports work through Docker's own proxy process). It needs root.
+It leaves the machine's own Docker alone: another socket, other folders, another bridge, other containerd
+namespaces, and no firewall rules (published ports work through Docker's userland proxy). It needs root.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ API_VERSION = "1.41"
 UNNEEDED = re.compile(
     r"tests?|unittest|(site|dist)-packages|config-.*|idlelib|tkinter|ensurepip|lib2to3|distutils|.*\.opt-[12]\.pyc"
 )
-"""What the stand-in has no use for in Python's library."""
+"""Parts of Python's library that the fake doesn't need."""
 ADD_BRIDGE, REMOVE_BRIDGE, SET_FLAGS = 0x89A0, 0x89A1, 0x8914
 """SIOCBRADDBR, SIOCBRDELBR and SIOCSIFFLAGS of linux/sockios.h."""
 
 
 class DockerEngine:
-    """A Docker daemon that is ours alone, with the switches that tests need. `host` is what DOCKER_HOST takes.
+    """A Docker daemon used only by the tests, with the faults that they need. `host` is a value for DOCKER_HOST.
 
-    With `gpus` it hands GPUs to containers, as far as it can tell: NVIDIA's hook, which makes them appear there, is one
-    that does nothing.
+    With `gpus` it accepts requests for GPUs. NVIDIA's hook, which would make them appear in the container, is one that
+    does nothing.
     """
 
     def __init__(self, *, gpus: bool = False) -> None:
@@ -94,18 +94,18 @@ class DockerEngine:
         return self
 
     def stop(self) -> None:
-        """End it in good order, as `systemctl stop docker` does: its containers end as well."""
+        """End it in an orderly way, as `systemctl stop docker` does: its containers end as well."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the daemon, which takes its containerd along: the containers go on."""
+        """SIGKILL the daemon, which ends its containerd too; the containers keep running."""
         self._end(signal.SIGKILL)
-        # Where nobody reaps it, the next daemon would take the dead containerd for one that runs.
+        # If the dead containerd is not reaped, the next daemon would take it for a running one.
         (self._folder / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
-        """It takes connections and never answers."""
+        """Make it accept connections and never answer."""
         os.kill(self.pid, signal.SIGSTOP)
         try:
             yield
@@ -114,7 +114,7 @@ class DockerEngine:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """It doesn't run."""
+        """Stop it for the duration of the context."""
         self.stop()
         try:
             yield
@@ -122,11 +122,11 @@ class DockerEngine:
             self.start()
 
     def remove_containers(self) -> None:
-        """Also those that are just being made or removed, as a daemon that hung for a while may do."""
+        """Remove all containers, including those that a daemon that hung is only now creating or removing."""
         wait_until(self._emptied, "Docker to have no container")
 
     def run_foreign(self, name: str, command: list[str], **host_options: Any) -> str:
-        """A container that Switchyard did not make, running; its id. `host_options` as `docker run` has them."""
+        """Start a container that Switchyard did not create; return its id. `host_options` as for `docker run`."""
         labels = host_options.pop("labels", {})
         environment = host_options.pop("environment", {})
         made = self.client.create_container(
@@ -180,7 +180,7 @@ class DockerEngine:
 
 @contextmanager
 def docker_engine(*, gpus: bool = False) -> Iterator[DockerEngine]:
-    """An engine that runs and holds the stand-in's image."""
+    """A running engine that has the fake vLLM's image."""
     engine = DockerEngine(gpus=gpus)
     try:
         engine.start()
@@ -191,7 +191,7 @@ def docker_engine(*, gpus: bool = False) -> Iterator[DockerEngine]:
 
 
 def import_fake_vllm(client: APIClient, name: str = FAKE_VLLM_IMAGE) -> None:
-    """Make the image of the stand-in: this machine's own Python, its libraries, and the recorded logs; nothing else."""
+    """Make the image of the fake vLLM: this machine's Python with its libraries, and the recorded logs."""
     with tempfile.NamedTemporaryFile(suffix=".tar") as file:
         libraries = _pack_python(file)
         file.flush()
@@ -202,7 +202,7 @@ def import_fake_vllm(client: APIClient, name: str = FAKE_VLLM_IMAGE) -> None:
 
 
 def _pack_python(file: IO[bytes]) -> list[Path]:
-    """Write the stand-in's root folder as a tar; the shared libraries that are in it."""
+    """Write the fake's root folder as a tar; return the shared libraries in it."""
     python, library = Path(sys.executable).resolve(), Path(os.__file__).parent
     extensions = [path for path in library.glob("lib-dynload/*.so") if "tkinter" not in path.name]
     libraries = libraries_of(python, *extensions)
@@ -223,19 +223,19 @@ def _pack_python(file: IO[bytes]) -> list[Path]:
 
 
 def libraries_of(*programs: Path) -> list[Path]:
-    """The shared libraries that programs need, as the loader finds them here."""
+    """The shared libraries that programs need, as the loader finds them on this machine."""
     found = subprocess.run(["ldd", *programs], capture_output=True, text=True, timeout=60, check=True)
     return sorted({Path(path) for path in re.findall(r"(/\S+) \(0x", found.stdout)})
 
 
 def _listens(path: Path) -> bool:
-    """Whether anybody does: docker-py leaves a socket open when it finds nobody."""
+    """Whether anything listens there. docker-py leaves a socket open when nothing does, so it isn't used for this."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
 
 
 def program(name: str) -> str:
-    """Where a program is; those that root starts need not be on the path."""
+    """The path of a program; system programs need not be on PATH."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     assert found is not None, f"{name} is missing: run tools/ensure_docker.sh"
     return found
@@ -250,7 +250,7 @@ def _bridge(request: int, name: str) -> None:
 
 
 def _unmount_below(folder: Path) -> None:
-    """What a daemon that was killed has left mounted, the innermost first."""
+    """Unmount what a killed daemon has left mounted, innermost first."""
     mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for path in reversed([path for path in mounted if path.startswith(f"{folder}/")]):
         subprocess.run(["umount", "--lazy", path], timeout=30, check=True)

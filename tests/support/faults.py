@@ -1,6 +1,6 @@
-"""What goes wrong around the app, each as a context that ends with it. tests/README.md lists them.
+"""Faults of the app's environment, each as a context manager that ends with it. tests/README.md lists them.
 
-What only a path or a process is needed for are functions. `Faults` has the same and the rest for one running console.
+Faults that need only a path or a process are functions. `Faults` has these and the rest for one running console.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import psutil
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes"
 NOBODY = 65_534
-"""The user and group who own nothing."""
+"""User and group ids of `nobody`, who owns no file."""
 CHUNK = b"\0" * 65_536
 PAGE_BYTES = 4096
-"""Of a SQLite database."""
+"""Page size of a SQLite database."""
 
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """A file system of its own in `folder`, which can be filled up. Takes root."""
+    """A file system of its own in `folder`, which can be filled up. Needs root."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], check=True, timeout=30)
     try:
@@ -39,7 +39,7 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
-    """Not one more byte fits on the file system of `folder`; deleting what fills it makes room again."""
+    """Fill the file system of `folder` to the last byte; the fill file is deleted at the end."""
     filling = folder / "filling"
     try:
         with filling.open("wb", buffering=0) as file:
@@ -58,7 +58,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only_disk(folder: Path) -> Iterator[None]:
-    """The file system that `small_disk` made in `folder` can only be read, by root as well."""
+    """Remount the file system that `small_disk` made in `folder` read-only, also for root."""
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True, timeout=30)
     try:
         yield
@@ -67,7 +67,7 @@ def read_only_disk(folder: Path) -> Iterator[None]:
 
 
 def readable_by_nobody(folder: Path) -> list[str]:
-    """Whatever in `folder`, itself included, a user without any rights could read or look into. Takes root."""
+    """All paths in `folder`, itself included, that the user `nobody` could read or list. Needs root."""
     found = subprocess.run(
         ["find", str(folder), "-readable"],
         user=NOBODY,
@@ -82,7 +82,7 @@ def readable_by_nobody(folder: Path) -> list[str]:
 
 
 def as_nobody(act: Callable[[], object]) -> str:
-    """Call `act` in a fork of this process that has no rights; the `repr` of what it raises. Takes root."""
+    """Call `act` as the user `nobody` in a fork of this process; return the `repr` of what it raises. Needs root."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -95,10 +95,10 @@ def as_nobody(act: Callable[[], object]) -> str:
         except BaseException as error:
             words = repr(error).encode()
         os.write(writer, words)
-        os._exit(0)  # pytest must not go on in the fork
+        os._exit(0)  # pytest must not continue in the fork
     os.close(writer)
-    with open(reader, "rb") as told:
-        words = told.read()
+    with open(reader, "rb") as result:
+        words = result.read()
     os.waitpid(pid, 0)
     return words.decode()
 
@@ -111,9 +111,9 @@ def modes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def locked_database(path: Path, *, exclusive: bool = False) -> Iterator[None]:
-    """Another program writes to a database, and doesn't come to an end.
+    """Hold a write lock on a database, like another program whose transaction doesn't end.
 
-    An exclusive lock keeps readers out as well; it can be had only while nobody else has the database open.
+    An exclusive lock blocks readers as well; it can be taken only while no other connection has the database open.
     """
     with closing(sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)) as other:
         if exclusive:
@@ -126,7 +126,7 @@ def locked_database(path: Path, *, exclusive: bool = False) -> Iterator[None]:
 
 
 def corrupt_database(path: Path) -> None:
-    """Overwrite pages in the middle of a database, as a bad disk does; its header stays."""
+    """Overwrite pages in the middle of a database, as a bad disk does; its header stays intact."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         for page in range(2, size // PAGE_BYTES, 2):
@@ -136,7 +136,7 @@ def corrupt_database(path: Path) -> None:
 
 @contextmanager
 def hanging_driver(lock: Path) -> Iterator[None]:
-    """Whoever asks the stand-in GPU's driver, with FAKE_GPU_HANG set to `lock`, waits in the kernel."""
+    """Block calls to the fake GPU driver in the kernel, in processes that have FAKE_GPU_HANG set to `lock`."""
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -144,10 +144,10 @@ def hanging_driver(lock: Path) -> Iterator[None]:
 
 @contextmanager
 def hanging_server(path: Path) -> Iterator[None]:
-    """At the Unix socket `path` somebody takes connections and never says a word, as a Docker daemon that hangs."""
+    """Accept connections at the Unix socket `path` and never answer, like a hanging Docker daemon."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-        listener.listen(1000)  # who connects is let in by the kernel, and waits
+        listener.listen(1000)  # the kernel accepts the connections, which then wait
         try:
             yield
         finally:
@@ -156,7 +156,7 @@ def hanging_server(path: Path) -> Iterator[None]:
 
 @contextmanager
 def few_descriptors(process: psutil.Process, spare: int) -> Iterator[None]:
-    """A process may have `spare` files and sockets more open than it has, and no further one."""
+    """Allow a process `spare` more open files and sockets than it has now."""
     before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (process.num_fds() + spare, before[1]))
     try:
@@ -169,8 +169,8 @@ def few_descriptors(process: psutil.Process, spare: int) -> Iterator[None]:
 class Faults:
     """The faults of one console, to be switched on and off while it runs.
 
-    It is started with `environment`, and keeps its state in `state`. `folder` holds the switches. That is on a disk of
-    its own, which takes root; without, it can't be filled up.
+    The console must be started with `environment`; `folder` holds the switches. Its state is in `state`, which as root
+    is on a small file system of its own; otherwise that can't be filled up.
     """
 
     def __init__(self, folder: Path, models: Path, disk_bytes: int = 64_000_000) -> None:
@@ -205,7 +205,7 @@ class Faults:
         return self.state / "switchyard.db"
 
     def full_disk(self) -> AbstractContextManager[None]:
-        """Not one more byte of state can be written."""
+        """Let no more byte of state be written."""
         return full_disk(self.disk)
 
     @property
@@ -216,20 +216,20 @@ class Faults:
         return locked_database(self.database)
 
     def hanging_driver(self) -> AbstractContextManager[None]:
-        """Of the GPU: the stand-in is there from the beginning."""
+        """Make the fake GPU driver hang; outside this context it answers."""
         return hanging_driver(self._driver)
 
     def hanging_docker(self) -> AbstractContextManager[None]:
-        """Before and after it, there is no Docker."""
+        """Make Docker accept connections and never answer; outside this context there is no Docker."""
         return hanging_server(self._docker)
 
     def hanging_models(self) -> AbstractContextManager[None]:
-        """Whoever asks about a file of the models folder waits until it is over."""
+        """Make each file operation in the models folder wait until the context ends."""
         return self.slow_models(float("inf"))
 
     @contextmanager
     def slow_models(self, seconds: float) -> Iterator[None]:
-        """Each question about a file of the models folder takes so long, or until it is over."""
+        """Make each file operation in the models folder take `seconds`, or until the context ends."""
         switch = self._folder / "slow-models"
         switch.write_text(f"{seconds}\n{self._models}\n")
         try:
@@ -238,7 +238,7 @@ class Faults:
             switch.unlink()
 
     def greenlets(self, worker: psutil.Process) -> int:
-        """How many the app's worker has, that moment."""
+        """The number of greenlets in the app's worker now."""
         with socket.socket(socket.AF_UNIX) as asker:
             asker.settimeout(60)
             asker.connect(str(self._folder / str(worker.pid)))

@@ -1,4 +1,4 @@
-"""GGUF headers piece by piece, good and bad ones, for tests and for the fuzzer (`python -m bench.fuzz_gguf`)."""
+"""Builders for valid and corrupt GGUF headers, for tests and the fuzzer (`python -m bench.fuzz_gguf`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.engines.llamacpp.gguf import GGUFError, GGUFHeader, estimate_bytes
 
 UINT8, UINT16, UINT32, FLOAT32, STRING, ARRAY, UINT64 = 0, 2, 4, 6, 8, 9, 10
 MOST_MEMORY = 4 << 20
-"""Bytes that reading a header may take at its peak, whatever the file says."""
+"""Upper bound for the peak memory, in bytes, of reading a header, whatever the file claims."""
 
 
 def u32(number: int) -> bytes:
@@ -28,7 +28,7 @@ def text(content: bytes | str) -> bytes:
 
 
 def entry(key: bytes | str, kind: int, value: bytes) -> bytes:
-    """One metadata value; `value` is as it lies in the file."""
+    """One metadata entry; `value` is already encoded as in the file."""
     return text(key) + u32(kind) + value
 
 
@@ -43,14 +43,14 @@ def tensor(name: bytes | str, dimensions: tuple[int, ...], kind: int = 0, offset
 def file(
     values: list[bytes], tensors: list[bytes] | None = None, *, counts: tuple[int, int] | None = None, version: int = 3
 ) -> bytes:
-    """A whole file without weights. `counts` are the tensors and values it claims, where that is a lie."""
+    """A whole file without weights. `counts` are its claimed numbers of tensors and values, if false."""
     tensors = tensors or []
     claimed = (len(tensors), len(values)) if counts is None else counts
     return b"GGUF" + u32(version) + u64(claimed[0]) + u64(claimed[1]) + b"".join(values) + b"".join(tensors)
 
 
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of each kind of number."""
+"""Bytes per number type."""
 EDGES = (0, 1, 2, 31, 32, 255, 2**16, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 KEYS = (
     "general.architecture",
@@ -73,7 +73,7 @@ LLAMA = entry("general.architecture", STRING, text("llama"))
 
 
 def read_measured(path: Path) -> tuple[GGUFHeader | None, int]:
-    """The header, None where the file is refused in words; and the bytes that reading it took at its peak."""
+    """The header (None if the file is refused with a GGUFError), and the peak memory in bytes of reading it."""
     tracemalloc.start()
     try:
         header = read_header(path)
@@ -86,9 +86,9 @@ def read_measured(path: Path) -> tuple[GGUFHeader | None, int]:
 
 
 def check(content: bytes, path: Path) -> bool:
-    """Whether it is a header that can be read; fails unless what always holds does.
+    """Read a file and assert what holds for any bytes; return whether it is a readable header.
 
-    What holds for any bytes: they are read or refused in words, in little memory, and the figures can be used."""
+    Any file is either read or refused with an error, in bounded memory, and its figures are usable."""
     path.write_bytes(content)
     header, peak = read_measured(path)
     assert peak < MOST_MEMORY, f"it took {peak} bytes"
@@ -100,7 +100,7 @@ def check(content: bytes, path: Path) -> bool:
 
 
 def random_header(chance: random.Random) -> bytes:
-    """A header with a plan and some lies in it, then perhaps some bytes changed, and its end cut off or padded."""
+    """A mostly plausible header with some corrupt values, then perhaps some bytes changed, truncated or padded."""
     values = [LLAMA, *(_random_entry(chance) for _ in range(chance.randrange(12)))]
     if chance.random() < 0.02:
         values += _flood(chance)
@@ -126,7 +126,7 @@ def _content(chance: random.Random) -> bytes:
 
 
 def _flood(chance: random.Random) -> list[bytes]:
-    """Megabytes of values that are cheap to write and dear to keep."""
+    """Megabytes of values that are small to write and large in memory."""
     kind, value = chance.choice(((STRING, text("\U0001f600" * 1000)), (ARRAY, array(UINT16, 1024, b"\x01\x02" * 1024))))
     key = chance.choice(("{}.attention.head_count", "general.name{}", "{}"))
     return [entry(key.format(n), kind, value) for n in range(1500)]
@@ -159,7 +159,7 @@ def _random_array(chance: random.Random) -> bytes:
 
 def _random_tensor(chance: random.Random) -> bytes:
     name = chance.choice((b"token_embd.weight", b"blk.0.attn_q.weight", b"blk.0.attn_q.weight", _content(chance)))
-    if chance.random() < 0.9:  # so that files with weights are read too
+    if chance.random() < 0.9:  # plausible, so that files with weights are read too
         kind = chance.choice((0, 1, 2, 24, chance.randrange(45)))
         return tensor(name, chance.choice(((32,), (32, 2), (1,))), kind, chance.choice((0, 32, 64)))
     dimensions = tuple(_number(chance) for _ in range(chance.choice((0, 1, 2, 2, 4, 5))))

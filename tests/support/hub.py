@@ -1,4 +1,4 @@
-"""The stand-in hub for tests: started, pointed to through the environment, and used through the real fetcher."""
+"""The fake Hugging Face hub for tests: started, named in the environment, and used through the real fetcher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.console import TIMEOUT
 
 RETRY_PAUSE = 0.02
 TINY_MODEL = {"config.json": b"{}", "tokenizer.json": b"{} ", "model.safetensors": b"weights" * 100}
-"""As much as makes a model that vLLM would load, by the names of its files."""
+"""The files, by name, that make a model loadable by vLLM."""
 
 SHARDED_MODEL = {
     "config.json": b"{}",
@@ -29,7 +29,7 @@ SHARDED_MODEL = {
 
 @contextmanager
 def hub_running(repos: Mapping[str, Repo], monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[FakeHub]:
-    """A hub that huggingface_hub finds through the environment; this machine's own token and cache stay out."""
+    """A hub that huggingface_hub finds through the environment, without this machine's own token and cache."""
     with FakeHub(repos) as hub:
         for name, value in hub_environment(hub, home).items():
             monkeypatch.setenv(name, value)
@@ -38,7 +38,7 @@ def hub_running(repos: Mapping[str, Repo], monkeypatch: pytest.MonkeyPatch, home
 
 
 def hub_environment(hub: FakeHub, home: Path) -> dict[str, str]:
-    """For a console, or for this process. Its CDN is on this machine, so that it has to be allowed."""
+    """Environment for a console, or for this process. The fake's CDN is on this machine, so it has to be allowed."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
@@ -49,7 +49,7 @@ def hub_environment(hub: FakeHub, home: Path) -> dict[str, str]:
 
 
 class Fetch(threading.Thread):
-    """One `fetch` in a thread of its own, and all that it reports."""
+    """One `fetch` in a thread of its own, with everything that it reports."""
 
     def __init__(self, fetcher: HuggingFaceFetcher, name: str) -> None:
         super().__init__(daemon=True)
@@ -67,7 +67,7 @@ class Fetch(threading.Thread):
             self.error = error
 
     def result(self) -> Fetch:
-        """Wait for its end; raises what it raised."""
+        """Wait for its end; raise what it raised."""
         self.join(TIMEOUT)
         assert not self.is_alive(), "the fetch did not end"
         if self.error is not None:
@@ -75,23 +75,23 @@ class Fetch(threading.Thread):
         return self
 
     def failure(self) -> DownloadError:
-        """Wait for its end; the DownloadError that it must have raised."""
+        """Wait for its end; return the DownloadError that it must have raised."""
         with pytest.raises(DownloadError) as caught:
             self.result()
         return caught.value
 
     def arrived(self, path: str) -> int:
-        """The bytes of a file that the last report about it told."""
+        """The completed bytes of a file, according to the last report about it."""
         return next((seen.parts[path].completed for seen in reversed(self.seen) if path in seen.parts), 0)
 
     def phases(self) -> list[str]:
-        """The phases in order, each once in a row."""
+        """The phases in order, without repetitions."""
         phases = [seen.phase for seen in self.seen]
         return [phase for before, phase in zip([None, *phases], phases, strict=False) if phase != before]
 
 
 def fill_cache(hub_cache: Path, repo_id: str, files: Mapping[str, bytes]) -> None:
-    """Put a model below `hub_cache` (which holds the folder `hub`) as huggingface_hub leaves it."""
+    """Put a model into a cache below `hub_cache` (which holds the folder `hub`), as huggingface_hub stores it."""
     folder = hub_cache / "hub" / f"models--{repo_id.replace('/', '--')}"
     snapshot = folder / "snapshots" / COMMIT
     for made in (folder / "blobs", folder / "refs", snapshot):

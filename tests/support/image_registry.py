@@ -1,4 +1,4 @@
-"""A registry with one image to pull, on loopback, where Docker takes it without TLS."""
+"""A Docker registry with one image on loopback, where Docker requires no TLS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIECE_BYTES = 65_536
 
 
 class ImageRegistry(ThreadingHTTPServer):
-    """Serves `image`, of layers with `layer_bytes` each; `flow` cleared holds its bytes back after the first piece."""
+    """Serves `image`, of layers with `layer_bytes` each. While `flow` is cleared, blobs stop after one piece."""
 
     daemon_threads = True
 
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.flow.wait()
 
     def log_message(self, *_: object) -> None:
-        """Requests are not worth a line."""
+        """Log nothing."""
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def image_registry(layers: int = 2, layer_bytes: int = 3_000_000) -> Iterator[Im
 
 
 def _tar(number: int, size: int) -> bytes:
-    """A layer with one file that can't be compressed."""
+    """A layer with one incompressible file."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         entry = tarfile.TarInfo(f"layer-{number}")

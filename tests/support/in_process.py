@@ -1,4 +1,4 @@
-"""The app without a server: Flask's test client, the fast lane included, and a board that shows what a test says."""
+"""The app without a server: Flask's test client, fast lane included, with a board that the test fills."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InProcess:
         self.switch_requests: list[str] = []
 
     def reset(self) -> None:
-        """Reset: nothing is loaded, no switch was requested."""
+        """Return to the first state: nothing is loaded, no switch was requested."""
         self.services.board.publish(
             instances=MappingProxyType({}),
             failures=MappingProxyType({}),
@@ -57,7 +57,7 @@ class InProcess:
         origin: str = "http://127.0.0.1:9",
         load: LoadView | None = None,
     ) -> InstanceView:
-        """Put a model on the board, which becomes the active one if it runs and none is."""
+        """Put a model on the board; it becomes the active one if it runs and there is none."""
         board = self.services.board
         entry = self.services.catalog.models.get(model) or Model(model, engine, source=model)
         view = InstanceView(model, engine, state, "host", Traffic(), entry, endpoint=Endpoint(origin), load=load)

@@ -1,23 +1,23 @@
-"""The stand-in for Ollama in tests' hands: a server with models and faults of its own, and a registry beside it.
+"""The fake Ollama as tests use it: a server with configurable models and faults, and a fake registry.
 
-The stand-in is told what to be by one JSON file (FAKE_OLLAMA names it), which it reads anew at every request:
+One JSON file (named by FAKE_OLLAMA) configures the fake, which reads it again for each request:
 
     models          installed at the first start: {"tiny-a:latest": OPTIONS}
     registry        what can be pulled: {"llama3.2:latest": OPTIONS}
-    registry_url    where to ask for manifests instead, for example a FakeRegistry's `url`
-    bytes_per_second  how fast a pull goes (default 40,000,000)
-    blob_seconds    what each new blob costs beside its transfer (default 0.05; the real one takes about 1)
-    requests_log    a file that gets every request as a JSON line
-    faults          switches, below
+    registry_url    where to fetch manifests instead, for example a FakeRegistry's `url`
+    bytes_per_second  speed of a pull (default 40,000,000)
+    blob_seconds    time per new blob besides its transfer (default 0.05; the real one takes about 1)
+    requests_log    a file to which each request is written as a JSON line
+    faults          see below
 
 OPTIONS of a model, all optional:
 
-    size            bytes, as /api/tags tells it                        7411936
+    size            bytes, as /api/tags reports them                    7411936
     hold_mb         MB (of 1,000,000 bytes) that its process holds      20
     load_seconds    how long a load takes                               0.05
-    loaded_size     bytes, as /api/ps tells it                          1.35 times size
-    context_length  what it was trained for; more is cut down to it     1024
-    vram_share      the part of it that is told to be on a GPU          0
+    loaded_size     bytes, as /api/ps reports them                      1.35 times size
+    context_length  trained context; a longer one is reduced to it      1024
+    vram_share      the share of it reported to be on a GPU             0
     version         another number makes other weights: an update       1
     family, parameter_size, quantization_level, answer, thinking
     cloud, embedding_only, broken   true for a model of that kind
@@ -61,13 +61,13 @@ TINY_A = {
     "parameter_size": "3.67M",
     "hold_mb": 20,
 }
-"""The smaller of the models that the recordings were made with."""
+"""The smaller of the two models that the recordings were made with."""
 TINY_B = {"size": 46_236_961, "loaded_size": 60_852_224, "parameter_size": "23.08M", "hold_mb": 40}
 TIMEOUT = 30.0
 
 
 class FakeOllama:
-    """One Ollama with a folder of its own. It runs as a server that somebody else started once `start` was called;
+    """One Ollama with a folder of its own. After `start` it runs as a server that another program started;
     with `environment` and `binary` a console can start it itself."""
 
     def __init__(
@@ -112,9 +112,9 @@ class FakeOllama:
         self.close()
 
     def start(self, **environment: str) -> FakeOllama:
-        """Start `ollama serve` and wait until it answers; `environment` adds to what it runs with.
+        """Start `ollama serve` and wait until it answers; `environment` adds to its environment.
 
-        Fails with what it said when it ended instead.
+        Fails with its output if it ends instead.
         """
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -125,15 +125,15 @@ class FakeOllama:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._listens, "the stand-in for Ollama to listen")
+        wait_until(self._listens, "the fake Ollama to listen")
         if not self._installed and not self._document["faults"]:
             self._installed = self._digests()
         return self
 
     def reset(self) -> FakeOllama:
-        """Bring it back to how it began, for the next test: no fault, the same models, nothing loaded, said or asked.
+        """Reset it for the next test: no fault, the original models, nothing loaded, logged or requested.
 
-        It runs again where it was ended.
+        Starts it again if it was ended.
         """
         self._document = json.loads(self._pristine)
         self._write()
@@ -145,7 +145,7 @@ class FakeOllama:
             self.unload(name)
         for path in (self.models_folder / "blobs").glob("*-partial*"):
             path.unlink(missing_ok=True)
-        if self._digests() != self._installed:  # one was deleted, or is another version now
+        if self._digests() != self._installed:  # one was deleted, or updated
             shutil.rmtree(self.models_folder)
             self._restart()
         os.truncate(self.log, 0)
@@ -153,30 +153,30 @@ class FakeOllama:
         return self
 
     def end(self) -> None:
-        """SIGKILL to everything that runs with this one's settings, whoever started it; it can be started again."""
+        """SIGKILL all processes with this instance's settings, whoever started them; it can be started again."""
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         if self.process is not None:
             self.process.wait(TIMEOUT)
-        # Not a wait for each one's end: an orphan may stay a zombie until somebody collects it.
-        wait_until(lambda: not self.processes(), "the stand-in's processes to end")
+        # Not a wait for the end of each: an orphan may stay a zombie until it is reaped.
+        wait_until(lambda: not self.processes(), "the fake Ollama's processes to end")
 
     def stop(self) -> int:
-        """SIGTERM to the server that `start` started; its exit code."""
+        """SIGTERM the server that `start` started; return its exit code."""
         return self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the server alone: its runners live on, as those of the real one do."""
+        """SIGKILL the server alone: its runners survive, as with the real one."""
         self._signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """End everything that runs with this one's settings, whoever started it."""
+        """End all processes with this instance's settings, whoever started them."""
         self.end()
         self.http.close()
 
     def processes(self) -> list[psutil.Process]:
-        """The servers, runners and pulls that were started with this one's settings and still run."""
+        """The running servers, runners and pulls with this instance's settings."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def servers(self) -> list[psutil.Process]:
@@ -189,11 +189,11 @@ class FakeOllama:
         return [process for process in self.processes() if "pull" in command_line(process)]
 
     def output(self) -> str:
-        """What the server that `start` started wrote on stderr."""
+        """The stderr of the server that `start` started."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def set_fault(self, name: str, value: Any = True) -> None:
-        """Throw a switch; it holds from the next thing on that the server does."""
+        """Set a fault; it applies from the server's next action on."""
         self._document["faults"][name] = value
         self._write()
 
@@ -215,23 +215,23 @@ class FakeOllama:
         return [model["name"] for model in self._get("/api/tags")["models"]]
 
     def load(self, name: str, keep_alive: object = None) -> None:
-        """Load as another program would, and wait until it is loaded."""
+        """Load a model as another program would, and wait until it is loaded."""
         asked = {"model": name} | ({} if keep_alive is None else {"keep_alive": keep_alive})
         self._post("/api/generate", asked)
 
     def unload(self, name: str) -> None:
-        """Unload and wait until it is gone."""
+        """Unload a model and wait until it is gone."""
         self._post("/api/generate", {"model": name, "keep_alive": 0})
         wait_until(lambda: Name.parse(name).short not in self.ps(), f"{name} to be unloaded")
 
     def requests(self, path: str | None = None) -> list[dict[str, Any]]:
-        """Every request that the server got, oldest first, as method, path and body; only those to `path` if given."""
+        """All requests to the server, oldest first, as method, path and body; only those to `path` if given."""
         lines = self._requests.read_text(encoding="utf-8").splitlines() if self._requests.exists() else []
         seen = [json.loads(line) for line in lines]
         return [request for request in seen if path is None or request["path"] == path]
 
     def pulled_bytes(self, name: str) -> int:
-        """How much of a model of `registry` lies on the disk, finished or not (written when a part or a pull ends)."""
+        """Bytes of a model of `registry` on disk, complete or not (updated when a part or a pull ends)."""
         short = Name.parse(name).short
         manifest = package(short, ModelOptions.of(self._document["registry"][short])).manifest
         return sum(self._bytes_of(layer) for layer in manifest.all_layers)
@@ -246,7 +246,7 @@ class FakeOllama:
     def _listens(self) -> bool:
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError(f"the stand-in ended with {self.process.returncode}: {self.output()}")
+            raise AssertionError(f"the fake Ollama ended with {self.process.returncode}: {self.output()}")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)):
                 return False
@@ -281,7 +281,7 @@ class FakeOllama:
         self.http.post(self.url + path, json=body, timeout=TIMEOUT).raise_for_status()
 
     def _write(self) -> None:
-        # Put in place whole: the server may read at any moment.
+        # Replaced atomically: the server may read it at any moment.
         fresh = self._settings.with_suffix(".new")
         fresh.write_text(json.dumps(self._document), encoding="utf-8")
         fresh.replace(self._settings)
@@ -290,13 +290,13 @@ class FakeOllama:
 class FakeRegistry:
     """A registry on loopback, in a thread: manifests (JSON of schema version 2) and the small blobs they name.
 
-    `models` are named like `library/tiny-b:latest`, or `tiny-b:latest` for the same; OPTIONS as for the stand-in.
+    `models` are named like `library/tiny-b:latest`, or `tiny-b:latest` for the same; OPTIONS as for the fake Ollama.
     """
 
     def __init__(self, models: Mapping[str, Mapping[str, Any]]) -> None:
         self._models: dict[str, Package] = {}
         self.seen: list[str] = []
-        """The paths asked for, oldest first."""
+        """The requested paths, oldest first."""
         self._first = {name: dict(options) for name, options in models.items()}
         self.reset()
         self._server = _RegistryServer(("127.0.0.1", 0), _RegistryHandler)
@@ -320,7 +320,7 @@ class FakeRegistry:
         return made.manifest
 
     def reset(self) -> None:
-        """Offer what it offered in the beginning, and nothing else."""
+        """Offer the original models only."""
         self._models.clear()
         for name, options in self._first.items():
             self.publish(name, **options)
@@ -332,7 +332,7 @@ class FakeRegistry:
         self._thread.join()
 
     def answer(self, path: str) -> bytes | None:
-        """What lies at a path; None for nothing."""
+        """The content at a path; None if there is none."""
         self.seen.append(path)
         if path in self._models:
             return self._models[path].manifest.data()
@@ -358,11 +358,11 @@ class _RegistryHandler(BaseHTTPRequestHandler):
         self.wfile.write(missing if data is None else data)
 
     def log_message(self, *_: object) -> None:
-        """Requests are kept in `seen`."""
+        """Log nothing: requests are recorded in `seen`."""
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """What a process was started with; nothing of one that has ended meanwhile."""
+    """A process's command line; empty if it has ended meanwhile."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -370,5 +370,5 @@ def command_line(process: psutil.Process) -> list[str]:
 
 
 def _without_ollama() -> dict[str, str]:
-    """This process's environment without what would make the stand-in answer elsewhere."""
+    """This process's environment without variables that would redirect the fake."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA_", "FAKE_OLLAMA"))}

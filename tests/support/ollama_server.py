@@ -1,7 +1,7 @@
-"""An Ollama to test against: the stand-in, or a real one where OLLAMA_TEST_BINARY names its program.
+"""An Ollama to test against: the fake, or a real one if OLLAMA_TEST_BINARY names its program.
 
-Both are used the same way, so that what passes on the stand-in says something about the real one. OLLAMA_TEST_MODEL
-names a small model that the real one can pull, such as 127.0.0.1:5005/library/tiny-b from a registry of one's own.
+Both are used in the same way, so that a test that passes with the fake is valid for the real one. OLLAMA_TEST_MODEL
+names a small model that the real one can pull, such as 127.0.0.1:5005/library/tiny-b from a local registry.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OTHER = "other:latest"
 
 @dataclass(frozen=True)
 class OllamaServer:
-    """A server that runs. `model` was pulled from a registry, `other` lies beside it; both can be loaded at once."""
+    """A running server. `model` was pulled from a registry, `other` was added; both can be loaded at once."""
 
     url: str
     binary: str
@@ -42,7 +42,7 @@ class OllamaServer:
         return [m["name"] for m in _ask("GET", f"{self.url}/api/tags")["models"]]
 
     def unload(self, name: str) -> None:
-        """As another client would, waiting until it is gone."""
+        """Unload a model as another client would, and wait until it is gone."""
         _ask("POST", f"{self.url}/api/generate", {"model": name, "keep_alive": 0})
         wait_until(lambda: name not in self.ps(), f"{name} to be unloaded")
 
@@ -53,7 +53,7 @@ class OllamaServer:
 
 @contextmanager
 def ollama_server(folder: Path) -> Iterator[OllamaServer]:
-    """The server of this run, with both models."""
+    """This run's server, with both models installed."""
     with _real(folder, BINARY) if BINARY else _fake(folder) as server:
         yield server
 
@@ -88,7 +88,7 @@ def _real(folder: Path, binary: str) -> Iterator[OllamaServer]:
 
 
 def _other_weights(url: str) -> Path:
-    """A demo model that is not the one that was pulled: of the same weights Ollama makes one runner with two names."""
+    """A demo model other than the pulled one: for equal weights Ollama would run one runner with two names."""
     pulled = _ask("GET", f"{url}/api/tags")["models"][0]["size"]
     return next(f for f in sorted(DEMO_MODELS.glob("*.gguf")) if abs(f.stat().st_size - pulled) > 100_000)
 

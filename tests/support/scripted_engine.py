@@ -1,4 +1,4 @@
-"""An engine that does on the wire exactly what a test tells it: answer, fall silent, hang up, with or without TLS."""
+"""A fake engine that sends exactly the scripted bytes: replies, silence, closed connections, with or without TLS."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TLS = Path(__file__).with_name("tls")
-"""Keys of no worth to anybody: they prove that certificates are checked, and are trusted by nothing but tests."""
+"""Keys without value: they prove that certificates are checked, and only the tests trust them."""
 AUTHORITY = TLS / "authority.pem"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What happens to one request: `data` is sent, then the connection is closed if it `close`.
+    """What happens to one request: `data` is sent, then the connection is closed if `close` is set.
 
-    With `unread` it answers before it has read the request's body.
+    With `unread` the reply is sent before the request's body is read.
     """
 
     data: bytes = b""
@@ -30,7 +30,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it came: over which connection (counted from 0), its first line, its body."""
+    """A received request: its connection (counted from 0), request line and body."""
 
     connection: int
     line: str
@@ -38,7 +38,7 @@ class Request:
 
 
 def answer(status: str = "200 OK", body: object = None, *headers: str) -> bytes:
-    """A whole HTTP answer; a body that isn't bytes is told as JSON."""
+    """A complete HTTP response; a body that isn't bytes is sent as JSON."""
     data = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
     kind = "text/plain" if isinstance(body, bytes) else "application/json"
     lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(data)}", *headers]
@@ -50,7 +50,7 @@ DROP = Reply(close=True)
 
 
 class ScriptedEngine:
-    """Listens on loopback. Each request that comes takes the next reply; the last one stays."""
+    """Listens on loopback. Each request consumes the next reply; the last one repeats."""
 
     def __init__(self, *replies: Reply, tls: bool = False) -> None:
         self._replies = list(replies) or [OK]
@@ -61,7 +61,7 @@ class ScriptedEngine:
         self._threads: list[threading.Thread] = []
         self.requests: list[Request] = []
         self.disconnected = threading.Event()
-        """Somebody closed a connection to it."""
+        """Set when a client has closed a connection."""
         scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
         self.origin = f"{scheme}://{host}:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()

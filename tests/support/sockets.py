@@ -1,4 +1,4 @@
-"""A server that says whatever it is told to, byte by byte: for answers that no well-behaved program gives."""
+"""A server that sends arbitrary bytes: for responses that no well-behaved program gives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import suppress
 
 
 class PlainServer:
-    """Takes connections on loopback and has each served by `answer(link, request)`, which gets the bytes that came.
+    """Accepts connections on loopback and calls `answer(link, request)` for each, with the bytes of the request.
 
-    A connection is closed when `answer` returns, or the server is closed.
+    A connection is closed when `answer` returns, or when the server is closed.
     """
 
     def __init__(self, answer: Callable[[socket.socket, bytes], None]) -> None:
@@ -42,7 +42,7 @@ class PlainServer:
 
 
 def _request(link: socket.socket) -> bytes:
-    """The head of a request and its body."""
+    """Head and body of a request."""
     came = b""
     while b"\r\n\r\n" not in came and (more := link.recv(65_536)):
         came += more

@@ -1,4 +1,4 @@
-"""How long something took, told so that a busy machine can't break a test."""
+"""Measure waiting time in a way that a busy machine can't disturb."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import psutil
 
 
 class Stopwatch:
-    """Measures time that was waited away: the seconds since its making in which the machine's cores had nothing to do.
+    """Measures idle time: the seconds since its creation in which the machine's cores had nothing to do, averaged.
 
-    A test that says "within a second" means that nobody sleeps, polls or waits for a time-out meanwhile. By the wall
-    clock it fails beside somebody's build, which takes the cores away; a core that is busy, with us or with others,
-    doesn't count here. On a machine with nothing else to do this is nearly the time by the clock, never more.
+    A test that asserts "within a second" proves that nothing sleeps, polls or waits for a timeout meanwhile. By the
+    wall clock it would fail when other processes take the cores; a busy core, whoever uses it, doesn't count here. On
+    an otherwise idle machine the result is nearly the wall-clock time, never more.
     """
 
     def __init__(self) -> None:
@@ -19,5 +19,5 @@ class Stopwatch:
 
     @property
     def waited(self) -> float:
-        """Seconds so far, the mean over the cores."""
+        """Idle seconds so far, the mean over the cores."""
         return (psutil.cpu_times().idle - self._begun) / self._cores

@@ -1,4 +1,4 @@
-"""Conversations put into a database as they lie there, without anybody having to say them."""
+"""Insert conversations directly into a database."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from services.store.tables import ConversationRow, MessageRow
 def put_conversations(
     store: Store, count: int, messages: Iterable[str] = (), title: str = "Talk {number}", model: str | None = None
 ) -> list[str]:
-    """So many conversations, each a second newer than the one before; their ids, the newest last.
+    """Insert `count` conversations, each a second newer than the one before; return their ids, the newest last.
 
-    The newest one has these messages, a question and an answer in turn; the last 32 letters of an id count.
+    The newest has these messages, alternating question and answer. The ids are 32 hexadecimal digits that count up.
     """
     ids = [f"{number:032x}" for number in range(count)]
     rows = [

@@ -1,4 +1,4 @@
-"""vLLM models in tests: entries of the settings file, and what a console needs to run them."""
+"""vLLM models in tests: entries of the settings file, and the console's options to run them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.support.hub import TINY_MODEL, fill_cache
 
 GPU_NAME = f"of_run_{os.getpid()}"
 ON_GPU = {"gpu": GPU_NAME, "gpu_bytes": TOTAL_BYTES}
-"""The switches of a stand-in vLLM on this run's stand-in GPU."""
+"""Options that put a fake vLLM on this run's fake GPU."""
 
 
 def gpu_entry(model: str, *, required_gb: float = 60, **faults: object) -> str:
-    """A `[[models]]` table for a model on the stand-in GPU of 80 GB, with the stand-in vLLM's switches."""
+    """A `[[models]]` table for a model on the fake GPU of 80 GB, with the fake vLLM's faults."""
     fake = json.dumps({"load_seconds": 0.6, **ON_GPU, **faults})
     return (
         f'[[models]]\nid = "{model}"\nengine = "vllm"\nsource = "{model}"\nsize_gb = 0.05\n'
@@ -27,7 +27,7 @@ def gpu_entry(model: str, *, required_gb: float = 60, **faults: object) -> str:
 
 
 def on_gpu(docker: DockerEngine, folder: Path, *models: str) -> dict[str, object]:
-    """A console's options for a machine with the stand-in GPU, which has the files of these models already."""
+    """A console's options for a machine with the fake GPU, whose Hugging Face cache holds these models already."""
     for model in models:
         fill_cache(folder / "hub", model, TINY_MODEL)
     return {
