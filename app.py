@@ -12,7 +12,6 @@ from limits.strategies import RateLimiter
 
 from blueprints import assets, chat, downloads, filters, local_services, models, pages, set_aside, web
 from blueprints.api import openai, operations, providers, scripts, switching
-from blueprints.api.fast_lane import FastLane
 from blueprints.guard import Guard
 from services.config import Settings, load_settings
 from services.container import build_services
@@ -32,7 +31,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_body_bytes
     app.json.sort_keys = False  # type: ignore[attr-defined]
     services = app.extensions["switchyard"] = build_services(settings)
-    guard = app.extensions["switchyard.guard"] = Guard(services, _limiter(app))
+    app.extensions["switchyard.guard"] = Guard(services, _limiter(app))
     Htmx().init_app(app)
     web.init_app(app)
     for module in (
@@ -51,7 +50,6 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
         openai,
     ):
         app.register_blueprint(module.bp)
-    app.wsgi_app = FastLane(app.wsgi_app, services, guard)  # type: ignore[method-assign]
     return app
 
 

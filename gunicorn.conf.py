@@ -11,8 +11,7 @@ from contextlib import suppress
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import descriptors
-import signals
+from server import file_limit, signals
 from services import state_folder
 from services.config import ConfigError, load_settings
 from services.store import damage
@@ -24,12 +23,12 @@ except ConfigError as error:
     sys.exit(str(error))
 
 CONNECTIONS = 2000
-"""From clients at a time, idle ones included (`door.py`)."""
+"""From clients at a time, idle ones included (`server/connection_limits.py`)."""
 
 bind = f"{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
 workers = 1
-worker_class = "worker.Worker"
-worker_connections = descriptors.make_room(CONNECTIONS)
+worker_class = "server.worker.Worker"
+worker_connections = file_limit.raise_for(CONNECTIONS)
 preload_app = False
 wsgi_app = "wsgi:app"
 control_socket_disable = True

@@ -1,6 +1,6 @@
 """What a request has to pass before it may act: whose host it asks for, whose page sent it, how often it switches.
 
-The one place for these rules. Both ways in ask it: Flask's before every request, and the fast lane, which takes only
+The one place for these rules. Both ways in ask it: Flask's before every request, and the hot lane, which takes only
 what it lets in and never causes a switch.
 """
 

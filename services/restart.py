@@ -11,6 +11,8 @@ from services.state_folder import StateError
 ANSWER_SECONDS = 0.5
 """How long the answer to the request for it has to get out."""
 NEED_A_FULL_START = ("host", "port", "state_dir")
+FAILED = "switchyard.gateway_error"
+"""Where the environment has the error of a first attempt to pass the request on, which must not be sent again."""
 UNBEGUN = "switchyard.unbegun"
 """Where the app leaves the body of a request in its WSGI environ that the next run has to answer in its place."""
 

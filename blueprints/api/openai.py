@@ -14,13 +14,12 @@ from urllib.parse import quote
 from flask import Blueprint, Response, current_app, jsonify, request
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
-from blueprints.api.fast_lane import FAILED
 from blueprints.api.passing import Client, pass_on
 from blueprints.api.spec import documented
 from blueprints.guard import SAFE_METHODS
 from blueprints.web import ApiError, guard, json_object, services
 from services.gateway.router import AUTO, Admission, ClientGone
-from services.restart import UNBEGUN
+from services.restart import FAILED, UNBEGUN
 
 bp = Blueprint("openai", __name__)
 
@@ -149,7 +148,7 @@ def _relay(admit: Callable[[str | None, Client], Admission]) -> Response:
     if isinstance(failed := request.environ.get(FAILED), Exception):
         return _not_passed(failed)
     body = request.get_data(cache=False)
-    client = Client(request.environ)
+    client = Client.of(request.environ)
     try:
         admission = _place(admit, body, client)
         passed = pass_on(services().relay, admission, client, request.method, _target(), request.headers.items(), body)

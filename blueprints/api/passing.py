@@ -16,7 +16,7 @@ import gevent
 from gevent.monkey import get_original
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
-from services.gateway.relay import Body, EngineAnswer, Hangup, Relay, answer_headers
+from services.gateway.relay import Body, EngineAnswer, Hangup, Relay, answer_fields
 from services.gateway.router import Admission, GatewayError
 
 _poll = get_original("select", "poll")
@@ -41,11 +41,16 @@ KEEP_ALIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """An engine's answer: its status, the headers that may be passed on, and its body as it comes."""
+    """An engine's answer: its status, the headers that may be passed on, and its body as it arrives."""
 
     status: int
-    headers: list[tuple[str, str]]
+    fields: list[tuple[bytes, bytes]]
     body: Body
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The same as text."""
+        return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.fields]
 
 
 class Client:
@@ -56,12 +61,19 @@ class Client:
     interim answer (100), which every HTTP/1.1 client skips, as long as nothing of the real one has been sent.
     """
 
-    def __init__(self, environ: Mapping[str, Any]) -> None:
-        self._socket: Any = environ.get("gunicorn.socket")
-        self._may_ask = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    def __init__(self, connection: Any = None, *, may_ask: bool = False) -> None:
+        """`connection` is the client's, a socket of gevent's, None where there is none; `may_ask` says whether the
+        client understands interim answers."""
+        self._socket = connection
+        self._may_ask = may_ask
         self._ask_at: float | None = None
         """When it is sent the next interim answer; None before it has closed its sending side."""
         self._half_closed_at = 0.0
+
+    @classmethod
+    def of(cls, environ: Mapping[str, Any]) -> Client:
+        """The client of a request, by its WSGI environment."""
+        return cls(environ.get("gunicorn.socket"), may_ask=environ.get("SERVER_PROTOCOL") == "HTTP/1.1")
 
     def left(self) -> bool:
         """Whether they have gone. Doesn't wait, so that a callback of the hub may ask."""
@@ -161,7 +173,7 @@ def pass_on(
     heard = admission.instance.traffic.heard
     heard()
     relayed = Body(answer, client.answered, heard, finish, _stream_error if streamed else _cut_off)
-    return Passed(answer.status_code, answer_headers(answer), relayed)
+    return Passed(answer.status_code, answer_fields(answer), relayed)
 
 
 def _check_served(answer: EngineAnswer, model: str) -> None:

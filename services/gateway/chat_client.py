@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from geventhttpclient.response import HTTPParseError
-
 from services.abort import Abort, Aborted
 from services.answers import Delta, GenerationError, Prompt
 from services.catalog import UnknownModel
 from services.gateway.context import ContextOverflow, drop_oldest, first_included, parse_overflow
 from services.gateway.deltas import finish_reason, join_surrogates, parse_chunk, split_thoughts
-from services.gateway.relay import EngineAnswer, Hangup, Relay
+from services.gateway.relay import BrokenAnswer, EngineAnswer, Hangup, Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
 from services.store.records import Message
 from services.switching.events import InstanceView
@@ -69,9 +67,9 @@ class ChatStream:
             chunk = self._answer.arrived()
             self._on_chunk()
             return chunk
-        except (OSError, HTTPParseError) as error:
+        except (OSError, BrokenAnswer) as error:
             self._abort.check()
-            why = "the engine closed the connection" if isinstance(error, HTTPParseError) else str(error).rstrip(".")
+            why = "the engine closed the connection" if isinstance(error, BrokenAnswer) else str(error).rstrip(".")
             raise GenerationError(f"The answer broke off: {why}. What came so far is kept; try again.") from None
 
 

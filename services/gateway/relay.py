@@ -1,16 +1,17 @@
-"""Bytes through: one request to an instance, its answer passed on unchanged and as it comes.
+"""Sends one request to an instance and gives its answer as it arrives, its body unchanged.
 
-The data plane's hot path. The parser (llhttp) is geventhttpclient's; what is ours reads whatever has arrived instead of
-waiting for a full block, which is what a streamed token needs.
+The hot path of the data plane. The parser is llhttp, by httptools; reading whatever has arrived instead of waiting for
+a full block is what a streamed token needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from urllib.parse import urlsplit
 
-from geventhttpclient.response import HTTPParseError, HTTPResponse, HTTPResponseParser
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from services.engines.port import Endpoint
 from services.gateway.connections import CONNECTIONS_PER_ENGINE, Connection, Network, NoPlace, Pool, Sockets
@@ -19,6 +20,7 @@ from services.gateway.router import ClientGone, GatewayError
 BLOCK = 65_536
 LONGEST_HEAD = 262_144
 """Bytes of an answer before its body, interim answers included."""
+CUT = "the engine closed the connection in mid-answer"
 TIDY_SECONDS = 5.0
 """How often idle connections are looked at: engines hang up on them, and end."""
 
@@ -75,39 +77,66 @@ class Unanswered(ConnectionError):
     """The engine closed the connection without a byte of an answer."""
 
 
-class EngineAnswer(HTTPResponse):  # type: ignore[misc]
-    """An engine's answer, its body as it arrives. Holds its connection until it is whole or broken off."""
+class BrokenAnswer(Exception):
+    """An engine's answer is malformed, or ends before it is whole."""
+
+
+class EngineAnswer:
+    """An engine's answer: `status_code`, `fields` (its headers as pairs of bytes), and its body as it arrives.
+
+    Holds its connection until the answer is whole or broken off.
+    """
 
     def __init__(self, connection: Connection, pool: Pool, method: str) -> None:
-        """Wait for its headers. Raises OSError, HTTPParseError, and Unanswered; the connection is given back then."""
-        super().__init__(method=method)
+        """Wait for the headers. Raises OSError, BrokenAnswer and Unanswered; the connection is released then."""
+        self.status_code = 0
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.whole = False
+        """Whether all of it has arrived, though not all of it may have been read yet."""
         self._connection: Connection | None = connection
         self._pool = pool
+        self._has_body = method != "HEAD"
+        self._headers_complete = False
+        self._reusable = False
+        """Whether the next request may be sent over the same connection."""
+        self._pieces: list[bytes] = []
+        self.on_body = self._pieces.append  # a builtin: the parser calls it once per chunk
+        self._parser = HttpResponseParser(self)
         try:
             self._read_head(connection)
         except BaseException:
-            self._let_go()
+            self._release()
             raise
 
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.fields]
+
+    def get(self, name: str) -> str | None:
+        """The value of the first header called `name`, which is in lower case; None where there is none."""
+        wanted = name.encode("latin-1")
+        return next((value.decode("latin-1") for field, value in self.fields if field.lower() == wanted), None)
+
     def arrived(self) -> bytes:
-        """Body bytes that are here, waiting for some if none are; empty at the end. Raises OSError, HTTPParseError."""
-        while not self._body_buffer and self._connection is not None:
+        """Body bytes that are here, waiting for some if none are; empty at the end. Raises OSError, BrokenAnswer."""
+        pieces = self._pieces
+        while not pieces and self._connection is not None:
             self._receive(self._connection)
-        chunk = bytes(self._body_buffer)
-        self._body_buffer.clear()
+        chunk = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
         return chunk
 
     def beginning(self, size: int) -> bytes:
-        """The first `size` bytes of the body, fewer when it ends before; `arrived` still gives them.
+        """The first `size` bytes of the body, fewer when it ends before; `arrived` still returns them.
 
-        Raises GatewayError when it breaks off.
+        Raises GatewayError when the answer breaks off.
         """
         try:
-            while len(self._body_buffer) < size and self._connection is not None:
+            while sum(map(len, self._pieces)) < size and self._connection is not None:
                 self._receive(self._connection)
-        except (OSError, HTTPParseError) as error:
+        except (OSError, BrokenAnswer) as error:
             raise GatewayError("engine_unreachable", f"The engine's answer broke off: {error}.") from None
-        return bytes(self._body_buffer[:size])
+        return b"".join(self._pieces)[:size]
 
     def abort(self) -> None:
         """Close the connection, from any greenlet: the engine notices and stops generating."""
@@ -115,59 +144,84 @@ class EngineAnswer(HTTPResponse):  # type: ignore[misc]
             self._connection.shut()
 
     def break_off(self) -> None:
-        """Leave it where it is, and give its connection back: in the middle that stops the generation."""
-        self._let_go()
+        """Release the connection. One in the middle of an answer is closed, which stops the generation."""
+        self._release()
+
+    # Called by the parser.
+
+    def on_message_begin(self) -> None:
+        """The parser would go on with a second answer as if it belonged to the first."""
+        if self.whole:
+            raise BrokenAnswer("the engine answered twice")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.fields.append((name, value.strip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        self.status_code = self._parser.get_status_code()
+        if self.status_code >= 200:
+            self._headers_complete = True
+            if not self._has_body:
+                self._end()
+
+    def on_message_complete(self) -> None:
+        if self.status_code >= 200:
+            self._end()
+        else:  # an interim answer, which is not passed on
+            self.fields.clear()
+
+    def _end(self) -> None:
+        self.whole = True
+        self._reusable = self._parser.should_keep_alive()
 
     def _read_head(self, connection: Connection) -> None:
         came = 0
-        while not self.headers_complete or self.status_code < 200:
+        while not self._headers_complete:
             if came > LONGEST_HEAD:
-                raise HTTPParseError("the engine's headers have no end")
+                raise BrokenAnswer("the engine's headers have no end")
             try:
                 data = connection.recv(BLOCK)
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise (
-                    HTTPParseError("the engine closed the connection in mid-answer")
-                    if came
-                    else Unanswered("it closed the connection")
-                )
+                raise BrokenAnswer(CUT) if came else Unanswered("it closed the connection")
             came += len(data)
-            self.feed(data)
+            self._feed(data)
 
     def _receive(self, connection: Connection) -> None:
         data = connection.recv(BLOCK)
-        self.feed(data)
-        if not data and not self.message_complete:
-            raise HTTPParseError("the engine closed the connection in mid-answer")
+        if data:
+            self._feed(data)
+        elif self._ends_with_connection:
+            self.whole = True
+            self._release()
+        else:
+            raise BrokenAnswer(CUT)
 
-    def feed(self, data: bytes) -> None:
-        """Parse what has come. Nobody asked for what follows a whole answer: it closes the connection, no more."""
+    def _feed(self, data: bytes) -> None:
+        """Parse what has arrived. Bytes after a whole answer belong to no request: they close the connection."""
         try:
-            HTTPResponseParser.feed(self, data)
-        except HTTPParseError:
-            if not self._whole:
-                raise
-        if self.message_complete and self._whole:
-            self._let_go()
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            if not self.whole:
+                raise BrokenAnswer(str(error)) from None
+            self._reusable = False
+        if self.whole:
+            if self._pieces and not self._has_body:
+                self._pieces.clear()
+                self._reusable = False
+            self._release()
 
     @property
-    def _whole(self) -> bool:
-        """Whether all of it is here; an interim answer (1xx) is not it."""
-        return bool(self.message_complete and self.status_code >= 200)
+    def _ends_with_connection(self) -> bool:
+        """Whether nothing but the end of the connection ends the body (RFC 9112 section 6.3)."""
+        return self.get("content-length") is None and self.get("transfer-encoding") is None
 
-    def _on_message_begin(self) -> None:
-        """The parser would go on with a second answer as if it belonged to the first."""
-        if self._whole:
-            raise HTTPParseError("the engine answered twice")
-        super()._on_message_begin()
-
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._whole and not self.should_close():
+        if self._reusable:
             self._pool.keep(connection)
         else:
             self._pool.drop(connection)
@@ -237,7 +291,7 @@ class Relay:
             raise GatewayError(
                 "queue_full", f"The engine answers {CONNECTIONS_PER_ENGINE} requests already. Try again later.", 5
             ) from None
-        except (OSError, HTTPParseError) as error:
+        except (OSError, BrokenAnswer) as error:
             if hangup.called:
                 raise ClientGone from None
             if self._closed:
@@ -329,7 +383,7 @@ class Body:
             raise StopIteration
         try:
             chunk = self._answer.arrived()
-        except (OSError, HTTPParseError) as error:
+        except (OSError, BrokenAnswer) as error:
             self._over = True
             chunk = self._error_tail(str(error))
         if self._on_begin is not None:
@@ -349,12 +403,15 @@ class Body:
             self._on_close()
 
 
-def answer_headers(answer: EngineAnswer) -> list[tuple[str, str]]:
+def answer_fields(answer: EngineAnswer) -> list[tuple[bytes, bytes]]:
     """The headers of an answer that may be passed on."""
-    return [(name, value) for name, value in answer.headers if _describes(name.lower())]
+    return [(name, value) for name, value in answer.fields if _describes(name)]
 
 
-def _describes(name: str) -> bool:
+@lru_cache(maxsize=256)
+def _describes(field: bytes) -> bool:
+    """Whether a header describes an answer. Remembered: engines send the same few."""
+    name = field.lower().decode("latin-1")
     return name in ANSWER_HEADERS or name.startswith(ANSWER_HEADER_FAMILIES)
 
 

@@ -18,6 +18,9 @@ and misbehaves as `--fault NAME[:VALUE]` says (may be repeated):
     thinks:SECONDS         thinks before it answers, waiting that long before each word of it
     silent                 reads the question of a stream and says nothing, not even headers, until the client leaves
     hold:MB                takes that much memory more than a small process does
+
+A chat whose body has a `reply` gets just those bytes (latin-1), "ECHO" in them standing for the request as it came;
+with `hang_up` the connection ends after them.
 """
 
 from __future__ import annotations
@@ -96,8 +99,12 @@ class Handler(BaseHTTPRequestHandler):
             self._json(200, {"object": "list", "data": [{"id": self.server.alias, "object": "model"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.loads(raw or b"{}")
         if not self._allowed():
+            return
+        if "reply" in body:
+            self._reply(body, raw)
             return
         if self.path == "/v1/completions" and "refuse_first" in self.server.faults:
             self._json(500, {"error": {"message": "the stand-in refuses", "type": "server_error", "code": 500}})
@@ -115,6 +122,12 @@ class Handler(BaseHTTPRequestHandler):
             }
             cut = "cut_answer" in self.server.faults and self.path == "/v1/chat/completions"
             self._json(200, {"object": "chat.completion", "model": self.server.alias, "choices": [choice]}, cut=cut)
+
+    def _reply(self, body: dict[str, str], raw: bytes) -> None:
+        fields = sorted((name.lower(), value) for name, value in self.headers.items())
+        echo = json.dumps([self.command, self.path, fields, raw.decode("latin-1")]).encode("latin-1").hex()
+        self.wfile.write(body["reply"].replace("ECHO", echo).encode("latin-1"))
+        self.close_connection = bool(body.get("hang_up"))
 
     def _hangs(self) -> bool:
         return "hang_answering" in self.server.faults and self.path == "/v1/chat/completions"

@@ -24,7 +24,7 @@ class Asking(Client):
     """
 
     def __init__(self, number: int, model: str, act: str, seconds: float, scheduler: VirtualScheduler) -> None:
-        super().__init__({})
+        super().__init__()
         self._scheduler = scheduler
         self.number = number
         self.model = model

@@ -1,4 +1,4 @@
-"""The app without a server: Flask's test client, fast lane included, with a board that the test fills."""
+"""The app without a server: Flask's test client with a board that the test fills."""
 
 from __future__ import annotations
 

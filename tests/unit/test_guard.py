@@ -1,4 +1,4 @@
-"""Who may act, from which page, and how often models may be switched: the same on both lanes."""
+"""Who may act, from which page, and how often models may be switched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.in_process import InProcess, in_process
 from tests.support.scripted_engine import ScriptedEngine
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
-FAST, SLOW = "/v1/chat/completions", "/v1/chat/completions?lane=slow"
+CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -62,8 +62,7 @@ WAYS = [
     ("/ollama/models/switch", {"json": {"model": MINI}}),
     ("/models/switch", {"data": {"target_model": MINI, "confirm": "yes"}}),
     (f"/models/{MINI}/restart", {"data": {}}),
-    (FAST, {"json": {"model": MINI, "messages": HELLO}}),
-    (SLOW, {"json": {"model": MINI, "messages": HELLO}}),
+    (CHAT, {"json": {"model": MINI, "messages": HELLO}}),
     ("/chat/completions", {"json": {"model": MINI, "messages": HELLO}}),
     ("/v1/messages", {"json": {"model": MINI, "messages": HELLO}}),
     ("/v1/rerank", {"json": {"model": MINI}}),
@@ -107,7 +106,7 @@ def test_a_chat_answer_that_needs_its_model_loaded_counts(console):
     assert console.client.post("/chats/some/messages", data={"text": ""}).status_code != 429
 
 
-@pytest.mark.parametrize("path", [FAST, SLOW, "/v1/responses"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
 def test_asking_a_model_that_runs_does_not_count(console, engine, path):
     """However often, by its name or as the active one."""
     use_up(console)
@@ -122,10 +121,10 @@ def test_asking_a_model_that_is_coming_does_not_count(console):
     switch = console.show_switch(MINI)
     console.services.board.publish(queued=(SMALL,))
     for name in (MINI, SMALL, None):
-        assert console.client.post(FAST, json={"model": name}).status_code != 429
+        assert console.client.post(CHAT, json={"model": name}).status_code != 429
     assert console.switch_requests == [MINI, SMALL, MINI]
     console.services.board.publish(switch=None, queued=(), last_switch=switch)
-    assert_limited(console.client.post(FAST, json={"model": SMALL}))
+    assert_limited(console.client.post(CHAT, json={"model": SMALL}))
 
 
 def test_asking_a_model_that_is_being_unloaded_counts(console, engine):
@@ -133,7 +132,7 @@ def test_asking_a_model_that_is_being_unloaded_counts(console, engine):
     use_up(console)
     console.services.board.current.instances[MINI].traffic.close()
     console.show_switch(SMALL, unloads=(Unloading(MINI, "to make room"),))
-    assert_limited(console.client.post(FAST, json={"model": MINI}))
+    assert_limited(console.client.post(CHAT, json={"model": MINI}))
     assert engine.requests == []
 
 
@@ -142,7 +141,7 @@ def test_what_causes_no_switch_does_not_count(console):
     for _ in range(3):
         console.client.get("/v1/models/status")
         console.client.post("/v1/models/switch/plan", json={"target_model": MINI})
-        assert console.client.post(FAST, json={"model": "nope"}).status_code == 404
+        assert console.client.post(CHAT, json={"model": "nope"}).status_code == 404
         assert console.client.get(f"/v1/x?model={MINI}").status_code == 409
     use_up(console)
 
@@ -150,7 +149,7 @@ def test_what_causes_no_switch_does_not_count(console):
 def test_requests_do_not_count_where_they_may_not_switch(tmp_path):
     """They are told so, every time."""
     with in_process(tmp_path, switch_rate_limit="1/minute", switch_on_request=False) as console:
-        codes = [console.client.post(FAST, json={"model": MINI}).status_code for _ in range(3)]
+        codes = [console.client.post(CHAT, json={"model": MINI}).status_code for _ in range(3)]
     assert codes == [409, 409, 409]
 
 
@@ -170,7 +169,7 @@ def test_no_endpoint_that_switches_is_forgotten(console):
     assert {n for n, source in sources.items() if re.search(r"chats\.(start|send|retry)\(", source)} == ANSWERING
 
 
-@pytest.mark.parametrize("path", [FAST, SLOW, "/v1/responses", "/v1/anything", "/v1/models/switch", "/models/switch"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/anything", "/v1/models/switch", "/models/switch"])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -181,26 +180,24 @@ def test_no_endpoint_that_switches_is_forgotten(console):
         {"Origin": "http://["},
     ],
 )
-def test_a_page_of_another_site_can_not_act_on_either_lane(console, engine, path, headers):
+def test_a_page_of_another_site_can_not_act(console, engine, path, headers):
     """Neither ask what is loaded nor have anything loaded."""
     response = console.client.post(path, json={"target_model": SMALL, "messages": HELLO}, headers=headers)
     assert response.status_code == 403
     assert (engine.requests, console.switch_requests) == ([], [])
 
 
-@pytest.mark.parametrize("path", [FAST, SLOW])
 @pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://localhost"}, {}])
-def test_the_own_page_and_plain_scripts_can_act_on_both_lanes(console, engine, path, headers):
+def test_the_own_page_and_plain_scripts_can_act(console, engine, headers):
     """Same origin by either header, or no browser at all."""
-    assert console.client.post(path, json={"messages": HELLO}, headers=headers).status_code == 200
+    assert console.client.post(CHAT, json={"messages": HELLO}, headers=headers).status_code == 200
     assert len(engine.requests) == 1
 
 
-@pytest.mark.parametrize("path", [FAST, SLOW])
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8787", "[", ""])
-def test_a_foreign_host_name_is_refused_on_both_lanes(console, engine, path, host):
+def test_a_foreign_host_name_is_refused(console, engine, host):
     """DNS rebinding."""
-    response = console.client.post(path, json={"messages": HELLO}, headers={"Host": host})
+    response = console.client.post(CHAT, json={"messages": HELLO}, headers={"Host": host})
     assert response.status_code in (400, 403)
     assert engine.requests == []
 

@@ -16,7 +16,7 @@ NOT_REPEATED = frozenset({"HTTP_EXPECT", "HTTP_TRANSFER_ENCODING", "HTTP_CONTENT
 """The body is here, so there is nothing to wait for, and its length is known."""
 
 
-class Succession:
+class Handover:
     """A channel to the next worker. Bounded by the kernel: what doesn't fit is not taken."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Succession:
         return None
 
 
-def written_again(environ: Mapping[str, Any], body: bytes) -> bytes:
+def request_bytes(environ: Mapping[str, Any], body: bytes) -> bytes:
     """A request as it would come from its client, from what a WSGI server made of it."""
     lines = [f"{environ['REQUEST_METHOD']} {environ['RAW_URI']} {environ['SERVER_PROTOCOL']}", *_headers(environ)]
     if body or "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:

@@ -9,7 +9,7 @@ from typing import Any
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 
-class WholeBody(io.RawIOBase):
+class RequestBody(io.RawIOBase):
     """The body of one request, for `wsgi.input`: read whole at the first read, or refused at every one.
 
     Raises RequestEntityTooLarge beyond `most` bytes, RequestTimeout when it comes too slowly, and OSError when it is

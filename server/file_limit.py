@@ -10,7 +10,7 @@ LEAST = 100
 """Connections without which it would serve nobody; it tries its luck then."""
 
 
-def make_room(connections: int) -> int:
+def raise_for(connections: int) -> int:
     """Raise this process's limit so that it can answer on so many connections; how many it can take.
 
     Each may need a second descriptor, for the engine that answers on it. The limit is raised as far as the system lets

@@ -1,10 +1,11 @@
-"""gunicorn's gevent worker, which can end in other ways as well.
+"""gunicorn's gevent worker, with a hot lane for the gateway, and other ways to end.
 
+- Plain requests to running models are answered by the hot lane, the others by gunicorn and the app.
 - Told to stop, it hangs up on idle connections: browsers and API clients keep them open for minutes, and gunicorn 27
   waits for each until `graceful_timeout`.
 - Asked to restart, it begins no request any more but leaves them to the next worker, with their connections.
 - Clients that are slow, or too many, keep nobody else out.
-- Without its master, or given up by it, it ends as for a restart: nobody wanted the models to be unloaded.
+- Without its master, or given up by it, it ends as for a restart: the models stay loaded.
 """
 
 from __future__ import annotations
@@ -14,39 +15,42 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from io import BytesIO
 from typing import Any
 
 import gevent
+import gunicorn.http
 from gevent.socket import wait_read
 from gunicorn.http import wsgi
+from gunicorn.http.parser import RequestParser
 from gunicorn.workers.base_async import ALREADY_HANDLED
 from gunicorn.workers.ggevent import GeventWorker
 from werkzeug.exceptions import HTTPException
 
-from door import ClientSocket, Door
-from intake import WholeBody
-from services.restart import UNBEGUN, RestartRefused
-from signals import drop_dead_streams, terminal
-from succession import Succession, written_again
+from server.client_socket import ClientSocket
+from server.connection_limits import ConnectionLimits
+from server.handover import Handover, request_bytes
+from server.request_body import RequestBody
+from server.signals import drop_dead_streams, terminal
+from services.restart import FAILED, UNBEGUN, RestartRefused
 
 Environ = dict[str, Any]
 
-DOOR_PART = 20
-"""One of so many places that gunicorn has is kept free: who comes when all others are taken has to be let in, or sent
-away, rather than be left standing."""
+SPARE_PART = 20
+"""One of so many places that gunicorn has is kept free: a client that comes when all others are taken has to be let in,
+or refused, rather than be left standing."""
 
 
 class Worker(GeventWorker):  # type: ignore[misc]
     """Knows its open connections, and what becomes of them."""
 
-    succession = Succession()
+    handover = Handover()
     """The master's, as this module is; every worker inherits it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._door = Door(self.worker_connections - self.worker_connections // DOOR_PART)
+        self._limits = ConnectionLimits(self.worker_connections - self.worker_connections // SPARE_PART)
         self._clients: set[socket.socket] = set()
         self._busy = 0
         self._taker: gevent.Greenlet | None = None
@@ -85,25 +89,34 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super(GeventWorker, self).notify()
 
     def load_wsgi(self) -> None:
+        from server.hot_lane import HotLane  # the master, which imports this module as well, has not patched ssl
+
         super().load_wsgi()
-        self._app = self.wsgi
+        self._app: Callable[..., Iterable[bytes]] = self.wsgi  # type: ignore[has-type]
         self._restart = self.services.restart
         self._longest = self.services.settings.max_body_bytes
         self.wsgi = self._answer
+        guard = self.app.callable.extensions["switchyard.guard"]
+        self._lane = HotLane(self.services, guard, self._begins_requests, self._begin, self._end)
+
+    def timeout_ctx(self) -> Any:
+        """No limit around a request's head, which may be several requests of the hot lane: `ClientSocket` has it."""
+        return nullcontext()
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """As gunicorn's, which would have the client wait, and be waited for, without a limit."""
         if not isinstance(client, ClientSocket):
             client = ClientSocket(client.detach())
-        if not self._door.enter(client, addr[0]):
+        if not self._limits.admit(client, addr[0]):
             client.refuse()
             return
         self._clients.add(client)
+        client.next_request = lambda received: self._lane.serve(client, addr[0], received)
         try:
             super(GeventWorker, self).handle(listener, client, addr)
         finally:
             self._clients.discard(client)
-            self._door.leave(client)
+            self._limits.remove(client)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         self._busy += 1
@@ -113,9 +126,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         except TimeoutError:  # it takes nothing of its answer
             raise StopIteration from None
         finally:
-            self._busy -= 1
-            sock.expect_head()
-            self._door.wait_for(sock)
+            self._end(sock)
         if sock not in self._clients:
             raise StopIteration  # what comes next on it is for the next worker
 
@@ -135,6 +146,19 @@ class Worker(GeventWorker):  # type: ignore[misc]
             with suppress(OSError):
                 client._sock.shutdown(socket.SHUT_RD)  # type: ignore[attr-defined]  # gevent's own fails the reader
 
+    def _begins_requests(self) -> bool:
+        return self.alive and not self._restart.requested
+
+    def _begin(self, client: ClientSocket) -> None:
+        """A request's answer is under way, outside gunicorn."""
+        self._busy += 1
+        self._limits.answer(client)
+
+    def _end(self, client: ClientSocket) -> None:
+        self._busy -= 1
+        client.expect_head()
+        self._limits.wait_for(client)
+
     def _hang_up_signalled(self) -> None:
         if terminal.says(gevent.sleep) != "restart":
             drop_dead_streams()  # where the terminal is gone the master ends this process
@@ -146,16 +170,18 @@ class Worker(GeventWorker):  # type: ignore[misc]
         except AttributeError:
             self.log.warning("SIGHUP restarts nothing: the app is only just starting.")
 
-    def _answer(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes] | object:
+    def _answer(self, environ: Environ, start_response: Callable[..., Any]) -> Any:
         """The WSGI app as gunicorn calls it."""
         client = environ["gunicorn.socket"]
-        environ["wsgi.input"] = WholeBody(environ, self._longest, lambda: self._door.answer(client))
-        if self._restart.requested and self._leave(environ, self._read(environ)):
+        environ["wsgi.input"] = RequestBody(environ, self._longest, lambda: self._limits.answer(client))
+        if client.failed is not None:
+            environ[FAILED], client.failed = client.failed, None
+        elif self._restart.requested and self._leave(environ, self._read(environ)):
             return ALREADY_HANDLED
         answer = self._app(environ, start_response)
         if not self._leave(environ, environ.get(UNBEGUN)):
             return answer
-        answer.close()
+        answer.close()  # type: ignore[attr-defined]
         return ALREADY_HANDLED
 
     def _read(self, environ: Environ) -> bytes | None:
@@ -168,25 +194,28 @@ class Worker(GeventWorker):  # type: ignore[misc]
         return body
 
     def _leave(self, environ: Environ, body: bytes | None) -> bool:
-        """Leave a request that nobody has begun to the next worker, with its connection. Whether that was possible."""
+        """Leave a request that has not begun to the next worker, with its connection. Whether that was possible."""
         if body is None:
             return False
         if self._taker is not None:
             self._taker.kill()  # or it would take what is given here
         client = environ["gunicorn.socket"]
-        if not self.succession.give(client, written_again(environ, body)):
+        if not self.handover.give(client, request_bytes(environ, body)):
             return False
         self._clients.discard(client)
         return True
 
     def _take(self) -> None:
         while True:
-            wait_read(self.succession.fileno())
-            left = self.succession.take()
+            wait_read(self.handover.fileno())
+            left = self.handover.take()
             if left is not None:
                 descriptor, request = left
                 client = ClientSocket(descriptor, request)
-                gevent.spawn(self.handle, self.sockets[0], client, client.getpeername())
+                with suppress(OSError):  # the client has gone
+                    gevent.spawn(self.handle, self.sockets[0], client, client.getpeername())
+                    continue
+                client.close()
 
 
 class Response(wsgi.Response):  # type: ignore[misc]
@@ -196,7 +225,7 @@ class Response(wsgi.Response):  # type: ignore[misc]
         if self.headers_sent:
             super().write(arg)
             return
-        first, client = _Gathered(), self.sock
+        first, client = _Gathered(), self.sock  # type: ignore[has-type]
         self.sock = first
         try:
             super().write(arg)
@@ -215,4 +244,26 @@ class _Gathered:
         self.pieces.append(piece)
 
 
-wsgi.Response = Response  # gunicorn makes the answers of every worker by this name
+class Requests(RequestParser):  # type: ignore[misc]
+    """The requests of a connection that the hot lane leaves to gunicorn."""
+
+    def __init__(self, cfg: Any, client: ClientSocket, address: Any, **_options: Any) -> None:
+        super().__init__(cfg, client, address)
+        self._client = client
+
+    def __next__(self) -> Any:
+        before = self.mesg
+        if before and (before.should_close() or not self.finish_body()):
+            raise StopIteration
+        self.mesg: Any = None  # the base class would look for the rest of its body behind the hot lane's requests
+        received = self._client.next_request(self.unreader.take_buffered())
+        if not received:
+            raise StopIteration
+        self.unreader.unread(received)
+        return super().__next__()
+
+    next = __next__
+
+
+wsgi.Response = Response  # gunicorn makes the answers and parsers of every worker by these names
+gunicorn.http.get_parser = Requests

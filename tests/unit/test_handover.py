@@ -12,10 +12,10 @@ from flask import Flask
 from werkzeug.test import EnvironBuilder
 
 from app import create_app
+from server.handover import Handover, request_bytes
 from services.gateway.router import ClientGone, GatewayError
 from services.restart import UNBEGUN
 from services.switching.jobs import SwitchError
-from succession import Succession, written_again
 from tests.support.console import NO_OLLAMA
 
 
@@ -32,9 +32,9 @@ def test_a_request_is_passed_on_whole() -> None:
         "HTTP_EXPECT": "100-continue",
         "HTTP_TRANSFER_ENCODING": "chunked",
     }
-    with closing(ours), closing(theirs), closing(Succession()) as channel:
+    with closing(ours), closing(theirs), closing(Handover()) as channel:
         assert channel.take() is None
-        assert channel.give(theirs, written_again(environ, body))
+        assert channel.give(theirs, request_bytes(environ, body))
         left = channel.take()
         assert left is not None
         with socket.socket(fileno=left[0]) as client:
@@ -53,7 +53,7 @@ def test_a_request_is_passed_on_whole() -> None:
 
 def test_what_the_channel_can_not_hold_is_not_taken() -> None:
     """The worker answers it itself then."""
-    with socket.socket() as client, closing(Succession()) as channel:
+    with socket.socket() as client, closing(Handover()) as channel:
         given = 0
         while channel.give(client, b"GET / HTTP/1.1\r\n\r\n"):
             given += 1

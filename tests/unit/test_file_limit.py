@@ -6,12 +6,14 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 SCRIPT = """
-import descriptors, json, resource
-print(json.dumps([descriptors.make_room(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]))
+import json, resource
+from server import file_limit
+print(json.dumps([file_limit.raise_for(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]))
 """
 
 
@@ -31,6 +33,7 @@ def test_the_limit_is_raised_as_far_as_it_goes_and_the_rest_is_not_promised(soft
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
         check=True,
+        cwd=Path(__file__).parents[2],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
     )
     assert json.loads(done.stdout) == [connections, limit]

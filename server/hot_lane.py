@@ -1,0 +1,261 @@
+"""The gateway's common case at the socket: a plain request to a model that is running, before gunicorn parses it.
+
+Of the processor time of a relayed request, nearly all went into gunicorn's parsing, the WSGI environment and its
+response object. The lane takes only what needs none of them, and leaves everything else, errors included, to gunicorn
+and the app, with every byte that was read: each rule stays in one place. It asks only models that are running, so
+nothing that it takes can cause a switch. `docs/decisions/0024-hot-lane.md` says which requests it takes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from http import HTTPStatus
+from typing import NamedTuple
+
+from gunicorn import SERVER
+from gunicorn.util import http_date
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from werkzeug.exceptions import HTTPException
+
+from blueprints.api.passing import Client, Passed, pass_on
+from blueprints.guard import Guard
+from blueprints.web import SECURITY_HEADERS
+from server.client_socket import BLOCK, ClientSocket
+from services.container import Services
+from services.gateway.router import ClientGone, GatewayError
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+REQUEST_LINES = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in PATHS)
+LONGEST_HEAD = 8190
+"""Bytes: gunicorn's limit on one line, so that a head within it keeps all of gunicorn's limits but the number of
+headers."""
+MOST_HEADERS = 100
+"""gunicorn's `limit_request_fields`."""
+LEFT_TO_GUNICORN = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"te", b"trailer"})
+"""Headers that change how a request is read."""
+SCHEME_HEADERS = frozenset({b"x-forwarded-protocol", b"x-forwarded-proto", b"x-forwarded-ssl"})
+"""gunicorn refuses requests in which these contradict each other."""
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_FIXED = b"".join(f"{name}: {value}\r\n".encode() for name, value in (("Server", SERVER), *SECURITY_HEADERS))
+
+
+class Request(NamedTuple):
+    """A request's head: its path, its headers by their names in lower case, and where in the bytes its body begins."""
+
+    path: str
+    headers: Mapping[bytes, bytes]
+    body_at: int
+    body_length: int
+
+
+class HotLane:
+    """Answers requests on a connection as long as they need nothing but the relay.
+
+    `is_open` says whether requests may be taken; `on_request` is told of each client whose request is answered, and
+    `on_answered` when that is over.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        guard: Guard,
+        is_open: Callable[[], bool],
+        on_request: Callable[[ClientSocket], None],
+        on_answered: Callable[[ClientSocket], None],
+    ) -> None:
+        self._services = services
+        self._guard = guard
+        self._is_open = is_open
+        self._on_request = on_request
+        self._on_answered = on_answered
+        self._longest = services.settings.max_body_bytes
+
+    def serve(self, client: ClientSocket, address: str, received: bytes) -> bytes:
+        """Answer requests until one comes that gunicorn has to answer; what was read of that one.
+
+        `received` is what was read of the next request already. Empty bytes mean that the connection has ended, or has
+        to. An error of the relay that the app has to tell is left in `client.failed`.
+        """
+        while True:
+            received = received or client.recv(BLOCK)
+            if not received.startswith(REQUEST_LINES) or not self._is_open():
+                return received
+            request = read_head(received)
+            if request is None or request.body_length > self._longest:
+                return received
+            environ = _environ(request, address)
+            if self._guard.refusal(environ) is not None:
+                return received
+            end = request.body_at + request.body_length
+            if len(received) < end:
+                received = _with_body(client, received, end)
+                if len(received) < end:
+                    return received
+            goes_on = self._answer(client, request, environ, received[request.body_at : end])
+            if goes_on is None:
+                return received
+            if not goes_on:
+                return b""
+            received = received[end:]
+
+    def _answer(self, client: ClientSocket, request: Request, environ: Mapping[str, str], body: bytes) -> bool | None:
+        """Whether the connection goes on after the answer; None when the app has to answer."""
+        named, model = _named_model(body)
+        admission = self._services.router.admit_now(model) if named else None
+        if admission is None:
+            return None
+        self._on_request(client)
+        try:
+            peer = Client(client, may_ask=True)
+            passed = pass_on(self._services.relay, admission, peer, "POST", request.path, _headers(environ), body)
+            return _send(client, passed, request.headers.get(b"connection", b"").lower() != b"close")
+        except ClientGone:
+            return False
+        except (GatewayError, HTTPException) as error:
+            client.failed = error  # told by the app, which must not ask the engine again
+            return None
+        finally:
+            self._on_answered(client)
+
+
+def read_head(received: bytes) -> Request | None:
+    """The head of a request that `received` begins with; None unless all of it is here and nothing in it is unusual.
+
+    What is refused or changed by gunicorn is unusual: see RFC 9112 for what a proxy in front may read differently.
+    """
+    body_at = received.find(b"\r\n\r\n", 0, LONGEST_HEAD) + 4
+    head = received[:body_at]
+    if body_at < 4 or not head.isascii():
+        return None
+    fields: list[tuple[bytes, bytes]] = []
+    try:
+        HttpRequestParser(_Fields(fields)).feed_data(head)
+    except (HttpParserError, HttpParserUpgrade):
+        return None
+    headers = {name.lower(): value for name, value in fields}
+    length = headers.get(b"content-length", b"")
+    if (
+        len(headers) != len(fields)
+        or len(fields) > MOST_HEADERS
+        or not length.isdigit()
+        or b"host" not in headers
+        or headers.get(b"connection", b"keep-alive").lower() not in (b"keep-alive", b"close")
+        or not LEFT_TO_GUNICORN.isdisjoint(headers)
+        or len(SCHEME_HEADERS & headers.keys()) > 1
+        or any(b"_" in name for name in headers)
+    ):
+        return None
+    path = head[5 : head.index(b" ", 5)].decode("ascii")
+    return Request(path, headers, body_at, int(length))
+
+
+class _Fields:
+    """What the parser calls."""
+
+    def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
+        self._fields = fields
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields.append((name, value.strip(b" \t")))
+
+
+def _environ(request: Request, address: str) -> dict[str, str]:
+    """As much of a WSGI environment as says who asks."""
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": request.path, "QUERY_STRING": "", "REMOTE_ADDR": address}
+    for name, value in request.headers.items():
+        environ[_key(name)] = value.decode("ascii")
+    return environ
+
+
+@lru_cache(maxsize=256)
+def _key(name: bytes) -> str:
+    """A header's key in a WSGI environment. Remembered: clients send the same few."""
+    key = name.decode("ascii").upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
+
+
+def _headers(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    if "CONTENT_TYPE" in environ:
+        yield "Content-Type", environ["CONTENT_TYPE"]
+    for key, value in environ.items():
+        if key.startswith("HTTP_"):
+            yield _header_name(key), value
+
+
+@lru_cache(maxsize=256)
+def _header_name(key: str) -> str:
+    return key.removeprefix("HTTP_").replace("_", "-").title()
+
+
+def _with_body(client: ClientSocket, received: bytes, end: int) -> bytes:
+    """What was received with the rest of the body; less than `end` bytes when it ends early, or comes too slowly."""
+    pieces, missing = [received], end - len(received)
+    client.expect_body()
+    while missing > 0:
+        try:
+            piece = client.recv(max(BLOCK, min(missing, 1_048_576)))
+        except OSError:  # TimeoutError as well: gunicorn reads on, and meets it again
+            break
+        if not piece:
+            break
+        pieces.append(piece)
+        missing -= len(piece)
+    return b"".join(pieces)
+
+
+def _named_model(body: bytes) -> tuple[bool, str | None]:
+    """Whether the body is what it should be, and the model it names."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return False, None
+    if not isinstance(document, dict):
+        return False, None
+    name = document.get("model")
+    return (True, name) if name is None or isinstance(name, str) else (False, None)
+
+
+def _send(client: ClientSocket, passed: Passed, goes_on: bool) -> bool:
+    """Send an answer, its head together with the first piece. Whether the connection can be used again.
+
+    A chunked body is chunked anew, one chunk for all that has arrived: where the engine breaks off in the middle of a
+    chunk, an error can still be told.
+    """
+    body = passed.body
+    try:
+        unsent, chunked = _head(passed, goes_on)
+        for piece in body:
+            client.sendall(unsent + (b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece))
+            unsent = b""
+        if chunked:
+            unsent += b"0\r\n\r\n"
+        if unsent:
+            client.sendall(unsent)
+        return goes_on
+    except OSError:  # the client has left or takes nothing; or the engine's answer broke off
+        return False
+    finally:
+        body.close()
+
+
+def _head(passed: Passed, goes_on: bool) -> tuple[bytes, bool]:
+    """An answer's head, and whether its body is chunked."""
+    status, fields = passed.status, passed.fields
+    chunked = status not in (204, 304) and not any(name.lower() == b"content-length" for name, _ in fields)
+    lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status]
+    lines += [b"%b: %b\r\n" % field for field in fields if status != 204 or field[0].lower() != b"content-length"]
+    lines += (
+        b"Transfer-Encoding: chunked\r\n" if chunked else b"",
+        _date(int(time.time())),
+        _FIXED,
+        b"Connection: keep-alive\r\n\r\n" if goes_on else b"Connection: close\r\n\r\n",
+    )
+    return b"".join(lines), chunked
+
+
+@lru_cache(maxsize=1)
+def _date(now: int) -> bytes:
+    return f"Date: {http_date(now)}\r\n".encode()

@@ -1,0 +1,350 @@
+"""The hot lane: which requests it takes, that it answers them right, and that it leaves every byte of the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+import gevent
+import pytest
+from gevent import socket
+from gunicorn.config import Config
+from gunicorn.http.errors import ParseException
+from gunicorn.http.parser import RequestParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from server.client_socket import ClientSocket
+from server.hot_lane import HotLane, read_head
+from services.gateway.router import GatewayError
+from tests.support.in_process import InProcess, in_process
+from tests.support.scripted_engine import DROP, Reply, ScriptedEngine, answer
+
+MINI, SMALL = "switchyard-mini", "switchyard-small"
+LINE = "POST /v1/chat/completions HTTP/1.1"
+HOST = "Host: 127.0.0.1:8787"
+BODY = json.dumps({"model": MINI, "messages": []}).encode()
+PATIENCE = 10.0
+SSE = "Content-Type: text/event-stream"
+
+Load = Callable[..., ScriptedEngine]
+
+
+class Connection:
+    """A client's connection with the lane at its other end; `left` is what the lane left to gunicorn, once it did."""
+
+    def __init__(self, console: InProcess) -> None:
+        ours, self.client = socket.socketpair()
+        self.client.settimeout(PATIENCE)
+        self.server = ClientSocket(ours.detach())
+        self.open = True
+        self.under_way = 0
+        guard = console.app.extensions["switchyard.guard"]
+        self._lane = HotLane(console.services, guard, lambda: self.open, self._begin, self._end)
+        self._serving = gevent.spawn(self._lane.serve, self.server, "127.0.0.1", b"")
+
+    def _begin(self, _client: ClientSocket) -> None:
+        self.under_way += 1
+
+    def _end(self, client: ClientSocket) -> None:
+        self.under_way -= 1
+        client.expect_head()
+
+    @property
+    def left(self) -> bytes:
+        return self._serving.get(timeout=PATIENCE)
+
+    def answers(self, *statuses: bytes) -> bytes:
+        """Read until answers with these statuses and JSON bodies have arrived."""
+        came = b""
+        while re.findall(rb"HTTP/1\.1 (.*)\r\n", came) != [*statuses] or not came.endswith(b"}"):
+            came += self.read()
+        return came
+
+    def read(self) -> bytes:
+        data = self.client.recv(65_536)
+        assert data, "the connection has ended"
+        return data
+
+    def read_all(self) -> bytes:
+        """Until the lane has given the connection up."""
+        left = self.left
+        self.server.close()
+        assert left == b""
+        return b"".join(iter(lambda: self.client.recv(65_536), b""))
+
+    def close(self) -> None:
+        self._serving.kill()
+        self.server.close()
+        self.client.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    with in_process(tmp_path_factory.mktemp("app"), max_body_mb=1) as console:
+        yield console
+
+
+@pytest.fixture
+def console(shared: InProcess) -> InProcess:
+    shared.reset()
+    return shared
+
+
+@pytest.fixture
+def load(console: InProcess) -> Iterator[Load]:
+    """Loads switchyard-mini on an engine that does what the test says."""
+    started: list[ScriptedEngine] = []
+
+    def start(*acts: Reply) -> ScriptedEngine:
+        started.append(ScriptedEngine(*acts))
+        console.show(MINI, origin=started[-1].origin)
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.close()
+
+
+@pytest.fixture
+def connection(console: InProcess) -> Iterator[Connection]:
+    connection = Connection(console)
+    yield connection
+    connection.close()
+
+
+def request(*headers: str, line: str = LINE, body: bytes = BODY, length: int | None = None) -> bytes:
+    sized = f"Content-Length: {len(body) if length is None else length}"
+    return "\r\n".join([line, HOST, sized, *headers]).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def head_of(answered: bytes) -> tuple[bytes, dict[str, str], bytes]:
+    """Status line, headers by name, and body."""
+    head, _, body = answered.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    return status.encode(), dict(line.split(": ", 1) for line in lines), body
+
+
+def traffic(console: InProcess) -> int:
+    return console.services.board.current.instances[MINI].traffic.in_flight
+
+
+def test_a_plain_request_is_passed_on_with_its_body_and_the_engines_answer_back(console, load, connection):
+    """The engine gets the body byte by byte; the answer has its headers, and the server's own."""
+    engine = load(Reply(answer("200 OK", {"n": 1}, "X-Request-Id: 7", "Set-Cookie: a=b")))
+    connection.client.sendall(request("Authorization: Bearer secret"))
+    status, headers, body = head_of(connection.answers(b"200 OK"))
+    assert (status, json.loads(body)) == (b"HTTP/1.1 200 OK", {"n": 1})
+    assert (headers["X-Request-Id"], headers["Connection"]) == ("7", "keep-alive")
+    assert "nosniff" in headers["X-Content-Type-Options"]
+    assert "Set-Cookie" not in headers
+    assert [sent.body for sent in engine.requests] == [BODY]
+    assert (traffic(console), connection.under_way) == (0, 0)
+
+
+def test_requests_sent_at_once_are_answered_in_turn(load, connection):
+    """Pipelined, the last one in two parts."""
+    load(Reply(answer("200 OK")), Reply(answer("400 Bad Request")), Reply(answer("201 Created")))
+    last = request()
+    connection.client.sendall(request() + request() + last[:-10])
+    connection.answers(b"200 OK", b"400 Bad Request")
+    connection.client.sendall(last[-10:])
+    connection.answers(b"201 Created")
+
+
+def test_a_body_in_parts_is_waited_for(load, connection):
+    engine = load(Reply(answer("200 OK")))
+    big = json.dumps({"messages": ["x" * 300_000]}).encode()
+    whole = request(body=big)
+    for part in (whole[:150], whole[150:100_000], whole[100_000:]):
+        connection.client.sendall(part)
+        gevent.sleep(0)
+    connection.answers(b"200 OK")
+    assert engine.requests[0].body == big
+
+
+UNUSUAL = {
+    "another method": request(line="GET /v1/chat/completions HTTP/1.1"),
+    "another path": request(line="POST /v1/models/switch HTTP/1.1"),
+    "a query": request(line="POST /v1/chat/completions?a=b HTTP/1.1"),
+    "an old version": request(line="POST /v1/chat/completions HTTP/1.0"),
+    "no request at all": b"\x16\x03\x01\x02\x00",
+    "a chunked body": request("Transfer-Encoding: chunked"),
+    "a body that has to be asked for": request("Expect: 100-continue"),
+    "an upgrade": request("Connection: Upgrade", "Upgrade: h2c"),
+    "two lengths": request("Content-Length: 3"),
+    "a length that is none": request(length=-1),
+    "a folded header": request("X-Folded: a\r\n b"),
+    "a bare line feed": request("X-Bare: a\nX-More: b"),
+    "a header's name that WSGI can not tell from another": request("X_Request_Id: 7"),
+    "a value beyond ASCII": request("X-Title: caf\xe9"),
+    "two hosts": request(HOST),
+    "no host": request().replace(HOST.encode() + b"\r\n", b""),
+    "a foreign host": request().replace(b"127.0.0.1", b"evil.example"),
+    "a page of another site": request("Origin: http://evil.example"),
+    "contradicting proxies": request("X-Forwarded-Proto: http", "X-Forwarded-SSL: on"),
+    "a long head": request("X-Long: " + "x" * 9000),
+    "many headers": request(*(f"X-{number}: 1" for number in range(99))),
+    "a body that is no JSON": request(body=b"{"),
+    "a body that is no object": request(body=b"[]"),
+    "a model that is none": request(body=b'{"model": 1}'),
+    "a model that is not loaded": request(body=json.dumps({"model": SMALL}).encode()),
+    "a body that is too long": request(length=1_000_001),
+}
+
+
+@pytest.mark.parametrize("sent", UNUSUAL.values(), ids=UNUSUAL)
+def test_whatever_is_unusual_is_left_to_gunicorn_with_every_byte(load, connection, sent):
+    """The app has the rules for it; the engine is not asked."""
+    engine = load()
+    connection.client.sendall(sent)
+    assert connection.left == sent
+    assert engine.requests == []
+
+
+def test_a_body_that_ends_early_is_left_to_gunicorn(load, connection):
+    """What came is no request, even where it is valid JSON."""
+    engine = load()
+    sent = request(length=len(BODY) + 1)
+    connection.client.sendall(sent)
+    connection.client.shutdown(socket.SHUT_WR)
+    assert connection.left == sent
+    assert engine.requests == []
+
+
+def test_nothing_is_taken_while_the_app_restarts(load, connection):
+    """Requests are for the next run then."""
+    engine = load()
+    connection.open = False
+    connection.client.sendall(request())
+    assert connection.left == request()
+    assert engine.requests == []
+
+
+def test_an_engine_that_does_not_answer_is_asked_once_and_the_app_tells_why(console, load, connection):
+    """The request goes back whole, with the error."""
+    engine = load(DROP)
+    connection.client.sendall(request())
+    assert connection.left == request()
+    assert isinstance(connection.server.failed, GatewayError)
+    assert connection.server.failed.code == "engine_unreachable"
+    assert len(engine.requests) == 1
+    assert (traffic(console), connection.under_way) == (0, 0)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_event(load, connection):
+    """Also in the middle of a chunk; the answer is whole, so that a client reads the event."""
+    load(Reply(CHUNKED + b"20\r\ndata: {}\n\n", close=True))
+    connection.client.sendall(request("Connection: close"))
+    _, headers, body = head_of(connection.read_all())
+    assert headers["Transfer-Encoding"] == "chunked"
+    assert body.startswith(b"a\r\ndata: {}\n\n\r\n")
+    assert b"engine_failed" in body
+    assert body.endswith(b"\r\n0\r\n\r\n")
+
+
+def test_an_answer_of_known_length_that_breaks_off_ends_the_connection(console, load, connection):
+    """Half of an answer can't be taken for a whole one."""
+    load(Reply(answer("200 OK", b"0123456789")[:-4], close=True))
+    connection.client.sendall(request())
+    _, headers, body = head_of(connection.read_all())
+    assert (headers["Content-Length"], body) == ("10", b"012345")
+    assert traffic(console) == 0
+
+
+def test_an_answer_that_ends_with_its_connection_is_chunked(load, connection):
+    """So that the client's connection can go on."""
+    load(Reply(b"HTTP/1.1 200 OK\r\n\r\nto the end", close=True))
+    connection.client.sendall(request())
+    came = b""
+    while not came.endswith(b"0\r\n\r\n"):
+        came += connection.read()
+    assert head_of(came)[2] == b"a\r\nto the end\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+def test_an_answer_without_a_body_is_not_framed(load, connection, status):
+    """RFC 9110 section 8.6: a 204 has no length either."""
+    load(Reply(f"HTTP/1.1 {status}\r\n\r\n".encode()))
+    connection.client.sendall(request("Connection: close"))
+    got, headers, body = head_of(connection.read_all())
+    assert (got, body) == (f"HTTP/1.1 {status}".encode(), b"")
+    assert not {"Content-Length", "Transfer-Encoding"} & headers.keys()
+
+
+def test_a_client_that_asks_to_close_is_not_waited_for(load, connection):
+    load(Reply(answer("200 OK")))
+    connection.client.sendall(request("Connection: close"))
+    assert head_of(connection.read_all())[1]["Connection"] == "close"
+
+
+def test_a_client_that_leaves_ends_the_engines_work(console, load, connection):
+    """The engine sees its connection closed though it has said nothing yet."""
+    engine = load(Reply())
+    connection.client.sendall(request())
+    with gevent.Timeout(PATIENCE):
+        while not engine.requests:
+            gevent.sleep(0.001)
+    connection.client.close()
+    assert connection.left == b""
+    assert engine.disconnected.wait(PATIENCE)
+    assert (traffic(console), connection.under_way) == (0, 0)
+
+
+VALUES = st.text('ab ,;=\t"_-:\x00\x1f\x7f\xe9\r\n', max_size=12)
+NAMES = st.sampled_from(
+    ["Content-Length", "Host", "Connection", "X-A", "x-a", "X_A", "X A", "Expect", "Te", "Content-Type", ":", ""]
+)
+FIELDS = st.one_of(
+    st.tuples(NAMES, VALUES),
+    st.sampled_from(
+        [
+            ("Content-Length", "2"),
+            ("Content-Length", " 2 "),
+            ("Content-Length", "+2"),
+            ("Content-Length", "2, 2"),
+            ("Transfer-Encoding", "chunked"),
+            ("Connection", "keep-alive"),
+            ("Connection", "close, x"),
+            ("Host", "a"),
+            ("X-Forwarded-Proto", "https"),
+        ]
+    ),
+)
+HEADS = st.builds(
+    lambda fields, ends: LINE + "\r\n" + "".join(f"{name}: {value}{ends}" for name, value in fields) + "\r\n",
+    st.lists(FIELDS, max_size=6),
+    st.sampled_from(["\r\n", "\r\n", "\r\n", "\n", "\r"]),
+)
+
+
+@given(HEADS)
+@example(f"{LINE}\r\n{HOST}\r\nContent-Length: 2\r\n\r\n")
+def test_the_lane_reads_a_head_as_gunicorn_does(text):
+    """Whatever it takes gunicorn would take as well, with the same headers and the same body."""
+    sent = text.encode("latin-1") + b"{}"
+    head = read_head(sent)
+    if head is None:
+        return
+    config = Config()
+    config.set("forwarded_allow_ips", "*")
+    try:
+        parsed = next(RequestParser(config, iter([sent]), ("127.0.0.1", 1)))
+    except ParseException as error:
+        raise AssertionError(f"gunicorn refuses what the lane takes: {error!r}") from error
+    assert (parsed.method, parsed.path, parsed.query) == ("POST", head.path, "")
+    assert dict(parsed.headers) == {name.decode().upper(): value.decode() for name, value in head.headers.items()}
+    assert parsed.body.read() == sent[head.body_at : head.body_at + head.body_length]
+    assert parsed.should_close() == (head.headers.get(b"connection", b"").lower() == b"close")
+
+
+@given(st.binary(max_size=200), st.integers(0, 200))
+def test_no_bytes_break_the_reading_of_a_head(noise, at):
+    """A head damaged anywhere is read, or left to gunicorn."""
+    whole = request()
+    read_head(whole[:at] + noise + whole[at:])
+    read_head(whole[:at])
