@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.console import FAKE_LLAMA_SERVER, Console, fake_model
-from tests.support.raw import Answer, Raw, chunked
+from tests.support.raw import Response, Raw, chunked
 
 MODEL = "mirror"
 APP_ONLY = "TE: trailers"
@@ -68,14 +68,14 @@ def reply(status: str, headers: list[str], parts: list[bytes], framing: str, int
     return before + "\r\n".join(lines) + "\r\n\r\n" + framed[1].decode("latin-1")
 
 
-def ask(raw: Raw, path: str, headers: dict[str, str], body: bytes, *more: str) -> Answer:
+def ask(raw: Raw, path: str, headers: dict[str, str], body: bytes, *more: str) -> Response:
     lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}", *more]
-    raw.say(*lines, *(f"{name}: {value}" for name, value in headers.items()))
+    raw.send_head(*lines, *(f"{name}: {value}" for name, value in headers.items()))
     raw.send(body)
-    return raw.answer()
+    return raw.response()
 
 
-def told(answer: Answer) -> tuple[int, dict[str, str], bytes]:
+def told(answer: Response) -> tuple[int, dict[str, str], bytes]:
     kept = {name: value for name, value in answer.headers.items() if name not in CHANGING}
     if "x-request-id" in kept:
         kept["x-request-id"] = bytes.fromhex(kept["x-request-id"]).decode("latin-1")
