@@ -27,6 +27,7 @@ from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.llamacpp.folder import ModelFolder
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
+from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import Engine, GpuBytes
 from services.engines.processes import ProcessRegistry
 from services.engines.vllm.engine import Vllm
@@ -106,7 +107,6 @@ class Services:
         a loaded model that it is stopped; an engine that is slow to tell holds nobody up for long.
         """
         self.devices.start()
-        self.ollama_service.start_watching()
         for engine in self.engines.values():
             engine.prepare()
         for periodic in self.background:
@@ -170,14 +170,15 @@ def build_services(settings: Settings) -> Services:
     hub = HubProcess(registry, hosts=settings.download_hosts)
     board = Board()
     folder = ModelFolder(settings.models_dir, on_change=board.touch)
+    watch = OllamaWatch(settings.ollama_base_url)
     service = OllamaService(
-        settings.ollama_base_url,
+        watch,
         registry,
         find_binary=lambda: find_ollama(settings.ollama_binary),
         environment=lambda: _ollama_environment(settings, downloads),
         on_change=board.touch,
     )
-    ollama = _ollama(settings, service, devices)
+    ollama = _ollama(settings, watch, service, devices)
     engines: dict[str, Engine] = {
         "llamacpp": _llamacpp(settings, folder, registry, devices),
         "ollama": ollama,
@@ -230,7 +231,7 @@ def build_services(settings: Settings) -> Services:
     )
 
 
-def _ollama(settings: Settings, service: OllamaService, devices: DeviceMonitor) -> Ollama:
+def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devices: DeviceMonitor) -> Ollama:
     def process() -> ServerProcess | None:
         status = service.status()
         return None if status.pid is None else ServerProcess(status.pid, status.ours, service.log_path)
@@ -240,7 +241,7 @@ def _ollama(settings: Settings, service: OllamaService, devices: DeviceMonitor) 
         return status.error if status.state == "failed" else None
 
     return Ollama(
-        settings.ollama_base_url,
+        watch,
         local=service.status().local,
         process=process,
         downfall=downfall,

@@ -18,19 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import structlog
-
 from services.engines.child_logs import tail
+from services.engines.ollama.health import NOT_ASKED, Health
+from services.engines.ollama.watch import OllamaWatch
 from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry, Service
-from services.providers.ollama_address import NOBODY, PROBE_TIMEOUT, Address, Listener, listener_on
-
-log = structlog.get_logger(__name__)
+from services.providers.ollama_address import Address, Listener, listener_on
 
 NAME = "ollama"
-WATCH_SECONDS = 1.0
 START_POLL_SECONDS = 0.05
 STOP_GRACE_SECONDS = 10.0
-CLOSE_SECONDS = PROBE_TIMEOUT + 1.0
 CAUSE_BYTES = 65_536
 """How much of a log's end is searched for a cause: Go prints its stacks below it."""
 TELLING = re.compile(r"^(?:Error: |(?=panic: |fatal error: |SIG[A-Z]+: ))(.+)", re.MULTILINE)
@@ -95,7 +91,7 @@ class _Attempt:
 
 
 class OllamaService:
-    """The Ollama at `base_url`: its status, and where it is on this machine, its start and stop.
+    """The Ollama that `watch` polls: its status, and where it is on this machine, its start and stop.
 
     `environment` is asked at each start for what to add to our own environment. `on_change` is called from any thread
     whenever something other than the log's tail has changed. Times are seconds.
@@ -103,7 +99,7 @@ class OllamaService:
 
     def __init__(
         self,
-        base_url: str,
+        watch: OllamaWatch,
         registry: ProcessRegistry,
         *,
         find_binary: Callable[[], str | None],
@@ -112,7 +108,8 @@ class OllamaService:
         start_timeout: float = 15.0,
         stop_grace: float = STOP_GRACE_SECONDS,
     ) -> None:
-        self._address = Address.parse(base_url)
+        self._address = Address.parse(watch.api.base_url)
+        self._watch = watch
         self._registry = registry
         self._find_binary = find_binary
         self._environment = environment
@@ -122,12 +119,12 @@ class OllamaService:
         self._lock = threading.Lock()
         self._operating = threading.Lock()
         self._closing = threading.Event()
-        self._watcher: threading.Thread | None = None
         self._attempt: _Attempt | None = None
         self._stopping = False
         self._failure: ServiceError | None = None
-        self._seen = NOBODY
-        self._changes = 0
+        self._seen = NOT_ASKED
+        self._changed_at = float("-inf")
+        """When a start, stop or crash was last noted (monotonic seconds): older answers tell nothing any more."""
         self._foreign: Listener | None = None
         self._process: GroupLeader | None = None
         self._service = Service(NAME, self._address.url)
@@ -135,6 +132,7 @@ class OllamaService:
         if self._address.local:
             self._process = registry.adopt(self._service, self._ended)
         self._status = self._describe(find_binary())
+        watch.on_health(self._note)
 
     @property
     def reachable(self) -> bool:
@@ -153,31 +151,12 @@ class OllamaService:
 
     def refresh(self) -> ServiceStatus:
         """Ask the server now; takes as long as its answer, at most about 2 s."""
-        with self._lock:
-            changes = self._changes
-        seen = self._address.look()
-        foreign = self._foreign
-        if seen.version is None or not self._address.local or self._alive() is not None:
-            foreign = None
-        elif foreign is None:
-            foreign = listener_on(self._address.port)
-        with self._lock:
-            if changes == self._changes:  # else a start, stop or crash has overtaken this answer
-                self._seen, self._foreign = seen, foreign
-                if seen.version is not None:
-                    self._failure = None
-        return self._publish()
-
-    def start_watching(self) -> None:
-        """Keep the status fresh until `close`."""
-        self._watcher = threading.Thread(target=self._watch, name="ollama-watch", daemon=True)
-        self._watcher.start()
+        self._watch.check_health()
+        return self._status
 
     def close(self) -> None:
-        """Stop watching. A server that we started goes on; the next start of the app finds it again."""
+        """Tell of no change any more. A server that we started goes on; the next start of the app finds it again."""
         self._closing.set()
-        if self._watcher is not None:
-            self._watcher.join(CLOSE_SECONDS)
 
     def start(self) -> ServiceStatus:
         """Have it running: returns once it answers, whoever started it. Raises ServiceError.
@@ -217,7 +196,7 @@ class OllamaService:
             if process is not None:
                 return self._take_down(process)
         status = self.refresh()
-        if self._seen != NOBODY:
+        if self._seen.anybody:
             raise ServiceError("not_ours", "This Ollama was started by another program; stop it there.")
         return status
 
@@ -273,7 +252,7 @@ class OllamaService:
         with self._lock:
             self._process = process
             self._foreign = None
-            self._changes += 1
+            self._changed_at = time.monotonic()
         self._publish()
         return process
 
@@ -354,8 +333,8 @@ class OllamaService:
     def _forget(self) -> None:
         """Our process is gone, and what was seen of it holds no more. Called with the lock."""
         self._process = None
-        self._seen = NOBODY
-        self._changes += 1
+        self._seen = NOT_ASKED
+        self._changed_at = time.monotonic()
 
     def _alive(self) -> GroupLeader | None:
         process = self._process
@@ -368,13 +347,19 @@ class OllamaService:
             f"It has to be {done} where it runs.",
         )
 
-    def _watch(self) -> None:
-        while not self._closing.is_set():
-            try:
-                self.refresh()
-            except Exception:
-                log.exception("Ollama could not be looked at")
-            self._closing.wait(WATCH_SECONDS)
+    def _note(self, seen: Health) -> None:
+        """Take in an answer of the server."""
+        foreign = self._foreign
+        if seen.version is None or not self._address.local or self._alive() is not None:
+            foreign = None
+        elif foreign is None:
+            foreign = listener_on(self._address.port)
+        with self._lock:
+            if seen.at > self._changed_at:
+                self._seen, self._foreign = seen, foreign
+                if seen.version is not None:
+                    self._failure = None
+        self._publish()
 
     def _publish(self) -> ServiceStatus:
         binary = self._find_binary()

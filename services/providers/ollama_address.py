@@ -1,7 +1,4 @@
-"""Where Ollama answers, and what can be seen of it from outside: its version, or who listens there instead.
-
-Format of Ollama 0.24.0: `GET /api/version` answers `{"version": "0.24.0"}`.
-"""
+"""Where Ollama answers, and which program of this machine listens there."""
 
 from __future__ import annotations
 
@@ -11,21 +8,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from services.http import BrokenOff, FetchError, NoWay, TooSlow, fetch, is_loopback
+from services.http import is_loopback
 from services.offhub import off_hub
-
-PROBE_TIMEOUT = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What one look at an address showed: a version (Ollama answers), an error in words, or neither: nobody listens."""
-
-    version: str | None = None
-    error: str | None = None
-
-
-NOBODY = Probe()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +32,6 @@ class Address:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return cls(base_url.rstrip("/"), authority, port, parts.scheme == "http" and is_loopback(host))
-
-    def look(self) -> Probe:
-        """Ask for the version once; takes `PROBE_TIMEOUT` seconds at most."""
-        version: object = None
-        try:
-            answer = fetch("GET", f"{self.url}/api/version", timeout=PROBE_TIMEOUT)
-            version = answer.document().get("version") if answer.status == 200 else None
-        except TooSlow:
-            return Probe(error=f"Ollama at {self.url} hangs or is overloaded: no answer within {PROBE_TIMEOUT:.0f} s.")
-        except NoWay:
-            return NOBODY
-        except BrokenOff:
-            return Probe(error=f"The connection to {self.url} was cut before an answer came.")
-        except (FetchError, ValueError):
-            pass
-        if isinstance(version, str):
-            return Probe(version)
-        return Probe(error=f"What answers at {self.url} is not Ollama. Check the setting ollama_base_url.")
 
 
 @dataclass(frozen=True, slots=True)

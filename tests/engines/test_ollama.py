@@ -17,6 +17,7 @@ from services.engines.ollama.api import OllamaApi, OllamaUnreachable
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import CHANGED_HANDS, ServerProcess
 from services.engines.ollama.names import full_name
+from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS, EngineCase
 from tests.support.console import free_port, wait_until
@@ -46,7 +47,7 @@ def make_engine(server: FakeOllama) -> Iterator[Callable[..., Ollama]]:
 
     def make(**options: object) -> Ollama:
         process = ServerProcess(server.servers()[0].pid, bool(options.pop("ours", False)))
-        engine = Ollama(server.url, local=True, process=lambda: process, **options)  # type: ignore[arg-type]
+        engine = Ollama(OllamaWatch(server.url), local=True, process=lambda: process, **options)  # type: ignore[arg-type]
         engine.prepare()
         made.append(engine)
         return engine
@@ -237,7 +238,7 @@ def test_only_models_of_this_machine_are_discovered(make_engine: Callable[..., O
 
 def test_a_server_that_is_not_there_is_said_in_words():
     """What to do stands in the message."""
-    engine = Ollama(f"http://127.0.0.1:{free_port()}", local=True)
+    engine = Ollama(OllamaWatch(f"http://127.0.0.1:{free_port()}"), local=True)
     assert engine.discover() == []
     with pytest.raises(OllamaUnreachable, match="Start it on the Models page"):
         engine.launch(model("tiny-a"), lambda _: None)
@@ -245,7 +246,7 @@ def test_a_server_that_is_not_there_is_said_in_words():
 
 def test_a_remote_server_takes_nothing_of_this_machine(server: FakeOllama):
     """Its models need no memory here and hold none."""
-    engine = Ollama(server.url, local=False)
+    engine = Ollama(OllamaWatch(server.url), local=False)
     described = engine.describe(model("tiny-a"))
     assert engine.estimate(described).bytes == 0
     instance = engine.launch(described, lambda _: None)

@@ -16,6 +16,7 @@ from services.catalog import Catalog
 from services.engines.ollama.api import OllamaApi
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import CHANGED_HANDS, ServerProcess
+from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import EngineError, Exit, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS
 from tests.support.console import wait_until
@@ -47,7 +48,12 @@ class Answers:
     """A server with an answer for each path: a document, or a function that writes to the connection."""
 
     def __init__(self) -> None:
-        self.paths: dict[str, Any] = {"/api/tags": {"models": [GOOD]}, "/api/ps": {"models": []}, "/api/show": {}}
+        self.paths: dict[str, Any] = {
+            "/api/version": {"version": "0.24.0"},
+            "/api/tags": {"models": [GOOD]},
+            "/api/ps": {"models": []},
+            "/api/show": {},
+        }
         self.server = PlainServer(self._answer)
 
     def _answer(self, link: socket.socket, request: bytes) -> None:
@@ -68,7 +74,7 @@ def answers() -> Iterator[Answers]:
 
 @pytest.fixture
 def engine(answers: Answers) -> Iterator[Ollama]:
-    engine = Ollama(answers.server.url, local=False)
+    engine = Ollama(OllamaWatch(answers.server.url), local=False)
     yield engine
     engine.close()
 
@@ -180,7 +186,7 @@ def test_a_refused_unload_says_why_and_its_end_is_seen_later(tmp_path: Path):
     """It is told in Ollama's words, it serves on, and when it goes after all that is noticed, not missed for ever."""
     with FakeOllama(tmp_path / "ollama", models={"tiny-a:latest": {}}) as server:
         process = ServerProcess(server.servers()[0].pid)
-        engine = Ollama(server.url, local=True, process=lambda: process)
+        engine = Ollama(OllamaWatch(server.url), local=True, process=lambda: process)
         engine.prepare()
         exits: list[Exit] = []
         instance = engine.launch(engine.describe(Model("tiny-a", "ollama", "tiny-a")), exits.append)

@@ -14,6 +14,7 @@ import requests
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
 from services.engines.ollama.names import OllamaName
+from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import Endpoint, Instance, Model
 from tests.conftest import StartConsole
 from tests.engines.conformance import EngineCase, EngineConformance, SharingConformance
@@ -48,7 +49,7 @@ class TestOnAServer(EngineConformance, SharingConformance):
 
     @pytest.fixture
     def case(self, server: OllamaServer, twin: str) -> Iterator[EngineCase]:
-        engine = Ollama(server.url, local=True, process=lambda: ServerProcess(server.pid))
+        engine = Ollama(OllamaWatch(server.url), local=True, process=lambda: ServerProcess(server.pid))
         engine.prepare()
         good, other, missing = (Model(name, "ollama", name) for name in (server.model, server.other, "missing:latest"))
 

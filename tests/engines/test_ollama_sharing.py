@@ -14,6 +14,7 @@ import pytest
 from services.engines.ollama.api import OllamaApi
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import CHANGED_HANDS, OllamaInstance, ServerProcess
+from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import EngineError, Exit, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS
 from tests.support.console import wait_until
@@ -36,7 +37,7 @@ def server(tmp_path: Path) -> Iterator[FakeOllama]:
 @pytest.fixture
 def engine(server: FakeOllama) -> Iterator[Ollama]:
     process = ServerProcess(server.servers()[0].pid)
-    engine = Ollama(server.url, local=True, process=lambda: process)
+    engine = Ollama(OllamaWatch(server.url), local=True, process=lambda: process)
     engine.prepare()
     yield engine
     engine.close()
@@ -60,7 +61,7 @@ def test_what_lies_in_memory_is_the_weights_and_the_runner_options(engine: Ollam
 
 def test_what_is_not_known_yet_is_nobodys_twin(server: FakeOllama):
     """Before the app serves, nobody is kept waiting for details."""
-    engine = Ollama(server.url, local=True)
+    engine = Ollama(OllamaWatch(server.url), local=True)
     assert {model.held_as for model in engine.discover()} == {None}
     engine.close()
 

@@ -24,6 +24,7 @@ MODELS = {
 }
 A, B, BROKEN = "tiny-a:latest", "tiny-b:latest", "broken:latest"
 MINI, SMALL = "switchyard-mini", "switchyard-small"
+POLLED = ["/api/version", "/api/ps", "/api/tags"]
 
 StartConsole = Callable[..., Console]
 
@@ -56,6 +57,18 @@ def seeing(console: Console) -> Console:
     console.wait_for(lambda s: A in s["models"], "Ollama's models to be listed")
     wait_until(lambda: _service(console)["state"] == "running", "Ollama to be seen")
     return console
+
+
+@pytest.mark.usefixtures("console")
+def test_one_loop_polls_the_server(ollama):
+    """Whether it answers, what is loaded and what is installed: one after the other, and by nobody else."""
+
+    def polled() -> list[str]:
+        paths = [request["path"] for request in ollama.requests() if request["path"] in POLLED]
+        return paths[paths.index(POLLED[0]) :] if POLLED[0] in paths else []
+
+    wait_until(lambda: len(polled()) >= 9, "three rounds")
+    assert polled()[:9] == POLLED * 3
 
 
 def test_models_of_both_engines_stand_side_by_side(console, ollama):

@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.engines.ollama.health import ask_health
+from services.engines.ollama.watch import OllamaWatch
 from services.engines.processes import ProcessRegistry
 from services.providers.local_services import OllamaService, ServiceError, ServiceStatus, find_ollama
 from services.providers.ollama_address import Address
@@ -44,16 +46,23 @@ def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
 def make_service(tmp_path: Path, ollama: FakeOllama) -> Iterator[MakeService]:
     """Makes services on one state folder, each as one run of the app does; their servers end with the test."""
     made: list[OllamaService] = []
+    watches: list[OllamaWatch] = []
 
-    def make(base_url: str | None = None, **options: object) -> OllamaService:
+    def make(base_url: str | None = None, *, polled: bool = False, **options: object) -> OllamaService:
         registry = ProcessRegistry(tmp_path / "state")
         registry.end_leftovers()
         defaults = {"find_binary": lambda: ollama.binary, "environment": lambda: ollama.environment}
-        service = OllamaService(base_url or ollama.url, registry, **{**defaults, "stop_grace": 1.0, **options})
+        watch = OllamaWatch(base_url or ollama.url)
+        service = OllamaService(watch, registry, **{**defaults, "stop_grace": 1.0, **options})
         made.append(service)
+        watches.append(watch)
+        if polled:
+            watch.start()
         return service
 
     yield make
+    for watch in watches:
+        watch.stop()
     for service in made:
         service.close()
         if service.status().ours:
@@ -210,9 +219,9 @@ def test_a_crash_at_the_start_tells_its_cause(service: OllamaService, ollama: Fa
     assert service.status().can_start
 
 
-def test_a_later_crash_is_noticed_and_kept_until_it_is_dismissed(service: OllamaService, ollama: FakeOllama) -> None:
+def test_a_later_crash_is_noticed_and_kept_until_it_is_dismissed(make_service: MakeService, ollama: FakeOllama) -> None:
     """SIGKILL from outside: noticed within a second, said in words, its runner ended."""
-    service.start_watching()
+    service = make_service(polled=True)
     started = service.start()
     assert started.pid is not None
     load_model(ollama)
@@ -240,13 +249,11 @@ def test_the_next_run_finds_the_server_and_stops_it_with_its_runner(
     make_service: MakeService, ollama: FakeOllama
 ) -> None:
     """Closing the app leaves the server; the next start of the app knows it as its own."""
-    first = make_service()
-    first.start_watching()
+    first = make_service(polled=True)
     before = first.start()
     first.close()
 
-    second = make_service()
-    second.start_watching()
+    second = make_service(polled=True)
     status = wait_for(second, "running")
     assert (status.ours, status.pid, status.can_stop) == (True, before.pid, True)
     assert status.started_at is not None
@@ -304,9 +311,9 @@ def test_a_server_elsewhere_is_neither_started_nor_stopped(make_service: MakeSer
     assert (status.local, status.state, status.can_start, status.can_stop) == (False, "unreachable", False, False)
 
 
-def test_a_hanging_server_is_unreachable_and_holds_nobody_up(service: OllamaService, ollama: FakeOllama) -> None:
+def test_a_hanging_server_is_unreachable_and_holds_nobody_up(make_service: MakeService, ollama: FakeOllama) -> None:
     """It takes connections and says nothing; asking for the status takes no time meanwhile."""
-    service.start_watching()
+    service = make_service(polled=True)
     service.start()
     ollama.set_fault("hang", True)
     deadline = time.monotonic() + TIMEOUT
@@ -381,7 +388,7 @@ def test_something_else_at_the_address_is_told_from_ollama(answer: bytes, words:
 
         serving = threading.Thread(target=serve, daemon=True)
         serving.start()
-        seen = Address.parse(f"http://127.0.0.1:{server.getsockname()[1]}").look()
+        seen = ask_health(f"http://127.0.0.1:{server.getsockname()[1]}")
         serving.join()
     assert seen.version is None
     assert words in (seen.error or "")

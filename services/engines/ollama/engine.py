@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from services.abort import Abort
 from services.engines.llamacpp.gguf import GGUFError, estimate_bytes, read_header
-from services.engines.ollama.api import Installed, OllamaApi, OllamaError, Running, unreachable
+from services.engines.ollama.api import Installed, OllamaError, Running, unreachable
 from services.engines.ollama.instance import OllamaInstance, Server, ServerProcess
-from services.engines.ollama.inventory import OURS, Inventory, derived_name
+from services.engines.ollama.inventory import LIST_TIMEOUT, OURS, derived_name
 from services.engines.ollama.names import full_name
 from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Listing, OllamaWatch
@@ -32,7 +32,7 @@ OVERHEAD_SHARE = 0.15
 
 
 class Ollama:
-    """One server at `base_url`.
+    """The server that `watch` polls, from `prepare` to `close`.
 
     `process` finds the process of a local server, `downfall` says why one broke down, `gpus` the ids of this machine's
     GPUs. `context_length` is the context that models get on a server that somebody else started; None leaves that to
@@ -44,7 +44,7 @@ class Ollama:
 
     def __init__(
         self,
-        base_url: str,
+        watch: OllamaWatch,
         *,
         local: bool,
         process: Callable[[], ServerProcess | None] = lambda: None,
@@ -53,24 +53,25 @@ class Ollama:
         gpu_bytes: GpuBytes = lambda _device, _pid: None,
         context_length: int | None = None,
     ) -> None:
-        self._api = OllamaApi(base_url)
-        self._watch = OllamaWatch(self._api, self._note)
-        self._inventory = Inventory(self._api)
+        self._api = watch.api
+        self._watch = watch
+        self._inventory = watch.inventory
         self._server = Server(self._api, self._watch, self._inventory, local, process, downfall, gpu_bytes)
         self._gpus = gpus
         self._context_length = context_length
         self._lock = threading.Lock()
         self._instances: weakref.WeakSet[OllamaInstance] = weakref.WeakSet()
         self._estimates: dict[tuple[str, int], int] = {}
+        watch.on_listing(self._note)
 
     def discover(self) -> Sequence[Model]:
-        found = [n for n in self._inventory.list() if not n.startswith(OURS)]
+        found = [n for n in self._installed_now() if not n.startswith(OURS)]
         return [self.describe(Model(id=name, engine=self.name, source=name)) for name in found]
 
     def describe(self, model: Model) -> Model:
         source = full_name(model.source)
         model = replace(model, source=source)
-        installed = self._inventory.list().get(source)
+        installed = self._installed_now().get(source)
         if installed is None:
             known = self._inventory.known
             return replace(model, fault=f"Ollama has no model {source}. Download it first." if known else None)
@@ -151,8 +152,15 @@ class Ollama:
         process = self._server.process()
         return models_folder_of(process.pid) if process is not None else None
 
+    def _installed_now(self) -> Mapping[str, Installed]:
+        """What is installed, as the watch has last seen it; asked for as long as that doesn't poll yet."""
+        if not self._watch.polling:
+            return self._inventory.list()
+        self._watch.wait_polled(LIST_TIMEOUT)
+        return self._inventory.latest
+
     def prepare(self) -> None:
-        """Begin to watch the server."""
+        """Have the server polled."""
         self._inventory.serving = True
         self._watch.start()
 
@@ -203,7 +211,7 @@ class Ollama:
         if context is None:
             return model.source
         name = derived_name(installed, context)
-        if name not in self._inventory.list():
+        if name not in self._inventory.latest:
             try:
                 self._api.derive(name, model.source, context)
             except OllamaError as error:
