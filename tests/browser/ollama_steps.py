@@ -62,7 +62,7 @@ class Workbench:
 
     def end_ollama(self, console: Console) -> Console:
         """For the next test: Ollama as it began but not running, which a console knows and finds no failure."""
-        self.rest(console)
+        self.reset(console)
         self.ollama.end()
         self.await_ollama(console, "stopped", "failed")
         console.post("/services/ollama/dismiss")
