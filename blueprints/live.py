@@ -13,7 +13,7 @@ from blueprints.filters import about, duration
 from services.downloads.download import Download
 from services.providers.local_services import ServiceStatus
 from services.providers.local_services import State as ServiceState
-from services.status import KEEP_SECONDS, ModelState, ModelStatus, Status
+from services.status import CACHE_SECONDS, ModelState, ModelStatus, Status
 from services.switching.events import Loss, SwitchStage, SwitchView
 from services.text import running_again
 
@@ -104,7 +104,7 @@ class Live:
     @property
     def moment(self) -> tuple[object, ...]:
         """Equal for two of these that tell the same story, so that it need not be told twice."""
-        return (self.status, self.downloads, self.service, int(self.now / KEEP_SECONDS))
+        return (self.status, self.downloads, self.service, int(self.now / CACHE_SECONDS))
 
     @property
     def active(self) -> ModelStatus | None:

@@ -12,7 +12,7 @@ class Aborted(Exception):
 
 
 class Abort:
-    """Cancels one piece of work wherever it is. Called from any thread, once or more."""
+    """Cancellation token of one piece of work. Calling it cancels; thread-safe and idempotent."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,14 +31,17 @@ class Abort:
             act()
 
     def applies_to(self, act: Callable[[], None]) -> None:
-        """What stops it from now on; must not block. Raises Aborted when that was asked for already."""
+        """Set the callback that cancels the work from now on; it must not block.
+
+        Raises Aborted if already cancelled.
+        """
         with self._lock:
             self._act = act
         self.check()
 
     @contextmanager
     def acting(self, act: Callable[[], None]) -> Iterator[None]:
-        """As `applies_to`, for the time of one step. Raises Aborted on entry when that was asked for already."""
+        """Context manager: `applies_to` for one step. Raises Aborted on entry if already cancelled."""
         try:
             self.applies_to(act)
             yield
@@ -47,11 +50,11 @@ class Abort:
                 self._act = None
 
     def check(self) -> None:
-        """Raises Aborted when stopping was asked for."""
+        """Raise Aborted if cancelled."""
         if self.requested:
             raise Aborted
 
     def wait(self, seconds: float) -> None:
-        """Pause; raises Aborted as soon as stopping is asked for."""
+        """Sleep `seconds`. Raises Aborted as soon as it is cancelled."""
         self._requested.wait(seconds)
         self.check()

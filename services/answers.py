@@ -1,4 +1,4 @@
-"""One answer while it is being written: it grows, is saved as it comes, and is watched by any number of readers."""
+"""One answer while it is written: it grows, is saved periodically, and can be followed by any number of readers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ HEARTBEAT_SECONDS = 10.0
 
 
 class GenerationError(Exception):
-    """An answer could not be given, or broke off. The text is for people."""
+    """An answer could not be generated, or broke off. The text is for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What was said before an answer, oldest first, and the answer given last, which tells how much of that fitted."""
+    """The messages before an answer, oldest first, and the previous answer, which records how many of them fitted."""
 
     messages: tuple[Message, ...]
     last_answer: Message | None = None
@@ -37,9 +37,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer: of what the model says, or of its `thought` before that.
+    """A piece of an answer: of its text, or of the model's thoughts before it (`thought`).
 
-    `so_far` says that all text before it was thought, too: some models tell only where their thoughts end.
+    `all_before`: all earlier text was thought too. Some models only mark where their thoughts end.
     """
 
     text: str
@@ -48,19 +48,19 @@ class Delta:
 
 
 class ChatStream(Protocol):
-    """An answer as it comes: iterating yields its pieces, and raises GenerationError when it breaks off."""
+    """An answer as it is generated. Iterating yields deltas, and raises GenerationError if the answer breaks off."""
 
     @property
     def model(self) -> str:
-        """The id of the model that answers."""
+        """Id of the model that answers."""
 
     @property
     def told_from(self) -> int:
-        """Which of the prompt's messages is the first that the model is told: those before it did not fit."""
+        """Index of the first prompt message that the model was given; earlier ones did not fit."""
 
     @property
     def context_full(self) -> bool:
-        """Whether the answer, which has come to its end, ended because nothing more fitted."""
+        """Whether the answer ended because the context was full; valid after the last delta."""
 
     def __iter__(self) -> Iterator[Delta]: ...
 
@@ -69,17 +69,17 @@ class Generator(Protocol):
     """Generates answers."""
 
     def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> AbstractContextManager[ChatStream]:
-        """Ask `model` (None: the active one).
+        """Request an answer from `model` (None: the active one).
 
-        Leaving the context stops the generation, and so does `abort`, at any time. Raises GenerationError, and Aborted.
+        Leaving the context stops the generation, and so does `abort`, at any time. Raises GenerationError and Aborted.
         """
 
 
 class Answer:
-    """The one place where an answer's message changes.
+    """The only writer of an answer's message. Thread-safe.
 
-    The first call that makes it final wins; later changes are ignored. `save` is called with each state that is to be
-    kept, in order; it must neither block nor raise.
+    The first call that makes the message final wins; later changes are ignored. `save` is called with each state to
+    keep, in order; it must neither block nor raise.
     """
 
     def __init__(self, message: Message, save: Callable[[Message], object], clock: Callable[[], float]) -> None:
@@ -89,14 +89,14 @@ class Answer:
         self._clock = clock
         self._abort = Abort()
         self._deltas: list[tuple[float, Delta]] = []
-        """What has come since somebody looked, with the seconds from the first piece: joining each would take longer
-        with every one of them."""
+        """Deltas not yet merged into the message, with seconds since the first delta. Merging each one at once would
+        take time quadratic in the length."""
         self._first_at: float | None = None
         self._saved_at = time.monotonic()
 
     @property
     def message(self) -> Message:
-        """The message as it is now."""
+        """The message in its current state."""
         with self._changed:
             if self._deltas:
                 self._message = _append_deltas(self._message, self._deltas)
@@ -104,7 +104,7 @@ class Answer:
             return self._message
 
     def write(self, generator: Generator, model: str | None, prompt: Prompt) -> None:
-        """Write the whole answer. Whatever goes wrong ends up in the message."""
+        """Generate the whole answer. Errors end up in the message; nothing is raised except by `save`."""
         try:
             with generator.stream_chat(model, prompt, self._abort) as stream:
                 first = prompt.messages[stream.told_from].id if stream.told_from else None
@@ -122,13 +122,13 @@ class Answer:
             self.finish("failed", f"Switchyard failed to pass the answer on ({reason}); its log has the details.")
 
     def stop(self) -> Message:
-        """End it with what came so far, and the generation with it. Doesn't wait for the engine."""
+        """End the answer with what has arrived, and stop the generation. Does not wait for the engine."""
         message = self.finish("stopped")
         self._abort()
         return message
 
     def finish(self, state: MessageState, error: str | None = None) -> Message:
-        """Make it final, once; the message as it then is."""
+        """Make the message final, unless it is; return it."""
         with self._changed:
             told = None if error is None else whole_characters(error)
             if self._update(state=state, error=told, finished_at=self._clock()):
@@ -137,7 +137,10 @@ class Answer:
             return self.message
 
     def follow(self) -> Iterator[Message | None]:
-        """The message now, then each time it grew (20 times a second at most); None after 10 s without a change."""
+        """Yield the message now and whenever it has grown, at most 20 times a second.
+
+        Yields None after 10 s without a change.
+        """
         seen = self.message
         yield seen
         while not seen.final:
@@ -152,14 +155,14 @@ class Answer:
             return self.message
 
     def _consume(self, stream: ChatStream) -> None:
-        breaks = Breaks()  # an engine that is faster than us is never waited for
+        breaks = Breaks()  # reading from an engine that is faster than us never blocks, so it never yields
         for delta in stream:
             if not self._append(delta):
                 return
             breaks()
 
     def _append(self, delta: Delta) -> bool:
-        """Add a piece. False when it was stopped before that."""
+        """Append a delta; return False if the message is final."""
         with self._changed:
             if self._message.final:
                 return False
@@ -173,7 +176,7 @@ class Answer:
             return True
 
     def _update(self, **changes: object) -> bool:
-        """Change the message unless it is final."""
+        """Change the message unless it is final; return whether it was changed."""
         with self._changed:
             message = self.message
             if message.final:
@@ -183,7 +186,7 @@ class Answer:
 
 
 def _append_deltas(message: Message, deltas: list[tuple[float, Delta]]) -> Message:
-    """The message once these pieces have joined it, each so many seconds after the first one."""
+    """Return the message with deltas appended, each given with its seconds since the first delta."""
     thinking, said, thought_until = [message.thinking], [message.content], message.thinking_seconds
     for seconds, delta in deltas:
         if delta.all_before:

@@ -1,4 +1,4 @@
-"""Breaks in work that takes long and waits for nothing, so that it leaves the one event loop to everybody else."""
+"""Cooperative yielding for long computations, so that the single event loop keeps serving others."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import time
 
 SLICE_SECONDS = 0.005
 BREAK_SECONDS = 0.0005
-"""Not 0: gevent runs what is ready before it looks at sockets; one loop of `sleep(0)` kept those waiting for 0.5 s."""
+"""Not 0: gevent runs ready greenlets before it polls sockets, and a loop of `sleep(0)` delayed those by 0.5 s."""
 
 
 class Breaks:
-    """Called often, it takes a break once a slice has gone by since the last one; `spent` seconds have gone already."""
+    """Callable that yields to the event loop once SLICE_SECONDS have passed since the last yield.
+
+    `spent` is the time already used when it is made.
+    """
 
     def __init__(self, spent: float = 0.0) -> None:
         self._since = time.monotonic() - spent
 
     @property
     def spent(self) -> float:
-        """Seconds since the last break."""
+        """Seconds since the last yield."""
         return time.monotonic() - self._since
 
     def __call__(self) -> None:

@@ -1,4 +1,4 @@
-"""The models and where they come from: listed in the settings, or found by their engine."""
+"""The catalogue: models listed in the settings, and models discovered by their engines."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ class UnknownModel(Exception):
 
 
 class Catalog:
-    """An immutable view of every model, replaced whole when a look at the engines finds a difference."""
+    """All models, as an immutable mapping that is replaced when a scan of the engines finds a difference.
+
+    Thread-safe.
+    """
 
     def __init__(
         self, entries: Sequence[ModelEntry], engines: Mapping[str, Engine], deleted: DeletedModels | None = None
     ) -> None:
-        self._listed = tuple(_listed(entry) for entry in entries)
+        self._listed = tuple(_model_of(entry) for entry in entries)
         self._deleted = deleted or DeletedModels()
         self._engines = engines
         self._models: Mapping[str, Model] = MappingProxyType({})
         self._aliases: Mapping[str, str] = MappingProxyType({})
         self._listeners: list[Callable[[], object]] = []
         self._in_use: Callable[[], Iterable[Model]] = tuple
-        self._refreshing = threading.Lock()  # a slow look must not overwrite what a later one found
+        self._refreshing = threading.Lock()  # a slow scan must not overwrite the result of a later one
         self.refresh()
 
     @property
@@ -44,18 +47,18 @@ class Catalog:
         return self._models
 
     def id_of(self, name: str) -> str:
-        """The id that a name stands for; an unknown name is returned as it is."""
+        """Resolve an id or alias to an id; an unknown name is returned unchanged."""
         return name if name in self._models else self._aliases.get(name, name)
 
     def get(self, model_id: str) -> Model:
-        """The model of this id, or with this alias. Raises UnknownModel."""
+        """Return the model with this id or alias. Raises UnknownModel."""
         try:
             return self._models[self.id_of(model_id)]
         except (KeyError, TypeError):
             raise UnknownModel(str(model_id), sorted(self._models)) from None
 
     def names_of(self, model_id: str) -> list[str]:
-        """A model, and the others that are held in memory as one with it."""
+        """Return the ids of all models with the same weights in memory (`Model.held_as`), this one included."""
         model = self._models.get(model_id)
         if model is None or model.held_as is None:
             return [model_id]
@@ -63,35 +66,38 @@ class Catalog:
         return [m.id for m in self._models.values() if (m.engine, m.held_as) == same]
 
     def is_listed(self, model: Model) -> bool:
-        """Whether the settings list it, so that it would be there without its file too."""
+        """Whether the settings list this model, so that it would appear without its file too."""
         return any(entry.id == model.id for entry in self._listed)
 
     def sharers_of(self, model: Model) -> list[Model]:
-        """The other models that use a file of this one."""
+        """Return the other models that use a file of this one."""
         return [other for other in self._models.values() if other.id != model.id and _uses_files_of(other, model)]
 
     def forget(self, model: Model) -> None:
-        """It was deleted: it is listed no more, though the settings do, or its file stays because others use it."""
+        """Hide a deleted model, even if the settings list it, or its file stays because others use it."""
         self._deleted.add(model, file_stays=bool(self.sharers_of(model)), listed=self.is_listed(model))
         self.refresh()
 
     def keep_listed(self, in_use: Callable[[], Iterable[Model]]) -> None:
-        """Models that are loaded stay listed though their files have gone: else nobody could name or unload them."""
+        """Set the source of loaded models.
+
+        They stay listed when their files are gone, so that people can unload them.
+        """
         self._in_use = in_use
 
     def on_change(self, listener: Callable[[], object]) -> None:
         self._listeners.append(listener)
 
     def refresh(self) -> bool:
-        """Look again; True when something joined, left or changed."""
+        """Scan the engines; return whether a model was added, removed or changed."""
         with self._refreshing:
-            changed = self._look()
+            changed = self._scan()
         if changed:
             for listener in self._listeners:
                 listener()
         return changed
 
-    def _look(self) -> bool:
+    def _scan(self) -> bool:
         discovered = [found for engine in self._engines.values() for found in engine.discover()]
         models = {m.id: m for m in (self._engines[m.engine].describe(m) for m in self._listed)}
         taken = {(m.engine, m.source) for m in models.values()}
@@ -119,7 +125,7 @@ def _uses_files_of(other: Model, model: Model) -> bool:
     return model.digest is not None and other.digest == model.digest
 
 
-def _listed(entry: ModelEntry) -> Model:
+def _model_of(entry: ModelEntry) -> Model:
     model = Model(
         id=entry.id,
         engine=entry.engine,

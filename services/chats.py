@@ -1,4 +1,4 @@
-"""Conversations. Answers are jobs of the server: they go on when the page closes, and are found again after it."""
+"""Conversations. Answers are jobs of the server: they go on when the page is closed, and are found again later."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ TITLE_LIMIT = 200
 MESSAGE_LIMIT = 32_000
 PAGE_MESSAGES = 20
 PAGE_CHARACTERS = 200_000
-"""What a page shows at first: 2,000 messages at once made one of 4.9 MB."""
+"""Limit of a page's first part; 2,000 messages at once made a page of 4.9 MB."""
 CLOSE_SECONDS = 5.0
 
 
 class ChatError(Exception):
-    """A chat can't do what was asked. The text is for people."""
+    """A chat request was refused. The text is for people."""
 
 
 class ConversationNotFound(ChatError):
-    """There is no such conversation."""
+    """The conversation does not exist."""
 
 
 class MessageNotFound(ChatError):
-    """There is no such message."""
+    """The message does not exist."""
 
 
 class ChatBusy(ChatError):
-    """An answer is being written in that conversation."""
+    """An answer is being written in the conversation."""
 
 
 class EmptyMessage(ChatError):
-    """There is nothing to send."""
+    """The message is empty."""
 
 
 class MessageTooLong(ChatError):
@@ -68,12 +68,12 @@ class MessageTooLong(ChatError):
 
 
 class NotTheLast(ChatError):
-    """Only the last answer of a conversation can be written anew."""
+    """Only the last answer of a conversation can be retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A conversation without its messages, the id and state of each, and the answer that is being written in it."""
+    """A conversation without its messages, id and state of each message, and the answer being written, if any."""
 
     conversation: Conversation
     states: tuple[tuple[str, MessageState], ...]
@@ -82,14 +82,14 @@ class Outline:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """An answer being written, and the thread that writes it."""
+    """An answer being written, and its thread."""
 
     answer: Answer
     thread: threading.Thread
 
 
 class Chats:
-    """Every conversation, and the answers being written. At most one at a time in each conversation."""
+    """All conversations, and the answers being written: at most one per conversation."""
 
     def __init__(
         self, repository: ConversationRepository, generator: Generator, clock: Callable[[], float] = time.time
@@ -97,31 +97,34 @@ class Chats:
         self._repository = repository
         self._generator = generator
         self._clock = clock
-        self._lock = threading.RLock()  # held by whoever changes what a conversation consists of
+        self._lock = threading.RLock()  # held while messages or conversations are added or removed
         self._running: dict[str, _Running] = {}
         self._saver = MessageSaver(repository.update)
         try:
             repository.mark_interrupted(clock())
-        except StoreError as error:  # a row that nobody writes counts as interrupted all the same
-            log.warning("answers that an earlier run left can't be marked now", error=str(error))
+        except StoreError as error:  # harmless: a row without a writer is shown as interrupted (`_newest`)
+            log.warning("interrupted answers can't be marked", error=str(error))
 
     def conversations(self, limit: int | None = None, older_than: Place | None = None) -> list[Conversation]:
-        """Conversations without their messages, the last one written in first: all, or `limit` behind a place."""
+        """Return conversations without messages, the one last written to first: all, or `limit` after a place."""
         return self._repository.newest_first(limit, older_than)
 
     def get(self, conversation_id: str, since: int = 0) -> Conversation:
-        """One conversation with its messages from position `since` on, as they are now. Raises ConversationNotFound."""
+        """Return a conversation with its messages from position `since` on, in their current state.
+
+        Raises ConversationNotFound.
+        """
         conversation = self._repository.get(conversation_id, since)
         if conversation is None:
             raise ConversationNotFound("This conversation does not exist any more.")
         return replace(conversation, messages=tuple(map(self._newest, conversation.messages)))
 
     def page_start(self, conversation_id: str, before: int | None = None) -> int:
-        """The position from which on a page shows messages: the latest ones, or those before another position."""
+        """Return the position of the first message on a page: the latest page, or the one before position `before`."""
         return self._repository.page_start(conversation_id, before, PAGE_MESSAGES, PAGE_CHARACTERS)
 
     def outline(self, conversation_id: str, since: int) -> Outline:
-        """What is there from position `since` on, without a word of it. Raises ConversationNotFound."""
+        """Return a conversation's outline from position `since` on; no text is read. Raises ConversationNotFound."""
         found = self._repository.outline(conversation_id, since)
         if found is None:
             raise ConversationNotFound("This conversation does not exist any more.")
@@ -131,7 +134,7 @@ class Chats:
         return Outline(conversation, now, None if running is None else running.answer.message)
 
     def rename(self, conversation_id: str, title: str) -> None:
-        """Give it another title, cut to 200 characters. Raises ConversationNotFound, EmptyMessage."""
+        """Set a conversation's title, cut to 200 characters. Raises ConversationNotFound and EmptyMessage."""
         title = " ".join(title.split())[:TITLE_LIMIT]
         if not title:
             raise EmptyMessage("A title needs at least one letter.")
@@ -139,7 +142,7 @@ class Chats:
             raise ConversationNotFound("This conversation does not exist any more.")
 
     def delete(self, conversation_id: str) -> None:
-        """Stop what is being written in it, and delete it. Raises ConversationNotFound."""
+        """Stop the answer being written, if any, and delete the conversation. Raises ConversationNotFound."""
         with self._lock:
             running = self._writing_in(conversation_id)
             if running is not None:
@@ -148,10 +151,10 @@ class Chats:
                 raise ConversationNotFound("This conversation does not exist any more.")
 
     def start(self, text: str, model: str | None = None, message_id: str | None = None) -> Message:
-        """Begin a conversation with the user's message, and the answer to it, which is returned.
+        """Begin a conversation with a user's message; return the answer being written.
 
-        A message whose id was given once is sent once: it is returned the next time. Raises EmptyMessage,
-        MessageTooLong; then there is no conversation.
+        Idempotent by `message_id`: a message already sent is returned instead. Raises EmptyMessage and MessageTooLong
+        before anything is saved.
         """
         text = _sendable(text)
         now = self._clock()
@@ -167,10 +170,10 @@ class Chats:
             return self._begin(answer, Prompt((question,)), model, save)
 
     def send(self, conversation_id: str, text: str, model: str | None = None, message_id: str | None = None) -> Message:
-        """Save the user's message and begin the answer by `model` (None: the active one), which is returned.
+        """Append a user's message and begin the answer by `model` (None: the active one); return the answer.
 
-        A message whose id was given once is sent once: it is returned the next time. Raises ConversationNotFound,
-        ChatBusy, EmptyMessage, MessageTooLong.
+        Idempotent by `message_id`: a message already sent is returned instead. Raises ConversationNotFound, ChatBusy,
+        EmptyMessage and MessageTooLong.
         """
         text = _sendable(text)
         with self._lock:
@@ -187,9 +190,9 @@ class Chats:
             return self._begin(answer, prompt_of(asked), model, save)
 
     def retry(self, message_id: str, model: str | None = None) -> Message:
-        """Write another answer to the last message, beside those that are there; one without a word is replaced.
+        """Write another version of the last answer; an earlier version without text is replaced.
 
-        A last message of the user's that has no answer gets one. Raises MessageNotFound, ChatBusy, NotTheLast.
+        A last message by the user without an answer gets one. Raises MessageNotFound, ChatBusy and NotTheLast.
         """
         with self._lock:
             conversation = self._idle(self.message(message_id).conversation_id)
@@ -204,11 +207,11 @@ class Chats:
             kept = [old for old in last.versions or (last.id,) if not (empty and old == last.id)]
             answer = replace(answer, versions=(*kept, answer.id) if kept else ())
             save = partial(self._repository.add_version, answer, last.id, instead=empty)
-            told = prompt_of(replace(conversation, messages=tuple(before))).messages
-            return self._begin(answer, Prompt(told, conversation.latest_answer), model, save)
+            messages = prompt_of(replace(conversation, messages=tuple(before))).messages
+            return self._begin(answer, Prompt(messages, conversation.latest_answer), model, save)
 
     def show(self, message_id: str) -> Message:
-        """Show this one of the answers to a message, and go on from it. Raises MessageNotFound, ChatBusy."""
+        """Show this version of an answer and continue from it. Raises MessageNotFound and ChatBusy."""
         with self._lock:
             message = self.message(message_id)
             running = self._writing_in(message.conversation_id)
@@ -219,17 +222,17 @@ class Chats:
             return message
 
     def stop(self, message_id: str) -> Message:
-        """End an answer with what came so far; nothing happens to one that is final. Raises MessageNotFound."""
+        """End an answer with what has arrived; does nothing to a final one. Raises MessageNotFound."""
         running = self._running.get(message_id)
         if running is not None:
             return self._stop(running)
         message = self.message(message_id)
-        if message.state == "interrupted":  # its row may still say that it is being written
+        if message.state == "interrupted":  # its row may still be in state streaming
             self._saver.put(message)
         return message
 
     def message(self, message_id: str) -> Message:
-        """One message as it is now. Raises MessageNotFound."""
+        """Return one message in its current state. Raises MessageNotFound."""
         running = self._running.get(message_id)
         if running is not None:
             return running.answer.message
@@ -239,15 +242,15 @@ class Chats:
         return self._newest(stored)
 
     def follow(self, message_id: str) -> Iterator[Message | None]:
-        """A message now, then each time it grew, until it is final; None every 10 s without a change.
+        """Yield a message now and whenever it has grown, until it is final; None every 10 s without a change.
 
-        Raises MessageNotFound at once.
+        Raises MessageNotFound at once, not when iterated.
         """
         running = self._running.get(message_id)
         return iter((self.message(message_id),)) if running is None else running.answer.follow()
 
     def close(self) -> None:
-        """Stop every answer, and give those who write them a few seconds to leave."""
+        """Stop every answer, and wait a few seconds for their threads and for unsaved messages."""
         deadline = time.monotonic() + CLOSE_SECONDS
         all_running = list(self._running.values())
         for running in all_running:
@@ -257,7 +260,7 @@ class Chats:
         self._saver.close(max(0.0, deadline - time.monotonic()))
 
     def _idle(self, conversation_id: str) -> Conversation:
-        """The conversation, provided that nothing is being written in it."""
+        """Return the conversation. Raises ChatBusy if an answer is being written in it."""
         if self._writing_in(conversation_id) is not None:
             raise ChatBusy("An answer is being written in this conversation. Stop it or wait until it is there.")
         return self.get(conversation_id)
@@ -274,9 +277,9 @@ class Chats:
         return "interrupted" if stored == "streaming" else stored
 
     def _newest(self, stored: Message) -> Message:
-        """A message as it is now, given what the database had of it.
+        """Return the current state of a stored message.
 
-        A row that says `streaming` and that nobody writes, such as one from a restored copy, counts as interrupted.
+        A row in state `streaming` that no thread writes, such as one from a restored backup, counts as interrupted.
         """
         running = self._running.get(stored.id)
         live = running.answer.message if running is not None else self._saver.unsaved(stored.id)
@@ -284,7 +287,7 @@ class Chats:
             return replace(live, versions=stored.versions)
         if stored.final:
             return stored
-        again = self._repository.message(stored.id)  # it may have ended since the row was read
+        again = self._repository.message(stored.id)  # the answer may have ended after the row was read
         if again is not None and again.final:
             return again
         return replace(stored, state="interrupted", finished_at=stored.created_at)
@@ -295,13 +298,13 @@ class Chats:
     def _exchange(
         self, conversation_id: str, text: str, model: str | None, message_id: str | None
     ) -> tuple[Message, Message]:
-        """A question, and the answer that is about to grow."""
+        """Return a new question and its empty answer."""
         question = self._message(conversation_id, "user", text)
         question = question if message_id is None else replace(question, id=message_id)
         return question, self._message(conversation_id, "assistant", "", model)
 
     def _message(self, conversation_id: str, role: Role, text: str, model: str | None = None) -> Message:
-        """A new message: a final one, or an assistant's that is about to grow."""
+        """Return a new message: a complete one, or an assistant's that is about to be written."""
         now = self._clock()
         growing = role == "assistant"
         return Message(
@@ -319,12 +322,12 @@ class Chats:
         )
 
     def _begin(self, message: Message, prompt: Prompt, model: str | None, save: Callable[[], object]) -> Message:
-        """Have the answer `message` saved, then written in a thread of its own."""
+        """Save the answer `message`, then write it in a thread of its own."""
         answer = Answer(message, self._saver.put, self._clock)
         thread = threading.Thread(
             target=self._write, args=(answer, prompt, model), name=f"answer-{message.id[:8]}", daemon=True
         )
-        self._running[message.id] = _Running(answer, thread)  # first: a row without a writer counts as interrupted
+        self._running[message.id] = _Running(answer, thread)  # before saving: a row without a writer is interrupted
         try:
             save()
             thread.start()
@@ -346,7 +349,7 @@ class Chats:
 
 
 def _sendable(text: str) -> str:
-    """What a user typed, as it is sent. Raises EmptyMessage, MessageTooLong."""
+    """Return a typed message in the form that is stored. Raises EmptyMessage and MessageTooLong."""
     text = text.replace("\r\n", "\n").strip()  # a form sends each line break as two characters
     if not text:
         raise EmptyMessage("Write something first.")
@@ -358,13 +361,13 @@ def _sendable(text: str) -> str:
 
 
 def prompt_of(conversation: Conversation) -> Prompt:
-    """What a model is told of a conversation: everything that has words, in order."""
-    told = tuple(message for message in conversation.messages if message.final and message.content)
-    return Prompt(told, conversation.latest_answer)
+    """Return the prompt for the next answer: all final messages with text, in order."""
+    messages = tuple(message for message in conversation.messages if message.final and message.content)
+    return Prompt(messages, conversation.latest_answer)
 
 
 def title_of(text: str) -> str:
-    """A title from a first message: its beginning, cut at a word where there is one."""
+    """Make a title from a first message: its beginning, cut between words if possible."""
     line = " ".join(text.split())
     if len(line) <= TITLE_LENGTH:
         return line

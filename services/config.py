@@ -1,6 +1,6 @@
-"""Typed settings: `switchyard.toml` first, overridden by `SWITCHYARD_*` environment variables.
+"""Typed settings: `switchyard.toml`, overridden by `SWITCHYARD_*` environment variables.
 
-A wrong key or value stops the start with a message that names the key, where it stands and what is allowed.
+An invalid key or value stops the start with a message that names the key, its source and what is allowed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from services.engines.options import checked
+from services.engines.options import validate_options
 
 PREFIX = "SWITCHYARD_"
 DEFAULT_FILE = "switchyard.toml"
 MODEL_ID_PATTERN = r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}._:/@+-]{0,199}$"
-"""Letters, with their marks, and digits of any script, and a few signs. For pydantic's regular expressions."""
+"""Letters, combining marks and digits of any script, and a few signs. In the syntax of pydantic's regular expressions.
+"""
 
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?(:\d{1,5})?")
 
@@ -30,7 +31,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class ConfigError(Exception):
-    """The settings can't be used. The text lists every problem, one a line."""
+    """The settings are invalid. The text lists every problem, one per line."""
 
 
 class ModelEntry(BaseModel):
@@ -59,11 +60,11 @@ class ModelEntry(BaseModel):
     @classmethod
     def _known_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         engine = info.data.get("engine")
-        return value if engine is None else checked(engine, value)  # else the engine's name is what is wrong
+        return value if engine is None else validate_options(engine, value)  # None: the engine itself is invalid
 
 
 class Recommendation(BaseModel):
-    """One `[[recommended]]` table of the settings file: a model that people are pointed to."""
+    """One `[[recommended]]` table of the settings file: a model that pages recommend."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -84,11 +85,11 @@ SEED_RECOMMENDATIONS = (
     Recommendation(model="llama3.2", description="Latest Llama 3.2, general purpose", size_gb=2.0),
     Recommendation(model="mistral", description="Balanced speed and quality", size_gb=4.1),
 )
-"""Seed 004's list."""
+"""Used without `[[recommended]]` tables."""
 
 
 class Settings(BaseModel):
-    """Every setting, its default and its bounds. Times are seconds, `_gb` figures decimal gigabytes."""
+    """All settings with defaults and bounds. Times are seconds, `_gb` figures decimal gigabytes."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -233,7 +234,7 @@ class Settings(BaseModel):
 
     @property
     def longest_switch_seconds(self) -> float:
-        """When a switch must have ended, one way or the other, its rollback included."""
+        """Upper bound of a switch's duration, rollback included."""
         one = self.drain_timeout_seconds + 2 * self.unload_timeout_seconds + 2 * self.memory_timeout_seconds
         one += self.sleep_timeout_seconds
         return 2 * (one + self.load_timeout_seconds + self.warm_up_timeout_seconds)
@@ -246,13 +247,13 @@ class Settings(BaseModel):
 LIST_KEYS = {"allowed_hosts", "preserve_models", "download_hosts"}
 FILE_ONLY = {"models", "recommended"}
 UNPREFIXED = {"OLLAMA_BASE_URL": "ollama_base_url", "OLLAMA_MODEL": "ollama_model", "DOCKER_HOST": "docker_host"}
-"""Names that other programs read as well; the prefixed ones win."""
+"""Variables that other programs read too; the prefixed ones win."""
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
-    """Read the file that `SWITCHYARD_CONFIG` names (else `switchyard.toml`, if there is one), then the environment.
+    """Read the settings file, then the environment; `overrides` win over both.
 
-    `overrides` win over both. Raises ConfigError.
+    The file is named by `SWITCHYARD_CONFIG`; the default is `switchyard.toml` if it exists. Raises ConfigError.
     """
     environ = os.environ if environ is None else environ
     named = environ.get(f"{PREFIX}CONFIG")
@@ -284,7 +285,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-    """Key, value and the variable it came from; the prefixed ones last, so that they win."""
+    """Yield key, value and variable name; prefixed variables last, so that they win."""
     for name, key in UNPREFIXED.items():
         if environ.get(name):
             yield key, environ[name], name
@@ -306,11 +307,11 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
         location = [str(part) for part in problem["loc"]]
         key = ".".join(location) or "settings"
         where = origin.get(location[0], "the defaults") if location else "the settings file"
-        lines.append(f"  {key}, in {where}: {_say(problem, location)}")
+        lines.append(f"  {key}, in {where}: {_describe(problem, location)}")
     return "\n".join(lines)
 
 
-def _say(problem: Any, location: list[str]) -> str:
+def _describe(problem: Any, location: list[str]) -> str:
     if problem["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"models": ModelEntry, "recommended": Recommendation}
         known = tables.get(location[0], Settings)

@@ -1,4 +1,4 @@
-"""Builds every service once from the settings: the composition root below Flask."""
+"""The composition root below Flask: builds every service once from the settings."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ from services.switching.switcher import Switcher
 log = structlog.get_logger(__name__)
 
 FIRST_PASS_WAIT_SECONDS = 2.0
-"""How long the start waits at most for the first look at the engines."""
+"""How long the start waits for the first pass over the engines."""
 CATALOG_SECONDS = 2.0
-"""Between two looks for new, changed and removed models."""
+"""Interval between scans for new, changed and removed models."""
 PRUNE_SECONDS = 60.0
-"""Between two looks at the size and number of engines' logs."""
+"""Interval between prunes of engines' logs."""
 
 
 @dataclass(frozen=True)
 class Services:
-    """Everything a view may call. `start` before the first request, `close` after the last."""
+    """Every service that a view may call. `start` before the first request, `close` after the last."""
 
     settings: Settings
     board: Board
@@ -101,10 +101,10 @@ class Services:
     compose: ComposeChoice
 
     def start(self) -> None:
-        """Begin to look after models: readings, what is done regularly, the switcher, the model to preload.
+        """Start the background work: readings, periodic tasks, the switcher, downloads, the preload.
 
-        Returns once it is known what the engines have loaded, so that the first page after a restart doesn't say of
-        a loaded model that it is stopped; an engine that is slow to tell holds nobody up for long.
+        Waits a moment for the first pass over the engines, so that the first page after a restart doesn't show loaded
+        models as stopped.
         """
         self.devices.start()
         for engine in self.engines.values():
@@ -119,7 +119,7 @@ class Services:
         self.switcher.wait_first_pass(FIRST_PASS_WAIT_SECONDS)
 
     def _preload(self, model_id: str) -> None:
-        """Load the model that the settings name, unless something is loaded: who wants another one switches to it."""
+        """Load the model that the setting `preload` names, unless a model is loaded."""
         self.switcher.wait_first_pass(FIRST_PASS_SECONDS)
         if self.board.current.instances:
             return
@@ -132,8 +132,8 @@ class Services:
     def close(self) -> None:
         """Stop answers, downloads, models and engines, in this order.
 
-        Leaves no process behind but what the next start finds again: a local service, and when that is at once, the
-        models that are loaded.
+        Leaves no process behind except those that the next start adopts: a local service and, on a restart, loaded
+        models.
         """
         self.board.close()
         self.chats.close()
@@ -152,7 +152,7 @@ class Services:
 
 
 def build_services(settings: Settings) -> Services:
-    """Wire every service. Starts nothing but ends what an earlier run left half done.
+    """Wire every service. Starts none, but ends processes that an earlier run left unfinished.
 
     Raises StateError and StoreError.
     """
@@ -165,7 +165,7 @@ def build_services(settings: Settings) -> Services:
     notes = DeferredNotes(NoteRepository(store), writes)
     damaged = Damaged(settings.state_dir / DATABASE, notes)
     if damaged.current is not None:
-        log.error("the database was damaged and is set aside; a new one was begun", file=str(damaged.current))
+        log.error("the database was damaged and set aside; a new one was created", file=str(damaged.current))
     devices = DeviceMonitor(settings.memory_budget_bytes)
     hub = HubProcess(registry, hosts=settings.download_hosts)
     board = Board()
@@ -286,10 +286,10 @@ def _docker(host: str | None) -> ContainerRuntime:
 
 
 def _ollama_environment(settings: Settings, downloads: DownloadQueue) -> dict[str, str]:
-    """What a server that we start is told.
+    """Return the environment of an Ollama server that we start.
 
-    The context length, which it would else choose by the size of the GPU. And to keep the pieces of unfinished
-    downloads, which it would else delete when they are an hour old.
+    It sets the context length, which Ollama would else choose by the size of the GPU, and while a download is
+    unfinished it keeps Ollama from deleting partial files that are an hour old.
     """
     environment = {"OLLAMA_CONTEXT_LENGTH": str(settings.ollama_context_length or settings.context_length)}
     if any(d.source == "ollama" and not d.final for d in downloads.all()):
@@ -334,9 +334,9 @@ def _gpu_bytes(devices: DeviceMonitor) -> GpuBytes:
 
 
 def _gpu_bytes_now(devices: DeviceMonitor) -> GpuHeld:
-    """By a reading of its own: how much a model kept in its sleep must not be told by one from before it slept.
+    """Return GPU use from a fresh reading: what a model keeps asleep must not be taken from one before it slept.
 
-    0, which is unknown, while the driver doesn't answer.
+    0, which means unknown, while the driver doesn't answer.
     """
 
     def held(device: str, pids: Collection[int]) -> int:

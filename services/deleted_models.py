@@ -1,4 +1,4 @@
-"""Models that people have deleted and that would be listed all the same: by the settings, or for a file others use."""
+"""Models that were deleted and would be listed nevertheless: by the settings, or because others use their file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Protocol
 from services.engines.port import Model
 
 NOTE = "deleted_models"
-MOST_KEPT = 500
-"""The oldest are forgotten then; each was listed by somebody."""
+MAX_ENTRIES = 500
+"""Limit of remembered models; the oldest are forgotten."""
 
 
 class Notes(Protocol):
-    """Where it is kept over a restart."""
+    """Key-value store that outlives the app."""
 
     def get(self, key: str) -> str | None: ...
 
@@ -23,9 +23,10 @@ class Notes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Deleted:
-    """What was deleted. `digest` tells its file from another one that takes its place.
+    """A deleted model. `digest` identifies its file, so that a new file at the same path is recognised.
 
-    `file_deleted`: its file was, too. `gone`: it has been missing since; a look that is late may still have seen it.
+    `file_deleted`: its file was deleted too. `gone`: a scan has seen that the file is missing. Until then a scan that
+    began before the deletion may still report the old file.
     """
 
     id: str
@@ -37,27 +38,27 @@ class _Deleted:
 
 
 class DeletedModels:
-    """Hides a deleted model until its file is another one, or is back after it was gone."""
+    """Hides a deleted model until its file is a different one, or reappears after it was gone."""
 
     def __init__(self, notes: Notes | None = None) -> None:
         self._notes = notes
         self._deleted: dict[str, _Deleted] = _read(notes.get(NOTE) if notes is not None else None)
 
     def add(self, model: Model, *, file_stays: bool, listed: bool) -> None:
-        """It was deleted: with its file, or without it, because others use that. `listed`: the settings go on to."""
+        """Remember a deleted model. `file_stays`: others use its file. `listed`: the settings still list it."""
         if not model.files:
-            return  # its engine lists what there is, and nothing else
+            return  # its engine lists existing models only
         if not file_stays:
             for other in [d for d in self._deleted.values() if not {*d.files}.isdisjoint(model.files)]:
                 self._deleted[other.id] = replace(other, file_deleted=True)
         if file_stays or listed:
             self._deleted[model.id] = _Deleted(model.id, model.source, model.digest, model.files, not file_stays)
-        while len(self._deleted) > MOST_KEPT:
+        while len(self._deleted) > MAX_ENTRIES:
             del self._deleted[next(iter(self._deleted))]
         self._save()
 
     def hides(self, model: Model) -> bool:
-        """Whether not to list it. Forgets that it was deleted once its file is a new one."""
+        """Return whether to hide a model. Forgets the deletion once its file is a new one."""
         deleted = self._deleted.get(model.id)
         if deleted is None or deleted.source != model.source:
             return False
@@ -78,7 +79,7 @@ class DeletedModels:
 
 
 def _read(note: str | None) -> dict[str, _Deleted]:
-    """What an earlier run has noted; nothing where that is no note of this version."""
+    """Parse the note of an earlier run; {} if it is not in this version's format."""
     try:
         found = [_Deleted(**{**entry, "files": tuple(entry["files"])}) for entry in json.loads(note or "[]")]
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""One line of a `.env` file: which model a compose project is to run (seed 000)."""
+"""Writes the chosen model into one line of a compose project's `.env` file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from services.switching.jobs import Job
 log = structlog.get_logger(__name__)
 
 PLAIN = re.compile(r"[A-Za-z0-9._:/@+-]*")
-"""What stands without quotes, as every id of a listed model."""
+"""Values that need no quotes, such as every id of a listed model."""
 MODE = 0o600
 FOLLOW_SECONDS = 60.0
 
@@ -27,10 +27,9 @@ class EnvFileError(Exception):
 
 
 class EnvFile:
-    """The line `KEY=value` of a file that others own; all else in it stays as it is, to the byte.
+    """One line `KEY=value` of a file that belongs to somebody else. All other bytes are preserved.
 
-    A write is whole or not at all: a new file takes the old one's place. A file that is a link is written where it
-    leads. Raises EnvFileError.
+    Writes are atomic: a new file replaces the old one; a symbolic link is followed. Methods raise EnvFileError.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -38,14 +37,14 @@ class EnvFile:
         self._key = key
 
     def raw(self) -> bytes | None:
-        """The value as it stands there, quotes included; None when there is no such line."""
+        """Return the value as written, quotes included; None without such a line."""
         return raw_value(self._content(), self._key)
 
     def write(self, value: str) -> None:
         self._change(lambda content: with_raw(content, self._key, quoted(value)))
 
     def restore(self, raw: bytes | None) -> None:
-        """Have the line as `raw` told it; None takes it out."""
+        """Set the value to `raw` as returned by `raw()`; None removes the line."""
         self._change(
             lambda content: without_line(content, self._key) if raw is None else with_raw(content, self._key, raw)
         )
@@ -85,19 +84,19 @@ class EnvFile:
 
 
 class ComposeChoice:
-    """Writes down which model is chosen here. Does nothing but switch when no file is configured."""
+    """Writes the model chosen for the compose project. Without a configured file it only switches."""
 
     def __init__(self, file: EnvFile | None) -> None:
         self._file = file
         self._lock = threading.Lock()
         self._under_way = 0
         self._settled: bytes | None = None
-        """What stood there before the choices that are under way: one that fails must not bring back another."""
+        """The value before all choices under way: a failed one must not restore another that also failed."""
 
     def choose(self, model_id: str, switch: Callable[[], Job]) -> Job:
-        """Write the choice down, then begin the switch. If that fails, what stood there before stands there again.
+        """Write the choice, then begin the switch. If the switch fails, restore the previous value.
 
-        Raises EnvFileError, before anything is switched.
+        Raises EnvFileError before anything is switched.
         """
         file = self._file
         if file is None:
@@ -128,14 +127,14 @@ class ComposeChoice:
                 self._settled = quoted(model_id)
                 return
             try:
-                if file.raw() == quoted(model_id):  # else somebody has chosen something else meanwhile
+                if file.raw() == quoted(model_id):  # else it was changed by another choice or program meanwhile
                     file.restore(self._settled)
             except EnvFileError as error:
-                log.warning("the choice of a model that failed is still written down", reason=str(error))
+                log.warning("the .env file still names a model whose switch failed", reason=str(error))
 
 
 def quoted(value: str) -> bytes:
-    """A value as a line holds it. Raises EnvFileError for one that no line can hold."""
+    """Quote a value for a `.env` line. Raises EnvFileError for a value that can't be quoted."""
     if PLAIN.fullmatch(value):
         return value.encode()
     if re.search(r"['\x00-\x1f\x7f]", value):
@@ -144,13 +143,13 @@ def quoted(value: str) -> bytes:
 
 
 def raw_value(content: bytes, key: str) -> bytes | None:
-    """The value of the last line that sets `key`, which is the one that counts, without a comment behind it."""
+    """Return the value of the last line that sets `key`, which is the effective one, without a trailing comment."""
     found = list(_pattern(key).finditer(content))
     return found[-1]["value"] if found else None
 
 
 def with_raw(content: bytes, key: str, raw: bytes) -> bytes:
-    """The content with the last line that sets `key` changed, or one added at its end."""
+    """Return the content with the last line that sets `key` changed, or a line appended."""
     found = list(_pattern(key).finditer(content))
     if found:
         start, end = found[-1].span("value")
@@ -161,7 +160,7 @@ def with_raw(content: bytes, key: str, raw: bytes) -> bytes:
 
 
 def without_line(content: bytes, key: str) -> bytes:
-    """The content without the last line that sets `key`."""
+    """Return the content without the last line that sets `key`."""
     found = list(_pattern(key).finditer(content))
     if not found:
         return content
@@ -170,7 +169,7 @@ def without_line(content: bytes, key: str) -> bytes:
 
 
 def _pattern(key: str) -> re.Pattern[bytes]:
-    """A line `KEY=value`, with what may stand before and behind it: a quoted value, or one up to ` #` or the end."""
+    """Match a line `KEY=value` with `export` and comment: a quoted value, or one up to ` #` or the end of the line."""
     before = rb"^[ \t]*(?:export[ \t]+)?" + re.escape(key).encode() + rb"[ \t]*=[ \t]*"
     value = rb"""(?P<value>'[^'\r\n]*'|"[^"\r\n]*"|[^\r\n]*?)"""
     return re.compile(before + value + rb"(?=[ \t]*(?:[ \t]\#[^\r\n]*)?\r?$)", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Structured log lines on stderr, one event a line."""
+"""Structured log lines on stderr, one per event."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import structlog
 
 
 def configure_logging(level: str) -> None:
-    """Set up structlog for a person reading a terminal or a journal; values that aren't secrets only."""
+    """Set up structlog for reading in a terminal or a journal."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -18,7 +18,7 @@ def configure_logging(level: str) -> None:
             structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
-                exception_formatter=structlog.dev.plain_traceback,  # the rich one prints local variables, keys included
+                exception_formatter=structlog.dev.plain_traceback,  # the rich one prints local variables: secrets
             ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

@@ -1,7 +1,8 @@
-"""Native calls that block (NVML, large files) and would freeze a gevent worker: run beside it, and never for ever.
+"""Runs blocking native calls (NVML, large files) in native threads, with a time limit.
 
-A disk or a driver that hangs keeps the thread it got. So the threads are not the hub's, of which there are ten and
-which look up host names as well; and what is asked again and again has a single one.
+Such a call in a greenlet would freeze the gevent worker. A disk or driver that hangs keeps its thread for good, so
+these threads are not those of gevent's own pool: that has ten, which also resolve host names. What is called
+periodically has a single thread (`SharedCall`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 THREADS = 8
+"""Size of the shared pool."""
 CALL_SECONDS = 30.0
-"""How long a call may take, the wait for a thread included."""
+"""Time limit of a call in the shared pool, including the wait for a thread."""
 
 
 class NativeThreads:
-    """Threads of their own for what may hang together (one disk, one network share), so that it takes no others'."""
+    """A pool of native threads for calls that may hang together: one disk, one network share.
+
+    Calls that hang only use up the threads of their own pool.
+    """
 
     def __init__(self, threads: int, seconds: float) -> None:
         self._threads = threads
@@ -30,10 +35,10 @@ class NativeThreads:
         self._pool: Any = None
 
     def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call `function` in one of them when this process runs on gevent, directly otherwise.
+        """Call `function` in a pool thread if this process runs on gevent, else directly.
 
-        What it raises is raised here, and TimeoutError (an OSError) when it is not done in time, the wait for a thread
-        included. It must not start processes, nor touch what greenlets share without a lock.
+        Raises what it raises, and TimeoutError (an OSError) if it takes longer than the pool's limit, including the
+        wait for a thread. The function must not start processes, nor touch unlocked data that greenlets share.
         """
         if not _on_gevent():
             return function(*args, **kwargs)
@@ -50,7 +55,7 @@ _shared: NativeThreads | None = None
 
 
 def off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """As `NativeThreads`, in threads that all share who use this: for what hangs only if the machine does."""
+    """Call `function` in the shared pool, for calls that hang only if the whole machine does."""
     global _shared
     if _shared is None:
         _shared = NativeThreads(THREADS, CALL_SECONDS)
@@ -58,7 +63,10 @@ def off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def compute_off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """As `off_hub`, for what only computes: it can't hang, and shares no thread with what can."""
+    """Call `function` in gevent's own pool.
+
+    For pure computations, which can't hang and need not wait behind calls that do.
+    """
     if not _on_gevent():
         return function(*args, **kwargs)
     import gevent
@@ -68,7 +76,7 @@ def compute_off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs)
 
 
 class _Result(Generic[R]):
-    """What a function returned or raised. gevent prints the traceback of whatever is raised within its threads."""
+    """What a function returned or raised. gevent would print the traceback of an exception raised in its pool."""
 
     def __init__(self, value: R | None, error: BaseException | None = None) -> None:
         self._value = value
@@ -88,9 +96,10 @@ def _result_of(function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[s
 
 
 class SharedCall(Generic[R]):
-    """A native function that may hang, called for many who ask: one call at most is under way, in a thread of its own.
+    """A native function that may hang, shared by all callers: at most one call is under way, in a thread of its own.
 
-    Who asks while one is under way shares the next one with all who do: an answer is never older than the question.
+    A caller that arrives during a call waits for the next one, which all of them share: a result is never older than
+    the caller's request.
     """
 
     def __init__(self, function: Callable[[], R]) -> None:
@@ -100,9 +109,10 @@ class SharedCall(Generic[R]):
         self._pool: Any = None
 
     def __call__(self, timeout: float) -> R:
-        """What it returns. Raises what it raises, and TimeoutError once a call has taken `timeout` seconds.
+        """Return the function's result, or raise what it raises.
 
-        Who asks when that is over already is told at once, so that nobody else waits for what hangs.
+        Raises TimeoutError once the call has taken `timeout` seconds. Callers that arrive after that get it at once, so
+        that nobody waits for a call that hangs.
         """
         before = self._latest
         if before is not None:
@@ -125,7 +135,7 @@ class SharedCall(Generic[R]):
 
 
 class _Outcome(Protocol[R_co]):
-    """What comes of a call; gevent's AsyncResult is one."""
+    """Future of a call; gevent's AsyncResult is one."""
 
     def ready(self) -> bool: ...
 
@@ -142,7 +152,7 @@ class _Call(Generic[R]):
         self._began = time.monotonic()
 
     def wait(self, timeout: float) -> None:
-        """Raises TimeoutError unless it has ended `timeout` seconds after it began."""
+        """Wait for the result. Raises TimeoutError if the call takes longer than `timeout` seconds from its start."""
         if not self.outcome.ready():
             self.outcome.wait(max(0.0, self._began + timeout - time.monotonic()))
         if not self.outcome.ready():
@@ -150,7 +160,7 @@ class _Call(Generic[R]):
 
 
 class _Thread(Generic[R]):
-    """A call in a thread that doesn't hold up the end of the process, where there is no gevent."""
+    """A call in a daemon thread, for processes without gevent."""
 
     def __init__(self, function: Callable[[], R]) -> None:
         self._function = function

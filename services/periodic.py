@@ -1,4 +1,4 @@
-"""Calls a function again and again in the background: the one loop behind every regular look, check and clean-up."""
+"""The loop that calls a function periodically in the background."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ log = structlog.get_logger(__name__)
 
 
 class Periodic:
-    """Calls `act` in a thread of its own, a greenlet under gevent, until it is stopped.
+    """Calls `act` in a thread of its own, a greenlet under gevent, until stopped.
 
-    The first call comes `first_seconds` after the start, each other one `seconds` after the end of the one before, so
-    that no two overlap. What `act` raises ends nothing: it is logged, and not again as long as it stays the same.
+    The first call comes `first_seconds` after the start, each later one `seconds` after the end of the one before, so
+    that calls never overlap. An exception is logged, and not again while it stays the same; the loop goes on.
     """
 
     def __init__(self, name: str, act: Callable[[], object], seconds: float, *, first_seconds: float = 0.0) -> None:
@@ -32,17 +32,17 @@ class Periodic:
         return self._thread is not None and not self._stopped.is_set()
 
     def start(self) -> None:
-        """Begin. Nothing happens where it has begun or was stopped before."""
+        """Start the thread. Does nothing if it was started or stopped before."""
         if self._thread is None and not self._stopped.is_set():
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 
     def wait_called(self, timeout: float) -> bool:
-        """Wait for the end of the first call, at most `timeout` seconds; whether it is over."""
+        """Wait until the first call has ended, at most `timeout` seconds; return whether it has."""
         return self._called.wait(timeout)
 
     def stop(self, timeout: float = 0.0) -> None:
-        """Call no more. A call under way goes on; its end is waited for, at most `timeout` seconds."""
+        """Stop calling. A call under way goes on; wait for its end at most `timeout` seconds."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout)
@@ -61,4 +61,4 @@ class Periodic:
     def _note(self, error: Exception) -> None:
         if repr(error) != self._trouble:
             self._trouble = repr(error)
-            log.error("what is done regularly failed", what=self._name, exc_info=error)
+            log.error("a periodic task failed", task=self._name, exc_info=error)

@@ -1,4 +1,4 @@
-"""Starting the app anew in its place, with its models loaded and its address open all the while."""
+"""Restarts the app in place; its models stay loaded and its address stays open."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from services.config import ConfigError, Settings, load_settings
 from services.state_folder import StateError
 
 ANSWER_SECONDS = 0.5
-"""How long the answer to the request for it has to get out."""
+"""Delay before a requested restart, so that the response to the request gets out."""
 NEED_A_FULL_START = ("host", "port", "state_dir")
 FAILED = "switchyard.gateway_error"
 """Where the environment has the error of a first attempt to pass the request on, which must not be sent again."""
 UNBEGUN = "switchyard.unbegun"
-"""Where the app leaves the body of a request in its WSGI environ that the next run has to answer in its place."""
+"""Key in the WSGI environ for the body of a request that the next run has to answer."""
 
 
 class RestartRefused(Exception):
-    """The app goes on as it is. `code` is the contract's."""
+    """The app can't restart and goes on. `code` is an error code of the contract."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -27,11 +27,11 @@ class RestartRefused(Exception):
 
 
 class Restart:
-    """The wish to start anew. Who runs the app looks whether it is `due`; `possible` once somebody does.
+    """The request to restart. The worker polls `due`, and sets `possible` where it supports restarts.
 
-    From the moment it is `requested` no request is begun: whoever runs the app keeps them for the next run.
-    `switching_to` tells which model is being switched to, None when none is; `check_state` raises StateError when the
-    next run could not write its state.
+    Once `requested`, no request is begun; the worker keeps new ones for the next run. `switching_to` returns the target
+    of the switch under way, None without one; `check_state` raises StateError if the next run could not write its
+    state.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Restart:
 
     @property
     def models_stay(self) -> bool:
-        """Whether what is loaded is left for the next run."""
+        """Whether loaded models are left for the next run."""
         return self.due or self._abandoned
 
     def abandon(self) -> None:
-        """The app ends without anybody having wished it: what is loaded stays, as after a crash."""
+        """Note that the app ends without having been asked to: loaded models stay, as after a crash."""
         self._abandoned = True
 
     def request(self) -> None:
-        """Restart in a moment. Asking twice is asking once. Raises RestartRefused."""
+        """Request a restart in a moment; idempotent. Raises RestartRefused."""
         if self.requested:
             return
         self._check()
@@ -70,7 +70,7 @@ class Restart:
         self.requested = True
 
     def _check(self) -> None:
-        """A worker that could not start again would take the whole app with it, and with that every model."""
+        """Refuse a restart that could fail: a worker that can't boot would end the app and every model."""
         if not self.possible:
             raise RestartRefused(
                 "restart_unavailable", "Whatever runs Switchyard here can't restart it: do that by hand."

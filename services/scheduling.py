@@ -1,7 +1,7 @@
-"""What concurrent code needs of its surroundings: a clock, conditions to wait on, and greenlets.
+"""The concurrency primitives that services use: a clock, condition variables and greenlets.
 
-The product uses `Threads` (greenlets under gevent, threads elsewhere). Tests of the heart give it a virtual clock and
-one deterministic scheduler instead, so that thousands of interleavings run in a second.
+The app uses `Threads` (greenlets under gevent, threads elsewhere). Tests replace it by a virtual clock and one
+deterministic scheduler, so that thousands of interleavings run in a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from services.abort import Abort
 
 
 class Condition(AbstractContextManager[object], Protocol):
-    """The part of `threading.Condition` that is used: enter it, then wait or notify."""
+    """The part of `threading.Condition` that is used."""
 
     def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool: ...
 
@@ -24,22 +24,22 @@ class Condition(AbstractContextManager[object], Protocol):
 
 
 class Scheduler(Protocol):
-    """A clock, conditions and greenlets. Times are seconds."""
+    """A clock, condition variables and greenlets. Times are seconds."""
 
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return monotonic seconds."""
 
     def time(self) -> float:
-        """Seconds since the epoch."""
+        """Return seconds since the epoch."""
 
     def condition(self) -> Condition: ...
 
     def spawn(self, name: str, function: Callable[[], object]) -> None:
-        """Run `function` beside the caller. It has to deal with its own exceptions."""
+        """Run `function` concurrently. It must handle its own exceptions."""
 
 
 class Threads:
-    """The real thing: threads, which gevent's patches make greenlets, and the system's clocks."""
+    """The real scheduler: threads, which gevent's monkey-patching turns into greenlets, and the system's clocks."""
 
     def now(self) -> float:
         return time.monotonic()
@@ -55,12 +55,12 @@ class Threads:
 
 
 def pause(scheduler: Scheduler, seconds: float, token: Abort) -> None:
-    """Wait `seconds`; raises Aborted as soon as `token` is cancelled."""
+    """Sleep `seconds`. Raises Aborted as soon as `token` is cancelled."""
     wait_for(scheduler.condition(), lambda: False, seconds, token)
 
 
 def wait_for(changed: Condition, predicate: Callable[[], bool], timeout: float, token: Abort) -> bool:
-    """Wait on `changed` until `predicate` holds; False when it doesn't after `timeout` seconds.
+    """Wait on `changed` until `predicate` holds, at most `timeout` seconds; return whether it does.
 
     Raises Aborted as soon as `token` is cancelled.
     """

@@ -1,7 +1,7 @@
-"""The folder that holds what the app keeps: for this user alone, writable, and one Switchyard's at a time.
+"""The state folder: private to this user, writable, and locked by one Switchyard at a time.
 
-Whatever is created in it is created private, whatever the umask: that one is passed on to engines and downloads, whose
-files others may well have to read. Only the standard library is imported, since gunicorn's master uses this.
+Files in it are created private regardless of the umask, which engines and downloads inherit: their files may have to be
+readable by others. Imports only the standard library, because gunicorn's master uses this.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ PRIVATE_FILE = 0o600
 DATABASE = "switchyard.db"
 OWN_FOLDERS = ("logs", "processes")
 OWN_FILES = ("switchyard*.db*", "lock", "owner")
-"""With the folders, all that the app keeps. Nothing else is touched: the folder may have been chosen badly."""
+"""With OWN_FOLDERS, everything the app keeps. Nothing else is changed, because the folder may have been set by mistake.
+"""
 PROBE_BYTES = 65_536
-"""More than the record of a process and the first lines of its log take."""
-ONE_OF_ITS_OWN = "name a folder for Switchyard alone in SWITCHYARD_STATE_DIR."
-ANOTHER = f"or {ONE_OF_ITS_OWN}"
+"""More than a process record and the first lines of its log need."""
+NAME_A_FOLDER = "name a folder for Switchyard alone in SWITCHYARD_STATE_DIR."
+OR_NAME_A_FOLDER = f"or {NAME_A_FOLDER}"
 
 
 class StateError(Exception):
@@ -30,36 +31,36 @@ class StateError(Exception):
 
 
 def private_opener(path: str, flags: int) -> int:
-    """An `opener` for `open`: what it creates can be read by this user alone."""
+    """`opener` for `open` that creates files readable by this user only."""
     return os.open(path, flags, PRIVATE_FILE)
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder, and close it and what the app keeps in it to every other user. Raises StateError."""
+    """Create the folder, and remove other users' access to it and the app's files in it. Raises StateError."""
     try:
         folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
         if folder.stat().st_mode & stat.S_ISVTX and not _holds_only_ours(folder):
-            raise StateError(f"The state folder {folder.absolute()} is shared by all, as /tmp is: {ONE_OF_ITS_OWN}")
-        for path in _kept(folder):
-            _close_to_others(path)
+            raise StateError(f"The state folder {folder.absolute()} is shared by all, as /tmp is: {NAME_A_FOLDER}")
+        for path in _own_paths(folder):
+            _make_private(path)
     except (FileExistsError, NotADirectoryError):
-        raise StateError(f"The state folder {folder.absolute()} is a file: move it away, {ANOTHER}") from None
+        raise StateError(f"The state folder {folder.absolute()} is a file: move it away, {OR_NAME_A_FOLDER}") from None
     except OSError as error:
-        raise _unusable(folder, error) from None
+        raise _state_error(folder, error) from None
 
 
 def claim(folder: Path) -> int:
-    """Prepare the folder and hold it while the descriptor that is returned is open, here or in a fork of this process.
+    """Prepare and lock the folder; return the descriptor that holds the lock, here or in a fork of this process.
 
-    Raises StateError, also when another Switchyard holds it or nothing can be written.
+    Raises StateError, also if another Switchyard holds the lock or nothing can be written.
     """
     prepare(folder)
     try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
     except OSError as error:
-        raise _unusable(folder, error) from None
+        raise _state_error(folder, error) from None
     try:
-        _take(lock, folder)
+        _lock(lock, folder)
     except BaseException:
         os.close(lock)
         raise
@@ -67,24 +68,24 @@ def claim(folder: Path) -> int:
 
 
 def owner(folder: Path, make: Callable[[], str]) -> str:
-    """What tells this state's belongings from another's where both are, such as containers; `make` invents it once.
+    """Return the id that marks what belongs to this state folder, such as containers; `make` creates it once.
 
-    It has a file of its own, which outlives the database. Raises StateError.
+    It is kept in a file of its own, which outlives the database. Raises StateError.
     """
     path = folder / "owner"
     try:
-        word = path.read_text(encoding="ascii").strip() if path.exists() else ""
-        if not word:
-            word = make()
+        owner_id = path.read_text(encoding="ascii").strip() if path.exists() else ""
+        if not owner_id:
+            owner_id = make()
             with open(path, "w", encoding="ascii", opener=private_opener) as file:
-                file.write(word)
+                file.write(owner_id)
     except OSError as error:
-        raise _unusable(folder, error) from None
-    return word
+        raise _state_error(folder, error) from None
+    return owner_id
 
 
 def check_writable(folder: Path) -> None:
-    """Write a probe into the folder and delete it. Raises StateError; takes a moment on a slow disk."""
+    """Write a probe file and delete it. Raises StateError; may block on a slow disk."""
     probe = folder / f"probe-{os.getpid()}"
     try:
         try:
@@ -93,10 +94,10 @@ def check_writable(folder: Path) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise _unusable(folder, error) from None
+        raise _state_error(folder, error) from None
 
 
-def _take(lock: int, folder: Path) -> None:
+def _lock(lock: int, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -110,8 +111,8 @@ def _take(lock: int, folder: Path) -> None:
     os.write(lock, str(os.getpid()).encode())
 
 
-def _kept(folder: Path) -> Iterator[Path]:
-    """The folder and all that the app keeps in it, as far as it is there."""
+def _own_paths(folder: Path) -> Iterator[Path]:
+    """Yield the folder and everything in it that belongs to the app."""
     yield folder
     for pattern in OWN_FILES:
         yield from folder.glob(pattern)
@@ -122,14 +123,14 @@ def _kept(folder: Path) -> Iterator[Path]:
 
 
 def _holds_only_ours(folder: Path) -> bool:
-    """Whether nothing else is in it: a disk that was just mounted is shared, too, and may be taken."""
+    """Return whether the folder holds nothing else. A freshly mounted disk is world-writable too, and may be used."""
     ours = (*OWN_FILES, *OWN_FOLDERS)
     return all(any(path.match(pattern) for pattern in ours) for path in folder.iterdir())
 
 
-def _close_to_others(path: Path) -> None:
-    """Take the rights of all other users, which an earlier version or a copy may have left them."""
-    with suppress(FileNotFoundError):  # an engine that ends meanwhile takes its record along
+def _make_private(path: Path) -> None:
+    """Remove the access of other users, which an earlier version or a copy may have granted."""
+    with suppress(FileNotFoundError):  # the record of an engine that has ended meanwhile
         found = path.lstat()
         mode = stat.S_IMODE(found.st_mode)
         allowed = PRIVATE_FOLDER if stat.S_ISDIR(found.st_mode) else PRIVATE_FILE
@@ -138,23 +139,23 @@ def _close_to_others(path: Path) -> None:
         try:
             path.chmod(mode & allowed)
         except PermissionError:
-            if found.st_uid != os.geteuid():  # else it lies on a file system without permissions
-                raise _foreign(path, found.st_uid) from None
+            if found.st_uid != os.geteuid():  # else the file system doesn't support permissions
+                raise _foreign_owner_error(path, found.st_uid) from None
 
 
-def _foreign(path: Path, owner: int) -> StateError:
+def _foreign_owner_error(path: Path, owner: int) -> StateError:
     return StateError(
         f"{path.absolute()} belongs to user {owner}, and Switchyard runs as user {os.geteuid()}: give it to that user "
-        f"(chown), {ANOTHER}"
+        f"(chown), {OR_NAME_A_FOLDER}"
     )
 
 
-def _unusable(folder: Path, error: OSError) -> StateError:
+def _state_error(folder: Path, error: OSError) -> StateError:
     with suppress(OSError):
         owner = folder.stat().st_uid
         if isinstance(error, PermissionError) and owner != os.geteuid():
-            return _foreign(folder, owner)
+            return _foreign_owner_error(folder, owner)
     return StateError(
         f"The state folder {folder.absolute()} can't be written: {error.strerror or error}; free some space on that "
-        f"disk, or make the folder writable, {ANOTHER}"
+        f"disk, or make the folder writable, {OR_NAME_A_FOLDER}"
     )

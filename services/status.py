@@ -1,4 +1,4 @@
-"""The one picture of models, memory and the switch that every page, fragment and endpoint shows."""
+"""The status of models, memory and the switch: the single source for every page, fragment and endpoint."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from services.switching.planner import Planner
 
 log = structlog.get_logger(__name__)
 
-KEEP_SECONDS = 0.25
-FORECAST_SECONDS = 5.0
-"""How long a forecast is kept though nothing that it follows from is known to have changed: an engine may know more."""
+CACHE_SECONDS = 0.25
+FORECAST_CACHE_SECONDS = 5.0
+"""How long a forecast is cached although its known inputs are unchanged; an engine may have learned more."""
 
 ModelState = Literal["running", "loading", "unloading", "asleep", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """One model as people and scripts see it. Sizes are bytes, times seconds, unknown is None."""
+    """One model as shown to people and scripts. Sizes are bytes, times seconds, unknown is None."""
 
     id: str
     engine: str
@@ -48,19 +48,19 @@ class ModelStatus:
     warning: str | None
     log_tail: str
     unresponsive: bool = False
-    """Whether it runs and gives no sign of life though it should."""
+    """Whether it runs but has shown no activity for too long although it has work."""
     drain_until: float | None = None
-    """Until when its answers under way may take, while the unload of it waits for them."""
+    """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
 
     @property
     def moving(self) -> bool:
-        """Whether it is being loaded or unloaded, or finishes its answers before it is."""
+        """Whether it is being loaded, drained or unloaded."""
         return self.state in ("loading", "unloading") or self.drain_until is not None
 
 
 @dataclass(frozen=True, slots=True)
 class _Forecast:
-    """What loading a model takes, in bytes and seconds. It holds while `follows_from` is the same, until `until`."""
+    """Memory and seconds that loading a model takes. Valid while `follows_from` is unchanged, and until `until`."""
 
     follows_from: tuple[object, ...]
     until: float
@@ -68,8 +68,8 @@ class _Forecast:
     seconds: float | None
 
 
-class _Known(NamedTuple):
-    """All that a model's status is made from."""
+class _StatusInputs(NamedTuple):
+    """Everything a model's status is computed from."""
 
     model: Model
     view: InstanceView | None
@@ -82,16 +82,19 @@ class _Known(NamedTuple):
     last_used: float | None
 
 
-class _Told(NamedTuple):
-    """A model's status, and what it was made from."""
+class _CachedStatus(NamedTuple):
+    """A model's status and its inputs."""
 
-    known: _Known
+    inputs: _StatusInputs
     status: ModelStatus
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Everything at one version: `models` in menu order (running first, then by name), a device account each."""
+    """Everything at one version.
+
+    `models` are in menu order: running first, then by name. `devices` has one account each.
+    """
 
     version: int
     models: tuple[ModelStatus, ...]
@@ -104,7 +107,7 @@ class Status:
 
     @property
     def moving(self) -> bool:
-        """Whether anything is changing, so that pages should look often."""
+        """Whether anything is changing, so that pages should poll more often."""
         return self.switch is not None or any(m.moving for m in self.models)
 
     def model(self, model_id: str) -> ModelStatus | None:
@@ -112,7 +115,10 @@ class Status:
 
 
 class StatusService:
-    """Makes the picture from what others publish. Cheap enough for a hundred tabs: one is kept until it is outdated."""
+    """Computes the status from what others publish.
+
+    Cached until outdated, so that a hundred polling tabs stay cheap.
+    """
 
     def __init__(
         self,
@@ -127,28 +133,31 @@ class StatusService:
         self._devices = devices
         self._planner = planner
         self._clock = clock
-        self._kept: Status | None = None
+        self._latest: Status | None = None
         self._fresh_until = 0.0
         self._forecasts: Mapping[str, _Forecast] = {}
-        self._told: Mapping[str, _Told] = {}
+        self._cached: Mapping[str, _CachedStatus] = {}
 
     def current(self) -> Status:
-        """The picture now; figures that move by themselves (free memory, requests) at most 0.25 s old."""
-        kept, version = self._kept, self._board.current.version
+        """Return the status.
+
+        Figures that change without a new version (free memory, requests) are at most 0.25 s old.
+        """
+        kept, version = self._latest, self._board.current.version
         if kept is not None and kept.version == version and self._clock() < self._fresh_until:
             return kept
-        self._kept = status = self._look()
-        self._fresh_until = self._clock() + KEEP_SECONDS
+        self._latest = status = self._build()
+        self._fresh_until = self._clock() + CACHE_SECONDS
         return status
 
-    def _look(self) -> Status:
+    def _build(self) -> Status:
         snapshot = self._board.current
         views = [v for v in snapshot.instances.values() if v.shares is None]
         holdings = [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
         catalogue = self._catalog.models.values()
         self._forecasts = forecasts = {model.id: self._forecast(model, snapshot) for model in catalogue}
-        self._told = told = {m.id: self._tell(_known(m, snapshot, forecasts[m.id])) for m in catalogue}
-        models = [one.status for one in told.values()]
+        self._cached = cached = {m.id: self._status(_inputs_of(m, snapshot, forecasts[m.id])) for m in catalogue}
+        models = [one.status for one in cached.values()]
         models.sort(key=lambda m: (_MENU_ORDER[m.state], m.id.casefold()))
         return Status(
             version=snapshot.version,
@@ -162,31 +171,34 @@ class StatusService:
         )
 
     def _forecast(self, model: Model, snapshot: Snapshot) -> _Forecast:
-        """What is kept of it, if that still holds: for a model in a file it takes three questions to the disk."""
+        """Return the cached forecast while it is valid.
+
+        Computing it takes three disk accesses for a model in a file.
+        """
         view = snapshot.instances.get(model.id)
         follows_from = (model, self._planner.learned_version, view is not None and view.state == "asleep")
         kept = self._forecasts.get(model.id)
         if kept is not None and kept.follows_from == follows_from and self._clock() < kept.until:
             return kept
-        return _Forecast(follows_from, self._clock() + FORECAST_SECONDS, *self._ask(model))
+        return _Forecast(follows_from, self._clock() + FORECAST_CACHE_SECONDS, *self._compute(model))
 
-    def _ask(self, model: Model) -> tuple[Need | None, float | None]:
-        """An engine that can't say doesn't spoil the whole picture."""
+    def _compute(self, model: Model) -> tuple[Need | None, float | None]:
+        """Return need and load seconds; None for both if the engine fails, which must not fail the whole status."""
         try:
             return self._planner.need(model), self._planner.load_seconds(model)
         except Exception as error:
-            log.warning("the memory a model needs is unknown", model=model.id, error=str(error))
+            log.warning("the memory a model needs can't be estimated", model=model.id, error=str(error))
             return None, None
 
-    def _tell(self, known: _Known) -> _Told:
-        """What is kept of it, if nothing that it shows has changed, so that whoever compares pictures is soon done."""
-        kept = self._told.get(known.model.id)
-        return kept if kept is not None and kept.known == known else _Told(known, _status_of(known))
+    def _status(self, inputs: _StatusInputs) -> _CachedStatus:
+        """Return the cached status if its inputs are unchanged, so that equal statuses are the same object."""
+        kept = self._cached.get(inputs.model.id)
+        return kept if kept is not None and kept.inputs == inputs else _CachedStatus(inputs, _status_of(inputs))
 
 
-def _known(model: Model, snapshot: Snapshot, forecast: _Forecast) -> _Known:
+def _inputs_of(model: Model, snapshot: Snapshot, forecast: _Forecast) -> _StatusInputs:
     view = snapshot.instances.get(model.id)
-    return _Known(
+    return _StatusInputs(
         model=model,
         view=view,
         arriving=_arriving(model, snapshot) if view is None else None,
@@ -199,42 +211,42 @@ def _known(model: Model, snapshot: Snapshot, forecast: _Forecast) -> _Known:
     )
 
 
-def _status_of(known: _Known) -> ModelStatus:
-    model, view, need = known.model, known.view, known.forecast.need
+def _status_of(inputs: _StatusInputs) -> ModelStatus:
+    model, view, need = inputs.model, inputs.view, inputs.forecast.need
     held = _held(view.usage, asleep=view.state == "asleep") if view and view.usage else None
-    error = model.fault or (known.failure.cause if known.failure else None)
-    cautions = (view.warning if view else None, known.notice)
+    error = model.fault or (inputs.failure.cause if inputs.failure else None)
+    cautions = (view.warning if view else None, inputs.notice)
     return ModelStatus(
         id=model.id,
         engine=model.engine,
-        state=view.state if view else "loading" if known.arriving else "failed" if error else "stopped",
-        active=known.active,
+        state=view.state if view else "loading" if inputs.arriving else "failed" if error else "stopped",
+        active=inputs.active,
         description=model.description,
         tags=model.tags,
         size_bytes=model.size_bytes,
         used_bytes=held,
         required_bytes=(need.bytes or None) if need else None,
         memory_basis="measured" if held else need.basis if need and need.bytes else None,
-        estimated_load_seconds=known.forecast.seconds,
-        load=view.load if view else known.arriving,
+        estimated_load_seconds=inputs.forecast.seconds,
+        load=view.load if view else inputs.arriving,
         device=view.device if view else None,
-        in_flight=known.in_flight,
-        last_used=known.last_used,
+        in_flight=inputs.in_flight,
+        last_used=inputs.last_used,
         error=error,
         warning=" ".join(words for words in cautions if words) or None,
-        log_tail=known.failure.log_tail if known.failure else "",
+        log_tail=inputs.failure.log_tail if inputs.failure else "",
         unresponsive=view.unresponsive if view else False,
         drain_until=view.drain_until if view else None,
     )
 
 
 def _held(usage: Usage, *, asleep: bool) -> int:
-    """What a model holds. The weights of one that sleeps are in this machine's RAM, which is not what is asked."""
+    """Return the memory a model holds, without the host RAM that keeps the weights of a sleeping one."""
     return usage.bytes if asleep else usage.bytes + usage.spilled_bytes
 
 
 def _arriving(model: Model, snapshot: Snapshot) -> LoadView | None:
-    """How far the download of the model that is switched to is, which comes before its load."""
+    """Return the progress of the download that precedes a model's load, None without one."""
     switch = snapshot.switch
     if switch is None or switch.to_model != model.id or switch.stage != "downloading":
         return None

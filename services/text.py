@@ -1,4 +1,4 @@
-"""Text that every consumer can take (SQLite, JSON and HTML refuse half of a character), and sentences about names."""
+"""Text helpers: surrogates, which SQLite, JSON and HTML refuse, and lists of names in sentences."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def whole_characters(text: str) -> str:
-    r"""`text` with its surrogate pairs joined, and U+FFFD in place of each surrogate that has no partner.
+    r"""Return `text` with surrogate pairs joined, and U+FFFD in place of each lone surrogate.
 
-    JSON may spell one out (`"\ud83d"`): Python reads it, and no encoding can write it.
+    JSON can contain a lone one (`"\ud83d"`): Python parses it, but no encoding can write it.
     """
     try:
         text.encode()
@@ -18,16 +18,16 @@ def whole_characters(text: str) -> str:
 
 
 def is_first_half(character: str) -> bool:
-    """Whether it is the first surrogate of a pair."""
+    """Return whether a character is a high surrogate."""
     return "\ud800" <= character <= "\udbff"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as a sentence has them: "a", "a and b", "a, b and c"."""
+    """Join names for a sentence: "a", "a and b", "a, b and c"."""
     *first, last = names or ("",)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def running_again(restored: Sequence[str]) -> str:
-    """What came back after a switch, as a sentence; nothing where nothing did."""
+    """Return a sentence about the restored models; empty without any."""
     return f"{listed(restored)} {'is' if len(restored) == 1 else 'are'} running again." if restored else ""

@@ -1,1 +1,1 @@
-"""One adapter per engine, plus the parser of what that engine prints."""
+"""Engine adapters: one package per engine, behind the port in `port.py`."""

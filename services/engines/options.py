@@ -1,6 +1,6 @@
-"""What the `options` of a listed model may hold, by engine. Checked when the settings are read.
+"""Schemas of a listed model's `options`, by engine; checked when the settings are read.
 
-What each option does is said where its engine uses it.
+The engines' adapters document what each option does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
-"""What a process can be given: no argument and no variable holds a NUL."""
+"""A process argument or environment value: it can't contain NUL."""
 Argument = Text | int | float
 Tokens = Annotated[int, Field(ge=128, le=16_777_216)]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
@@ -52,18 +52,18 @@ class VllmOptions(BaseModel):
 OPTIONS: Mapping[str, type[BaseModel]] = {"llamacpp": LlamaCppOptions, "ollama": OllamaOptions, "vllm": VllmOptions}
 
 
-def checked(engine: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, each of its type. Raises ValueError naming what is wrong and what is allowed."""
+def validate_options(engine: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given options with their types. Raises ValueError naming what is wrong and what is allowed."""
     known = OPTIONS[engine]
     try:
         return known.model_validate(options).model_dump(exclude_unset=True)
     except ValidationError as error:
-        # Of a value that may be of several types each type has its say: the first is enough.
-        problems = {str(problem["loc"][0]): _say(problem, engine, known) for problem in reversed(error.errors())}
+        # A value with several allowed types has one error per type: the first is enough.
+        problems = {str(problem["loc"][0]): _describe(problem, engine, known) for problem in reversed(error.errors())}
         raise ValueError("; ".join(reversed(problems.values()))) from None
 
 
-def _say(problem: Any, engine: str, known: type[BaseModel]) -> str:
+def _describe(problem: Any, engine: str, known: type[BaseModel]) -> str:
     name, *within = (str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"there is no option {name!r} for {engine} models, only {', '.join(sorted(known.model_fields))}"

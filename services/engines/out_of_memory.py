@@ -1,6 +1,6 @@
-"""When memory runs out the kernel kills a process: an engine rather than the console, and people are told what it was.
+"""Has the kernel's out-of-memory killer prefer engines to the console, and recognises its kills.
 
-Linux alone; elsewhere nothing is set, and nothing is known.
+Linux only. On other systems nothing is set, and kills are unknown.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 ADDED_SCORE = 200
-"""How much sooner an engine is killed than Switchyard, as if it held another 20 % of the memory.
-
-Enough to outweigh whatever the console holds. No more: another program that eats all memory should be killed before
-an engine that merely is large.
-"""
+"""Added to an engine's OOM score, as if it held another 20 % of the memory. Enough to outweigh the console's own
+memory. Not more, because a different program that fills the memory should still be killed before an engine that is
+merely large."""
 HIGHEST_SCORE = 1000
 SCORE = Path("/proc/self/oom_score_adj")
 VMSTAT = Path("/proc/vmstat")
@@ -22,24 +20,21 @@ BY_KERNEL = f"was ended by the kernel (SIGKILL), because memory ran out: {WHAT_H
 
 
 def engine_score() -> int:
-    """The `oom_score_adj` of an engine: higher than that of this process."""
+    """Return an engine's `oom_score_adj`: higher than this process's."""
     try:
         return min(HIGHEST_SCORE, int(SCORE.read_text()) + ADDED_SCORE)
     except (OSError, ValueError):
         return ADDED_SCORE
 
 
-def prefer(pid: int) -> None:
-    """Have the kernel kill this child, and all that it starts from now on, before this process."""
-    with suppress(OSError):  # it has ended already, or there is no such thing here
+def raise_score(pid: int) -> None:
+    """Raise the OOM score of a child and of all processes it starts later."""
+    with suppress(OSError):  # the process has ended, or this is not Linux
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(engine_score()))
 
 
 def kills() -> int | None:
-    """How many processes the kernel has killed for memory since this machine started; None where it doesn't say.
-
-    Those that hit the limit of a container are among them.
-    """
+    """Return the number of OOM kills since boot, container limits included; None if the kernel doesn't report it."""
     with suppress(OSError, ValueError):
         for line in VMSTAT.read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -48,15 +43,15 @@ def kills() -> int | None:
 
 
 def killed_since(kills_before: int | None) -> bool:
-    """Whether the kernel is known to have killed a process for memory since `kills` said `kills_before`."""
+    """Return whether the kernel is known to have killed a process for memory since `kills` returned `kills_before`."""
     now = kills()
     return now is not None and kills_before is not None and now > kills_before
 
 
 def say_killed(kills_before: int | None) -> str:
-    """How a process ended by a SIGKILL that nobody here sent, to follow its name.
+    """Describe the end of a process by a SIGKILL that this app did not send; the text follows the process's name.
 
-    `kills_before` is what `kills` said when it was started.
+    `kills_before` is what `kills` returned when the process was started.
     """
     if kills_before is None:
         return f"was ended by SIGKILL, as the kernel does when memory runs out: {WHAT_HELPS}"
@@ -66,5 +61,5 @@ def say_killed(kills_before: int | None) -> str:
 
 
 def is_killed(exit_code: int | None) -> bool:
-    """Whether an exit code, as subprocess or as a shell and Docker count, stands for SIGKILL."""
+    """Return whether an exit code means SIGKILL, in the convention of subprocess or of shells and Docker."""
     return exit_code in (-9, 137)

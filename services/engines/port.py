@@ -1,7 +1,7 @@
-"""The port that every engine implements, and the values that cross it.
+"""The port that every engine adapter implements, and the values that cross it.
 
-An adapter is straight-line blocking code: the switcher runs its methods in workers of its own and stays
-responsive. What differs between engines stays behind this port.
+An adapter is blocking code without lifecycle state of its own: the switcher calls it from jobs in greenlets of their
+own. Differences between engines stay behind this port.
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ from typing import Literal, Protocol
 from services.abort import Abort
 
 Basis = Literal["measured", "learned", "declared", "estimated"]
-"""Where a figure comes from, best first."""
+"""Where a figure comes from, the most reliable first."""
 
 Stage = Literal["downloading", "loading_weights", "initializing_gpu", "warming_up"]
 """The stages of one load, in order."""
 
 HOST_DEVICE = "host"
-"""The id of the device that stands for this machine's RAM."""
+"""Id of the device that stands for this machine's RAM."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One catalogue entry.
+    """One catalogue entry. Sizes are bytes, times seconds, unknown is None.
 
-    `source` is what the engine loads (a file path for llamacpp, a name with its tag for ollama); sizes are bytes,
-    times seconds, and what nobody knows is None. `aliases` are other ids that people may say. `fault` says why the
-    model can't be loaded at all (a damaged file), in words. `digest` tells versions of the same source apart.
-    `held_as` says what of it lies in memory once it is loaded: models of one engine with the same are served by one
-    instance, whose memory is held once; None when that isn't known, or can't happen.
-    `files` on this disk are what it consists of, by every path that leads to them, and `companions` what it is loaded
-    with besides; empty where its engine doesn't tell.
-    `fetch_bytes` have to come to this machine before it can be loaded: 0 when all is here.
+    `source` is what the engine loads: a file path for llamacpp, a name with its tag for ollama. `aliases` are other ids
+    that requests may use. `fault` says why the model can't be loaded at all (a damaged file). `digest` identifies the
+    version of the source. `held_as` identifies the weights in memory: models of one engine with the same value share
+    one instance, accounted once; None if unknown or never shared. `files` are the paths of its files on this disk,
+    links and their targets, `companions` files loaded with it; empty if the engine doesn't report them. `fetch_bytes`
+    have to be fetched before it can be loaded, 0 if none.
     """
 
     id: str
@@ -56,7 +54,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a model takes on a device when loaded."""
+    """Memory that a model takes on a device when loaded."""
 
     device: str
     bytes: int
@@ -65,10 +63,10 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a loaded (or loading) model holds on one device, measured now.
+    """Memory that a loaded or loading model holds, measured now.
 
-    `mapped_bytes` is the part of `bytes` that the kernel would also call available: pages of a mapped file.
-    `spilled_bytes` is what it holds in this machine's RAM besides, because it did not fit on its GPU.
+    `mapped_bytes` is the part of `bytes` that the kernel also counts as available: pages of a mapped file.
+    `spilled_bytes` is what it holds in host RAM because it did not fit on its GPU.
     """
 
     device: str
@@ -79,9 +77,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """What a loaded model goes on holding while it sleeps, which is sooner ended than a load begun anew.
+    """Memory that a model keeps while it sleeps; waking it is faster than loading it.
 
-    `keeps_bytes` of its device; `host_bytes` of this machine's RAM, besides what it holds of that awake.
+    `keeps_bytes` stay on its device; `host_bytes` of host RAM are added to what it holds there awake.
     """
 
     keeps_bytes: int
@@ -90,9 +88,9 @@ class Rest:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One observation of a load: the stage it is in and, where something was counted, how far it is.
+    """One observation of a load: its stage and, if something was counted, the progress.
 
-    `fraction` is 0 to 1 of this stage, None when nothing was counted; `detail` is for people ("3 of 4 shards").
+    `fraction` is 0 to 1 of this stage, None if nothing was counted; `detail` is for people ("3 of 4 shards").
     """
 
     stage: Stage
@@ -102,9 +100,9 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a ready instance answers: an origin such as `http://127.0.0.1:40123`, and headers to add.
+    """Address of a ready instance: an origin such as `http://127.0.0.1:40123`, and headers to add to requests.
 
-    `model` is the name that the engine there wants to read in a request; None when any will do.
+    `model` is the name that the engine expects in a request; None if any will do.
     """
 
     origin: str
@@ -114,9 +112,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """An instance ended without having been asked to, and why: words without a full stop.
+    """An instance ended unasked. `cause` is a sentence without its full stop.
 
-    `released`: nothing is broken, somebody else had the engine unload it.
+    `released`: nothing failed, another client had the engine unload it.
     """
 
     cause: str
@@ -128,7 +126,7 @@ class EngineError(Exception):
 
 
 class LoadFailed(EngineError):
-    """A load ended without a ready model. `cause` is the first cause, `log_tail` the engine's last lines."""
+    """A load failed. `cause` is the first cause, `log_tail` the engine's last log lines."""
 
     def __init__(self, cause: str, log_tail: str = "") -> None:
         super().__init__(cause)
@@ -137,17 +135,17 @@ class LoadFailed(EngineError):
 
 
 class NotYet(EngineError):
-    """What is to be adopted is there but doesn't answer yet: ask again at one of the next looks."""
+    """A model to adopt is loaded but doesn't answer yet; try again at the next pass."""
 
 
 ADOPT_PATIENCE = 60.0
-"""Seconds for which a process or container of ours may be silent before it is adopted; then it is ended."""
+"""Seconds that a process or container of ours may be silent before it is adopted; then it is ended."""
 
 GpuBytes = Callable[[str, int], int | None]
-"""(device id, pid) to the bytes that process holds there, None when the driver doesn't say."""
+"""Maps (device id, pid) to the bytes the process holds there, None if the driver doesn't report it."""
 Report = Callable[[Evidence], None]
 OnExit = Callable[[Exit], None]
-"""Called once, from any thread, when an instance ends without having been asked to."""
+"""Called once, from any thread, when an instance ends unasked."""
 
 
 class Instance(Protocol):
@@ -155,56 +153,56 @@ class Instance(Protocol):
 
     @property
     def model(self) -> Model:
-        """The model that it was made for; its `held_as` is what really lies in memory, as far as that is known."""
+        """The model it was made for. `held_as` is updated to what really is in memory, once known."""
 
     @property
     def pid(self) -> int | None:
-        """The process that holds the model, where it is one of ours."""
+        """The process that holds the model, if it is one of ours."""
 
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
-        """Block until the engine itself says that the model answers. Raises LoadFailed."""
+        """Block until the engine reports the model as ready. Raises LoadFailed."""
 
     def warm_up(self, timeout: float) -> None:
         """Generate one real token. Raises LoadFailed."""
 
     def responds(self, timeout: float, /) -> bool | None:
-        """Whether the part of it that generates gives a sign of life within `timeout` seconds.
+        """Return whether its generating part replies within `timeout` seconds.
 
-        None when it can't be asked without waiting for its turn to generate. Never raises.
+        None if it can't be probed without queueing for generation. Never raises.
         """
 
     def usage(self) -> Usage | None:
-        """What it holds now; None when that can't be known."""
+        """Return what it holds now; None if unknown."""
 
     def stop(self, grace: float) -> None:
-        """Block until it is gone, by force after `grace` seconds, and with it all that is held as the same.
+        """Block until it is gone, by force after `grace` seconds. All models that share its weights go with it.
 
-        Safe to call twice and from another thread: a `wait_ready` or `warm_up` under way then raises LoadFailed.
-        Raises EngineError when it can't be made to go: it goes on serving then.
+        Idempotent and thread-safe: a `wait_ready` or `warm_up` under way raises LoadFailed. Raises EngineError if it
+        can't be stopped; it goes on serving then.
         """
 
     @property
     def asleep(self) -> bool:
-        """Whether it sleeps: it holds little of its device, and answers nobody until `wake`."""
+        """Whether it sleeps: it holds little memory on its device, and answers no request until `wake`."""
 
     def rest(self) -> Rest | None:
-        """What it would keep if it slept instead of being stopped; None when it can't sleep."""
+        """Return what it would keep asleep; None if it can't sleep."""
 
     def sleep(self, timeout: float, /) -> None:
-        """Block until it sleeps. Raises EngineError; nobody knows how it is then, so it has to be stopped."""
+        """Block until it sleeps. Raises EngineError; its state is undefined then, and it has to be stopped."""
 
     def wake(self, report: Report, timeout: float, /) -> Endpoint:
-        """Block until one that sleeps answers again. Raises LoadFailed, as `wait_ready` does."""
+        """Block until a sleeping instance answers again. Raises LoadFailed, as `wait_ready`."""
 
     def log_tail(self) -> str:
-        """The last lines of what the engine said about this instance."""
+        """Return the engine's last log lines about this instance."""
 
     def warning(self) -> str | None:
-        """What people should know about it though it works: it runs partly on the CPU, it will be unloaded at five."""
+        """Return a message about a working instance: it runs partly on the CPU, or it will be unloaded at five."""
 
 
 class Sleepless:
-    """The part of `Instance` about sleep, for engines whose models can't."""
+    """Mixin: the sleep part of `Instance` for engines that don't support it."""
 
     @property
     def asleep(self) -> bool:
@@ -221,59 +219,59 @@ class Sleepless:
 
 
 class Engine(Protocol):
-    """A thing that serves models."""
+    """Serves models."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def outlives_app(self) -> bool:
-        """Whether its instances stay loaded when the app goes, to be found again by the next one."""
+        """Whether its instances stay loaded when the app ends, to be adopted by the next run."""
 
     def discover(self) -> Sequence[Model]:
-        """Look what models are there by themselves, without being listed in the settings."""
+        """Return the models that exist without being listed in the settings."""
 
     def describe(self, model: Model) -> Model:
         """Complete a listed model with what the engine knows (size, fault). Never raises."""
 
     def estimate(self, model: Model) -> Need:
-        """What loading it takes, before it was ever loaded. Bytes 0 when there is nothing to go by."""
+        """Estimate the memory of a model that was never loaded; bytes are 0 if nothing is known."""
 
     def settings_key(self, model: Model) -> str:
-        """Whatever changes how long a load takes or how much it holds, as one short string."""
+        """Return a short string of everything that changes a model's load time or memory."""
 
     def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
-        """Block until all that loading it takes is on this machine. It comes before anybody makes room for it.
+        """Block until all files that loading takes are on this machine. Runs before memory is freed for the model.
 
-        Reports the stage `downloading` if there is something to fetch, else nothing. Raises EngineError, and Aborted
-        within a second of `abort`.
+        Reports the stage `downloading` if anything is missing, else nothing. Raises EngineError, and Aborted within a
+        second of `abort`.
         """
 
     def launch(self, model: Model, on_exit: OnExit) -> Instance:
-        """Begin loading, and return at once. Raises EngineError when it can't even begin."""
+        """Begin loading and return at once. Raises EngineError if it can't begin."""
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        """Which of these models of it are loaded there, or asleep, whichever client loaded them, as last seen.
+        """Return which of these models are loaded or asleep, by whichever client, as last seen.
 
-        Of those with the same `held_as`, all. No I/O, and never raises: it is called every second.
+        Of models with the same `held_as`, all. No I/O; never raises; called every second.
         """
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> Instance | None:
-        """The instance of a model that is loaded, or asleep, without having been launched here; None where it isn't.
+        """Return an instance for a model that is loaded or asleep and was not launched here; None if it is not loaded.
 
-        Takes a few seconds at most. Raises NotYet while it is there but doesn't answer: `loaded` goes on naming it, and
-        it is to be shown, left alone, and asked for again. After ADOPT_PATIENCE seconds of silence one that is ours is
-        ended, and None returned.
+        Takes a few seconds at most. Raises NotYet while the model doesn't answer; `loaded` goes on returning it, and
+        the caller tries again later. After ADOPT_PATIENCE seconds without an answer, an instance of ours is ended, and
+        None returned.
         """
 
     def remove(self, model: Model, keep: Collection[str], /) -> None:
-        """Delete the files of a model that is not loaded, but for those in `keep`, which others use.
+        """Delete the files of a model that is not loaded, except those in `keep`, which other models use.
 
-        Raises EngineError when they can't be deleted, or must not.
+        Raises EngineError if they can't or must not be deleted.
         """
 
     def prepare(self) -> None:
-        """Do ahead what makes the next load start sooner; called once the app serves. Returns at once."""
+        """Do in advance what makes the next load faster. Called once the app serves; returns at once."""
 
     def close(self) -> None:
-        """Let go of everything the engine holds for itself."""
+        """Release everything the engine holds for itself."""

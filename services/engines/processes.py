@@ -1,8 +1,8 @@
-"""Child processes that can't be lost: own process group, remembered on disk, stopped or found again.
+"""Child processes that can't get lost: in process groups of their own, recorded on disk, stopped or found again.
 
-Children outlive a worker that restarts or is killed, so each is recorded in `<state_dir>/processes/` before anyone
-relies on it. At the next start an engine that an earlier run left behind is ended (`ProcessRegistry.end_leftovers`),
-unless it had got so far that it can be taken over (`ProcessRegistry.engines`); a service goes on and is found again
+Children outlive a worker that restarts or is killed, so each is recorded in `<state_dir>/processes/` before it is used.
+The next start ends the engines that an earlier run left behind (`ProcessRegistry.end_leftovers`), except those that
+answered already and can be taken over (`ProcessRegistry.engines`); a service goes on and is adopted
 (`ProcessRegistry.adopt`).
 """
 
@@ -31,20 +31,20 @@ from services.state_folder import PRIVATE_FILE, PRIVATE_FOLDER
 log = structlog.get_logger(__name__)
 
 START_TIME_TOLERANCE = 1.0
-"""Seconds; a pid whose start time differs by more belongs to somebody else by now."""
-LOOK_SECONDS = 0.1
-"""How often a process that isn't our child is looked at: nobody tells us of its end."""
+"""Seconds. If the start times of a record and a pid differ by more, the pid belongs to another process."""
+POLL_SECONDS = 0.1
+"""Interval at which a process that isn't our child is polled: only a parent is notified of the end."""
 MARK_VARIABLE = "STARTED_BY_SWITCHYARD"
-"""Environment variable of a child: a word that no other process has, inherited by all that it starts."""
+"""Environment variable that holds a unique mark, inherited by all processes that the child starts."""
 
 
 OnExit = Callable[[int | None], None]
-"""Takes the exit code as subprocess counts, None when nobody can say."""
+"""Takes the exit code in subprocess's convention, None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Makes a child a service, which outlives the app: what it is called, and the URL where it answers."""
+    """Makes a child a service, which outlives the app: its name, and the URL where it answers."""
 
     name: str
     address: str
@@ -52,11 +52,11 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is written down about one child.
+    """The record of one child on disk.
 
-    `started` is seconds since the epoch: of an engine as the system reckons it, which tells it from a later process
-    with the same pid where there is no `mark`. `name` is a service's, or the model in an engine that answers at
-    `address`, made as `spec` says, to those who know `key`; empty for one that doesn't answer yet.
+    `started` is the start time (seconds since the epoch), which identifies a process without a `mark`. A service has a
+    `name` and an `address`. An engine that answers has its model's id as `name`, its `address`, the `spec` it was
+    started with and the `key` for its API; these are empty before.
     """
 
     pid: int
@@ -72,7 +72,7 @@ class Record:
 
 
 class ProcessRegistry:
-    """The record of every child that is alive, one small file each."""
+    """Records of all running children, one small file each."""
 
     def __init__(self, state_dir: Path) -> None:
         self._records = state_dir / "processes"
@@ -80,23 +80,23 @@ class ProcessRegistry:
         self._logs = ChildLogs(state_dir / "logs")
 
     def new_log(self, program: str) -> Path:
-        """A fresh path for a child's log."""
+        """Return the path of a new log for a child."""
         return self._logs.new(program)
 
     def announce(self, mark: str) -> None:
-        """Write down that a child is about to be started with a mark.
+        """Record that a child with this mark is about to be started.
 
-        Its record comes too late for an app that is killed in between: the soak found an engine that ran on for ever,
-        unknown to everybody.
+        An app killed between the start and the record would otherwise leave an engine that no later run knows about: a
+        soak found one that ran on for ever.
         """
-        self._begun(mark).touch(mode=PRIVATE_FILE)
+        self._announcement(mark).touch(mode=PRIVATE_FILE)
 
     def retract(self, mark: str) -> None:
-        """The child that was announced is recorded, or never was started."""
-        self._begun(mark).unlink(missing_ok=True)
+        """Remove an announcement, because the child was recorded or could not be started."""
+        self._announcement(mark).unlink(missing_ok=True)
 
     def add(self, record: Record) -> None:
-        """Write a child down, for the eyes of this user; whole or not at all, since half a record would lose it."""
+        """Write a record, readable by this user only, atomically: a partial record would lose the child."""
         draft = self._records / f"{record.pid}.draft"
         draft.touch(mode=PRIVATE_FILE)
         draft.write_text(json.dumps(asdict(record)), encoding="utf-8")
@@ -105,38 +105,38 @@ class ProcessRegistry:
             self.retract(record.mark)
 
     def add_child(self, pid: int, program: str, log_path: Path | None = None) -> None:
-        """Write down a child that the next start has to end if this app can't. `program` is its path or name."""
+        """Record a child that the next start has to end if this app can't. `program` is its path or name."""
         self.add(Record(pid, _start_time(pid), Path(program).name, log=str(log_path or "")))
 
     def note_ready(self, pid: int, *, name: str, address: str, log_path: str, spec: str, key: str) -> None:
-        """Complete the record of an engine that answers now, so that a later run of the app can go on with it.
+        """Complete the record of an engine that answers now, so that a later run can take it over.
 
-        Where that can't be written the engine serves all the same; the next start ends it, as one half loaded.
+        If that can't be written, the engine serves nevertheless, and the next start ends it like an unfinished one.
         """
         record = _read(self._path(pid))
         if record is not None:
             try:
                 self.add(replace(record, name=name, address=address, log=log_path, spec=spec, key=key))
             except OSError as error:
-                log.warning("what an engine needs to be found again can't be written", pid=pid, error=str(error))
+                log.warning("an engine's record can't be completed", pid=pid, error=str(error))
 
     def engines(self) -> list[Record]:
-        """The engines that answered when an earlier run ended, and are alive."""
+        """Return the running engines that answered when an earlier run ended."""
         records = [record for path in self._records.glob("*.json") if (record := _read(path)) is not None]
         return [r for r in records if r.role == "engine" and r.address and _is_alive(r)]
 
     def take_over(self, engine: Record, on_exit: OnExit) -> AdoptedProcess:
-        """Go on with one of `engines`. Raises psutil.NoSuchProcess when it has ended meanwhile."""
+        """Return a handle on one of `engines`. Raises psutil.NoSuchProcess if it has ended."""
         if not _is_alive(engine):
             raise psutil.NoSuchProcess(engine.pid)
         return AdoptedProcess(engine, self, on_exit)
 
     def is_alive(self, engine: Record) -> bool:
-        """Whether one of `engines` still is: its pid can be another's by now."""
+        """Return whether one of `engines` still runs; its pid may have been reused."""
         return _is_alive(engine)
 
     def end(self, engine: Record) -> None:
-        """Kill one of `engines` that nobody goes on with."""
+        """Kill one of `engines` that is not taken over."""
         log.warning("ending an engine that an earlier run left behind", pid=engine.pid, model=engine.name)
         signal_group(engine.pid, signal.SIGKILL)
         self.remove(engine.pid)
@@ -145,16 +145,16 @@ class ProcessRegistry:
         self._path(pid).unlink(missing_ok=True)
 
     def end_leftovers(self) -> list[int]:
-        """Kill every recorded engine that an earlier run left alive before it answered; returns their pids.
+        """Kill the engines that an earlier run left before they answered; return their pids.
 
-        So is what was started and not even recorded. Services live on. Of one that died meanwhile, what it started and
-        left behind is ended.
+        Also kills children that were announced and not recorded. Services are left running; what an ended service has
+        left behind is killed.
         """
         ended = self._end_unrecorded()
         for path in self._records.glob("*.json"):
             record = _read(path)
             if record is not None and record.role == "service":
-                if _is_still(record):
+                if _is_same_process(record):
                     continue
                 _end_orphans(record.pid, record.mark)
             elif record is not None and _is_alive(record):
@@ -168,23 +168,23 @@ class ProcessRegistry:
         return ended
 
     def adopt(self, service: Service, on_exit: OnExit) -> AdoptedProcess | None:
-        """The recorded service that an earlier run started, None when there is none or it has ended."""
+        """Return a handle on the recorded service of an earlier run, None if there is none or it has ended."""
         records = [record for path in self._records.glob("*.json") if (record := _read(path)) is not None]
         records.sort(key=lambda record: record.started or 0, reverse=True)
         for record in records:
             same = (record.role, record.name, record.address) == ("service", service.name, service.address)
-            if same and _is_still(record):
+            if same and _is_same_process(record):
                 with suppress(psutil.NoSuchProcess):
                     return AdoptedProcess(record, self, on_exit)
         return None
 
     def prune_logs(self) -> None:
-        """Keep the logs of children within their bounds (`ChildLogs.prune`). Takes a moment on a slow disk."""
+        """Prune the logs of children (`ChildLogs.prune`). May block on a slow disk."""
         records = (_read(path) for path in self._records.glob("*.json"))
         self._logs.prune({record.log for record in records if record is not None})
 
     def _end_unrecorded(self) -> list[int]:
-        """Kill what was announced and never recorded; returns the pids."""
+        """Kill children that were announced and never recorded; return their pids."""
         begun = {path.stem for path in self._records.glob("*.begun")}
         recorded = {record.mark for path in self._records.glob("*.json") if (record := _read(path)) is not None}
         lost = begun - recorded
@@ -198,12 +198,12 @@ class ProcessRegistry:
     def _path(self, pid: int) -> Path:
         return self._records / f"{pid}.json"
 
-    def _begun(self, mark: str) -> Path:
+    def _announcement(self, mark: str) -> Path:
         return self._records / f"{mark}.begun"
 
 
 class GroupLeader:
-    """A running program that leads a process group of its own, whoever its parent is.
+    """A running process that leads its own process group, whether or not it is our child.
 
     `started_at` is seconds since the epoch.
     """
@@ -221,15 +221,15 @@ class GroupLeader:
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended, as subprocess counts; None while it runs, or when nobody can say."""
+        """Exit code in subprocess's convention; None while it runs, or if unknown."""
         return None
 
     def wait(self, timeout: float) -> bool:
-        """Whether it has ended, after at most `timeout` seconds."""
+        """Wait for its end, at most `timeout` seconds; return whether it has ended."""
         return self._exited.wait(timeout)
 
     def stop(self, grace: float) -> None:
-        """SIGTERM to the whole group, SIGKILL after `grace` seconds; returns when the process is gone."""
+        """Send SIGTERM to the group, and SIGKILL after `grace` seconds; return when the process is gone."""
         if not self.exited:
             signal_group(self.pid, signal.SIGTERM)
         if not self.wait(grace):
@@ -238,7 +238,7 @@ class GroupLeader:
             self.wait(grace)
 
     def say_end(self) -> str:
-        """How it ended, though nobody here wished it, to follow its name."""
+        """Describe how it ended unasked; the text follows the process's name."""
         if self.exit_code is None:
             since = ". The kernel killed a process meanwhile, because memory ran out"
             return f"has ended by itself{since if out_of_memory.killed_since(self._oom_kills) else ''}"
@@ -250,16 +250,16 @@ class GroupLeader:
         return out_of_memory.is_killed(self.exit_code)
 
     def log_tail(self) -> str:
-        """The end of its log, whole lines."""
+        """Return the last whole lines of its log."""
         return tail(self.log_path)
 
 
 class ChildProcess(GroupLeader):
-    """A program that we started.
+    """A program started by this app.
 
-    stderr goes to `log_path`, so what it says survives both of us. With `talk`, stdin and stdout are text pipes
-    (`stdin`, `stdout`); else stdout joins the log, or is dropped with `mute`. `on_exit(code)` is called from a watcher
-    thread once it is gone. With `service` it is recorded as one. Raises OSError when it can't be started.
+    stderr goes to `log_path`, so that it outlives both processes. With `talk`, stdin and stdout are text pipes
+    (`stdin`, `stdout`); else stdout joins the log, or is discarded with `mute`. `on_exit(code)` is called from a
+    watcher thread. With `service`, it is recorded as a service. Raises OSError if it can't be started.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class ChildProcess(GroupLeader):
         except BaseException:
             registry.retract(mark[MARK_VARIABLE])
             raise
-        out_of_memory.prefer(self._process.pid)
+        out_of_memory.raise_score(self._process.pid)
         super().__init__(self._process.pid, time.time(), log_path)
         record = Record(
             self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE], log=str(log_path)
@@ -306,7 +306,7 @@ class ChildProcess(GroupLeader):
             )
         try:
             registry.add(record)
-        except OSError:  # nobody would find it again: a full disk has left engines running for ever
+        except OSError:  # not recorded, so no later run would find it: a full disk left engines running for ever
             signal_group(self.pid, signal.SIGKILL)
             self._process.wait()
             self._close_pipes()
@@ -330,7 +330,7 @@ class ChildProcess(GroupLeader):
 
     def _watch(self) -> None:
         code = self._process.wait()
-        signal_group(self.pid, signal.SIGKILL)  # whatever it started and left behind
+        signal_group(self.pid, signal.SIGKILL)  # processes that it started and left behind
         self._registry.remove(self.pid)
         self._exited.set()
         self._close_pipes()
@@ -344,10 +344,10 @@ class ChildProcess(GroupLeader):
 
 
 class AdoptedProcess(GroupLeader):
-    """A service, or an engine, that an earlier run started.
+    """A service or engine that an earlier run started.
 
-    `on_exit(None)` is called from a watcher thread once it is gone: only a parent is told the exit code. Raises
-    psutil.NoSuchProcess when it is gone already.
+    `on_exit(None)` is called from a watcher thread when it is gone: only a parent learns the exit code. Raises
+    psutil.NoSuchProcess if it is gone already.
     """
 
     def __init__(self, record: Record, registry: ProcessRegistry, on_exit: OnExit) -> None:
@@ -359,8 +359,8 @@ class AdoptedProcess(GroupLeader):
         threading.Thread(target=self._watch, name=f"watch-{self.pid}", daemon=True).start()
 
     def _watch(self) -> None:
-        while _runs(self._process):
-            time.sleep(LOOK_SECONDS)
+        while _is_running(self._process):
+            time.sleep(POLL_SECONDS)
         _end_orphans(self.pid, self._mark)
         self._registry.remove(self.pid)
         self._exited.set()
@@ -368,7 +368,7 @@ class AdoptedProcess(GroupLeader):
 
 
 def say_exit(code: int) -> str:
-    """An exit code in words: `ended with exit code 3`, `was ended by SIGKILL`."""
+    """Describe an exit code: `ended with exit code 3`, `was ended by SIGKILL`."""
     if code >= 0:
         return f"ended with exit code {code}"
     with suppress(ValueError):
@@ -377,20 +377,20 @@ def say_exit(code: int) -> str:
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:
-    """Send a signal to every process of a group; one that is gone will do."""
+    """Send a signal to a process group; does nothing if it is gone."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 
 def _end_orphans(group: int, mark: str) -> None:
-    """SIGKILL what a service that is gone has left in its process group.
+    """SIGKILL what an ended service has left in its process group.
 
-    The group's number can be a stranger's by now, so nothing is done unless a member carries the service's mark; as
-    long as one does, the kernel gives the number to nobody else.
+    The group's id may have been reused, so nothing is done unless a member carries the service's mark. While one does,
+    the kernel can't reuse the id.
     """
     members = [pid for pid in psutil.pids() if _group_of(pid) == group]
     if any(_carries(pid, mark) for pid in members):
-        log.warning("ending what a service left behind", service=group, pids=members)
+        log.warning("killing processes that a service left behind", service=group, pids=members)
         signal_group(group, signal.SIGKILL)
 
 
@@ -406,7 +406,7 @@ def _carries(pid: int, mark: str) -> bool:
 
 
 def _mark_of(pid: int) -> str | None:
-    """The mark that a process was started with; None when it has none, is gone, or is somebody else's to see."""
+    """Return the mark a process was started with; None if it has none, is gone, or belongs to another user."""
     try:
         return psutil.Process(pid).environ().get(MARK_VARIABLE)
     except psutil.Error:
@@ -420,8 +420,8 @@ def _start_time(pid: int) -> float | None:
         return None
 
 
-def _runs(process: psutil.Process) -> bool:
-    """Whether this very process is alive: a zombie has ended, and its pid can be another's by now."""
+def _is_running(process: psutil.Process) -> bool:
+    """Return whether this very process runs: a zombie has ended, and its pid may have been reused."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -429,24 +429,24 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _is_alive(record: Record) -> bool:
-    """Whether a recorded process is; one without a mark is told by its start time."""
+    """Return whether a recorded process runs; one without a mark is identified by its start time."""
     if record.mark:
-        return _is_still(record)
+        return _is_same_process(record)
     now = _start_time(record.pid)
     return now is not None and record.started is not None and abs(now - record.started) < START_TIME_TOLERANCE
 
 
-def _is_still(record: Record) -> bool:
-    """Whether the recorded process is alive, told by its mark.
+def _is_same_process(record: Record) -> bool:
+    """Return whether the recorded process runs, identified by its mark.
 
-    A start time would not do for something that runs for weeks: it is reckoned from the wall clock, which is set
-    anew when a machine wakes up.
+    A start time would not do for a process that runs for weeks: it is computed from the wall clock, which is adjusted
+    when a machine resumes.
     """
     return _group_of(record.pid) == record.pid and _carries(record.pid, record.mark)
 
 
 def _read(path: Path) -> Record | None:
-    """A record; None when it can't be read, or names no start time (the child had ended before it was written)."""
+    """Read a record; None if it can't be read or has no start time (the child ended before it was recorded)."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         texts = {key: str(record.get(key, "")) for key in ("program", "mark", "name", "address", "log", "spec", "key")}

@@ -1,1 +1,1 @@
-"""The account of each device's memory, and the readings it is made from."""
+"""Memory: readings of each device, and the ledger made from them."""

@@ -1,7 +1,7 @@
-"""Watches this machine's memory: its RAM through the kernel, its GPUs through NVIDIA's driver where there is one.
+"""Measures this machine's memory: host RAM through the kernel, GPUs through NVIDIA's driver (NVML).
 
-The driver can hang, for as long as the machine runs. Nobody waits for it longer than `DRIVER_SECONDS`, and once it has
-hung for that long nobody waits at all: there is what it said last, marked as stale.
+The driver can hang for as long as the machine runs. A caller waits for it at most DRIVER_SECONDS, and not at all while
+it hangs: then it gets the last readings, marked as stale.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ DRIVER_SECONDS = 2.0
 STOP_SECONDS = 2.0
 PROGRAMS_SECONDS = 2.0
 SETTLE_SECONDS = 5.0
-SETTLE_LOOK_SECONDS = 0.25
+SETTLE_POLL_SECONDS = 0.25
 SETTLED_BYTES = 64 * 2**20
+"""A smaller change between two readings counts as none."""
 
 
 class DeviceMonitor:
-    """Samples every device each `interval` seconds; GPUs come first, the host's RAM last.
+    """Samples every device each `interval` seconds. GPUs come first, the host last.
 
-    `budget_bytes` caps what the host device offers. `nvml` stands in for the `pynvml` module.
+    `budget_bytes` caps the host's total memory. `nvml` replaces the `pynvml` module.
     """
 
     def __init__(
@@ -57,32 +58,35 @@ class DeviceMonitor:
 
     @property
     def readings(self) -> tuple[Reading, ...]:
-        """The latest readings; the first use takes them, every other one returns at once."""
+        """The latest readings. The first access takes them and may block; later ones never do."""
         return self._readings or self.sample()
 
     def sample(self) -> tuple[Reading, ...]:
-        """Read every device now. GPUs that the driver doesn't tell of in time are as it last told, and `stale`."""
-        readings = (*self._gpus.look(), _host(self._budget_bytes))
+        """Read every device now.
+
+        GPUs that the driver doesn't report in time keep their last readings, marked as stale.
+        """
+        readings = (*self._gpus.current(), _host(self._budget_bytes))
         self._readings = readings
         return readings
 
     def settle(self, device: str, timeout: float = SETTLE_SECONDS) -> None:
-        """Block until a device's free memory stands still, at most `timeout` seconds.
+        """Block until a device's free memory is stable, at most `timeout` seconds.
 
-        A driver frees memory for a while after its process has ended, and vLLM refuses to start when the free memory
-        grows while it takes stock ("Error in memory profiling").
+        A driver goes on freeing memory after a process has ended, and vLLM refuses to start when free memory grows
+        while it profiles ("Error in memory profiling").
         """
         deadline = time.monotonic() + timeout
         before = self._free(device)
         while time.monotonic() < deadline:
-            self._stopping.wait(SETTLE_LOOK_SECONDS)
+            self._stopping.wait(SETTLE_POLL_SECONDS)
             now = self._free(device)
             if before is not None and now is not None and abs(now - before) < SETTLED_BYTES:
                 return
             before = now
 
     def _free(self, device: str) -> int | None:
-        """Bytes that are free now; None when the driver doesn't tell, 0 for a device that isn't there."""
+        """Return the free bytes of a device; None if the driver doesn't answer, 0 for an unknown device."""
         reading = next((r for r in self.sample() if r.id == device), None)
         if reading is None:
             return 0
@@ -103,7 +107,7 @@ class DeviceMonitor:
             return ()
 
     def start(self) -> None:
-        """Keep `readings` fresh until `stop`."""
+        """Start to sample periodically."""
         self._sampling.start()
 
     def stop(self) -> None:
@@ -126,56 +130,59 @@ def _host(budget_bytes: int | None) -> Reading:
 
 
 class _Gpus:
-    """NVIDIA GPUs through NVML. No driver is normal; trouble with one GPU doesn't hide the others.
+    """NVIDIA GPUs through NVML. A missing driver is normal; an error of one GPU doesn't hide the others.
 
-    What is below `look` runs in a native thread, one call at a time. It keeps what it has read, also when nobody waits
-    for that any more: a driver that always takes longer than anybody waits is still heard.
+    Everything below `_read` runs in a native thread, one call at a time. It stores its result even after the caller has
+    timed out, so that the readings of a driver that is always too slow are still used.
     """
 
-    def __init__(self, nvml: Any, patience: float) -> None:
+    def __init__(self, nvml: Any, timeout: float) -> None:
         self._nvml = nvml
-        self._patience = patience
+        self._timeout = timeout
         self._call = SharedCall(self._read)
-        self._known: tuple[float, tuple[Reading, ...]] = (float("-inf"), ())
-        """When the latest reading that has ended began (monotonic seconds), and what it was."""
+        self._latest: tuple[float, tuple[Reading, ...]] = (float("-inf"), ())
+        """Start of the latest completed read (monotonic seconds), and its readings."""
         self._initialised = False
         self._absent = False
         self._hangs = False
-        self._troubles: deque[tuple[str, Exception]] = deque()
-        self._said: set[str] = set()
+        self._errors: deque[tuple[str, Exception]] = deque()
+        self._logged: set[str] = set()
 
-    def look(self) -> tuple[Reading, ...]:
-        """What the driver says now. When it doesn't within its time: what it said last, marked as stale."""
+    def current(self) -> tuple[Reading, ...]:
+        """Return fresh readings, or the last ones marked as stale if the driver doesn't answer in time."""
         asked = time.monotonic()
         if not self._absent:
-            self._measure()
-            self._tell_troubles()
-        began, known = self._known
+            self._refresh()
+            self._log_errors()
+        began, known = self._latest
         return known if self._absent or began >= asked else tuple(replace(r, stale=True) for r in known)
 
-    def _measure(self) -> None:
+    def _refresh(self) -> None:
         try:
-            self._call(self._patience)
+            self._call(self._timeout)
         except TimeoutError:
             if not self._hangs:
-                log.warning("NVIDIA's driver hangs: what is known of its GPUs is from before", seconds=self._patience)
+                log.warning("NVIDIA's driver hangs; GPU readings are stale", seconds=self._timeout)
             self._hangs = True
             return
         if self._hangs:
             log.info("NVIDIA's driver answers again")
         self._hangs = False
 
-    def _tell_troubles(self) -> None:
-        """Log each trouble once, not each second. Not where it happens: the log's locks belong to the hub's thread."""
-        while self._troubles:
-            what, error = self._troubles.popleft()
-            if what not in self._said:
-                self._said.add(what)
+    def _log_errors(self) -> None:
+        """Log each error once.
+
+        Done here and not in the native thread, because the log's locks belong to gevent's thread.
+        """
+        while self._errors:
+            what, error = self._errors.popleft()
+            if what not in self._logged:
+                self._logged.add(what)
                 log.warning(what, error=str(error))
 
     def _read(self) -> None:
         began = time.monotonic()
-        self._known = (began, tuple(self._read_all()))
+        self._latest = (began, tuple(self._read_all()))
 
     def _read_all(self) -> list[Reading]:
         if not self._connect():
@@ -183,14 +190,17 @@ class _Gpus:
         try:
             count = self._nvml.nvmlDeviceGetCount()
         except self._nvml.NVMLError as error:
-            self._initialised = False  # the driver may have been reloaded: begin anew next time
-            self._say("the GPUs can't be counted", error)
+            self._initialised = False  # the driver may have been reloaded: initialise again next time
+            self._queue_error("the GPUs can't be counted", error)
             return []
         readings = (self._read_one(index) for index in range(count))
         return [reading for reading in readings if reading is not None]
 
     def _connect(self) -> bool:
-        """Whether NVML is there; begun here because a process forked afterwards could not use it."""
+        """Initialise NVML and return whether it is available.
+
+        Done in the process that uses it: NVML does not survive a fork.
+        """
         if self._initialised or self._absent:
             return self._initialised
         if self._nvml is None:
@@ -203,7 +213,7 @@ class _Gpus:
         except self._nvml.NVMLError_LibraryNotFound:
             self._absent = True
         except self._nvml.NVMLError as error:
-            self._say("NVIDIA's driver doesn't answer", error)
+            self._queue_error("NVIDIA's driver doesn't answer", error)
         return self._initialised
 
     def _read_one(self, index: int) -> Reading | None:
@@ -221,19 +231,19 @@ class _Gpus:
                 measured_at=time.time(),
             )
         except nvml.NVMLError as error:
-            self._say(f"GPU {index} can't be read", error)
+            self._queue_error(f"GPU {index} can't be read", error)
             return None
 
     def _process_bytes(self, handle: Any) -> Mapping[int, int]:
         found: dict[int, int] = {}
         for process in (*self._compute(handle), *self._graphics(handle)):
             if process.usedGpuMemory is not None:
-                # A process that does both is listed twice, with the same total.
+                # A process that computes and draws is in both lists, with the same total.
                 found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory)
         return found
 
     def _compute(self, handle: Any) -> Sequence[Any]:
-        with suppress(self._nvml.NVMLError):  # some drivers don't tell
+        with suppress(self._nvml.NVMLError):  # not supported by every driver
             return list(self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
         return ()
 
@@ -242,5 +252,5 @@ class _Gpus:
             return list(self._nvml.nvmlDeviceGetGraphicsRunningProcesses(handle))
         return ()
 
-    def _say(self, what: str, error: Exception) -> None:
-        self._troubles.append((what, error))
+    def _queue_error(self, what: str, error: Exception) -> None:
+        self._errors.append((what, error))

@@ -1,4 +1,4 @@
-"""The account of each device's memory: ours per instance, reserved by loads under way, other programs', free.
+"""The ledger: each device's memory split into ours per instance, reserved by loads, other programs' and free.
 
 Pure: no I/O, no clock. Figures are bytes.
 """
@@ -16,12 +16,12 @@ DeviceKind = Literal["gpu", "host"]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One device as its driver (NVML) or the kernel (psutil) reports it.
+    """One device as the driver (NVML) or the kernel (psutil) reports it.
 
-    `total_bytes` is what models may use of it: all that is installed (`installed_bytes`, None: the same), or less where
-    the settings limit that (`budget_bytes`). `free_bytes` is what the driver says could still be allocated.
-    `process_bytes` is use per process id, where the driver tells. `measured_at` is Unix seconds, None where nobody
-    noted it; `stale` means that the driver was asked since and did not answer.
+    `total_bytes` is what models may use: the installed memory (`installed_bytes`, None: the same), or less where the
+    settings limit it (`budget_bytes`). `free_bytes` is what can still be allocated. `process_bytes` is memory per
+    process id, where the driver reports it. `measured_at` is Unix seconds, None if unknown. `stale`: the driver did not
+    answer a later query.
     """
 
     id: str
@@ -38,7 +38,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What one of our instances holds (`usage`, None when unknown) and was promised (`reserved_bytes`)."""
+    """Memory that an instance holds (`usage`, None if unknown) and that is reserved for it (`reserved_bytes`)."""
 
     model: str
     device: str
@@ -47,7 +47,7 @@ class Holding:
 
 
 def holdings_of(model: str, device: str, usage: Usage | None, reserved_bytes: int) -> list[Holding]:
-    """What one instance holds on its device, and in the host's RAM where it did not fit on that."""
+    """Return an instance's holdings: on its device, and on the host for what did not fit on its GPU."""
     held = [Holding(model, device, usage, reserved_bytes)]
     if usage is not None and usage.spilled_bytes and device != HOST_DEVICE:
         held.append(Holding(model, HOST_DEVICE, Usage(HOST_DEVICE, usage.spilled_bytes)))
@@ -56,11 +56,11 @@ def holdings_of(model: str, device: str, usage: Usage | None, reserved_bytes: in
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One device's memory, split so that ours + reserved + other + available = total.
+    """One device's memory, with ours + reserved + other + available = total.
 
-    `available_bytes` is the smaller of two limits: `free_bytes`, what measures free of all that is installed
-    (`installed_bytes`), and `budget_left_bytes`, what the budget leaves (`budget_bytes`; None where there is none, or
-    it is no less than what is installed). Both are without what is reserved.
+    `available_bytes` is the smaller of two limits, both without reserved memory: `free_bytes`, what measures free of
+    the installed memory (`installed_bytes`), and `budget_left_bytes`, what the budget (`budget_bytes`) leaves. Both
+    budget figures are None without a budget, or with one that is no less than the installed memory.
     """
 
     id: str
@@ -92,10 +92,10 @@ def account(reading: Reading, holdings: Sequence[Holding]) -> Account:
     mine = [h for h in holdings if h.device == reading.id]
     ours = tuple((h.model, h.usage.bytes if h.usage else 0) for h in mine)
     ours_bytes = sum(size for _, size in ours)
-    # The kernel counts the mapped pages of our weights as available, though giving them away would
-    # evict a loaded model to disk: they are ours. A GPU has no such pages.
+    # The kernel counts mapped pages of our weights as available, but reclaiming them would evict a loaded model to
+    # disk. So they count as ours. A GPU has no such pages.
     mapped_bytes = sum(h.usage.mapped_bytes for h in mine if h.usage) if reading.kind == "host" else 0
-    # What is ours can't be free as well: readings taken at different moments overlap, and a budget is no reading.
+    # Memory of ours must not count as free too: readings from different moments overlap, and a budget caps the total.
     unclaimed = max(0, reading.total_bytes - ours_bytes)
     free = max(0, min(reading.free_bytes - mapped_bytes, unclaimed))
     pending = sum(max(0, h.reserved_bytes - size) for h, (_, size) in zip(mine, ours, strict=True))

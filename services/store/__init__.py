@@ -1,1 +1,1 @@
-"""What is kept across restarts: conversations, messages and past loads."""
+"""Persistence: conversations, messages, downloads, past loads and notes, in SQLite or another database."""

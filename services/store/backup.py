@@ -1,6 +1,6 @@
-"""`python -m services.store.backup FILE`: a whole copy of the database, also while Switchyard runs and writes.
+"""`python -m services.store.backup FILE`: copy the database, also while Switchyard is running.
 
-`FILE` must not exist. docs/operations.md says how to put one back.
+`FILE` must not exist. docs/operations.md says how to restore it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ LOCK_SECONDS = 60.0
 
 
 class BackupError(Exception):
-    """There is no copy. The text is for people."""
+    """The copy could not be made. The text is for people."""
 
 
 def back_up(database: Path, copy: Path) -> None:
-    """Write one state of `database`, as it is at this moment, to the new file `copy`, for this user's eyes alone.
+    """Write a consistent copy of `database` to the new file `copy`, readable by this user only.
 
-    Nobody has to wait for it. Raises BackupError, and leaves no part of a copy then.
+    Does not block writers. Raises BackupError, and leaves no partial copy then.
     """
     try:
         os.close(os.open(copy, os.O_CREAT | os.O_EXCL, PRIVATE_FILE))

@@ -1,7 +1,7 @@
-"""Moves what was written from SQLite's `-wal` file into the database, beside the event loop: it waits for the disk.
+"""Runs SQLite's WAL checkpoints in a native thread, because they wait for the disk.
 
-SQLite would do it within whichever commit comes then, and that commit's greenlet would stop all others until the disk
-has everything: 25 ms were seen on a fast one.
+SQLite would run a checkpoint within some commit, and that greenlet would block all others until the disk is done: 25 ms
+were measured on a fast one.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from services.scheduling import Threads
 
 log = structlog.get_logger(__name__)
 
-DUE_BYTES = 4_000_000
-"""How long the `-wal` file may grow, more or less: it goes on growing while it is moved."""
-PRAGMAS = ("wal_autocheckpoint=0", f"journal_size_limit={DUE_BYTES // 4}")
-"""For every connection. With the second, a file that was moved becomes short again at the next write."""
+CHECKPOINT_BYTES = 4_000_000
+"""Size of the `-wal` file from which a checkpoint starts. The file goes on growing meanwhile."""
+PRAGMAS = ("wal_autocheckpoint=0", f"journal_size_limit={CHECKPOINT_BYTES // 4}")
+"""For every connection. The second one truncates the `-wal` file at the first write after a checkpoint."""
 
 
 class Checkpoints:
-    """Has one database's `-wal` file moved whenever it has grown long."""
+    """Checkpoints one database when its `-wal` file has grown to CHECKPOINT_BYTES."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._wal = f"{path}-wal"
-        self._under_way = False
+        self._running = False
 
-    def consider(self) -> None:
-        """After each write. Returns at once."""
-        if self._under_way or not self._is_due():
+    def maybe_start(self) -> None:
+        """Start a checkpoint if one is due; call after each write. Never blocks."""
+        if self._running or not self._is_due():
             return
-        self._under_way = True
+        self._running = True
         Threads().spawn("checkpoint", self._run)
 
     def _is_due(self) -> bool:
         try:
-            return os.stat(self._wal).st_size > DUE_BYTES
+            return os.stat(self._wal).st_size > CHECKPOINT_BYTES
         except OSError:
             return False
 
@@ -49,13 +49,13 @@ class Checkpoints:
         try:
             off_hub(_checkpoint, self._path)
         except (OSError, sqlite3.Error) as error:  # the next write tries again
-            log.warning("what was written can't be moved into the database", error=str(error))
+            log.warning("the database can't be checkpointed", error=str(error))
         finally:
-            self._under_way = False
+            self._running = False
 
 
 def _checkpoint(path: Path) -> None:
-    """As far as nobody who reads is in the way; waits for no lock."""
+    """Checkpoint as far as readers permit; waits for no lock."""
     where = f"{path.absolute().as_uri()}?mode=rw"
     with closing(sqlite3.connect(where, uri=True, timeout=0, isolation_level=None)) as connection:
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)")

@@ -1,7 +1,7 @@
-"""A damaged database is found at the start and set aside, whole, under a name with the date. Nothing is deleted.
+"""Detects a damaged database at the start and sets it aside, whole, under a dated name. Nothing is deleted.
 
-Only the standard library: gunicorn's master looks before there is a worker, so that what can't be helped is one clear
-sentence and no broken worker.
+Imports only the standard library, because gunicorn's master runs this before it forks a worker: a database that can't
+be used then stops the start with one clear sentence.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from typing import Protocol
 
 from services.store.errors import StoreError, is_damage, store_error
 
-START_PATIENCE = 20.0
-"""Seconds that a start waits for another program's lock: less than gunicorn gives a worker to be there."""
+START_LOCK_TIMEOUT = 20.0
+"""Seconds that a start waits for another program's lock; less than gunicorn gives a worker to boot."""
 BESIDE = ("-wal", "-shm", "-journal")
-"""What SQLite keeps beside a database. It goes first: on its own it must never meet a new database."""
+"""Suffixes of the files that SQLite keeps beside a database. They are renamed first, so that they never meet a new one.
+"""
 
 DISMISSED = "damage_dismissed"
-"""The note that holds the name of the file that people know of."""
+"""Key of the note that holds the name of the damaged file that was dismissed."""
 
 
-def check(path: Path, patience: float = START_PATIENCE) -> Path | None:
-    """Look through a database, and set it aside when it is damaged: where it lies then, else None.
+def check(path: Path, lock_timeout: float = START_LOCK_TIMEOUT) -> Path | None:
+    """Check a database, and set it aside if it is damaged; return its new path then, else None.
 
-    Blocks while another program has locked it, at most `patience` seconds. Raises StoreError when it can't be read for
-    another reason, or not be set aside.
+    Blocks while another program has locked it, at most `lock_timeout` seconds. Raises StoreError if it can't be read
+    for another reason, or can't be renamed.
     """
     try:
-        if not path.exists() or path.stat().st_size == 0 or _is_sound(path, patience):
+        if not path.exists() or path.stat().st_size == 0 or _is_sound(path, lock_timeout):
             return None
         return _set_aside(path)
     except OSError as error:
@@ -38,13 +39,13 @@ def check(path: Path, patience: float = START_PATIENCE) -> Path | None:
 
 
 def latest(path: Path) -> Path | None:
-    """The damaged database that was set aside last; None when there is none."""
+    """Return the database set aside last, None if there is none."""
     aside = path.parent.glob(f"{path.stem}-damaged-*{path.suffix}")
     return max(aside, key=lambda found: found.name, default=None)
 
 
 class Notes(Protocol):
-    """Where it is kept what people know already."""
+    """Key-value store that outlives the app."""
 
     def get(self, key: str) -> str | None: ...
 
@@ -52,7 +53,7 @@ class Notes(Protocol):
 
 
 class Damaged:
-    """The database that was set aside last, until somebody has taken note of it."""
+    """The database set aside last, until somebody dismisses the message about it."""
 
     def __init__(self, path: Path, notes: Notes) -> None:
         found = latest(path)
@@ -61,32 +62,35 @@ class Damaged:
 
     @property
     def current(self) -> Path | None:
-        """Where it lies; None when there is nothing to tell."""
+        """Path of that database, None if there is nothing to show."""
         return self._current
 
     def dismiss(self) -> None:
-        """Tell of it no more, after a restart neither. The file stays."""
+        """Don't show it any more, also after a restart. The file stays."""
         if self._current is not None:
             self._notes.put(DISMISSED, self._current.name)
             self._current = None
 
 
-def _is_sound(path: Path, patience: float, mode: str = "ro") -> bool:
-    """Reading only, or closing it would move what is in the `-wal` file into a damaged database."""
+def _is_sound(path: Path, lock_timeout: float, mode: str = "ro") -> bool:
+    """Run `quick_check`, read-only.
+
+    Closing a writable connection would checkpoint the `-wal` file into a damaged database.
+    """
     where = f"{path.absolute().as_uri()}?mode={mode}"
     try:
-        with closing(sqlite3.connect(where, uri=True, timeout=patience, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(where, uri=True, timeout=lock_timeout, isolation_level=None)) as connection:
             return bool(connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
     except sqlite3.DatabaseError as error:
         if is_damage(error):
             return False
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK and mode == "ro":
-            return _is_sound(path, patience, "rw")  # a migration that was cut off has to be undone first
+            return _is_sound(path, lock_timeout, "rw")  # a migration that was cut off has to be undone first
         raise store_error(error, path) or StoreError(f"The database {path} can't be used: {error}.") from None
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename it and what is beside it. On the first free second: a name is never taken twice."""
+    """Rename a database and the files beside it; add seconds to the dated name until it is free."""
     moment = time.time()
     while (aside := path.with_name(_name(path, moment))).exists():
         moment += 1

@@ -1,4 +1,4 @@
-"""Writes to the database that nobody waits for: a failing or locked one must not fail a load, nor stop the switcher."""
+"""Database writes that no caller waits for: a locked or failing database must not fail a load or block the switcher."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from services.store.records import LoadRecord
 
 log = structlog.get_logger(__name__)
 
-WAITING_AT_MOST = 1000
-"""Writes kept while the database can't be written; the oldest are dropped then."""
+MAX_WAITING = 1000
+"""Limit of queued writes while the database can't be written; the oldest are dropped."""
 PAUSE_SECONDS = 1.0
 
 
 class DeferredWrites:
-    """Carries out writes in order, in a greenlet of its own.
+    """Runs writes in order, in a greenlet of its own.
 
-    While the database can't be used they wait, and are tried again every `pause` seconds. One that fails for another
-    reason is logged, and no other suffers.
+    While the database can't be used, writes stay queued and are retried every `pause` seconds. A write that fails for
+    another reason is logged and dropped.
     """
 
     def __init__(self, scheduler: Scheduler | None = None, pause: float = PAUSE_SECONDS) -> None:
         self._scheduler = scheduler or Threads()
         self._pause = pause
         self._changed = self._scheduler.condition()
-        self._waiting: deque[Callable[[], object]] = deque(maxlen=WAITING_AT_MOST)
+        self._waiting: deque[Callable[[], object]] = deque(maxlen=MAX_WAITING)
         self._closed = False
         self._ended = False
         self._scheduler.spawn("deferred-writes", self._run)
 
     def put(self, write: Callable[[], object]) -> None:
-        """Have `write` called soon. Returns at once."""
+        """Queue a write. Never blocks."""
         with self._changed:
             self._waiting.append(write)
             self._changed.notify_all()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Write what waits, for at most `timeout` seconds; what can't be written now is lost."""
+        """Run the queued writes, at most `timeout` seconds; what can't be written is lost."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -50,29 +50,29 @@ class DeferredWrites:
 
     def _run(self) -> None:
         while (write := self._next()) is not None:
-            self._carry_out(write)
+            self._run_write(write)
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
-    def _carry_out(self, write: Callable[[], object]) -> None:
-        told = False
+    def _run_write(self, write: Callable[[], object]) -> None:
+        logged = False
         while True:
             try:
                 write()
             except StoreError as error:
-                if not told:
-                    log.warning("writing to the database has to wait", error=str(error))
-                told = True
+                if not logged:
+                    log.warning("a database write has to wait", error=str(error))
+                logged = True
                 if self._paused():
                     continue
-                log.warning("something is not written to the database any more", error=str(error))
+                log.warning("a database write was given up at shutdown", error=str(error))
             except Exception as error:
-                log.warning("something could not be written to the database", error=str(error))
+                log.warning("a database write failed", error=str(error))
             return
 
     def _paused(self) -> bool:
-        """Wait before another try; False when there is to be none."""
+        """Wait before the next try; return False if there is to be none."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed, self._pause)
             return not self._closed
@@ -90,7 +90,7 @@ class _Notes(Protocol):
 
 
 class DeferredNotes:
-    """Notes that are read at once and written a little later."""
+    """Notes, read directly and written through DeferredWrites."""
 
     def __init__(self, notes: _Notes, writes: DeferredWrites) -> None:
         self._notes = notes
@@ -110,7 +110,7 @@ class _Loads(Protocol):
 
 
 class DeferredLoads:
-    """Past loads, likewise."""
+    """Load records, read directly and written through DeferredWrites."""
 
     def __init__(self, loads: _Loads, writes: DeferredWrites) -> None:
         self._loads = loads

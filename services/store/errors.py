@@ -1,4 +1,4 @@
-"""What can be wrong with the database, in words. Only the standard library: gunicorn's master uses it, too."""
+"""Translates SQLite's errors to messages for people. Standard library only, because gunicorn's master uses it too."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class StoreError(Exception):
 
 
 class StoreLocked(StoreError):
-    """Another program has locked the database; it works again when that lets go of it."""
+    """Another program has locked the database."""
 
 
 def store_error(error: BaseException | None, database: object) -> StoreError | None:
-    """What SQLite's error says about the database; None for one that is a mistake of ours."""
+    """Translate SQLite's error to a StoreError; None if it is a bug of ours."""
     if is_locked(error):
         return locked(database)
     if is_damage(error):
@@ -52,6 +52,6 @@ def is_damage(error: BaseException | None) -> bool:
 
 
 def _code(error: BaseException | None) -> int | None:
-    """SQLite's primary result code; errors of Python's module itself have none."""
+    """Return SQLite's primary result code, None for errors of the Python module itself."""
     extended: int | None = getattr(error, "sqlite_errorcode", None)
     return None if extended is None else extended & 0xFF

@@ -1,4 +1,4 @@
-"""Saves growing messages: nobody waits for the database, and nothing is lost while it can't be written."""
+"""Saves messages while they are written: no caller waits for the database, and nothing is lost while it fails."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ log = structlog.get_logger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
-"""A write that failed is tried again after a pause that doubles each time, up to this."""
+"""Limit of the pause before a retry, which doubles with each failure."""
 
 
 class MessageSaver:
     """Writes the newest state of each message, in a greenlet of its own.
 
-    A newer state replaces an older one that still waits, so that a slow database is asked for no more than it can
-    take. Until a state is written, `unsaved` gives it.
+    A newer state replaces a queued older one, so that a slow database gets no more writes than it can take. `unsaved`
+    returns a state until it is written.
     """
 
     def __init__(self, write: Callable[[Message], object], scheduler: Scheduler | None = None) -> None:
@@ -33,17 +33,17 @@ class MessageSaver:
         self._scheduler.spawn("message-saver", self._run)
 
     def put(self, message: Message) -> None:
-        """Have this state of a message saved soon. Returns at once."""
+        """Queue a state of a message. Never blocks."""
         with self._changed:
             self._waiting[message.id] = message
             self._changed.notify_all()
 
     def unsaved(self, message_id: str) -> Message | None:
-        """The newest state of a message, unless the database has it already."""
+        """Return the newest state of a message that is not yet in the database, else None."""
         return self._waiting.get(message_id)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Try once more to save what waits, for at most `timeout` seconds."""
+        """Try once more to save what is queued, at most `timeout` seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -60,14 +60,14 @@ class MessageSaver:
             self._changed.notify_all()
 
     def _wait(self, pause: float) -> bool:
-        """Wait out the pause after a failure, then until there is something to save. False once it is closed."""
+        """Wait out the pause after a failure, then until there is something to save. Return False once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed, pause)
             self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
             return not self._closed
 
     def _save_all(self) -> bool:
-        """Try to save every message that waits, each by itself: one that can't be saved holds up no other."""
+        """Try to save every queued message independently; return whether all were saved."""
         failed = [message for message in list(self._waiting.values()) if not self._save(message)]
         return not failed
 

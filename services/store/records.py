@@ -1,4 +1,4 @@
-"""What the repositories take and give: immutable values, free of the database. Times are Unix seconds."""
+"""Immutable values that repositories take and return, independent of the database. Times are Unix seconds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def new_id() -> str:
 class Message:
     """One message of a conversation.
 
-    `model` is who wrote it, `error` why it failed. `tokens` counts the pieces an answer came in, `seconds` is the
-    time from the first to the last of them; None for what nobody generated. `thinking` is what the model thought before
-    it answered, for `thinking_seconds`. `told_from` is the oldest message that the model was told, where not all of
-    them fitted; `context_full` says that the answer ended because nothing more fitted. `versions` are the ids of all
-    answers to the same message, its own among them, in order of their writing; empty where there is one.
+    `model` wrote it; `error` says why that failed. `tokens` counts the deltas of an answer, `seconds` is the time from
+    the first to the last of them; None for messages that no model wrote. `thinking` is the model's reasoning before the
+    answer, which took `thinking_seconds`. `told_from` is the id of the oldest message that the model was given, if not
+    all of them fitted. `context_full`: the answer ended because the context was full. `versions` are the ids of all
+    answers to the same message, including this one, in the order of their creation; empty if there is one.
     """
 
     id: str
@@ -51,19 +51,22 @@ class Message:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The pace of writing; None before there are two tokens to time."""
+        """Generation rate; None below two tokens."""
         if not self.seconds or self.tokens is None or self.tokens < 2:
             return None
         return (self.tokens - 1) / self.seconds
 
 
 Place = tuple[float, str]
-"""Where a conversation stands in the list: when it was last written in, and its id."""
+"""Sort key of a conversation in the list: when it was last written to, and its id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation; `messages` in order, empty in a list of conversations. `earlier` counts those left out before."""
+    """A conversation and its messages in order; lists of conversations omit the messages.
+
+    `earlier` is the number of messages before the first one of `messages`.
+    """
 
     id: str
     title: str
@@ -74,12 +77,12 @@ class Conversation:
 
     @property
     def total(self) -> int:
-        """How many messages it has."""
+        """Number of messages."""
         return self.earlier + len(self.messages)
 
     @property
     def latest_answer(self) -> Message | None:
-        """The last answer that a model has begun."""
+        """The latest answer that a model has begun, None without one."""
         return next((m for m in reversed(self.messages) if m.role == "assistant" and m.model), None)
 
     @property
@@ -89,7 +92,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class DownloadRecord:
-    """One download as it stood when it last changed. Sizes are bytes; `error` is a code, `message` says it in words."""
+    """One download at its last change. Sizes are bytes; `error` is a code, `message` the same for people."""
 
     id: str
     source: Literal["ollama", "huggingface"]
@@ -109,7 +112,7 @@ class DownloadRecord:
 
 @dataclass(frozen=True, slots=True)
 class LoadRecord:
-    """How one load went. Seconds in all and by stage; `memory_bytes` is what it held when ready."""
+    """One load: total seconds and seconds by stage; `memory_bytes` is what the model held when ready."""
 
     model: str
     engine: str

@@ -1,4 +1,4 @@
-"""Conversations, messages, downloads and loads, kept in the database and handed out as immutable values."""
+"""Repositories: conversations, messages, downloads, notes and loads, returned as immutable values."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = [
 
 
 class ConversationRepository:
-    """Conversations and their messages. What isn't there is None or False, never an error."""
+    """Conversations and their messages. A missing row gives None or False, never an exception."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def newest_first(self, limit: int | None = None, older_than: Place | None = None) -> list[Conversation]:
-        """Conversations without messages, the last one written in first: all, or `limit` of those behind a place."""
+        """Return conversations without messages, the one last written to first: all, or `limit` after a place."""
         at, row_id = ConversationRow.updated_at, ConversationRow.id
         query = select(ConversationRow).order_by(at.desc(), row_id).limit(limit)
         if older_than is not None:
@@ -41,7 +41,7 @@ class ConversationRepository:
             return [_conversation(row) for row in session.scalars(query)]
 
     def get(self, conversation_id: str, since: int = 0) -> Conversation | None:
-        """One conversation with its messages from position `since` on; of several answers, the one that is shown."""
+        """Return one conversation with its messages from position `since` on; of several answers, the one shown."""
         shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown, MessageRow.position >= since)
         with self._store.reading() as session:
             row = session.get(ConversationRow, conversation_id)
@@ -53,7 +53,7 @@ class ConversationRepository:
             return replace(_conversation(row, messages), earlier=rows[0].position if rows else 0)
 
     def outline(self, conversation_id: str, since: int) -> tuple[Conversation, list[tuple[str, MessageState]]] | None:
-        """A conversation without messages, and the ids and states of those from `since` on: no word of them is read."""
+        """Return a conversation without messages, and id and state of each message from `since` on. No text is read."""
         shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown, MessageRow.position >= since)
         query = select(MessageRow.id, MessageRow.state).where(*shown).order_by(MessageRow.position)
         with self._store.reading() as session:
@@ -61,9 +61,10 @@ class ConversationRepository:
             return None if row is None else (_conversation(row), [(i, state) for i, state in session.execute(query)])
 
     def page_start(self, conversation_id: str, before: int | None, messages: int, characters: int) -> int:
-        """The position from which on at most so many messages come before another, or the end.
+        """Return the position of the first of at most `messages` messages before position `before`, or the end.
 
-        They have at most so many characters together, unless the last two, a question and its answer, have more.
+        They have at most `characters` characters in all, except that the last two, a question and its answer, always
+        fit.
         """
         length = func.length(MessageRow.content) + func.length(MessageRow.thinking)
         query = select(MessageRow.position, length).where(MessageRow.conversation_id == conversation_id)
@@ -80,7 +81,7 @@ class ConversationRepository:
         return start
 
     def add(self, conversation: Conversation) -> None:
-        """Save a new conversation with its messages, all or nothing."""
+        """Save a new conversation with its messages, in one transaction."""
         row = ConversationRow(
             id=conversation.id,
             title=conversation.title,
@@ -92,18 +93,18 @@ class ConversationRepository:
             session.add_all(_row(message, position) for position, message in enumerate(conversation.messages))
 
     def rename(self, conversation_id: str, title: str) -> bool:
-        """Whether there was one to rename."""
+        """Rename a conversation; return whether it exists."""
         change = update(ConversationRow).where(ConversationRow.id == conversation_id).values(title=title)
         with self._store.writing() as session:
             return _changed(session, change) > 0
 
     def delete(self, conversation_id: str) -> bool:
-        """Delete it with its messages. Whether there was one."""
+        """Delete a conversation with its messages; return whether it existed."""
         with self._store.writing() as session:
             return _changed(session, delete(ConversationRow).where(ConversationRow.id == conversation_id)) > 0
 
     def message(self, message_id: str) -> Message | None:
-        """One message, shown or not."""
+        """Return one message, shown or not."""
         with self._store.reading() as session:
             row = session.get(MessageRow, message_id)
             if row is None:
@@ -112,7 +113,7 @@ class ConversationRepository:
             return _message(row, versions.get(row.position, ()))
 
     def append(self, *messages: Message) -> bool:
-        """Put messages of one conversation at its end, all or none. False when the conversation is gone."""
+        """Append messages to their conversation, in one transaction; return False if it is gone."""
         with self._store.writing() as session:
             conversation = session.get(ConversationRow, messages[0].conversation_id)
             if conversation is None:
@@ -125,9 +126,9 @@ class ConversationRepository:
             return True
 
     def add_version(self, message: Message, beside: str, *, instead: bool = False) -> bool:
-        """Save another answer beside the one with the id `beside`, and show it; `instead` deletes that one.
+        """Save another answer beside the one with id `beside`, and show it; `instead` deletes that one.
 
-        False when that one is gone.
+        Return False if that one is gone.
         """
         with self._store.writing() as session:
             old = session.get(MessageRow, beside)
@@ -147,7 +148,7 @@ class ConversationRepository:
             return True
 
     def show(self, message_id: str) -> bool:
-        """Show this one of the answers to a message. Whether it is still there."""
+        """Show this version of an answer; return whether it exists."""
         with self._store.writing() as session:
             row = session.get(MessageRow, message_id)
             if row is None:
@@ -157,43 +158,43 @@ class ConversationRepository:
             return True
 
     def update(self, message: Message) -> bool:
-        """Replace a message by its newer self. Whether it is still there."""
+        """Replace a message by its newer state; return whether it exists."""
         change = update(MessageRow).where(MessageRow.id == message.id).values(**_values(message))
         with self._store.writing() as session:
             return _changed(session, change) > 0
 
     def mark_interrupted(self, at: float) -> int:
-        """Say of each message left `streaming` by a dead process that it was interrupted. How many there were."""
-        left = update(MessageRow).where(MessageRow.state == "streaming")
+        """Mark every message left `streaming` by an ended process as interrupted; return their number."""
+        streaming = update(MessageRow).where(MessageRow.state == "streaming")
         with self._store.writing() as session:
-            return _changed(session, left.values(state="interrupted", finished_at=at))
+            return _changed(session, streaming.values(state="interrupted", finished_at=at))
 
 
 class DownloadRepository:
-    """Downloads, finished and not."""
+    """Downloads, finished and unfinished."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def save(self, record: DownloadRecord) -> None:
-        """Add it, or replace its older self."""
+        """Insert a download, or replace its older state."""
         with self._store.writing() as session:
             session.merge(DownloadRow(**asdict(record)))
 
     def newest_first(self) -> list[DownloadRecord]:
-        """Every download, the last one asked for first."""
+        """Return every download, the one requested last first."""
         query = select(DownloadRow).order_by(DownloadRow.created_at.desc(), DownloadRow.id)
         with self._store.reading() as session:
             return [_download(row) for row in session.scalars(query)]
 
     def delete(self, download_id: str) -> bool:
-        """Whether there was one to delete."""
+        """Delete a download; return whether it existed."""
         with self._store.writing() as session:
             return _changed(session, delete(DownloadRow).where(DownloadRow.id == download_id)) > 0
 
 
 class NoteRepository:
-    """What the app remembers of itself between two runs, by key."""
+    """Key-value notes that the app keeps across restarts."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -209,7 +210,7 @@ class NoteRepository:
 
 
 class LoadRepository:
-    """How past loads went."""
+    """Records of past loads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -219,14 +220,14 @@ class LoadRepository:
             session.add(LoadRow(**{**asdict(record), "stage_seconds": dict(record.stage_seconds)}))
 
     def recent(self, model: str, engine: str, settings_key: str, limit: int = 20) -> list[LoadRecord]:
-        """The latest loads of one model with one engine and its settings, newest first."""
+        """Return the latest loads of one (model, engine, settings), newest first."""
         mine = (LoadRow.model == model, LoadRow.engine == engine, LoadRow.settings_key == settings_key)
         query = select(LoadRow).where(*mine).order_by(LoadRow.at.desc()).limit(limit)
         with self._store.reading() as session:
             return [_load(row) for row in session.scalars(query)]
 
     def recent_all(self, limit: int) -> list[LoadRecord]:
-        """The latest loads of every model, newest first."""
+        """Return the latest loads of all models, newest first."""
         with self._store.reading() as session:
             return [_load(row) for row in session.scalars(select(LoadRow).order_by(LoadRow.at.desc()).limit(limit))]
 
@@ -236,7 +237,7 @@ def _conversation(row: ConversationRow, messages: tuple[Message, ...] = ()) -> C
 
 
 def _versions(session: Session, conversation_id: str, where: ColumnElement[bool]) -> dict[int, tuple[str, ...]]:
-    """By position, the ids of the answers where there are several."""
+    """Return the ids of the answers at each position that has several."""
     here = (MessageRow.conversation_id == conversation_id, where)
     several = select(MessageRow.position).where(*here).group_by(MessageRow.position).having(func.count() > 1)
     found = select(MessageRow.position, MessageRow.id).where(*here, MessageRow.position.in_(several))
@@ -247,7 +248,7 @@ def _versions(session: Session, conversation_id: str, where: ColumnElement[bool]
 
 
 def _values(message: Message) -> dict[str, Any]:
-    """What a message says, by column; not where it stands."""
+    """Return a message's columns, except its position."""
     values = asdict(message)
     del values["versions"]
     return values
@@ -258,8 +259,8 @@ def _row(message: Message, position: int, version: int = 1) -> MessageRow:
 
 
 def _message(row: MessageRow, versions: tuple[str, ...]) -> Message:
-    told = {field.name: getattr(row, field.name) for field in fields(Message) if field.name != "versions"}
-    return Message(**told, versions=versions)
+    values = {field.name: getattr(row, field.name) for field in fields(Message) if field.name != "versions"}
+    return Message(**values, versions=versions)
 
 
 def _download(row: DownloadRow) -> DownloadRecord:
@@ -282,5 +283,5 @@ def _load(row: LoadRow) -> LoadRecord:
 
 
 def _changed(session: Session, change: Update | Delete) -> int:
-    """Run a bulk change; how many rows it touched."""
+    """Run a bulk statement; return the number of rows it changed."""
     return cast("CursorResult[Any]", session.execute(change)).rowcount

@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy sees them. Their history is in `migrations/`."""
+"""The tables as SQLAlchemy models. Their history is in `migrations/`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ID_LENGTH = 32
 
 
 class Base(DeclarativeBase):
-    """What all tables share."""
+    """Base class of all tables."""
 
 
 class ConversationRow(Base):
@@ -26,7 +26,10 @@ class ConversationRow(Base):
 
 
 class MessageRow(Base):
-    """A message. Those with the same `position` are answers to one message, told apart by `version`; one is `shown`."""
+    """A message.
+
+    Rows with the same `position` are versions of one answer, numbered by `version`; one of them is `shown`.
+    """
 
     __tablename__ = "messages"
     __table_args__ = (UniqueConstraint("conversation_id", "position", "version", name="uq_messages_version"),)

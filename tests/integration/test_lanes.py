@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.console import FAKE_LLAMA_SERVER, Console, fake_model
-from tests.support.raw import Response, Raw, chunked
+from tests.support.raw import Raw, Response, chunked
 
 MODEL = "mirror"
 APP_ONLY = "TE: trailers"

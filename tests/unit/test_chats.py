@@ -128,7 +128,7 @@ impatient = pytest.mark.parametrize("patience", [0.01])
 def store(path: Path, patience: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A database; what can't be saved is tried again soon."""
     monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 0.01)
-    store = open_store(path, patience=patience)
+    store = open_store(path, lock_timeout=patience)
     yield store
     store.close()
 

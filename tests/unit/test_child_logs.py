@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.engines import child_logs
-from services.engines.child_logs import AGE_SECONDS, CUT, ChildLogs, open_log, shorten, tail
+from services.engines.child_logs import AGE_SECONDS, TRUNCATED, ChildLogs, open_log, tail, truncate_log
 from services.engines.ollama.load import LoadObserver
 from services.engines.port import Evidence
 from tests.support.console import TIMEOUT, wait_until
@@ -24,7 +24,7 @@ def logs(tmp_path: Path) -> ChildLogs:
 
 def test_a_child_goes_on_in_a_log_that_was_cut_under_it(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last lines are kept, whole, and what it says next comes after them. It filled the disk before."""
-    monkeypatch.setattr(child_logs, "LONGEST_BYTES", 100_000)
+    monkeypatch.setattr(child_logs, "MAX_BYTES", 100_000)
     monkeypatch.setattr(child_logs, "KEPT_BYTES", 10_000)
     path = logs.new("talker")
     program = "import sys; [print(f'line {n}', flush=True) for n in range(20_000)]; sys.stdin.readline(); print('more')"
@@ -36,7 +36,7 @@ def test_a_child_goes_on_in_a_log_that_was_cut_under_it(logs: ChildLogs, monkeyp
     assert path.stat().st_mode & 0o077 == 0
     child.communicate("go on\n", timeout=TIMEOUT)
     lines = path.read_bytes().splitlines(keepends=True)
-    assert lines[0] == CUT
+    assert lines[0] == TRUNCATED
     first = int(lines[1].split()[1])
     assert lines[1:-1] == [f"line {n}\n".encode() for n in range(first, 20_000)]
     assert lines[-1] == b"more\n"
@@ -44,7 +44,7 @@ def test_a_child_goes_on_in_a_log_that_was_cut_under_it(logs: ChildLogs, monkeyp
 
 def test_too_many_logs_of_one_program_cost_no_other_its_own(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest stay, and whatever a child is still writing to."""
-    monkeypatch.setattr(child_logs, "MOST_OF_A_KIND", 3)
+    monkeypatch.setattr(child_logs, "MAX_PER_PROGRAM", 3)
     now = time.time()
     crashing = [logs.new("llama-server") for _ in range(6)]
     other = logs.new("ollama-serve")
@@ -74,7 +74,7 @@ def test_a_load_is_followed_through_a_log_that_is_cut(tmp_path: Path, monkeypatc
     path.write_text("earlier\n" * 1000)
     seen: list[Evidence] = []
     observer = LoadObserver(path, lambda: None, None, seen.append)
-    shorten(path)
+    truncate_log(path)
     observer.look()
     with path.open("a") as log:
         log.write('level=DEBUG msg="model load progress 0.50"\n')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.deleted_models import MOST_KEPT, DeletedModels
+from services.deleted_models import MAX_ENTRIES, DeletedModels
 from services.engines.port import Model
 
 
@@ -73,7 +73,7 @@ def test_a_note_that_is_none_hides_nothing(note: str) -> None:
 def test_no_more_are_remembered_than_anybody_deletes() -> None:
     """The oldest are forgotten."""
     deleted = DeletedModels(Notes())
-    for number in range(MOST_KEPT + 1):
+    for number in range(MAX_ENTRIES + 1):
         deleted.add(model(f"m{number}", file=f"/m/{number}"), file_stays=True, listed=True)
     assert not deleted.hides(model("m0", file="/m/0"))
     assert deleted.hides(model("m1", file="/m/1"))

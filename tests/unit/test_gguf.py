@@ -31,7 +31,7 @@ from services.engines.llamacpp.gguf import (
     split_parts,
 )
 from services.engines.llamacpp.gguf_parts import BLOCKS
-from services.engines.llamacpp.gguf_wire import say_bytes
+from services.engines.llamacpp.gguf_wire import format_bytes
 from tests.support import gguf_files
 from tests.support.gguf_files import ARRAY, STRING, UINT8, UINT32, array, entry, tensor, text, u32, u64
 
@@ -167,7 +167,7 @@ def test_an_incomplete_copy_is_noticed(tmp_path: Path) -> None:
     """A file whose weights are cut off says how much is there and how much should be."""
     with pytest.raises(GGUFError) as caught:
         read_bytes(good_bytes()[:-1000], tmp_path)
-    size = say_bytes(len(good_bytes()) - 1000)
+    size = format_bytes(len(good_bytes()) - 1000)
     assert str(caught.value).startswith(f"m.gguf ends after {size}, but its header lists 43.0 kB of weights")
 
 

@@ -214,7 +214,7 @@ def test_a_folder_that_can_not_be_read_keeps_its_models(models: Path, monkeypatc
 
 def test_a_whole_disk_by_mistake_is_not_looked_through(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is a bound, and it is said."""
-    monkeypatch.setattr(folder_module, "MOST_ENTRIES", 2)
+    monkeypatch.setattr(folder_module, "MAX_ENTRIES", 2)
     folder = ModelFolder(models)
     folder.refresh()
     assert len(names(folder)) <= 2

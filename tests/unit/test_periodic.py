@@ -30,7 +30,7 @@ def test_it_goes_on_after_a_failure_which_is_logged_once_while_it_stays_the_same
         periodic.start()
         assert over.wait(TIMEOUT)
         periodic.stop(TIMEOUT)
-    assert [(line["what"], repr(line["exc_info"])) for line in logged] == [
+    assert [(line["task"], repr(line["exc_info"])) for line in logged] == [
         ("looking", "OSError('no answer')"),
         ("looking", "ValueError('odd')"),
         ("looking", "OSError('no answer')"),

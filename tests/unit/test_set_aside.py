@@ -64,7 +64,7 @@ def test_a_locked_database_is_said_in_the_contracts_shape(
 ) -> None:
     """503 with Retry-After, for programs and people; what needs no writing goes on."""
     store: Store = app.extensions["switchyard"].store
-    monkeypatch.setattr(store, "_patience", 0.1)
+    monkeypatch.setattr(store, "_lock_timeout", 0.1)
     client = app.test_client()
     with locked_database(state / "switchyard.db"):
         answer = client.post("/chats", data={"text": "Hello"}, headers={"Accept": "application/json"})
@@ -86,7 +86,7 @@ def test_an_app_starts_on_a_database_that_is_locked(
 ) -> None:
     """What can't be written now is written later."""
     put_empty_database(state)
-    monkeypatch.setattr("services.container.open_store", partial(open_store, patience=0.1))
+    monkeypatch.setattr("services.container.open_store", partial(open_store, lock_timeout=0.1))
     with locked_database(state / "switchyard.db"):
         client = make_app().test_client()
         assert client.get("/").status_code == 200

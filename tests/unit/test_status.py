@@ -12,7 +12,7 @@ import pytest
 
 from blueprints.api import shapes
 from services.engines.port import Model, Need
-from services.status import FORECAST_SECONDS, KEEP_SECONDS, Status, StatusService
+from services.status import CACHE_SECONDS, FORECAST_CACHE_SECONDS, Status, StatusService
 from services.store.records import LoadRecord
 from tests.support.in_process import InProcess, in_process
 
@@ -37,7 +37,7 @@ class Seen:
             services.board, services.catalog, services.devices, services.switcher._planner, lambda: self.now
         )
 
-    def look(self, seconds: float = KEEP_SECONDS) -> Counter[str]:
+    def look(self, seconds: float = CACHE_SECONDS) -> Counter[str]:
         """What a look at the status asks for, that many seconds after the last one."""
         self.now += seconds
         self.asked.clear()
@@ -67,7 +67,7 @@ def test_what_a_model_needs_is_worked_out_once(seen: Seen) -> None:
 
 def test_it_is_worked_out_again_now_and_then(seen: Seen) -> None:
     """An engine may learn what nobody else is told of."""
-    assert seen.look(FORECAST_SECONDS) == {MINI: 1, SMALL: 1}
+    assert seen.look(FORECAST_CACHE_SECONDS) == {MINI: 1, SMALL: 1}
 
 
 def test_a_model_that_has_changed_is_looked_at_again(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

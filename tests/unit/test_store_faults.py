@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from services.store import damage
-from services.store.checkpoints import DUE_BYTES
+from services.store.checkpoints import CHECKPOINT_BYTES
 from services.store.deferred import DeferredWrites
 from services.store.errors import StoreError, StoreLocked
 from services.store.records import Conversation, new_id
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(path: Path) -> Iterator[Store]:
     """One that waits for a lock only a moment."""
-    store = open_store(path, patience=PATIENCE)
+    store = open_store(path, lock_timeout=PATIENCE)
     yield store
     store.close()
 
@@ -96,7 +96,7 @@ def test_a_lock_that_stays_is_said(path: Path, chats: ConversationRepository) ->
 
 def test_all_who_write_wait_for_a_lock_together(path: Path) -> None:
     """Twenty of them, one after the other, would else keep the last one waiting twenty times as long."""
-    store = open_store(path, patience=1.0)
+    store = open_store(path, lock_timeout=1.0)
     refused: list[float] = []
 
     def write() -> None:
@@ -149,7 +149,7 @@ def test_what_is_written_ahead_stays_short(path: Path, store: Store) -> None:
 
     def short() -> bool:
         notes.put("last", str(time.monotonic()))
-        return wal.stat().st_size <= DUE_BYTES
+        return wal.stat().st_size <= CHECKPOINT_BYTES
 
     wait_until(short, "the checkpoint")
     assert path.stat().st_size > 20_000
@@ -230,7 +230,7 @@ def test_a_sound_database_stays_where_it_is(path: Path) -> None:
 def test_a_database_that_is_locked_at_the_start_is_not_taken_for_damaged(path: Path) -> None:
     filled(path, 3)
     with locked_database(path, exclusive=True), pytest.raises(StoreLocked, match="locked by another program"):
-        damage.check(path, patience=0.1)
+        damage.check(path, lock_timeout=0.1)
     assert len(titles(path)) == 3
 
 

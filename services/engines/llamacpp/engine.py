@@ -1,7 +1,7 @@
-"""The embedded default engine: llama.cpp, one child process per model.
+"""The embedded engine `llamacpp`: llama.cpp's server, one child process per model.
 
-`xllamacpp` (llama.cpp's server in a wheel) runs in `server.py`; a native `llama-server` can be named instead.
-Both answer on a loopback port behind a key that only this app knows.
+`server.py` runs `xllamacpp` (that server in a wheel); a native `llama-server` can be configured instead. Both answer on
+a loopback port and require a key that only this app knows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ from pathlib import Path
 import psutil
 
 from services.abort import Abort
-from services.engines.llamacpp.folder import ModelFolder, places_of
+from services.engines.llamacpp.folder import ModelFolder, all_paths_of
 from services.engines.llamacpp.gguf import (
     GGUFHeader,
     estimate_bytes,
     is_projector,
     parts_here,
 )
-from services.engines.llamacpp.instance import LlamaCppInstance, answers, endpoint_of
-from services.engines.llamacpp.launch import EmbeddedLauncher, Launcher, NativeLauncher, OnEnd, Order, Started
+from services.engines.llamacpp.instance import LlamaCppInstance, endpoint_of, is_ready
+from services.engines.llamacpp.launch import (
+    EmbeddedLauncher,
+    Launcher,
+    LoadRequest,
+    NativeLauncher,
+    OnEnd,
+    ServerHandle,
+)
 from services.engines.port import (
     ADOPT_PATIENCE,
     HOST_DEVICE,
@@ -45,29 +52,30 @@ from services.engines.processes import GroupLeader, ProcessRegistry, Record
 from services.offhub import NativeThreads
 
 REPACKED_SHARE = 0.1
+"""Share of repacked weights from which a file is read instead of mapped (see `_mapped`)."""
 ADOPT_SECONDS = 2.0
-"""How long a process that was left behind may take to answer each question of one look."""
+"""Time limit of each probe of a process left by an earlier run."""
 REMOVE_SECONDS = 30.0
-"""How long deleting a model's files may take: a disk takes a while for many gigabytes."""
+"""Time limit for deleting a model's files; large files take a while."""
 
 
 @dataclass(slots=True)
-class Left:
-    """A process that an earlier run of the app left loaded, as long as nobody goes on with it."""
+class Orphan:
+    """A process with a loaded model that an earlier run left, until it is taken over or ended."""
 
     record: Record
     silent_since: float | None = None
 
     def is_over(self, now: float) -> bool:
-        """Whether to end it, after a look at which it did not answer: a busy one is given time."""
+        """Return whether to end it, after a probe it did not answer. A busy one gets ADOPT_PATIENCE seconds."""
         self.silent_since = now if self.silent_since is None else self.silent_since
         return now - self.silent_since > ADOPT_PATIENCE
 
 
 class LlamaCpp:
-    """Engine `llamacpp`. Every GGUF file in `folder` is a model by itself, its id the file's path.
+    """Engine `llamacpp`. Every GGUF file in `folder` is a model, its id derived from the file's path.
 
-    What it says of files is what the folder's last look saw: only `remove` touches them itself.
+    Figures about files come from the folder's last scan; only `remove` accesses the files itself.
     """
 
     name = "llamacpp"
@@ -90,8 +98,8 @@ class LlamaCpp:
         self._parallel = parallel
         self._gpu_bytes = gpu_bytes
         self._registry = registry
-        self._found: list[Record] = []
-        self._left: dict[str, Left] = {}
+        self._recorded: list[Record] = []
+        self._orphans: dict[str, Orphan] = {}
         self._launcher: Launcher = (
             NativeLauncher(native_server, registry) if native_server else EmbeddedLauncher(registry, standby=standby)
         )
@@ -101,7 +109,7 @@ class LlamaCpp:
         found = []
         for file in self._folder.found():
             if file.header is not None and is_projector(file.header):
-                continue  # the image half of another model, not one to talk to
+                continue  # the image encoder of another model
             model_id = id_of(file.path.relative_to(self._folder.path))
             found.append(self.describe(Model(id=model_id, engine=self.name, source=str(file.path))))
         return found
@@ -114,7 +122,7 @@ class LlamaCpp:
             source=str(file.path),
             size_bytes=model.size_bytes if file.size_bytes is None else file.size_bytes,
             digest=file.version,
-            files=file.places,
+            files=file.all_paths,
             companions=self._companions(model),
             description=model.description or (header.description if header and header.description else ""),
             fault=file.fault,
@@ -131,12 +139,12 @@ class LlamaCpp:
         return self._key(model, self._header(model))
 
     def fetch(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
-        """Its models are here: what is not is downloaded by a job of its own."""
+        """Do nothing: files are downloaded by jobs of their own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> LlamaCppInstance:
         if model.fault:
             raise LoadFailed(model.fault)
-        self._end_left(model.id)  # asked for anew: two of it would not fit
+        self._end_orphan(model.id)  # memory may not suffice for two processes with the same model
         header = self._header(model)
         key = secrets.token_urlsafe(24)
 
@@ -150,7 +158,7 @@ class LlamaCpp:
                 key=key,
             )
 
-        order = Order(
+        request = LoadRequest(
             path=model.source,
             mapped=header is None or _mapped(header),
             alias=model.id,
@@ -163,36 +171,36 @@ class LlamaCpp:
         return LlamaCppInstance(
             model,
             key,
-            order.device,
-            lambda ended: self._launcher.start(order, key, ended),
+            request.device,
+            lambda ended: self._launcher.start(request, key, ended),
             on_exit,
             self._gpu_bytes,
             note,
         )
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        """What an earlier run left loaded as it would be loaded now; at the first call, whatever else it left is ended.
+        """Return the models that an earlier run left loaded with the same settings; the first call ends all its others.
 
-        Reads nothing: the records were read by `prepare`, the files by the folder.
+        No I/O: `prepare` has read the records, the folder's thread the files.
         """
-        if self._found:
-            found, self._found = self._found, []
-            self._sort_out(found, models)
-        return [model for model in models if model.id in self._left]
+        if self._recorded:
+            found, self._recorded = self._recorded, []
+            self._classify_recorded(found, models)
+        return [model for model in models if model.id in self._orphans]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> LlamaCppInstance | None:
-        left = self._left.get(model.id)
-        if left is None:
+        orphan = self._orphans.get(model.id)
+        if orphan is None:
             return None
-        endpoint = endpoint_of(left.record.address, left.record.key)
-        if answers(endpoint, ADOPT_SECONDS):
-            self._left.pop(model.id, None)
-            return self._take_over(model, left.record, endpoint, on_exit)
-        if not self._registry.is_alive(left.record):
-            self._left.pop(model.id, None)
+        endpoint = endpoint_of(orphan.record.address, orphan.record.key)
+        if is_ready(endpoint, ADOPT_SECONDS):
+            self._orphans.pop(model.id, None)
+            return self._take_over(model, orphan.record, endpoint, on_exit)
+        if not self._registry.is_alive(orphan.record):
+            self._orphans.pop(model.id, None)
             return None
-        if left.is_over(time.monotonic()):
-            self._end_left(model.id)
+        if orphan.is_over(time.monotonic()):
+            self._end_orphan(model.id)
             return None
         raise NotYet(f"The process of {model.id} is there, but does not answer yet.")
 
@@ -208,44 +216,44 @@ class LlamaCpp:
             )
 
     def prepare(self) -> None:
-        self._found = self._registry.engines()
+        self._recorded = self._registry.engines()
         self._launcher.prepare()
 
     def close(self) -> None:
         self._launcher.close()
-        for model_id in list(self._left):
-            self._end_left(model_id)  # nobody would know of it any more
+        for model_id in list(self._orphans):
+            self._end_orphan(model_id)  # a later run would not find it
 
     def _take_over(self, model: Model, record: Record, endpoint: Endpoint, on_exit: OnExit) -> LlamaCppInstance | None:
-        def find(ended: OnEnd) -> Started:
-            return Started(self._registry.take_over(record, ended), record.address)
+        def find(ended: OnEnd) -> ServerHandle:
+            return ServerHandle(self._registry.take_over(record, ended), record.address)
 
         try:
             return LlamaCppInstance(model, record.key, _device(model), find, on_exit, self._gpu_bytes, ready=endpoint)
         except psutil.NoSuchProcess:
             return None
 
-    def _sort_out(self, found: Sequence[Record], models: Sequence[Model]) -> None:
-        """Tell what can be gone on with from what nobody would load like that, which is ended."""
+    def _classify_recorded(self, found: Sequence[Record], models: Sequence[Model]) -> None:
+        """Keep the recorded processes that match a model's current settings; end the others in a thread."""
         specs = {model.id: self._spec(model, self._header(model)) for model in models}
-        strange = []
+        unusable = []
         for record in found:
-            if specs.get(record.name) == record.spec and record.name not in self._left:
-                self._left[record.name] = Left(record)
+            if specs.get(record.name) == record.spec and record.name not in self._orphans:
+                self._orphans[record.name] = Orphan(record)
             else:
-                strange.append(record)
-        if strange:
-            threading.Thread(target=self._end_all, args=(strange,), name="llamacpp-leftovers", daemon=True).start()
+                unusable.append(record)
+        if unusable:
+            threading.Thread(target=self._end_all, args=(unusable,), name="llamacpp-leftovers", daemon=True).start()
 
     def _end_all(self, records: Sequence[Record]) -> None:
         for record in records:
             self._registry.end(record)
 
-    def _end_left(self, model_id: str) -> None:
-        """End what was left of a model, if something was, because nobody goes on with it."""
-        left = self._left.pop(model_id, None)
-        if left is not None and self._registry.is_alive(left.record):
-            self._registry.end(left.record)
+    def _end_orphan(self, model_id: str) -> None:
+        """End the process that an earlier run left for a model, if any, because it is not taken over."""
+        orphan = self._orphans.pop(model_id, None)
+        if orphan is not None and self._registry.is_alive(orphan.record):
+            self._registry.end(orphan.record)
 
     def _spec(self, model: Model, header: GGUFHeader | None) -> str:
         return f"{self._key(model, header)} {model.source}"
@@ -259,10 +267,10 @@ class LlamaCpp:
         return self._folder.file(model.source).header
 
     def _companions(self, model: Model) -> tuple[str, ...]:
-        """Files that its arguments name: a projector, a draft model, adapters."""
+        """Return the files that a model's arguments name: a projector, a draft model, adapters."""
         arguments = map(str, _list(model.options.get("arguments")))
         paths = [argument.rpartition("=")[2] for argument in arguments if argument.endswith(".gguf")]
-        return tuple(place for path in paths for place in self._folder.file(path).places)
+        return tuple(place for path in paths for place in self._folder.file(path).all_paths)
 
     def _context(self, model: Model, header: GGUFHeader | None) -> int:
         asked = _whole_number(model.options.get("context_length"), self._context_length)
@@ -273,10 +281,10 @@ class LlamaCpp:
 
 
 def id_of(path: Path) -> str:
-    """A file's path below the models folder as a model id: `sub/Name-Q4.gguf` is `sub/Name-Q4`.
+    """Derive a model id from a file's path below the models folder: `sub/Name-Q4.gguf` gives `sub/Name-Q4`.
 
-    Whatever an id may not hold becomes a dash; letters of other scripts are what it may hold. The part number of a
-    split model is left out.
+    Characters not allowed in an id become dashes; letters of all scripts are allowed. The part number of a split model
+    is left out.
     """
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.with_suffix("").as_posix())
     kept = "".join(c if _may_be_in_id(c) else " " for c in unicodedata.normalize("NFC", stem))
@@ -284,16 +292,16 @@ def id_of(path: Path) -> str:
 
 
 def _may_be_in_id(character: str) -> bool:
-    """Letters, their marks, digits, and the signs of MODEL_ID_PATTERN."""
+    """Whether MODEL_ID_PATTERN allows a character: letters and their marks, digits, and a few signs."""
     return character in "._:/@+-" or unicodedata.category(character)[0] in "LMN"
 
 
 def _delete(path: Path, folder: Path, keep: Collection[str]) -> bool:
-    """Delete a model's files, and those that they link to, but for the ones to `keep`. Raises OSError.
+    """Delete a model's files and what they link to, except those in `keep`. Raises OSError.
 
-    False when one of them isn't in the folder: then all stay.
+    Return False, and delete nothing, if one of them is outside the folder.
     """
-    mine = [Path(place) for place in places_of(parts_here(path)) if place not in keep]
+    mine = [Path(place) for place in all_paths_of(parts_here(path)) if place not in keep]
     home = folder.resolve()
     if not all((place.parent.resolve() / place.name).is_relative_to(home) for place in mine):
         return False
@@ -303,7 +311,7 @@ def _delete(path: Path, folder: Path, keep: Collection[str]) -> bool:
 
 
 def _mapped(header: GGUFHeader) -> bool:
-    """Whether to map the file. Weights that llama.cpp rearranges for the CPU are copied: mapped, they count twice.
+    """Return whether to map the file. Weights that llama.cpp repacks for the CPU are copied: mapped, they count twice.
 
     Measured for 808 MiB of Q4_K: 1,725 MiB resident when mapped, 1,099 MiB when read.
     """

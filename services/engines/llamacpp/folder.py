@@ -1,7 +1,7 @@
-"""The GGUF files of the models folder, and of models that the settings list, as they were last seen.
+"""The GGUF files of the models folder and of listed models, as last scanned.
 
-The folder may be a network share that is slow, or hangs for hours: reading it once held the event loop for 3 s at every
-look. So a thread of its own does all of that, one look at a time, and everyone else reads what the last one saw.
+The folder may be a network share that is slow or hangs for hours: scanning it once blocked the event loop for 3 s each
+time. So a thread of its own scans, one scan at a time, and everyone else reads the result of the last one.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from services.offhub import SharedCall
 log = structlog.get_logger(__name__)
 
 WAIT_SECONDS = 2.0
-"""How long who asks for a look waits for it."""
+"""How long a caller waits for the scan it requested."""
 READ_SECONDS = 10.0
-"""How long one look reads headers; the next one goes on with the rest."""
+"""How long one scan reads headers; the next one continues."""
 SLOW_SECONDS = (60, 30, 10, 5, 2, 1)
-"""From the last of these on a look is called slow."""
-MOST_ENTRIES = 100_000
-"""How much of the folder is looked through: who names a whole disk by mistake waits no longer than for that."""
+"""Thresholds, in seconds, from which a scan is reported as slow."""
+MAX_ENTRIES = 100_000
+"""Limit of directory entries, for a folder that is a whole disk by mistake."""
 
 
 Stamp = tuple[int, int]
-"""Size in bytes and time of change in nanoseconds."""
+"""Size in bytes and modification time in nanoseconds."""
 NO_STAMP: Stamp = (0, 0)
-"""Of what is not there, or can't be looked at."""
+"""Stamp of a file that does not exist or can't be accessed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """What a look at a model's file gave; it is read again when its `stamp`, its size and time, is another one.
+    """What a scan found out about a model's file. The file is read again when its `stamp` changes.
 
-    `size_bytes` counts all parts of a split model, None when it isn't there. `fault` says in words why it can't be
-    loaded. `places` are the paths of all its parts, and where they lead if they are links.
+    `size_bytes` is the total of a split model's parts, None if the file does not exist. `fault` says why it can't be
+    loaded. `all_paths` are the paths of all parts, and their targets if they are links.
     """
 
     path: Path
@@ -49,19 +49,19 @@ class ModelFile:
     header: GGUFHeader | None
     size_bytes: int | None
     fault: str | None
-    places: tuple[str, ...] = ()
+    all_paths: tuple[str, ...] = ()
 
     @property
     def version(self) -> str | None:
-        """Tells it from another file in its place; None when there is none, as far as is known."""
+        """Identifies the file's content; None if there is no file, as far as is known."""
         return None if self.stamp == NO_STAMP else "{}-{}".format(*self.stamp)
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What one look saw: the files found in the folder, everything known of them and the listed ones, and its trouble.
+class _Scan:
+    """Result of one scan: files found in the folder, all known files including listed ones, and the folder's error.
 
-    `paths` leads from what the settings call a file to where it is.
+    `paths` maps a source in the settings to the file's path.
     """
 
     found: tuple[Path, ...] = ()
@@ -72,7 +72,7 @@ class _Look:
 
 
 class ModelFolder:
-    """`on_change` is told when `notice` has become another one."""
+    """The models folder. `on_change` is called when `notice` has changed."""
 
     def __init__(
         self, path: Path, on_change: Callable[[], object] = lambda: None, *, wait_seconds: float = WAIT_SECONDS
@@ -81,37 +81,37 @@ class ModelFolder:
         self._on_change = on_change
         self._wait_seconds = wait_seconds
         self._listed: frozenset[str] = frozenset()
-        self._last: _Look | None = None
-        self._look = SharedCall(self._look_now)
+        self._last: _Scan | None = None
+        self._scan = SharedCall(self._scan_now)
         self._notice: str | None = None
 
     @property
     def notice(self) -> str | None:
-        """What people should know about the folder: that it is slow, silent, or can't be read. No I/O."""
+        """Message about the folder: it is slow, does not answer, or can't be read. None if all is well. No I/O."""
         return self._notice
 
     def refresh(self) -> None:
-        """Look again. Returns when that is done, or takes too long: it goes on then, and what is known stays."""
+        """Scan again. Returns when that is done or takes too long; the scan then goes on, and the last result stays."""
         answered = True
         try:
-            self._look(self._wait_seconds)
+            self._scan(self._wait_seconds)
         except TimeoutError:
             answered = False
-        notice = self._say(answered)
+        notice = self._describe(answered)
         if notice != self._notice:
             self._notice = notice
-            log.warning("the models folder", notice=notice) if notice else log.info("the models folder is well again")
+            log.warning("the models folder", notice=notice) if notice else log.info("the models folder is fine again")
             self._on_change()
 
     def found(self) -> list[ModelFile]:
-        """Every model in the folder that was read, in the order of their names. No I/O."""
-        last = self._last or _Look()
+        """Return every model file in the folder, sorted by path. No I/O."""
+        last = self._last or _Scan()
         return [last.files[path] for path in last.found]
 
     def file(self, source: str) -> ModelFile:
-        """A model's file by what the settings call it: a path, absolute or below the folder. Never raises.
+        """Return a model's file by its source in the settings: a path, absolute or below the folder. Never raises.
 
-        No I/O for what was looked at before; else it is looked at now, and from now on.
+        No I/O for a source that was scanned before. A new source is scanned now, and from now on.
         """
         known = self._known(source)
         if known is None:
@@ -125,11 +125,11 @@ class ModelFolder:
         return ModelFile(path, NO_STAMP, None, None, f"The file {path.name} could not be read yet: its folder is slow.")
 
     def _known(self, source: str) -> ModelFile | None:
-        last = self._last or _Look()
+        last = self._last or _Scan()
         path = last.paths.get(source)
         return None if path is None else last.files.get(path)
 
-    def _say(self, answered: bool) -> str | None:
+    def _describe(self, answered: bool) -> str | None:
         if not answered:
             seen = "Its models are listed as they were last seen" if self._last else "Its models will be listed"
             more = ", new ones once it answers again." if self._last else " once it answers."
@@ -145,16 +145,16 @@ class ModelFolder:
             "are noticed late."
         )
 
-    # In a thread of its own, without gevent: nothing below shares anything with greenlets but what it replaces whole.
+    # In a native thread without gevent. What is shared with greenlets is immutable and replaced as a whole.
 
-    def _look_now(self) -> None:
+    def _scan_now(self) -> None:
         began = time.monotonic()
-        last = self._last or _Look()
+        last = self._last or _Scan()
         error, readable = None, True
         try:
             found = _walk(self.path)
-        except _TooMuch as too_much:
-            found, error = too_much.found, f"holds more than {MOST_ENTRIES} files: not all of it is looked through."
+        except _TooManyEntries as too_many:
+            found, error = too_many.found, f"holds more than {MAX_ENTRIES} files: not all of it is looked through."
         except OSError as failure:
             found, readable = list(last.found), False
             reason = failure.strerror or str(failure)
@@ -164,10 +164,10 @@ class ModelFolder:
         for path in paths.values():
             file = last.files.get(path)
             if readable or file is None:
-                file = _read_again(file, path, has_time=time.monotonic() - began < READ_SECONDS)
+                file = _reread_if_changed(file, path, has_time=time.monotonic() - began < READ_SECONDS)
             if file is not None:
                 files[path] = file
-        self._last = _Look(
+        self._last = _Scan(
             found=tuple(path for path in found if path in files),
             files=MappingProxyType(files),
             paths=MappingProxyType(paths),
@@ -180,16 +180,16 @@ class ModelFolder:
         return path if path.is_absolute() or path.exists() else self.path / path
 
 
-class _TooMuch(Exception):
+class _TooManyEntries(Exception):
     def __init__(self, found: list[Path]) -> None:
         super().__init__()
         self.found = found
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Every GGUF file below a folder that stands for a model, sorted; folders that are links are left out.
+    """Return every GGUF file below a folder that represents a model, sorted; directories that are links are skipped.
 
-    Raises OSError when the folder itself is there and can't be read, and _TooMuch.
+    Raises OSError if the folder itself exists and can't be read, and _TooManyEntries.
     """
     found: list[Path] = []
     pending, entries = [str(folder)], 0
@@ -199,22 +199,22 @@ def _walk(folder: Path) -> list[Path]:
             with os.scandir(here) as listing:
                 for entry in listing:
                     entries += 1
-                    if entries > MOST_ENTRIES:
-                        raise _TooMuch(sorted(found))
+                    if entries > MAX_ENTRIES:
+                        raise _TooManyEntries(sorted(found))
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
                     elif entry.name.endswith(".gguf") and _is_model(entry):
                         found.append(Path(entry.path))
         except FileNotFoundError:
-            continue  # gone meanwhile, or a folder that nobody has made yet
+            continue  # deleted meanwhile, or the folder does not exist yet
         except OSError:
             if here == str(folder):
                 raise
     return sorted(found)
 
 
-def _read_again(known: ModelFile | None, path: Path, *, has_time: bool) -> ModelFile | None:
-    """What a file is now; what it was where nothing changed or there is no time to read it."""
+def _reread_if_changed(known: ModelFile | None, path: Path, *, has_time: bool) -> ModelFile | None:
+    """Return a file's current state: the known one if its stamp is unchanged or there is no time left to read it."""
     stamp = _stamp(path)
     if known is not None and known.stamp == stamp:
         return known
@@ -224,7 +224,7 @@ def _read_again(known: ModelFile | None, path: Path, *, has_time: bool) -> Model
 def _is_model(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file() and is_first_part(Path(entry.name))
-    except OSError:  # a link that leads round in a circle
+    except OSError:  # a circular link
         return False
 
 
@@ -243,11 +243,11 @@ def _read(path: Path, stamp: Stamp) -> ModelFile:
         size = sum(part.stat().st_size for part in parts)
     except OSError:
         parts, size = [path], stamp[0]
-    return ModelFile(path, stamp, header, size, fault, places_of(parts))
+    return ModelFile(path, stamp, header, size, fault, all_paths_of(parts))
 
 
-def places_of(parts: Sequence[Path]) -> tuple[str, ...]:
-    """The paths of a model's files, and where they lead if they are links."""
+def all_paths_of(parts: Sequence[Path]) -> tuple[str, ...]:
+    """Return the paths of a model's files, and their targets if they are links."""
     return tuple(dict.fromkeys(place(str(part)) for part in parts for place in (os.path.abspath, os.path.realpath)))
 
 
@@ -263,5 +263,5 @@ def _expanded(source: str) -> Path:
     path = Path(source)
     try:
         return path.expanduser()
-    except RuntimeError:  # a home that nobody has
+    except RuntimeError:  # a user without a home directory
         return path

@@ -1,6 +1,6 @@
-"""Reads what a GGUF file says about its model, and estimates the memory that llama.cpp takes for it.
+"""Reads GGUF headers, and estimates the memory that llama.cpp takes for a model.
 
-Only the header is read, never the weights. Versions 2 and 3, little-endian.
+Only headers are read, never weights. Supports versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ __all__ = [
 MAX_LAYERS = 1024
 MAX_PARTS = 1000
 MAX_FIGURE = 1 << 32
-"""The format's figures have 32 bits."""
+"""Figures are 32-bit in the format."""
 MIB = 1 << 20
 
-# Every n-th layer sees the whole context, the others a sliding window; llama.cpp knows it by the architecture.
+# Every n-th layer attends to the whole context, the others to a sliding window. Not in the header: llama.cpp has it by
+# architecture.
 GLOBAL_LAYER_EVERY: Mapping[str, int] = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4, "exaone4": 4}
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -38,11 +39,11 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a model's file (all parts of a split one together) says about it. What it doesn't say is None.
+    """Header of a model, all parts of a split one together. Unknown values are None.
 
-    `head_count` and `head_count_kv` hold one figure per layer. `tensor_bytes` are the weights, `repacked_bytes`
-    those of them that llama.cpp copies when it runs on the CPU; `data_offset` is where the weights begin in the
-    first part.
+    `head_count` and `head_count_kv` have one figure per layer. `tensor_bytes` is the size of the weights,
+    `repacked_bytes` of those that llama.cpp copies for the CPU; `data_offset` is where the weights begin in the first
+    part.
     """
 
     architecture: str
@@ -67,32 +68,32 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """The header of a model; any part of a split model gives the whole of it.
+    """Return the header of a model; any part of a split model gives the header of the whole.
 
-    Raises GGUFError, in words for people, when it is no usable GGUF file or ends too early, and OSError.
+    Raises GGUFError if the file is unusable or truncated, and OSError.
     """
     first, *others = split_parts(path)
     budget = Budget()
     parts = [read_part(first, budget)]
-    parts += [replace(read_part(other, budget), values={}) for other in others]  # what they say, the first says too
+    parts += [replace(read_part(other, budget), values={}) for other in others]  # metadata repeats the first's
     return _header(parts, path.name)
 
 
 def is_projector(header: GGUFHeader) -> bool:
-    """Whether it is the image half (`mmproj`) of another model, nothing to talk to by itself."""
+    """Return whether this is the image encoder (`mmproj`) of another model."""
     return header.architecture == "clip"
 
 
 def is_first_part(path: Path) -> bool:
-    """Whether a file stands for a whole model, by its name alone: it isn't split, or is the first part."""
+    """Return whether a file name represents a whole model: not split, or the first part."""
     part = _PART.fullmatch(path.name)
     return part is None or int(part["number"]) == 1
 
 
 def split_parts(path: Path) -> list[Path]:
-    """The files of a model in order: `x-00001-of-00003.gguf` names three, any other file itself.
+    """Return the files of a model in order: three for `x-00001-of-00003.gguf`, one for other names.
 
-    Raises GGUFError naming the parts that are missing.
+    Raises GGUFError naming the missing parts.
     """
     match = _PART.fullmatch(path.name)
     if match is None:
@@ -109,7 +110,7 @@ def split_parts(path: Path) -> list[Path]:
 
 
 def parts_here(path: Path) -> list[Path]:
-    """The files of a model that are there, missing ones of a split model left out."""
+    """Return the existing files of a model; missing parts of a split model are left out."""
     match = _PART.fullmatch(path.name)
     if match is None or int(match["count"]) > MAX_PARTS:
         return [path]
@@ -119,10 +120,10 @@ def parts_here(path: Path) -> list[Path]:
 
 
 def estimate_bytes(header: GGUFHeader, context_tokens: int, slots: int, *, repack: bool = True) -> int:
-    """Bytes a llama.cpp server holds for a model, with `context_tokens` over all its slots together.
+    """Estimate the bytes a llama.cpp server holds for a model, with `context_tokens` over all slots together.
 
-    The weights, the copy of those that are rearranged for the CPU (`repack`; not on a GPU), the f16 KV cache, the
-    buffer that one batch of 512 tokens is computed in, and the process with its vocabulary.
+    The sum of the weights, the copy of those repacked for the CPU (`repack`; not on a GPU), the f16 KV cache, the
+    compute buffer for one batch of 512 tokens, and the process with its vocabulary.
 
     RSS of the embedded engine after six requests (x86-64 with AVX2, mapped file, random weights), and this estimate:
 
@@ -158,7 +159,7 @@ def _kv_bytes(header: GGUFHeader, context: int, slots: int) -> int:
 
 
 def _window_tokens(header: GGUFHeader, context: int, slots: int) -> int:
-    """What a sliding-window layer holds: the window of each slot and one batch, in steps of 256."""
+    """Return the tokens that a sliding-window layer caches: the window of each slot and one batch, in steps of 256."""
     if not header.sliding_window:
         return context
     return min(context, round_up(header.sliding_window * slots + 512, 256))
@@ -222,7 +223,7 @@ class _Model:
         return _whole(self.values.get(f"{self.architecture}.{key}"))
 
     def per_layer(self, key: str, layers: int | None) -> tuple[int, ...] | None:
-        """One figure per layer, whether the file gives one for all or a list."""
+        """Return one figure per layer, whether the file has one for all or a list."""
         value = self.values.get(f"{self.architecture}.{key}")
         if isinstance(value, tuple):
             return tuple(_whole(item) or 0 for item in value)

@@ -1,4 +1,4 @@
-"""One GGUF file: its metadata, and its list of tensors added up."""
+"""Reads one GGUF file: its metadata, and the sums of its tensor list."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from services.engines.llamacpp.gguf_wire import Budget, Cursor, GGUFError, Value, say_bytes
+from services.engines.llamacpp.gguf_wire import Budget, Cursor, GGUFError, Value, format_bytes
 
 MAX_DIMENSIONS = 4
 MAX_PARAMETERS = 1 << 63
 MAX_KEPT = 64
 NAME_BYTES = 64
-"""llama.cpp takes no tensor with a longer name."""
+"""llama.cpp's limit of a tensor name."""
 DEFAULT_ALIGNMENT = 32
 
 KEPT = frozenset(
@@ -44,7 +44,7 @@ KEPT_OF_ARCHITECTURE = frozenset(
         "attention.sliding_window",
     }
 )
-"""Behind the architecture and a dot, whatever it is: a file may name its architecture last."""
+"""Keys below any architecture's prefix, because a file may name its architecture last."""
 
 BLOCKS: Mapping[int, tuple[int, int]] = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
@@ -53,19 +53,19 @@ BLOCKS: Mapping[int, tuple[int, int]] = {
     23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
     34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18),
 }  # fmt: skip
-"""ggml's tensor types: (weights in a block, bytes of a block)."""
+"""ggml's tensor types: (weights per block, bytes per block)."""
 
-# llama.cpp keeps a rearranged copy of weights of these types in RAM, beside the mapped file, where its CPU
-# kernels want them so: Q4_0, Q4_K, IQ4_NL and MXFP4 with AVX2; Q8_0, Q5_K and Q6_K as well on ARM.
+# llama.cpp keeps a repacked copy of weights of these types in RAM, beside the mapped file, for its CPU kernels: Q4_0,
+# Q4_K, IQ4_NL and MXFP4 with AVX2; also Q8_0, Q5_K and Q6_K on ARM.
 _ON_ARM = platform.machine().lower() in ("arm64", "aarch64")
 REPACKED_TYPES = frozenset({2, 12, 20, 39}) | (frozenset({8, 13, 14}) if _ON_ARM else frozenset())
 
 
 @dataclass(frozen=True, slots=True)
 class GgufPart:
-    """What one file holds. Sizes are bytes; `repacked_bytes` are the weights that are copied for the CPU.
+    """Header of one file. Sizes are bytes; `repacked_bytes` is the size of the weights that are copied for the CPU.
 
-    `values` are those of `KEPT` and `KEPT_OF_ARCHITECTURE`.
+    `values` has the keys in KEPT and KEPT_OF_ARCHITECTURE.
     """
 
     values: Mapping[str, Value]
@@ -78,7 +78,7 @@ class GgufPart:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One entry of the tensor list; `bytes` is None for a type that is newer than this reader."""
+    """One entry of the tensor list; `bytes` is None for an unknown type."""
 
     name: str
     rank: int
@@ -95,13 +95,13 @@ class _Tensor:
 
     @property
     def repacked(self) -> bool:
-        looked_up = self.name.startswith("token_embd")  # not multiplied with: it stays as it is
+        looked_up = self.name.startswith("token_embd")  # a lookup table, not multiplied with: never repacked
         return self.kind in REPACKED_TYPES and self.rank > 1 and not looked_up
 
 
 @dataclass(slots=True)
 class _Weights:
-    """The tensor list added up, one after another: it may have a hundred thousand entries."""
+    """Running sums of the tensor list, which may have a hundred thousand entries."""
 
     parameters: int = 0
     known_bytes: int = 0
@@ -119,7 +119,7 @@ class _Weights:
 
 
 def read_part(path: Path, budget: Budget) -> GgufPart:
-    """Read one file's header, as far as `budget` goes. Raises GGUFError in words for people, and OSError."""
+    """Read one file's header within `budget`. Raises GGUFError and OSError."""
     with _open(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
         cursor = Cursor(file, path.name, file_bytes, budget)
@@ -131,7 +131,7 @@ def read_part(path: Path, budget: Budget) -> GgufPart:
     data_offset = round_up(cursor.position, _alignment(values, cursor))
     if tensor_count and data_offset + weights.end > file_bytes:
         raise GGUFError(
-            f"{path.name} ends after {say_bytes(file_bytes)}, but its header lists {say_bytes(weights.end)} of "
+            f"{path.name} ends after {format_bytes(file_bytes)}, but its header lists {format_bytes(weights.end)} of "
             "weights: the copy may be incomplete."
         )
     return GgufPart(
@@ -149,7 +149,7 @@ def round_up(number: int, step: int) -> int:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Raises GGUFError for what is no regular file: a pipe would hold its reader for ever."""
+    """Open a regular file. Raises GGUFError for anything else: reading a pipe would block for ever."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -158,10 +158,10 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read_counts(cursor: Cursor, name: str, budget: Budget) -> tuple[int, int]:
-    """The preamble: magic, version, and the counts of tensors and of metadata values."""
-    if not cursor.has(1):
+    """Read the preamble: magic, version; return the numbers of tensors and of metadata values."""
+    if not cursor.has_bytes(1):
         raise GGUFError(f"{name} is empty: the copy may be incomplete.")
-    if not cursor.has(4) or cursor.take(4) != b"GGUF":
+    if not cursor.has_bytes(4) or cursor.read(4) != b"GGUF":
         raise GGUFError(f"{name} is not a GGUF file.")
     version = cursor.u32()
     if version not in (2, 3):

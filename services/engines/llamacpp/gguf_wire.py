@@ -1,7 +1,7 @@
-"""The bytes of a GGUF header, read forwards in bounded steps: numbers, strings, arrays.
+"""Reads the primitives of a GGUF header in bounded memory: numbers, strings, arrays.
 
-Nothing is allocated on the word of the file: a length is checked against what is left of it first, only what a caller
-asks to keep is built, and cut to a bound. A header of 64 MB, made for it, once took 2.7 GB.
+Lengths from the file are checked against what is left of it before anything is allocated; only requested values are
+built, cut to a limit. A crafted header of 64 MB once took 2.7 GB.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import BinaryIO
 CHUNK = 1 << 18
 MAX_HEADER_BYTES = 256 << 20
 MAX_KEY_BYTES = (1 << 16) - 1
-"""The format's own bound."""
+"""The format's own limit."""
 KEPT_TEXT_BYTES = 4096
 KEPT_ITEMS = 1024
 MAX_VALUES = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_STRINGS = 1 << 22
-"""Half a second of a processor. The largest vocabularies have 262,144 tokens and twice as many merges (2026)."""
+"""About 0.5 s of processor time. The largest vocabularies have 262,144 tokens and twice as many merges (2026)."""
 
 STRING, ARRAY = 8, 9
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -34,7 +34,7 @@ class GGUFError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """An array whose items were not kept: how many there are."""
+    """An array that was skipped: only the number of its items is known."""
 
     count: int
 
@@ -45,7 +45,10 @@ Value = Scalar | tuple[Scalar, ...] | Skipped
 
 @dataclass(slots=True)
 class Budget:
-    """How much of each may still be read, over all files of one model: what takes a processor's time, not memory."""
+    """Numbers of values, tensors and strings that may still be read, over all files of a model.
+
+    Limits processor time.
+    """
 
     values: int = MAX_VALUES
     tensors: int = MAX_TENSORS
@@ -53,7 +56,7 @@ class Budget:
 
 
 class Cursor:
-    """Reads a little-endian file forwards. Every method raises GGUFError where the file ends too early."""
+    """Reads a little-endian file forwards. Every method raises GGUFError if the file ends too early."""
 
     def __init__(self, file: BinaryIO, name: str, size: int, budget: Budget) -> None:
         self._file = file
@@ -62,19 +65,19 @@ class Cursor:
         self._budget = budget
         self._start = 0
         self._buffer = b""
-        self._at = 0
+        self._offset = 0
 
     @property
     def position(self) -> int:
-        return self._start + self._at
+        return self._start + self._offset
 
-    def has(self, count: int) -> bool:
+    def has_bytes(self, count: int) -> bool:
         return self.position + count <= self._size
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         self._need(count)
-        self._at += count
-        return self._buffer[self._at - count : self._at]
+        self._offset += count
+        return self._buffer[self._offset - count : self._offset]
 
     def u32(self) -> int:
         return int(self._number(_U32))
@@ -86,19 +89,19 @@ class Cursor:
         length = self.u64()
         if length > MAX_KEY_BYTES:
             raise self.damaged(f"holds a key of {length} bytes")
-        return self.take(length).decode("utf-8", errors="replace")
+        return self.read(length).decode("utf-8", errors="replace")
 
-    def text(self, most_bytes: int = KEPT_TEXT_BYTES) -> str:
-        """A string, or the beginning of one that is longer than `most_bytes` (a chat template)."""
+    def text(self, max_bytes: int = KEPT_TEXT_BYTES) -> str:
+        """Read a string, cut to `max_bytes` (a chat template may be long)."""
         length = self.u64()
-        kept = min(length, most_bytes)
+        kept = min(length, max_bytes)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = decoder.decode(self.take(kept), final=kept == length)  # a character that was cut is dropped
+        text = decoder.decode(self.read(kept), final=kept == length)  # drops a character that was cut in two
         self._skip(length - kept)
         return text
 
     def value(self, kind: int) -> Value:
-        """One metadata value of the given GGUF type."""
+        """Read a metadata value of the given GGUF type."""
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
@@ -106,7 +109,7 @@ class Cursor:
         return self._number(self._scalar(kind))
 
     def skip_value(self, kind: int) -> None:
-        """Pass over one metadata value of the given GGUF type."""
+        """Skip a metadata value of the given GGUF type."""
         if kind == STRING:
             self._skip(self.u64())
         elif kind == ARRAY:
@@ -118,7 +121,7 @@ class Cursor:
         return GGUFError(f"{self._name} {what}: the file is damaged.")
 
     def _array_head(self) -> tuple[int, int]:
-        """What an array's items are, and how many."""
+        """Read the type and number of an array's items."""
         kind, count = self.u32(), self.u64()
         if kind == ARRAY:
             raise self.damaged("holds an array of arrays")
@@ -130,7 +133,7 @@ class Cursor:
             self._skip_items(kind, count)
             return Skipped(count)
         item = self._scalar(kind)
-        return tuple(value for (value,) in item.iter_unpack(self.take(count * item.size)))
+        return tuple(value for (value,) in item.iter_unpack(self.read(count * item.size)))
 
     def _skip_items(self, kind: int, count: int) -> None:
         if kind == STRING:
@@ -139,7 +142,7 @@ class Cursor:
             self._skip(count * self._scalar(kind).size)
 
     def _skip_strings(self, count: int) -> None:
-        # A vocabulary has several 100,000 of them: the inner loop stays in one buffer, without a call per string.
+        # A vocabulary has several 100,000 strings, so the inner loop makes no call per string.
         self._check(count * _U64.size)
         self._budget.strings -= count
         if self._budget.strings < 0:
@@ -147,16 +150,16 @@ class Cursor:
         done = 0
         while done < count:
             self._need(_U64.size)
-            buffer, at, last = self._buffer, self._at, len(self._buffer) - _U64.size
+            buffer, at, last = self._buffer, self._offset, len(self._buffer) - _U64.size
             while done < count and at <= last:
                 at += _U64.size + _U64.unpack_from(buffer, at)[0]
                 done += 1
-            self._skip(at - self._at)
+            self._skip(at - self._offset)
 
     def _number(self, item: struct.Struct) -> int | float | bool:
         self._need(item.size)
-        (value,) = item.unpack_from(self._buffer, self._at)
-        self._at += item.size
+        (value,) = item.unpack_from(self._buffer, self._offset)
+        self._offset += item.size
         number: int | float | bool = value
         return number
 
@@ -167,38 +170,38 @@ class Cursor:
 
     def _skip(self, count: int) -> None:
         self._check(count)
-        if self._at + count <= len(self._buffer):
-            self._at += count
+        if self._offset + count <= len(self._buffer):
+            self._offset += count
             return
-        self._start, self._buffer, self._at = self.position + count, b"", 0
+        self._start, self._buffer, self._offset = self.position + count, b"", 0
         self._file.seek(self._start)
 
     def _need(self, count: int) -> None:
-        """Have `count` bytes in the buffer from `_at` on."""
-        missing = self._at + count - len(self._buffer)
+        """Fill the buffer with at least `count` bytes from `_offset` on."""
+        missing = self._offset + count - len(self._buffer)
         if missing <= 0:
             return
         self._check(count)
-        rest = self._buffer[self._at :]
-        self._start, self._at = self.position, 0
-        self._buffer = rest + self._file.read(max(missing, CHUNK))
-        if len(self._buffer) < count:  # cut short while it was being read
+        unread = self._buffer[self._offset :]
+        self._start, self._offset = self.position, 0
+        self._buffer = unread + self._file.read(max(missing, CHUNK))
+        if len(self._buffer) < count:  # the file was truncated while being read
             raise self._ends_early()
 
     def _check(self, count: int) -> None:
-        if not self.has(count):
+        if not self.has_bytes(count):
             raise self._ends_early()
         if self.position + count > MAX_HEADER_BYTES:
             raise self.damaged(f"has a header of more than {MAX_HEADER_BYTES >> 20} MB")
 
     def _ends_early(self) -> GGUFError:
         return GGUFError(
-            f"{self._name} ends within its header, after {say_bytes(self._size)}: the copy may be incomplete."
+            f"{self._name} ends within its header, after {format_bytes(self._size)}: the copy may be incomplete."
         )
 
 
-def say_bytes(count: int) -> str:
-    """A size for people, in decimal units: `1.2 MB`."""
+def format_bytes(count: int) -> str:
+    """Format a size for people in decimal units: `1.2 MB`."""
     if count < 1000:
         return f"{count} bytes"
     size, units = count / 1000, ["kB", "MB", "GB", "TB"]

@@ -1,4 +1,4 @@
-"""One llama.cpp server process and the model in it: from its order to its end."""
+"""One llama.cpp server process with its model, from the load request to the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 
-from services.engines.llamacpp.launch import OnEnd, Started
+from services.engines.llamacpp.launch import OnEnd, ServerHandle
 from services.engines.port import (
     HOST_DEVICE,
     Endpoint,
@@ -25,18 +25,18 @@ from services.engines.port import (
 from services.engines.processes import GroupLeader
 from services.http import FetchError, TooSlow, fetch
 
-LOOK_SECONDS = 0.01
-"""How often a load is looked at; readiness has to be noticed within 50 ms."""
+POLL_SECONDS = 0.01
+"""Interval at which a load is polled; readiness has to be noticed within 50 ms."""
 SLOW_AFTER_SECONDS = 10.0
-LONG_SECONDS = 30.0
+SLOW_REMAINING_SECONDS = 30.0
 PROBE_TIMEOUT = 5.0
 
 
 class LlamaCppInstance(Sleepless):
-    """One llama.cpp server process and the model in it.
+    """One llama.cpp server process with its model.
 
-    `start` brings the process up, or finds it; `on_warm` is told once it has given its first token. `ready` is where
-    one answers that was found.
+    `start` starts or finds the process; `on_warm` is called after its first token. `ready` is the endpoint of a process
+    that was found.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LlamaCppInstance(Sleepless):
         model: Model,
         key: str,
         device: str,
-        start: Callable[[OnEnd], Started],
+        start: Callable[[OnEnd], ServerHandle],
         on_exit: OnExit,
         gpu_bytes: GpuBytes,
         on_warm: Callable[[GroupLeader, Endpoint], None] = lambda _process, _endpoint: None,
@@ -59,16 +59,16 @@ class LlamaCppInstance(Sleepless):
         self._endpoint = ready
         self._key = key
         self._launched_at = time.monotonic()
-        self._started = start(self._ended)
+        self._server = start(self._ended)
 
     @property
     def pid(self) -> int:
-        return self._started.process.pid
+        return self._server.process.pid
 
     def wait_ready(self, report: Report, timeout: float) -> Endpoint:
         deadline = self._launched_at + timeout
         seen: Evidence | None = None
-        while self._endpoint is None and not self._answers():
+        while self._endpoint is None and not self._is_ready():
             self._fail_if_gone()
             if time.monotonic() > deadline:
                 raise LoadFailed(f"It was not ready after {timeout:.0f} s.", self.log_tail())
@@ -76,7 +76,7 @@ class LlamaCppInstance(Sleepless):
             if evidence != seen:
                 report(evidence)
                 seen = evidence
-            self._started.process.wait(LOOK_SECONDS)
+            self._server.process.wait(POLL_SECONDS)
         assert self._endpoint is not None
         return self._endpoint
 
@@ -91,18 +91,18 @@ class LlamaCppInstance(Sleepless):
             raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
         if answer.status != 200:
             raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
-        self._on_warm(self._started.process, self._endpoint)
+        self._on_warm(self._server.process, self._endpoint)
 
     def responds(self, timeout: float) -> bool | None:
-        """llama.cpp answers `/slots` where it generates, between two batches; `/health` is another thread's."""
+        """Request `/slots`: the generating thread answers it between two batches. `/health` is another thread's."""
         assert self._endpoint is not None, "wait_ready comes first"
         try:
             answer = fetch("GET", f"{self._endpoint.origin}/slots", headers=self._endpoint.headers, timeout=timeout)
         except TooSlow:
             return False
         except FetchError:
-            return None  # whether it ended is told by its process
-        return True if answer.status == 200 else None  # 501: a server that was told to offer no such endpoint
+            return None  # a connection error: the process watcher reports an exit
+        return True if answer.status == 200 else None  # 501: the endpoint is disabled
 
     def usage(self) -> Usage | None:
         if self._device != HOST_DEVICE:
@@ -116,20 +116,20 @@ class LlamaCppInstance(Sleepless):
 
     def stop(self, grace: float) -> None:
         self._stopping.set()
-        self._started.process.stop(grace)
+        self._server.process.stop(grace)
 
     def log_tail(self) -> str:
-        return self._started.process.log_tail()
+        return self._server.process.log_tail()
 
     def warning(self) -> str | None:
         return None
 
     def _ended(self, _code: int | None) -> None:
         if not self._stopping.is_set():
-            self._on_exit(Exit(f"Its process {self._started.process.say_end()}"))
+            self._on_exit(Exit(f"Its process {self._server.process.say_end()}"))
 
     def _fail_if_gone(self) -> None:
-        process = self._started.process
+        process = self._server.process
         if self._stopping.is_set():
             raise LoadFailed("It was stopped while loading.", self.log_tail())
         if process.exited:
@@ -137,23 +137,23 @@ class LlamaCppInstance(Sleepless):
             ended = f"Its process {process.say_end()}"
             raise LoadFailed(ended if process.killed else first_cause(tail) or f"{ended} while loading", tail)
 
-    def _answers(self) -> bool:
-        """Whether it is ready by its own word."""
-        origin = self._started.origin()
+    def _is_ready(self) -> bool:
+        """Return whether the server reports itself as ready."""
+        origin = self._server.origin()
         endpoint = endpoint_of(origin, self._key) if origin is not None else None
-        if endpoint is not None and answers(endpoint, PROBE_TIMEOUT):
+        if endpoint is not None and is_ready(endpoint, PROBE_TIMEOUT):
             self._endpoint = endpoint
         return self._endpoint is not None
 
     def _evidence(self) -> Evidence:
-        total, read = self.model.size_bytes, self._started.bytes_read()
+        total, read = self.model.size_bytes, self._server.bytes_read()
         if not total or read is None:
             return Evidence("loading_weights")
         if read >= total:
             return Evidence("initializing_gpu")
-        return Evidence("loading_weights", read / total, self._say_bytes(read, total))
+        return Evidence("loading_weights", read / total, self._describe_progress(read, total))
 
-    def _say_bytes(self, read: int, total: int) -> str:
+    def _describe_progress(self, read: int, total: int) -> str:
         words = (
             f"{read / 1e9:.1f} of {total / 1e9:.1f} GB read"
             if total >= 1e9
@@ -162,18 +162,21 @@ class LlamaCppInstance(Sleepless):
         elapsed = time.monotonic() - self._launched_at
         if elapsed > SLOW_AFTER_SECONDS:
             words += f" at {read / elapsed / 1e6:.0f} MB/s"
-            if (total - read) * elapsed > read * LONG_SECONDS:
+            if (total - read) * elapsed > read * SLOW_REMAINING_SECONDS:
                 words += ", this may take a while"
         return words
 
 
 def endpoint_of(origin: str, key: str) -> Endpoint:
-    """Of a server that answers those who know its key."""
+    """Return the endpoint of a server that requires `key`."""
     return Endpoint(origin, {"Authorization": f"Bearer {key}"})
 
 
-def answers(endpoint: Endpoint, timeout: float) -> bool:
-    """Whether a server is healthy *and* lists a model, each within `timeout`: its port can be open before either."""
+def is_ready(endpoint: Endpoint, timeout: float) -> bool:
+    """Return whether a server is healthy *and* lists a model; its port may be open before both.
+
+    Each request takes at most `timeout` seconds.
+    """
     try:
         if fetch("GET", f"{endpoint.origin}/health", headers=endpoint.headers, timeout=timeout).status != 200:
             return False
@@ -184,9 +187,9 @@ def answers(endpoint: Endpoint, timeout: float) -> bool:
 
 
 def first_cause(log_tail: str) -> str | None:
-    """The most telling line of llama.cpp's log, in words; None where there is none.
+    """Return the most telling line of llama.cpp's log as a cause; None if there is none.
 
-    Log lines of llama.cpp b6000 and later read `0.00.003.604 E llama_model_load: error loading model: …`.
+    Logs of llama.cpp b6000 and later have lines such as `0.00.003.604 E llama_model_load: error loading model: …`.
     """
     for line in log_tail.splitlines():
         for mark in ("error loading model:", "llama_init_from_model:", "failed to allocate", "error:"):

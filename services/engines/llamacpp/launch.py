@@ -1,4 +1,4 @@
-"""Two ways to start a llama.cpp server: the embedded one (a wheel), or a native `llama-server`."""
+"""Starts llama.cpp servers: the embedded one (a wheel), or a native `llama-server`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistr
 
 PROGRAM = Path(__file__).with_name("server.py")
 STANDBY_STOP_SECONDS = 2.0
-SETTLE_SECONDS = 0.5
-"""How long after a load the next process is started ahead: not while the first token is being waited for."""
+STANDBY_DELAY_SECONDS = 0.5
+"""Delay after a load before the next process is started in advance, so that it doesn't slow down the first token."""
 
 OnEnd = Callable[[int | None], None]
-"""Takes the exit code as subprocess counts, None when nobody can say."""
+"""Takes the exit code in subprocess's convention, None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What one server process is to load. `context_length` is tokens over all `parallel` slots together."""
+class LoadRequest:
+    """What a server process has to load. `context_length` is tokens over all `parallel` slots together."""
 
     path: str
     mapped: bool
@@ -41,11 +41,11 @@ class Order:
     arguments: tuple[str, ...] = ()
 
 
-class Started:
-    """A server process that was given its order.
+class ServerHandle:
+    """A server process that was given a load request.
 
-    What it read before `count_from_here` (Python, libraries) is left out of `bytes_read`; a native server can't say
-    when it begins with the model, so all it reads counts from its start.
+    Bytes read before `count_from_here` (Python, libraries) are left out of `bytes_read`. A native server can't say when
+    it starts on the model, so everything it reads counts.
     """
 
     def __init__(self, process: GroupLeader, origin: str | None = None) -> None:
@@ -55,39 +55,41 @@ class Started:
         self._read = 0
 
     def origin(self) -> str | None:
-        """Where it answers, or will; None while that is unknown."""
+        """Return the origin where it answers or will answer; None while unknown."""
         return self._origin
 
     def announce(self, origin: str) -> None:
         self._origin = origin
 
     def count_from_here(self) -> None:
-        """The process begins with the model now."""
-        self._before = _bytes_through(self.process.pid) or (0, 0)
+        """Start counting the bytes of the model."""
+        self._before = _bytes_consumed(self.process.pid) or (0, 0)
 
     def bytes_read(self) -> int | None:
-        """Bytes of the model that came in so far: read, or mapped and touched. None while nobody can say."""
-        through = _bytes_through(self.process.pid)
-        if through is None or self._before is None:
+        """Return the model's bytes in memory so far, read or mapped and touched; None while unknown."""
+        consumed = _bytes_consumed(self.process.pid)
+        if consumed is None or self._before is None:
             return None
-        self._read = max(self._read, *(now - before for now, before in zip(through, self._before, strict=True)))
+        self._read = max(self._read, *(now - before for now, before in zip(consumed, self._before, strict=True)))
         return self._read
 
 
 class Launcher(Protocol):
+    """Starts server processes."""
+
     @property
     def kind(self) -> str: ...
 
     def prepare(self) -> None:
-        """Do ahead what can be done before a model is named."""
+        """Do in advance what doesn't depend on the model."""
 
-    def start(self, order: Order, key: str, on_end: OnEnd) -> Started: ...
+    def start(self, request: LoadRequest, key: str, on_end: OnEnd) -> ServerHandle: ...
 
     def close(self) -> None: ...
 
 
 class NativeLauncher:
-    """Runs a `llama-server` found by name or path."""
+    """Runs a `llama-server` given by name or path."""
 
     def __init__(self, command: str, registry: ProcessRegistry) -> None:
         self._command = command
@@ -98,18 +100,18 @@ class NativeLauncher:
         return f"native {self._command}"
 
     def prepare(self) -> None:
-        """Nothing can be done ahead."""
+        """Do nothing: a native server can't be started without its model."""
 
-    def start(self, order: Order, key: str, on_end: OnEnd) -> Started:
+    def start(self, request: LoadRequest, key: str, on_end: OnEnd) -> ServerHandle:
         port = _free_port()
-        argv = [self._command, "--model", order.path, "--alias", order.alias, "--host", "127.0.0.1"]
-        argv += ["--port", str(port), "--ctx-size", str(order.context_length), "--parallel", str(order.parallel)]
-        argv += ["--threads", str(order.threads), "--no-webui"]
-        argv += [] if order.mapped else ["--no-mmap"]
-        argv += order.arguments
-        environment = {"LLAMA_API_KEY": key}  # not an argument: those show in every process list
-        if order.device != HOST_DEVICE:
-            environment["CUDA_VISIBLE_DEVICES"] = order.device
+        argv = [self._command, "--model", request.path, "--alias", request.alias, "--host", "127.0.0.1"]
+        argv += ["--port", str(port), "--ctx-size", str(request.context_length), "--parallel", str(request.parallel)]
+        argv += ["--threads", str(request.threads), "--no-webui"]
+        argv += [] if request.mapped else ["--no-mmap"]
+        argv += request.arguments
+        environment = {"LLAMA_API_KEY": key}  # not an argument: every process list shows those
+        if request.device != HOST_DEVICE:
+            environment["CUDA_VISIBLE_DEVICES"] = request.device
         try:
             process = ChildProcess(argv, self._registry, self._registry.new_log("llama-server"), on_end, environment)
         except OSError as error:
@@ -117,77 +119,77 @@ class NativeLauncher:
             raise EngineError(
                 f"The llama-server {self._command!r} can't be started: {reason}. Check the setting llamacpp_server."
             ) from None
-        return Started(process, f"http://127.0.0.1:{port}")
+        return ServerHandle(process, f"http://127.0.0.1:{port}")
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no process is kept."""
 
 
 class EmbeddedLauncher:
-    """Runs `server.py`, one process of it always started ahead when `standby` is on.
+    """Runs `server.py`. With `standby`, one process of it is always started in advance.
 
-    Starting Python and importing llama.cpp is 55 of the 75 ms that a tiny model takes to its first token (measured
-    with xllamacpp 2026.10 on two cores); a process that waits with that behind it needs 16 ms.
+    Starting Python and importing llama.cpp is 55 of the 75 ms that a tiny model takes to its first token (measured with
+    xllamacpp 2026.10 on two cores); a process that has done that already takes 16 ms.
     """
 
     kind = "embedded"
 
     def __init__(self, registry: ProcessRegistry, standby: bool = True) -> None:
         self._registry = registry
-        self._keep_one = standby
+        self._keep_standby = standby
         self._lock = threading.Lock()
-        self._waiting: _Embedded | None = None
+        self._standby: _EmbeddedServer | None = None
         self._closed = False
 
-    def start(self, order: Order, key: str, on_end: OnEnd) -> Started:
-        embedded = self._take() or _Embedded(self._registry)
-        return embedded.begin(order, key, on_end, then=self.prepare)
+    def start(self, request: LoadRequest, key: str, on_end: OnEnd) -> ServerHandle:
+        server = self._take() or _EmbeddedServer(self._registry)
+        return server.begin(request, key, on_end, then=self.prepare)
 
     def prepare(self) -> None:
-        """Have one process waiting, if that is wanted and none is."""
+        """Start the standby process, if enabled and there is none."""
         with self._lock:
-            if self._keep_one and not self._closed and (self._waiting is None or self._waiting.process.exited):
-                self._waiting = _Embedded(self._registry)
+            if self._keep_standby and not self._closed and (self._standby is None or self._standby.process.exited):
+                self._standby = _EmbeddedServer(self._registry)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.process.stop(STANDBY_STOP_SECONDS)
+            standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.process.stop(STANDBY_STOP_SECONDS)
 
-    def _take(self) -> _Embedded | None:
+    def _take(self) -> _EmbeddedServer | None:
         with self._lock:
-            waiting, self._waiting = self._waiting, None
-        return waiting if waiting is not None and not waiting.process.exited else None
+            standby, self._standby = self._standby, None
+        return standby if standby is not None and not standby.process.exited else None
 
 
-class _Embedded:
-    """One `server.py`, waiting for its order or serving."""
+class _EmbeddedServer:
+    """One `server.py` process, on standby or serving."""
 
     def __init__(self, registry: ProcessRegistry) -> None:
         self._on_end: OnEnd | None = None
         argv = [sys.executable, "-I", "-S", str(PROGRAM), sysconfig.get_paths()["platlib"]]
         self.process = ChildProcess(argv, registry, registry.new_log("llamacpp"), self._ended, talk=True)
 
-    def begin(self, order: Order, key: str, on_end: OnEnd, then: Callable[[], None]) -> Started:
+    def begin(self, request: LoadRequest, key: str, on_end: OnEnd, then: Callable[[], None]) -> ServerHandle:
         self._on_end = on_end
-        started = Started(self.process)
-        with suppress(OSError):  # it died just now: its end is reported by the watcher
-            self.process.stdin.write(json.dumps({**asdict(order), "key": key}) + "\n")
+        server = ServerHandle(self.process)
+        with suppress(OSError):  # the process has ended; its watcher reports that
+            self.process.stdin.write(json.dumps({**asdict(request), "key": key}) + "\n")
             self.process.stdin.flush()
-        threading.Thread(target=self._listen, args=(started, then), name="llamacpp-events", daemon=True).start()
-        return started
+        threading.Thread(target=self._listen, args=(server, then), name="llamacpp-events", daemon=True).start()
+        return server
 
-    def _listen(self, started: Started, then: Callable[[], None]) -> None:
+    def _listen(self, server: ServerHandle, then: Callable[[], None]) -> None:
         with suppress(OSError, ValueError):  # the pipe ends with the process
             for line in self.process.stdout:
                 event = json.loads(line)
                 if event["event"] == "loading":
-                    started.count_from_here()
+                    server.count_from_here()
                 elif event["event"] == "ready":
-                    started.announce(event["origin"])
-                    self.process.wait(SETTLE_SECONDS)
+                    server.announce(event["origin"])
+                    self.process.wait(STANDBY_DELAY_SECONDS)
                     then()
 
     def _ended(self, code: int) -> None:
@@ -195,8 +197,8 @@ class _Embedded:
             self._on_end(code)
 
 
-def _bytes_through(pid: int) -> tuple[int, int] | None:
-    """Bytes that the process read with system calls, and bytes of files that it has mapped and touched."""
+def _bytes_consumed(pid: int) -> tuple[int, int] | None:
+    """Return the bytes that a process read with system calls, and the bytes of mapped files that it touched."""
     try:
         process = psutil.Process(pid)
         return process.io_counters().read_chars, process.memory_info().shared

@@ -1,4 +1,4 @@
-"""How Alembic runs the revisions: on the connection that `open_store` hands it."""
+"""Alembic environment: runs the revisions on the connection passed by `open_store`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the app remembers of itself, a word each."""
+"""Notes: key-value pairs that the app keeps."""
 
 from __future__ import annotations
 

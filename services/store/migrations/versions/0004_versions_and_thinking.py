@@ -1,4 +1,4 @@
-"""Several answers to one message, what a model thought before it answered, and what it was told of the conversation."""
+"""Versions of an answer, the model's thinking, and how much of the conversation it was given."""
 
 from __future__ import annotations
 
