@@ -11,6 +11,7 @@ from typing import Literal
 
 from blueprints.filters import about, duration
 from services.downloads.download import Download
+from services.providers.docker_service import UNUSED, DockerStatus
 from services.providers.local_services import ServiceStatus
 from services.providers.local_services import State as ServiceState
 from services.status import CACHE_SECONDS, ModelState, ModelStatus, Status
@@ -100,11 +101,12 @@ class Live:
     now: float
     downloads: tuple[Download, ...] = ()
     service: ServiceStatus | None = None
+    docker: DockerStatus = UNUSED
 
     @property
     def moment(self) -> tuple[object, ...]:
         """Equal for two of these that tell the same story, so that it need not be told twice."""
-        return (self.status, self.downloads, self.service, int(self.now / CACHE_SECONDS))
+        return (self.status, self.downloads, self.service, self.docker, int(self.now / CACHE_SECONDS))
 
     @property
     def active(self) -> ModelStatus | None:
@@ -339,9 +341,10 @@ class Live:
 
     @property
     def _service_news(self) -> list[str]:
-        if self.service is None:
-            return []
-        return [_SERVICE_NEWS[self.service.state].format(error=self.service.error or "")]
+        said = [self.docker.error or "", "Docker is running." if self.docker.state == "running" else ""]
+        if self.service is not None:
+            said.insert(0, _SERVICE_NEWS[self.service.state].format(error=self.service.error or ""))
+        return [line for line in said if line]
 
     def asks_first(self, target: str) -> SwitchView | None:
         """The switch under way that a switch to `target` would throw away, once it is more than half done."""

@@ -123,13 +123,15 @@ def _pieces(live: Live) -> Sheet:
 
 def _parts(live: Live, offers: list[_Offer]) -> Iterator[Piece]:
     words = {"live": live, "back": "/models"}
+    under_way = sum(not job.final for job in live.jobs)
     yield Piece("top-status", "fragments/top_status.html", {"live": live})
-    yield Piece("jumps", "fragments/models_jumps.html", {"under_way": sum(not job.final for job in live.jobs)})
+    yield Piece("jumps", "fragments/models_jumps.html", {"under_way": under_way, "docker": live.docker})
     yield Piece("banner", "fragments/banner.html", words)
     yield Piece("memory", "fragments/memory.html", {"devices": live.status.devices})
     yield Piece("download-lists", "fragments/downloads.html", {**words, "offers": offers})
     address = services().settings.ollama_base_url
     yield Piece("ollama-card", "fragments/ollama.html", {"service": live.service, "ollama_address": address})
+    yield Piece("docker-card", "fragments/docker.html", {"docker": live.docker})
     yield Piece("poll", "fragments/poll.html", {"live": live, "url": url_for("models.fragment")}, swap="outerHTML")
 
 

@@ -24,7 +24,13 @@ _BEGUN_SECONDS = 1.0
 def live_now() -> Live:
     """The status of this moment, with the words for it."""
     found = services()
-    return Live(found.status.current(), time.time(), tuple(found.downloads.all()), found.ollama_service.status())
+    return Live(
+        found.status.current(),
+        time.time(),
+        tuple(found.downloads.all()),
+        found.ollama_service.status(),
+        found.docker_service.status(),
+    )
 
 
 @bp.app_template_global()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -22,7 +23,6 @@ from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.registry import Registries
 from services.downloads.ollama.updates import UpdateCheck
 from services.downloads.queue import DownloadQueue
-from services.engines.containers.port import ContainerRuntime
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.llamacpp.folder import ModelFolder
 from services.engines.ollama.engine import Ollama
@@ -40,6 +40,7 @@ from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
 from services.offhub import off_hub
 from services.periodic import Periodic
+from services.providers.docker_service import DockerService
 from services.providers.local_services import OllamaService, find_ollama
 from services.restart import Restart
 from services.scheduling import Threads
@@ -74,6 +75,10 @@ PRUNE_SECONDS = 60.0
 """Interval between prunes of engines' logs."""
 
 
+if TYPE_CHECKING:
+    from services.engines.containers.docker_runtime import DockerRuntime
+
+
 @dataclass(frozen=True)
 class Services:
     """Every service that a view may call. `start` before the first request, `close` after the last."""
@@ -90,6 +95,7 @@ class Services:
     library: Library
     updates: UpdateCheck
     ollama_service: OllamaService
+    docker_service: DockerService
     engines: dict[str, Engine]
     folder: ModelFolder
     devices: DeviceMonitor
@@ -107,6 +113,7 @@ class Services:
         models as stopped.
         """
         self.devices.start()
+        self.docker_service.start_watching()
         for engine in self.engines.values():
             engine.prepare()
         for periodic in self.background:
@@ -146,6 +153,7 @@ class Services:
         for engine in self.engines.values():
             engine.close()
         self.ollama_service.close()
+        self.docker_service.close()
         self.devices.stop()
         self.writes.close()
         self.store.close()
@@ -212,6 +220,11 @@ def build_services(settings: Settings) -> Services:
         library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
         updates=updates,
         ollama_service=service,
+        docker_service=DockerService(
+            lambda: _docker(settings.docker_host),
+            used=any(entry.engine == "vllm" for entry in settings.models),
+            on_change=board.touch,
+        ),
         engines=engines,
         folder=folder,
         devices=devices,
@@ -279,7 +292,7 @@ def _vllm(settings: Settings, devices: DeviceMonitor, hub: HubProcess, owner: st
     )
 
 
-def _docker(host: str | None) -> ContainerRuntime:
+def _docker(host: str | None) -> DockerRuntime:
     from services.engines.containers.docker_runtime import DockerRuntime  # see Vllm for why only now
 
     return DockerRuntime(host)

@@ -56,6 +56,16 @@ def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, 
     expect_active(page, FIRST)
 
 
+def test_the_docker_card_says_that_it_runs_and_where(console: Console, gpu_docker: DockerEngine, page: Page) -> None:
+    """With its version and socket; the top of the page leads there."""
+    visit(page, console, "/models")
+    page.get_by_role("navigation", name="On this page").get_by_role("link", name="Docker").click()
+    card = page.locator("#docker-card")
+    expect(card.locator(".word")).to_have_text("Running")
+    expect(card).to_contain_text(str(gpu_docker.client.version()["Version"]))
+    expect(card).to_contain_text(gpu_docker.host.removeprefix("unix://"))
+
+
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
 def test_the_table_shows_what_it_keeps_and_lets_it_be_unloaded(console, open_page, scheme, width) -> None:
     """A state by shape and word, its memory in the bar; Unload frees that as well; axe finds nothing."""

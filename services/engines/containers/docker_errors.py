@@ -20,6 +20,7 @@ from services.engines.containers.port import (
     RuntimeDown,
     RuntimeForbidden,
     RuntimeHangs,
+    RuntimeMissing,
 )
 
 FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
@@ -45,7 +46,7 @@ def explain(error: Exception, deed: str, host: str, seconds: float) -> Container
             f"{_user()}), log in again, and restart Switchyard."
         )
     if any(isinstance(cause, FileNotFoundError) for cause in causes) and not _installed():
-        return RuntimeDown(
+        return RuntimeMissing(
             f"Docker is not installed: there is no {host} and no docker program. Install Docker Engine "
             "(https://docs.docker.com/engine/install/), or set DOCKER_HOST to where one answers."
         )

@@ -68,7 +68,7 @@ class DockerRuntime:
             with self._asked_to("say how it is") as docker:
                 info = docker.info()
         except ContainerError as error:
-            return RuntimeStatus(running=False, error=str(error))
+            return RuntimeStatus(running=False, error=str(error), problem=error.problem)
         return RuntimeStatus(True, str(info["ServerVersion"]), nvidia="nvidia" in (info.get("Runtimes") or {}))
 
     def create(self, spec: ContainerSpec) -> str:

@@ -112,9 +112,12 @@ class ContainerEvent:
     exit_code: int | None = None
 
 
+RuntimeProblem = Literal["not_running", "not_installed", "forbidden", "unresponsive", "unusable"]
+
+
 @dataclass(frozen=True, slots=True)
 class RuntimeStatus:
-    """Whether the runtime can be used. `error` says in words why not, None where it can.
+    """Whether the runtime can be used. `problem` and `error`, in words, say why not; None where it can.
 
     `nvidia` tells whether an NVIDIA runtime is registered.
     """
@@ -123,22 +126,40 @@ class RuntimeStatus:
     version: str | None = None
     nvidia: bool = False
     error: str | None = None
+    problem: RuntimeProblem | None = None
 
 
 class ContainerError(EngineError):
-    """The runtime could not do what was asked. The text is for people: what happened, why, what to do."""
+    """The runtime could not do what was asked. The text is for people: what happened, why, what to do.
+
+    `problem` is why the runtime as a whole can't be used, where that is the cause.
+    """
+
+    problem: RuntimeProblem = "unusable"
 
 
 class RuntimeDown(ContainerError):
     """It isn't running, isn't installed, or went away."""
 
+    problem: RuntimeProblem = "not_running"
+
+
+class RuntimeMissing(RuntimeDown):
+    """It isn't installed."""
+
+    problem: RuntimeProblem = "not_installed"
+
 
 class RuntimeForbidden(ContainerError):
     """This user may not use it."""
 
+    problem: RuntimeProblem = "forbidden"
+
 
 class RuntimeHangs(ContainerError):
     """It took too long to answer. What was asked may still happen."""
+
+    problem: RuntimeProblem = "unresponsive"
 
 
 class NoGpuRuntime(ContainerError):
