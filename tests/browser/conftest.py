@@ -25,7 +25,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_MS = 30_000
 """It only ends a hang; what has to be prompt is held against a Stopwatch."""
 MARKDOWN_SERVER = Path(__file__).parent / "markdown_server.py"
-"""A stand-in for llama-server that answers in Markdown."""
+"""A fake llama-server that answers in Markdown."""
 
 OpenPage = Callable[..., Page]
 StartShared = Callable[..., Console]
@@ -102,7 +102,7 @@ def page(open_page: OpenPage) -> Page:
 
 @pytest.fixture(scope="module")
 def start_shared(start_shared: StartShared, tmp_path_factory: pytest.TempPathFactory) -> StartShared:
-    """Starts consoles that the tests of a module share, on stand-ins that answer in Markdown."""
+    """Starts consoles that the tests of a module share, on fakes that answer in Markdown."""
 
     def start(toml: str, **settings: object) -> Console:
         told = {"llamacpp_server": MARKDOWN_SERVER, "models_dir": tmp_path_factory.mktemp("no-models")}

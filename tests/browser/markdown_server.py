@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The stand-in llama-server, answering in Markdown: what it takes to see code, tables and links on a page.
+"""The fake llama-server, answering in Markdown: what it takes to see code, tables and links on a page.
 
-A model whose id ends in `plain` answers with the stand-in's ten short words; `--fault text:FILE` names another answer.
+A model whose id ends in `plain` answers with the fake's ten short words; `--fault text:FILE` names another answer.
 """
 
 from __future__ import annotations

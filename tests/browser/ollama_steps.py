@@ -1,4 +1,4 @@
-"""Consoles beside a stand-in for Ollama, and where people look for what it does."""
+"""Consoles beside a fake Ollama, and where people look for what it does."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_a_failure_says_why_what_runs_now_and_what_to_do(with_good: Page) -> Non
     page = with_good
     choose(page, "bad")
     expect(banner(page)).to_contain_text("bad could not be loaded")
-    expect(banner(page).locator(".cause")).to_contain_text("the stand-in was told to crash")
+    expect(banner(page).locator(".cause")).to_contain_text("the fake was told to crash")
     expect(banner(page).locator(".now-and-next")).to_have_text(
         "good-plain is running again. Try again, or choose another model."
     )
@@ -214,7 +214,7 @@ def test_a_failed_switch_can_be_tried_again(page: Page, console: Console) -> Non
     first = log.get_attribute("id")
     banner(page).get_by_role("button", name="Try again").click()
     expect(log).not_to_have_attribute("id", first or "")
-    expect(banner(page)).to_contain_text("the stand-in was told to crash")
+    expect(banner(page)).to_contain_text("the fake was told to crash")
 
 
 def test_a_model_that_does_not_fit_is_explained(with_good: Page, console: Console) -> None:

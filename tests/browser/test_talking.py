@@ -12,7 +12,7 @@ from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, answers, composer, messages, note, say, visit
 from tests.support.console import Console, fake_model, wait_until
 
-WHOLE = "I am a stand-in and answer in ten short words."
+WHOLE = "I am a fake and answer in ten short words."
 GONE = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
 OFFLINE = (*GONE, "htmx:", "[object Event]")
 """What Chromium, htmx and its event stream say of an app that is gone."""
@@ -200,7 +200,7 @@ def test_thoughts_are_a_sign_of_life_and_stay_folded(page: Page, console: Consol
     expect(thought.locator(".thoughts")).to_be_hidden()
     thought.locator("summary").click()
     expect(thought.locator(".thoughts")).to_contain_text("Let me see")
-    expect(thought.locator(".thoughts")).to_have_text("Let me see what a stand-in says. ")
+    expect(thought.locator(".thoughts")).to_have_text("Let me see what a fake says. ")
     expect(thought.locator("summary")).to_have_text(re.compile(r"Thought for \d\.\d s"))
     expect(page.locator(".message.complete > .prose")).to_have_text(WHOLE)
     expect(thought.locator(".thoughts")).to_be_visible()
@@ -312,7 +312,7 @@ def test_an_answer_cut_by_the_end_of_the_app_is_shown_as_such(
     page = open_page(tolerate=OFFLINE)
     visit(page, console)
     say(page, "Hello")
-    expect(answers(page).locator(".prose")).to_contain_text("I am a stand-in")
+    expect(answers(page).locator(".prose")).to_contain_text("I am a fake")
     console.kill() if end == signal.SIGKILL else console.stop()
     console.start()
     expect(answers(page)).to_contain_text(words)

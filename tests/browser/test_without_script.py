@@ -9,7 +9,7 @@ from tests.browser.conftest import OpenPage, StartShared
 from tests.browser.steps import MINI, banner, choose, composer, row, visit
 from tests.support.console import Console, fake_model
 
-WHOLE = "I am a stand-in and answer in ten short words."
+WHOLE = "I am a fake and answer in ten short words."
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What every engine adapter, on the real engine or a stand-in, has to do: the port's promises as tests.
+"""What every engine adapter, on the real engine or a fake, has to do: the port's promises as tests.
 
 An engine joins by a subclass of `EngineConformance` with a fixture `case`.
 """

@@ -1,6 +1,6 @@
 """Uses the container runtime as the app does, with everything patched; run by test_docker_runtime.
 
-Arguments: where Docker answers, the stand-in's image, the daemon's pid. Ends with 0 when all went well.
+Arguments: where Docker answers, the fake's image, the daemon's pid. Ends with 0 when all went well.
 """
 
 from gevent import monkey

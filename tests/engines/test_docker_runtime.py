@@ -1,4 +1,4 @@
-"""The container runtime on a real Docker engine; its containers run the stand-in for vLLM."""
+"""The container runtime on a real Docker engine; its containers run the fake vLLM."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ def test_a_container_lives_from_its_making_to_its_removal(runtime: DockerRuntime
     running = runtime.inspect(container_id)
     assert (running.state, running.exit_code) == ("running", None)
     assert running.started_at == pytest.approx(time.time(), abs=30)
-    wait_until(lambda: answers(runtime, container_id), "the stand-in to answer")
+    wait_until(lambda: answers(runtime, container_id), "the fake to answer")
     pids = runtime.pids(container_id)
     assert running.pid in pids
-    assert len(pids) == 2, "an init and the stand-in"
+    assert len(pids) == 2, "an init and the fake"
 
     runtime.stop(container_id, grace=10)
     ended = runtime.inspect(container_id)
@@ -205,7 +205,7 @@ def test_closing_a_stream_ends_it_in_the_thread_that_reads_it(runtime: DockerRun
     container_id = run(runtime, spec(hang_at="starting"))
     stream = runtime.attach(container_id) if opened == "attach" else runtime.events(LABELS)
     if opened == "attach":
-        wait_until(lambda: "version" in runtime.logs_tail(container_id, 10), "the stand-in to hang")
+        wait_until(lambda: "version" in runtime.logs_tail(container_id, 10), "the fake to hang")
     seen: list[object] = []
     reader = threading.Thread(target=lambda: seen.extend(stream), daemon=True)
     reader.start()
@@ -260,7 +260,7 @@ def test_waiting_for_one_that_goes_on_ends_in_time(runtime: DockerRuntime):
 
 def test_one_that_ignores_sigterm_is_killed_after_its_grace(runtime: DockerRuntime):
     container_id = run(runtime, spec(ignore_sigterm=True))
-    wait_until(lambda: answers(runtime, container_id), "the stand-in to answer")
+    wait_until(lambda: answers(runtime, container_id), "the fake to answer")
     runtime.stop(container_id, grace=0.5)
     assert runtime.inspect(container_id).exit_code == 137
 
@@ -389,7 +389,7 @@ def test_a_daemon_that_is_stopped_is_said_to_be_and_used_again_when_it_runs(
 ):
     """Streams that were open end with it: the events with an error, since something may have been missed."""
     container_id = run(runtime, spec())
-    wait_until(lambda: answers(runtime, container_id), "the stand-in to answer")
+    wait_until(lambda: answers(runtime, container_id), "the fake to answer")
     with closing(runtime.events({})) as events, closing(runtime.attach(container_id)) as output, docker.stopped():
         with pytest.raises(RuntimeDown, match="went away"):
             list(events)
@@ -633,7 +633,7 @@ def test_fake_vllm_sleeps_only_where_the_real_one_would(runtime: DockerRuntime):
     order = spec("tiny", "--enable-sleep-mode", "--served-model-name", "tiny")
     environment = {**order.environment, "VLLM_SERVER_DEV_MODE": "1"}
     container_id = run(runtime, ContainerSpec("tiny", FAKE_VLLM_IMAGE, 8000, order.command, environment))
-    wait_until(lambda: answers(runtime, container_id), "the stand-in to answer")
+    wait_until(lambda: answers(runtime, container_id), "the fake to answer")
     origin = f"http://127.0.0.1:{runtime.inspect(container_id).host_port}"
     with requests.Session() as http:
         assert http.post(f"{origin}/sleep?level=1").status_code == 200
@@ -646,7 +646,7 @@ def test_fake_vllm_sleeps_only_where_the_real_one_would(runtime: DockerRuntime):
 
 def test_ports_are_published_on_one_loopback_address_alone(runtime: DockerRuntime):
     container_id = run(runtime, spec())
-    wait_until(lambda: answers(runtime, container_id), "the stand-in to answer")
+    wait_until(lambda: answers(runtime, container_id), "the fake to answer")
     port = runtime.inspect(container_id).host_port
     assert port is not None
     with pytest.raises(ConnectionRefusedError):

@@ -1,7 +1,7 @@
-"""The stand-in for Ollama does what a real 0.24.0 was recorded doing.
+"""The fake Ollama does what a real 0.24.0 was recorded doing.
 
 The same facts can be asked of a real one: OLLAMA_TEST_BINARY names its command and OLLAMA_TEST_MODEL a small model that
-can be pulled. What needs the stand-in's models or its fault switches asks for the fixture `fake` and is skipped then.
+can be pulled. What needs the fake's models or its fault switches asks for the fixture `fake` and is skipped then.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Ollama:
 @pytest.fixture(scope="module")
 def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOllama]:
     if REAL_BINARY:
-        pytest.skip("this asks for what only the stand-in has")
+        pytest.skip("this asks for what only the fake has")
     models = {
         "tiny-a:latest": TINY_A,
         "tiny-b:latest": TINY_B,
@@ -90,7 +90,7 @@ def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOllama]
 
 @pytest.fixture
 def fake(fake_model: FakeOllama) -> Iterator[FakeOllama]:
-    """The stand-in behind `ollama`, with nothing loaded."""
+    """The fake behind `ollama`, with nothing loaded."""
     for name in fake_model.ps():
         fake_model.unload(name)
     yield fake_model
@@ -99,9 +99,9 @@ def fake(fake_model: FakeOllama) -> Iterator[FakeOllama]:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[FakeOllama]:
-    """A stand-in that isn't started yet and that the test may do with what it wants; it can pull `big`, of 250 MB."""
+    """A fake that isn't started yet and that the test may do with what it wants; it can pull `big`, of 250 MB."""
     if REAL_BINARY:
-        pytest.skip("this asks for what only the stand-in has")
+        pytest.skip("this asks for what only the fake has")
     fake = FakeOllama(tmp_path / "ollama", {"tiny-a:latest": TINY_A}, {"big:latest": {"size": 250_000_000}})
     yield fake
     fake.close()
@@ -507,9 +507,9 @@ def test_a_crash_in_a_load_takes_the_server(own: FakeOllama) -> None:
 
 def test_starts_fail_as_told(own: FakeOllama) -> None:
     server = Ollama(own.port, own.binary, own.environment, "tiny-a")
-    own.set_fault("crash_on_start", "Error: the stand-in was told to fail")
+    own.set_fault("crash_on_start", "Error: the fake was told to fail")
     ended = server.command("serve")
-    assert (ended.returncode, ended.stderr) == (2, b"Error: the stand-in was told to fail\n")
+    assert (ended.returncode, ended.stderr) == (2, b"Error: the fake was told to fail\n")
     own.clear_faults()
     own.set_fault("port_in_use")
     ended = server.command("serve")

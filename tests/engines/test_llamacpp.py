@@ -1,4 +1,4 @@
-"""The llamacpp engine against the port's conformance suite: embedded, and as a native server (a stand-in)."""
+"""The llamacpp engine against the port's conformance suite: embedded, and as a native server (a fake)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class TestEmbedded(EngineConformance):
 
 
 class TestNative(EngineConformance):
-    """A named `llama-server`; the stand-in has to keep the same promises as the real one."""
+    """A named `llama-server`; the fake has to keep the same promises as the real one."""
 
     @pytest.fixture
     def case(self, tmp_path: Path) -> Iterator[EngineCase]:

@@ -1,6 +1,6 @@
-"""What the ollama engine does on a server that others use as well, and that misbehaves on cue: the stand-in.
+"""What the ollama engine does on a server that others use as well, and that misbehaves on cue: the fake.
 
-The port's conformance suite runs in `test_ollama_server.py`, on the stand-in or a real Ollama.
+The port's conformance suite runs in `test_ollama_server.py`, on the fake or a real Ollama.
 """
 
 from __future__ import annotations

@@ -191,8 +191,8 @@ def test_a_refused_unload_says_why_and_its_end_is_seen_later(tmp_path: Path):
         exits: list[Exit] = []
         instance = engine.launch(engine.describe(Model("tiny-a", "ollama", "tiny-a")), exits.append)
         instance.wait_ready(lambda _: None, LOAD_SECONDS)
-        server.set_fault("refuse_unload", "the stand-in keeps it")
-        with pytest.raises(EngineError, match="refuses to unload tiny-a: the stand-in keeps it"):
+        server.set_fault("refuse_unload", "the fake keeps it")
+        with pytest.raises(EngineError, match="refuses to unload tiny-a: the fake keeps it"):
             instance.stop(GRACE)
         assert server.ps() == ["tiny-a:latest"]
         assert instance.usage() is not None

@@ -1,6 +1,6 @@
 """Names of one Ollama that are one in its memory: which they are, how they are listed, loaded and unloaded.
 
-The promises of the port about them run in `test_ollama_server.py`, on the stand-in or a real Ollama.
+The promises of the port about them run in `test_ollama_server.py`, on the fake or a real Ollama.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The vllm engine against the port's conformance suite, in real containers of a stand-in that replays vLLM's logs."""
+"""The vllm engine against the port's conformance suite, in real containers of a fake that replays vLLM's logs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.hub import SHARDED_MODEL, TINY_MODEL, fill_cache
 from tests.support.vllm import GPU_NAME, ON_GPU
 
 HOST = Reading("host", "System memory", "host", 16 * 10**9, 12 * 10**9)
-GPU = Reading("GPU-1", "Stand-in GPU", "gpu", TOTAL_BYTES, TOTAL_BYTES)
+GPU = Reading("GPU-1", "Fake GPU", "gpu", TOTAL_BYTES, TOTAL_BYTES)
 OWNER = "test"
 
 

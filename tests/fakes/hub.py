@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub, with its CDN on another port, and with fault switches.
+"""A fake Hugging Face hub, with its CDN on another port, and with configurable faults.
 
-It answers what huggingface_hub 2.4 asks to list a repository (`GET /api/models/…?blobs=true`) and to fetch files
-(`GET /…/resolve/…`, for LFS files a redirect to the CDN), in the hub's shapes, and keeps a record of every request.
+It answers the requests that huggingface_hub 2.4 sends to list a repository (`GET /api/models/…?blobs=true`) and to
+download files (`GET /…/resolve/…`, with a redirect to the CDN for LFS files), in the hub's shapes, and records them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PIECE = 4_096
 
 @dataclass(frozen=True)
 class Repo:
-    """`files` are the contents by path. With `gated`, reading them takes that token; `lfs` sends them over the CDN.
+    """`files` maps paths to contents. With `gated`, reading them requires that token; `lfs` serves them from the CDN.
 
-    `sizes` are told instead of the real ones.
+    `sizes` are reported instead of the real ones.
     """
 
     files: Mapping[str, bytes]
@@ -35,26 +35,26 @@ class Repo:
 
 @dataclass
 class Faults:
-    """What goes wrong with files; all may be changed while the hub runs."""
+    """Faults in serving files; all may be changed while the hub runs."""
 
     cut_after: int | None = None
-    """Bytes after which the connection is cut …"""
+    """Bytes after which the connection is closed …"""
     cuts: int = 1_000_000
     """… and how often that happens."""
     hang_after: int | None = None
-    """Bytes after which nothing more comes, with the connection open."""
+    """Bytes after which nothing more is sent, with the connection left open."""
     bytes_per_second: float | None = None
     refuse_ranges: bool = False
     flip: bool = False
-    """The first byte sent is another one."""
+    """Whether the first byte sent is corrupted."""
     login_page: bool = False
-    """Every answer is a web page, as in a hotel's network."""
+    """Whether every response is a web page, as from the login page of a hotel network."""
     cdn: str | None = None
-    """Where files are said to lie instead of at the CDN."""
+    """Where files are redirected to instead of the CDN."""
     moved: str | None = None
-    """Where a repository is said to have gone when it is to be listed."""
+    """Where requests to list a repository are redirected to."""
     statuses: list[int] = field(default_factory=list)
-    """Statuses that the next requests of any kind are answered with."""
+    """Status codes for the next requests, whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Request:
 
 
 class FakeHub:
-    """Runs from `with` to its end. `repos` may change while it runs."""
+    """Runs until the end of its `with` block. `repos` may change while it runs."""
 
     def __init__(self, repos: Mapping[str, Repo]) -> None:
         self.repos = dict(repos)
@@ -89,7 +89,7 @@ class FakeHub:
 
     @property
     def cdn_host(self) -> str:
-        """What has to be among the hosts that the hub may send downloads on to: it is on this machine."""
+        """Host of the CDN. It is on this machine, so it must be among the hosts that downloads may be redirected to."""
         return self._cdn.url.removeprefix("http://")
 
     def __enter__(self) -> FakeHub:
@@ -101,7 +101,7 @@ class FakeHub:
             server.shutdown()
             server.server_close()
 
-    def asked(self, server: str) -> list[Request]:
+    def requests_to(self, server: str) -> list[Request]:
         return [request for request in self.requests if request.server == server]
 
     def content(self, sha256: str) -> bytes | None:
@@ -110,7 +110,7 @@ class FakeHub:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # server_close waits for them: no thread outlives a test
+    daemon_threads = False  # so that server_close waits for them: no thread outlives a test
 
     def __init__(self, hub: FakeHub, name: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -120,7 +120,7 @@ class _Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that leave in the middle are what the tests are about."""
+        """Ignore errors of clients that disconnect in mid-transfer: the tests do that on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             Request(self.server.name, "GET", path, self.headers["Range"], self.headers["Authorization"])
         )
         if hub.faults.statuses:
-            self._refuse(hub.faults.statuses.pop(0), "ServerError", "the stand-in was told to refuse")
+            self._refuse(hub.faults.statuses.pop(0), "ServerError", "the fake was told to refuse")
         elif hub.faults.login_page:
             self._answer(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
         elif self.server.name == "cdn":
@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3])
         else:
-            self._refuse(404, "NotFound", "the stand-in does not have this page")
+            self._refuse(404, "NotFound", "the fake does not have this page")
 
     def _list(self, repo_id: str, revision: str) -> None:
         repo = self._repo(repo_id, revision)
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(repo.files[path])
 
     def _repo(self, repo_id: str, revision: str) -> Repo | None:
-        """The repository; None when it was answered that there is none, as the hub does it (401 without a token)."""
+        """The repository; None after an error response, which is the hub's (401 without a token)."""
         repo = self.server.hub.repos.get(repo_id)
         if repo is None and self.headers["Authorization"] is None:
             self._refuse(401, "RepoNotFound", "Invalid username or password.")
@@ -254,9 +254,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 def git_id(content: bytes) -> str:
-    """What git calls a file of this content."""
+    """The id that git gives a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

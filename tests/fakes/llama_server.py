@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
-"""A stand-in for a native `llama-server`, with fault switches, for what the real one can't be made to do on cue.
+"""A fake native `llama-server`, with faults that the real one can't be made to show on demand.
 
-It takes the arguments that the native launcher gives, answers the endpoints that Switchyard uses in llama.cpp's shapes,
-and misbehaves as `--fault NAME[:VALUE]` says (may be repeated):
+It takes the arguments of the native launcher, answers the endpoints that Switchyard uses in llama.cpp's shapes,
+and misbehaves according to `--fault NAME[:VALUE]` (may be repeated):
 
     slow_load:SECONDS      reads the model file evenly over that time
-    crash_loading          ends with exit code 3 and a telling log line after half of the file
-    never_ready            stays at 503 for ever
-    slow_health:SECONDS    waits that long before it says how it is
-    crash_ready:SECONDS    ends by itself that long after it was ready
-    crash_answering        ends in the middle of an answer
-    cut_answer             ends in the middle of an answer that is no stream
+    crash_loading          exits with code 3 and an error in its log after half of the file
+    never_ready            answers 503 for ever
+    slow_health:SECONDS    waits that long before it answers /health
+    crash_ready:SECONDS    crashes that long after it became ready
+    crash_answering        crashes in the middle of a streamed answer
+    cut_answer             crashes in the middle of an answer that isn't streamed
     refuse_first           answers the warm-up with an error
-    ignore_sigterm         goes on after SIGTERM
+    ignore_sigterm         keeps running after SIGTERM
     slow_tokens:SECONDS    waits that long before each token
-    hang_answering         says nothing to a chat, for ever, but the headers of a stream
-    thinks:SECONDS         thinks before it answers, waiting that long before each word of it
-    silent                 reads the question of a stream and says nothing, not even headers, until the client leaves
-    hold:MB                takes that much memory more than a small process does
+    hang_answering         never answers a chat; of a stream it sends the headers only
+    thinks:SECONDS         sends thoughts before its answer, waiting that long before each word of them
+    silent                 reads a streaming request and sends nothing, not even headers, until the client disconnects
+    hold:MB                allocates that much memory more than a small process
 
-A chat whose body has a `reply` gets just those bytes (latin-1), "ECHO" in them standing for the request as it came;
-with `hang_up` the connection ends after them.
+A chat request with a `reply` in its body gets exactly these bytes (latin-1), with "ECHO" replaced by the request as
+received; with `hang_up` the connection is closed after them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-THOUGHTS = ["Let", "me", "see", "what", "a", "stand-in", "says."]
-ANSWER = ["I", "am", "a", "stand-in", "and", "answer", "in", "ten", "short", "words."]
+THOUGHTS = ["Let", "me", "see", "what", "a", "fake", "says."]
+ANSWER = ["I", "am", "a", "fake", "and", "answer", "in", "ten", "short", "words."]
 
 
 def main() -> None:
@@ -75,14 +75,14 @@ class FakeServer(ThreadingHTTPServer):
                 file.read(size // steps + 1)
                 time.sleep(pause)
                 if step == steps // 2 and "crash_loading" in self.faults:
-                    die("llama_model_load: error loading model: the stand-in was told to crash")
+                    die("llama_model_load: error loading model: the fake was told to crash")
         self.ballast = os.urandom(1) * int(float(self.faults.get("hold", 0)) * 1e6)
         if "never_ready" in self.faults:
             return
         self.ready.set()
         if "crash_ready" in self.faults:
             time.sleep(float(self.faults["crash_ready"]))
-            die("error: the stand-in was told to crash when ready")
+            die("error: the fake was told to crash when ready")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             self._reply(body, raw)
             return
         if self.path == "/v1/completions" and "refuse_first" in self.server.faults:
-            self._json(500, {"error": {"message": "the stand-in refuses", "type": "server_error", "code": 500}})
+            self._json(500, {"error": {"message": "the fake refuses", "type": "server_error", "code": 500}})
         elif body.get("stream"):
             self._stream()
         elif self._hangs():
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             self._delta(reasoning_content=f"{word} ")
         for number, word in enumerate(ANSWER):
             if number == len(ANSWER) // 2 and "crash_answering" in self.server.faults:
-                die("error: the stand-in was told to crash in an answer")
+                die("error: the fake was told to crash in an answer")
             self._delta(content=f"{self._token(word)} ")
         self._chunk("data: [DONE]\n\n")
         self._chunk("")
@@ -184,10 +184,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if cut else data)
         if cut:
-            die("error: the stand-in was told to end in an answer")
+            die("error: the fake was told to end in an answer")
 
     def log_message(self, *_: object) -> None:
-        """Requests are not worth a line."""
+        """Log nothing."""
 
 
 def die(words: str) -> None:

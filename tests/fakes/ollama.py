@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""A stand-in for `ollama` 0.24.0, server and command in one, with fault switches for what the real one can't be made
-to do on cue. `tests/support/ollama.py` says how it is configured; its parts are in `ollama_parts`.
+"""A fake `ollama` 0.24.0, server and command in one, with faults that the real one can't be made to show on
+demand. `tests/support/ollama.py` documents its configuration; its parts are in `ollama_parts`.
 
     ollama serve | pull [--insecure] NAME | list | ps | --version
 """
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def main(arguments: list[str]) -> int:
-    # Each command imports what it needs and no more: a runner must start at once.
+    # Each command imports only what it needs: a runner must start at once.
     if arguments[:1] == ["runner"]:
         from ollama_parts.runner import run as hold
 

@@ -1,29 +1,29 @@
 #!/usr/bin/python3
-"""A stand-in for `vllm serve` (0.32.0), with fault switches, for what the real one can't be made to do on cue.
+"""A fake `vllm serve` (0.32.0), with faults that the real one can't be made to show on demand.
 
-It writes a log that a real vLLM wrote, piece by piece, then answers the endpoints that Switchyard uses in vLLM's
-shapes. It is the `vllm` of the image that `tests.support.docker` builds, and needs Python alone. The environment
-variable FAKE_VLLM holds its switches as a JSON object:
+It writes the recorded log of a real vLLM, piece by piece, then answers the endpoints that Switchyard uses in vLLM's
+shapes. It is the `vllm` of the image that `tests.support.docker` builds, and needs only Python. The environment
+variable FAKE_VLLM holds its options as a JSON object:
 
-    log: NAME              which recorded log to write (`ok-eager`); one of a failure ends as that run did
-    load_seconds: S        how long the whole log takes (0.5)
-    hang_at: STAGE         writes nothing more once it is there; STAGE is one of STAGES
-    crash_at: STAGE        ends with exit code 1 and a traceback once it is there
-    out_of_memory: true    the same at loading_weights, with CUDA's words
-    exit_ready: S          ends by itself that long after it was ready, with `exit_code` (0)
+    log: NAME              the recorded log to write (`ok-eager`); one of a failure exits as that run did
+    load_seconds: S        how long writing the whole log takes (0.5)
+    hang_at: STAGE         writes nothing more from there on; STAGE is one of STAGES
+    crash_at: STAGE        exits with code 1 and a traceback at that stage
+    out_of_memory: true    the same at loading_weights, with CUDA's message
+    exit_ready: S          exits that long after it became ready, with `exit_code` (0)
     refuse_first: true     answers completions with an error
     refuse_sleep: true     answers /sleep with an error
     refuse_wake: true      answers /wake_up with an error
-    exit_asleep: true      ends by itself once it sleeps
-    exit_falling_asleep: true   says that it sleeps, and ends when it is asked about that
-    gpu: NAME              the stand-in GPU (`tests/fakes/gpu`) that it runs on
-    gpu_bytes: N           that GPU's size, of which it claims what --gpu-memory-utilization says
+    exit_asleep: true      exits once it sleeps
+    exit_falling_asleep: true   reports that it sleeps, and exits when /is_sleeping is requested
+    gpu: NAME              the fake GPU (`tests/fakes/gpu`) that it runs on
+    gpu_bytes: N           that GPU's size, of which it claims the share in --gpu-memory-utilization
     asleep_bytes: N        what it keeps of that while it sleeps (1.5 GB)
-    crash_answering: true  ends in the middle of an answer
+    crash_answering: true  exits in the middle of an answer
     slow_tokens: S         waits that long before each token
-    slow_stop: S           takes that long to end after SIGTERM
-    ignore_sigterm: true   goes on after SIGTERM
-    hold_mb: N             takes that much memory from loading_weights on
+    slow_stop: S           takes that long to exit after SIGTERM
+    ignore_sigterm: true   keeps running after SIGTERM
+    hold_mb: N             allocates that much memory from loading_weights on
     transcripts: FOLDER    where the recorded logs are (/transcripts)
 """
 
@@ -43,21 +43,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-ANSWER = ["I", "am", "a", "stand-in", "and", "answer", "in", "ten", "short", "words."]
+ANSWER = ["I", "am", "a", "fake", "and", "answer", "in", "ten", "short", "words."]
 STAGES = {
     "starting": b"version 0.32.0",
     "loading_weights": b"Starting to load model",
     "initializing_gpu": b"Loading weights took",
     "warming_up": b"KV cache size",
 }
-"""The stages and what the log says at the beginning of each."""
+"""The stages, with the text in the log that begins each of them."""
 ASLEEP_BYTES = 1_500_000_000
 READY = b"Application startup complete."
 RECORDED_MODEL = b"models/tiny-b"
 PIECE = re.compile(rb"\r?[^\r\n]*(?:\r?\n)?")
-"""What is written at once: a line, or one state of a progress bar."""
+"""What is written at a time: a line, or one state of a progress bar."""
 RECORDED_STATE = re.compile(rb"(\r[^\r\n]+)\n(?=\r)")
-"""A state of a bar as it was recorded: with a newline, which only the last one had."""
+"""A state of a progress bar as recorded: with a newline, which in reality only the last one had."""
 OUT_OF_MEMORY = (
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.53 GiB "
     "of which 1.12 GiB is free. Process 4711 has 22.40 GiB memory in use."
@@ -72,7 +72,7 @@ def main() -> None:
     faults = json.loads(os.environ.get("FAKE_VLLM", "{}"))
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, signal.SIG_IGN if faults.get("ignore_sigterm") else lambda *_: stopping.set())
-    threading.Thread(target=end_when_told, args=(stopping, float(faults.get("slow_stop", 0))), daemon=True).start()
+    threading.Thread(target=end_on_signal, args=(stopping, float(faults.get("slow_stop", 0))), daemon=True).start()
     write_log(arguments, faults)
     with FakeServer(arguments, faults) as server:
         if "exit_ready" in faults:
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Of `vllm serve MODEL …`; an unknown argument ends it with exit code 2, as it does there."""
+    """Parse the arguments of `vllm serve MODEL …`; an unknown one exits with code 2, as in the real one."""
     parser = argparse.ArgumentParser(prog="vllm", allow_abbrev=False)
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model")
@@ -100,14 +100,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def write_log(arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
-    """Write the recorded log up to where the server is ready; returns only if it gets there."""
+    """Write the recorded log up to the point where the server is ready; returns only if it gets there."""
     folder = Path(faults.get("transcripts", "/transcripts"))
     log = (folder / f"{faults.get('log', 'ok-eager')}.log").read_bytes()
     log = RECORDED_STATE.sub(rb"\1", log.replace(RECORDED_MODEL, arguments.model.encode()))
     pieces = [piece for piece in PIECE.findall(log) if piece]
     pause = float(faults.get("load_seconds", 0.5)) / len(pieces)
     for stage, piece in staged(pieces):
-        if ended := re.match(rb"exit=(\d+)", piece):  # written by who recorded it
+        if ended := re.match(rb"exit=(\d+)", piece):  # added to the recording: the run's exit code
             sys.exit(int(ended[1]))
         sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
@@ -119,7 +119,7 @@ def write_log(arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
 
 
 def staged(pieces: list[bytes]) -> Iterator[tuple[str | None, bytes]]:
-    """Each piece, with the stage that begins with it."""
+    """Each piece, with the stage that begins with it, if any."""
     left = dict(STAGES)
     for piece in pieces:
         stage = next((name for name, mark in left.items() if mark in piece), None)
@@ -128,19 +128,19 @@ def staged(pieces: list[bytes]) -> Iterator[tuple[str | None, bytes]]:
 
 
 def claim(arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
-    """Take what it was told to of the stand-in GPU."""
+    """Claim the configured share of the fake GPU."""
     if "gpu" in faults:
         hold(int(faults["gpu_bytes"] * float(arguments.gpu_memory_utilization or 0.92)), faults)
 
 
 def hold(size: int, faults: dict[str, Any]) -> None:
-    """Hold that much of it: its driver looks here."""
+    """Record the bytes held on the GPU, for the fake driver to read."""
     if "gpu" in faults:
         Path(f"/tmp/gpu_{faults['gpu']}").write_text(str(size))
 
 
 def enter(stage: str, arguments: argparse.Namespace, faults: dict[str, Any]) -> None:
-    """Do what the switches say for the beginning of a stage."""
+    """Apply the options for the beginning of a stage."""
     if stage == "loading_weights":
         held.append(os.urandom(1) * int(float(faults.get("hold_mb", 0)) * 1e6))
         claim(arguments, faults)
@@ -149,10 +149,10 @@ def enter(stage: str, arguments: argparse.Namespace, faults: dict[str, Any]) -> 
     if faults.get("hang_at") == stage:
         threading.Event().wait()
     if faults.get("crash_at") == stage:
-        die(f"ValueError: the stand-in was told to crash at {stage}")
+        die(f"ValueError: the fake was told to crash at {stage}")
 
 
-def end_when_told(stopping: threading.Event, slow_stop: float) -> None:
+def end_on_signal(stopping: threading.Event, slow_stop: float) -> None:
     stopping.wait()
     print(
         "(APIServer pid=1) INFO 11-21 02:46:26 [launcher.py:254] [shutdown] API server: shutdown triggered", flush=True
@@ -214,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if url.path == "/sleep" and self.server.can_sleep:
             if self.server.faults.get("refuse_sleep"):
-                self._error(500, "the stand-in refuses to sleep", "InternalServerError")
+                self._error(500, "the fake refuses to sleep", "InternalServerError")
             else:
                 self.server.sleep_level = int(parse_qs(url.query).get("level", ["1"])[0])
                 hold(self.server.faults.get("asleep_bytes", ASLEEP_BYTES), self.server.faults)
@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
                     os._exit(0)
         elif url.path in ("/wake_up", "/collective_rpc", "/reset_prefix_cache") and self.server.can_sleep:
             if url.path == "/wake_up" and self.server.faults.get("refuse_wake"):
-                self._error(500, "the stand-in refuses to wake up", "InternalServerError")
+                self._error(500, "the fake refuses to wake up", "InternalServerError")
                 return
             if url.path == "/wake_up":
                 self.server.sleep_level = 0
@@ -240,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in self.server.names:
             self._error(404, f"The model `{name}` does not exist.", "NotFoundError")
         elif self.server.sleep_level or self.server.faults.get("refuse_first"):
-            self._error(500, "the stand-in sleeps, or refuses", "InternalServerError")
+            self._error(500, "the fake sleeps, or refuses", "InternalServerError")
         else:
             with self.server.lock:
                 self.server.running += 1
@@ -329,7 +329,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Requests are not worth a line."""
+        """Log nothing."""
 
 
 def _choice(said: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Engines that are slow, crash, hang or don't obey: what the switch makes of them. On the stand-in llama-server."""
+"""Engines that are slow, crash, hang or don't obey: what the switch makes of them. On the fake llama-server."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(tight):
     seen = list(tight.switch_stream("bad"))
     name, error = seen[-1]
     assert (name, error["error"]) == ("error", "load_failed")
-    assert "the stand-in was told to crash" in error["message"]
+    assert "the fake was told to crash" in error["message"]
     assert "good is running again" in error["message"]
     assert ("stage", "rolling_back") in [(n, d.get("stage")) for n, d in seen]
     status = tight.status()

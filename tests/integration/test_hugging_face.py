@@ -1,4 +1,4 @@
-"""The fetcher for the Hugging Face hub: the real huggingface_hub in its real child process, and a stand-in hub."""
+"""The fetcher for the Hugging Face hub: the real huggingface_hub in its real child process, and a fake hub."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_a_model_lands_whole_where_the_engine_finds_it(hub: FakeHub, fetcher: Hu
     assert [seen.expected_bytes for seen in fetch.seen if seen.expected_bytes is not None] == [len(MODEL)]
     assert fetch.seen[1].parts == {"mini.gguf": Part(0, len(MODEL))}
     assert fetch.arrived("mini.gguf") == len(MODEL)
-    assert {request.path.split("/")[1] for request in hub.asked("hub")} == {"api", "yard"}
-    assert f"/yard/mini/resolve/{COMMIT}/mini.gguf" in [request.path for request in hub.asked("hub")]
+    assert {request.path.split("/")[1] for request in hub.requests_to("hub")} == {"api", "yard"}
+    assert f"/yard/mini/resolve/{COMMIT}/mini.gguf" in [request.path for request in hub.requests_to("hub")]
 
 
 def test_all_parts_of_a_split_model_are_brought(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
@@ -99,7 +99,7 @@ def test_all_parts_of_a_split_model_are_brought(hub: FakeHub, fetcher: HuggingFa
     assert files_below(models) == {f"yard/split/{path}": content for path, content in PARTS.items()}
     assert fetch.seen[1].parts == {path: Part(0, 100_000) for path in PARTS}
     assert fetch.seen[1].expected_bytes == 300_000
-    assert len(hub.asked("cdn")) == 3
+    assert len(hub.requests_to("cdn")) == 3
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_gated_model_comes_with_the_token_which_stays_with_the_hub(
     written = {name: content for name, content in files_below(tmp_path).items() if TOKEN.encode() in content}
     assert written == {}
     assert hub.requests[-1].server == "cdn"
-    assert {request.authorization for request in hub.asked("cdn")} == {None}
+    assert {request.authorization for request in hub.requests_to("cdn")} == {None}
 
 
 def test_a_connection_cut_half_way_goes_on_from_there(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_connection_cut_half_way_goes_on_from_there(hub: FakeHub, fetcher: Hug
     Fetch(fetcher, "yard/mini").result()
 
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
-    starts = [int(re.sub(r"\D", "", request.range or "0")) for request in hub.asked("cdn")]
+    starts = [int(re.sub(r"\D", "", request.range or "0")) for request in hub.requests_to("cdn")]
     assert starts[0] == 0
     assert starts == sorted(starts)
     assert 0 < starts[1] < starts[2]
@@ -194,7 +194,7 @@ def test_a_server_that_knows_no_ranges_sends_it_all_again(
     Fetch(fetcher, "yard/mini").result()
 
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
-    assert hub.asked("cdn")[1].range is not None
+    assert hub.requests_to("cdn")[1].range is not None
 
 
 def test_a_line_that_stays_dead_is_given_up_and_taken_up_by_the_next_try(
@@ -345,7 +345,7 @@ def test_a_file_is_not_asked_of_this_machine_or_its_network(
         failure = Fetch(fetcher, "yard/mini").failure()
         assert failure.code == "redirect_refused", host
         assert "download_hosts" in failure.message
-    assert hub.asked("cdn") == []
+    assert hub.requests_to("cdn") == []
 
 
 def test_a_file_may_come_from_a_public_host_without_the_token() -> None:

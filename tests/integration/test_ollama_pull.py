@@ -89,7 +89,7 @@ def _open_files() -> int:
 
 
 def program(folder: Path, code: str) -> str:
-    """A stand-in for the command, of a few lines of Python; `say` draws on stderr."""
+    """A fake command, of a few lines of Python; `say` draws on stderr."""
     path = folder / "ollama"
     prelude = "import os, signal, subprocess, sys, time\ndef say(text): os.write(2, text.encode())\n"
     path.write_text(f"#!{sys.executable} -S\n{prelude}{code}\n", encoding="utf-8")
@@ -153,7 +153,7 @@ class Running:
 
 @dataclass
 class Pulls:
-    """A stand-in for Ollama with a registry, and the two ways to have it pull."""
+    """A fake Ollama with a registry, and the two ways to have it pull."""
 
     ollama: FakeOllama
     registry: FakeRegistry

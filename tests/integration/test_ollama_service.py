@@ -1,4 +1,4 @@
-"""`ollama serve` started, stopped, watched and found again, on the stand-in for Ollama run as a process of its own."""
+"""`ollama serve` started, stopped, watched and found again, on the fake Ollama run as a process of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MakeService = Callable[..., OllamaService]
 
 @pytest.fixture
 def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
-    """The stand-in as it is installed: not running."""
+    """The fake as it is installed: not running."""
     fake = FakeOllama(tmp_path / "ollama", models={MODEL: TINY_A})
     yield fake
     fake.close()
@@ -192,7 +192,7 @@ def test_a_program_that_can_not_be_run_is_named(make_service: MakeService, tmp_p
 
 
 def test_a_port_that_another_program_uses_is_explained(service: OllamaService, ollama: FakeOllama) -> None:
-    """The stand-in fails to bind as the real one does; the program that holds the port is named: this very test."""
+    """The fake fails to bind as the real one does; the program that holds the port is named: this very test."""
     with web_server(ollama.port):
         error = refused(service.start)
         assert error.code == "port_in_use"

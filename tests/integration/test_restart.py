@@ -35,7 +35,7 @@ def test_requests_that_come_with_a_restart_are_answered_after_it(start_with_fake
         status = askers.submit(requests.get, f"{console.url}/v1/models/status", timeout=60)
         answers = [future.result() for future in asked]
     assert [answer.status_code for answer in answers] == [200] * 7, [answer.text for answer in answers]
-    assert all("stand-in" in answer.text for answer in answers)
+    assert all("fake" in answer.text for answer in answers)
     assert status.result().status_code == 200
     wait_until(lambda: not before & {child.pid for child in console.children()}, "the old worker to be gone")
     states = console.states()

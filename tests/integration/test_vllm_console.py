@@ -1,4 +1,4 @@
-"""A console whose settings list vLLM models: switched like any other, in real containers of the stand-in."""
+"""A console whose settings list vLLM models: switched like any other, in real containers of the fake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM models on a GPU that sleep instead of being stopped: a console over real containers and a stand-in GPU."""
+"""vLLM models on a GPU that sleep instead of being stopped: a console over real containers and a fake GPU."""
 
 from __future__ import annotations
 

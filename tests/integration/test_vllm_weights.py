@@ -1,4 +1,4 @@
-"""Weights for vLLM: the real child process, a stand-in hub, and the cache read back by the real huggingface_hub."""
+"""Weights for vLLM: the real child process, a fake hub, and the cache read back by the real huggingface_hub."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_cut_connection_goes_on_where_it_was(hub, weights, cache):
     hub.faults.cut_after, hub.faults.cuts = 300_000, 1
     Fetching(weights).result()
     assert snapshot(cache) == FILES
-    assert [request.range for request in hub.asked("cdn") if request.range] != []
+    assert [request.range for request in hub.requests_to("cdn") if request.range] != []
     assert hub.sent <= TOTAL + 65_536
 
 

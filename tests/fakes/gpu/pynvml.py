@@ -1,8 +1,8 @@
-"""A stand-in for NVIDIA's driver library, as much of it as Switchyard uses, for a machine with one GPU of 80 GB.
+"""A fake of NVIDIA's driver library (the parts that Switchyard uses) for a machine with one GPU of 80 GB.
 
-Its folder comes first on a console's PYTHONPATH, and FAKE_GPU names the GPU, so that two runs of the tests don't
-share one. A process holds what a stand-in vLLM has written to `/tmp/gpu_NAME` in its container, which is seen through
-`/proc`: so it is gone with the process, as real GPU memory is. While somebody holds a lock on the file that
+Its folder comes first on a console's PYTHONPATH. FAKE_GPU names the GPU, so that two test runs don't share one. A
+process holds the bytes that a fake vLLM has written to `/tmp/gpu_NAME` in its container, read through `/proc`: they
+are freed when the process ends, like real GPU memory. While another process holds a lock on the file that
 FAKE_GPU_HANG names, the driver hangs.
 """
 
@@ -21,7 +21,7 @@ HANG = os.environ.get("FAKE_GPU_HANG")
 
 
 class NVMLError(Exception):
-    """What the library raises."""
+    """The base of the library's errors."""
 
 
 class NVMLError_LibraryNotFound(NVMLError):
@@ -47,7 +47,7 @@ def nvmlDeviceGetUUID(_handle: int) -> str:
 
 
 def nvmlDeviceGetName(_handle: int) -> str:
-    return "Stand-in GPU"
+    return "Fake GPU"
 
 
 def nvmlDeviceGetMemoryInfo(_handle: int) -> SimpleNamespace:
@@ -64,11 +64,11 @@ def nvmlDeviceGetGraphicsRunningProcesses(_handle: int) -> list[SimpleNamespace]
 
 
 def held_on(gpu: str) -> Iterator[tuple[int, int]]:
-    """Every process that holds some of it, and how many bytes."""
+    """The processes that hold some of this GPU's memory, with their bytes."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             program = (process / "cmdline").read_bytes().split(b"\0")
-            if b"/usr/local/bin/vllm" in program[:2]:  # not the container's init, whose root is the same
+            if b"/usr/local/bin/vllm" in program[:2]:  # not the container's init, which has the same root
                 yield int(process.name), int((process / "root" / "tmp" / f"gpu_{gpu}").read_text())
-        except (OSError, ValueError):  # it has ended, or holds nothing yet
+        except (OSError, ValueError):  # the process has ended, or holds nothing yet
             continue

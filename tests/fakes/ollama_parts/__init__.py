@@ -1,1 +1,1 @@
-"""The parts of the stand-in for Ollama 0.24.0: `tests/fakes/ollama.py` is the command that puts them together."""
+"""The parts of the fake Ollama 0.24.0; `tests/fakes/ollama.py` is the command that combines them."""

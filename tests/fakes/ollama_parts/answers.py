@@ -1,4 +1,4 @@
-"""What a model says, word by word, and the four shapes in which Ollama 0.24.0 sends it."""
+"""A model's answer, word by word, and the four formats in which Ollama 0.24.0 sends it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Token:
 
 
 def tokens(answer: str, thinking: str, limit: object) -> tuple[list[Token], str]:
-    """The tokens of an answer and why it ends: `stop`, or `length` where `limit` (a count above 0) cut it."""
+    """The tokens of an answer and why it ends: `stop`, or `length` if `limit` (a count above 0) truncated it."""
     said = [Token(word, True) for word in _words(thinking)] + [Token(word) for word in _words(answer)]
     if isinstance(limit, int) and 0 < limit <= len(said):
         return said[:limit], "length"
@@ -34,7 +34,7 @@ def _words(text: str) -> list[str]:
 
 @dataclass
 class Answer:
-    """One answer on its way: the request's body, and what was counted so far (durations in ns)."""
+    """One answer being sent: the request's body, and the counts and durations (ns) so far."""
 
     model: str
     body: dict[str, Any]
@@ -63,8 +63,8 @@ class Answer:
         }
 
 
-class NativeShape:
-    """/api/generate and /api/chat: NDJSON, the last object with `done` and the durations."""
+class NativeFormat:
+    """Format of /api/generate and /api/chat: NDJSON; the last object has `done` and the durations."""
 
     stream_type = "application/x-ndjson"
     whole_type = "application/json; charset=utf-8"
@@ -100,8 +100,8 @@ class NativeShape:
         return {"done": True, "done_reason": answer.reason} | context | answer.durations()
 
 
-class OpenAiShape:
-    """/v1/chat/completions and /v1/completions: server-sent events, or one object."""
+class OpenAiFormat:
+    """Format of /v1/chat/completions and /v1/completions: server-sent events, or one object."""
 
     stream_type = "text/event-stream"
     whole_type = "application/json"
@@ -115,10 +115,10 @@ class OpenAiShape:
         return self._event(answer, [self._choice_of(token, None)])
 
     def end(self, answer: Answer) -> str:
-        told = self._event(answer, [self._choice_of(Token(""), answer.reason)])
+        events = self._event(answer, [self._choice_of(Token(""), answer.reason)])
         if (answer.body.get("stream_options") or {}).get("include_usage"):
-            told += self._event(answer, [], usage=answer.usage())
-        return told + "data: [DONE]\n\n"
+            events += self._event(answer, [], usage=answer.usage())
+        return events + "data: [DONE]\n\n"
 
     def error(self, text: str) -> str:
         return f"data: {dumps(openai_error(500, text))}\n\n"

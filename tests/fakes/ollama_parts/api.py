@@ -1,4 +1,4 @@
-"""The server and its endpoints, with the status codes and texts of Ollama 0.24.0 as they were recorded."""
+"""The server and its endpoints, with the recorded status codes and texts of Ollama 0.24.0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from .answers import Answer, NativeShape, OpenAiShape, tokens
+from .answers import Answer, NativeFormat, OpenAiFormat, tokens
 from .exchange import JSON, PLAIN_JSON, ApiError, Exchange
 from .library import Installed, Library, Name
 from .scheduler import ClientGone, Runner, Scheduler
@@ -19,7 +19,7 @@ from .transfers import Puller, PullFailed
 from .wire import dumps, keep_alive, read_json, rfc3339
 
 VERSION = "0.24.0"
-Shape = NativeShape | OpenAiShape
+Format = NativeFormat | OpenAiFormat
 
 
 class Server(ThreadingHTTPServer):
@@ -36,13 +36,13 @@ class Server(ThreadingHTTPServer):
         self.puller = Puller(library, settings)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is nothing to report; the rest is, as in any server."""
+        """Ignore clients that have disconnected; report any other error as usual."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 class Handler(Exchange):
-    """One connection: what is asked, and what a model or the library has to say to it."""
+    """The endpoints, on one connection."""
 
     server: Server
 
@@ -71,10 +71,10 @@ class Handler(Exchange):
         self._json(200, {"models": [self._tag(model) for model in self.server.library.models()]})
 
     def _tag(self, model: Installed) -> dict[str, object]:
-        told: dict[str, object] = {"name": model.name.short, "model": model.name.short}
+        entry: dict[str, object] = {"name": model.name.short, "model": model.name.short}
         if "remote_host" in model.config:
-            told |= {"remote_model": model.config["remote_model"], "remote_host": model.config["remote_host"]}
-        return told | {
+            entry |= {"remote_model": model.config["remote_model"], "remote_host": model.config["remote_host"]}
+        return entry | {
             "modified_at": rfc3339(model.modified_ns),
             "size": model.manifest.size,
             "digest": model.digest,
@@ -140,7 +140,7 @@ class Handler(Exchange):
         body = self._request("GenerateRequest")
         model = self._model(body.get("model") or "")
         empty = not body.get("prompt")
-        self._talk(NativeShape(chat=False), body, model, "generate", empty, {"response": ""})
+        self._talk(NativeFormat(chat=False), body, model, "generate", empty, {"response": ""})
 
     def _chat(self) -> None:
         body = self._request("ChatRequest")
@@ -149,7 +149,7 @@ class Handler(Exchange):
         model = self._model(body["model"])
         empty = not body.get("messages")
         self._talk(
-            NativeShape(chat=True), body, model, "chat", empty, {"message": {"role": "assistant", "content": ""}}
+            NativeFormat(chat=True), body, model, "chat", empty, {"message": {"role": "assistant", "content": ""}}
         )
 
     def _v1_chat(self) -> None:
@@ -167,12 +167,12 @@ class Handler(Exchange):
         model = self._model(body["model"], PLAIN_JSON)
         options = {"num_predict": body.get("max_tokens")}
         native = {key: value for key, value in body.items() if key not in {"keep_alive", "options"}}
-        self._talk(OpenAiShape(chat=what == "chat"), native | {"options": options}, model, what, False, {})
+        self._talk(OpenAiFormat(chat=what == "chat"), native | {"options": options}, model, what, False, {})
 
     def _talk(
-        self, shape: Shape, body: dict[str, Any], model: Installed, what: str, empty: bool, nothing: dict[str, object]
+        self, format: Format, body: dict[str, Any], model: Installed, what: str, empty: bool, nothing: dict[str, object]
     ) -> None:
-        """An answer to a prompt; without one, a load or an unload."""
+        """Answer a prompt; without one, load or unload the model."""
         keep = keep_alive(body.get("keep_alive"))
         front = {"model": body["model"], "created_at": rfc3339(time.time_ns())} | nothing
         if empty and keep == 0 and (words := self.settings.fault("refuse_unload")):
@@ -181,7 +181,7 @@ class Handler(Exchange):
             self.server.scheduler.unload(model)
             self._json(200, front | {"done": True, "done_reason": "unload"})
             return
-        kind = PLAIN_JSON if isinstance(shape, OpenAiShape) else JSON
+        kind = PLAIN_JSON if isinstance(format, OpenAiFormat) else JSON
         if "remote_host" in model.config:
             raise ApiError(401, "unauthorized", kind)
         if model.options.embedding_only:
@@ -195,37 +195,37 @@ class Handler(Exchange):
                 front["created_at"] = rfc3339(time.time_ns())
                 self._json(200, front | {"done": True, "done_reason": "load"})
             else:
-                self._answer(shape, answer, model, options.get("num_predict"), runner)
+                self._answer(format, answer, model, options.get("num_predict"), runner)
         finally:
             self.server.scheduler.release(runner)
 
-    def _answer(self, shape: Shape, answer: Answer, model: Installed, limit: object, runner: Runner) -> None:
+    def _answer(self, format: Format, answer: Answer, model: Installed, limit: object, runner: Runner) -> None:
         said, answer.reason = tokens(model.options.answer, model.options.thinking, limit)
-        if not answer.body.get("stream", shape.by_default_a_stream):
+        if not answer.body.get("stream", format.by_default_a_stream):
             for count in range(len(said)):
                 if (failure := self._wait_for_token(count, runner)) is not None:
-                    raise ApiError(500, failure, shape.whole_type)
+                    raise ApiError(500, failure, format.whole_type)
                 answer.count += 1
-            self._json(200, shape.whole(answer, said), shape.whole_type, shape.after_whole)
+            self._json(200, format.whole(answer, said), format.whole_type, format.after_whole)
             return
 
         def pieces() -> Iterator[str]:
             for token in said:
                 if (failure := self._wait_for_token(answer.count, runner)) is not None:
-                    yield shape.error(failure)
+                    yield format.error(failure)
                     return
                 answer.count += 1
-                yield shape.piece(answer, token)
-            yield shape.end(answer)
+                yield format.piece(answer, token)
+            yield format.end(answer)
 
-        self._stream(shape.stream_type, pieces())
+        self._stream(format.stream_type, pieces())
 
     def _wait_for_token(self, number: int, runner: Runner) -> str | None:
-        """The time that a token takes; the words of an error in its place. Raises ClientGone."""
+        """Wait as long as a token takes; return an error's text if it fails instead. Raises ClientGone."""
         until = time.monotonic() + float(self.settings.fault("slow_tokens") or 0)
         while True:
             if self.settings.fault("stream_error_at") == number:
-                return "an error was encountered while running the model: the stand-in was told to fail"
+                return "an error was encountered while running the model: the fake was told to fail"
             if runner.process.poll() is not None:
                 return "an error was encountered while running the model: unexpected EOF"
             if self._gone():
@@ -251,8 +251,8 @@ class Handler(Exchange):
         vectors = self._vectors(self._model(body["model"], PLAIN_JSON), body, None)
         data = [{"object": "embedding", "embedding": vector, "index": i} for i, vector in enumerate(vectors)]
         usage = {"prompt_tokens": 2 * len(vectors), "total_tokens": 2 * len(vectors)}
-        told = {"object": "list", "data": data, "model": body["model"], "usage": usage}
-        self._json(200, told, PLAIN_JSON, "\n")
+        document = {"object": "list", "data": data, "model": body["model"], "usage": usage}
+        self._json(200, document, PLAIN_JSON, "\n")
 
     def _vectors(self, model: Installed, body: dict[str, Any], keep: int | None) -> list[list[float]]:
         given = body.get("input") or []
@@ -302,7 +302,7 @@ class Handler(Exchange):
         yield {"status": "success"}
 
     def _report(self, events: Iterator[dict[str, object]], stream: bool) -> None:
-        """The events of a long task as NDJSON, or only its end."""
+        """Send the events of a long task as NDJSON, or only the last one."""
         if stream:
             self._stream("application/x-ndjson", (dumps(event) + "\n" for event in _with_error(events)))
             return
@@ -325,7 +325,7 @@ class Handler(Exchange):
         if not self.body:
             raise ApiError(400, "EOF" if self.path.startswith("/v1/") else "missing request body")
         body = read_json(self.body, struct)
-        # The real one reads this field while it decodes the body, before it looks for the model.
+        # The real one validates this field while it decodes the body, before it looks up the model.
         keep_alive(body.get("keep_alive") if not self.path.startswith("/v1/") else None)
         return body
 

@@ -1,4 +1,4 @@
-"""The command's client side: `pull`, `list` and `ps` ask the server at OLLAMA_HOST."""
+"""The command's client side: `pull`, `list` and `ps` send requests to the server at OLLAMA_HOST."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NO_SERVER = "could not connect to ollama server, run 'ollama serve' to start it"
 
 
 class CommandFailed(Exception):
-    """The text follows `Error: `."""
+    """The text is printed after `Error: `."""
 
 
 def pull(name: str, insecure: bool) -> None:
-    """Raises CommandFailed. A server that dies in between ends it as if all were well: only `success` is success."""
+    """Pull a model. Raises CommandFailed. Returns normally if the server dies: only `success` is success."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _ask("HEAD", "/")
     display = Display()

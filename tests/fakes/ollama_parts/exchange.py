@@ -1,4 +1,4 @@
-"""HTTP as Go's server speaks it: the order of the headers, chunks, refusals, and who may ask at all."""
+"""HTTP as Go's server writes it: header order, chunks, error responses, and the checks of host and origin."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ JSON = "application/json; charset=utf-8"
 PLAIN_JSON = "application/json"
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 CHUNKED_FROM = 2048
-"""Go's server sends an answer without a length of its own in chunks once it is longer than this many bytes."""
+"""Go's server sends a response without Content-Length in chunks once it is longer than this many bytes."""
 
 
 class ApiError(Exception):
-    """An answer other than 200; `content_type` differs by which layer of the server refused."""
+    """A response other than 200; `content_type` depends on the layer of the server that refuses."""
 
     def __init__(self, status: int, text: str, content_type: str = JSON) -> None:
         super().__init__(text)
@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """The plumbing of a request and its answer; `_route` and `settings` are for the class that knows the paths."""
+    """Reads requests and writes responses; subclasses implement `_route` and `settings`."""
 
     protocol_version = "HTTP/1.1"
     body: bytes
@@ -123,7 +123,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.send_header("Date", formatdate(usegmt=True))
 
     def _end_head(self, name: str, value: str) -> None:
-        """The last headers, in the order in which Go sends them."""
+        """Write the last headers, in Go's order."""
         length = name == "Content-Length"
         if length:
             self.send_header(name, value)
@@ -140,7 +140,7 @@ class Exchange(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _stream(self, content_type: str, pieces: Iterator[str], status: int = 200) -> None:
-        """Chunks, one for each piece. The iterator is closed whatever happens: what it holds is let go at once."""
+        """Send each piece as a chunk. The iterator is closed in every case, which releases what it holds."""
         try:
             self._head(status, content_type)
             self._end_head("Transfer-Encoding", "chunked")
@@ -155,7 +155,7 @@ class Exchange(BaseHTTPRequestHandler):
                 close()
 
     def _gone(self) -> bool:
-        """Whether the client has closed its side."""
+        """Whether the client has closed its sending side."""
         readable, _, _ = select.select([self.connection], [], [], 0)
         if not readable:
             return False
@@ -171,4 +171,4 @@ class Exchange(BaseHTTPRequestHandler):
             return self.body.decode("utf-8", "replace")
 
     def log_message(self, *_: object) -> None:
-        """The line in Ollama's own format is written in `_serve`."""
+        """Log nothing: `_serve` writes the line in Ollama's own format."""

@@ -1,7 +1,7 @@
 """The models folder of Ollama 0.24.0: manifests under `manifests/HOST/NAMESPACE/MODEL/TAG`, blobs beside them.
 
-A blob of weights has its declared size but no content (the file is sparse), and a digest made from what it stands for;
-the small layers are real, and so is a model's digest: the SHA-256 of its manifest's bytes.
+A blob of weights has its declared size but no content (the file is sparse), and a digest made from its description.
+The small layers are real, and so is a model's digest: the SHA-256 of its manifest's bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .wire import dumps, human_number
 DEFAULT_HOST = "registry.ollama.ai"
 MEDIA = "application/vnd.ollama.image."
 PRUNE_AFTER = 3600.0
-"""Seconds after which a server that starts throws an unfinished download away."""
+"""Age in seconds from which a starting server deletes an unfinished download."""
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}")
 
@@ -56,7 +56,7 @@ class Name:
 
     @property
     def short(self) -> str:
-        """As Ollama shows it: without the default host and namespace, always with its tag."""
+        """As Ollama displays it: without the default host and namespace, always with its tag."""
         if self.host != DEFAULT_HOST:
             return f"{self.host}/{self.namespace}/{self.model}:{self.tag}"
         if self.namespace != "library":
@@ -65,7 +65,7 @@ class Name:
 
     @property
     def manifest_path(self) -> str:
-        """The path at a registry."""
+        """The manifest's path at a registry."""
         return f"/v2/{self.namespace}/{self.model}/manifests/{self.tag}"
 
 
@@ -81,8 +81,8 @@ class Layer:
         return cls(document["mediaType"], document["digest"], document["size"], document.get("from", ""))
 
     def document(self) -> dict[str, object]:
-        told: dict[str, object] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
-        return told | ({"from": self.origin} if self.origin else {})
+        document: dict[str, object] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        return document | ({"from": self.origin} if self.origin else {})
 
     @property
     def file_name(self) -> str:
@@ -110,7 +110,7 @@ class Manifest:
 
     @property
     def all_layers(self) -> tuple[Layer, ...]:
-        """In the order of a pull: the layers as listed, the configuration last."""
+        """The layers in the order of a pull: as listed, the configuration last."""
         return (*self.layers, self.config)
 
     @property
@@ -127,14 +127,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Package:
-    """A manifest with the content of its small layers by digest; weights have none."""
+    """A manifest with the contents of its small layers by digest; weights have no content."""
 
     manifest: Manifest
     contents: dict[str, bytes]
 
 
 def package(name: str, options: ModelOptions, parameters: dict[str, object] | None = None, system: str = "") -> Package:
-    """The model that `options` describe, made of its weights, a template, parameters and a configuration."""
+    """The model that `options` describe: weights, a template, parameters and a configuration."""
     config = {
         "model_format": "gguf",
         "model_family": options.family,
@@ -154,8 +154,8 @@ def package(name: str, options: ModelOptions, parameters: dict[str, object] | No
     layers = [layer for layer, _ in small]
     rest = sum(layer.size for layer in layers) + described.size
     if not options.cloud:
-        told = f"{name} version {options.version}, {options.size} bytes"
-        layers.insert(0, Layer(MEDIA + "model", digest_of(told.encode()), max(1, options.size - rest)))
+        description = f"{name} version {options.version}, {options.size} bytes"
+        layers.insert(0, Layer(MEDIA + "model", digest_of(description.encode()), max(1, options.size - rest)))
     contents = {layer.digest: data for layer, data in small} | {described.digest: content}
     return Package(Manifest(described, tuple(layers)), contents)
 
@@ -170,7 +170,7 @@ def _small(kind: str, data: bytes) -> tuple[Layer, bytes]:
 
 @dataclass(frozen=True)
 class Installed:
-    """A model of the folder. `options` say how the stand-in lets it behave."""
+    """A model in the folder. `options` configure how the fake makes it behave."""
 
     name: Name
     manifest: Manifest
@@ -195,7 +195,7 @@ class Installed:
 
 
 class Library:
-    """The folder and what is in it; every method may be called from any thread."""
+    """The folder and its content; every method may be called from any thread."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
@@ -206,8 +206,8 @@ class Library:
         self.blobs.mkdir(parents=True, exist_ok=True)
 
     def install_configured(self) -> None:
-        """Put the configuration's models into the folder; one that was deleted since doesn't come back."""
-        note = self.folder / "stand-in-installed.json"
+        """Add the configuration's models to the folder; one that was deleted since isn't added again."""
+        note = self.folder / "fake-installed.json"
         known = json.loads(note.read_text()) if note.exists() else []
         for text, options in self._settings.models().items():
             if text not in known:
@@ -219,7 +219,7 @@ class Library:
         note.write_text(json.dumps(sorted({*known, *self._settings.models()})))
 
     def prune(self) -> int:
-        """What a server does at its start: old unfinished downloads and blobs that no model needs go."""
+        """Clean up as a server does at its start: delete old unfinished downloads and unused blobs."""
         if os.environ.get("OLLAMA_NOPRUNE", "") not in {"", "0", "false"}:
             return 0
         for path in self.blobs.glob("*-partial*"):
@@ -236,13 +236,13 @@ class Library:
             return len(unused)
 
     def models(self) -> list[Installed]:
-        """Every installed model, the youngest first."""
+        """Every installed model, newest first."""
         with self._lock:
             found = [self._read(path) for path in self._manifests.glob("*/*/*/*")]
         return sorted(found, key=lambda model: model.modified_ns, reverse=True)
 
     def find(self, text: str) -> Installed | None:
-        """Raises InvalidName."""
+        """The installed model of that name. Raises InvalidName."""
         wanted = Name.parse(text).short.lower()
         return next((model for model in self.models() if model.name.short.lower() == wanted), None)
 
@@ -256,7 +256,7 @@ class Library:
             path = self._path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(manifest.data())
-            # Two models installed within one tick of the clock still have an order.
+            # So that two models installed within one clock tick still have an order.
             os.utime(path, ns=(time.time_ns(), time.time_ns()))
 
     def has_blob(self, layer: Layer) -> bool:
@@ -270,11 +270,11 @@ class Library:
                 file.write(content)
 
     def copy(self, source: Installed, name: Name) -> None:
-        """Another name for the same model, down to its digest, as `cp` makes it."""
+        """Add another name for the same model, with the same digest, as `cp` does."""
         self.write_manifest(name, source.manifest)
 
     def derive(self, name: Name, parent: Installed, parameters: dict[str, object], system: str = "") -> Manifest:
-        """A model with another's weights and a system prompt and parameters of its own, as `create` makes it."""
+        """Create a model with another's weights but its own system prompt and parameters, as `create` does."""
         made = package(parent.name.short, parent.options, {**parent.parameters, **parameters}, system)
         weights = parent.manifest.weights
         layers = list(made.manifest.layers)
@@ -309,7 +309,7 @@ class Library:
         )
 
     def _options(self, name: str, weights: Layer | None) -> ModelOptions:
-        """A copy behaves as what it was copied from: the model whose weights it has."""
+        """A copy behaves like the model whose weights it has."""
         configured = self._settings.models()
         if name not in configured and weights is not None:
             packages = ((known, package(known, options).manifest.weights) for known, options in configured.items())

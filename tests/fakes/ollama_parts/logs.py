@@ -1,4 +1,4 @@
-"""The server's two outputs: log lines in slog's text format on stderr, one line for each request on stdout."""
+"""The server's outputs: log lines in slog's text format on stderr, one line per request on stdout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .wire import slog_time
 
 
 def log(level: str, source: str, message: str, **attributes: object) -> None:
-    told = "".join(f" {key}={_quoted(str(value))}" for key, value in attributes.items())
-    _write(sys.stderr, f"time={slog_time()} level={level} source={source} msg={_quoted(message)}{told}\n")
+    text = "".join(f" {key}={_quoted(str(value))}" for key, value in attributes.items())
+    _write(sys.stderr, f"time={slog_time()} level={level} source={source} msg={_quoted(message)}{text}\n")
 
 
 def log_request(status: int, seconds: float, client: str, method: str, path: str) -> None:
@@ -25,7 +25,7 @@ def _write(stream: TextIO, line: str) -> None:
         stream.write(line)
         stream.flush()
     except BrokenPipeError:
-        # A Go program ends by SIGPIPE when nobody reads its stdout or stderr any more.
+        # A Go program is ended by SIGPIPE when its stdout or stderr has no reader any more.
         os._exit(141)
 
 

@@ -1,4 +1,4 @@
-"""What `ollama pull` 0.24.0 draws on stderr: frames of rows, ten a second, escape codes included even into a pipe."""
+"""What `ollama pull` 0.24.0 draws on stderr: frames of rows, ten a second, with escape codes even into a pipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Spinner:
 
 
 class Bar:
-    """A layer. Its speed comes from one value a second, the last ten of them; unknown before the second."""
+    """The bar of one layer. Its speed comes from one sample a second, the last ten of them; unknown before two."""
 
     def __init__(self, message: str, total: int, initial: int) -> None:
         self._message = message
@@ -78,7 +78,7 @@ def _duration(seconds: int) -> str:
 
 
 class Display:
-    """Draws its rows every 100 ms until it is stopped, then once more with a newline behind."""
+    """Draws its rows every 100 ms until it is stopped, then once more followed by a newline."""
 
     def __init__(self) -> None:
         self._rows: list[Spinner | Bar] = []

@@ -1,4 +1,4 @@
-"""`ollama runner`: the process that holds one loaded model. Kept to built-in modules, for it must start at once."""
+"""`ollama runner`: the process that holds one loaded model. It imports only built-in modules, to start at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ STEPS = 20
 
 
 def run(arguments: list[str]) -> None:
-    """Take the memory step by step, tell the progress on stdout (`0.05` … `1.00`, then `ready`), and stay.
+    """Allocate the memory in steps, report progress on stdout (`0.05` … `1.00`, then `ready`), and stay.
 
-    How much and how long comes in the environment: FAKE_OLLAMA_HOLD_MB (MB of 1,000,000 bytes) and
-    FAKE_OLLAMA_LOAD_SECONDS (`never` takes half of the memory and goes no further).
+    The environment configures it: FAKE_OLLAMA_HOLD_MB (MB of 1,000,000 bytes) and FAKE_OLLAMA_LOAD_SECONDS (`never`
+    stops after half of the memory).
     """
     port = int(arguments[arguments.index("--port") + 1])
     hold = float(os.environ.get("FAKE_OLLAMA_HOLD_MB", "0"))
@@ -24,23 +24,23 @@ def run(arguments: list[str]) -> None:
     listener.listen(8)
     ballast = []
     for step in range(1, STEPS + 1):
-        # A repeated byte other than zero is written, so the pages are really there.
+        # Not zeros, so that the pages are really allocated.
         ballast.append(b"\x01" * int(hold * 1e6 / STEPS))
-        say(f"{step / STEPS:.2f}")
+        report(f"{step / STEPS:.2f}")
         if seconds == "never" and step == STEPS // 2:
             stay()
         time.sleep(0 if seconds == "never" else float(seconds) / STEPS)
-    say("ready")
+    report("ready")
     stay()
 
 
-def say(word: str) -> None:
+def report(word: str) -> None:
     try:
         sys.stdout.write(word + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # The server was killed: the real runner, too, goes on holding its memory. What is left in the
-        # buffer must not fail once more at the end of the process.
+        # The server was killed; like the real runner, this one keeps its memory. The rest of the buffer must not
+        # raise again when the process exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

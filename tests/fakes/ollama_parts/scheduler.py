@@ -1,7 +1,7 @@
-"""Who is in memory: loads on demand, evicts, frees what expired.
+"""The loaded models: loads on demand, evicts, unloads what has expired.
 
-As in Ollama 0.24.0 the file of weights is what counts as a model here: a derived model and its parent never stand side
-by side, and where both want the same options one stands for the other, under the name that loaded it.
+As in Ollama 0.24.0, models are identified by their weights file: a derived model and its parent are never loaded side
+by side; if both have the same options, one runner serves both, listed under the name it was loaded by.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .wire import FOR_EVER, SECOND, parse_duration
 SCRIPT = Path(__file__).resolve().parents[1] / "ollama.py"
 MISSING_TENSOR = "error loading model: missing tensor 'blk.2.attn_k.weight'\npanic: unable to load model: "
 LOOK = 0.02
-"""Seconds between two looks at a client or a runner that is being waited for."""
+"""Seconds between two polls of a client or a runner that is being waited for."""
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
 FREED_AFTER = 0.008
-"""Seconds between the end of a model's time and its absence from /api/ps (3 to 50 ms in the real one)."""
+"""Seconds from a model's expiry to its absence from /api/ps (3 to 50 ms in the real one)."""
 
 
 class ClientGone(Exception):
@@ -80,16 +80,16 @@ class Scheduler:
         threading.Thread(target=self._expire, daemon=True).start()
 
     def loaded(self) -> list[Runner]:
-        """What /api/ps tells: a model that still loads is absent."""
+        """The models that /api/ps lists: not those that are still loading."""
         with self._changed:
             return sorted((r for r in self._runners.values() if r.ready), key=lambda r: r.expires_ns, reverse=True)
 
     def acquire(self, model: Installed, options: dict[str, Any], keep: int | None, gone: Callable[[], bool]) -> Runner:
-        """The model, in memory, with one more user; `release` it. Raises LoadFailed and ClientGone."""
+        """Load the model if necessary and add a user; `release` removes it. Raises LoadFailed and ClientGone."""
         key = model.manifest.weights.file_name if model.manifest.weights else model.digest
         merged = {**model.parameters, **options}
         context = int(merged.get("num_ctx") or int(os.environ.get("OLLAMA_CONTEXT_LENGTH") or 0) or 4096)
-        # The server's default, spelled out, is no other option.
+        # Spelling out the server's default does not make other options.
         asked = tuple({**merged, "num_ctx": context}.get(name) for name in RUNNER_OPTIONS)
         while True:
             if gone():
@@ -122,7 +122,7 @@ class Scheduler:
         return runner
 
     def release(self, runner: Runner) -> None:
-        """Its user is done: its time begins anew, unless an unload was asked for meanwhile."""
+        """Remove a user: the keep-alive time starts again, unless an unload was requested meanwhile."""
         with self._changed:
             runner.users -= 1
             runner.idle_since = time.monotonic()
@@ -133,7 +133,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def unload(self, model: Installed) -> None:
-        """Ask for its end: at once when idle, else when its last user is done."""
+        """Request its end: at once if idle, otherwise when its last user is done."""
         key = model.manifest.weights.file_name if model.manifest.weights else model.digest
         with self._changed:
             runner = self._runners.get(key)
@@ -143,12 +143,12 @@ class Scheduler:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Every runner ends with the server. Takes no lock: it may be called where a signal broke in."""
+        """End every runner with the server. Takes no lock: it may be called from a signal handler."""
         for runner in list(self._runners.values()):
             runner.end()
 
     def _is_leaving(self, runner: Runner) -> bool:
-        """Its time is over and nobody uses it: it can't be had any more, only be loaded anew when it is gone."""
+        """Whether it has expired without users: it can't be used any more, only loaded again once it is gone."""
         over = runner.ready and not runner.users and runner.expires_ns <= time.time_ns()
         return over and not self._settings.fault("never_unload")
 
@@ -156,7 +156,7 @@ class Scheduler:
         return int(self._settings.fault("max_loaded") or os.environ.get("OLLAMA_MAX_LOADED_MODELS") or 0) or 3
 
     def _evict_one(self) -> None:
-        """The idle model with the shortest time goes; where all are busy, wait for one."""
+        """End the idle model with the shortest keep-alive time; if all are busy, wait for one."""
         idle = [runner for runner in self._runners.values() if runner.ready and not runner.users]
         if idle:
             self._free(min(idle, key=lambda runner: runner.keep_alive))
@@ -196,7 +196,7 @@ class Scheduler:
         return runner
 
     def _load(self, runner: Runner, gone: Callable[[], bool]) -> None:
-        """Follow the runner's own words until it is ready."""
+        """Follow the runner's output until it is ready."""
         stdout = runner.process.stdout
         assert stdout is not None
         debug = os.environ.get("OLLAMA_DEBUG", "") not in {"", "0", "false"}
@@ -235,7 +235,7 @@ class Scheduler:
         return LoadFailed(text)
 
     def _free(self, runner: Runner) -> None:
-        """Take it out of the list, then end its process. Called with the lock held."""
+        """Remove it from the list, then end its process. Call with the lock held."""
         if self._runners.get(runner.key) is runner:
             del self._runners[runner.key]
         runner.end()
@@ -250,7 +250,7 @@ class Scheduler:
                 self._changed.wait(max(0.001, min([*waits, 0.25])) if waits else None)
 
     def _seconds_left(self, runner: Runner) -> float:
-        held = self._settings.fault("never_unload") and runner.process.poll() is None  # a request that hangs in there
+        held = self._settings.fault("never_unload") and runner.process.poll() is None  # as if a request hung in it
         if not runner.ready or runner.users or held:
             return 1.0
         evict_after = self._settings.fault("evict_after")

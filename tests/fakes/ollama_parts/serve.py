@@ -1,4 +1,4 @@
-"""`ollama serve`: from the environment to a server that answers, and its end by a signal."""
+"""`ollama serve`: start from the environment, answer requests, end by a signal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .settings import Settings, listen_address, models_folder
 
 
 def serve() -> int:
-    """The exit code."""
+    """Run until a signal ends it, or return the exit code of a failed start."""
     settings = Settings(os.environ.get("FAKE_OLLAMA"))
     if (words := settings.fault("crash_on_start")) is not None:
         print(words, file=sys.stderr)
@@ -31,9 +31,9 @@ def serve() -> int:
         reason = "address already in use" if error.errno == errno.EADDRINUSE else str(error.strerror).lower()
         print(f"Error: listen tcp {host}:{port}: bind: {reason}", file=sys.stderr)
         return 1
-    told = {name: value for name, value in sorted(os.environ.items()) if name.startswith("OLLAMA_")}
-    told["OLLAMA_HOST"] = f"http://{host}:{port}"
-    log("INFO", "routes.go:1802", "server config", env=f"map[{' '.join(f'{k}:{v}' for k, v in sorted(told.items()))}]")
+    shown = {name: value for name, value in sorted(os.environ.items()) if name.startswith("OLLAMA_")}
+    shown["OLLAMA_HOST"] = f"http://{host}:{port}"
+    log("INFO", "routes.go:1802", "server config", env=f"map[{' '.join(f'{k}:{v}' for k, v in sorted(shown.items()))}]")
     library.install_configured()
     log("INFO", "images.go:517", f"total blobs: {len(list(library.blobs.iterdir()))}")
     log("INFO", "images.go:524", f"total unused blobs removed: {library.prune()}")
@@ -42,7 +42,7 @@ def serve() -> int:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     log("INFO", "routes.go:1864", f"Listening on {host}:{port} (version {VERSION})")
     while True:
-        time.sleep(0.1)  # not signal.pause: a signal that comes just before it would wake nobody
+        time.sleep(0.1)  # not signal.pause, which would miss a signal that arrives just before it
 
 
 def _end(server: Server, settings: Settings) -> None:

@@ -1,7 +1,7 @@
-"""What the stand-in is told: the environment variables of the real one, and the JSON file that FAKE_OLLAMA names.
+"""Configuration of the fake: the real one's environment variables, and the JSON file that FAKE_OLLAMA names.
 
-The file is looked at again whenever something is asked of it, so that a test can throw a switch while the server runs.
-Its keys are described in `tests/support/ollama.py`.
+The file is checked again at each access, so that a test can set a fault while the server runs.
+`tests/support/ollama.py` documents its keys.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ModelOptions:
     family: str = "llama"
     parameter_size: str | None = None
     quantization_level: str = "unknown"
-    answer: str = "I am a stand-in and answer in ten short words."
+    answer: str = "I am a fake and answer in ten short words."
     thinking: str = ""
     cloud: bool = False
     embedding_only: bool = False
@@ -41,12 +41,12 @@ class ModelOptions:
     def of(cls, document: dict[str, Any]) -> ModelOptions:
         unknown = set(document) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"the stand-in knows no model option {', '.join(sorted(unknown))}")
+            raise ValueError(f"the fake knows no model option {', '.join(sorted(unknown))}")
         return cls(**document)
 
 
 class Settings:
-    """The configuration file, read again whenever it changed; a missing or unnamed file is an empty one."""
+    """The configuration file, read again whenever it has changed; without a file the configuration is empty."""
 
     def __init__(self, path: str | None) -> None:
         self._path = Path(path) if path else None
@@ -62,7 +62,7 @@ class Settings:
                 state = self._path.stat()
             except FileNotFoundError:
                 return {}
-            # A file that replaces another within one tick of the clock still has a number of its own.
+            # The inode distinguishes a file that replaces another within one clock tick.
             seen = (state.st_mtime_ns, state.st_ino, state.st_size)
             if seen != self._seen:
                 self._document = json.loads(self._path.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ class Settings:
         return self.document().get("registry_url")
 
     def options(self, name: str) -> ModelOptions:
-        """What the file says about an installed model; a model it doesn't know behaves like any other small one."""
+        """Options of an installed model; a model that the file doesn't list gets the defaults."""
         known = self.registry() | self.models()
         return known.get(name) or known.get(name.rpartition("/")[2]) or ModelOptions()
 
@@ -87,7 +87,7 @@ class Settings:
         return float(self.fault("pull_slow") or self.document().get("bytes_per_second", DEFAULT_BYTES_PER_SECOND))
 
     def blob_seconds(self) -> float:
-        """What each new blob costs beside its transfer: about 1 s in the real one, less here to keep tests short."""
+        """Time per new blob besides its transfer: about 1 s in the real one, less here to keep tests short."""
         return float(self.document().get("blob_seconds", 0.05))
 
     def fault(self, name: str) -> Any:
@@ -105,7 +105,7 @@ class Settings:
 
 
 def listen_address() -> tuple[str, int]:
-    """OLLAMA_HOST as (host, port): `host:port`, `http://host:port` or nothing."""
+    """OLLAMA_HOST as (host, port): `host:port`, `http://host:port` or unset."""
     given = os.environ.get("OLLAMA_HOST", "").strip() or "127.0.0.1:11434"
     parts = urlsplit(given if "://" in given else f"http://{given}")
     return parts.hostname or "127.0.0.1", parts.port or 11434

@@ -1,8 +1,8 @@
-"""Downloads inside the server: one transfer per blob however many clients wait for it, parts that survive on disk.
+"""Downloads inside the server: one transfer per blob, shared by all clients that wait for it; parts survive on disk.
 
-Nothing really moves: a blob grows at the configured pace. Its state is kept as Ollama 0.24.0 keeps it: a sparse
-`sha256-…-partial` and one `-partial-N` for each part of 100 MB with what it completed, written when the part is
-done or the transfer was stopped in order; a killed server loses the parts that it had not finished.
+No data is transferred: a blob grows at the configured speed. Its state is stored as Ollama 0.24.0 does it: a sparse
+`sha256-…-partial`, and for each part of 100 MB one `-partial-N` with its completed bytes, written when the part is
+done or the transfer is stopped in an orderly way. A killed server loses its unfinished parts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PullFailed(Exception):
 
 
 class Transfer:
-    """One blob on its way. `completed` and `error` may be read at any time."""
+    """The transfer of one blob. `completed` and `error` may be read at any time."""
 
     def __init__(self, layer: Layer, content: bytes | None, library: Library, settings: Settings) -> None:
         self.layer = layer
@@ -53,7 +53,7 @@ class Transfer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop in order, keeping what is there."""
+        """Stop in an orderly way, keeping what has arrived."""
         self._stop.set()
         self._thread.join()
 
@@ -77,7 +77,7 @@ class Transfer:
         self.done.set()
 
     def _grow(self, more: float) -> None:
-        """Let `more` bytes arrive, the same for every part that misses some, up to where a fault holds it."""
+        """Add `more` bytes, evenly to all unfinished parts, up to where a fault stops the transfer."""
         percent = self._hold()
         limit = self.layer.size * percent / 100 if percent is not None else 0.0
         if percent is not None:
@@ -92,7 +92,7 @@ class Transfer:
             self._reached(percent)
 
     def _hold(self) -> float | None:
-        """Where (percent) a fault stops this blob; small blobs have none."""
+        """The percentage at which a fault stops this blob; small blobs have no fault."""
         if self.layer.size < 10_000:
             return None
         failing = self._settings.fault("pull_error_at") or {}
@@ -118,10 +118,10 @@ class Transfer:
         return float(json.loads(path.read_text())["Completed"]) if path.exists() else 0.0
 
     def _write_part(self, number: int, completed: float) -> None:
-        told = {"N": number, "Offset": number * PART, "Size": self._parts[number], "Completed": int(completed)}
+        document = {"N": number, "Offset": number * PART, "Size": self._parts[number], "Completed": int(completed)}
         path = self._path.with_name(f"{self._path.name}-{number}")
-        draft = path.with_name(f".{path.name}")  # whole or not at all: tests read it at any moment
-        draft.write_text(json.dumps(told, separators=(",", ":")))
+        draft = path.with_name(f".{path.name}")  # replaced atomically: tests read it at any moment
+        draft.write_text(json.dumps(document, separators=(",", ":")))
         draft.replace(path)
 
 
@@ -134,7 +134,7 @@ class Puller:
         self._users: dict[str, int] = {}
 
     def pull(self, name: Name, insecure: bool, gone: Callable[[], bool]) -> Iterator[Event]:
-        """The events of /api/pull up to `success`, in its order. Raises PullFailed; ends early when the client is gone.
+        """The events of /api/pull up to `success`, in its order. Raises PullFailed; ends early if the client leaves.
 
         Closing the iterator stops the transfer, unless another client waits for the same blob.
         """
@@ -142,9 +142,9 @@ class Puller:
         found = self._manifest(name, insecure)
         fresh: list[Layer] = []
         for layer in found.manifest.all_layers:
-            told = {"status": f"pulling {layer.digest[7:19]}", "digest": layer.digest, "total": layer.size}
+            event = {"status": f"pulling {layer.digest[7:19]}", "digest": layer.digest, "total": layer.size}
             if self._library.has_blob(layer):
-                yield told | {"completed": layer.size}
+                yield event | {"completed": layer.size}
                 continue
             fresh.append(layer)
             with self._transfer(layer, found.contents.get(layer.digest)) as transfer:
@@ -152,8 +152,8 @@ class Puller:
                     transfer.done.wait(EVENT_EVERY)
                     if gone():
                         return
-                    # Go leaves out a number that is 0.
-                    yield told | ({"completed": transfer.completed} if transfer.completed else {})
+                    # Go omits a number that is 0.
+                    yield event | ({"completed": transfer.completed} if transfer.completed else {})
                 if transfer.error is not None:
                     raise PullFailed(transfer.error)
         yield {"status": "verifying sha256 digest"}
@@ -200,7 +200,7 @@ class Puller:
         return package(name.short, described)
 
     def _fetch(self, name: Name, base: str, insecure: bool) -> Package:
-        """Ask a registry. Its small blobs are fetched too, for they have content that is read."""
+        """Fetch a manifest from a registry, with the small blobs, whose content is needed."""
         url = base + name.manifest_path
         if not insecure:
             reason = "tls: first record does not look like a TLS handshake"

@@ -1,4 +1,4 @@
-"""How Go's libraries write and read what goes over Ollama's wires: times, durations, sizes, JSON and its complaints."""
+"""Go's formats for times, durations, sizes and JSON, including the texts of its errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 FOR_EVER = 2**63 - 1
-"""The longest duration that Go knows, in ns: about 292 years, which makes an `expires_at` in the year 2319."""
+"""Go's longest duration, in ns: about 292 years, which makes an `expires_at` in the year 2319."""
 SECOND = 10**9
 _UNITS = {
     "ns": 1,
@@ -24,7 +24,7 @@ _TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "ar
 
 
 class BadRequest(ValueError):
-    """What the client sent can't be read; the text is Go's."""
+    """The request can't be decoded; the text is Go's."""
 
 
 def dumps(document: object) -> str:
@@ -32,7 +32,7 @@ def dumps(document: object) -> str:
 
 
 def rfc3339(ns: int) -> str:
-    """A moment (ns since 1970) as Go's RFC3339Nano in UTC: trailing zeros of the fraction are left out."""
+    """A time (ns since 1970) as Go's RFC3339Nano in UTC, without trailing zeros in the fraction."""
     seconds, rest = divmod(ns, SECOND)
     fraction = f".{rest:09d}".rstrip("0").rstrip(".")
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"
@@ -60,9 +60,9 @@ def human_number(value: int) -> str:
 
 
 def keep_alive(value: object) -> int | None:
-    """A request's `keep_alive` in ns: seconds as a number or a duration with its unit; less than 0 is for ever.
+    """A request's `keep_alive` in ns: seconds as a number, or a duration with its unit; negative means for ever.
 
-    None for null, which keeps what was said before. Raises BadRequest for everything else.
+    None for null, which leaves the current value. Raises BadRequest for everything else.
     """
     if value is None:
         return None
@@ -101,7 +101,7 @@ def parse_duration(text: str) -> int:
 
 
 def read_json(body: bytes, struct: str) -> dict[str, Any]:
-    """A request's body. Raises BadRequest with the words of Go's decoder; an empty body is for the caller to judge."""
+    """Decode a request's body. Raises BadRequest with the text of Go's decoder. Callers check for an empty body."""
     text = body.decode("utf-8", "replace")
     try:
         document = json.loads(text)

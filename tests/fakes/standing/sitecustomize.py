@@ -1,9 +1,9 @@
-"""Faults within a console's own process, and a look into it.
+"""Environment faults inside a console's process, and a count of its greenlets.
 
-Python imports this first when its folder is on PYTHONPATH; `tests/support/faults.py` puts it there. STANDING_FAULTS
-names a folder. While a file `slow-models` lies in it, whatever asks the file system about the folder that its second
-line names waits for the seconds in its first, in the kernel, as on a network disk that is slow; at most until the file
-is gone. Whoever connects to the socket `PID` in it is told how many greenlets that process has.
+Python imports this module at start when its folder is on PYTHONPATH; `tests/support/faults.py` puts it there.
+STANDING_FAULTS names a folder. While it holds a file `slow-models` (first line: seconds, second line: a folder), each
+file operation in that folder blocks in the kernel for these seconds, as on a slow network disk, but no longer than the
+file exists. A client that connects to the socket `PID` in it gets the number of greenlets of that process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import builtins
 import gc
 import io
 import os
-from _thread import start_new_thread  # these as they are before gevent puts its own in their place
+from _thread import start_new_thread  # imported before gevent patches these modules
 from collections.abc import Callable
 from socket import AF_UNIX, SOCK_STREAM
 from socket import socket as Socket
@@ -38,28 +38,28 @@ def _wait(path: object) -> None:
 
 
 def _slow(function: Callable[..., Any]) -> Callable[..., Any]:
-    def ask(path: Any = ".", *arguments: Any, **options: Any) -> Any:
+    def call(path: Any = ".", *arguments: Any, **options: Any) -> Any:
         _wait(path)
         return function(path, *arguments, **options)
 
-    return ask
+    return call
 
 
-def _tell_of_greenlets() -> None:
+def _serve_count() -> None:
     from greenlet import greenlet
 
     listener = Socket(AF_UNIX, SOCK_STREAM)
     listener.bind(f"{FOLDER}/{os.getpid()}")
     listener.listen()
     while True:
-        asker, _ = listener.accept()
+        client, _ = listener.accept()
         alive = sum(isinstance(found, greenlet) and not found.dead for found in gc.get_objects())
-        asker.sendall(str(alive).encode())
-        asker.close()
+        client.sendall(str(alive).encode())
+        client.close()
 
 
 if FOLDER is not None:
     for name in ("stat", "lstat", "scandir", "listdir", "open", "unlink", "statvfs"):
         setattr(os, name, _slow(getattr(os, name)))
     io.open = builtins.open = _slow(_open)
-    os.register_at_fork(after_in_child=lambda: start_new_thread(_tell_of_greenlets, ()))  # gunicorn's worker is a fork
+    os.register_at_fork(after_in_child=lambda: start_new_thread(_serve_count, ()))  # gunicorn's worker is a fork
