@@ -39,8 +39,8 @@ def serve() -> int:
     log("INFO", "images.go:524", f"total unused blobs removed: {library.prune()}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end(server, settings))
+    log("INFO", "routes.go:1864", f"Listening on {host}:{port} (version {VERSION})")  # before the first answer
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    log("INFO", "routes.go:1864", f"Listening on {host}:{port} (version {VERSION})")
     while True:
         time.sleep(0.1)  # not signal.pause, which would miss a signal that arrives just before it
 
