@@ -104,7 +104,7 @@ class HotLane:
     def _answer(self, client: ClientSocket, request: Request, environ: Mapping[str, str], body: bytes) -> bool | None:
         """Whether the connection goes on after the answer; None when the app has to answer."""
         named, model = _named_model(body)
-        admission = self._services.router.admit_now(model) if named else None
+        admission = self._services.router.try_admit(model) if named else None
         if admission is None:
             return None
         self._on_request(client)

@@ -120,7 +120,7 @@ def _may_be_an_engines(path: str) -> bool:
 def _admit(name: str | None, client: Client) -> Admission:
     """A place at the model, switching to it first. Counts that as a switch."""
     router = services().router
-    admission = router.admit_now(name)
+    admission = router.try_admit(name)
     if admission is None:
         guard().count_switch_to(name, request.environ)
         admission = router.admit(name, client.left)
@@ -130,7 +130,7 @@ def _admit(name: str | None, client: Client) -> Admission:
 def _admit_loaded(name: str | None, _client: Client) -> Admission:
     """A place at a model that runs. Raises NotFound when none is named and none is there to ask, else ApiError."""
     found = services()
-    admission = found.router.admit_now(name)
+    admission = found.router.try_admit(name)
     if admission is not None:
         return admission
     named = name if name not in (None, AUTO) else found.board.current.active_model

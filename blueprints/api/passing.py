@@ -16,7 +16,7 @@ import gevent
 from gevent.monkey import get_original
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
-from services.gateway.relay import Body, EngineAnswer, Hangup, Relay, answer_fields
+from services.gateway.relay import Body, EngineResponse, Hangup, Relay, answer_fields
 from services.gateway.router import Admission, GatewayError
 
 _poll = get_original("select", "poll")
@@ -170,18 +170,18 @@ def pass_on(
         finish()
         raise
     streamed = "text/event-stream" in str(answer.get("content-type"))
-    heard = admission.instance.traffic.heard
+    heard = admission.instance.traffic.note_activity
     heard()
     relayed = Body(answer, client.answered, heard, finish, _stream_error if streamed else _cut_off)
     return Passed(answer.status_code, answer_fields(answer), relayed)
 
 
-def _check_served(answer: EngineAnswer, model: str) -> None:
+def _check_served(answer: EngineResponse, model: str) -> None:
     """An engine's own words for an address that it doesn't serve are as many as there are engines: they become ours."""
     try:
-        said = answer.beginning(LONGEST_REFUSAL)
+        said = answer.peek(LONGEST_REFUSAL)
     except BaseException:
-        answer.break_off()
+        answer.close()
         raise
     if len(said) == LONGEST_REFUSAL or not _names_no_route(said):
         return

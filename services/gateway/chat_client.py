@@ -12,7 +12,7 @@ from services.answers import Delta, GenerationError, Prompt
 from services.catalog import UnknownModel
 from services.gateway.context import ContextOverflow, drop_oldest, first_included, parse_overflow
 from services.gateway.deltas import finish_reason, join_surrogates, parse_chunk, split_thoughts
-from services.gateway.relay import BrokenAnswer, EngineAnswer, Hangup, Relay
+from services.gateway.relay import BrokenResponse, EngineResponse, Hangup, Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
 from services.store.records import Message
 from services.switching.events import InstanceView
@@ -31,7 +31,7 @@ class ChatStream:
     """
 
     def __init__(
-        self, model: str, answer: EngineAnswer, abort: Abort, told_from: int, on_chunk: Callable[[], object]
+        self, model: str, answer: EngineResponse, abort: Abort, told_from: int, on_chunk: Callable[[], object]
     ) -> None:
         self.model = model
         self.told_from = told_from
@@ -64,12 +64,12 @@ class ChatStream:
 
     def _chunk(self) -> bytes:
         try:
-            chunk = self._answer.arrived()
+            chunk = self._answer.read_available()
             self._on_chunk()
             return chunk
-        except (OSError, BrokenAnswer) as error:
+        except (OSError, BrokenResponse) as error:
             self._abort.check()
-            why = "the engine closed the connection" if isinstance(error, BrokenAnswer) else str(error).rstrip(".")
+            why = "the engine closed the connection" if isinstance(error, BrokenResponse) else str(error).rstrip(".")
             raise GenerationError(f"The answer broke off: {why}. What came so far is kept; try again.") from None
 
 
@@ -94,11 +94,11 @@ class ChatClient:
                 answer = self._ask(instance, prompt.messages[told_from:], abort)
                 try:
                     if answer.status_code == 200:
-                        yield ChatStream(instance.model, answer, abort, told_from, instance.traffic.heard)
+                        yield ChatStream(instance.model, answer, abort, told_from, instance.traffic.note_activity)
                         return
                     refusal = _read_overflow(answer)
                 finally:
-                    answer.break_off()
+                    answer.close()
                 told_from = drop_oldest(prompt.messages, told_from, refusal)
             raise GenerationError(_overflow_message(instance.model, refusal))
         finally:
@@ -112,7 +112,7 @@ class ChatClient:
         except (GatewayError, UnknownModel) as error:
             raise GenerationError(str(error)) from None
 
-    def _ask(self, instance: InstanceView, messages: Iterable[Message], abort: Abort) -> EngineAnswer:
+    def _ask(self, instance: InstanceView, messages: Iterable[Message], abort: Abort) -> EngineResponse:
         """Send the prompt and return the response once its headers are here.
 
         `abort` closes the connection at any time.
@@ -152,10 +152,10 @@ def _chunk(data: str) -> Mapping[str, Any]:
     return chunk
 
 
-def _read_overflow(answer: EngineAnswer) -> ContextOverflow:
+def _read_overflow(answer: EngineResponse) -> ContextOverflow:
     """Return what an engine's refusal says about the context. Raises GenerationError for any other refusal."""
     with _as_generation_error():
-        said = answer.beginning(MAX_ERROR_BYTES)
+        said = answer.peek(MAX_ERROR_BYTES)
     try:
         document = json.loads(said)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Connections to engines: made, kept while they are idle, and closed.
+"""Connections to engines: opened, kept while idle, reused and closed.
 
-What the relay needs of the world is the port `Network`, so that tests can put scripted engines and a virtual clock in
-its place. A connection's own methods are called once per chunk of an answer: on a real one they are the socket's.
+The relay reaches the network through the port `Network`, so that tests can use scripted engines and a virtual clock.
+`recv` and `sendall` run once per chunk of an answer; on a real connection they are the socket's own methods.
 """
 
 from __future__ import annotations
@@ -21,50 +21,53 @@ from gevent import ssl
 
 CONNECT_SECONDS = 5.0
 CONNECTIONS_PER_ENGINE = 2048
-"""Requests that one engine answers at a time: more than the web server lets in (`worker_connections`)."""
+"""Limit of concurrent requests to one engine; above the web server's limit of clients (`worker_connections`)."""
 IDLE_PER_ENGINE = 64
 IDLE_SECONDS = 60.0
 
 
-class NoPlace(Exception):
-    """An engine is answering as many requests as it may."""
+class PoolExhausted(Exception):
+    """An engine already has CONNECTIONS_PER_ENGINE requests in flight."""
 
 
 class Connection(Protocol):
-    """One connection to an engine. `recv` and `sendall` raise TimeoutError once the engine has been silent too long."""
+    """One connection to an engine.
+
+    `recv` and `sendall` raise TimeoutError when the engine sends nothing for too long.
+    """
 
     def recv(self, size: int, /) -> bytes:
-        """Bytes that are here, waiting for some if none are; empty at the end. Raises OSError."""
+        """Return available bytes, blocking until there are some; empty at the end. Raises OSError."""
 
     def sendall(self, data: bytes, /) -> None:
-        """Raises OSError."""
+        """Send all bytes. Raises OSError."""
 
-    def shut(self) -> None:
-        """End it, from any greenlet and without waiting: whoever reads from it gets the end."""
+    def abort(self) -> None:
+        """Shut the connection down from any greenlet without blocking; a blocked `recv` then returns the end."""
 
-    def quiet(self) -> bool:
-        """Whether an idle one can be used again: nothing has come, neither bytes nor the end. Doesn't wait."""
+    def is_reusable(self) -> bool:
+        """Return whether an idle connection has received nothing, neither bytes nor the end. Never blocks."""
 
     def close(self) -> None: ...
 
 
 class Network(Protocol):
-    """What the relay needs of the world around it."""
+    """The operations the relay needs: dial, clock, timer."""
 
     def dial(self, origin: str) -> Connection:
-        """A new connection to an engine, such as `http://127.0.0.1:40123`. Raises OSError within CONNECT_SECONDS."""
+        """Open a connection to an origin such as `http://127.0.0.1:40123`. Raises OSError within CONNECT_SECONDS."""
 
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return monotonic seconds."""
 
-    def later(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` in so many seconds, in a greenlet of its own."""
+    def call_later(self, seconds: float, act: Callable[[], None]) -> None:
+        """Call `act` after `seconds`, in a greenlet of its own."""
 
 
 class Pool:
-    """The connections to one engine: those in use, and idle ones for the next requests.
+    """The connections to one engine: in use, and idle for later requests.
 
-    Who takes one gives it back once, by `keep` or `drop`. Nothing here waits but `dial`.
+    Each connection taken is returned exactly once, by `put_idle` or `discard`. Only `dial` blocks.
     """
 
     def __init__(self, origin: str, network: Network) -> None:
@@ -73,7 +76,8 @@ class Pool:
         self._in_use: set[Connection] = set()
         self._dialing = 0
         self._idle: deque[tuple[Connection, float]] = deque()
-        """With the time since when; the last one used is last, and the next one to be used."""
+        """Each with the time it became idle (monotonic seconds), the most recently used last; that one is reused first.
+        """
 
     @property
     def in_use(self) -> int:
@@ -83,20 +87,20 @@ class Pool:
     def idle(self) -> int:
         return len(self._idle)
 
-    def take(self) -> Connection | None:
-        """A connection that was used before and can be used again; None where there is none."""
+    def take_idle(self) -> Connection | None:
+        """Take a reusable idle connection, None if there is none."""
         while self._idle:
             connection, _ = self._idle.pop()
-            if connection.quiet():
+            if connection.is_reusable():
                 self._in_use.add(connection)
                 return connection
             connection.close()
         return None
 
     def dial(self) -> Connection:
-        """A new connection, though there may be idle ones. Raises OSError, NoPlace."""
+        """Open a new connection, even if there are idle ones. Raises OSError and PoolExhausted."""
         if self.in_use >= CONNECTIONS_PER_ENGINE:
-            raise NoPlace
+            raise PoolExhausted
         self._dialing += 1
         try:
             connection = self._network.dial(self._origin)
@@ -105,28 +109,28 @@ class Pool:
         self._in_use.add(connection)
         return connection
 
-    def keep(self, connection: Connection) -> None:
-        """A whole answer has come over it: it can be used again."""
+    def put_idle(self, connection: Connection) -> None:
+        """Return a connection after a complete response, for reuse."""
         self._in_use.remove(connection)
         if len(self._idle) < IDLE_PER_ENGINE:
             self._idle.append((connection, self._network.now()))
         else:
             connection.close()
 
-    def drop(self, connection: Connection) -> None:
-        """It is of no use any more."""
+    def discard(self, connection: Connection) -> None:
+        """Close a connection that can't be reused."""
         self._in_use.remove(connection)
         connection.close()
 
-    def tidy(self) -> None:
-        """Close the idle connections that the engine has closed, and those that nobody has used for a while.
+    def prune(self) -> None:
+        """Close idle connections that the engine has closed or that have been idle for IDLE_SECONDS.
 
-        Only a request would notice that an engine hung up; to one that has ended there will be none, and each of its
-        connections stayed half closed until the app ended.
+        Otherwise only the next request would notice a closed one. There is none after an engine has ended: its
+        connections stayed in CLOSE-WAIT until the app ended (198 to 941 descriptors over five loads).
         """
         oldest = self._network.now() - IDLE_SECONDS
         for connection, since in [self._idle.popleft() for _ in range(len(self._idle))]:
-            if since > oldest and connection.quiet():
+            if since > oldest and connection.is_reusable():
                 self._idle.append((connection, since))
             else:
                 connection.close()
@@ -135,24 +139,27 @@ class Pool:
         while self._idle:
             self._idle.pop()[0].close()
 
-    def shut_used(self) -> None:
-        """End those in use: whoever waits for an answer over one gives it back."""
+    def shut_in_use(self) -> None:
+        """Shut down all connections in use; their readers then discard them."""
         for connection in tuple(self._in_use):
-            connection.shut()
+            connection.abort()
 
 
-class _Ours:
-    """What a socket of gevent's lacks to be a `Connection`."""
+class _ConnectionMixin:
+    """What a gevent socket lacks to be a `Connection`."""
 
     _sock: Any
 
-    def shut(self) -> None:
-        """The connection itself: a TLS socket would forget its session first, under the feet of whoever reads."""
+    def abort(self) -> None:
+        """Shut down the TCP connection.
+
+        SSLSocket.shutdown would drop the TLS session while another greenlet reads from it.
+        """
         with suppress(OSError):
             gevent_socket.socket.shutdown(self, socket.SHUT_RDWR)
 
-    def quiet(self) -> bool:
-        """By the bytes on the wire, since a TLS socket refuses to peek at its own; gevent's never block."""
+    def is_reusable(self) -> bool:
+        """Peek at the raw socket, because SSLSocket refuses MSG_PEEK; gevent's sockets are non-blocking."""
         try:
             self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -162,31 +169,31 @@ class _Ours:
         return False
 
 
-class PlainConnection(_Ours, gevent_socket.socket):  # type: ignore[misc]
-    """A connection over TCP."""
+class PlainConnection(_ConnectionMixin, gevent_socket.socket):  # type: ignore[misc]
+    """TCP connection."""
 
 
-class TlsConnection(_Ours, ssl.SSLSocket):  # type: ignore[misc]
-    """A connection over TLS."""
+class TlsConnection(_ConnectionMixin, ssl.SSLSocket):  # type: ignore[misc]
+    """TLS connection."""
 
 
 class Sockets:
-    """The real network. `silence` is how many seconds an engine may say nothing."""
+    """The real network. `read_timeout` is how many seconds an engine may send nothing."""
 
-    def __init__(self, silence: float) -> None:
-        self._silence = silence
+    def __init__(self, read_timeout: float) -> None:
+        self._read_timeout = read_timeout
         self._tls: Any = None
 
     def dial(self, origin: str) -> Connection:
         try:
             return self._dial(urlsplit(origin))
-        except TimeoutError:  # not that of an engine that took the request and says nothing
+        except TimeoutError:  # told apart from the read timeout of an engine that has accepted the request
             raise ConnectionError(f"it took no connection within {CONNECT_SECONDS:.0f} s") from None
 
     def now(self) -> float:
         return time.monotonic()
 
-    def later(self, seconds: float, act: Callable[[], None]) -> None:
+    def call_later(self, seconds: float, act: Callable[[], None]) -> None:
         gevent.spawn_later(seconds, act)
 
     def _dial(self, address: SplitResult) -> Connection:
@@ -195,14 +202,14 @@ class Sockets:
         try:
             if secure:
                 connection = self._trusted().wrap_socket(connection, server_hostname=host)
-            connection.settimeout(self._silence)
+            connection.settimeout(self._read_timeout)
         except BaseException:
             connection.close()
             raise
         return connection  # type: ignore[no-any-return]
 
     def _trusted(self) -> Any:
-        """Checks an engine's certificate, and whose it is, as the control plane does (`services.http.tls_context`)."""
+        """Return a context that verifies certificates and host names, like `services.http.tls_context`."""
         if self._tls is None:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             self._tls.sslsocket_class = TlsConnection
@@ -212,7 +219,7 @@ class Sockets:
 
 
 def _connect(host: str, port: int) -> Any:
-    """Raises OSError; the first address's, when a name has several and none takes a connection."""
+    """Connect to the first address of `host` that accepts. Raises the first address's OSError if none does."""
     first: OSError | None = None
     for family, kind, protocol, _, address in gevent_socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         connection = PlainConnection(family, kind, protocol)

@@ -1,7 +1,7 @@
-"""Sends one request to an instance and gives its answer as it arrives, its body unchanged.
+"""Relays one request to an instance, and its response back as it arrives, the body unchanged.
 
-The hot path of the data plane. The parser is llhttp, by httptools; reading whatever has arrived instead of waiting for
-a full block is what a streamed token needs.
+The hot path of the data plane. The parser is llhttp, by httptools. Reading returns whatever has arrived instead of
+waiting for a full block, as streamed tokens need.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from urllib.parse import urlsplit
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from services.engines.port import Endpoint
-from services.gateway.connections import CONNECTIONS_PER_ENGINE, Connection, Network, NoPlace, Pool, Sockets
+from services.gateway.connections import CONNECTIONS_PER_ENGINE, Connection, Network, Pool, PoolExhausted, Sockets
 from services.gateway.router import ClientGone, GatewayError
 
 BLOCK = 65_536
-LONGEST_HEAD = 262_144
-"""Bytes of an answer before its body, interim answers included."""
-CUT = "the engine closed the connection in mid-answer"
-TIDY_SECONDS = 5.0
-"""How often idle connections are looked at: engines hang up on them, and end."""
+MAX_HEAD_BYTES = 262_144
+"""Longest head of a response, interim responses (1xx) included."""
+TRUNCATED = "the engine closed the connection in mid-answer"
+PRUNE_SECONDS = 5.0
+"""Interval between checks of idle connections, which engines close."""
 
 HOP_BY_HOP = frozenset(
     {
@@ -36,7 +36,7 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-"""RFC 9110 section 7.6.1: these belong to one connection and are never passed on."""
+"""Headers of a single connection, never forwarded (RFC 9110 section 7.6.1)."""
 NOT_FORWARDED = HOP_BY_HOP | {
     "host",
     "content-length",
@@ -69,38 +69,42 @@ ANSWER_HEADERS = frozenset(
     }
 )
 ANSWER_HEADER_FAMILIES = ("openai-", "anthropic-", "x-ratelimit-")
-"""What of an engine's answer is passed on: what describes it. An engine must not set cookies for this server, speak for
-it to other sites (Access-Control-*), lead a browser away (Location, Refresh) or empty it (Clear-Site-Data)."""
+"""Response headers that are forwarded: those that describe the response. An engine must not set cookies for this
+server, grant other sites access (Access-Control-*), redirect the browser (Location, Refresh) or clear its data
+(Clear-Site-Data)."""
 
 
 class Unanswered(ConnectionError):
-    """The engine closed the connection without a byte of an answer."""
+    """The engine closed the connection before the first byte of a response."""
 
 
-class BrokenAnswer(Exception):
-    """An engine's answer is malformed, or ends before it is whole."""
+class BrokenResponse(Exception):
+    """An engine's response is malformed or truncated."""
 
 
-class EngineAnswer:
-    """An engine's answer: `status_code`, `fields` (its headers as pairs of bytes), and its body as it arrives.
+class EngineResponse:
+    """An engine's response: `status_code`, `fields` (its headers as pairs of bytes), and its body as it arrives.
 
-    Holds its connection until the answer is whole or broken off.
+    Holds its connection until it is complete or closed.
     """
 
     def __init__(self, connection: Connection, pool: Pool, method: str) -> None:
-        """Wait for the headers. Raises OSError, BrokenAnswer and Unanswered; the connection is released then."""
+        """Block until the headers are here.
+
+        Raises OSError, BrokenResponse and Unanswered, and releases the connection then.
+        """
         self.status_code = 0
         self.fields: list[tuple[bytes, bytes]] = []
-        self.whole = False
-        """Whether all of it has arrived, though not all of it may have been read yet."""
+        self.complete = False
+        """Whether the whole response has arrived, though it may not have been read yet."""
         self._connection: Connection | None = connection
         self._pool = pool
         self._has_body = method != "HEAD"
         self._headers_complete = False
         self._reusable = False
-        """Whether the next request may be sent over the same connection."""
-        self._pieces: list[bytes] = []
-        self.on_body = self._pieces.append  # a builtin: the parser calls it once per chunk
+        """Whether the connection can be used for another request."""
+        self._chunks: list[bytes] = []
+        self.on_body = self._chunks.append  # a builtin: the parser calls it once per chunk
         self._parser = HttpResponseParser(self)
         try:
             self._read_head(connection)
@@ -113,46 +117,49 @@ class EngineAnswer:
         return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.fields]
 
     def get(self, name: str) -> str | None:
-        """The value of the first header called `name`, which is in lower case; None where there is none."""
+        """Return the value of the first header called `name` (in lower case), None if there is none."""
         wanted = name.encode("latin-1")
         return next((value.decode("latin-1") for field, value in self.fields if field.lower() == wanted), None)
 
-    def arrived(self) -> bytes:
-        """Body bytes that are here, waiting for some if none are; empty at the end. Raises OSError, BrokenAnswer."""
-        pieces = self._pieces
-        while not pieces and self._connection is not None:
+    def read_available(self) -> bytes:
+        """Return the body bytes available, blocking until there are some; empty at the end.
+
+        Raises OSError and BrokenResponse.
+        """
+        chunks = self._chunks
+        while not chunks and self._connection is not None:
             self._receive(self._connection)
-        chunk = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
+        chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
         return chunk
 
-    def beginning(self, size: int) -> bytes:
-        """The first `size` bytes of the body, fewer when it ends before; `arrived` still returns them.
+    def peek(self, size: int) -> bytes:
+        """Return the first `size` body bytes, fewer if the body is shorter, without consuming them.
 
-        Raises GatewayError when the answer breaks off.
+        Raises GatewayError if the connection breaks.
         """
         try:
-            while sum(map(len, self._pieces)) < size and self._connection is not None:
+            while sum(map(len, self._chunks)) < size and self._connection is not None:
                 self._receive(self._connection)
-        except (OSError, BrokenAnswer) as error:
+        except (OSError, BrokenResponse) as error:
             raise GatewayError("engine_unreachable", f"The engine's answer broke off: {error}.") from None
-        return b"".join(self._pieces)[:size]
+        return b"".join(self._chunks)[:size]
 
     def abort(self) -> None:
-        """Close the connection, from any greenlet: the engine notices and stops generating."""
+        """Shut the connection down, from any greenlet, so that the engine stops generating."""
         if self._connection is not None:
-            self._connection.shut()
+            self._connection.abort()
 
-    def break_off(self) -> None:
-        """Release the connection. One in the middle of an answer is closed, which stops the generation."""
+    def close(self) -> None:
+        """Release the connection. Closing an incomplete response stops the generation."""
         self._release()
 
     # Called by the parser.
 
     def on_message_begin(self) -> None:
-        """The parser would go on with a second answer as if it belonged to the first."""
-        if self.whole:
-            raise BrokenAnswer("the engine answered twice")
+        """Reject a second response, which the parser would append to the first."""
+        if self.complete:
+            raise BrokenResponse("the engine answered twice")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.fields.append((name, value.strip(b" \t")))
@@ -167,25 +174,25 @@ class EngineAnswer:
     def on_message_complete(self) -> None:
         if self.status_code >= 200:
             self._end()
-        else:  # an interim answer, which is not passed on
+        else:  # an interim response, which is not forwarded
             self.fields.clear()
 
     def _end(self) -> None:
-        self.whole = True
+        self.complete = True
         self._reusable = self._parser.should_keep_alive()
 
     def _read_head(self, connection: Connection) -> None:
-        came = 0
+        received = 0
         while not self._headers_complete:
-            if came > LONGEST_HEAD:
-                raise BrokenAnswer("the engine's headers have no end")
+            if received > MAX_HEAD_BYTES:
+                raise BrokenResponse("the engine's headers have no end")
             try:
                 data = connection.recv(BLOCK)
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise BrokenAnswer(CUT) if came else Unanswered("it closed the connection")
-            came += len(data)
+                raise BrokenResponse(TRUNCATED) if received else Unanswered("it closed the connection")
+            received += len(data)
             self._feed(data)
 
     def _receive(self, connection: Connection) -> None:
@@ -193,28 +200,28 @@ class EngineAnswer:
         if data:
             self._feed(data)
         elif self._ends_with_connection:
-            self.whole = True
+            self.complete = True
             self._release()
         else:
-            raise BrokenAnswer(CUT)
+            raise BrokenResponse(TRUNCATED)
 
     def _feed(self, data: bytes) -> None:
-        """Parse what has arrived. Bytes after a whole answer belong to no request: they close the connection."""
+        """Parse received bytes. Bytes after a complete response are ignored, but then the connection is not reused."""
         try:
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as error:
-            if not self.whole:
-                raise BrokenAnswer(str(error)) from None
+            if not self.complete:
+                raise BrokenResponse(str(error)) from None
             self._reusable = False
-        if self.whole:
-            if self._pieces and not self._has_body:
-                self._pieces.clear()
+        if self.complete:
+            if self._chunks and not self._has_body:
+                self._chunks.clear()
                 self._reusable = False
             self._release()
 
     @property
     def _ends_with_connection(self) -> bool:
-        """Whether nothing but the end of the connection ends the body (RFC 9112 section 6.3)."""
+        """Whether only the end of the connection ends the body (RFC 9112 section 6.3)."""
         return self.get("content-length") is None and self.get("transfer-encoding") is None
 
     def _release(self) -> None:
@@ -222,13 +229,13 @@ class EngineAnswer:
         if connection is None:
             return
         if self._reusable:
-            self._pool.keep(connection)
+            self._pool.put_idle(connection)
         else:
-            self._pool.drop(connection)
+            self._pool.discard(connection)
 
 
 class Hangup:
-    """Breaks a request off wherever it is. Called from any greenlet, at any time, once or more."""
+    """Cancels one relayed request, in whatever state. Callable from any greenlet, any number of times."""
 
     def __init__(self) -> None:
         self.called = False
@@ -240,14 +247,14 @@ class Hangup:
             self._act()
 
     def applies_to(self, act: Callable[[], None]) -> None:
-        """What has to be done to break it off from now on. Raises ClientGone when it was already."""
+        """Set the callback that cancels the request from now on. Raises ClientGone if it was cancelled already."""
         self._act = act
         if self.called:
             raise ClientGone
 
 
 class Relay:
-    """Sends requests to engines over kept connections. `serving` are the origins of the instances there are."""
+    """Sends requests to engines over pooled connections. `serving` returns the origins of all instances."""
 
     def __init__(
         self, timeout: float, network: Network | None = None, serving: Callable[[], Collection[str]] | None = None
@@ -256,7 +263,7 @@ class Relay:
         self._network = network or Sockets(timeout)
         self._serving = serving
         self._pools: dict[str, Pool] = {}
-        self._tidying = False
+        self._pruning = False
         self._closed = False
 
     def send(
@@ -267,31 +274,31 @@ class Relay:
         headers: Iterable[tuple[str, str]],
         body: bytes,
         hangup: Hangup,
-    ) -> EngineAnswer:
-        """Pass one request on and return once the answer's headers are here. Raises GatewayError.
+    ) -> EngineResponse:
+        """Send a request and return the response once its headers are here. `target` is the path with its query.
 
-        `target` is the path with its query. An idle connection that the engine closed meanwhile, without a byte of an
-        answer, is replaced once by a new one. What a new one was told is never said again: the engine that closes it
-        may have generated the whole answer. Raises ClientGone once `hangup` was called.
+        When an engine has closed an idle connection before the first byte of a response, the request is sent once more
+        over a new connection. After a new connection it is never sent again, because the engine may have generated the
+        whole answer. Raises GatewayError, and ClientGone once `hangup` was called.
         """
         request = _head(endpoint, method, target, headers, body) + body
         pool = self._pool(endpoint.origin)
         try:
-            kept = pool.take()
+            kept = pool.take_idle()
             if kept is not None:
                 try:
-                    return _ask(pool, kept, request, method, hangup)
+                    return _exchange(pool, kept, request, method, hangup)
                 except Unanswered:
                     if hangup.called or self._closed:
                         raise
-            return _ask(pool, pool.dial(), request, method, hangup)
+            return _exchange(pool, pool.dial(), request, method, hangup)
         except TimeoutError:
             raise GatewayError("engine_timeout", f"The engine said nothing for {self._timeout:.0f} s.") from None
-        except NoPlace:
+        except PoolExhausted:
             raise GatewayError(
                 "queue_full", f"The engine answers {CONNECTIONS_PER_ENGINE} requests already. Try again later.", 5
             ) from None
-        except (OSError, BrokenAnswer) as error:
+        except (OSError, BrokenResponse) as error:
             if hangup.called:
                 raise ClientGone from None
             if self._closed:
@@ -299,78 +306,83 @@ class Relay:
             raise GatewayError("engine_unreachable", f"The engine did not answer: {error}.") from None
 
     def close(self) -> None:
-        """Break every answer off, and close what is idle: the app goes."""
+        """Break off every response and close idle connections, because the app shuts down."""
         self._closed = True
         for pool in self._pools.values():
-            pool.shut_used()
+            pool.shut_in_use()
             pool.close_idle()
 
     def _pool(self, origin: str) -> Pool:
         pool = self._pools.get(origin)
         if pool is None:
             pool = self._pools[origin] = Pool(origin, self._network)
-            if not self._tidying:
-                self._tidying = True
-                self._network.later(TIDY_SECONDS, self._tidy)
+            if not self._pruning:
+                self._pruning = True
+                self._network.call_later(PRUNE_SECONDS, self._prune)
         return pool
 
-    def _tidy(self) -> None:
-        """Look at every idle connection, again and again as long as there are any. Those to an instance that was
-        unloaded are closed: nobody will ask there again."""
+    def _prune(self) -> None:
+        """Prune idle connections, and schedule the next run while there are any.
+
+        All idle connections to an unloaded instance are closed: there will be no request to it.
+        """
         serving = None if self._serving is None else self._serving()
         for origin, pool in list(self._pools.items()):
             if serving is None or origin in serving:
-                pool.tidy()
+                pool.prune()
             else:
                 pool.close_idle()
             if not pool.idle and not pool.in_use:
                 del self._pools[origin]
-        self._tidying = bool(self._pools)
-        if self._tidying:
-            self._network.later(TIDY_SECONDS, self._tidy)
+        self._pruning = bool(self._pools)
+        if self._pruning:
+            self._network.call_later(PRUNE_SECONDS, self._prune)
 
 
-def _ask(pool: Pool, connection: Connection, request: bytes, method: str, hangup: Hangup) -> EngineAnswer:
-    """Raises Unanswered when the engine closed the connection without a byte of an answer."""
+def _exchange(pool: Pool, connection: Connection, request: bytes, method: str, hangup: Hangup) -> EngineResponse:
+    """Send a request over a connection and read the head of its response. Raises Unanswered."""
     try:
-        hangup.applies_to(connection.shut)
+        hangup.applies_to(connection.abort)
         _send(connection, request)
     except BaseException:
-        pool.drop(connection)
+        pool.discard(connection)
         raise
-    answer = EngineAnswer(connection, pool, method)
+    answer = EngineResponse(connection, pool, method)
     try:
         hangup.applies_to(answer.abort)
     except BaseException:
-        answer.break_off()
+        answer.close()
         raise
     return answer
 
 
 def _send(connection: Connection, request: bytes) -> None:
-    """Send it all. An engine that hangs up in the middle may have said why: what it said, if anything, is read next."""
+    """Send all bytes.
+
+    If the engine closes the connection early, it may have sent an error response, which is read next.
+    """
     with suppress(BrokenPipeError, ConnectionResetError):
         connection.sendall(request)
 
 
 class Body:
-    """The body of a relayed answer, for a WSGI server to iterate.
+    """The body of a relayed response, as an iterable for a WSGI server.
 
-    `on_begin` is called before the first of it is handed on, `on_piece` with each piece, `on_close` when it was closed.
-    A class and not a generator: `close` has to run even when nothing was iterated.
+    `on_begin` is called before the first chunk is yielded, `on_chunk` with every chunk, `on_close` on close. A class
+    and not a generator, because `close` has to run even if nothing was iterated.
     """
 
     def __init__(
         self,
-        answer: EngineAnswer,
+        answer: EngineResponse,
         on_begin: Callable[[], None],
-        on_piece: Callable[[], object],
+        on_chunk: Callable[[], object],
         on_close: Callable[[], None],
         error_tail: Callable[[str], bytes],
     ) -> None:
         self._answer = answer
         self._on_begin: Callable[[], None] | None = on_begin
-        self._on_piece = on_piece
+        self._on_chunk = on_chunk
         self._on_close = on_close
         self._error_tail = error_tail
         self._over = False
@@ -382,8 +394,8 @@ class Body:
         if self._over:
             raise StopIteration
         try:
-            chunk = self._answer.arrived()
-        except (OSError, BrokenAnswer) as error:
+            chunk = self._answer.read_available()
+        except (OSError, BrokenResponse) as error:
             self._over = True
             chunk = self._error_tail(str(error))
         if self._on_begin is not None:
@@ -391,26 +403,26 @@ class Body:
             self._on_begin = None
         if not chunk:
             raise StopIteration
-        self._on_piece()
+        self._on_chunk()
         return chunk
 
     def close(self) -> None:
-        """Give everything back, however much of it was iterated."""
+        """Release the connection, however much was iterated."""
         self._over = True
         try:
-            self._answer.break_off()
+            self._answer.close()
         finally:
             self._on_close()
 
 
-def answer_fields(answer: EngineAnswer) -> list[tuple[bytes, bytes]]:
-    """The headers of an answer that may be passed on."""
+def answer_fields(answer: EngineResponse) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a response that may be forwarded."""
     return [(name, value) for name, value in answer.fields if _describes(name)]
 
 
 @lru_cache(maxsize=256)
 def _describes(field: bytes) -> bool:
-    """Whether a header describes an answer. Remembered: engines send the same few."""
+    """Return whether a header describes the response. Cached, because engines send the same few."""
     name = field.lower().decode("latin-1")
     return name in ANSWER_HEADERS or name.startswith(ANSWER_HEADER_FAMILIES)
 

@@ -81,7 +81,7 @@ class Router:
         Blocks while the model is switched to. Raises UnknownModel, GatewayError, and ClientGone once `client_left`
         returns True.
         """
-        if name is not None and (admission := self.admit_now(name)) is not None:
+        if name is not None and (admission := self.try_admit(name)) is not None:
             return admission
         if not self._switcher.wait_first_pass(FIRST_PASS_WAIT_SECONDS):
             raise GatewayError("starting", "Switchyard is finding out what is loaded. Try again in a moment.", 1)
@@ -98,7 +98,7 @@ class Router:
         with self._place_in_queue(model_id):
             return self._wait_for(model_id, client_left)
 
-    def admit_now(self, name: str | None) -> Admission | None:
+    def try_admit(self, name: str | None) -> Admission | None:
         """Admit a request if its model is running; None if that takes waiting or an error. Never blocks."""
         if name is None or name == AUTO:
             return self._try_enter(self._board.current.active_model or "")

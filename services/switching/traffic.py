@@ -51,7 +51,7 @@ class Traffic:
         """Whether no request is in flight and the last ones ended without one byte of an answer."""
         return self._answered > 0 and self._in_flight == 0 and self.activity_count == self._activity_before
 
-    def heard(self) -> None:
+    def note_activity(self) -> None:
         """Note that the engine showed activity."""
         self.activity_count += 1
 

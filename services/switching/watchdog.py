@@ -116,7 +116,7 @@ class Watchdog:
     def _probe(self, member: Member, activity: _Activity, timeout: float) -> None:
         try:
             if member.instance.responds(timeout) is not False:
-                member.traffic.heard()
+                member.traffic.note_activity()
         except Exception as error:
             log.warning("a model can't be probed", model=member.model.id, error=str(error))
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from services.gateway.connections import IDLE_PER_ENGINE
-from services.gateway.relay import TIDY_SECONDS
+from services.gateway.relay import PRUNE_SECONDS
 from tests.heart.asking import Asking
 from tests.heart.rig import Heart
 from tests.heart.wire import BROKEN, FAILED, WHOLE, Arrival, parts_of
@@ -44,7 +44,7 @@ def check_rest(heart: Heart) -> None:
     kept = set(heart.relay._pools)
     assert kept <= heart.now.origins, f"connections are kept to {kept - heart.now.origins}, where nothing is loaded"
     for link in heart.wire.open_links():
-        late = link.ended_at is not None and heart.scheduler.now() > link.ended_at + TIDY_SECONDS
+        late = link.ended_at is not None and heart.scheduler.now() > link.ended_at + PRUNE_SECONDS
         assert not late, "a connection stays half closed"
 
 

@@ -111,7 +111,7 @@ class Heart:
         router, relay = self.router, self.relay
         self.scheduler.spawn("client", lambda: asking.carry_out(router, relay))
         if patience is not None:
-            self.wire.later(patience, asking.leave)
+            self.wire.call_later(patience, asking.leave)
         return asking
 
     def restart(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from services.gateway import connections
 from services.gateway.connections import IDLE_PER_ENGINE, IDLE_SECONDS
-from services.gateway.relay import TIDY_SECONDS
+from services.gateway.relay import PRUNE_SECONDS
 from tests.heart.asking import Asking
 from tests.heart.operations import EXPECTED_ERRORS, SETTINGS
 from tests.heart.relay_promises import check_relay, check_rest
@@ -31,7 +31,7 @@ def heart() -> Iterator[Heart]:
     yield heart
     heart.scheduler.settle()
     check_relay(heart)
-    heart.scheduler.pause(TIDY_SECONDS + 1)
+    heart.scheduler.pause(PRUNE_SECONDS + 1)
     check_rest(heart)
     assert heart.scheduler.failures == []
     heart.close()
@@ -229,7 +229,7 @@ def test_connections_to_what_was_unloaded_are_closed(heart):
     end(heart, *asked)
     assert len(heart.wire.open_links()) == 5
     heart.done(heart.switcher.stop("beta", requested_by="test"))
-    heart.scheduler.pause(TIDY_SECONDS + 1)
+    heart.scheduler.pause(PRUNE_SECONDS + 1)
     assert heart.wire.open_links() == []
 
 
@@ -239,7 +239,7 @@ def test_connections_that_are_not_used_are_closed_after_a_while(heart):
     ended(heart, "whole")
     heart.scheduler.pause(IDLE_SECONDS - 5)
     assert len(heart.wire.open_links()) == 1
-    heart.scheduler.pause(TIDY_SECONDS + 5)
+    heart.scheduler.pause(PRUNE_SECONDS + 5)
     assert heart.wire.open_links() == []
 
 
@@ -288,7 +288,7 @@ def test_whatever_happens_every_request_ends_once_and_leaves_nothing(tenth):
         heart.wire.slow_dial = 0.0
         heart.until(lambda heart=heart: all(a.outcome is not None for a in heart.asked), f"requests of seed {seed}")
         heart.until(lambda heart=heart: heart.switcher.job() is None, f"the switch of seed {seed}")
-        heart.scheduler.pause(TIDY_SECONDS + 1)
+        heart.scheduler.pause(PRUNE_SECONDS + 1)
         check_relay(heart, EXPECTED_ERRORS)
         check_rest(heart)
         assert heart.scheduler.failures == []

@@ -21,10 +21,10 @@ def test_a_switch_loads_its_target_and_makes_it_the_active_one(heart):
     """Requests are routed to it once it has given its first token, not before."""
     job = heart.switch("small")
     heart.stage("warming_up")
-    assert heart.router.admit_now("small") is None
+    assert heart.router.try_admit("small") is None
     heart.done(job)
     assert (job.outcome, heart.states(), heart.now.active_model) == ("success", {"small": "running"}, "small")
-    admission = heart.router.admit_now("auto")
+    admission = heart.router.try_admit("auto")
     assert admission is not None
     assert admission.instance.model == "small"
 
@@ -82,7 +82,7 @@ def test_a_failed_load_restores_what_was_unloaded_and_says_both(heart):
 def test_a_cancel_at_any_stage_leaves_what_ran_before(heart, stage):
     """Nothing is lost wherever the cancel hits: a model that drains goes on, one that was unloaded comes back."""
     heart.ready("medium")
-    admission = heart.router.admit_now("medium")
+    admission = heart.router.try_admit("medium")
     heart.faults("medium").slow_stop = 3
     heart.machine.slow_seconds = 0.2
     job = heart.switch("large")
@@ -92,7 +92,7 @@ def test_a_cancel_at_any_stage_leaves_what_ran_before(heart, stage):
     assert heart.switcher.cancel() is job
     heart.done(job)
     assert (job.outcome, heart.states(), heart.now.active_model) == ("cancelled", {"medium": "running"}, "medium")
-    assert heart.router.admit_now("medium") is not None, "it takes requests again"
+    assert heart.router.try_admit("medium") is not None, "it takes requests again"
 
 
 def test_a_superseding_switch_that_fails_restores_what_ran_before_the_first(heart):
@@ -248,8 +248,8 @@ def test_a_loaded_model_whose_file_was_removed_stays_listed_and_can_be_stopped(h
     del heart.engines["solo"].listed["small"]
     heart.catalog.refresh()
     assert "files are gone" in heart.catalog.get("small").fault
-    assert heart.router.admit_now("small") is not None
-    heart.router.admit_now("small")
+    assert heart.router.try_admit("small") is not None
+    heart.router.try_admit("small")
     heart.faults("medium")
     assert heart.done(heart.switcher.stop("small", requested_by="test")).outcome == "success"
     assert heart.states() == {}
@@ -313,7 +313,7 @@ def test_a_cancelled_restart_brings_the_model_back(heart, stage):
     """Defect 6: the one that was restarted is not lost."""
     heart.ready("medium")
     heart.faults("medium").slow_stop = 3
-    admission = heart.router.admit_now("medium")
+    admission = heart.router.try_admit("medium")
     job = heart.switcher.restart("medium", requested_by="test")
     if stage != "draining":
         admission.release()
@@ -391,7 +391,7 @@ def test_an_engine_that_refuses_to_unload_is_believed(heart):
     job = heart.done(heart.switcher.stop("medium", requested_by="test"))
     assert "refuses to unload" in job.error.message
     assert heart.states() == {"medium": "running"}
-    admission = heart.router.admit_now("medium")
+    admission = heart.router.try_admit("medium")
     assert admission is not None
 
 
@@ -401,7 +401,7 @@ def test_a_busy_model_is_called_busy_and_its_drain_counts(heart):
     heart.done(heart.switcher.stop("large", requested_by="test"))
     heart.ready("medium")
     idle = heart.switcher.plan("large")
-    assert heart.router.admit_now("medium") is not None
+    assert heart.router.try_admit("medium") is not None
     busy = heart.switcher.plan("large")
     assert busy.unload[0].in_flight == 1
     assert busy.estimated_seconds == idle.estimated_seconds + heart.settings.drain_timeout_seconds
@@ -410,7 +410,7 @@ def test_a_busy_model_is_called_busy_and_its_drain_counts(heart):
 def test_a_model_that_finishes_its_answers_says_until_when(heart):
     """Those under way may take `drain_timeout_seconds`; when they end sooner, so does the wait."""
     heart.ready("medium")
-    admission = heart.router.admit_now("medium")
+    admission = heart.router.try_admit("medium")
     job = heart.switcher.stop("medium", requested_by="test")
     heart.scheduler.settle()
     until = heart.now.instances["medium"].drain_until
@@ -442,7 +442,7 @@ def test_who_does_not_want_to_wait_for_answers_need_not(heart, how):
 def test_without_an_unload_under_way_no_answer_is_given_up(heart):
     """Neither before it nor after one that was called off, at the next."""
     heart.ready("medium")
-    admission = heart.router.admit_now("medium")
+    admission = heart.router.try_admit("medium")
     heart.switcher.unload_now("medium")
     job = heart.switch("large")
     heart.stage("draining")
@@ -491,7 +491,7 @@ def test_a_model_that_ends_by_itself_is_told_with_its_cause(heart):
 def test_when_a_model_was_last_used_survives_its_unload(heart):
     """Defect 14."""
     heart.ready("small")
-    heart.router.admit_now("small").release()
+    heart.router.try_admit("small").release()
     used = heart.now.instances["small"].traffic.last_used
     heart.done(heart.switcher.stop("small", requested_by="test"))
     assert heart.now.last_used["small"] == used
@@ -516,7 +516,7 @@ def test_a_driver_that_hangs_delays_nobody_who_does_not_need_it(heart):
     job = heart.switch("medium")
     heart.scheduler.pause(1)
     began = heart.scheduler.now()
-    assert heart.router.admit_now("small") is not None
+    assert heart.router.try_admit("small") is not None
     assert heart.switcher.cancel() is job
     assert heart.scheduler.now() == began
 

@@ -98,11 +98,11 @@ class Link:
         self._to_engine += data
         self._tell()
 
-    def shut(self) -> None:
+    def abort(self) -> None:
         self._shut = True
         self._tell()
 
-    def quiet(self) -> bool:
+    def is_reusable(self) -> bool:
         self._check_open()
         return not self._to_relay and self._ended is None
 
@@ -213,7 +213,7 @@ class Wire:
     def now(self) -> float:
         return self.scheduler.now()
 
-    def later(self, seconds: float, act: Callable[[], None]) -> None:
+    def call_later(self, seconds: float, act: Callable[[], None]) -> None:
         def run() -> None:
             self.scheduler.pause(seconds)
             act()

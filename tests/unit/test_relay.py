@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from services.engines.port import Endpoint
-from services.gateway.relay import BrokenAnswer, EngineAnswer, Hangup, Relay, answer_fields
+from services.gateway.relay import BrokenResponse, EngineResponse, Hangup, Relay, answer_fields
 from services.gateway.router import ClientGone, GatewayError
 from tests.support.scripted_engine import AUTHORITY, DROP, OK, Reply, ScriptedEngine, answer
 
@@ -50,14 +50,14 @@ def relay(start_relay: Callable[..., Relay]) -> Relay:
     return start_relay()
 
 
-def ask(relay: Relay, engine: ScriptedEngine, body: bytes = b"{}", hangup: Hangup | None = None) -> EngineAnswer:
+def ask(relay: Relay, engine: ScriptedEngine, body: bytes = b"{}", hangup: Hangup | None = None) -> EngineResponse:
     endpoint = Endpoint(engine.origin)
     return relay.send(endpoint, "POST", "/v1/chat/completions", (), body, hangup or Hangup())
 
 
-def whole(answer: EngineAnswer) -> bytes:
+def whole(answer: EngineResponse) -> bytes:
     body = b""
-    while piece := answer.arrived():
+    while piece := answer.read_available():
         body += piece
     return body
 
@@ -177,11 +177,11 @@ def test_leaving_breaks_a_tls_answer_off(relay, engine, monkeypatch):
     begun = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
     talker, hangup = engine(Reply(begun), tls=True), Hangup()
     streamed = ask(relay, talker, hangup=hangup)
-    assert streamed.arrived() == b"hi"
+    assert streamed.read_available() == b"hi"
     gevent.spawn_later(0.05, hangup)
-    with pytest.raises((OSError, BrokenAnswer)):
-        streamed.arrived()
-    streamed.break_off()
+    with pytest.raises((OSError, BrokenResponse)):
+        streamed.read_available()
+    streamed.close()
     assert talker.disconnected.wait(5)
 
 
@@ -222,7 +222,7 @@ def test_nothing_waits_for_ever_behind_a_failed_connection(relay, engine):
 
 def test_idle_connections_to_an_engine_that_has_gone_are_closed(relay, engine, monkeypatch):
     """Nobody asks that engine again: without a look at them they stay open, half closed, until the app ends."""
-    monkeypatch.setattr("services.gateway.relay.TIDY_SECONDS", 0.02)
+    monkeypatch.setattr("services.gateway.relay.PRUNE_SECONDS", 0.02)
     gone, stays = engine(), engine()
     for one in (gone, gone, stays):
         whole(ask(relay, one))
