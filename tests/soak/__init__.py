@@ -1,1 +1,1 @@
-"""The soak: one real console under everything at once, and the promises that hold meanwhile, at rest and at the end."""
+"""The soak test: concurrent clients and faults on one real console, and the invariants checked during and after it."""

@@ -1,4 +1,4 @@
-"""`make soak OPERATIONS=1000 SEED=7`: prints what was seen, and ends with exit code 1 when a promise was broken."""
+"""`make soak OPERATIONS=1000 SEED=7`: print what happened; exit code 1 if an invariant was violated."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("operations", type=int)
     parser.add_argument("seed", type=int)
-    parser.add_argument("--keep", type=Path, help="folder for the console's state and logs, which stays")
-    parser.add_argument("--faults", default="all", help='parts of the names of faults, such as "disk,Docker"; or none')
-    asked = parser.parse_args()
-    faults = [f for f in FAULTS if asked.faults == "all" or any(part in f.name for part in asked.faults.split(","))]
+    parser.add_argument("--keep", type=Path, help="folder in which the console's state and logs are kept")
+    parser.add_argument("--faults", default="all", help='words in names of faults to run ("disk,Docker"); none')
+    arguments = parser.parse_args()
+    faults = [
+        f for f in FAULTS if arguments.faults == "all" or any(part in f.name for part in arguments.faults.split(","))
+    ]
     began = time.monotonic()
-    print(f"soak: {asked.operations} operations by {CLIENTS} clients, seed {asked.seed}", flush=True)
+    print(f"soak: {arguments.operations} operations by {CLIENTS} clients, seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         record = soak(
-            asked.keep or Path(folder), asked.operations, asked.seed, lambda words: print(words, flush=True), faults
+            arguments.keep or Path(folder),
+            arguments.operations,
+            arguments.seed,
+            lambda words: print(words, flush=True),
+            faults,
         )
     print(record.summary())
     print(f"{time.monotonic() - began:.0f} s in all")
-    return 1 if record.broken else 0
+    return 1 if record.violations else 0
 
 
 if __name__ == "__main__":

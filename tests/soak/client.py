@@ -1,4 +1,4 @@
-"""One of those who use the console at once. Every answer that it gets is judged by the contract."""
+"""One of the concurrent clients. Each response is checked against the contract."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 import requests
 
-from tests.soak.contract import ENGINE_TROUBLE, STATE_TROUBLE, STATUSES, code_of, is_engines_own, objection
+from tests.soak.contract import ENGINE_TROUBLE, STATE_TROUBLE, STATUSES, code_of, find_violation, is_from_engine
 from tests.soak.record import Record
-from tests.soak.world import BAD, COPIES, NOBODY, World
+from tests.soak.world import BAD, COPIES, UNKNOWN_MODEL, World
 
 ANSWER_SECONDS = 120.0
-"""The longest that anything may be silent: longer than every bound of the settings together."""
+"""The longest that a response may be silent: longer than all limits in the settings together."""
 PAGE = {"Accept": "text/html"}
 STREAM = {"Accept": "text/event-stream"}
 
 Event = tuple[str, dict[str, Any]]
 
 
-class Lost(Exception):
-    """The connection broke while the app was being restarted or killed: there is no answer to judge."""
+class ConnectionLost(Exception):
+    """The connection broke while the app was being restarted or killed: there is no response to check."""
 
 
 class Client:
-    """Does operations one after another. `doing` is the one under way."""
+    """Runs operations one after another. `doing` is the current one."""
 
     def __init__(self, world: World, record: Record) -> None:
         self.world = world
@@ -46,71 +46,71 @@ class Client:
         return self.ask("POST", path, json=body, **options)
 
     def ask(self, method: str, path: str, *, model: str | None = None, **options: Any) -> requests.Response:
-        """One whole answer, judged. `model` is who it depends on, as far as that is known. Raises Lost."""
+        """Get one complete response and check it. `model`: the model it depends on, if known. Raises ConnectionLost."""
         began = time.monotonic()
         with self._connected(f"{method} {path}", began):
             answer = self._send(method, path, **options)
-            self._judge(answer, path, began, model)
+            self._check(answer, path, began, model)
         return answer
 
-    def leave(self, method: str, path: str, *, seconds: float, **options: Any) -> None:
-        """Ask, and hang up after a while without an answer."""
+    def abort(self, method: str, path: str, *, seconds: float, **options: Any) -> None:
+        """Send a request, and disconnect if there is no response after `seconds`."""
         try:
             self._send(method, path, timeout=(5, seconds), headers={"Connection": "close"}, **options)
         except requests.RequestException:
-            self.record.count(self.doing, "left")
+            self.record.count(self.doing, "aborted")
         else:
-            self.record.count(self.doing, "answered before it left")
+            self.record.count(self.doing, "answered before the abort")
 
     @contextmanager
     def stream(self, method: str, path: str, *, model: str | None = None, **options: Any) -> Iterator[Stream | None]:
-        """An answer as it comes, None when it is an error; leaving the context hangs up. Raises Lost."""
+        """Yield a streamed response, or None for an error; leaving the context disconnects. Raises ConnectionLost."""
         began = time.monotonic()
         with self._connected(f"{method} {path}", began), self._send(method, path, stream=True, **options) as answer:
-            self._judge(answer, path, began, model)
+            self._check(answer, path, began, model)
             streams = answer.headers.get("Content-Type", "").startswith("text/event-stream")
             yield Stream(self, answer, began, model) if answer.status_code == 200 and streams else None
 
-    def judge_code(self, code: str, words: str, began: float, model: str | None) -> None:
-        """An error that came in a stream."""
+    def check_code(self, code: str, words: str, began: float, model: str | None) -> None:
+        """Check an error that came as an event in a stream."""
         self.record.count(self.doing, f"event {code}")
         if code not in STATUSES:
-            self.record.breach(f"{self.doing}: an event says {code!r}: {words}")
+            self.record.violation(f"{self.doing}: an event says {code!r}: {words}")
         elif code in ENGINE_TROUBLE | STATE_TROUBLE and not self._expected(code, began, model):
-            self.record.breach(f"{self.doing} of {model}: {code} though nobody ordered a fault: {words}")
+            self.record.violation(f"{self.doing} of {model}: {code} without an injected fault: {words}")
 
-    def _judge(self, answer: requests.Response, path: str, began: float, model: str | None) -> None:
-        status, asked = answer.status_code, answer.request
+    def _check(self, answer: requests.Response, path: str, began: float, model: str | None) -> None:
+        status, request = answer.status_code, answer.request
         if status < 400:
             self.record.count(self.doing, f"{status}")
             return
-        for_people = asked.headers.get("Accept") == PAGE["Accept"]
+        for_people = request.headers.get("Accept") == PAGE["Accept"]
         code = code_of(answer.content)
-        if is_engines_own(path, answer.content) and code != "internal_error" and self._excused(began, model):
+        if is_from_engine(path, answer.content) and code != "internal_error" and self._excused(began, model):
             self.record.count(self.doing, f"{status} of the engine")
             return
         self.record.count(self.doing, f"{status} {code or 'page'}")
-        if for_people or asked.method == "HEAD":
-            told = status == 503 and any(self.record.explained(code, began) for code in STATE_TROUBLE)
-            wrong = None if status == 404 or told else f"instead of a page: {answer.text[:300]}"
+        if for_people or request.method == "HEAD":
+            explained = status == 503 and any(self.record.explained(code, began) for code in STATE_TROUBLE)
+            wrong = None if status == 404 or explained else f"instead of a page: {answer.text[:300]}"
         else:
-            wrong = objection(path, status, answer.headers, answer.content)
+            wrong = find_violation(path, status, answer.headers, answer.content)
         if wrong is None and code in ENGINE_TROUBLE | STATE_TROUBLE and not self._expected(code, began, model):
-            wrong = f"is {code} though nobody ordered a fault: {answer.text[:300]}"
+            wrong = f"is {code} without an injected fault: {answer.text[:300]}"
         if wrong is None and code == "model_not_found" and not self._may_be_gone(began, model):
-            wrong = f"says that a model which is there is not: {answer.text[:300]}"
+            wrong = f"says that an existing model does not exist: {answer.text[:300]}"
         if wrong is not None:
-            self.record.breach(f"{self.doing}: {asked.method} {path} ({model}): {status} {wrong}")
+            self.record.violation(f"{self.doing}: {request.method} {path} ({model}): {status} {wrong}")
 
     def _may_be_gone(self, began: float, model: str | None) -> bool:
-        return model in (NOBODY, *COPIES) or (model is None and self.record.faulty_since(began, None))
+        return model in (UNKNOWN_MODEL, *COPIES) or (model is None and self.record.faulty_since(began, None))
 
     def _expected(self, code: str, began: float, model: str | None) -> bool:
-        """Whether an error comes of a fault that was ordered, of the model or around the app."""
+        """Whether an injected fault, of the model or of the environment, explains an error."""
         return self.record.explained(code, began) or (code in ENGINE_TROUBLE and self._excused(began, model))
 
     def _excused(self, began: float, model: str | None) -> bool:
-        """Whether trouble with an engine was asked for. Who asks the active model can't know which one that is."""
+        """Whether a fault of the model explains engine trouble. For the active model (None) any fault does."""
         return model is None or model in BAD or self.record.faulty_since(began, model)
 
     def _send(self, method: str, path: str, **options: Any) -> requests.Response:
@@ -119,19 +119,19 @@ class Client:
 
     @contextmanager
     def _connected(self, what: str, began: float) -> Iterator[None]:
-        """A connection that breaks is a broken promise, but while the app is being restarted or killed."""
+        """Record a broken connection as a violation, unless the app is being restarted or killed."""
         try:
             yield
         except requests.RequestException as error:
             if not self.record.disturbed_since(began):
                 seconds = time.monotonic() - began
-                self.record.breach(f"{self.doing}: {what} broke off after {seconds:.1f} s: {error!r}")
+                self.record.violation(f"{self.doing}: {what} broke off after {seconds:.1f} s: {error!r}")
             self.record.count(self.doing, "connection lost")
-            raise Lost from None
+            raise ConnectionLost from None
 
 
 class Stream:
-    """The events of an answer. Whoever reads on to the end has it judged whether that was one."""
+    """The events of a streamed response. A caller that reads to the end can have the end checked."""
 
     def __init__(self, client: Client, answer: requests.Response, began: float, model: str | None) -> None:
         self._client = client
@@ -140,7 +140,7 @@ class Stream:
         self._model = model
 
     def events(self, most: int | None = None) -> list[Event]:
-        """The named events to the end, or the first `most` of them."""
+        """The named events, to the end or the first `most` of them."""
         seen: list[Event] = []
         name = ""
         for line in self._lines():
@@ -153,7 +153,7 @@ class Stream:
         return seen
 
     def answers(self, most: int | None = None) -> list[str]:
-        """The data of a chat answer to the end, or the first `most` pieces."""
+        """The data of a chat answer, to the end or the first `most` pieces."""
         seen: list[str] = []
         for line in self._lines():
             if line.startswith("data: "):
@@ -162,33 +162,33 @@ class Stream:
                     break
         return seen
 
-    def judge_switch(self, events: list[Event]) -> None:
-        """A switch that was followed to its end says how it ended, once."""
+    def check_switch(self, events: list[Event]) -> None:
+        """Check that a switch followed to its end reported exactly one end."""
         ends = [event for event in events if event[0] in ("complete", "error")]
         if len(ends) != 1 or events[-1] is not ends[0]:
-            self._ended_badly(f"the switch to {self._model} has the ends {ends}")
+            self._ended_badly(f"the switch to {self._model} reported the ends {ends}")
         elif ends[0][0] == "error":
-            self._judge_error(str(ends[0][1].get("error")), str(ends[0][1].get("message")))
+            self._check_error(str(ends[0][1].get("error")), str(ends[0][1].get("message")))
 
-    def judge_answer(self, pieces: list[str]) -> None:
-        """A chat answer that was read to its end is whole, or says what went wrong."""
+    def check_answer(self, pieces: list[str]) -> None:
+        """Check that a chat answer read to its end is complete, or reports an error."""
         last = pieces[-1] if pieces else ""
         if last == "[DONE]":
             return
         error = _parsed(last).get("error")
         if not isinstance(error, dict):
-            self._ended_badly(f"the answer of {self._model} just ends, with {last!r}")
+            self._ended_badly(f"the answer of {self._model} ends without an end mark, with {last!r}")
         elif not self._client._excused(self._began, self._model):
-            self._client.record.breach(f"{self._client.doing}: {self._model} broke off without a fault: {error}")
+            self._client.record.violation(f"{self._client.doing}: {self._model} broke off without a fault: {error}")
         else:
             self._client.record.count(self._client.doing, "event broke off")
 
-    def _judge_error(self, code: str, words: str) -> None:
-        self._client.judge_code(code, words, self._began, self._model)
+    def _check_error(self, code: str, words: str) -> None:
+        self._client.check_code(code, words, self._began, self._model)
 
     def _ended_badly(self, words: str) -> None:
         if not self._client.record.disturbed_since(self._began):
-            self._client.record.breach(f"{self._client.doing}: {words}")
+            self._client.record.violation(f"{self._client.doing}: {words}")
 
     def _lines(self) -> Iterator[str]:
         for line in self._answer.iter_lines(chunk_size=None):

@@ -1,4 +1,4 @@
-"""What an answer may be, whatever was asked: the contract's codes, statuses and shapes. Pure rules."""
+"""Rules for any response: the contract's codes, statuses and shapes. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 ENGINE_TROUBLE = frozenset({"load_failed", "engine_error", "engine_unreachable", "memory_not_freed"})
-"""Codes that take a fault of a model to have been ordered."""
+"""Codes that are allowed only after an injected fault of a model."""
 STATE_TROUBLE = frozenset({"state_unwritable", "database_locked", "database_unavailable"})
-"""Codes that take one of the faults around the app (`faults.py`)."""
+"""Codes that are allowed only during a fault of the environment (`faults.py`)."""
 NOT_NOW = frozenset(
     {
         "cancelled",
@@ -41,12 +41,12 @@ STATUSES: Mapping[str, frozenset[int]] = {
     "engine_timeout": frozenset({504}),
     "queue_timeout": frozenset({504}),
 }
-"""Every error that a soak can meet. What isn't here, `internal_error` first of all, is a broken promise."""
+"""Every error that a soak test may meet. Any other, above all `internal_error`, violates an invariant."""
 OPENAI_SHAPED = ("/v1/", "/chat/completions")
 
 
 def code_of(body: bytes) -> str | None:
-    """The code of an error in either shape; None when the body holds none."""
+    """The code of an error in either shape; None if the body holds none."""
     try:
         document = json.loads(body)
     except ValueError:
@@ -58,8 +58,8 @@ def code_of(body: bytes) -> str | None:
     return code if isinstance(code, str) else None
 
 
-def is_engines_own(path: str, body: bytes) -> bool:
-    """Whether an error is an engine's, passed on as it was: an Ollama whose runner was killed answers 500 itself."""
+def is_from_engine(path: str, body: bytes) -> bool:
+    """Whether an error was relayed from the engine: an Ollama whose runner was killed answers 500 itself."""
     try:
         document = json.loads(body)
     except ValueError:
@@ -68,10 +68,10 @@ def is_engines_own(path: str, body: bytes) -> bool:
     return path.endswith("/chat/completions") and isinstance(error, dict) and code_of(body) not in STATUSES
 
 
-def objection(path: str, status: int, headers: Mapping[str, str], body: bytes) -> str | None:
-    """What is wrong with an error as such; None when it is one of the contract's, in its shape."""
+def find_violation(path: str, status: int, headers: Mapping[str, str], body: bytes) -> str | None:
+    """What is wrong with an error response; None if it is one of the contract's, in its shape."""
     if (path, status) == ("/readyz", 503) and "Retry-After" in headers:
-        return None  # no error but the answer: not yet
+        return None  # not an error: it says "not ready yet"
     try:
         document = json.loads(body)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What goes wrong around the app, one thing after the other, while all clients go on. tests/README.md has the list.
+"""Faults of the app's environment, one after the other, while all clients continue. tests/README.md lists them.
 
-A fault is on until half of its round's operations are done, or for LONGEST_SECONDS; the rest of them meet an app that
-has to come back by itself.
+A fault lasts until half of its round's operations are done, LONGEST_SECONDS at most; the other half run on an app that
+must recover by itself.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from tests.soak.world import World
 from tests.support.faults import corrupt_database, few_descriptors
 
-FULL_DISK = "a full disk"
+FULL_DISK = "full disk"
 LONGEST_SECONDS = 15.0
 SPARE_DESCRIPTORS = 20
 """Fewer than six clients need."""
 SLOW_SECONDS = 0.3
-"""For each question about the models folder, of which one look asks a dozen."""
+"""Per file operation in the models folder; one scan takes a dozen."""
 LOADS_FAIL = frozenset({"load_failed", "engine_error", "engine_unreachable", "memory_not_freed"})
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`codes` are the errors that it explains; with `breaks`, connections may break as well."""
+    """`codes` are the errors that the fault explains; with `breaks`, connections may break too."""
 
     name: str
     during: Callable[[World], AbstractContextManager[None]]
@@ -34,7 +34,7 @@ class Fault:
 
 @contextmanager
 def _damaged(world: World) -> Iterator[None]:
-    """Pages of the database are overwritten, and the app starts anew: what was said before is set aside."""
+    """Overwrite pages of the database and kill the worker; the damaged database, with all conversations, is set aside."""
     world.forget_conversations()
     corrupt_database(world.faults.database)
     world.worker.kill()
@@ -48,7 +48,7 @@ FAULTS = (
         frozenset({"state_unwritable", "database_unavailable"}) | LOADS_FAIL,
     ),
     Fault(
-        "a locked database",
+        "locked database",
         lambda world: world.faults.locked_database(),
         frozenset({"database_locked"}),
     ),
@@ -58,9 +58,9 @@ FAULTS = (
         frozenset({"state_unwritable", "database_unavailable"}) | LOADS_FAIL,
         breaks=True,
     ),
-    Fault("a driver that hangs", lambda world: world.faults.hanging_driver()),
-    Fault("a Docker that hangs", lambda world: world.faults.hanging_docker()),
-    Fault("a slow models folder", lambda world: world.faults.slow_models(SLOW_SECONDS)),
-    Fault("a damaged database", _damaged, breaks=True),
+    Fault("hanging driver", lambda world: world.faults.hanging_driver()),
+    Fault("hanging Docker", lambda world: world.faults.hanging_docker()),
+    Fault("slow models folder", lambda world: world.faults.slow_models(SLOW_SECONDS)),
+    Fault("damaged database", _damaged, breaks=True),
 )
-"""The last one starts the app anew: what it holds is compared before."""
+"""The last one restarts the app, so the worker's resources are compared before it."""

@@ -1,4 +1,4 @@
-"""Everything that clients do. Which, to which model and how, comes from the dice; when it happens does not."""
+"""The clients' operations. Kind, model and options are random by the seed; the timing is not."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import psutil
 import requests
 
 from tests.soak.client import PAGE, STREAM, Client
-from tests.soak.world import BAD, COPIES, HUGE, NOBODY, OLLAMA, SOUND, Conversation
+from tests.soak.world import BAD, COPIES, HEALTHY, HUGE, OLLAMA, UNKNOWN_MODEL, Conversation
 
 Operation = Callable[[Client, random.Random], None]
 
 OPERATIONS: dict[str, tuple[int, Operation]] = {}
-"""Each with its weight."""
+"""Each operation with its weight."""
 HELLO = [{"role": "user", "content": "Hello"}]
 STATUS_SECONDS = 10.0
-"""The longest that the status may take, on a machine that is busy with everything else."""
+"""The longest that the status request may take on a busy machine."""
 MESSAGE = re.compile(
     r'<li id="message-(\w+)" class="message (user|assistant \w+)">(.*?)(?=<li id="message-|\Z)', re.DOTALL
 )
-"""A message on the Chat page: its id, its kind, its insides."""
+"""A message on the Chat page: its id, its kind, its inner HTML."""
 POLLED = (
     "/v1/models",
     "/v1/models/good",
@@ -58,7 +58,7 @@ def operation(weight: int) -> Callable[[Operation], Operation]:
     return register
 
 
-# Talking.
+# Chatting.
 
 
 @operation(12)
@@ -66,7 +66,7 @@ def chat_streamed(client: Client, dice: random.Random) -> None:
     model = _talker(dice)
     with client.stream("POST", "/v1/chat/completions", model=model, json=_question(model, stream=True)) as stream:
         if stream is not None:
-            stream.judge_answer(stream.answers())
+            stream.check_answer(stream.answers())
 
 
 @operation(10)
@@ -78,11 +78,11 @@ def chat_whole(client: Client, dice: random.Random) -> None:
         return
     document = answer.json()
     if model not in (None, document["model"]) or not document["choices"][0]["message"]["content"]:
-        client.record.breach(f"{client.doing}: not the answer of {model}: {answer.text[:200]}")
+        client.record.violation(f"{client.doing}: not the answer of {model}: {answer.text[:200]}")
 
 
 @operation(6)
-def chat_left_in_the_middle(client: Client, dice: random.Random) -> None:
+def chat_aborted_in_the_middle(client: Client, dice: random.Random) -> None:
     model = _talker(dice)
     with client.stream("POST", "/v1/chat/completions", model=model, json=_question(model, stream=True)) as stream:
         if stream is not None:
@@ -90,10 +90,10 @@ def chat_left_in_the_middle(client: Client, dice: random.Random) -> None:
 
 
 @operation(5)
-def chat_left_before_the_answer(client: Client, dice: random.Random) -> None:
+def chat_aborted_before_the_answer(client: Client, dice: random.Random) -> None:
     model = _talker(dice)
     seconds = dice.choice([0.05, 0.3, 1.0])
-    client.leave("POST", "/v1/chat/completions", seconds=seconds, json=_question(model))
+    client.abort("POST", "/v1/chat/completions", seconds=seconds, json=_question(model))
 
 
 # Switching.
@@ -101,16 +101,16 @@ def chat_left_before_the_answer(client: Client, dice: random.Random) -> None:
 
 @operation(10)
 def switch_followed(client: Client, dice: random.Random) -> None:
-    body = _wish(dice)
+    body = _switch_request(dice)
     target = body["target_model"]
     with client.stream("POST", "/v1/models/switch", model=str(target), json=body, headers=STREAM) as stream:
         if stream is not None:
-            stream.judge_switch(stream.events())
+            stream.check_switch(stream.events())
 
 
 @operation(4)
-def switch_left(client: Client, dice: random.Random) -> None:
-    body = _wish(dice)
+def switch_stream_aborted(client: Client, dice: random.Random) -> None:
+    body = _switch_request(dice)
     target = str(body["target_model"])
     with client.stream("POST", "/v1/models/switch", model=target, json=body, headers=STREAM) as stream:
         if stream is not None:
@@ -119,13 +119,13 @@ def switch_left(client: Client, dice: random.Random) -> None:
 
 @operation(10)
 def switch_started(client: Client, dice: random.Random) -> None:
-    body = _wish(dice)
+    body = _switch_request(dice)
     client.post("/v1/models/switch", body, model=str(body["target_model"]))
 
 
 @operation(6)
-def switch_waited_for(client: Client, dice: random.Random) -> None:
-    body = _wish(dice)
+def switch_awaited(client: Client, dice: random.Random) -> None:
+    body = _switch_request(dice)
     client.post("/v1/models/switch", {**body, "wait": True}, model=str(body["target_model"]))
 
 
@@ -169,13 +169,13 @@ def restart(client: Client, dice: random.Random) -> None:
 
 
 @operation(3)
-def cancel_whatever_runs(client: Client, _dice: random.Random) -> None:
+def cancel_current(client: Client, _dice: random.Random) -> None:
     client.ask("DELETE", "/v1/models/switch")
 
 
 @operation(3)
 def cancel_by_page(client: Client, dice: random.Random) -> None:
-    """The switch that is shown now, one from before, or whichever it is."""
+    """Cancel the current switch by its id, an earlier one by its id, or whichever is current."""
     shown = client.get("/v1/models/switch").json().get("switch_id")
     which = dice.choice(["shown", "old", "any"])
     with client.world.lock:
@@ -202,7 +202,7 @@ def plan(client: Client, dice: random.Random) -> None:
 @operation(4)
 def delete_a_copy(client: Client, dice: random.Random) -> None:
     model = dice.choice(COPIES)
-    client.record.order_fault("files deleted", model)
+    client.record.inject_fault("files deleted", model)
     if dice.random() < 0.7:
         client.ask("DELETE", f"/api/providers/models/{model}", model=model)
     else:
@@ -210,38 +210,38 @@ def delete_a_copy(client: Client, dice: random.Random) -> None:
 
 
 @operation(2)
-def take_a_file_away(client: Client, dice: random.Random) -> None:
+def remove_a_file(client: Client, dice: random.Random) -> None:
     model = dice.choice(COPIES)
-    client.record.order_fault("file taken away", model)
-    client.world.take_away(model)
+    client.record.inject_fault("file removed", model)
+    client.world.remove_file(model)
 
 
 @operation(5)
-def bring_a_file(client: Client, dice: random.Random) -> None:
-    client.world.bring(dice.choice(COPIES))
+def add_a_file(client: Client, dice: random.Random) -> None:
+    client.world.add_file(dice.choice(COPIES))
 
 
-# Looking.
+# Reading.
 
 
 @operation(14)
-def look_at_the_status(client: Client, _dice: random.Random) -> None:
-    look(client)
+def get_status(client: Client, _dice: random.Random) -> None:
+    timed_status(client)
 
 
 @operation(8)
-def look_elsewhere(client: Client, dice: random.Random) -> None:
+def get_other_endpoints(client: Client, dice: random.Random) -> None:
     client.get(dice.choice(POLLED))
 
 
 @operation(10)
-def look_at_a_page(client: Client, dice: random.Random) -> None:
+def get_a_page(client: Client, dice: random.Random) -> None:
     client.ask(dice.choice(["GET", "GET", "HEAD"]), dice.choice(PAGES), headers=PAGE)
 
 
 @operation(4)
 def follow_events(client: Client, dice: random.Random) -> None:
-    """Every change, or the switch under way, for a while."""
+    """Follow all changes, or the current switch, for a while."""
     path = dice.choice(["/v1/events", "/v1/events", "/v1/models/switch/events"])
     with client.stream("GET", path, headers=STREAM) as stream:
         if stream is not None:
@@ -249,18 +249,18 @@ def follow_events(client: Client, dice: random.Random) -> None:
 
 
 @operation(4)
-def ask_nonsense(client: Client, dice: random.Random) -> None:
+def send_a_bad_request(client: Client, dice: random.Random) -> None:
     method, path, body = dice.choice(BAD_REQUESTS)
-    answer = client.ask(method, path, json=body, model=NOBODY)
+    answer = client.ask(method, path, json=body, model=UNKNOWN_MODEL)
     if answer.status_code < 400:
-        client.record.breach(f"{client.doing}: {method} {path} {body} was answered with {answer.status_code}")
+        client.record.violation(f"{client.doing}: {method} {path} {body} was answered with {answer.status_code}")
 
 
 # Conversations.
 
 
 @operation(8)
-def begin_a_conversation(client: Client, dice: random.Random) -> None:
+def start_a_conversation(client: Client, dice: random.Random) -> None:
     text = f"Question {dice.getrandbits(64):x}"
     answer = client.post("/chats", data={"text": text})
     if answer.status_code == 303:
@@ -308,7 +308,7 @@ def delete_a_conversation(client: Client, dice: random.Random) -> None:
         client.post(f"/chats/{conversation.id}/delete")
 
 
-# What goes wrong by itself.
+# Faults of engines.
 
 
 @operation(3)
@@ -318,46 +318,46 @@ def kill_an_engine(client: Client, dice: random.Random) -> None:
         return
     model, process = dice.choice(found)
     for name in [model] if model else OLLAMA:
-        client.record.order_fault("kill -9 of an engine", name)
+        client.record.inject_fault("kill -9 of an engine", name)
     with suppress(psutil.NoSuchProcess):
         process.kill()
 
 
 @operation(2)
-def use_ollama_elsewhere(client: Client, dice: random.Random) -> None:
-    """Another program has the same Ollama load or unload a model."""
+def use_ollama_from_another_program(client: Client, dice: random.Random) -> None:
+    """Load or unload a model in the shared Ollama, as another program would."""
     model = dice.choice(OLLAMA)
     what = dice.choice([{}, {"keep_alive": 0}])
     for name in OLLAMA:
-        client.record.order_fault("Ollama used by another", name)
+        client.record.inject_fault("Ollama used by another program", name)
     with suppress(requests.RequestException):
         requests.post(f"{client.world.ollama.url}/api/generate", json={"model": model, **what}, timeout=30)
 
 
-def look(client: Client) -> dict[str, Any] | None:
-    """Ask for the status, and take the time; None when it can't be had just now."""
+def timed_status(client: Client) -> dict[str, Any] | None:
+    """Get the status and record how long it took; None if the response is an error."""
     began = time.monotonic()
     answer = client.get("/v1/models/status")
     seconds = time.monotonic() - began
     if not client.record.disturbed_since(began):
         client.record.status_seconds.append(seconds)
         if seconds > STATUS_SECONDS:
-            client.record.breach(f"{client.doing}: the status took {seconds:.1f} s")
+            client.record.violation(f"{client.doing}: the status took {seconds:.1f} s")
     return answer.json() if answer.status_code == 200 else None
 
 
 def messages_of(client: Client, conversation: Conversation) -> list[tuple[str, str, str]]:
-    """What the Chat page shows of a conversation: of each message the id, the kind and the insides."""
+    """The messages that the Chat page shows of a conversation: id, kind and inner HTML of each."""
     page = client.get(f"/chats/{conversation.id}", headers=PAGE)
     return MESSAGE.findall(page.text) if page.status_code == 200 else []
 
 
 def _talker(dice: random.Random) -> str | None:
-    """Whom to ask: most often somebody sound, or whoever is the active one (None, "auto")."""
-    kind = dice.choices(["sound", "active", "ollama", "copy", "bad"], [50, 20, 12, 12, 6])[0]
+    """The model to ask: mostly one without faults, or the active one (None, "auto")."""
+    kind = dice.choices(["healthy", "active", "ollama", "copy", "bad"], [50, 20, 12, 12, 6])[0]
     if kind == "active":
         return None
-    return dice.choice({"sound": SOUND, "ollama": OLLAMA, "copy": COPIES, "bad": BAD}[kind])
+    return dice.choice({"healthy": HEALTHY, "ollama": OLLAMA, "copy": COPIES, "bad": BAD}[kind])
 
 
 def _question(model: str | None, *, stream: bool = False) -> dict[str, object]:
@@ -365,7 +365,14 @@ def _question(model: str | None, *, stream: bool = False) -> dict[str, object]:
 
 
 def _target(dice: random.Random) -> str:
-    kinds = {"sound": SOUND, "copy": COPIES, "ollama": OLLAMA, "bad": BAD, "huge": (HUGE,), "nobody": (NOBODY,)}
+    kinds = {
+        "healthy": HEALTHY,
+        "copy": COPIES,
+        "ollama": OLLAMA,
+        "bad": BAD,
+        "huge": (HUGE,),
+        "unknown": (UNKNOWN_MODEL,),
+    }
     return dice.choice(kinds[dice.choices(list(kinds), [50, 20, 13, 12, 3, 2])[0]])
 
 
@@ -373,13 +380,13 @@ def _strategy(dice: random.Random) -> str:
     return dice.choice(["largest_first", "oldest_first", "preserve_favorites", "cheapest_reload"])
 
 
-def _wish(dice: random.Random) -> dict[str, object]:
-    """A switch: to what, and how."""
-    wish: dict[str, object] = {"target_model": _target(dice)}
-    if dice.random() < 0.9:  # else "cancel", which would let nothing ever end if everybody wanted it
-        wish["replace"] = dice.choice(["cancel", "queue", "queue", "queue", "refuse"])
+def _switch_request(dice: random.Random) -> dict[str, object]:
+    """The body of a random switch request."""
+    request: dict[str, object] = {"target_model": _target(dice)}
+    if dice.random() < 0.9:  # else the default "cancel"; if all requests cancelled, no switch would ever finish
+        request["replace"] = dice.choice(["cancel", "queue", "queue", "queue", "refuse"])
     if dice.random() < 0.6:
-        wish["confirm"] = dice.random() < 0.8
+        request["confirm"] = dice.random() < 0.8
     if dice.random() < 0.2:
-        wish["strategy"] = _strategy(dice)
-    return wish
+        request["strategy"] = _strategy(dice)
+    return request

@@ -1,4 +1,4 @@
-"""What holds whenever nothing is going on, and when the app has ended."""
+"""The invariants at rest, and after the app has ended."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Any
 
 import psutil
 
-from tests.soak.client import Client, Lost
+from tests.soak.client import Client, ConnectionLost
 from tests.soak.operations import HELLO, messages_of
 from tests.soak.record import Record
 from tests.soak.world import World
 
 REST_SECONDS = 60.0
-"""The longest until nothing is going on: a load that is never ready, and what is queued behind it."""
+"""The longest until the console is at rest: a load that is never ready, and what is queued behind it."""
 SETTLE_SECONDS = 30.0
-"""The longest until connections that clients have left are noticed: an event stream looks every ten seconds."""
+"""The longest until aborted connections are noticed: an event stream checks every ten seconds."""
 COME_BACK_SECONDS = 15.0
-"""The longest until what is loaded is found after a start."""
+"""The longest until loaded models are adopted after a start."""
 STEADY_SECONDS, STEADY_LOOKS = 2.0, 5
-"""Longer than the second between two looks at an engine."""
+"""Longer than the second between two polls of an engine."""
 MOST = (150, 0, 40, 0)
-"""Descriptors, connections in CLOSE-WAIT, threads, and messages that are being written, at rest."""
+"""Upper bounds at rest: descriptors, connections in CLOSE-WAIT, threads, messages with the state `streaming`."""
 MORE_DESCRIPTORS, MORE_GREENLETS, MORE_MEGABYTES = 25, 25, 60
-"""From one rest to another of the same worker: engines come and go, and what was learned grows."""
+"""Allowed growth between two rests of the same worker: engines change, and learned data grows."""
 TROUBLE = re.compile(
     r"Traceback|unforeseen|failed with an unexpected error|message to the switcher failed"
     r"|publishing after a message failed"
@@ -43,7 +43,7 @@ Loaded = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Figures:
-    """What the app's worker holds at a moment of rest. `rss` is bytes, `streaming` messages that are being written."""
+    """Resources of the app's worker at rest. `rss` is bytes, `streaming` the number of messages with that state."""
 
     pid: int
     rss: int
@@ -60,7 +60,7 @@ class Figures:
         )
 
     def since(self, before: Figures) -> str:
-        """What has grown or shrunk, in words."""
+        """The current figures with their changes, as text."""
         return (
             f"{self.descriptors} descriptors ({self.descriptors - before.descriptors:+}), {self.close_wait} in "
             f"CLOSE-WAIT, {self.greenlets} greenlets ({self.greenlets - before.greenlets:+}), "
@@ -68,7 +68,7 @@ class Figures:
         )
 
     def grown(self, before: Figures) -> str | None:
-        """What has grown by more than is by chance since a rest of the same worker, in words."""
+        """What has grown beyond the allowed variation since an earlier rest of the same worker, as text."""
         bounds = (
             ("descriptors", self.descriptors - before.descriptors, MORE_DESCRIPTORS),
             ("greenlets", self.greenlets - before.greenlets, MORE_GREENLETS),
@@ -78,22 +78,22 @@ class Figures:
 
 
 class Oracle:
-    """Looks at the console while all clients pause. Whatever it finds wrong is noted in the record."""
+    """Checks the console while all clients pause. Every violation is recorded."""
 
     def __init__(self, world: World, record: Record) -> None:
         self._world = world
         self._record = record
         self._client = Client(world, record)
 
-    def look(self) -> Figures | None:
-        """Every promise for a moment of rest; None when the console can't be asked."""
+    def check_rest(self) -> Figures | None:
+        """Check every invariant at rest; None if the console does not answer."""
         self._client.doing = "at rest"
         try:
             status = self._wait_for_rest()
             self._check_instances(status)
             self._check_conversations()
-        except Lost:
-            self._breach("the console can't be asked")
+        except ConnectionLost:
+            self._violation("the console does not answer")
             return None
         finally:
             self._client.close()
@@ -101,31 +101,31 @@ class Oracle:
         return self._settle()
 
     def check_survival(self, what: str, happens: Callable[[], None]) -> None:
-        """At rest, the app goes down and comes back: what was loaded is, in the same processes."""
+        """Take the app down and up at rest; check that the same models are loaded in the same processes."""
         self._client.doing = f"after {what} at rest"
         before = self._steady()
         happens()
         if not self._await(lambda: self._loaded() == before, COME_BACK_SECONDS):
-            self._breach(f"{what} at rest made {self._loaded()} of {before}")
+            self._violation(f"{what} at rest turned {before} into {self._loaded()}")
         self._client.close()
 
     def check_end(self) -> None:
-        """The app is told to stop: nothing that it started is left, what is others' is, and it complains of nothing."""
+        """Stop the app; check for orphans, for changes to other programs' models, and for errors in the log."""
         others = self._world.ollama.ps()
         began = time.monotonic()
         code = self._world.console.stop()
         seconds = time.monotonic() - began
         if code != 0 or seconds > REST_SECONDS:
-            self._breach(f"the app ended with {code}, after {seconds:.0f} s")
+            self._violation(f"the app exited with {code}, after {seconds:.0f} s")
         self._await(lambda: not self._world.processes(), 5)
         for process in self._world.processes():
-            self._breach(f"an orphan is left: {_command(process)}")
+            self._violation(f"an orphan is left: {_command(process)}")
         if self._world.ollama.ps() != others:
-            self._breach(f"the end of the app made {self._world.ollama.ps()} of Ollama's {others}")
+            self._violation(f"stopping the app turned Ollama's {others} into {self._world.ollama.ps()}")
         self._check_log()
 
     def _steady(self) -> Loaded:
-        """What is loaded, once it stays that: an Ollama loads again at a question what had crashed unnoticed."""
+        """What is loaded, once it is stable: asking an Ollama whose runner crashed unnoticed loads the model again."""
         now = self._loaded()
         for _ in range(STEADY_LOOKS):
             before = now
@@ -133,11 +133,11 @@ class Oracle:
             now = self._loaded()
             if now == before:
                 return now
-        self._breach(f"what is loaded changes though nobody asks for it: {before}, then {now}")
+        self._violation(f"the loaded models change without a request: {before}, then {now}")
         return now
 
     def _loaded(self) -> Loaded:
-        """The engines that are alive, and what is shown: who runs, and who is the active one."""
+        """The live engines, Ollama's loaded models, the models shown as running, and the active one."""
         status = self._client.get("/v1/models/status").json()
         running = sorted(name for name, model in status["models"].items() if model["status"] == "running")
         alive = [(model, process.pid) for model, process in self._world.engines()]
@@ -155,11 +155,11 @@ class Oracle:
 
         if not self._await(quiet, REST_SECONDS):
             shown = {name: m for name, m in seen["status"]["models"].items() if m["status"] != "stopped"}
-            self._breach(f"no rest within {REST_SECONDS:.0f} s: {seen['switch']} {shown}")
+            self._violation(f"not at rest within {REST_SECONDS:.0f} s: {seen['switch']} {shown}")
         return dict(seen["status"])
 
     def _check_instances(self, status: dict[str, Any]) -> None:
-        """No ghost: what runs is shown, and what is shown runs and answers."""
+        """Check that every live engine is shown, and that every model shown as running answers."""
 
         def shown(engine: str) -> Counter[str]:
             now = self._client.get("/v1/models/status").json()["models"]
@@ -171,17 +171,17 @@ class Oracle:
         for name in [*shown("llamacpp"), *shown("ollama")]:
             answer = self._client.post("/v1/chat/completions", {"model": name, "messages": HELLO}, model=name)
             if answer.status_code != 200:
-                self._breach(f"{name} is shown as running, but answers {answer.status_code} {answer.text[:200]}")
+                self._violation(f"{name} is shown as running, but answers {answer.status_code} {answer.text[:200]}")
         if not self._await(lambda: alive() == shown("llamacpp"), 5):
-            self._breach(f"a ghost: alive are {dict(alive())}, shown as running {dict(shown('llamacpp'))}")
+            self._violation(f"alive are {dict(alive())}, but shown as running {dict(shown('llamacpp'))}")
         if not self._await(lambda: Counter(self._world.ollama.ps()) == shown("ollama"), 5):
-            self._breach(f"a ghost: Ollama has {self._world.ollama.ps()}, shown is {dict(shown('ollama'))}")
+            self._violation(f"Ollama has loaded {self._world.ollama.ps()}, but shown is {dict(shown('ollama'))}")
         reserved = [device for device in status["gpu"]["devices"] if device["reserved_gb"]]
         if reserved:
-            self._breach(f"memory is reserved for nobody: {reserved}")
+            self._violation(f"memory is reserved without a load: {reserved}")
 
     def _check_conversations(self) -> None:
-        """Nothing lost: every message that was accepted is there, with its answer or why there is none."""
+        """Check that every accepted message is stored, with its answer or the reason why there is none."""
         for conversation in list(self._world.conversations):
             if conversation.deleted:
                 continue
@@ -189,7 +189,7 @@ class Oracle:
             said = [_text_of(inside) for _, kind, inside in messages if kind == "user"]
             for text in conversation.accepted:
                 if said.count(text) != 1:
-                    self._breach(f"{text!r} is {said.count(text)} times in conversation {conversation.id}")
+                    self._violation(f"{text!r} is {said.count(text)} times in conversation {conversation.id}")
             for (_, kind, inside), (_, after, answer) in zip(messages, [*messages[1:], ("", "none", "")], strict=True):
                 if kind == "user" and _text_of(inside) in conversation.accepted:
                     self._check_answer(_text_of(inside), after, answer)
@@ -197,25 +197,25 @@ class Oracle:
     def _check_answer(self, question: str, kind: str, inside: str) -> None:
         reason = REASON.search(inside)
         if kind == "assistant streaming":
-            self._breach(f"the answer to {question!r} is still being written")
+            self._violation(f"the answer to {question!r} is still being written")
         elif not kind.startswith("assistant"):
-            self._breach(f"{question!r} has no answer: {kind}")
+            self._violation(f"{question!r} has no answer: {kind}")
         elif kind == "assistant failed" and (reason is None or reason[1] in ("", NO_REASON)):
-            self._breach(f"the answer to {question!r} failed without a reason")
+            self._violation(f"the answer to {question!r} failed without a reason")
         elif kind == "assistant complete" and '<div class="prose">' not in inside:
-            self._breach(f"the answer to {question!r} is complete, and empty")
+            self._violation(f"the answer to {question!r} is complete, and empty")
 
     def _check_log(self) -> None:
         found = TROUBLE.search(said := self._world.console.output())
         if found is not None:
-            self._breach(f"the console's log: {said[max(0, found.start() - 300) : found.end() + 1500]}")
+            self._violation(f"the console's log: {said[max(0, found.start() - 300) : found.end() + 1500]}")
 
     def _settle(self) -> Figures:
-        """The worker's figures, once what clients left behind is noticed."""
+        """The worker's figures, once it has noticed aborted connections."""
         self._await(lambda: not self._too_much(self._figures()), SETTLE_SECONDS)
         figures = self._figures()
         if self._too_much(figures):
-            self._breach(f"the worker keeps too much: {figures}")
+            self._violation(f"the worker holds too much: {figures}")
         return figures
 
     def _too_much(self, figures: Figures) -> bool:
@@ -237,22 +237,22 @@ class Oracle:
         )
 
     def _streaming(self) -> int:
-        """How many messages are being written, by their rows in the database."""
+        """The number of rows with the state `streaming`."""
         database = f"{self._world.faults.database.as_uri()}?mode=ro"
         with closing(sqlite3.connect(database, uri=True, timeout=60)) as connection:
             count = connection.execute("SELECT count(*) FROM messages WHERE state = 'streaming'").fetchone()
         return int(count[0])
 
-    def _await(self, condition: Callable[[], bool], patience: float) -> bool:
-        deadline = time.monotonic() + patience
+    def _await(self, condition: Callable[[], bool], timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
         return True
 
-    def _breach(self, words: str) -> None:
-        self._record.breach(f"at rest after {self._record.done} operations: {words}")
+    def _violation(self, words: str) -> None:
+        self._record.violation(f"at rest after {self._record.done} operations: {words}")
 
 
 def _text_of(inside: str) -> str:

@@ -1,4 +1,4 @@
-"""What happened in a soak: answers counted, faults that were ordered, promises found broken. Shared by all clients."""
+"""What happened in a soak test: counts of responses, injected faults, violated invariants. Shared by all clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 FAULT_SECONDS = 3.0
-"""How long after a fault was ordered an error can still come of it: until it is noticed."""
+"""How long after a fault was injected an error may still be caused by it."""
 SHOWN = 40
 
 
@@ -22,16 +22,16 @@ class Record:
     answers: dict[str, Counter[str]] = field(default_factory=dict)
     status_seconds: list[float] = field(default_factory=list)
     faults: list[tuple[float, str, str]] = field(default_factory=list)
-    """When, what was done, and to which model."""
-    broken: list[str] = field(default_factory=list)
+    """Time, kind of fault, and model."""
+    violations: list[str] = field(default_factory=list)
     _disturbances: list[tuple[float, float]] = field(default_factory=list)
     _standing: list[tuple[float, frozenset[str]]] = field(default_factory=list)
-    """Faults around the app: when each was over, and the codes that it explains."""
+    """Faults of the environment: when each ended, and the codes that it explains."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def done(self) -> int:
-        """Operations that are over."""
+        """Number of finished operations."""
         with self._lock:
             return self.operations.total()
 
@@ -43,23 +43,23 @@ class Record:
         with self._lock:
             self.answers.setdefault(operation, Counter())[answer] += 1
 
-    def breach(self, words: str) -> None:
-        """A promise is broken."""
+    def violation(self, words: str) -> None:
+        """Record the violation of an invariant."""
         with self._lock:
-            self.broken.append(words)
+            self.violations.append(words)
 
-    def order_fault(self, what: str, model: str) -> None:
+    def inject_fault(self, what: str, model: str) -> None:
         with self._lock:
             self.faults.append((time.monotonic(), what, model))
 
     def faulty_since(self, began: float, model: str | None) -> bool:
-        """Whether a fault of a model, or of any for None, can be met by a request that began then."""
+        """Whether a fault of this model (of any, for None) may affect a request that began then."""
         with self._lock:
             return any(at > began - FAULT_SECONDS and model in (None, of) for at, _, of in self.faults)
 
     @contextmanager
     def standing_fault(self, codes: frozenset[str], *, breaks: bool) -> Iterator[None]:
-        """Something is wrong around the app: these errors are explained by it, and connections that break."""
+        """Record a fault of the environment, which explains these errors and, with `breaks`, violations connections."""
         with self._lock:
             self._standing.append((float("inf"), codes))
         try:
@@ -70,13 +70,13 @@ class Record:
                 self._standing[-1] = (time.monotonic(), codes)
 
     def explained(self, code: str, began: float) -> bool:
-        """Whether a fault around the app explains an error of a request that began then."""
+        """Whether a fault of the environment explains an error of a request that began then."""
         with self._lock:
             return any(ended > began - FAULT_SECONDS and code in codes for ended, codes in self._standing)
 
     @contextmanager
     def disturbance(self) -> Iterator[None]:
-        """The app is being restarted or killed: connections may break."""
+        """Record that the app is being restarted or killed: connections may break."""
         with self._lock:
             self._disturbances.append((time.monotonic(), float("inf")))
         try:
@@ -91,19 +91,19 @@ class Record:
             return any(ended > began for _, ended in self._disturbances)
 
     def summary(self) -> str:
-        """The counts as a table, the times of the status, and every broken promise."""
+        """The counts as a table, the times of the status request, and every violation."""
         faults = Counter(what for _, what, _ in self.faults)
         lines = [f"{'operation':<28}{'times':>6}  answers"]
         for name, times in sorted(self.operations.items()):
             lines.append(f"{name:<28}{times:>6}  {_listed(self.answers.get(name, Counter()))}")
         lines.append(f"{'all':<28}{self.operations.total():>6}  {_listed(self._by_status())}")
-        lines.append(f"faults ordered: {_listed(faults) or 'none'}")
+        lines.append(f"faults injected: {_listed(faults) or 'none'}")
         lines.append(f"GET /v1/models/status: {say_times(self.status_seconds)}")
-        if self.broken:
-            lines.append(f"BROKEN PROMISES: {len(self.broken)}")
-            lines += [f"  {words}" for words in self.broken[:SHOWN]]
+        if self.violations:
+            lines.append(f"VIOLATIONS: {len(self.violations)}")
+            lines += [f"  {words}" for words in self.violations[:SHOWN]]
         else:
-            lines.append("broken promises: none")
+            lines.append("violations: none")
         return "\n".join(lines)
 
     def _by_status(self) -> Counter[str]:
@@ -115,9 +115,9 @@ class Record:
 
 
 def say_times(seconds: list[float]) -> str:
-    """Percentiles of some durations, in milliseconds."""
+    """Percentiles of durations, in milliseconds."""
     if not seconds:
-        return "never asked"
+        return "no requests"
     ordered = sorted(seconds)
 
     def at(share: float) -> str:

@@ -1,4 +1,4 @@
-"""A soak from its start to its end: rounds of operations by all clients at once, and a look at rest after each."""
+"""A whole soak test: rounds of operations by all clients at once, with a check at rest after each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.soak.client import Client, Lost
+from tests.soak.client import Client, ConnectionLost
 from tests.soak.faults import FAULTS, FULL_DISK, LONGEST_SECONDS, Fault
-from tests.soak.operations import OPERATIONS, look
+from tests.soak.operations import OPERATIONS, timed_status
 from tests.soak.oracle import Figures, Oracle
 from tests.soak.record import Record, say_times
 from tests.soak.world import World
@@ -22,17 +22,17 @@ from tests.support.console import wait_until
 
 CLIENTS = 6
 LOOK_SECONDS = 0.25
-"""How often the status is asked for beside the operations, as a tab does."""
+"""Interval at which one more client requests the status beside the operations, like a tab."""
 RESTART_SECONDS = 60.0
 LONGEST_OPERATION = 5.0
-"""In the mean; a soak that takes longer than that for each has got stuck."""
+"""Seconds, on average; a soak test that needs more per operation is stuck."""
 
 Middle = Callable[[World, Record], None]
 
 
 @dataclass(frozen=True)
 class Round:
-    """A share of the operations. `middle` happens when half of it is done, `fault` is there until then."""
+    """A share of the operations. `middle` runs when half of them are done, `fault` lasts until then."""
 
     name: str
     middle: Middle | None = None
@@ -40,16 +40,16 @@ class Round:
 
 
 def soak(
-    folder: Path, operations: int, seed: int, say: Callable[[str], None], faults: Sequence[Fault] = FAULTS
+    folder: Path, operations: int, seed: int, report: Callable[[str], None], faults: Sequence[Fault] = FAULTS
 ) -> Record:
-    """Do them, `say` what is seen at each rest, and return the record; whatever happened, nothing is left running."""
+    """Run all rounds, `report` a line after each, and return the record. Everything started is ended in any case."""
     record = Record()
     world = World(folder)
     try:
         world.start()
-        _all_rounds(world, record, choose_rounds(world, faults, say), operations, seed, say)
+        _all_rounds(world, record, choose_rounds(world, faults, report), operations, seed, report)
         oracle = Oracle(world, record)
-        oracle.check_survival("restart-api", lambda: _restart(world, record, asks_first=False))
+        oracle.check_survival("restart-api", lambda: _restart(world, record, confirm=False))
         oracle.check_survival("kill -9", lambda: _kill_worker(world, record))
         oracle.check_end()
     finally:
@@ -57,39 +57,39 @@ def soak(
     return record
 
 
-def choose_rounds(world: World, faults: Sequence[Fault], say: Callable[[str], None]) -> list[Round]:
-    """Four without a fault around the app, then one for each."""
-    rounds = [Round("all is well"), Round("a restart", _restart), Round("kill -9", _kill_worker), Round("all is well")]
+def choose_rounds(world: World, faults: Sequence[Fault], report: Callable[[str], None]) -> list[Round]:
+    """Four rounds without a fault of the environment, then one per fault."""
+    rounds = [Round("no fault"), Round("restart", _restart), Round("kill -9", _kill_worker), Round("no fault")]
     for fault in faults:
         if fault.name == FULL_DISK and not world.faults.can_fill_disk:
-            say(f"{fault.name} is left out: a disk of its own takes root")
+            report(f"{fault.name} is skipped: a separate file system needs root")
         else:
             rounds.append(Round(fault.name, fault=fault))
     return rounds
 
 
 def _all_rounds(
-    world: World, record: Record, rounds: Sequence[Round], operations: int, seed: int, say: Callable[[str], None]
+    world: World, record: Record, rounds: Sequence[Round], operations: int, seed: int, report: Callable[[str], None]
 ) -> None:
-    """Each of them with its share of the operations, and a look at rest after it."""
+    """Run each round with its share of the operations, then check the console at rest."""
     steps = [choose(seed, number, operations) for number in range(CLIENTS)]
     before: Figures | None = None
     for number, one in enumerate(rounds):
         mine = [own[len(own) * number // len(rounds) : len(own) * (number + 1) // len(rounds)] for own in steps]
         began, asked, done = time.monotonic(), len(record.status_seconds), record.done
         _round(world, record, mine, one)
-        figures = Oracle(world, record).look()
+        figures = Oracle(world, record).check_rest()
         seconds = time.monotonic() - began
-        held = "the console can't be asked"
+        held = "the console does not answer"
         if figures is not None:
             same = before is not None and before.pid == figures.pid
             held = figures.since(before) if same and before is not None else str(figures)
             grown = figures.grown(before) if same and before is not None else None
             if grown is not None:
-                record.breach(f"{one.name} left the worker with {grown}")
+                record.violation(f"{one.name} left the worker with {grown}")
             before = before if same else figures
-        say(
-            f"{one.name}: {record.done - done} operations, {seconds:.0f} s, {len(record.broken)} promises broken so "
+        report(
+            f"{one.name}: {record.done - done} operations, {seconds:.0f} s, {len(record.violations)} violations so "
             f"far; at rest: {held}; status: {say_times(record.status_seconds[asked:])}"
         )
 
@@ -98,7 +98,7 @@ Step = tuple[str, random.Random]
 
 
 def choose(seed: int, client: int, operations: int) -> list[Step]:
-    """What one client does, with dice of its own for each, so that how one goes changes none of the others."""
+    """The operations of one client, each with its own random numbers, so that one doesn't change the next."""
     chance = random.Random(f"{seed}/{client}")
     times = operations // CLIENTS + (client < operations % CLIENTS)
     names = chance.choices(list(OPERATIONS), [weight for weight, _ in OPERATIONS.values()], k=times)
@@ -106,7 +106,7 @@ def choose(seed: int, client: int, operations: int) -> list[Step]:
 
 
 def _round(world: World, record: Record, steps: list[list[Step]], one: Round) -> None:
-    """All clients at once."""
+    """Run one round with all clients at once."""
     half = record.done + sum(map(len, steps)) // 2
     over = threading.Event()
     threads = [threading.Thread(target=_act, args=(world, record, own), daemon=True) for own in steps]
@@ -139,24 +139,24 @@ def _act(world: World, record: Record, steps: list[Step]) -> None:
         client.doing = name.replace("_", " ")
         try:
             operation(client, dice)
-        except Lost:
+        except ConnectionLost:
             pass
         except Exception:
-            record.breach(f"{client.doing}: {traceback.format_exc()}")
+            record.violation(f"{client.doing}: {traceback.format_exc()}")
         record.finish(client.doing)
     client.close()
 
 
 def _watch(world: World, record: Record, over: threading.Event) -> None:
-    """A tab: what it shows never goes back."""
+    """Poll the status like a tab, and check that it never goes back."""
     client = Client(world, record)
     client.doing = "(a tab)"
     shown: dict[str, Any] = {}
     while not over.wait(LOOK_SECONDS):
         began = time.monotonic()
         try:
-            now = look(client)
-        except Lost:
+            now = timed_status(client)
+        except ConnectionLost:
             continue
         if now is not None:
             if shown and not record.disturbed_since(began - LOOK_SECONDS):
@@ -166,21 +166,21 @@ def _watch(world: World, record: Record, over: threading.Event) -> None:
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], record: Record) -> None:
-    """Two looks at the status, one after the other, at the same run of the app."""
+    """Compare two successive statuses of the same run of the app."""
     if now["version"] < before["version"]:
-        record.breach(f"the status went back from version {before['version']} to {now['version']}")
+        record.violation(f"the status went back from version {before['version']} to {now['version']}")
     then, switch = before["switch"], now["switch"]
     if switch is None:
         return
     if switch["progress"] >= 100 or (
         then is not None and then["switch_id"] == switch["switch_id"] and switch["progress"] < then["progress"]
     ):
-        record.breach(f"the progress of a switch went from {then} to {switch}")
+        record.violation(f"the progress of a switch went from {then} to {switch}")
 
 
-def _restart(world: World, record: Record, *, asks_first: bool = True) -> None:
-    """Have the app start anew with another setting. A switch under way is cancelled for it."""
-    world.ask_first(asks_first)
+def _restart(world: World, record: Record, *, confirm: bool = True) -> None:
+    """Restart the app with another setting, cancelling any switch that is under way."""
+    world.set_confirmation(confirm)
     client = Client(world, record)
     client.doing = "(restart-api)"
     before = world.worker.pid
@@ -188,13 +188,13 @@ def _restart(world: World, record: Record, *, asks_first: bool = True) -> None:
     with record.disturbance():
         while client.post("/api/restart-api").status_code != 200:
             client.ask("DELETE", "/v1/models/switch")
-            assert time.monotonic() < deadline, "the app was never free for a restart"
+            assert time.monotonic() < deadline, "a switch was always under way, so the app could not be restarted"
         wait_until(lambda: _back(world, before), "the app to be back after restart-api", RESTART_SECONDS)
     client.close()
 
 
 def _kill_worker(world: World, record: Record) -> None:
-    world.ask_first(False)
+    world.set_confirmation(False)
     before = world.worker
     with record.disturbance():
         before.kill()
@@ -202,11 +202,11 @@ def _kill_worker(world: World, record: Record) -> None:
 
 
 def _back(world: World, before: int) -> bool:
-    """Whether another worker than before serves."""
+    """Whether a worker other than the one before serves requests."""
     client = Client(world, Record())
     try:
         return client.get("/readyz").status_code == 200 and world.worker.pid != before
-    except (Lost, IndexError):
+    except (ConnectionLost, IndexError):
         return False
     finally:
         client.close()

@@ -1,4 +1,4 @@
-"""What a soak runs against: a console with models of every temper, an Ollama that others use too, and who talks."""
+"""The environment of a soak test: a console with healthy and faulty models, a shared Ollama, and the shared state."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.support.ollama import TINY_A, TINY_B, FakeOllama
 
 DEMO = DEMO_MODELS / "switchyard-mini.gguf"
 BUDGET_GB = 0.7
-"""Room for four or five of the models: most switches have to displace one."""
+"""Room for four or five of the models: most switches have to unload one."""
 COPIES = tuple(f"copy-{number}" for number in range(6))
-"""Found in the models folder: they are deleted, taken away and put back."""
-SOUND = ("good", "second", "talker", "wide", "slow", "stubborn")
+"""GGUF files in the models folder that operations delete, remove and put back."""
+HEALTHY = ("good", "second", "talker", "wide", "slow", "stubborn")
 OLLAMA = ("tiny-a:latest", "tiny-b:latest")
 DOCKED = "docked"
-"""Runs in Docker, which is not there, or hangs."""
+"""A vLLM model: its Docker is missing, or hangs."""
 BAD = ("crasher", "mute", "late", "dies", DOCKED)
-"""Their faults are ordered from the beginning."""
+"""Models whose faults are configured from the beginning."""
 HUGE = "huge"
 DESCRIPTORS = 1024
-"""What `ulimit -n` is on most machines."""
-NOBODY = "nobody"
+"""The usual `ulimit -n`."""
+UNKNOWN_MODEL = "unknown-model"
 SETTINGS = {
     "drain_timeout_seconds": 5,
     "unload_timeout_seconds": 1,
@@ -45,7 +45,7 @@ SETTINGS = {
 
 @dataclass
 class Conversation:
-    """One on the Chat page, and the messages of it that were accepted. Its lock is held to change either."""
+    """A conversation and its accepted messages. The world's lock is held to change either."""
 
     id: str
     accepted: list[str] = field(default_factory=list)
@@ -53,13 +53,13 @@ class Conversation:
 
 
 class World:
-    """The console, its models, its processes, and what all clients know together."""
+    """The console, its models, its processes, and what all clients share."""
 
     def __init__(self, folder: Path) -> None:
         self.models = folder / "models"
         self.models.mkdir(parents=True)
         for name in COPIES:
-            self.bring(name)
+            self.add_file(name)
         self._folder = folder
         self._opened = ExitStack()
         self.faults = Faults(folder / "faults", self.models)
@@ -67,7 +67,7 @@ class World:
         self.console = Console(
             folder,
             models_dir=self.models,
-            toml=settings_file(asks_first=False),
+            toml=settings_file(confirm=False),
             environment={**self.faults.environment, "SWITCHYARD_OLLAMA_BASE_URL": self.ollama.url},
             descriptors=DESCRIPTORS,
             llamacpp_server=FAKE_LLAMA_SERVER,
@@ -84,39 +84,39 @@ class World:
         self.console.start()
 
     def close(self) -> None:
-        """End everything, however the soak went."""
+        """End everything, whatever happened."""
         self.console.close()
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.ollama.close()
-        with suppress(OSError):  # what is on a disk of its own goes with that, and somebody may want to read it
+        with suppress(OSError):  # the state folder's own file system is unmounted next; keep a copy for analysis
             shutil.copytree(self.faults.state, self._folder / "state", dirs_exist_ok=True)
         self._opened.close()
 
-    def ask_first(self, wanted: bool) -> None:
-        """Change the setting `confirm_before_unload`; it holds from the next start of the app on."""
+    def set_confirmation(self, wanted: bool) -> None:
+        """Change the setting `confirm_before_unload`; it applies from the app's next start on."""
         config = Path(self.console.environment["SWITCHYARD_CONFIG"])
-        config.write_text(settings_file(asks_first=wanted), encoding="utf-8")
+        config.write_text(settings_file(confirm=wanted), encoding="utf-8")
 
-    def bring(self, name: str) -> None:
-        """Put one of the copies into the models folder, whole at once."""
+    def add_file(self, name: str) -> None:
+        """Put one of the copies into the models folder, atomically."""
         draft = self.models / f"{name}.draft"
         shutil.copy(DEMO, draft)
         draft.replace(self.models / f"{name}.gguf")
 
-    def take_away(self, name: str) -> None:
-        """Remove the file of a copy behind the console's back."""
+    def remove_file(self, name: str) -> None:
+        """Remove a copy's file without telling the console."""
         (self.models / f"{name}.gguf").unlink(missing_ok=True)
 
     def forget_conversations(self) -> None:
-        """They are lost, and nobody is to look for them any more."""
+        """Mark all conversations as deleted, because their database was damaged."""
         with self.lock:
             for conversation in self.conversations:
                 conversation.deleted = True
 
     def conversation(self, dice: random.Random) -> Conversation | None:
-        """One that nobody has asked to delete."""
+        """A random conversation that no client has deleted."""
         with self.lock:
             here = [c for c in self.conversations if not c.deleted]
             return dice.choice(here) if here else None
@@ -125,12 +125,12 @@ class World:
 
     @property
     def worker(self) -> psutil.Process:
-        """gunicorn's one worker: the app."""
+        """gunicorn's worker, which is the app."""
         assert self.console.process is not None
         return psutil.Process(self.console.process.pid).children()[0]
 
     def processes(self) -> list[psutil.Process]:
-        """What this console, or a run of it before, has started and is alive: told by the mark and its state folder."""
+        """Live processes that this console, or an earlier run of it, has started: by their mark and state folder."""
         state = self.console.environment["SWITCHYARD_STATE_DIR"]
         found = []
         for process in psutil.process_iter():
@@ -141,7 +141,7 @@ class World:
         return found
 
     def engines(self) -> list[tuple[str, psutil.Process]]:
-        """The llama-servers that are alive, with the model of each."""
+        """The live llama-servers, with the model of each."""
         found = []
         for process in self.processes():
             with suppress(psutil.Error):
@@ -151,10 +151,10 @@ class World:
         return sorted(found, key=lambda pair: (pair[0], pair[1].pid))
 
 
-def settings_file(*, asks_first: bool) -> str:
-    """The console's settings: whether unloading needs a word first, and the models that are listed."""
+def settings_file(*, confirm: bool) -> str:
+    """The settings file: `confirm_before_unload`, and the listed models."""
     hold = {"required_gb": 0.2}
-    return f"confirm_before_unload = {str(asks_first).lower()}\n" + "".join(
+    return f"confirm_before_unload = {str(confirm).lower()}\n" + "".join(
         (
             fake_model("good", "slow_load:0.3", "hold:60", source=str(DEMO), **hold),
             fake_model("second", "slow_load:0.5", "hold:40", source=str(DEMO), **hold),
