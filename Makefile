@@ -1,9 +1,9 @@
-# Every target does its own set-up in .venv, and only when something changed. `make help` explains them.
+# Each target sets up .venv itself, and only when something has changed. `make help` explains them.
 
 PYTHON ?= python3
 JOBS ?= 4
 BIN := .venv/bin
-# The tests and the bench start hundreds of Pythons, each of which would compile every module where caching is off.
+# Tests and bench start hundreds of Python processes; without caching each would compile every module.
 CACHING := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python
 RUN_READY := .venv/.ready-run
 DEV_READY := .venv/.ready-dev
@@ -20,14 +20,14 @@ run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
 test: $(DEV_READY) browser docker ## set up and run every test, JOBS=4 files at a time
 	@$(CACHING) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-ollama: $(DEV_READY) ## the Ollama suite on a real one: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
+test-ollama: $(DEV_READY) ## the Ollama tests with a real Ollama: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
 	@OLLAMA_TEST_BINARY="$(OLLAMA)" $(BIN)/python -m pytest tests/engines/test_ollama_server.py tests/engines/test_fake_ollama.py $(ARGS)
 
-test-vllm: $(DEV_READY) docker ## the vLLM suite on a real one: its CPU build in .venv-vllm (4 GB), in real containers
+test-vllm: $(DEV_READY) docker ## the vLLM tests with a real vLLM: its CPU build in .venv-vllm (4 GB), in real containers
 	@PYTHON="$(PYTHON)" tools/ensure_vllm.sh
 	@$(BIN)/python -m pytest tests/vllm_real --timeout 1200 $(ARGS)
 
-simulate: $(DEV_READY) ## millions of random steps on the heart in memory: STEPS=1000000 SEED=1
+simulate: $(DEV_READY) ## random operations on the in-memory heart (switcher, router, relay): STEPS=1000000 SEED=1
 	@$(CACHING) -m tests.heart.simulate $(or $(STEPS),100000) $(or $(SEED),1)
 
 lint: $(DEV_READY) ## ruff and mypy
@@ -35,7 +35,7 @@ lint: $(DEV_READY) ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(DEV_READY) ## put the code in shape
+format: $(DEV_READY) ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
@@ -43,19 +43,19 @@ bench: $(DEV_READY) ## measure the hot paths; prints the README's table
 	@$(CACHING) -m bench
 
 .PHONY: fuzz
-fuzz: $(DEV_READY) ## look for GGUF headers that break their reader: SECONDS=600
+fuzz: $(DEV_READY) ## fuzz the GGUF header reader: SECONDS=600
 	@$(CACHING) -m bench.fuzz_gguf $(or $(SECONDS),600)
 
 .PHONY: soak
-soak: $(DEV_READY) ## everything at once on a real console, and what then holds: OPERATIONS=1000 SEED=7
+soak: $(DEV_READY) ## soak test: concurrent clients and faults on one real console: OPERATIONS=1000 SEED=7
 	@$(CACHING) -m tests.soak $(or $(OPERATIONS),1000) $(or $(SEED),7)
 
-demo-models: ## train the demo models again (minutes; torch in its own .venv-train)
+demo-models: ## train the demo models (minutes; torch in its own .venv-train)
 	@test -d .venv-train || $(PYTHON) -m venv .venv-train
 	@.venv-train/bin/pip install --quiet --requirement tools/requirements.txt
 	@.venv-train/bin/python tools/train_demo_models.py
 
-lock: $(DEV_READY) ## pin what requirements*.in name
+lock: $(DEV_READY) ## pin the requirements of requirements*.in
 	@$(BIN)/pip install --quiet pip-tools
 	@$(BIN)/pip-compile --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --upgrade requirements.in
 	@$(BIN)/pip-compile --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --upgrade requirements-dev.in

@@ -34,7 +34,7 @@ class Fault:
 
 @contextmanager
 def _damaged(world: World) -> Iterator[None]:
-    """Overwrite pages of the database and kill the worker; the damaged database, with all conversations, is set aside."""
+    """Overwrite database pages and kill the worker; the damaged database, with all conversations, is set aside."""
     world.forget_conversations()
     corrupt_database(world.faults.database)
     world.worker.kill()
