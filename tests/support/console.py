@@ -29,6 +29,7 @@ FAKE_LLAMA_SERVER = ROOT / "tests" / "fakes" / "llama_server.py"
 TIMEOUT = 60.0
 """Seconds. It only ends a hang: no test passes because of it, so a busy machine may take its time."""
 PORTS = random.SystemRandom()
+PRODUCTION = ROOT / "tests" / "support" / "production"
 NO_OLLAMA = "http://127.0.0.1:9"
 """The discard port, where nothing listens: a test uses only the Ollama that it starts itself, never this machine's."""
 
@@ -36,8 +37,9 @@ NO_OLLAMA = "http://127.0.0.1:9"
 class Console:
     """One running Switchyard.
 
-    `settings` become environment variables, `toml` its settings file; `environment` is added unchanged. `descriptors`
-    is the number of files and sockets that each of its processes may have open, as set by `ulimit -n`.
+    `settings` become environment variables, `toml` its settings file; `environment` is added as it is. `descriptors`
+    is the number of files and sockets that each of its processes may have open, as set by `ulimit -n`. A package that
+    only the tests install is hidden from it (`tests/support/production`).
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Console:
             **(environment or {}),
             **{f"SWITCHYARD_{name.upper()}": str(value) for name, value in settings.items()},
         }
+        path = self.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PRODUCTION), path)))
         self.log = folder / "console.log"
         self._limits = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
         self.process: subprocess.Popen[bytes] | None = None
