@@ -1,4 +1,4 @@
-"""One script and one stylesheet per page, joined at start, compressed once, and cached for ever by their hash."""
+"""One script and one stylesheet per page: concatenated at start, compressed once, cached for ever by their hash."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ YEAR = 365 * 24 * 3600
 
 @dataclass(frozen=True)
 class Bundle:
-    """The joined files of one asset, as they are served."""
+    """The concatenated files of one asset."""
 
     name: str
     digest: str
@@ -59,27 +59,30 @@ class Bundle:
 
 @cache
 def bundle(name: str) -> Bundle:
-    """Join and compress one asset. Raises KeyError when there is none of that name."""
+    """Concatenate and compress one asset. Raises KeyError for an unknown name."""
     body = b"\n".join((STATIC / part).read_bytes() for part in BUNDLES[name])
     return Bundle(name, hashlib.sha256(body).hexdigest()[:12], body, gzip.compress(body, 9, mtime=0))
 
 
 @bp.record_once
 def _prepare(_state: object) -> None:
-    """Join everything when the app starts, so that the first page doesn't wait for it."""
+    """Build all bundles when the app starts, so that the first page doesn't wait for them."""
     for name in BUNDLES:
         bundle(name)
 
 
 @bp.app_template_global()
 def asset(name: str) -> str:
-    """The URL of an asset; it changes whenever the asset does."""
+    """Return the URL of an asset; it contains the asset's hash."""
     return url_for("assets.serve", digest=bundle(name).digest, name=name)
 
 
 @bp.get("/assets/<digest>/<name>")
 def serve(digest: str, name: str) -> Response:
-    """An asset. A page older than this process asks for an old hash: it gets today's asset, uncached."""
+    """Serve an asset.
+
+    For an outdated hash, requested by a page from an earlier process, serve the current one uncached.
+    """
     if name not in BUNDLES:
         abort(404)
     wanted = bundle(name)

@@ -1,4 +1,4 @@
-"""The Chat page: conversations, messages that stream in, and the forms that write them."""
+"""The Chat page: conversations, streamed messages, and the forms that write them."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from flask import Blueprint, Response, render_template, stream_with_context, url
 from htmx_flask import make_response, request
 
 from blueprints import answer_stream
-from blueprints.chat_extent import Extent, Listed
+from blueprints.chat_extent import ConversationPage, Extent
 from blueprints.live import Live
-from blueprints.markdown.growing import Look
+from blueprints.markdown.incremental import AnswerHtml
 from blueprints.model_menu import menu_lists, menu_pieces
 from blueprints.pages import live_now, see_other
 from blueprints.pieces import SINCE
-from blueprints.web import ApiError, services, sse, tells_errors_of
+from blueprints.web import ApiError, handles_errors_of, services, sse
 from services.chats import Conversation, ConversationNotFound, Message, Outline
 from services.store.records import MessageState, new_id
 
 bp = Blueprint("chat", __name__)
 
 SENT = "message-sent"
-"""The event by which the page knows that its message has arrived; only then does it empty the composer."""
+"""htmx event sent when a message is stored; only then does the page empty the composer."""
 DELETED = "This conversation was deleted. Send the message again to begin a new chat with it."
 NOTHING = "none"
-"""The mark of a page without a conversation."""
+"""Mark of a page without a conversation."""
 _ID = re.compile("[0-9a-f]{32}")
 
 
 @bp.app_template_filter()
-def look(message: Message) -> Look:
-    """The HTML of an answer under way."""
-    return answer_stream.look_at(message, services().chats)
+def look(message: Message) -> AnswerHtml:
+    """Return the HTML of an answer under way."""
+    return answer_stream.answer_html(message, services().chats)
 
 
 @bp.get("/")
 def newest() -> str:
-    """The conversation last written in, or an empty page with the next step."""
+    """Show the conversation last written to, or an empty page."""
     latest = services().chats.conversations(limit=1)
     return _page(latest[0].id if latest else None)
 
 
 @bp.get("/chats/new")
 def new() -> str:
-    """An empty page to write in. The conversation begins with its first message."""
+    """Show an empty page. The conversation is created with its first message."""
     return _page(None)
 
 
@@ -57,7 +57,7 @@ def conversation(conversation_id: str) -> str:
 
 @bp.post("/chats")
 def create() -> Response:
-    """Begin a conversation with its first message."""
+    """Create a conversation with its first message."""
     begun = services().chats.start(_text(), message_id=_message_id()).conversation_id
     address = url_for("chat.conversation", conversation_id=begun)
     if not request.htmx:
@@ -72,9 +72,9 @@ def send(conversation_id: str) -> Response:
     return _changed(conversation_id, trigger=SENT)
 
 
-@tells_errors_of("chat.create", "chat.send")
-def tell_unsent(error: ApiError) -> Response:
-    """A message that was not sent: what was typed stays in the composer, and beside it stands why."""
+@handles_errors_of("chat.create", "chat.send")
+def show_unsent(error: ApiError) -> Response:
+    """Respond to a message that was not sent: the typed text stays in the composer, with the reason beside it."""
     wanted = (request.view_args or {}).get("conversation_id")
     deleted = error.code == "not_found"
     words = DELETED if deleted else error.message
@@ -89,9 +89,9 @@ def tell_unsent(error: ApiError) -> Response:
     return Response(_page(wanted, typed=_text(), unsent=words))
 
 
-@tells_errors_of("chat.conversation")
-def tell_no_conversation(error: ApiError) -> Response | None:
-    """A conversation that is not there any more: its page stays one to write in."""
+@handles_errors_of("chat.conversation")
+def show_deleted(error: ApiError) -> Response | None:
+    """Respond to a request for a deleted conversation with a page to write in."""
     if error.code != "not_found":
         return None
     return Response(_page(None, deleted=(request.view_args or {}).get("conversation_id")))
@@ -116,7 +116,7 @@ def message(message_id: str) -> str:
 
 @bp.get("/messages/<message_id>/text")
 def text(message_id: str) -> Response:
-    """What was written, as it was written: for answers too long to be formatted, and for copying."""
+    """Return a message as plain text: for answers too long to be formatted, and for copying."""
     return Response(services().chats.message(message_id).content, mimetype="text/plain")
 
 
@@ -132,30 +132,30 @@ def retry(message_id: str) -> Response:
 
 @bp.post("/messages/<message_id>/show")
 def show(message_id: str) -> Response:
-    """Show this one of the answers to a message."""
+    """Show this version of an answer."""
     return _changed(services().chats.show(message_id).conversation_id, anchor=f"message-{message_id}")
 
 
 @bp.get("/messages/<message_id>/stream")
 def stream(message_id: str) -> Response:
-    """A message as it grows: `text` events with what is new of its HTML, then one `final` with the whole message.
+    """Stream a message: `text` events with what is new of its HTML, then one `final` with the whole message.
 
-    Asking again at any time gives the same message from where it stands, so a lost connection loses nothing.
+    A new request starts with everything so far, so a lost connection loses nothing.
     """
-    services().chats.message(message_id)  # an unknown message is a 404, not a stream that fails
+    services().chats.message(message_id)  # 404 for an unknown message, before the stream begins
     return sse(stream_with_context(answer_stream.events(services().chats, message_id)))
 
 
 @bp.get("/fragments/chat-status")
 def status() -> Response:
-    """What has changed on the Chat page since it last looked, or 204, which has htmx leave it alone."""
+    """Return what has changed on the Chat page since its last poll, or 204, on which htmx changes nothing."""
     html = _news()
     answer: Response = make_response(html) if html.strip() else make_response("", 204)
     return answer
 
 
 def _news() -> str:
-    """What has changed; the messages are among it when they are not the ones that the page has `seen`."""
+    """Return what has changed; messages only if the page's mark for them (`seen`) is outdated."""
     wanted, seen, extent = request.args.get("conversation"), request.args.get("seen"), Extent.of(request.args)
     if not wanted:
         return _pieces(_always(None, NOTHING), with_messages=False)
@@ -170,8 +170,8 @@ def _news() -> str:
 
 @bp.get("/fragments/conversations")
 def conversations() -> str:
-    """The list of conversations, as long as it is asked for."""
-    listed = Listed.of(services().chats, Extent.of(request.args))
+    """Return the list of conversations, as long as requested."""
+    listed = ConversationPage.of(services().chats, Extent.of(request.args))
     return render_template("fragments/conversations.html", listed=listed, current=request.args.get("current"))
 
 
@@ -181,7 +181,7 @@ def _text() -> str:
 
 
 def _message_id() -> str | None:
-    """The id that the page gave to the message, by which it is known if it comes twice."""
+    """Return the id that the page gave to the message, which makes sending idempotent."""
     given = request.form.get("id", "")
     return given if _ID.fullmatch(given) else None
 
@@ -189,13 +189,13 @@ def _message_id() -> str | None:
 def _page(
     conversation_id: str | None, *, deleted: str | None = None, typed: str | None = None, unsent: str | None = None
 ) -> str:
-    """The whole page. `typed` is put into the composer, `unsent` says beside it why it was not sent."""
+    """Render the whole page. `typed` is the composer's text, `unsent` the reason why it was not sent."""
     context = _context(conversation_id, Extent.of(request.args), deleted)
     return render_template("pages/chat.html", typed=typed, unsent=unsent, **context)
 
 
 def _pieces(context: dict[str, Any], with_messages: bool) -> str:
-    """What a page doesn't have yet, by what it says of itself in its fields of class "shown"."""
+    """Render the pieces that a page lacks, by the marks in its fields of class "shown"."""
     since = request.values.get(SINCE)
     return render_template(
         "fragments/chat_live.html",
@@ -207,7 +207,7 @@ def _pieces(context: dict[str, Any], with_messages: bool) -> str:
 
 
 def _changed(conversation_id: str, *, anchor: str = "latest", trigger: str | None = None) -> Response:
-    """The answer to a form that changed a conversation: its pieces for htmx, the page otherwise."""
+    """Respond to a form that changed a conversation: its pieces for htmx, else a redirect."""
     if not request.htmx:
         return see_other(url_for("chat.conversation", conversation_id=conversation_id, _anchor=anchor))
     pieces = _pieces(_context(conversation_id, Extent.of(request.form)), with_messages=True)
@@ -216,12 +216,12 @@ def _changed(conversation_id: str, *, anchor: str = "latest", trigger: str | Non
 
 
 def _context(conversation_id: str | None, extent: Extent, deleted: str | None = None) -> dict[str, Any]:
-    """What a whole page shows; `deleted` is the id of the conversation that should have been shown.
+    """Return the context of a whole page; `deleted` is the id of a requested conversation that is gone.
 
     Raises ConversationNotFound.
     """
     chats = services().chats
-    context = {**_always(None, NOTHING), "listed": Listed.of(chats, extent), "current": conversation_id}
+    context = {**_always(None, NOTHING), "listed": ConversationPage.of(chats, extent), "current": conversation_id}
     if conversation_id is None:
         return {**context, "deleted": deleted}
     latest = chats.page_start(conversation_id)
@@ -236,7 +236,7 @@ def _context(conversation_id: str | None, extent: Extent, deleted: str | None = 
 
 
 def _unchanged(outline: Outline) -> dict[str, Any]:
-    """What a page shows that has the messages and the list already."""
+    """Return the context for a page whose messages and list are current."""
     mark = _mark(outline.conversation, outline.states)
     return {**_always(outline.conversation, mark), "answering": outline.answering}
 
@@ -256,7 +256,7 @@ def _always(shown: Conversation | None, mark: str) -> dict[str, Any]:
 
 
 def _surroundings(live: Live, mark: str) -> str:
-    """A short word that changes whenever the composer or the pace of looks does."""
+    """Return a hash of everything the composer and the poll element show."""
     shown = live.loading or live.active
     composer = (live.lock, shown and shown.id, live.active and live.active.id, bool(live.status.models))
     seen = (mark, *composer, live.status.moving, live.poll_seconds, live.announcement)
@@ -264,6 +264,6 @@ def _surroundings(live: Live, mark: str) -> str:
 
 
 def _mark(shown: Conversation, states: Iterable[tuple[str, MessageState]]) -> str:
-    """A short word that changes whenever a conversation's messages or title do."""
+    """Return a hash of a conversation's title and the ids and states of its messages."""
     seen = [shown.title, *(f"{message_id}{state}" for message_id, state in states)]
     return f"{zlib.crc32(repr(seen).encode()):08x}"

@@ -1,6 +1,6 @@
-"""How much of all there is a Chat page shows: its messages from which on, how many conversations, and from where.
+"""Which part of the messages and conversations a Chat page shows.
 
-A page says it with each look and each form, so that what somebody has unfolded stays when something changes.
+A page sends it with each poll and form, so that what somebody has expanded stays expanded.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from services.chats import Chats, Conversation
 from services.store.records import Place
 
 LISTED = 50
-"""Conversations at first. Scrolling to the end of the list doubles it: 10,000 of them made a page of 2.8 MB."""
+"""Number of conversations at first; scrolling to the end doubles it. A list of 10,000 made a page of 2.8 MB."""
 LISTED_MOST = 1600
-"""From so many on the list goes on at a page of its own."""
+"""Largest list on one page; it continues on a page of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`since` is the position of the first message (None: as many as a page begins with).
+    """`since` is the position of the first message shown, None for a page's default.
 
-    `listed` counts the conversations, those that come behind `older` in the list (None: the newest).
+    `listed` is the number of conversations, from those after `older` in the list (None: from the newest).
     """
 
     since: int | None = None
@@ -31,7 +31,7 @@ class Extent:
 
     @classmethod
     def of(cls, values: Mapping[str, str]) -> Extent:
-        """What a request asks for. What makes no sense is as if it were not there."""
+        """Parse an extent from a request; invalid values are ignored."""
         return cls(
             since=_number(values.get("from")),
             listed=min(max(LISTED, _number(values.get("listed")) or 0), LISTED_MOST),
@@ -40,8 +40,8 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A part of the list, and how to see what comes behind it: as `more` in the same list, or as those `older`."""
+class ConversationPage:
+    """A part of the list, and how to see more: with `more` entries in the same list, or the next part after `older`."""
 
     conversations: tuple[Conversation, ...]
     extent: Extent
@@ -49,7 +49,7 @@ class Listed:
     older: str | None
 
     @classmethod
-    def of(cls, chats: Chats, extent: Extent) -> Listed:
+    def of(cls, chats: Chats, extent: Extent) -> ConversationPage:
         found = chats.conversations(extent.listed + 1, extent.older)
         shown = tuple(found[: extent.listed])
         rest = len(found) > len(shown)
@@ -58,7 +58,7 @@ class Listed:
 
     @property
     def behind(self) -> str | None:
-        """Where this part of the list begins, as addresses say it."""
+        """Where this part of the list begins, as in URLs."""
         return _words(self.extent.older) if self.extent.older else None
 
 

@@ -20,13 +20,13 @@ SOURCES = ("ollama", "huggingface")
 
 @bp.get("")
 def listed() -> Response:
-    """Where somebody lands who loads the address of a form again."""
+    """Redirect browsers that load a form's address by GET."""
     return see_other(PLACE)
 
 
 @bp.post("")
 def start() -> Response:
-    """Download a model. What is wrong with a name that was typed is said at its field, where it can be corrected."""
+    """Start a download. An error in a name that was typed is shown at its field."""
     model, source = request.form.get("model", "").strip(), request.form.get("source", "ollama")
     typed = request.form.get("typed") == "yes"
     try:
@@ -53,7 +53,7 @@ def pause(download_id: str) -> Response:
 
 @bp.post("/<download_id>/resume")
 def resume(download_id: str) -> Response:
-    """Go on with a paused download, or try a failed one again."""
+    """Continue a paused download, or retry a failed one."""
     services().downloads.resume(download_id)
     return done()
 
@@ -66,13 +66,13 @@ def cancel(download_id: str) -> Response:
 
 @bp.post("/<download_id>/remove")
 def remove(download_id: str) -> Response:
-    """Take a download that has ended off the list; the model stays."""
+    """Remove a finished download from the list; the model stays."""
     services().downloads.remove(download_id)
     return done()
 
 
 def _ask_again(form: DownloadForm) -> Response:
-    """The form with what was typed and what is wrong with it."""
+    """Return the form with the typed values and their error."""
     if not request.htmx:
         return Response(page_with(form), 422)
     answer: Response = make_response(fields(form), 422, retarget="#download-form", reswap="outerHTML")

@@ -1,4 +1,4 @@
-"""Jinja filters: how figures, times and names are written on every page."""
+"""Jinja filters: the formats of figures, times and names on every page."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from markupsafe import Markup
 from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, render_markdown
 from services.engines.port import Basis
 from services.sizes import format_size
-from services.text import listed
+from services.text import join_names
 
 bp = Blueprint("filters", __name__)
 
 UNKNOWN = "–"
 HUES = 10
-"""How many colours models are told apart by; `static/css/memory.css` defines as many."""
+"""Number of model colours; `static/css/memory.css` defines as many."""
 
 _BASIS_WORDS: dict[str, str] = {
     "measured": "measured",
@@ -31,25 +31,25 @@ _BASIS_WORDS: dict[str, str] = {
 
 @bp.app_template_filter()
 def size(value: float | None) -> str:
-    """Bytes in decimal GB with one digit, in MB below 1 GB."""
+    """Format bytes: decimal GB with one digit, MB below 1 GB."""
     return UNKNOWN if value is None else format_size(value)
 
 
 @bp.app_template_filter()
 def sized(value: float | None, basis: Basis | None) -> str:
-    """A size, marked as approximate when nobody ever measured it."""
+    """Format a size, marked as approximate if it is an estimate."""
     return f"≈ {size(value)}" if value is not None and basis == "estimated" else size(value)
 
 
 @bp.app_template_filter()
 def basis_words(basis: Basis | None) -> str:
-    """Where a figure comes from, in words."""
+    """Say where a figure comes from."""
     return _BASIS_WORDS.get(basis or "", "")
 
 
 @bp.app_template_filter()
 def duration(seconds: float | None) -> str:
-    """Seconds as "45 s", "1 min 20 s", "2 h 5 min"."""
+    """Format seconds as "45 s", "1 min 20 s", "2 h 5 min"."""
     if seconds is None:
         return UNKNOWN
     if seconds < 1:
@@ -64,7 +64,7 @@ def duration(seconds: float | None) -> str:
 
 @bp.app_template_filter()
 def about(seconds: float | None) -> str:
-    """A duration that nobody promises: "about 45 s", to the nearest 5 s beyond a minute."""
+    """Format an estimated duration: "about 45 s", to the nearest 5 s above a minute."""
     if seconds is None:
         return UNKNOWN
     if seconds < 1:
@@ -74,7 +74,7 @@ def about(seconds: float | None) -> str:
 
 @bp.app_template_filter()
 def took(seconds: float | None) -> str:
-    """A duration that was measured: one digit below 10 s, "0.8 s"."""
+    """Format a measured duration: one digit below 10 s, "0.8 s"."""
     if seconds is not None and seconds < 0.05:
         return "under 0.1 s"
     return f"{seconds:.1f} s" if seconds is not None and seconds < 9.95 else duration(seconds)
@@ -82,7 +82,7 @@ def took(seconds: float | None) -> str:
 
 @bp.app_template_filter()
 def span(seconds: float | None) -> str:
-    """A duration in its largest unit only: "12 min", "3 days"."""
+    """Format a duration in its largest unit: "12 min", "3 days"."""
     if seconds is None:
         return UNKNOWN
     for length, unit in ((86400, "day"), (3600, "h"), (60, "min")):
@@ -94,7 +94,7 @@ def span(seconds: float | None) -> str:
 
 @bp.app_template_filter()
 def ago(moment: float | datetime | None, now: float | None = None) -> str:
-    """How long something is past: "just now", "5 min ago"; the date after a week."""
+    """Format the age of a time: "just now", "5 min ago"; the date after a week."""
     if moment is None:
         return UNKNOWN
     past = (time.time() if now is None else now) - _timestamp(moment)
@@ -105,25 +105,25 @@ def ago(moment: float | datetime | None, now: float | None = None) -> str:
 
 @bp.app_template_global()
 def now() -> float:
-    """The time by the server's clock, from which ages are told: a browser's may be off by minutes."""
+    """Return the server's time, from which ages are computed: a browser's clock may be off by minutes."""
     return time.time()
 
 
 @bp.app_template_filter()
 def moment(value: float | datetime | None) -> str:
-    """A point in time in full, for tooltips."""
+    """Format a time in full, for tooltips."""
     return UNKNOWN if value is None else f"{_local(value):%-d %b %Y, %H:%M:%S}"
 
 
 @bp.app_template_filter()
 def iso(value: float | datetime) -> str:
-    """A point in time for a `datetime` attribute."""
+    """Format a time for a `datetime` attribute."""
     return _local(value).isoformat(timespec="seconds")
 
 
 @bp.app_template_filter()
 def rate(tokens_per_second: float | None) -> str:
-    """Tokens per second, one digit below 100."""
+    """Format tokens per second, with one digit below 100."""
     if tokens_per_second is None:
         return UNKNOWN
     return f"{tokens_per_second:,.{0 if tokens_per_second >= 100 else 1}f} tokens/s"
@@ -131,7 +131,7 @@ def rate(tokens_per_second: float | None) -> str:
 
 @bp.app_template_filter()
 def speed(bytes_per_second: float | None) -> str:
-    """Bytes per second of a transfer; one that stands still is called so."""
+    """Format a transfer's bytes per second; "stalled" for none."""
     if bytes_per_second is None:
         return UNKNOWN
     if bytes_per_second < 1:
@@ -143,37 +143,37 @@ def speed(bytes_per_second: float | None) -> str:
 
 @bp.app_template_filter()
 def names(ids: Sequence[str]) -> str:
-    """Names as a sentence has them: "a, b and c"."""
-    return listed(ids)
+    """Join names for a sentence: "a, b and c"."""
+    return join_names(ids)
 
 
 @bp.app_template_filter()
 def hue(model_id: str) -> int:
-    """The colour of a model, the same on every page and after every restart."""
+    """Return a model's colour, the same on every page and after every restart."""
     return zlib.crc32(model_id.encode()) % HUES
 
 
 @bp.app_template_filter()
 def dom_id(model_id: str) -> str:
-    """A model id as part of an HTML id: no slashes, no colons."""
+    """Return a model id for use in an HTML id."""
     return f"{zlib.crc32(model_id.encode()):08x}"
 
 
 @bp.app_template_filter()
 def markdown(text: str) -> Markup:
-    """Markdown as HTML that is safe to show, whatever the text says."""
+    """Render Markdown as safe HTML."""
     return render_markdown(text)
 
 
 @bp.app_template_test()
 def too_long(text: str) -> bool:
-    """Whether a text is shown as it was written, because formatting it would take too long."""
+    """Whether a text is shown unformatted, because formatting would take too long."""
     return len(text) > FORMAT_LIMIT
 
 
 @bp.app_template_filter()
 def excerpt(text: str) -> str:
-    """The beginning of such a text, as much as a page can hold."""
+    """Return the part of such a text that a page shows."""
     return text[:PLAIN_EXCERPT]
 
 

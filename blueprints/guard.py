@@ -1,7 +1,7 @@
-"""What a request has to pass before it may act: whose host it asks for, whose page sent it, how often it switches.
+"""Checks on every request: host, origin, and the rate of switches.
 
-The one place for these rules. Both ways in ask it: Flask's before every request, and the hot lane, which takes only
-what it lets in and never causes a switch.
+The only place for these rules. Flask runs them before every request; the hot lane uses `refusal`, because it relays to
+running models only and never causes a switch.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ SWITCHING = frozenset(
         "models.restart",
     }
 )
-"""Endpoints that are there to switch: each call counts."""
+"""Endpoints whose purpose is to switch: each call counts."""
 ANSWERING = frozenset({"chat.create", "chat.send", "chat.retry"})
-"""Endpoints that begin an answer of the active model: a call counts when that has to be loaded for it."""
+"""Endpoints that begin an answer by the active model: a call counts if the model has to be loaded for it."""
 
 Environ = Mapping[str, Any]
 
 
 class Refused(Exception):
-    """A request may not act. `code` is the contract's; `retry_after` is seconds, where waiting helps."""
+    """A request is not permitted.
+
+    `code` is an error code of the contract; `retry_after` is seconds, None if a retry won't help.
+    """
 
     def __init__(self, code: str, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -51,7 +54,7 @@ class Refused(Exception):
 
 
 class Guard:
-    """Lets requests in, and counts the switches that each client causes."""
+    """Admits requests, and limits the rate of switches per client."""
 
     def __init__(self, services: Services, limiter: RateLimiter) -> None:
         self._services = services
@@ -59,7 +62,7 @@ class Guard:
         self._limit = parse(services.settings.switch_rate_limit)
 
     def refusal(self, environ: Environ) -> Refused | None:
-        """Why a request (as its WSGI environment) is not let in; None when it is."""
+        """Return why a request (its WSGI environment) is not permitted, None if it is."""
         host = environ.get("HTTP_HOST", environ.get("SERVER_NAME", ""))  # HTTP/1.0 needs no Host
         if not host_is_ours(host, self._services.settings):
             message = f"This server does not answer for the host {host!r}. See the setting allowed_hosts."
@@ -69,7 +72,7 @@ class Guard:
         return None
 
     def check(self, environ: Environ, endpoint: str | None) -> None:
-        """Let a request to one of Flask's endpoints in, counting the switch where it causes one. Raises Refused."""
+        """Check a request to a Flask endpoint, and count the switch if it causes one. Raises Refused."""
         refused = self.refusal(environ)
         if refused is not None:
             raise refused
@@ -79,15 +82,15 @@ class Guard:
             self.count_switch_to(None, environ)
 
     def count_switch_to(self, name: str | None, environ: Environ) -> None:
-        """Count a switch if asking the model called `name` (None or "auto": the active one) causes one. Raises Refused.
+        """Count a switch if a request for `name` (None or "auto": the active model) would cause one. Raises Refused.
 
-        Asking a model that runs, or that is coming already, causes none.
+        A model that runs or is being loaded causes none.
         """
         if self._services.router.would_switch(name):
             self.count_switch(environ)
 
     def count_switch(self, environ: Environ) -> None:
-        """Seed 001: rapid switching is limited, each client by itself. Raises Refused beyond the limit."""
+        """Count a switch by this client. Raises Refused above the limit."""
         who = ("switch", environ.get("REMOTE_ADDR") or "local")
         if self._limiter.hit(self._limit, *who):
             return
@@ -100,17 +103,19 @@ class Guard:
 
 
 def host_is_ours(host: str, settings: Settings) -> bool:
-    """Whether a Host header names this server, with or without a port: a page elsewhere can point its own name at this
-    address (DNS rebinding)."""
+    """Return whether a Host header names this server, with or without a port.
+
+    Prevents DNS rebinding: another site's page can point its own name at this address.
+    """
     name = _host_name(host)
     return name in LOOPBACK_NAMES or name == settings.host or name in settings.allowed_hosts
 
 
 @lru_cache(maxsize=256)
 def _host_name(host: str) -> str:
-    """A Host header without its port; empty when it can't be read, such as an unfinished IPv6 address.
+    """Return a Host header without its port; empty if it can't be parsed, such as an incomplete IPv6 address.
 
-    Remembered: the same few come with every request.
+    Cached, because few different ones occur.
     """
     try:
         return urlsplit(f"//{host}").hostname or ""
@@ -119,7 +124,10 @@ def _host_name(host: str) -> str:
 
 
 def origin_is_ours(environ: Environ) -> bool:
-    """Whether a page of this server sent a request, or no page at all: browsers say where an unsafe one comes from."""
+    """Return whether a request came from a page of this server or from no page.
+
+    Browsers send Sec-Fetch-Site or Origin with every unsafe method.
+    """
     site = environ.get("HTTP_SEC_FETCH_SITE")
     if site is not None:
         return site in ("same-origin", "none")

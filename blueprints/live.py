@@ -1,6 +1,6 @@
-"""What every page says about models, switches and downloads, in words. Pure: a function of what is known and the time.
+"""What every page says about models, switches and downloads, as text. Pure: a function of the status and the time.
 
-Chat, Models and the header render the same `Live`, so they can't tell different stories.
+All pages render the same `Live`, so that they can't contradict each other.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from services.text import running_again
 Tone = Literal["moving", "ready", "cancelled", "failed", "lost"]
 
 GOOD_NEWS_SECONDS = 4.0
-"""How long the banner says that a switch is done before it goes."""
+"""How long the banner shows a switch that succeeded or was cancelled."""
 LONG_SECONDS = 120.0
-"""From here on a wait deserves a word of reassurance."""
+"""Remaining time from which the page says that leaving it is fine."""
 ASK_FROM_PERCENT = 50
-"""A running switch is not thrown away by one click once it is this far."""
+"""Progress from which a running switch is not abandoned without a confirmation."""
 ENDED_SHOWN = 5
-"""How many downloads that have ended are still listed, the latest first."""
+"""Number of finished downloads that are listed, the latest first."""
 NEWS_SECONDS = 60.0
-"""How long the end of a download is news: longer than the slowest page takes to look again."""
+"""How long a finished download is announced; longer than the longest poll interval."""
 
 _STAGE_WORDS: dict[SwitchStage, str] = {
     "requested": "Getting ready",
@@ -86,7 +86,7 @@ _SERVICE_NEWS: dict[ServiceState, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Banner:
-    """The switch that people should know about now, and how to tell it; or a model that has ended by itself."""
+    """The switch or the lost model that the banner is about, and its tone."""
 
     tone: Tone
     switch: SwitchView | None = None
@@ -95,7 +95,7 @@ class Banner:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The status together with the words for it, at one moment; `service` is the local Ollama's."""
+    """The status and its wording at one moment; `service` is the local Ollama's status."""
 
     status: Status
     now: float
@@ -105,21 +105,21 @@ class Live:
 
     @property
     def moment(self) -> tuple[object, ...]:
-        """Equal for two of these that tell the same story, so that it need not be told twice."""
+        """Equal for two objects that render the same, which need not be rendered twice."""
         return (self.status, self.downloads, self.service, self.docker, int(self.now / CACHE_SECONDS))
 
     @property
     def active(self) -> ModelStatus | None:
-        """The model that answers now."""
+        """The active model."""
         return self.status.model(self.status.active_model) if self.status.active_model else None
 
     @property
     def loading(self) -> ModelStatus | None:
-        """The model that is on its way, where there is one."""
+        """The model being loaded, if any."""
         return next((m for m in self.status.models if m.state == "loading"), None)
 
     def word(self, model: ModelStatus) -> str:
-        """The word for a model's state. One that is simply not loaded has none."""
+        """Return the word for a model's state; empty for a model that is not loaded."""
         if model.state == "loading":
             if self._is_cancelled(model):
                 return "Cancelling"
@@ -131,7 +131,7 @@ class Live:
 
     @property
     def moving_words(self) -> dict[str, str]:
-        """The words for the models whose words may change with the time alone."""
+        """Words of the models whose words may change with time alone."""
         return {model.id: self.word(model) for model in self.status.models if model.moving}
 
     def _is_cancelled(self, model: ModelStatus) -> bool:
@@ -139,7 +139,7 @@ class Live:
         return switch is not None and switch.stage == "cancelling" and switch.to_model == model.id
 
     def _finishing(self, model: ModelStatus, of: str = "") -> str:
-        """What an unload waits for: how many answers, and how long at most."""
+        """Say what an unload waits for: how many answers, and how long at most."""
         if not model.in_flight:
             return f"Unloading{of and f' {model.id}'}"
         left = math.ceil((model.drain_until or 0.0) - self.now)
@@ -147,7 +147,7 @@ class Live:
         return f"Finishing {answers}{of}" + (f", at most {duration(left)} more" if left > 0 else "")
 
     def percent(self, model: ModelStatus) -> int | None:
-        """How far a model is on its way: the whole switch's figure where it is the target, so that pages show one."""
+        """Return a model's progress; the whole switch's if it is the target, so that pages show a single figure."""
         switch = self.status.switch
         if model.state == "loading" and switch is not None and switch.to_model == model.id:
             return self.switch_percent
@@ -155,7 +155,7 @@ class Live:
 
     @property
     def switch_percent(self) -> int | None:
-        """How far the switch under way is; None without a forecast or a count, when only the time so far is true."""
+        """Progress of the switch under way; None without a forecast or count, when only the elapsed time is known."""
         switch = self.status.switch
         if switch is None or (switch.eta_seconds is None and switch.basis != "measured"):
             return None
@@ -163,9 +163,10 @@ class Live:
 
     @property
     def banner(self) -> Banner | None:
-        """A switch under way; one that failed, until it is dismissed; one that ended well, for a moment.
+        """The banner to show, if any.
 
-        A model that has ended by itself, until it is dismissed, or a switch has ended since.
+        A switch under way; a failed one until it is dismissed; one that succeeded or was cancelled, for a moment; a
+        lost model until it is dismissed or a later switch has ended.
         """
         if self.status.switch is not None:
             return Banner("moving", self.status.switch)
@@ -181,28 +182,28 @@ class Live:
 
     @property
     def poll_seconds(self) -> int:
-        """How soon to look again: at once when good news is to go, often while something moves, else seldom."""
+        """Seconds until the next poll: 1 to hide a banner, 2 while something changes, else 5."""
         if self.banner is not None and self.banner.tone in ("ready", "cancelled"):
             return 1
         return 2 if self.moving or any(d.moving or d.state == "queued" for d in self.downloads) else 5
 
     @property
     def moving(self) -> bool:
-        """Whether something changes that is over within minutes: a switch, or a service that starts or stops."""
+        """Whether something changes that ends within minutes: a switch, or a service starting or stopping."""
         return self.status.moving or (self.service is not None and self.service.state in ("starting", "stopping"))
 
     @property
     def jobs(self) -> list[Download]:
-        """The downloads to show: those under way in their order, then the latest that have ended.
+        """The downloads to list: those under way in order, then the latest finished ones.
 
-        What somebody cancelled is gone, as they wanted.
+        Cancelled ones are not listed.
         """
         ended = [d for d in self.downloads if d.state in ("complete", "failed")]
         ended.sort(key=lambda d: d.finished_at or d.created_at, reverse=True)
         return [*(d for d in self.downloads if not d.final), *ended[:ENDED_SHOWN]]
 
     def download(self, model: str) -> Download | None:
-        """The download under way of a model, by the name that its source knows it by."""
+        """Return the unfinished download of a model, by its name at the source."""
         return next((d for d in self.downloads if d.model == model and not d.final), None)
 
     @property
@@ -215,13 +216,13 @@ class Live:
 
     @property
     def stage(self) -> str:
-        """What the switch under way is doing, with the figures that go with it."""
+        """What the switch under way is doing, with figures."""
         model = self.draining
         return self._step if model is None else self._finishing(model, f" of {model.id}")
 
     @property
     def _step(self) -> str:
-        """The same without figures, which nobody wants to be read out."""
+        """What the switch under way is doing, without figures, for screen readers."""
         switch = self.status.switch
         if switch is None:
             return ""
@@ -232,18 +233,18 @@ class Live:
 
     @property
     def restoring(self) -> bool:
-        """Whether a switch came to nothing, and what it had unloaded is being loaded again."""
+        """Whether a switch failed, and the models it unloaded are being loaded again."""
         return self.status.switch is not None and self.status.switch.stage == "rolling_back"
 
     @property
     def headline(self) -> str | None:
-        """What goes on where that is no load of the model that was asked for; it has one name in every place."""
+        """The step to show as headline while a switch restores or is cancelled; None while it loads its target."""
         switch = self.status.switch
         return self._step if switch is not None and switch.stage in ("rolling_back", "cancelling") else None
 
     @property
     def device(self) -> str | None:
-        """The device that the switch under way loads onto, named only where there is a choice."""
+        """The device that the switch loads onto, if there is more than one."""
         target = self.status.model(self.status.switch.to_model) if self.status.switch else None
         if target is None or len(self.status.devices) < 2:
             return None
@@ -256,9 +257,9 @@ class Live:
 
     @property
     def lock(self) -> str | None:
-        """Why no message can be sent now, and until when; None when it can.
+        """Why no message can be sent now, and until when; None if one can.
 
-        While a model is still being downloaded, the active one answers on.
+        While the target of a switch is still being downloaded, the active model goes on answering.
         """
         switch = self.status.switch
         answers = self.active is not None and self.active.state == "running"
@@ -280,7 +281,7 @@ class Live:
 
     @property
     def running_now(self) -> str:
-        """What answers after a switch went wrong, or a model has ended by itself."""
+        """What answers after a failed switch or the loss of a model."""
         if self.active is None or self.active.state != "running":
             return "No model is loaded now."
         if self.banner is not None and self.banner.loss is not None:
@@ -310,7 +311,7 @@ class Live:
 
     @property
     def announcement(self) -> str:
-        """What a screen reader says: each line once, when it comes up. Steps, never percents."""
+        """Lines for screen readers; each is read once, when it appears. Steps, never percentages."""
         return "\n".join([self._switch_news, *self._download_news, *self._service_news])
 
     @property
@@ -332,7 +333,7 @@ class Live:
 
     @property
     def _download_news(self) -> list[str]:
-        """Of downloads under way, and of those that ended a moment ago."""
+        """Lines about unfinished downloads, and those that finished a moment ago."""
         return [
             _DOWNLOAD_NEWS[d.state].format(model=d.model, why=d.message)
             for d in self.downloads
@@ -347,7 +348,7 @@ class Live:
         return [line for line in said if line]
 
     def asks_first(self, target: str) -> SwitchView | None:
-        """The switch under way that a switch to `target` would throw away, once it is more than half done."""
+        """Return the switch that a switch to `target` would abandon, if it is more than half done."""
         switch = self.status.switch
         if switch is None or switch.to_model == target or switch.percent <= ASK_FROM_PERCENT:
             return None

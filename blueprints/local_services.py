@@ -13,7 +13,7 @@ bp = Blueprint("local_services", __name__, url_prefix="/services/ollama")
 
 @bp.post("/start")
 def start() -> Response:
-    """Start it; answers once it does. The page shows a start that fails, and why, in its place."""
+    """Start it; respond once it answers. A failed start is shown by the page itself."""
     service = services().ollama_service
     try:
         service.start()
@@ -31,6 +31,6 @@ def stop() -> Response:
 
 @bp.post("/dismiss")
 def dismiss() -> Response:
-    """Put away the message about its last failure."""
+    """Dismiss the message about its last failure."""
     services().ollama_service.dismiss()
     return done()

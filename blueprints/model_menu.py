@@ -1,4 +1,4 @@
-"""What of the Chat page everybody sees alike: header, banner, and the menu of all models."""
+"""The pieces of the Chat page that are the same for everybody: header, banner, and the menu of models."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from blueprints.pieces import Piece, Sheet, order, sheet
 from services.status import ModelStatus
 
 MANY = 10
-"""More models than these are looked through by name."""
+"""Number of models above which the menu has a filter."""
 OTHERS = ("stopped", "failed")
-"""The states of a model that isn't in memory."""
+"""States of models that are not in memory."""
 
 
 def menu_pieces(live: Live) -> Sheet:
-    """The menu and what is above it as they are now."""
+    """Return the current pieces of the menu and the page's head."""
     return (
         sheet("chat")
         .draw("parts", live.moment, lambda: _parts(live))
@@ -25,7 +25,7 @@ def menu_pieces(live: Live) -> Sheet:
 
 
 def menu_lists(live: Live) -> Mapping[str, list[str]]:
-    """The menu's two lists, by their ids: the names of the pieces in each, in order."""
+    """Return the menu's two lists, by id: the names of their pieces, in order."""
     models = live.status.models
     return {
         "menu-loaded": [_item_id(model) for model in models if model.state not in OTHERS],

@@ -1,4 +1,4 @@
-"""The Models page: every model and the forms that act on it, what a switch would cost, and what deleting would free."""
+"""The Models page: the table of models with its forms, the preview of a switch, and of a deletion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from htmx_flask import make_response, request
 
 from blueprints.filters import ago, dom_id, size
 from blueprints.live import Live
-from blueprints.pages import done, live_now, local_path, see_other, show_begun, told
+from blueprints.pages import done, live_now, local_path, see_other, show_notice, wait_briefly
 from blueprints.pieces import Piece, Sheet, news, order, sheet
 from blueprints.web import client_name, services
 from services.downloads.download import Download
@@ -19,14 +19,14 @@ from services.status import ModelStatus
 from services.switching.events import SwitchView
 from services.switching.jobs import SwitchOptions
 from services.switching.plan import Plan, Unload
-from services.text import listed
+from services.text import join_names
 
 bp = Blueprint("models", __name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Preview:
-    """What a switch would do, seen from this moment: the models that it unloads and the switch that it throws away."""
+    """What a switch would do now: the models it unloads, and the switch it abandons."""
 
     live: Live
     plan: Plan
@@ -36,7 +36,7 @@ class _Preview:
 
 @dataclass(frozen=True, slots=True)
 class DownloadForm:
-    """The fields of the form that downloads a model; `error` says what is wrong with them. Source None: not chosen."""
+    """Values of the download form; `error` is its validation error. Source None: none is selected."""
 
     model: str = ""
     source: str | None = None
@@ -45,7 +45,7 @@ class DownloadForm:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A recommended model, with its download when that is under way."""
+    """A recommended model, and its download if one is under way."""
 
     model: Recommended
     download: Download | None
@@ -53,7 +53,7 @@ class _Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """The name by which a newer version of a model is downloaded, with that download when it is under way."""
+    """The name under which a newer version of a model is downloaded, and that download if one is under way."""
 
     name: str
     download: Download | None
@@ -61,9 +61,9 @@ class _Update:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All that a model's row shows, and nothing that moves by itself: it is rendered again when one of these changes.
+    """Everything a model's row shows; the row is rendered again when one of these changes.
 
-    `used` says how long ago, `cancels` is the id of the switch that loads it.
+    `used` says when it was last used, `cancels` is the id of the switch that loads it.
     """
 
     model: ModelStatus
@@ -80,7 +80,7 @@ def page() -> str:
 
 
 def page_with(form: DownloadForm) -> str:
-    """The page, with what was typed into the form for downloads."""
+    """Render the page, with the values of the download form."""
     live = live_now()
     return render_template(
         "pages/models.html",
@@ -94,18 +94,18 @@ def page_with(form: DownloadForm) -> str:
 
 
 def fields(form: DownloadForm) -> str:
-    """The form for downloads alone."""
+    """Render the download form alone."""
     return render_template("fragments/download_form.html", form=form, live=live_now())
 
 
 @bp.get("/fragments/models")
 def fragment() -> Response:
-    """What has changed on the Models page since it last looked."""
+    """Return what has changed on the Models page since its last poll."""
     return news(_pieces(live_now()))
 
 
 def _pieces(live: Live) -> Sheet:
-    """The Models page as it is now."""
+    """Return the current pieces of the Models page."""
     found = services()
     known, outdated = found.catalog.models, found.library.outdated
     sources = {model_id: known[model_id].source for model_id in outdated if model_id in known}
@@ -160,7 +160,7 @@ def _row_id(model: ModelStatus) -> str:
 
 @bp.get("/models/plan")
 def plan() -> str:
-    """What a switch to `target` would do: a dialog for htmx, a page of its own otherwise."""
+    """Show what a switch to `target` would do: a dialog for htmx, else a page."""
     preview = _look_ahead(live_now(), request.args.get("target", ""))
     template = "fragments/plan.html" if request.htmx else "pages/plan.html"
     return _show_plan(template, preview, request.args.get("activate", "yes"), request.args.get("back"))
@@ -168,10 +168,10 @@ def plan() -> str:
 
 @bp.post("/models/switch")
 def switch() -> Response:
-    """Switch to a model with one click: the banner names what goes for it, and Cancel restores that.
+    """Switch to a model with one click: the banner names the models it unloads, and Cancel restores them.
 
-    Asks first where that would throw away most of a switch under way, where the settings want a word before anything is
-    unloaded, and where nothing could come of it.
+    Asks for confirmation if this would abandon a switch that is more than half done, if the settings require it before
+    an unload, and if the switch is infeasible.
     """
     target, activate = request.form.get("target_model", ""), request.form.get("activate", "yes")
     live = live_now()
@@ -187,7 +187,7 @@ def switch() -> Response:
 
 @bp.post("/models/cancel")
 def cancel() -> Response:
-    """Cancel the switch that the form names; one that is over already is none to cancel, nor is the next one."""
+    """Cancel the switch that the form names. Does nothing if it has ended; a later switch is not affected."""
     version = services().status.current().version
     services().switcher.cancel(switch_id=request.form.get("switch_id") or None)
     return done(version)
@@ -195,32 +195,32 @@ def cancel() -> Response:
 
 @bp.post("/models/dismiss")
 def dismiss() -> Response:
-    """Put away the message about the last switch."""
+    """Dismiss the message about the last switch or loss."""
     services().switcher.dismiss()
     return done()
 
 
 @bp.post("/models/<path:model_id>/unload")
 def unload(model_id: str) -> Response:
-    """Unload a model once it has finished its answers; with `now`, one that finishes them already, without them."""
+    """Unload a model after its requests in flight; with `now`, stop waiting for those of a model that is draining."""
     version = services().status.current().version
     if request.form.get("now") == "yes":
         services().switcher.unload_now(model_id)
     else:
-        show_begun(services().switcher.stop(model_id, requested_by=client_name()))
+        wait_briefly(services().switcher.stop(model_id, requested_by=client_name()))
     return done(version)
 
 
 @bp.post("/models/<path:model_id>/restart")
 def restart(model_id: str) -> Response:
     version = services().status.current().version
-    show_begun(services().switcher.restart(model_id, requested_by=client_name()))
+    wait_briefly(services().switcher.restart(model_id, requested_by=client_name()))
     return done(version)
 
 
 @bp.get("/models/delete")
 def ask_to_delete() -> str:
-    """What deleting `model` would do: a dialog for htmx, a page of its own otherwise."""
+    """Show what deleting `model` would do: a dialog for htmx, else a page."""
     found = services()
     model = found.catalog.get(request.args.get("model", ""))
     live = live_now()
@@ -236,35 +236,35 @@ def ask_to_delete() -> str:
 
 @bp.post("/models/<path:model_id>/delete")
 def delete(model_id: str) -> Response:
-    """Delete a model's files, unloading it first; answers once they are gone."""
+    """Unload a model and delete its files; respond when they are deleted."""
     removed = services().library.remove(model_id, client_name())
     if not request.htmx:
         return done()
-    return told(f"{removed.model} was deleted", _freed(removed.deletion))
+    return show_notice(f"{removed.model} was deleted", _freed(removed.deletion))
 
 
 def _freed(deletion: Deletion) -> str:
-    """What came of it besides, in a sentence."""
+    """Return a sentence about the disk space freed, or the files that stay."""
     if not deletion.shared_with:
         return f"{size(deletion.frees_bytes)} are free again." if deletion.frees_bytes else ""
     uses = "uses" if len(deletion.shared_with) == 1 else "use"
     if len(deletion.files) == 1:
-        return f"Its file {deletion.files[0]} stays: {listed(deletion.shared_with)} {uses} it."
-    return f"Its files stay: {listed(deletion.shared_with)} {uses} them."
+        return f"Its file {deletion.files[0]} stays: {join_names(deletion.shared_with)} {uses} it."
+    return f"Its files stay: {join_names(deletion.shared_with)} {uses} them."
 
 
 @bp.post("/models/check-updates")
 def check_updates() -> Response:
-    """Ask the registries now whether there are newer versions; takes up to some seconds per model."""
+    """Ask the registries for newer versions; takes up to some seconds per model."""
     outdated = services().library.check_updates()
     if not request.htmx:
         return see_other(url_for("models.page", checked="yes"))
-    return told(*updates_in_words(len(outdated)))
+    return show_notice(*updates_in_words(len(outdated)))
 
 
 @bp.app_template_global()
 def updates_in_words(count: int) -> tuple[str, str]:
-    """What a check for newer versions has found, as a title and what to do about it."""
+    """Return title and text for the result of an update check."""
     if not count:
         return "No newer versions", "As far as the registry answered, every model is up to date."
     title = "1 model has a newer version" if count == 1 else f"{count} models have a newer version"
@@ -272,7 +272,10 @@ def updates_in_words(count: int) -> tuple[str, str]:
 
 
 def _look_ahead(live: Live, target: str) -> _Preview:
-    """What a switch to `target` would do. One under way gives way to it, which is no unloading."""
+    """Compute what a switch to `target` would do.
+
+    The load under way is cancelled for it, which does not count as an unload.
+    """
     under_way = live.status.switch
     plan = services().switcher.plan(target, preempt_loads=under_way is not None)
     unload = tuple(u for u in plan.unload if under_way is None or u.model != under_way.to_model)
@@ -292,7 +295,7 @@ def _show_plan(template: str, preview: _Preview, activate: str, back: str | None
 
 
 def _ask(preview: _Preview, activate: str) -> Response:
-    """Show the plan instead of acting on it."""
+    """Show the plan instead of carrying it out."""
     back = request.form.get("back")
     if not request.htmx:
         return see_other(url_for("models.plan", target=preview.plan.target, activate=activate, back=back))

@@ -1,4 +1,4 @@
-"""What the views of all pages share: the picture of this moment, and the answer to a form."""
+"""Helpers shared by the views of all pages: the current status, and responses to forms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BEGUN_SECONDS = 1.0
 
 
 def live_now() -> Live:
-    """The status of this moment, with the words for it."""
+    """Return the current status with its wording."""
     found = services()
     return Live(
         found.status.current(),
@@ -35,19 +35,19 @@ def live_now() -> Live:
 
 @bp.app_template_global()
 def live_if_known() -> Live | None:
-    """The same for pages that are about something else, such as an error, which must not fail for want of it."""
+    """Return `live_now`, or None on an error. For pages such as an error page, which must not fail because of it."""
     try:
         return live_now()
     except Exception as error:
-        log.warning("the header can't say how things are", error=str(error))
+        log.warning("the status for the header can't be computed", error=str(error))
         return None
 
 
 def done(version: int | None = None) -> Response:
-    """The answer to a form that worked: htmx looks again at once, a browser without it goes back to its page.
+    """Respond to a form that worked: htmx polls at once, a browser without it is redirected to its page.
 
-    With `version`, the one from before the form was acted on, it waits a moment for a newer one: who looks again must
-    see that something began, or would rest for a whole idle interval.
+    With `version`, the version before the action, it waits a moment for a newer one, so that the poll sees that
+    something began; otherwise the page would wait for a whole idle interval.
     """
     if version is not None:
         services().board.wait_newer(version, _NOTICE_SECONDS)
@@ -57,27 +57,26 @@ def done(version: int | None = None) -> Response:
     return see_other(local_path(request.form.get("back"), "/"))
 
 
-def show_begun(job: Job) -> None:
-    """Give a job a moment to end, for a browser without htmx: its page would show the model as it was before, and looks
-    again only while something is moving."""
+def wait_briefly(job: Job) -> None:
+    """Wait a moment for a job's end, for browsers without htmx, whose page polls only while something is changing."""
     if not request.htmx:
         job.wait_done(_BEGUN_SECONDS)
 
 
 def local_path(back: str | None, otherwise: str) -> str:
-    """Where a page or form says that it leads back to, if that is a path of this server: `/\\evil` is another site."""
+    """Return where a page or form leads back to, if that is a path of this server: `/\\evil` leads to another site."""
     return back if back is not None and _LOCAL_PATH.fullmatch(back) else otherwise
 
 
-def told(title: str, message: str) -> Response:
-    """The answer to a form whose outcome can be seen nowhere on the page: it is said above it, and htmx looks again."""
+def show_notice(title: str, message: str) -> Response:
+    """Respond to a form whose result is not visible on the page: show it in the notice area, and let htmx poll."""
     html = render_template("fragments/told.html", title=title, message=message)
     answer: Response = make_response(html, retarget="#notice", reswap="innerHTML", trigger="refresh")
     return answer
 
 
 def see_other(path: str) -> Response:
-    """A redirect after a form: the browser fetches `path`, and a reload repeats nothing."""
+    """Redirect after a form, so that reloading repeats nothing."""
     answer = redirect(path, code=303)
     assert isinstance(answer, Response)
     return answer

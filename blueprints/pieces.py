@@ -1,6 +1,6 @@
-"""Pages in pieces: each is rendered when what it shows changes, and sent only to those who have not seen that yet.
+"""Pages as pieces: each is rendered when what it shows changes, and sent only to tabs that have not got it yet.
 
-Everybody sees the same pieces, so however many tabs look, the work is done once for each change.
+All tabs show the same pieces, so the work is done once per change, however many tabs poll.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from htmx_flask import make_response
 from markupsafe import Markup
 
 SINCE = "since"
-"""The field in which a page says what it has seen: the mark of the sheet when it was last answered."""
+"""Form field in which a page sends the mark of the sheet as of its last poll."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One element of a page. `name` is its id there; its HTML depends on the template and the context alone.
+    """One element of a page. `name` is its id; its HTML depends on the template and the context only.
 
-    `alone`: it can stand outside of a table or list; what can't travels in a <template>. `swap` is how htmx puts it
-    there.
+    `alone`: it is valid HTML outside of its table or list; otherwise it is sent inside a <template>. `swap` is htmx's
+    swap method.
     """
 
     name: str
@@ -34,15 +34,18 @@ class Piece:
 
 
 def order(rows: str, names: Iterable[str]) -> Piece:
-    """The piece that says which rows the element with the id `rows` has; its own name is that with `-order`.
+    """Return the piece that lists the rows of the element with the id `rows`; its own id is that with `-order`.
 
-    Swapped whole, since htmx tells of that alone, and before any row: switchyard.js makes room for those that are new.
+    It precedes the rows, and is swapped as a whole because htmx sends an event only for that: switchyard.js then
+    creates empty elements for new rows.
     """
     return Piece(f"{rows}-order", "fragments/order.html", {"rows": rows, "names": [*names]}, swap="outerHTML")
 
 
 @dataclass(slots=True)
 class _Drawn:
+    """A rendered piece, and the number of its last change."""
+
     piece: Piece
     html: str
     changed: int
@@ -50,7 +53,7 @@ class _Drawn:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Pieces that are made from the same, by their names."""
+    """The pieces that are made from the same data, by name."""
 
     basis: object
     drawn: Mapping[str, _Drawn]
@@ -60,26 +63,26 @@ _NOTHING = _Group(object(), {})
 
 
 class Sheet:
-    """The pieces of one kind of page as they are now, each with the number of the change by which it became so.
+    """The current pieces of one kind of page, each with the number of its last change.
 
-    Called by one greenlet at a time: nothing in here waits.
+    Used by one greenlet at a time: no method blocks.
     """
 
     def __init__(self, render: Callable[..., str] = render_template) -> None:
         self._render = render
-        self._edition = secrets.token_hex(4)  # the numbers of another run of the app mean nothing
+        self._edition = secrets.token_hex(4)  # tells marks of this run from those of an earlier one
         self._number = 0
         self._groups: dict[str, _Group] = {}
 
     @property
     def mark(self) -> str:
-        """What somebody has seen who has every piece as it is now."""
+        """Identifies the current state; a page with this mark has every piece."""
         return f"{self._edition}-{self._number}"
 
     def draw(self, group: str, basis: object, pieces: Callable[[], Iterable[Piece]]) -> Sheet:
-        """Bring a group of pieces up to date; nothing is done while `basis`, all that they are made from, is the same.
+        """Update a group of pieces, unless `basis`, everything they are made from, is unchanged.
 
-        Pieces that are not named any more are dropped.
+        Pieces that are no longer returned are dropped.
         """
         kept = self._groups.get(group, _NOTHING)
         if kept.basis == basis:
@@ -99,13 +102,13 @@ class Sheet:
         return _Drawn(piece, html, changed)
 
     def __getitem__(self, name: str) -> Markup:
-        """A piece as it stands in a whole page."""
+        """Return a piece for a whole page."""
         return Markup(next(group.drawn[name].html for group in self._groups.values() if name in group.drawn))
 
     def since(self, mark: str) -> Markup:
-        """The pieces that have changed since `mark`, all where it isn't one of ours, for htmx to put in place.
+        """Return the pieces changed since `mark`, all for an unknown mark, as out-of-band swaps, and the new mark.
 
-        Empty when none has. With them comes the mark to ask with the next time.
+        Empty if none has changed.
         """
         number = self._number_of(mark)
         drawn = (one for group in self._groups.values() for one in group.drawn.values())
@@ -116,7 +119,7 @@ class Sheet:
 
     @property
     def seen(self) -> Markup:
-        """What a page keeps of the sheet, to send along whenever it looks again."""
+        """The hidden field that sends the mark with each poll."""
         return _input(self.mark)
 
     def _number_of(self, mark: str) -> int:
@@ -125,13 +128,13 @@ class Sheet:
 
 
 def sheet(kind: str) -> Sheet:
-    """The running app's sheet for one kind of page."""
+    """Return the running app's sheet for one kind of page."""
     made: Sheet = current_app.extensions.setdefault("switchyard.sheets", {}).setdefault(kind, Sheet())
     return made
 
 
 def news(found: Sheet) -> Response:
-    """The answer to a look: what has changed since the last one, or 204, which has htmx leave the page alone."""
+    """Respond to a poll: what has changed since the last one, or 204, on which htmx changes nothing."""
     html = found.since(request.args.get(SINCE, ""))
     answer: Response = make_response(html) if html else make_response("", 204)
     return answer

@@ -1,4 +1,4 @@
-"""What every page says until it is dismissed: a damaged database was set aside, and a new one begun."""
+"""The notice, on every page until dismissed, that a damaged database was set aside."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ bp = Blueprint("set_aside", __name__)
 
 @bp.app_template_global()
 def damaged_database() -> str | None:
-    """Where the database lies that was set aside; None when there is nothing to say of it."""
+    """Return the path of the database set aside, None if there is nothing to show."""
     found = services().damaged.current
     return None if found is None else str(found.resolve())
 
 
 @bp.post("/database/dismiss")
 def dismiss() -> Response:
-    """Say it no more. The file stays."""
+    """Hide the notice for good. The file stays."""
     services().damaged.dismiss()
     if not request.htmx:
         return done()

@@ -21,7 +21,7 @@ from services.downloads.download import DownloadNotFound
 from services.downloads.fetcher import DownloadError
 from services.engines.port import EngineError
 from services.gateway.router import GatewayError
-from services.offhub import compute_off_hub
+from services.native_threads import compute_in_thread
 from services.providers.local_services import ServiceError
 from services.store.errors import StoreError, StoreLocked
 from services.switching.jobs import SwitchError
@@ -68,32 +68,32 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "service_timeout": 504,
     "engine_timeout": 504,
 }
-"""What each error code of the contract answers with; codes that aren't listed mean "can't now": 409."""
+"""HTTP status of each error code of the contract; codes not listed mean "not possible now": 409."""
 
 OPENAI_SHAPED = ("/v1/", "/chat/completions")
-"""Addresses whose errors have OpenAI's shape."""
+"""Path prefixes whose errors have OpenAI's shape."""
 
 ERROR_HEADER = "Switchyard-Error"
-"""On each refusal of ours: the page takes one without it for that of a proxy, and shows nothing of it."""
+"""Set on every error response of ours. A page treats an error without it as a proxy's, and shows none of its body."""
 
 WORTH_COMPRESSING = 1024
 LARGE = 100_000
-"""Bytes from which on compressing takes milliseconds: that is done in a thread."""
+"""Bytes from which on compressing takes milliseconds, and is done in a thread."""
 RETRY_SECONDS: Mapping[str, int] = {
     "stopping": 2,
     "state_unwritable": 5,
     "database_locked": 5,
     "database_unavailable": 5,
 }
-"""When it is worth asking again: an app that restarts is back, a lock is gone, a disk has room."""
+"""Value of Retry-After: time for a restart, the end of a lock, or space on the disk."""
 
 B = TypeVar("B", bound=BaseModel)
 
 
 class ApiError(Exception):
-    """A request that can't be answered as asked. `code` decides the status.
+    """A request failed or was refused. `code` determines the status.
 
-    `figures` join the JSON; giving them, even empty, asks for seed 003's flat shape wherever the request came in.
+    `figures` are added to the JSON. If given, even empty, the error has the flat shape wherever the request came in.
     """
 
     def __init__(
@@ -116,22 +116,22 @@ class ApiError(Exception):
         self.figures = figures
 
 
-ErrorTeller = Callable[[ApiError], Response | None]
-_tellers: dict[str, ErrorTeller] = {}
+ErrorHandler = Callable[[ApiError], Response | None]
+_error_handlers: dict[str, ErrorHandler] = {}
 
 
 def services() -> Services:
-    """The services of the running app."""
+    """Return the running app's services."""
     return cast("Services", current_app.extensions["switchyard"])
 
 
 def guard() -> Guard:
-    """Who lets requests of the running app in."""
+    """Return the running app's guard."""
     return cast("Guard", current_app.extensions["switchyard.guard"])
 
 
 def parse_body(shape: type[B], *, optional: bool = False) -> B:
-    """The JSON body as `shape`. Raises ApiError 400 when it isn't JSON, 422 when its values are wrong."""
+    """Parse the JSON body as `shape`. Raises ApiError 400 if it isn't JSON, 422 if a value is invalid."""
     raw = request.get_data(cache=True)
     if optional and not raw.strip():
         return validate(shape, {})
@@ -139,7 +139,7 @@ def parse_body(shape: type[B], *, optional: bool = False) -> B:
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
-    """A body as the JSON object that it has to be. Raises ApiError 400; what is nested too deeply is none."""
+    """Parse a body that has to be a JSON object. Raises ApiError 400, also for one that is nested too deeply."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
@@ -150,7 +150,7 @@ def json_object(raw: bytes) -> dict[str, Any]:
 
 
 def validate(shape: type[B], values: Mapping[str, Any]) -> B:
-    """Values as `shape`. Raises ApiError 422 naming the first wrong one."""
+    """Validate values as `shape`. Raises ApiError 422 naming the first invalid one."""
     try:
         return shape.model_validate(values)
     except ValidationError as error:
@@ -162,7 +162,7 @@ def validate(shape: type[B], values: Mapping[str, Any]) -> B:
 
 
 def sse(events: Iterable[bytes]) -> Response:
-    """A response that streams server-sent events."""
+    """Return a response that streams server-sent events."""
     response = Response(cast("Iterator[bytes]", events), mimetype="text/event-stream")
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Accel-Buffering"] = "no"
@@ -170,7 +170,7 @@ def sse(events: Iterable[bytes]) -> Response:
 
 
 def sse_event(name: str | None, data: str, number: int | str | None = None) -> bytes:
-    """One named event; line breaks in `data` become several data lines."""
+    """Format a server-sent event; line breaks in `data` become several data lines."""
     lines = [] if number is None else [f"id: {number}"]
     lines += [] if name is None else [f"event: {name}"]
     lines += [f"data: {line}" for line in data.split("\n")]
@@ -185,14 +185,14 @@ def wants_event_stream() -> bool:
 
 
 def client_name() -> str:
-    """Who asks, for the switch's record: the page or the API."""
+    """Return the kind of client for a switch's record: "page" or "api"."""
     return "page" if request.headers.get("HX-Request") or request.mimetype.endswith("form-urlencoded") else "api"
 
 
 def init_app(app: Flask) -> None:
     """Register the guard, security headers and error handlers."""
     app.before_request(lambda: guard().check(request.environ, request.endpoint))
-    app.before_request(_take_body)
+    app.before_request(_read_body)
     app.after_request(_secure)
     app.register_error_handler(ApiError, _answer_error)
     app.register_error_handler(Refused, lambda e: _answer_error(_with_retry(e)))
@@ -211,16 +211,16 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(ChatError, lambda e: _answer_error(ApiError("invalid_value", str(e))))
     app.register_error_handler(StoreError, lambda e: _answer_error(_store_error(e)))
     app.register_error_handler(HTTPException, _answer_http)
-    app.register_error_handler(Exception, _answer_unforeseen)
+    app.register_error_handler(Exception, _answer_unexpected)
 
 
-def _take_body() -> None:
-    """Nothing is done for a request that is malformed, or not all there, though the view asks for no body."""
+def _read_body() -> None:
+    """Read the body before any view runs, so that a truncated or malformed request never has an effect."""
     request.get_data()
 
 
 def switch_error(error: SwitchError) -> ApiError:
-    """A job's error, with the figures that go with it (seed 003), and the plan where that is what to look at."""
+    """Convert a job's error, with its memory figures and, for a confirmation, the plan."""
     figures = memory_figures(error)
     plan = error.details.get("plan")
     if error.code == "confirmation_required" and isinstance(plan, Plan):
@@ -250,25 +250,25 @@ def _secure(response: Response) -> Response:
 
 
 def _compress(response: Response) -> None:
-    """Pages are mostly repetition: the model menu with forty models shrinks to a sixth."""
+    """Compress pages: with forty models in the menu one shrinks to a sixth."""
     if "gzip" not in request.headers.get("Accept-Encoding", "") or response.is_streamed:
         return
     data = response.get_data()
     if len(data) >= WORTH_COMPRESSING:
         compress = partial(gzip.compress, data, 5, mtime=0)
-        response.set_data(compute_off_hub(compress) if len(data) > LARGE else compress())
+        response.set_data(compute_in_thread(compress) if len(data) > LARGE else compress())
         response.headers["Content-Encoding"] = "gzip"
 
 
-def tells_errors_of(*endpoints: str) -> Callable[[ErrorTeller], ErrorTeller]:
-    """Decorator: people are told the errors of these endpoints by this function, unless it returns None.
+def handles_errors_of(*endpoints: str) -> Callable[[ErrorHandler], ErrorHandler]:
+    """Decorator: the function renders the errors of these endpoints for people, unless it returns None.
 
-    Its answer needs no status.
+    The status of its response is set by the caller.
     """
 
-    def register(tell: ErrorTeller) -> ErrorTeller:
-        _tellers.update(dict.fromkeys(endpoints, tell))
-        return tell
+    def register(handler: ErrorHandler) -> ErrorHandler:
+        _error_handlers.update(dict.fromkeys(endpoints, handler))
+        return handler
 
     return register
 
@@ -282,9 +282,9 @@ def _answer_error(error: ApiError) -> Response:
 
 
 def error_document(error: ApiError) -> dict[str, object]:
-    """The error in the contract's shape: OpenAI's under /v1, the flat one elsewhere.
+    """Return the error in the contract's shape: OpenAI's under /v1, the flat one elsewhere.
 
-    What the switcher refuses is flat under /v1 too: seed 003 fixes that shape, figures included.
+    Refusals of the switcher are flat under /v1 too, figures included.
     """
     if error.figures is not None or not request.path.startswith(OPENAI_SHAPED):
         return {"status": "error", "error": error.code, "message": error.message, **(error.figures or {})}
@@ -302,15 +302,15 @@ def _for_people() -> bool:
 
 
 def _error_page(error: ApiError) -> Response:
-    tell = _tellers.get(request.endpoint or "")
-    if tell is not None:
+    handle = _error_handlers.get(request.endpoint or "")
+    if handle is not None:
         try:
-            told = tell(error)
+            response = handle(error)
         except Exception as failure:
-            current_app.logger.exception("an error could not be told in its own way", exc_info=failure)
+            current_app.logger.exception("an error handler failed", exc_info=failure)
         else:
-            if told is not None:
-                return told
+            if response is not None:
+                return response
     fragment = request.headers.get("HX-Request") == "true"
     template = "fragments/error.html" if fragment else "pages/error.html"
     return Response(render_template(template, title=_title(error), message=error.message, status=error.status))
@@ -325,13 +325,13 @@ def _title(error: ApiError) -> str:
 def _answer_http(error: HTTPException) -> Response:
     codes = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "too_large", 429: "rate_limited"}
     code = error.code or 500
-    told = ApiError(codes.get(code, "bad_request"), _say_http(error), status=code)
+    converted = ApiError(codes.get(code, "bad_request"), _http_message(error), status=code)
     if error.response is None:
-        told.headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
-    return _answer_error(told)
+        converted.headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
+    return _answer_error(converted)
 
 
-def _say_http(error: HTTPException) -> str:
+def _http_message(error: HTTPException) -> str:
     if error.description != type(error).description:
         return f"{error.description}"
     limit = services().settings.max_body_mb
@@ -343,6 +343,6 @@ def _say_http(error: HTTPException) -> str:
     }.get(error.code or 500, f"{error.description}")
 
 
-def _answer_unforeseen(error: Exception) -> Response:
+def _answer_unexpected(error: Exception) -> Response:
     current_app.logger.exception("unforeseen error", exc_info=error)
     return _answer_error(ApiError("internal_error", "Switchyard hit a problem of its own; its log has the details."))

@@ -20,7 +20,7 @@ from gunicorn.util import http_date
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from werkzeug.exceptions import HTTPException
 
-from blueprints.api.passing import Client, Passed, pass_on
+from blueprints.api.relaying import Client, RelayedResponse, relay_request
 from blueprints.guard import Guard
 from blueprints.web import SECURITY_HEADERS
 from server.client_socket import BLOCK, ClientSocket
@@ -109,8 +109,8 @@ class HotLane:
             return None
         self._on_request(client)
         try:
-            peer = Client(client, may_ask=True)
-            passed = pass_on(self._services.relay, admission, peer, "POST", request.path, _headers(environ), body)
+            peer = Client(client, may_probe=True)
+            passed = relay_request(self._services.relay, admission, peer, "POST", request.path, _headers(environ), body)
             return _send(client, passed, request.headers.get(b"connection", b"").lower() != b"close")
         except ClientGone:
             return False
@@ -218,7 +218,7 @@ def _named_model(body: bytes) -> tuple[bool, str | None]:
     return (True, name) if name is None or isinstance(name, str) else (False, None)
 
 
-def _send(client: ClientSocket, passed: Passed, goes_on: bool) -> bool:
+def _send(client: ClientSocket, passed: RelayedResponse, goes_on: bool) -> bool:
     """Send an answer, its head together with the first piece. Whether the connection can be used again.
 
     A chunked body is chunked anew, one chunk for all that has arrived: where the engine breaks off in the middle of a
@@ -241,7 +241,7 @@ def _send(client: ClientSocket, passed: Passed, goes_on: bool) -> bool:
         body.close()
 
 
-def _head(passed: Passed, goes_on: bool) -> tuple[bytes, bool]:
+def _head(passed: RelayedResponse, goes_on: bool) -> tuple[bytes, bool]:
     """An answer's head, and whether its body is chunked."""
     status, fields = passed.status, passed.fields
     chunked = status not in (204, 304) and not any(name.lower() == b"content-length" for name, _ in fields)

@@ -12,9 +12,9 @@ from typing import Protocol
 import structlog
 
 from services.abort import Abort, Aborted
-from services.breaks import Breaks
 from services.store.records import Message, MessageState
-from services.text import whole_characters
+from services.text import fix_surrogates
+from services.yielding import Yielder
 
 log = structlog.get_logger(__name__)
 
@@ -130,7 +130,7 @@ class Answer:
     def finish(self, state: MessageState, error: str | None = None) -> Message:
         """Make the message final, unless it is; return it."""
         with self._changed:
-            told = None if error is None else whole_characters(error)
+            told = None if error is None else fix_surrogates(error)
             if self._update(state=state, error=told, finished_at=self._clock()):
                 self._changed.notify_all()
                 self._save(self._message)
@@ -155,11 +155,11 @@ class Answer:
             return self.message
 
     def _consume(self, stream: ChatStream) -> None:
-        breaks = Breaks()  # reading from an engine that is faster than us never blocks, so it never yields
+        yielding = Yielder()  # reading from an engine that is faster than us never blocks, so it never yields
         for delta in stream:
             if not self._append(delta):
                 return
-            breaks()
+            yielding()
 
     def _append(self, delta: Delta) -> bool:
         """Append a delta; return False if the message is final."""

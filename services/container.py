@@ -38,12 +38,12 @@ from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
-from services.offhub import off_hub
+from services.native_threads import run_in_thread
 from services.periodic import Periodic
 from services.providers.docker_service import DockerService
 from services.providers.local_services import OllamaService, find_ollama
 from services.restart import Restart
-from services.scheduling import Threads
+from services.scheduling import ThreadScheduler
 from services.state_folder import DATABASE, StateError, check_writable, owner, prepare
 from services.status import StatusService
 from services.store.damage import Damaged
@@ -122,7 +122,7 @@ class Services:
         self.downloads.start()
         self.updates.start()
         if self.settings.preload is not None:
-            Threads().spawn("preload", lambda: self._preload(str(self.settings.preload)))
+            ThreadScheduler().spawn("preload", lambda: self._preload(str(self.settings.preload)))
         self.switcher.wait_first_pass(FIRST_PASS_WAIT_SECONDS)
 
     def _preload(self, model_id: str) -> None:
@@ -196,7 +196,7 @@ def build_services(settings: Settings) -> Services:
     catalog.on_change(board.publish)
     catalog.keep_listed(lambda: [view.entry for view in board.current.instances.values()])
     learned = Learned(DeferredLoads(LoadRepository(store), writes))
-    context = SwitchingContext(settings, board, catalog, engines, Threads())
+    context = SwitchingContext(settings, board, catalog, engines, ThreadScheduler())
     planner = Planner(context, devices, learned)
     switcher = Switcher(context, planner, learned, notes, check_state=lambda: _check_state(settings))
     downloads = _downloads(settings, store, registry, hub, ollama, catalog)
@@ -230,7 +230,9 @@ def build_services(settings: Settings) -> Services:
         devices=devices,
         background=(
             Periodic("look-for-models", catalog.refresh, CATALOG_SECONDS, first_seconds=CATALOG_SECONDS),
-            Periodic("prune-logs", lambda: off_hub(registry.prune_logs), PRUNE_SECONDS, first_seconds=PRUNE_SECONDS),
+            Periodic(
+                "prune-logs", lambda: run_in_thread(registry.prune_logs), PRUNE_SECONDS, first_seconds=PRUNE_SECONDS
+            ),
         ),
         store=store,
         damaged=damaged,
@@ -238,7 +240,7 @@ def build_services(settings: Settings) -> Services:
         restart=Restart(
             settings,
             lambda: board.current.switch.to_model if board.current.switch else None,
-            lambda: off_hub(check_writable, settings.state_dir),
+            lambda: run_in_thread(check_writable, settings.state_dir),
         ),
         compose=ComposeChoice(EnvFile(settings.env_file, settings.env_key) if settings.env_file else None),
     )
@@ -266,7 +268,7 @@ def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devi
 
 def _check_state(settings: Settings) -> None:
     try:
-        off_hub(check_writable, settings.state_dir)
+        run_in_thread(check_writable, settings.state_dir)
     except StateError as error:
         raise SwitchError("state_unwritable", f"Nothing was unloaded. {error}") from None
 

@@ -38,7 +38,7 @@ class Scheduler(Protocol):
         """Run `function` concurrently. It must handle its own exceptions."""
 
 
-class Threads:
+class ThreadScheduler:
     """The real scheduler: threads, which gevent's monkey-patching turns into greenlets, and the system's clocks."""
 
     def now(self) -> float:

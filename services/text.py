@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def whole_characters(text: str) -> str:
+def fix_surrogates(text: str) -> str:
     r"""Return `text` with surrogate pairs joined, and U+FFFD in place of each lone surrogate.
 
     JSON can contain a lone one (`"\ud83d"`): Python parses it, but no encoding can write it.
@@ -17,12 +17,12 @@ def whole_characters(text: str) -> str:
     return text
 
 
-def is_first_half(character: str) -> bool:
+def is_high_surrogate(character: str) -> bool:
     """Return whether a character is a high surrogate."""
     return "\ud800" <= character <= "\udbff"
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Join names for a sentence: "a", "a and b", "a, b and c"."""
     *first, last = names or ("",)
     return f"{', '.join(first)} and {last}" if first else last
@@ -30,4 +30,4 @@ def listed(names: Sequence[str]) -> str:
 
 def running_again(restored: Sequence[str]) -> str:
     """Return a sentence about the restored models; empty without any."""
-    return f"{listed(restored)} {'is' if len(restored) == 1 else 'are'} running again." if restored else ""
+    return f"{join_names(restored)} {'is' if len(restored) == 1 else 'are'} running again." if restored else ""

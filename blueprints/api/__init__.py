@@ -1,1 +1,1 @@
-"""The endpoints that scripts and other programs use."""
+"""Endpoints for scripts and other programs."""

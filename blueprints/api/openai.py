@@ -1,8 +1,7 @@
-"""The OpenAI-compatible gateway: any `/v1` path of the engine that serves the model the request names.
+"""The OpenAI-compatible gateway: every `/v1` path of the engine that serves the requested model.
 
-A POST to a path that asks a model to generate switches to that model first. Everything else, and whatever is no POST,
-reaches only what is loaded: an `<img>` of another site could send it, and a misspelt path is no reason to unload
-a model. See docs/decisions/0015.
+A POST to a path that generates switches to its model first. Everything else reaches loaded models only: a GET can be
+sent by an `<img>` on another site, and a mistyped path is no reason to unload a model. See docs/decisions/0015.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from urllib.parse import quote
 from flask import Blueprint, Response, current_app, jsonify, request
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
-from blueprints.api.passing import Client, pass_on
+from blueprints.api.relaying import Client, relay_request
 from blueprints.api.spec import documented
 from blueprints.guard import SAFE_METHODS
 from blueprints.web import ApiError, guard, json_object, services
@@ -40,16 +39,16 @@ GENERATING = (
     "images/edits",
     "images/variations",
 )
-"""What else of /v1 asks a model to work, in llama.cpp, vLLM, Ollama or OpenAI's own API: by POST, and it switches."""
+"""Further POST paths that generate, in llama.cpp, vLLM, Ollama or OpenAI's own API. They switch too."""
 OURS = frozenset({"models", "events", "recover", "preferences", "audit"})
-"""What is Switchyard's own under /v1, with all that lies below: no engine is asked for it."""
+"""First path segments under /v1 that are Switchyard's own; they are never relayed."""
 RELAYED_METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
 
 
 @bp.get("/v1/models")
 @documented()
 def list_models() -> Response:
-    """Every model of the catalogue, in OpenAI's shape."""
+    """List every model of the catalogue, in OpenAI's shape."""
     ids = sorted(services().catalog.models)
     return jsonify({"object": "list", "data": [_listed(model_id) for model_id in ids]})
 
@@ -57,7 +56,7 @@ def list_models() -> Response:
 @bp.get("/v1/models/<path:model_id>")
 @documented()
 def show_model(model_id: str) -> Response:
-    """One model, in OpenAI's shape."""
+    """Return one model, in OpenAI's shape."""
     catalog = services().catalog
     if catalog.id_of(model_id) not in catalog.models:
         _check_method()
@@ -65,7 +64,10 @@ def show_model(model_id: str) -> Response:
 
 
 def _check_method() -> None:
-    """Model ids may hold slashes, so `GET /v1/models/X/start` is read as a model's name; it is a POST's address."""
+    """Raise MethodNotAllowed if the path is one of ours with another method.
+
+    Model ids may contain slashes, so the route for a model also matches `GET /v1/models/X/start`, a POST endpoint.
+    """
     others = set(current_app.create_url_adapter(request).allowed_methods()) - SAFE_METHODS  # type: ignore[union-attr]
     if others:
         raise MethodNotAllowed([*sorted(others), "OPTIONS"])
@@ -80,16 +82,16 @@ def _check_method() -> None:
 @bp.post("/v1/rerank", endpoint="rerank")
 @documented(errors=GATEWAY_ERRORS)
 def generate() -> Response:
-    """Ask a model; the answer is the engine's own, streamed as it comes.
+    """Generate with a model; the response is the engine's own, streamed as it arrives.
 
-    The body's `model` decides which one answers: absent or `auto`, the active one. One that is not loaded is switched
+    The body's `model` names the model; absent or `auto`, it is the active one. A model that is not loaded is switched
     to first.
     """
     return _relay(_admit)
 
 
 def generate_otherwise() -> Response:
-    """The same for the paths that fewer engines serve."""
+    """As `generate`, for the paths in GENERATING."""
     return _relay(_admit)
 
 
@@ -99,14 +101,17 @@ for _path in GENERATING:
 
 @bp.before_app_request
 def anything_else() -> Response | None:
-    """Whatever else under /v1 the engine of a loaded model serves: what no route of ours, with any method, knows."""
+    """Relay a request under /v1 that matches no route of ours to the engine of a loaded model."""
     if not isinstance(request.routing_exception, NotFound) or not _may_be_an_engines(request.path):
         return None
     return _relay(_admit_loaded)
 
 
 def _may_be_an_engines(path: str) -> bool:
-    """Whether a path is under /v1, not ours, and leads nowhere else: what lies beside /v1 is for nobody to reach."""
+    """Return whether a path is under /v1 and not ours.
+
+    `.` and `..` segments, which could lead out of /v1, are rejected.
+    """
     root, *steps = path.removeprefix("/").split("/")
     return (
         root == "v1"
@@ -118,17 +123,17 @@ def _may_be_an_engines(path: str) -> bool:
 
 
 def _admit(name: str | None, client: Client) -> Admission:
-    """A place at the model, switching to it first. Counts that as a switch."""
+    """Admit a request, switching to its model first. Counts that against the client's switch limit."""
     router = services().router
     admission = router.try_admit(name)
     if admission is None:
         guard().count_switch_to(name, request.environ)
-        admission = router.admit(name, client.left)
+        admission = router.admit(name, client.disconnected)
     return admission
 
 
 def _admit_loaded(name: str | None, _client: Client) -> Admission:
-    """A place at a model that runs. Raises NotFound when none is named and none is there to ask, else ApiError."""
+    """Admit a request to a running model. Raises NotFound if none is named and none is active, else ApiError."""
     found = services()
     admission = found.router.try_admit(name)
     if admission is not None:
@@ -151,34 +156,36 @@ def _relay(admit: Callable[[str | None, Client], Admission]) -> Response:
     client = Client.of(request.environ)
     try:
         admission = _place(admit, body, client)
-        passed = pass_on(services().relay, admission, client, request.method, _target(), request.headers.items(), body)
+        relayed = relay_request(
+            services().relay, admission, client, request.method, _target(), request.headers.items(), body
+        )
     except ClientGone as gone:
         return _not_passed(gone)
-    response = Response(passed.body, status=passed.status, direct_passthrough=True)
+    response = Response(relayed.body, status=relayed.status, direct_passthrough=True)
     response.headers.clear()
-    response.headers.extend(passed.headers)
+    response.headers.extend(relayed.headers)
     return response
 
 
 def _place(admit: Callable[[str | None, Client], Admission], body: bytes, client: Client) -> Admission:
-    """A place at the model that the body names; what waited for one when the app restarts is for the next run."""
+    """Admit a request to the model that its body names. On a restart, a waiting request is left for the next run."""
     try:
         return admit(_named_model(body), client)
     except Exception:
-        if services().restart.requested and not client.left():
+        if services().restart.requested and not client.disconnected():
             request.environ[UNBEGUN] = body
         raise
 
 
 def _not_passed(error: Exception) -> Response:
-    """Nobody is there to read an answer when the client has left; any other error is told as usual."""
+    """Return an empty response for a client that has disconnected; raise any other error."""
     if not isinstance(error, ClientGone):
         raise error
     return Response(status=499)
 
 
 def _named_model(body: bytes) -> str | None:
-    """The body's `model`; None when it names none or isn't JSON that the gateway should understand."""
+    """Return the body's `model`; None if it names none or isn't JSON."""
     if request.method in SAFE_METHODS or not body:
         return request.args.get("model")
     if not request.mimetype.endswith("json") and not body.lstrip().startswith(b"{"):
@@ -190,7 +197,7 @@ def _named_model(body: bytes) -> str | None:
 
 
 def _target() -> str:
-    """The path as the client wrote it, with its query; the engine knows no `/chat/completions` without /v1."""
+    """Return the path as the client wrote it, with its query, and with /v1 where the client left it out."""
     path = quote(request.path if request.path.startswith("/v1/") else f"/v1{request.path}", safe="/:@!$&'()*+,;=~")
     query = request.query_string.decode("latin-1")
     return f"{path}?{query}" if query else path

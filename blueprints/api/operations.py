@@ -1,4 +1,4 @@
-"""Is it alive, can it serve, what does it offer: health, readiness, the API's description, every change of state."""
+"""Operations: health, readiness, the API description, and the stream of state changes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from flask import Blueprint, Response, current_app, jsonify, render_template, request
 
-from blueprints.api.picture import status_event
 from blueprints.api.spec import Schema, documented, openapi
+from blueprints.api.status_cache import status_event
 from blueprints.web import SSE_HEARTBEAT, services, sse
 from services.container import Services
 from version import VERSION
@@ -20,14 +20,14 @@ EVENT_WAIT_SECONDS = 10.0
 @bp.get("/healthz")
 @documented()
 def healthz() -> Response:
-    """Whether the process answers."""
+    """Report that the process answers."""
     return jsonify({"status": "ok", "version": VERSION})
 
 
 @bp.get("/readyz")
 @documented(errors=(503,))
 def readyz() -> Response:
-    """Whether it can serve: the switcher runs, memory was measured, and what the engines have loaded is known."""
+    """Report whether requests can be served: the switcher runs, memory was measured, engines were polled once."""
     found = services()
     if bool(found.devices.readings) and found.switcher.alive and found.switcher.first_pass_done:
         return jsonify({"status": "ready"})
@@ -40,20 +40,20 @@ def readyz() -> Response:
 @bp.get("/openapi.json")
 @documented()
 def openapi_document() -> Response:
-    """This description."""
+    """Return this description."""
     return jsonify(_document())
 
 
 @bp.get("/docs")
 def docs() -> str:
-    """The same for people."""
+    """Render the API description as a page."""
     return render_template("pages/docs.html", document=_document(), base_url=request.host_url)
 
 
 @bp.get("/v1/events")
 @documented(media_type="text/event-stream")
 def events() -> Response:
-    """Every change of state as a server-sent event that holds the whole status, until the client leaves."""
+    """Stream every change of state as a server-sent event with the whole status, until the client disconnects."""
     return sse(_changes(services()))
 
 

@@ -1,4 +1,4 @@
-"""Local services, downloads and installed models (seed 004)."""
+"""Local services, downloads and installed models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DownloadBody(BaseModel):
 
 
 class ServiceBody(BaseModel):
-    """Which local service is meant."""
+    """The local service to start or stop."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +37,7 @@ class ServiceBody(BaseModel):
 @bp.get("/models/status")
 @documented()
 def models_status() -> Response:
-    """What is installed, per source, and what is being downloaded."""
+    """List what is installed, per source, and all downloads."""
     found = services()
     models = found.status.current().models
     outdated = found.library.outdated
@@ -62,7 +62,7 @@ def models_status() -> Response:
 @bp.get("/models/recommendations")
 @documented()
 def recommendations() -> Response:
-    """The models that the settings recommend, and whether they are here."""
+    """List the models that the settings recommend, and whether they are installed."""
     listed = services().library.recommendations()
     return jsonify({"recommendations": [shapes.recommendation_document(r) for r in listed]})
 
@@ -70,16 +70,17 @@ def recommendations() -> Response:
 @bp.post("/models/updates")
 @documented(errors=(502,))
 def check_updates() -> Response:
-    """Ask the registries now which installed models have a newer version; download such a model again to get it."""
+    """Ask the registries which installed models have a newer version. Downloading such a model again updates it."""
     return jsonify({"update_available": sorted(services().library.check_updates())})
 
 
 @bp.post("/models/download")
 @documented(body=DownloadBody, media_type="text/event-stream", errors=(409,))
 def download() -> Response:
-    """Download a model and follow it: one event each time that something moved, until it is here or went wrong.
+    """Download a model and follow it: an event at each change of progress, until it is complete or has failed.
 
-    The job is the server's: leaving the stream stops nothing. With `Accept: application/json` the answer is the job.
+    The job belongs to the server: disconnecting does not stop it. With `Accept: application/json` the response is the
+    job.
     """
     body = parse_body(DownloadBody)
     found = services()
@@ -94,28 +95,28 @@ def download() -> Response:
 @bp.get("/models/downloads")
 @documented()
 def downloads() -> Response:
-    """Every download: those under way in their order, then the finished ones."""
+    """List every download: those under way in order, then the finished ones."""
     return jsonify({"downloads": [shapes.download_document(d) for d in services().downloads.all()]})
 
 
 @bp.post("/models/downloads/<download_id>/pause")
 @documented(errors=(409,))
 def pause(download_id: str) -> Response:
-    """Stop the transfer and keep what has arrived."""
+    """Stop the transfer and keep the partial files."""
     return jsonify(shapes.download_document(services().downloads.pause(download_id)))
 
 
 @bp.post("/models/downloads/<download_id>/resume")
 @documented(errors=(409,))
 def resume(download_id: str) -> Response:
-    """Go on with a paused download, or try a failed one again, from where it was."""
+    """Continue a paused download, or retry a failed one, from where it stopped."""
     return jsonify(shapes.download_document(services().downloads.resume(download_id)))
 
 
 @bp.delete("/models/downloads/<download_id>")
 @documented(errors=(409,))
 def cancel(download_id: str) -> Response:
-    """Call a download off, or take one that has ended off the list."""
+    """Cancel a download, or remove a finished one from the list."""
     found = services().downloads
     if found.get(download_id).final:
         found.remove(download_id)
@@ -126,7 +127,7 @@ def cancel(download_id: str) -> Response:
 @bp.delete("/models/<path:model_id>")
 @documented(errors=(409, 502))
 def delete(model_id: str) -> Response:
-    """Delete a model, unloading it first, and its files unless other models use them."""
+    """Unload a model and delete its files, except those that other models use."""
     removed = services().library.remove(model_id, client_name())
     return jsonify(
         {
@@ -143,14 +144,14 @@ def delete(model_id: str) -> Response:
 @bp.get("/services/status")
 @documented()
 def services_status() -> Response:
-    """The local services: whether they run, since when, and the end of their log."""
+    """List the local services: whether they run, since when, and the end of their log."""
     return jsonify({"services": {"ollama": shapes.service_document(services().ollama_service.status())}})
 
 
 @bp.post("/services/start")
 @documented(body=ServiceBody, errors=(409, 502, 503, 504))
 def start_service() -> Response:
-    """Start a local service; answers once it does."""
+    """Start a local service; respond once it answers."""
     _only_ollama(parse_body(ServiceBody))
     status = services().ollama_service.start()
     words = "ollama service started successfully" if status.ours else "ollama runs already, started by another program"
@@ -172,7 +173,7 @@ def _only_ollama(body: ServiceBody) -> None:
 
 
 def _progress(views: Iterator[Download | None]) -> Iterator[bytes]:
-    """Seed 004's stream: unnamed events, so that a browser's EventSource hears them without further ado."""
+    """Yield a download's progress as unnamed events, which a browser's EventSource delivers as messages."""
     for view in views:
         if view is None:
             yield SSE_HEARTBEAT

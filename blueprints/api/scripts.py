@@ -1,4 +1,4 @@
-"""Short endpoints for scripts (seeds 000 and 002)."""
+"""Short endpoints for scripts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from services.switching.jobs import Job, SwitchOptions
 bp = Blueprint("scripts", __name__)
 
 DEFAULT_ESTIMATE_SECONDS = 60
-"""What seed 000 answers when nobody knows how long a load takes."""
+"""The estimate returned when the load time is unknown."""
 
 
 class SwitchQuery(BaseModel):
-    """What to switch to."""
+    """The model to switch to."""
 
     model_id: str = Field("", description="id of a model of the catalogue")
 
@@ -30,9 +30,10 @@ class SwitchQuery(BaseModel):
 @bp.post("/api/switch-model")
 @documented(query=SwitchQuery, errors=(409, 502, 503))
 def switch_model() -> Response:
-    """Begin to switch to a model, and answer at once.
+    """Begin to switch to a model, and respond at once.
 
-    With the setting `env_file` the model's id is written there as well; if the switch fails, the one before is again.
+    With the setting `env_file`, the model's id is written to that file; if the switch fails, the previous one is
+    restored.
     """
     model_id = request.args.get("model_id") or _from_form_or_json()
     if not model_id:
@@ -67,7 +68,7 @@ def switch_model() -> Response:
 @bp.post("/api/restart-api")
 @documented(errors=(409, 503))
 def restart_api() -> Response:
-    """Answer, then restart the app with its settings read anew. Models stay loaded, and requests wait meanwhile."""
+    """Restart the app with its settings read again. Models stay loaded, and new requests wait meanwhile."""
     try:
         services().restart.request()
     except RestartRefused as refused:
@@ -76,7 +77,7 @@ def restart_api() -> Response:
 
 
 class OllamaSwitchBody(BaseModel):
-    """Which Ollama model to use from now on."""
+    """The Ollama model to use from now on."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -86,9 +87,9 @@ class OllamaSwitchBody(BaseModel):
 @bp.post("/ollama/models/switch")
 @documented(body=OllamaSwitchBody, errors=(409, 502, 503, 504))
 def switch_ollama_model() -> Response:
-    """Unload the Ollama model in use, load another one, and answer when that has generated its first token.
+    """Unload the Ollama model in use and load another one; respond once it has generated a token.
 
-    When it can't be loaded the old one is loaded again and stays in use. The note says what was done.
+    If it can't be loaded, the old one is loaded again and stays in use. The note says what was done.
     """
     found = services()
     model = found.catalog.get(parse_body(OllamaSwitchBody).model)
@@ -116,7 +117,7 @@ def switch_ollama_model() -> Response:
 
 
 def _what_was_done(job: Job, old: str | None, was_loaded: bool) -> str:
-    """Of unloading and loading, only what happened (seed 002 has the first sentence)."""
+    """Return a sentence about what was unloaded and loaded."""
     gone = list(job.unloaded)
     loaded = not was_loaded and job.outcome == "success"
     if loaded and old in gone:
@@ -134,7 +135,7 @@ def _listed(models: Sequence[str]) -> str:
 
 
 def _ollama_model_in_use(status: Status) -> str | None:
-    """The active model if it is one of Ollama's, else whichever of them is loaded."""
+    """Return the active model if it is Ollama's, else the loaded Ollama model used last, if any."""
     loaded = [m for m in status.models if m.engine == "ollama" and m.state == "running"]
     loaded.sort(key=lambda m: (m.active, m.last_used or 0.0))
     return loaded[-1].id if loaded else None
@@ -143,7 +144,7 @@ def _ollama_model_in_use(status: Status) -> str | None:
 @bp.get("/api/model-loading-status")
 @documented()
 def model_loading_status() -> Response:
-    """Whether the active model answers, or how far the switch under way is."""
+    """Report whether the active model answers, or the progress of the switch under way."""
     return jsonify(_loading_status(services().status.current()))
 
 
@@ -155,7 +156,11 @@ def _from_form_or_json() -> str:
 
 
 def _loading_status(status: Status) -> dict[str, object]:
-    """The switch under way, else the active model; somebody's request that failed is nobody else's error."""
+    """Report the switch under way, else the active model.
+
+    A failed switch is an error only without an active model: a failed request of one client does not concern the
+    others.
+    """
     switch, last = status.switch, status.last_switch
     active = status.model(status.active_model) if status.active_model else None
     if switch is not None:
@@ -173,7 +178,7 @@ def _loading_status(status: Status) -> dict[str, object]:
 
 
 def _stage_word(switch: SwitchView, status: Status) -> str:
-    """`starting` until the target itself is loaded: others make room, or a container starts that has told nothing."""
+    """Return `starting` until the target itself loads: before that, models are unloaded or a container starts."""
     if switch.stage in ("downloading", "warming_up"):
         return "loading"
     target = status.model(switch.to_model)
@@ -182,7 +187,7 @@ def _stage_word(switch: SwitchView, status: Status) -> str:
 
 
 def _failure(status: Status) -> str | None:
-    """Why the switch that people last asked for failed, or its model since; None when neither did."""
+    """Return why the last switch, or its model since, failed, else None. Switches caused by requests don't count."""
     last = status.last_switch
     if last is None or last.error == "cancelled":
         return None

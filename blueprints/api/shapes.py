@@ -1,4 +1,4 @@
-"""The contract's JSON, made from what the services say. Sizes become decimal GB, times ISO 8601 in UTC."""
+"""The contract's JSON documents, made from the services' values. Sizes become decimal GB, times ISO 8601 in UTC."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1_048_576
 
 
 def gb(size: int | None) -> float | None:
-    """Bytes as decimal gigabytes with three digits; None stays None."""
+    """Convert bytes to decimal gigabytes with three digits; None stays None."""
     return None if size is None else gigabytes(size)
 
 
@@ -81,7 +81,7 @@ _HEALTH = {
 
 
 def gpu_document(devices: tuple[Account, ...]) -> Json:
-    """The `gpu` block: all GPUs together, or the host's memory when there is no GPU, with each device by itself."""
+    """Return the `gpu` block: the sum of all GPUs, or the host's memory without one, and each device by itself."""
     gpus = [d for d in devices if d.kind == "gpu"] or list(devices)
     total = sum(d.total_bytes for d in gpus)
     available = sum(d.available_bytes for d in gpus)
@@ -115,7 +115,7 @@ def device_document(device: Account) -> Json:
 
 
 def switch_document(switch: SwitchView | None, queued: tuple[str, ...], waiting: Mapping[str, int]) -> Json:
-    """`GET /v1/models/switch`: the switch under way, and who waits for what."""
+    """`GET /v1/models/switch`: the switch under way, and what waits for it."""
     return {
         "active": switch is not None,
         "switch_id": switch.id if switch else None,
@@ -158,7 +158,7 @@ def plan_document(plan: Plan) -> Json:
 
 
 def job_document(job: Job) -> Json:
-    """What a switch answers once the target has been started, or is ready (seed 003)."""
+    """The response to a switch whose target is loading or ready."""
     if job.outcome == "already_loaded":
         return {
             "status": "already_loaded",
@@ -185,20 +185,20 @@ def job_document(job: Job) -> Json:
 
 
 def _rounded(seconds: float | None) -> float | None:
-    """Seconds for a script: whole ones from 10 up, two digits below."""
+    """Round seconds for scripts: to whole ones from 10 up, else to two digits."""
     if seconds is None:
         return None
     return round(seconds) if seconds >= 10 else round(seconds, 2)
 
 
 def _queue(queued: tuple[str, ...], waiting: Mapping[str, int]) -> list[Json]:
-    """One entry per model that is waited for: whether a switch to it is queued, and how many requests wait."""
+    """Return one entry per awaited model: whether a switch to it is queued, and how many requests wait for it."""
     models = [*queued, *(m for m in waiting if m not in queued)]
     return [{"model": m, "switch": m in queued, "requests": waiting.get(m, 0)} for m in models]
 
 
 def installed_document(model: ModelStatus, outdated: Collection[str]) -> Json:
-    """One installed model of `GET /api/providers/models/status`."""
+    """One installed model in `GET /api/providers/models/status`."""
     return {
         "name": model.id,
         "size_gb": gb(model.size_bytes),
@@ -222,7 +222,7 @@ def recommendation_document(recommended: Recommended) -> Json:
 
 
 def download_document(download: Download) -> Json:
-    """One job of the download queue."""
+    """One download."""
     return {
         "id": download.id,
         "model": download.model,
@@ -238,7 +238,7 @@ def download_document(download: Download) -> Json:
 
 
 def progress_document(download: Download) -> Json:
-    """One event of seed 004's stream. `status` is downloading until it is paused, cancelled, complete or error."""
+    """One progress event. `status` is "downloading" until it is paused, cancelled, complete or error."""
     return {
         "status": _DOWNLOAD_WORDS.get(download.state, "downloading"),
         "progress": download.percent,

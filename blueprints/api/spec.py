@@ -1,7 +1,7 @@
-"""`/openapi.json`, made from the routes themselves: their docstrings, and what `@documented` says of each.
+"""Builds `/openapi.json` from the routes: their docstrings, and what `@documented` adds.
 
-spectree, the usual choice, reads a view's whole response before passing it on (3.0.0, `validate_response`), which ends
-streaming; what is left of it here is small enough to be ours. See docs/decisions.
+spectree, the usual choice, reads a view's whole response before passing it on (3.0.0, `validate_response`), which
+breaks streaming, and the rest of it is small. See docs/decisions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ERRORS_OF_ALL = (400, 403, 404, 405, 413, 422, 429, 500)
 
 
 class OpenAIError(BaseModel):
-    """What an error under /v1 holds."""
+    """The content of an error under /v1."""
 
     message: str = Field(description="what happened and what to do")
     type: str
@@ -40,7 +40,7 @@ class OpenAIErrorAnswer(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """An error elsewhere, and whatever the switcher refuses."""
+    """An error elsewhere, and every refusal of the switcher."""
 
     status: str = Field(description="always `error`")
     error: str = Field(description="a code for programs")
@@ -49,7 +49,7 @@ class ErrorAnswer(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Doc:
-    """What a view says of itself beyond its docstring."""
+    """A view's API documentation beyond its docstring."""
 
     body: type[BaseModel] | None = None
     query: type[BaseModel] | None = None
@@ -65,7 +65,10 @@ def documented(
     errors: tuple[int, ...] = (),
     media_type: str = "application/json",
 ) -> Callable[[View], View]:
-    """List a view in `/openapi.json`. `errors` are statuses beyond those that any endpoint may answer."""
+    """Decorator: include a view in `/openapi.json`.
+
+    `errors` are statuses beyond those that every endpoint may return.
+    """
 
     def mark(view: View) -> View:
         view.documentation = Doc(body, query, answer, errors, media_type)  # type: ignore[attr-defined]
@@ -75,7 +78,7 @@ def documented(
 
 
 def openapi(app: Flask, version: str) -> Schema:
-    """The OpenAPI 3.1 document of every documented route."""
+    """Return the OpenAPI 3.1 document of all documented routes."""
     paths: dict[str, Schema] = {}
     models: set[type[BaseModel]] = {OpenAIErrorAnswer, ErrorAnswer}
     for rule, method, summary, doc in _operations(app):

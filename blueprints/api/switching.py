@@ -1,4 +1,4 @@
-"""Models and switching (seeds 001 and 003): status, switch, plan, start, stop, restart, events."""
+"""Models and switching: status, switch, plan, start, stop, restart, events."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flask import Blueprint, Response, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field
 
 from blueprints.api import shapes
-from blueprints.api.picture import status_document
 from blueprints.api.spec import documented
+from blueprints.api.status_cache import status_document
 from blueprints.web import (
     SSE_HEARTBEAT,
     ApiError,
@@ -48,7 +48,7 @@ class SwitchBody(BaseModel):
 
 
 class PlanBody(BaseModel):
-    """What a switch would be planned for."""
+    """The switch to plan."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,7 +57,7 @@ class PlanBody(BaseModel):
 
 
 class ActionAnswer(BaseModel):
-    """How a start, stop or restart ended."""
+    """The result of a start, stop or restart."""
 
     status: Literal["success", "already_loaded"]
     model: str
@@ -66,7 +66,7 @@ class ActionAnswer(BaseModel):
 @bp.get("/status")
 @documented()
 def status() -> Response:
-    """Every model's state, the memory of each device, and the switch under way."""
+    """Return every model's state, each device's memory, and the switch under way."""
     return Response(status_document(services()), mimetype="application/json")
 
 
@@ -75,8 +75,8 @@ def status() -> Response:
 def switch() -> Response:
     """Switch to a model.
 
-    With `Accept: text/event-stream` the answer is a stream of its stages; leaving it does not cancel the switch.
-    Else it answers once the target has been started, or with `wait` when it is ready.
+    With `Accept: text/event-stream` the response streams the stages; disconnecting does not cancel the switch.
+    Otherwise it comes when the target's load has begun, or with `wait` when the target is ready.
     """
     body = _from_query_or_body(SwitchBody)
     job = services().switcher.switch(
@@ -93,7 +93,7 @@ def switch() -> Response:
 @bp.get("/switch")
 @documented()
 def current_switch() -> Response:
-    """The switch under way, and what waits for a model."""
+    """Return the switch under way, and what waits for a model."""
     found = services()
     snapshot = found.board.current
     return jsonify(shapes.switch_document(snapshot.switch, snapshot.queued, found.router.waiting))
@@ -114,7 +114,7 @@ def cancel() -> Response:
 @bp.get("/switch/events")
 @documented(media_type="text/event-stream")
 def switch_events() -> Response:
-    """Follow the switch under way as server-sent events, from its beginning; one event `idle` when there is none."""
+    """Follow the switch under way as server-sent events from its start; a single event `idle` if there is none."""
     job = services().switcher.job()
     if job is None:
         return sse([sse_event("idle", json.dumps({"active": False}))])
@@ -124,7 +124,7 @@ def switch_events() -> Response:
 @bp.post("/switch/plan")
 @documented(body=PlanBody, query=PlanBody, errors=(502,))
 def plan() -> Response:
-    """What a switch would unload, and how long it would take. Changes nothing."""
+    """Return what a switch would unload, and how long it would take. Changes nothing."""
     body = _from_query_or_body(PlanBody)
     return jsonify(shapes.plan_document(services().switcher.plan(body.target_model, body.strategy)))
 
@@ -132,7 +132,7 @@ def plan() -> Response:
 @bp.post("/<path:model_id>/start")
 @documented(errors=SWITCH_ERRORS)
 def start(model_id: str) -> Response:
-    """Load a model, without unloading another for it."""
+    """Load a model without unloading another one for it."""
     options = SwitchOptions(auto_unload=False, activate=False)
     job = services().switcher.switch(model_id, requested_by=client_name(), replace="queue", options=options)
     return _answer(job, wait=False)
@@ -141,7 +141,7 @@ def start(model_id: str) -> Response:
 @bp.post("/<path:model_id>/stop")
 @documented(answer=ActionAnswer, errors=SWITCH_ERRORS)
 def stop(model_id: str) -> Response:
-    """Unload a model, once it has finished what it is answering."""
+    """Unload a model after its requests in flight."""
     return _action(services().switcher.stop(model_id, requested_by=client_name()))
 
 
@@ -153,7 +153,7 @@ def restart(model_id: str) -> Response:
 
 
 def _from_query_or_body(shape: type[B]) -> B:
-    """The target from the query (seed 003) or the JSON body (seed 001)."""
+    """Read the target from the query or the JSON body."""
     return validate(shape, request.args.to_dict()) if "target_model" in request.args else parse_body(shape)
 
 

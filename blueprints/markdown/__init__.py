@@ -1,26 +1,26 @@
-"""Markdown to HTML that is safe to show, whatever a model wrote, without holding up anybody else.
+"""Renders Markdown as safe HTML, whatever a model wrote, without blocking the event loop.
 
-`rendering` makes the HTML of a text, `mathematics` leaves formulas as they were typed, `breaks` lets others run
-meanwhile, and `growing` renders of an answer under way only what is new.
+`rendering` renders a text, `mathematics` preserves formulas, `yielding` lets other greenlets run meanwhile, and
+`incremental` renders only what is new of an answer under way.
 """
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from blueprints.markdown.kept import kept
+from blueprints.markdown.html_cache import html_cache
 from blueprints.markdown.rendering import FORMAT_LIMIT, html_of
 
 __all__ = ["FORMAT_LIMIT", "PLAIN_EXCERPT", "render_markdown"]
 
 PLAIN_EXCERPT = 64_000
-"""How many characters of such a text the page shows itself; the whole one is an address of its own."""
+"""Characters of an unformatted text that a page shows; the whole text has an address of its own."""
 
 
 def render_markdown(text: str) -> Markup:
-    """The HTML of `text`. Finished answers never change, so what was rendered once is kept for a while."""
-    html = kept.get(text)
+    """Return the HTML of `text`, cached because finished answers never change."""
+    html = html_cache.get(text)
     if html is None:
         html = html_of(text)
-        kept.put(text, html)
+        html_cache.put(text, html)
     return Markup(html)

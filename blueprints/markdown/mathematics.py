@@ -1,6 +1,6 @@
-r"""Formulas stay as they were typed: `\(x\)`, `\[x\]`, `$x$`, `$$x$$` and `\begin{…}…\end{…}`.
+r"""markdown-it plugin that preserves formulas as typed: `\(x\)`, `\[x\]`, `$x$`, `$$x$$` and `\begin{…}…\end{…}`.
 
-To Markdown `\(` is an escaped bracket and `_` emphasis, which left "(a_1)" of `\(a_1\)` and of a matrix nothing.
+Markdown treats `\(` as an escaped bracket and `_` as emphasis: `\(a_1\)` became "(a_1)", and a matrix vanished.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from markdown_it.rules_inline import StateInline
 
 INLINE_LIMIT = 1_000
 BLOCK_LINES = 200
-"""How far an end is looked for: it keeps a text full of beginnings from taking quadratic time."""
+"""Limit of the search for an end: a text full of openers would take quadratic time without it."""
 
 _CLOSERS = {r"\(": r"\)", r"\[": r"\]", "$$": "$$"}
 _BLOCK = re.compile(r"\$\$|\\\[|\\begin\{([A-Za-z]{1,24}\*?)\}")
 
 
 def mathematics(markdown: MarkdownIt) -> None:
-    """A markdown-it plugin: `math_inline` and `math_block` tokens, whose content is what was typed."""
+    """Plugin: add `math_inline` and `math_block` tokens, whose content is the source text."""
     markdown.inline.ruler.before("escape", "math_inline", _inline)
     ends = ["paragraph", "reference", "blockquote", "list"]
     markdown.block.ruler.before("fence", "math_block", _block, {"alt": ends})
@@ -44,14 +44,17 @@ def _inline(state: StateInline, silent: bool) -> bool:
 
 
 def _end(state: StateInline, opener: int, closer: str) -> int | None:
-    """The position behind the closer; None without one, or with nothing before it."""
+    """Return the position after the closer; None without one, or with nothing before it."""
     start = state.pos + opener
     found = state.src.find(closer, start, min(start + INLINE_LIMIT, state.posMax))
     return found + len(closer) if found > start else None
 
 
 def _end_of_dollars(state: StateInline) -> int | None:
-    """Behind `$x$`. Not of prices: no space inside the dollars, and no digit behind (as pandoc has it)."""
+    """Return the position after `$x$`.
+
+    Prices don't count: no space inside the dollars, no digit after (pandoc's rule).
+    """
     end = _end(state, 1, "$")
     if end is None:
         return None
@@ -60,7 +63,7 @@ def _end_of_dollars(state: StateInline) -> int | None:
 
 
 def _block(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
-    """Lines from one that begins with an opener to one that ends with its closer, none of them blank."""
+    """Match lines from one that begins with an opener to one that ends with its closer, none of them blank."""
     if state.is_code_block(start_line):
         return False
     first = _line(state, start_line)

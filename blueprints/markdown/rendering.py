@@ -1,7 +1,7 @@
-"""The HTML of a Markdown text: markdown-it without raw HTML, nh3 with a short allow-list, then our own frames.
+"""Renders a Markdown text: markdown-it without raw HTML, nh3 with a short allow-list, then our own frames.
 
-The frames around code and tables come last, so that nothing a model writes can pass for them. Each is put around a
-whole element at once: halves that were found apart once left a `</div>` too many for each fence tagged `a:b`.
+Frames around code and tables are added last, so that a model's text can't imitate them. Each wraps a whole element in
+one step: when both ends were inserted separately, each fence tagged `a:b` left a `</div>` too many.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markupsafe import escape
 
-from blueprints.markdown.breaks import breaks
 from blueprints.markdown.mathematics import mathematics
-from services.offhub import compute_off_hub
-from services.text import whole_characters
+from blueprints.markdown.yielding import yielding
+from services.native_threads import compute_in_thread
+from services.text import fix_surrogates
 
 Env = MutableMapping[str, Any]
-"""What the parts of one text share: the links that it defines, and the breaks to take."""
+"""State shared by the parts of one text: the links it defines, and its yielder."""
 
 FORMAT_LIMIT = 256_000
-"""Characters. A longer text is shown as it is: formatting 5 MB took 16 s, and no page is read that way."""
+"""Characters. A longer text is shown unformatted: formatting 5 MB took 16 s."""
 INLINE_LIMIT = 20_000
-"""Characters of one paragraph. A longer one stays as it was typed: a part of its work knows no breaks."""
+"""Characters of one paragraph. A longer one is shown unformatted, because part of parsing it can't yield."""
 PART = 16_000
-"""Characters that are parsed at a time, where there are blank lines to cut a text at."""
+"""Characters that are parsed at a time, if there are blank lines to split at."""
 LARGE = 16_000
-"""Characters of HTML from which on cleaning takes milliseconds: that is done in a thread."""
+"""Characters of HTML from which on cleaning takes milliseconds, and is done in a thread."""
 LANGUAGE_LENGTH = 40
 
 _BLOCKS = ("blockquote", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "table", "ul")
@@ -55,14 +55,14 @@ _COPY = '<button type="button" class="quiet small" data-copy>Copy</button>'
 
 
 class _Renderer(RendererHTML):
-    """markdown-it's HTML, within what the strict CSP and the frames allow."""
+    """markdown-it's renderer, within the limits of the strict CSP and the frames."""
 
     def text(self, tokens: Sequence[Token], idx: int, options: Any, env: Env) -> str:
-        env["breaks"]()
+        env["yielder"]()
         return super().text(tokens, idx, options, env)
 
     def image(self, tokens: Sequence[Token], idx: int, _options: Any, _env: Env) -> str:
-        """A picture from elsewhere is not loaded: whoever reads decides whether to follow its link."""
+        """Render an image as a link: nothing is loaded from other hosts unless the reader follows it."""
         token = tokens[idx]
         return f'<a href="{escape(token.attrs.get("src", ""))}">{escape(token.content or "picture")}</a>'
 
@@ -72,7 +72,7 @@ class _Renderer(RendererHTML):
         return f"<pre><code{named}>{escape(tokens[idx].content)}</code></pre>\n"
 
     def th_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Env) -> str:
-        """A table cell, aligned by an attribute: the strict CSP forbids the style that markdown-it would write."""
+        """Render a table cell, aligned by an attribute: the strict CSP forbids markdown-it's style attribute."""
         token = tokens[idx]
         style = str(token.attrs.pop("style", ""))
         if style.startswith("text-align:"):
@@ -89,22 +89,22 @@ class _Renderer(RendererHTML):
 
 
 def html_of(text: str, env: Env | None = None) -> str:
-    """The HTML of a whole text, or of some whole blocks of one; `env` knows the links that the other blocks define."""
-    text = whole_characters(text)
-    with breaks(len(text)) as take_breaks:
+    """Return the HTML of a text, or of whole blocks of one; `env` has the links that other blocks define."""
+    text = fix_surrogates(text)
+    with yielding(len(text)) as take_breaks:
         env = {} if env is None else env
-        env["breaks"] = take_breaks
+        env["yielder"] = take_breaks
         parts = map(_markdown.parse, _parts(text, env), repeat(env))
         return "".join(_html_of_block(tokens, env) for part in parts for tokens in _blocks(part))
 
 
 def last_boundary(text: str, env: Env) -> int:
-    """Where the last block of `text` begins that has a blank line before it; 0 when there is no such block.
+    """Return where the last block of `text` begins that follows a blank line; 0 if there is none.
 
-    What is written on behind the last line break changes nothing before this position. `text` has `\\n` line breaks.
+    Text appended after the last line break changes nothing before this position. `text` has `\\n` line breaks.
     """
-    with breaks(len(text)) as take_breaks:
-        env["breaks"] = take_breaks
+    with yielding(len(text)) as take_breaks:
+        env["yielder"] = take_breaks
         return _last_boundary(text, env)
 
 
@@ -119,9 +119,10 @@ def _last_boundary(text: str, env: Env) -> int:
 
 
 def _parts(text: str, env: Env) -> Iterator[str]:
-    """The text in parts that mean the same by themselves, so that few tokens are alive at a time.
+    """Split the text into parts that render the same independently, so that few tokens are alive at a time.
 
-    Collecting garbage among those of 256 kB took 40 ms. Links that the text defines itself may be used before that.
+    Garbage collection among the tokens of 256 kB took 40 ms. A text that defines links is not split, because they may
+    be used before their definition.
     """
     if len(text) <= PART or "]:" in text:
         yield text
@@ -137,7 +138,7 @@ def _parts(text: str, env: Env) -> Iterator[str]:
 
 
 def _blocks(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
-    """The tokens of each block that is in no other one."""
+    """Yield the tokens of each top-level block."""
     begin = 0
     for index, token in enumerate(tokens):
         if token.level == 0 and token.nesting <= 0 and token.type != "inline":
@@ -149,8 +150,8 @@ def _html_of_block(tokens: Sequence[Token], env: Env) -> str:
     if tokens[0].tag in _BLOCKS:
         tokens[0].attrs["dir"] = "auto"
     rendered = _markdown.renderer.render(tokens, _markdown.options, env)
-    clean = compute_off_hub(_clean, rendered) if len(rendered) > LARGE else _clean(rendered)
-    env["breaks"]()
+    clean = compute_in_thread(_clean, rendered) if len(rendered) > LARGE else _clean(rendered)
+    env["yielder"]()
     return _TABLE.sub(_frame_table, _CODE.sub(_frame_code, clean))
 
 
@@ -167,25 +168,25 @@ def _clean(rendered: str) -> str:
 
 
 def _frame_code(match: re.Match[str]) -> str:
-    """Give a code block its language, a copy button, and a way to be scrolled by keyboard."""
+    """Add language, copy button and keyboard scrolling to a code block."""
     language = escape(html.unescape(match[1] or ""))
     head = f'<div class="code-head"><span>{language}</span>{_COPY}</div>'
     return f'<div class="code" dir="ltr">{head}<pre tabindex="0"><code>{match[2]}</code></pre></div>'
 
 
 def _frame_table(match: re.Match[str]) -> str:
-    """Let a wide table scroll by itself instead of the page."""
+    """Let a wide table scroll instead of the page."""
     return f'<div class="wide" tabindex="0">{match[0]}</div>'
 
 
-def _break_in_block(state: StateBlock, _start_line: int, _end_line: int, _silent: bool) -> bool:
-    """A rule that never applies: it is asked at every line, and lets others run."""
-    state.env["breaks"]()
+def _yield_in_block(state: StateBlock, _start_line: int, _end_line: int, _silent: bool) -> bool:
+    """A rule that never matches: it is tried at every line, and yields."""
+    state.env["yielder"]()
     return False
 
 
-def _break_in_line(state: StateInline, _silent: bool) -> bool:
-    state.env["breaks"]()
+def _yield_in_line(state: StateInline, _silent: bool) -> bool:
+    state.env["yielder"]()
     return False
 
 
@@ -204,8 +205,8 @@ def _make_markdown() -> MarkdownIt:
     made.use(mathematics)
     made.core.ruler.at("inline", _inline)
     terminating = ["paragraph", "reference", "blockquote", "list"]
-    made.block.ruler.before("table", "break", _break_in_block, {"alt": terminating})
-    made.inline.ruler.before("text", "break", _break_in_line)
+    made.block.ruler.before("table", "break", _yield_in_block, {"alt": terminating})
+    made.inline.ruler.before("text", "break", _yield_in_line)
     return made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from services.downloads.fetcher import DownloadError, Source
-from services.offhub import NativeThreads
+from services.native_threads import NativeThreadPool
 from services.sizes import format_size
 
 CALL_SECONDS = 5.0
@@ -32,7 +32,7 @@ class DiskCheck:
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         self._folders = folders
-        self._threads = {source: NativeThreads(1, CALL_SECONDS) for source in folders}  # each disk may hang by itself
+        self._threads = {source: NativeThreadPool(1, CALL_SECONDS) for source in folders}  # each disk may hang
         self._margin_bytes = margin_bytes
         self._free_bytes = free_bytes
 

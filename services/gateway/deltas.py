@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from services.answers import Delta
-from services.text import is_first_half, whole_characters
+from services.text import fix_surrogates, is_high_surrogate
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 OPEN, CLOSE = "<think>", "</think>"
@@ -42,14 +42,14 @@ def join_surrogates(deltas: Iterable[Delta]) -> Iterator[Delta]:
     pending = Delta("")
     for delta in deltas:
         if pending.text and pending.thought != delta.thought:
-            yield Delta(whole_characters(pending.text), pending.thought)
+            yield Delta(fix_surrogates(pending.text), pending.thought)
             pending = Delta("")
         text = pending.text + delta.text
-        pending = Delta(text[-1] if is_first_half(text[-1]) else "", delta.thought)
-        if whole := whole_characters(text.removesuffix(pending.text)):
+        pending = Delta(text[-1] if is_high_surrogate(text[-1]) else "", delta.thought)
+        if whole := fix_surrogates(text.removesuffix(pending.text)):
             yield Delta(whole, delta.thought)
     if pending.text:
-        yield Delta(whole_characters(pending.text), pending.thought)
+        yield Delta(fix_surrogates(pending.text), pending.thought)
 
 
 def split_thoughts(deltas: Iterable[Delta]) -> Iterator[Delta]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from services.catalog import Catalog, UnknownModel
 from services.config import Settings
-from services.scheduling import Scheduler, Threads
+from services.scheduling import Scheduler, ThreadScheduler
 from services.switching.events import Board, InstanceView
 from services.switching.jobs import Job, SwitchError, SwitchOptions
 from services.switching.switcher import Switcher
@@ -66,7 +66,7 @@ class Router:
         self._board = board
         self._catalog = catalog
         self._switcher = switcher
-        self._scheduler = scheduler or Threads()
+        self._scheduler = scheduler or ThreadScheduler()
         self._lock = threading.Lock()
         self._waiting: Counter[str] = Counter()
 

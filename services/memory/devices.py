@@ -21,7 +21,7 @@ import structlog
 from services.engines.port import HOST_DEVICE
 from services.memory.ledger import Reading
 from services.memory.programs import Program, largest_programs
-from services.offhub import NativeThreads, SharedCall
+from services.native_threads import NativeThreadPool, SharedCall
 from services.periodic import Periodic
 
 log = structlog.get_logger(__name__)
@@ -51,7 +51,7 @@ class DeviceMonitor:
     ) -> None:
         self._budget_bytes = budget_bytes
         self._gpus = _Gpus(nvml, driver_seconds)
-        self._look_for_programs = NativeThreads(1, PROGRAMS_SECONDS)
+        self._look_for_programs = NativeThreadPool(1, PROGRAMS_SECONDS)
         self._readings: tuple[Reading, ...] = ()
         self._stopping = threading.Event()
         self._sampling = Periodic("device-monitor", self.sample, interval)

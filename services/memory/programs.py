@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psutil
 
 from services.memory.ledger import Reading
-from services.text import whole_characters
+from services.text import fix_surrogates
 
 MOST = 3
 """How many are named."""
@@ -88,4 +88,4 @@ def _descendants(roots: Collection[int], parents: Mapping[int, int]) -> set[int]
 
 def _tidy(name: str) -> str:
     """A process names itself, so it can be called anything."""
-    return "".join(c if c.isprintable() else "?" for c in whole_characters(name))[:LONGEST_NAME]
+    return "".join(c if c.isprintable() else "?" for c in fix_surrogates(name))[:LONGEST_NAME]

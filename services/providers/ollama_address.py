@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from services.http import is_loopback
-from services.offhub import off_hub
+from services.native_threads import run_in_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Listener:
 def listener_on(port: int) -> Listener:
     """Who listens on a port of this machine. Reads every process's open files: some 10 ms."""
     with suppress(psutil.Error, OSError):
-        for connection in off_hub(psutil.net_connections, "tcp"):
+        for connection in run_in_thread(psutil.net_connections, "tcp"):
             here = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
             if here and connection.pid:
                 process = psutil.Process(connection.pid)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import structlog
 
-from services.offhub import off_hub
-from services.scheduling import Threads
+from services.native_threads import run_in_thread
+from services.scheduling import ThreadScheduler
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +37,7 @@ class Checkpoints:
         if self._running or not self._is_due():
             return
         self._running = True
-        Threads().spawn("checkpoint", self._run)
+        ThreadScheduler().spawn("checkpoint", self._run)
 
     def _is_due(self) -> bool:
         try:
@@ -47,7 +47,7 @@ class Checkpoints:
 
     def _run(self) -> None:
         try:
-            off_hub(_checkpoint, self._path)
+            run_in_thread(_checkpoint, self._path)
         except (OSError, sqlite3.Error) as error:  # the next write tries again
             log.warning("the database can't be checkpointed", error=str(error))
         finally:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import structlog
 
-from services.scheduling import Scheduler, Threads
+from services.scheduling import Scheduler, ThreadScheduler
 from services.store.errors import StoreError
 from services.store.records import LoadRecord
 
@@ -27,7 +27,7 @@ class DeferredWrites:
     """
 
     def __init__(self, scheduler: Scheduler | None = None, pause: float = PAUSE_SECONDS) -> None:
-        self._scheduler = scheduler or Threads()
+        self._scheduler = scheduler or ThreadScheduler()
         self._pause = pause
         self._changed = self._scheduler.condition()
         self._waiting: deque[Callable[[], object]] = deque(maxlen=MAX_WAITING)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
-from services.scheduling import Scheduler, Threads
+from services.scheduling import Scheduler, ThreadScheduler
 from services.store.records import Message
 
 log = structlog.get_logger(__name__)
@@ -25,7 +25,7 @@ class MessageSaver:
 
     def __init__(self, write: Callable[[Message], object], scheduler: Scheduler | None = None) -> None:
         self._write = write
-        self._scheduler = scheduler or Threads()
+        self._scheduler = scheduler or ThreadScheduler()
         self._changed = self._scheduler.condition()
         self._waiting: dict[str, Message] = {}
         self._closed = False

@@ -9,7 +9,7 @@ from typing import Literal
 
 from services.abort import Abort, Aborted
 from services.config import Strategy
-from services.scheduling import Condition, Scheduler, Threads
+from services.scheduling import Condition, Scheduler, ThreadScheduler
 from services.switching.events import SwitchView
 from services.switching.plan import Plan
 
@@ -132,7 +132,7 @@ class Job:
     """
 
     request: Request
-    scheduler: Scheduler = field(default_factory=Threads, repr=False)
+    scheduler: Scheduler = field(default_factory=ThreadScheduler, repr=False)
     chain: Chain = field(default_factory=Chain)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     plan: Plan | None = None

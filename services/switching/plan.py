@@ -15,7 +15,7 @@ from services.engines.port import HOST_DEVICE, Basis, Need, Rest
 from services.memory.ledger import Account
 from services.memory.programs import Program
 from services.sizes import format_size
-from services.text import listed
+from services.text import join_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ def refusal(plan: Plan) -> str:
 
 def other_programs(held_bytes: int, programs: Sequence[Program]) -> str:
     """Return a sentence about what other programs hold, with the names of the largest where they are known."""
-    names = listed([f"{p.name} ({p.place}, {format_size(p.bytes)})" for p in programs])
+    names = join_names([f"{p.name} ({p.place}, {format_size(p.bytes)})" for p in programs])
     return f"Other programs hold {format_size(held_bytes)}" + (f", the largest of them {names}." if names else ".")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from werkzeug.exceptions import HTTPException
 
-from blueprints.api.passing import Client, Passed, pass_on
+from blueprints.api.relaying import Client, RelayedResponse, relay_request
 from services.catalog import UnknownModel
 from services.gateway.relay import Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
@@ -39,10 +39,10 @@ class Asking(Client):
         self.watched = False
         self._act: Callable[[], None] | None = None
 
-    def left(self) -> bool:
+    def disconnected(self) -> bool:
         return self.gone
 
-    def on_leaving(self, act: Callable[[], None]) -> Callable[[], None]:
+    def on_disconnect(self, act: Callable[[], None]) -> Callable[[], None]:
         assert not self.watched
         self.watched, self._act = True, act
         if self.gone:  # a socket that was closed before says so as soon as the hub has its turn
@@ -75,13 +75,13 @@ class Asking(Client):
             self.outcome, self.ended_at = outcome, self._scheduler.now()
 
     def _ask(self, router: Router, relay: Relay) -> str:
-        self.admission = admission = router.admit(self.model, self.left)
+        self.admission = admission = router.admit(self.model, self.disconnected)
         wish = {"model": self.model, "number": self.number, "act": self.act, "seconds": self.seconds}
-        passed = pass_on(relay, admission, self, "POST", PATH, (), json.dumps(wish).encode())
+        passed = relay_request(relay, admission, self, "POST", PATH, (), json.dumps(wish).encode())
         self.status = passed.status
         return self._read(passed)
 
-    def _read(self, passed: Passed) -> str:
+    def _read(self, passed: RelayedResponse) -> str:
         """As gunicorn does: each piece is written to the client, which fails once that has left."""
         try:
             for piece in passed.body:

@@ -11,7 +11,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from blueprints import answer_stream
-from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, growing
+from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, incremental
 from services.chats import Conversation, Message, MessageNotFound
 from services.container import Services
 from services.store.records import new_id
@@ -23,7 +23,7 @@ PARAGRAPH = "Some **bold** words, and more of them, to make a paragraph.\n\n"
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every state that a test tells is looked at."""
-    monkeypatch.setattr(growing.Growing.__init__, "__defaults__", (0.0, 0.0))
+    monkeypatch.setattr(incremental.IncrementalHtml.__init__, "__defaults__", (0.0, 0.0))
 
 
 def answer(content: str, **changes: object) -> Message:
@@ -142,8 +142,8 @@ def test_a_reader_who_lags_has_no_more_formatted_than_anybody(app: Flask) -> Non
     told = Told([now])
     told.now = replace(now, content=PARAGRAPH * (2 * FORMAT_LIMIT // len(PARAGRAPH)))
     with app.test_request_context():
-        look = answer_stream.look_at(now, told)  # type: ignore[arg-type]
-    assert len("".join(look.finished) + look.rest) < 2 * FORMAT_LIMIT
+        look = answer_stream.answer_html(now, told)  # type: ignore[arg-type]
+    assert len("".join(look.finished) + look.tail) < 2 * FORMAT_LIMIT
 
 
 @pytest.fixture

@@ -599,8 +599,8 @@ def test_an_engine_that_is_never_waited_for_leaves_the_loop_to_others(
 ) -> None:
     """Pieces that are there already make no greenlet wait: an answer of 5 MB held everybody up for over a second."""
     taken: list[float] = []
-    monkeypatch.setattr("services.breaks.SLICE_SECONDS", 0.0)
-    monkeypatch.setattr("services.breaks.time", SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
+    monkeypatch.setattr("services.yielding.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("services.yielding.time", SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
     answer(chats, generator, conversation, "Hi", *["x"] * 100)
     assert len(taken) == 100
     assert min(taken) > 0

@@ -15,7 +15,7 @@ import pytest
 
 from services.engines.port import HOST_DEVICE
 from services.memory.devices import DeviceMonitor
-from services.offhub import off_hub
+from services.native_threads import run_in_thread
 from tests.support.console import wait_until
 from tests.support.stopwatch import Stopwatch
 
@@ -200,17 +200,17 @@ def test_readings_are_there_before_the_start() -> None:
     assert [r.id for r in DeviceMonitor(None, nvml=FakeNvml([])).readings] == [HOST_DEVICE]
 
 
-def test_off_hub_calls_directly_without_gevent() -> None:
+def test_run_in_thread_calls_directly_without_gevent() -> None:
     """In an unpatched process the call stays in its thread, and its errors come through."""
-    assert off_hub(threading.get_ident) == threading.get_ident()
+    assert run_in_thread(threading.get_ident) == threading.get_ident()
     with pytest.raises(ValueError, match="invalid literal"):
-        off_hub(int, "x")
+        run_in_thread(int, "x")
 
 
 ON_GEVENT = """
 from gevent import monkey; monkey.patch_all()
 import time, gevent
-from services.offhub import off_hub
+from services.native_threads import run_in_thread
 from tests.support.console import wait_until
 block = monkey.get_original("time", "sleep")
 ticks = []
@@ -219,16 +219,16 @@ def tick():
         ticks.append(1)
         gevent.sleep(0.001)
 gevent.spawn(tick)
-off_hub(block, 0.2)
+run_in_thread(block, 0.2)
 print(len(ticks))
 try:
-    off_hub(int, "x")
+    run_in_thread(int, "x")
 except ValueError as error:
     print(error)
 """
 
 
-def test_off_hub_lets_other_greenlets_run() -> None:
+def test_run_in_thread_lets_other_greenlets_run() -> None:
     """On gevent a call that blocks in C freezes nobody else, and its errors come through, with no traceback printed."""
     run = subprocess.run([sys.executable, "-c", ON_GEVENT], capture_output=True, text=True, timeout=30, check=True)
     ticks, error = run.stdout.splitlines()
@@ -364,10 +364,10 @@ def test_a_device_is_not_called_settled_while_nobody_can_read_it(hanging: Hangin
 HANGING_ON_GEVENT = """
 from gevent import monkey; monkey.patch_all()
 import gevent, sys, time
-from services import offhub
+from services import native_threads
 hang = monkey.get_original("threading", "Event")().wait
-offhub.CALL_SECONDS, offhub.THREADS = 0.3, 2
-shared = offhub.SharedCall(hang)
+native_threads.CALL_SECONDS, native_threads.THREADS = 0.3, 2
+shared = native_threads.SharedCall(hang)
 
 def outcome(call):
     try:
@@ -376,10 +376,10 @@ def outcome(call):
         return "TimeoutError"
 
 print({g.get() for g in [gevent.spawn(outcome, lambda: shared(0.2)) for _ in range(20)]})
-print({g.get() for g in [gevent.spawn(outcome, lambda: offhub.off_hub(hang)) for _ in range(20)]})
+print({g.get() for g in [gevent.spawn(outcome, lambda: native_threads.run_in_thread(hang)) for _ in range(20)]})
 print(gevent.get_hub().threadpool.apply(len, ("the hub has its own threads",)))
 print(len(gevent.get_hub().threadpool))
-print(offhub.compute_off_hub(len, "what only computes is not held up"))
+print(native_threads.compute_in_thread(len, "what only computes is not held up"))
 """
 
 

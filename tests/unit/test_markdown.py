@@ -12,11 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from blueprints.markdown import breaks as breaks_module
-from blueprints.markdown import growing as growing_module
+from blueprints.markdown import incremental as incremental_module
 from blueprints.markdown import render_markdown
-from blueprints.markdown.growing import Growing
-from blueprints.markdown.kept import Kept
+from blueprints.markdown import yielding as breaks_module
+from blueprints.markdown.html_cache import HtmlCache
+from blueprints.markdown.incremental import IncrementalHtml
 from blueprints.markdown.rendering import html_of
 
 PIECES = (
@@ -199,7 +199,7 @@ def test_each_block_has_the_direction_of_its_own_words() -> None:
 
 def test_what_was_rendered_is_kept_within_a_limit() -> None:
     """The limit counts texts and their HTML; what was asked for longest ago goes first."""
-    kept = Kept(limit=8)
+    kept = HtmlCache(limit=8)
     kept.put("a", "AAA")
     kept.put("b", "BBB")
     assert kept.get("a") == "AAA"
@@ -215,14 +215,14 @@ def test_what_was_rendered_is_kept_within_a_limit() -> None:
 @example([("a\r", True), ("\nb\r\n\r\nc", True), ("d", True)])
 def test_an_answer_that_grew_reads_as_if_it_had_come_at_once(pieces: list[tuple[str, bool]]) -> None:
     """Finished blocks never change, and with the rest they are the HTML of the whole, however the text arrived."""
-    growing, text, finished = Growing(pace=0, rest=0), "", ()
+    incremental, text, finished = IncrementalHtml(pace=0, rest=0), "", ()
     for piece, looked_at in pieces:
         text += piece
         if looked_at:
-            look = growing.look(lambda: text)  # noqa: B023
+            look = incremental.update(lambda: text)  # noqa: B023
             assert look.finished[: len(finished)] == finished
             finished = look.finished
-    assert growing.complete(text) in (None, html_of(text))
+    assert incremental.complete(text) in (None, html_of(text))
 
 
 @given(TEXTS)
@@ -241,13 +241,13 @@ def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> N
         rendered.append(text)
         return html_of(text, links)
 
-    monkeypatch.setattr(growing_module, "html_of", counted)
-    growing, text = Growing(pace=0, rest=0), ""
+    monkeypatch.setattr(incremental_module, "html_of", counted)
+    incremental, text = IncrementalHtml(pace=0, rest=0), ""
     for number in range(200):
         text += f"Paragraph {number} with **bold** words.\n\n"
         for _tab in range(4):
-            growing.look(lambda: text)  # noqa: B023
-    assert growing.complete(text) == html_of(text)
+            incremental.update(lambda: text)  # noqa: B023
+    assert incremental.complete(text) == html_of(text)
     assert sum(map(len, rendered)) < 3 * len(text)
 
 
@@ -266,8 +266,8 @@ def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_whoever_renders_a_long_text_lets_others_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is a chance to take a break at least every few hundred characters, in every kind of block."""
     taken: list[float] = []
-    monkeypatch.setattr("services.breaks.SLICE_SECONDS", 0.0)
-    monkeypatch.setattr("services.breaks.time", SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
+    monkeypatch.setattr("services.yielding.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("services.yielding.time", SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
     html_of(text)
     assert len(taken) > len(text) / 500
     assert min(taken) > 0
@@ -278,13 +278,13 @@ def test_one_long_text_at_a_time_is_rendered() -> None:
     entered = threading.Event()
 
     def render() -> None:
-        with breaks_module.breaks(breaks_module.LONG + 1):
+        with breaks_module.yielding(breaks_module.LONG + 1):
             entered.set()
 
     other = threading.Thread(target=render)
-    with breaks_module.breaks(breaks_module.LONG + 1):
+    with breaks_module.yielding(breaks_module.LONG + 1):
         other.start()
-        with breaks_module.breaks(1):
+        with breaks_module.yielding(1):
             assert not entered.is_set()
     other.join()
     assert entered.is_set()

@@ -8,7 +8,7 @@ from services.abort import Abort
 from services.downloads.fetcher import Report, Seen, Source
 from services.downloads.huggingface import files, names
 from services.downloads.huggingface.process import HubProcess
-from services.offhub import NativeThreads
+from services.native_threads import NativeThreadPool
 
 DISCARD_SECONDS = 30.0
 """How long removing an unfinished file may take: a disk takes a while for many gigabytes."""
@@ -22,7 +22,7 @@ class HuggingFaceFetcher:
     def __init__(self, models_dir: Path, process: HubProcess) -> None:
         self._models_dir = models_dir.absolute()
         self._process = process
-        self._disk = NativeThreads(1, DISCARD_SECONDS)
+        self._disk = NativeThreadPool(1, DISCARD_SECONDS)
 
     def check_name(self, name: str) -> str:
         return str(names.parse(name))

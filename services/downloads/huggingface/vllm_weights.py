@@ -22,7 +22,7 @@ from services.downloads.huggingface.process import HubProcess
 from services.downloads.progress import Figures
 from services.downloads.transfer import TransferObserver
 from services.engines.port import Evidence, LoadFailed, Model, Report
-from services.offhub import NativeThreads, SharedCall
+from services.native_threads import NativeThreadPool, SharedCall
 from services.sizes import format_part
 
 log = structlog.get_logger(__name__)
@@ -50,7 +50,7 @@ class VllmWeights:
         self._cache = hub_cache.absolute() / "hub"
         self._process = process
         self._disk = DiskCheck({"huggingface": lambda: self._cache}, margin_bytes=margin_bytes)
-        self._threads = NativeThreads(1, FETCH_LOOK_SECONDS)
+        self._threads = NativeThreadPool(1, FETCH_LOOK_SECONDS)
         self._looks: dict[HubName, SharedCall[tuple[int, ...]]] = {}
         self._shards: dict[HubName, tuple[int, ...]] = {}
 

@@ -49,7 +49,7 @@ from services.engines.port import (
     Report,
 )
 from services.engines.processes import GroupLeader, ProcessRegistry, Record
-from services.offhub import NativeThreads
+from services.native_threads import NativeThreadPool
 
 REPACKED_SHARE = 0.1
 """Share of repacked weights from which a file is read instead of mapped (see `_mapped`)."""
@@ -93,7 +93,7 @@ class LlamaCpp:
         gpu_bytes: GpuBytes = lambda _device, _pid: None,
     ) -> None:
         self._folder = folder
-        self._disk = NativeThreads(1, REMOVE_SECONDS)
+        self._disk = NativeThreadPool(1, REMOVE_SECONDS)
         self._context_length = context_length
         self._parallel = parallel
         self._gpu_bytes = gpu_bytes

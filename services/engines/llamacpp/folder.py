@@ -16,7 +16,7 @@ from types import MappingProxyType
 import structlog
 
 from services.engines.llamacpp.gguf import GGUFError, GGUFHeader, is_first_part, parts_here, read_header
-from services.offhub import SharedCall
+from services.native_threads import SharedCall
 
 log = structlog.get_logger(__name__)
 

@@ -24,7 +24,7 @@ from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Listing, OllamaWatch
 from services.engines.port import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
 from services.http import ConnectionRefused
-from services.offhub import off_hub
+from services.native_threads import run_in_thread
 
 OVERHEAD_BYTES = 64_000_000
 OVERHEAD_SHARE = 0.15
@@ -240,7 +240,7 @@ class Ollama:
             key = (shown.blob, context)
             if key not in self._estimates:
                 with suppress(TimeoutError):  # a slow disk: asked again next time
-                    self._estimates[key] = off_hub(_estimate_of_file, Path(shown.blob), context)
+                    self._estimates[key] = run_in_thread(_estimate_of_file, Path(shown.blob), context)
             if estimate := self._estimates.get(key):
                 return estimate
         return int((model.size_bytes or 0) * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES if model.size_bytes else 0

@@ -23,7 +23,7 @@ CALL_SECONDS = 30.0
 """Time limit of a call in the shared pool, including the wait for a thread."""
 
 
-class NativeThreads:
+class NativeThreadPool:
     """A pool of native threads for calls that may hang together: one disk, one network share.
 
     Calls that hang only use up the threads of their own pool.
@@ -51,18 +51,18 @@ class NativeThreads:
             return cast("_Result[R]", self._pool.apply(_result_of, (function, args, kwargs))).unwrap()
 
 
-_shared: NativeThreads | None = None
+_shared: NativeThreadPool | None = None
 
 
-def off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def run_in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call `function` in the shared pool, for calls that hang only if the whole machine does."""
     global _shared
     if _shared is None:
-        _shared = NativeThreads(THREADS, CALL_SECONDS)
+        _shared = NativeThreadPool(THREADS, CALL_SECONDS)
     return _shared(function, *args, **kwargs)
 
 
-def compute_off_hub(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def compute_in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call `function` in gevent's own pool.
 
     For pure computations, which can't hang and need not wait behind calls that do.

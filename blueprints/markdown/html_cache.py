@@ -1,15 +1,15 @@
-"""The HTML of texts that were rendered lately, so that a page which is opened again costs nothing."""
+"""Cache of rendered texts, so that opening a page again costs nothing."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-KEPT_CHARACTERS = 8_000_000
-"""Of the texts and their HTML together; what was not asked for longest goes first."""
+MAX_CHARACTERS = 8_000_000
+"""Limit of texts and HTML together; the least recently used entries are dropped."""
 
 
-class Kept:
-    """HTML by its text, at most `limit` characters of both together."""
+class HtmlCache:
+    """LRU cache of HTML by its text, at most `limit` characters of both together."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -33,4 +33,4 @@ class Kept:
             self._held -= len(oldest) + len(its_html)
 
 
-kept = Kept(KEPT_CHARACTERS)
+html_cache = HtmlCache(MAX_CHARACTERS)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 SLICE_SECONDS = 0.005
-BREAK_SECONDS = 0.0005
+YIELD_SECONDS = 0.0005
 """Not 0: gevent runs ready greenlets before it polls sockets, and a loop of `sleep(0)` delayed those by 0.5 s."""
 
 
-class Breaks:
+class Yielder:
     """Callable that yields to the event loop once SLICE_SECONDS have passed since the last yield.
 
     `spent` is the time already used when it is made.
@@ -25,5 +25,5 @@ class Breaks:
 
     def __call__(self) -> None:
         if self.spent >= SLICE_SECONDS:
-            time.sleep(BREAK_SECONDS)
+            time.sleep(YIELD_SECONDS)
             self._since = time.monotonic()

@@ -1,4 +1,4 @@
-"""One admitted request passed on to its engine, and the answer back, as plain WSGI values."""
+"""Relays one admitted request to its engine and returns the response as plain WSGI values."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _poll = get_original("select", "poll")
 NO_ROUTE = frozenset(
     {"not found", "file not found", "404 page not found", "method not allowed", "405 method not allowed"}
 )
-"""What engines say, in lower case, of an address that they don't serve: vLLM, llama.cpp, Ollama. A model or a response
-that they don't know is another matter, and told in other words."""
-LONGEST_REFUSAL = 4096
-"""Bytes of a 404's body that are looked at; what is longer is about more than the address."""
-LOOK_SECONDS = 0.5
-"""How often it is looked whether a client that sends nothing more is still there."""
+"""What vLLM, llama.cpp and Ollama say, in lower case, about a path they don't serve. They describe an unknown model or
+response in other words."""
+MAX_ERROR_BYTES = 4096
+"""Longest body of a 404 that is inspected; a longer one is about more than the path."""
+POLL_SECONDS = 0.5
+"""Interval at which a client that sends nothing more is checked."""
 GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 KEEP_ALIVE = (
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
@@ -40,8 +40,8 @@ KEEP_ALIVE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """An engine's answer: its status, the headers that may be passed on, and its body as it arrives."""
+class RelayedResponse:
+    """An engine's response: its status, the headers that may be forwarded, and its body as it arrives."""
 
     status: int
     fields: list[tuple[bytes, bytes]]
@@ -49,62 +49,64 @@ class Passed:
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """The same as text."""
+        """The headers as text."""
         return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.fields]
 
 
 class Client:
-    """Whoever asked. Notices that they closed the connection, which a server otherwise learns at its next write.
+    """The client of a request. Detects that it disconnected, which a server otherwise notices at its next write.
 
-    A client may close its sending side alone and wait for its answer, and nothing that comes from it tells it from one
-    that has left. What is sent to it does: the one reads it, the other's system answers with a reset. So it is sent an
-    interim answer (100), which every HTTP/1.1 client skips, as long as nothing of the real one has been sent.
+    A client may close only its sending side and wait for the response; reading its socket can't tell that from a full
+    close. Sending can: a client that still reads ignores it, the system of one that has gone answers with a reset. So a
+    half-closed client is sent interim responses (100), which every HTTP/1.1 client skips, until the real one begins.
     """
 
-    def __init__(self, connection: Any = None, *, may_ask: bool = False) -> None:
-        """`connection` is the client's, a socket of gevent's, None where there is none; `may_ask` says whether the
-        client understands interim answers."""
+    def __init__(self, connection: Any = None, *, may_probe: bool = False) -> None:
+        """Wrap `connection`, a gevent socket or None.
+
+        `may_probe` says whether the client understands interim responses.
+        """
         self._socket = connection
-        self._may_ask = may_ask
-        self._ask_at: float | None = None
-        """When it is sent the next interim answer; None before it has closed its sending side."""
+        self._may_probe = may_probe
+        self._probe_at: float | None = None
+        """Time of the next interim response; None until it has closed its sending side."""
         self._half_closed_at = 0.0
 
     @classmethod
     def of(cls, environ: Mapping[str, Any]) -> Client:
-        """The client of a request, by its WSGI environment."""
-        return cls(environ.get("gunicorn.socket"), may_ask=environ.get("SERVER_PROTOCOL") == "HTTP/1.1")
+        """Return the client of a request, given its WSGI environment."""
+        return cls(environ.get("gunicorn.socket"), may_probe=environ.get("SERVER_PROTOCOL") == "HTTP/1.1")
 
-    def left(self) -> bool:
-        """Whether they have gone. Doesn't wait, so that a callback of the hub may ask."""
+    def disconnected(self) -> bool:
+        """Return whether the client has disconnected. Never blocks, so that callbacks of gevent's hub may call it."""
         if self._socket is None:
             return False
         events = self._events()
         if events & select.POLLRDHUP and not events & GONE:
-            self._sound_out()
-            events = self._events()  # on this machine the reset is here at once
+            self._probe_half_closed()
+            events = self._events()  # a reset from this machine arrives at once
         return bool(events & GONE)
 
-    def answered(self) -> None:
-        """Something of the answer is sent from now on."""
-        self._may_ask = False
+    def response_started(self) -> None:
+        """Note that the response begins: no interim response may follow."""
+        self._may_probe = False
 
-    def on_leaving(self, act: Callable[[], None]) -> Callable[[], None]:
-        """Call `act` when they leave; returns what stops the watching."""
+    def on_disconnect(self, act: Callable[[], None]) -> Callable[[], None]:
+        """Call `act` when the client disconnects; return a function that stops watching."""
         if self._socket is None:
             return lambda: None
         loop = gevent.get_hub().loop
         watcher = loop.io(self._socket.fileno(), 1)
         timers: list[Any] = []
 
-        def look() -> None:
-            watcher.stop()  # their end, and bytes that they pipelined, would keep it firing
-            if self.left():
+        def check() -> None:
+            watcher.stop()  # the end of the stream, and pipelined bytes, would keep it firing
+            if self.disconnected():
                 stop_timers()
                 act()
             elif not timers:
-                timers.append(loop.timer(LOOK_SECONDS, LOOK_SECONDS))
-                timers[0].start(look)
+                timers.append(loop.timer(POLL_SECONDS, POLL_SECONDS))
+                timers[0].start(check)
 
         def stop_timers() -> None:
             for timer in timers:
@@ -117,28 +119,28 @@ class Client:
             watcher.stop()
             watcher.close()
 
-        watcher.start(look)
+        watcher.start(check)
         return stop
 
     def _events(self) -> int:
-        poll = _poll()  # gevent's own would switch greenlets, which a callback of the hub must not
+        poll = _poll()  # gevent's poll would switch greenlets, which a callback of its hub must not do
         poll.register(self._socket.fileno(), select.POLLIN | select.POLLRDHUP)
         return next((events for _, events in poll.poll(0)), 0)
 
-    def _sound_out(self) -> None:
-        """Send what makes the system of a client that has left answer with a reset; seldom, as time goes on."""
+    def _probe_half_closed(self) -> None:
+        """Send an interim response, ever less often. The system of a disconnected client answers with a reset."""
         now = time.monotonic()
-        if self._ask_at is None:
-            self._ask_at = self._half_closed_at = now
-            for option, value in KEEP_ALIVE:  # where nothing may be sent: it takes that system a minute to reset these
+        if self._probe_at is None:
+            self._probe_at = self._half_closed_at = now
+            for option, value in KEEP_ALIVE:  # detects it within a minute where no interim response may be sent
                 self._socket.setsockopt(*option, value)
-        if self._may_ask and now >= self._ask_at:
-            self._ask_at = now + max(LOOK_SECONDS, now - self._half_closed_at)
+        if self._may_probe and now >= self._probe_at:
+            self._probe_at = now + max(POLL_SECONDS, now - self._half_closed_at)
             with suppress(OSError):
                 self._socket._sock.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
 
 
-def pass_on(
+def relay_request(
     relay: Relay,
     admission: Admission,
     client: Client,
@@ -146,16 +148,16 @@ def pass_on(
     target: str,
     headers: Iterable[tuple[str, str]],
     body: bytes,
-) -> Passed:
-    """Send one request to the instance it was admitted to. The admission is given back with the body, or on failure.
+) -> RelayedResponse:
+    """Send one request to the instance it was admitted to. The admission is released with the body, or on failure.
 
-    From here on the client's leaving breaks the request off, wherever it is. Raises GatewayError, ClientGone, and
-    NotFound or MethodNotAllowed when the engine serves nothing at `target`.
+    A disconnect of the client cancels the request from here on. Raises GatewayError, ClientGone, and NotFound or
+    MethodNotAllowed if the engine serves nothing at `target`.
     """
     endpoint = admission.instance.endpoint
     assert endpoint is not None, "a running instance has an endpoint"
     hangup = Hangup()
-    stop_watching = client.on_leaving(hangup)
+    stop_watching = client.on_disconnect(hangup)
 
     def finish() -> None:
         stop_watching()
@@ -170,20 +172,21 @@ def pass_on(
         finish()
         raise
     streamed = "text/event-stream" in str(answer.get("content-type"))
-    heard = admission.instance.traffic.note_activity
-    heard()
-    relayed = Body(answer, client.answered, heard, finish, _stream_error if streamed else _cut_off)
-    return Passed(answer.status_code, answer_fields(answer), relayed)
+    note_activity = admission.instance.traffic.note_activity
+    note_activity()
+    error_tail = _stream_error if streamed else _cut_off
+    relayed = Body(answer, client.response_started, note_activity, finish, error_tail)
+    return RelayedResponse(answer.status_code, answer_fields(answer), relayed)
 
 
 def _check_served(answer: EngineResponse, model: str) -> None:
-    """An engine's own words for an address that it doesn't serve are as many as there are engines: they become ours."""
+    """Replace an engine's own response for an unknown path or method by ours, because each engine has another one."""
     try:
-        said = answer.peek(LONGEST_REFUSAL)
+        said = answer.peek(MAX_ERROR_BYTES)
     except BaseException:
         answer.close()
         raise
-    if len(said) == LONGEST_REFUSAL or not _names_no_route(said):
+    if len(said) == MAX_ERROR_BYTES or not _names_no_route(said):
         return
     if answer.status_code == 405:
         allowed = str(answer.get("allow") or "")
@@ -192,7 +195,7 @@ def _check_served(answer: EngineResponse, model: str) -> None:
 
 
 def _names_no_route(said: bytes) -> bool:
-    """Whether a 404 is about the address alone: in the usual words, or not even in OpenAI's shape."""
+    """Return whether a 404 is about the path: in the usual words, or not in OpenAI's error shape."""
     try:
         document = json.loads(said)
     except (ValueError, RecursionError):
@@ -204,7 +207,7 @@ def _names_no_route(said: bytes) -> bool:
 
 
 def _addressed(body: bytes, model: str) -> bytes:
-    """The request with the name that its engine knows the model by; as it is where it says that, or isn't JSON."""
+    """Return the body with the name that its engine knows the model by; unchanged if it has that name or isn't JSON."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
@@ -223,9 +226,9 @@ def _stream_error(reason: str) -> bytes:
 
 
 def _cut_off(reason: str) -> bytes:
-    """End the connection, as the engine did: an answer that is no stream has no place for an error.
+    """Reset the connection, because a response that is no stream can't report an error in its body.
 
-    As a reset, which gunicorn takes without a word. Any other error it logs with its traceback, also when it was the
-    client who left in the middle.
+    A ConnectionResetError, which gunicorn ignores. It logs any other error with a traceback, although it also occurs
+    when a client disconnects.
     """
     raise ConnectionResetError(errno.ECONNRESET, f"the engine's answer broke off: {reason}")
