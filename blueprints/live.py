@@ -94,6 +94,15 @@ class Banner:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """How every page shows a model's state: in words, by the mark and colour of a state (`drawn`), and in percent."""
+
+    word: str
+    drawn: ModelState
+    percent: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Live:
     """The status and its wording at one moment; `service` is the local Ollama's status."""
 
@@ -114,15 +123,23 @@ class Live:
         return self.status.model(self.status.active_model) if self.status.active_model else None
 
     @property
-    def loading(self) -> ModelStatus | None:
-        """The model being loaded, if any."""
-        return next((m for m in self.status.models if m.state == "loading"), None)
+    def subject(self) -> ModelStatus | None:
+        """The model that header, menu button and composer are about: the one being loaded, else the active one.
+
+        A load that is being cancelled counts until it is undone.
+        """
+        return next((m for m in self.status.models if m.state == "loading" or self._is_cancelled(m)), self.active)
+
+    def look(self, model: ModelStatus) -> Look:
+        """Return how a model's state is shown."""
+        leaving = self._is_cancelled(model) or model.drain_until is not None
+        return Look(self.word(model), "unloading" if leaving else model.state, None if leaving else self.percent(model))
 
     def word(self, model: ModelStatus) -> str:
         """Return the word for a model's state; empty for a model that is not loaded."""
+        if self._is_cancelled(model):
+            return "Cancelling"
         if model.state == "loading":
-            if self._is_cancelled(model):
-                return "Cancelling"
             percent = self.percent(model)
             return "Loading" if percent is None else f"Loading {percent} %"
         if model.drain_until is not None:
@@ -130,13 +147,16 @@ class Live:
         return _STATE_WORDS[model.state]
 
     @property
-    def moving_words(self) -> dict[str, str]:
-        """Words of the models whose words may change with time alone."""
-        return {model.id: self.word(model) for model in self.status.models if model.moving}
+    def moving_looks(self) -> dict[str, Look]:
+        """Looks of the models whose looks may change with time alone."""
+        return {model.id: self.look(model) for model in self.status.models if model.moving}
 
     def _is_cancelled(self, model: ModelStatus) -> bool:
+        """Whether its load was cancelled and is being undone; its engine may still be loading, or already unloading."""
         switch = self.status.switch
-        return switch is not None and switch.stage == "cancelling" and switch.to_model == model.id
+        if switch is None or switch.stage != "cancelling" or switch.to_model != model.id:
+            return False
+        return model.state in ("loading", "unloading")
 
     def _finishing(self, model: ModelStatus, of: str = "") -> str:
         """Say what an unload waits for: how many answers, and how long at most."""
@@ -155,8 +175,14 @@ class Live:
 
     @property
     def switch_percent(self) -> int | None:
-        """Progress of the switch under way; None without a forecast or count, when only the elapsed time is known."""
+        """Progress of the switch under way; None without a forecast or count, when only the elapsed time is known.
+
+        While previous models are restored it is the progress of the model being loaded, since the switch itself failed.
+        """
         switch = self.status.switch
+        if switch is not None and switch.stage == "rolling_back":
+            restored = self.status.model(switch.detail) if switch.detail is not None else None
+            return restored.load.percent if restored is not None and restored.load is not None else None
         if switch is None or (switch.eta_seconds is None and switch.basis != "measured"):
             return None
         return switch.percent
@@ -235,6 +261,11 @@ class Live:
     def restoring(self) -> bool:
         """Whether a switch failed, and the models it unloaded are being loaded again."""
         return self.status.switch is not None and self.status.switch.stage == "rolling_back"
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether a switch was cancelled and isn't over yet."""
+        return self.status.switch is not None and self.status.switch.stage == "cancelling"
 
     @property
     def headline(self) -> str | None:

@@ -20,7 +20,7 @@ def menu_pieces(live: Live) -> Sheet:
     return (
         sheet("chat")
         .draw("parts", live.moment, lambda: _parts(live))
-        .draw("menu", (live.status.models, live.status.switch, live.moving_words), lambda: _choices(live))
+        .draw("menu", (live.status.models, live.status.switch, live.moving_looks), lambda: _choices(live))
     )
 
 
@@ -36,9 +36,9 @@ def menu_lists(live: Live) -> Mapping[str, list[str]]:
 def _parts(live: Live) -> Iterator[Piece]:
     yield Piece("top-status", "fragments/top_status.html", {"live": live})
     yield Piece("banner", "fragments/banner.html", {"live": live})
-    shown = live.loading or live.active
-    words = {"word": live.word(shown), "percent": live.percent(shown)} if shown is not None else {}
-    yield Piece("model-button", "fragments/model_button.html", {"model": shown, **words})
+    shown = live.subject
+    look = live.look(shown) if shown is not None else None
+    yield Piece("model-button", "fragments/model_button.html", {"model": shown, "look": look})
 
 
 def _choices(live: Live) -> Iterator[Piece]:
@@ -46,7 +46,7 @@ def _choices(live: Live) -> Iterator[Piece]:
     for name, items in menu_lists(live).items():
         yield order(name, items)
     for model in live.status.models:
-        choice = {"model": model, "word": live.word(model), "percent": live.percent(model)}
+        choice = {"model": model, "look": live.look(model)}
         yield Piece(_item_id(model), "fragments/model_choice.html", choice, alone=False)
 
 

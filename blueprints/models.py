@@ -9,7 +9,7 @@ from flask import Blueprint, Response, render_template, url_for
 from htmx_flask import make_response, request
 
 from blueprints.filters import ago, dom_id, size
-from blueprints.live import Live
+from blueprints.live import Live, Look
 from blueprints.pages import done, live_now, local_path, see_other, show_notice, wait_briefly
 from blueprints.pieces import Piece, Sheet, news, order, sheet
 from blueprints.web import client_name, services
@@ -67,8 +67,7 @@ class Row:
     """
 
     model: ModelStatus
-    word: str
-    percent: int | None
+    look: Look
     used: str | None
     update: _Update | None
     cancels: str | None
@@ -112,7 +111,7 @@ def _pieces(live: Live) -> Sheet:
     updates = {model_id: _Update(name, live.download(name)) for model_id, name in sources.items()}
     offers = [_Offer(r, live.download(r.name)) for r in found.library.recommendations()]
     used = {model.id: ago(model.last_used, live.now) for model in live.status.models if model.last_used}
-    basis = (live.status.models, live.status.switch, live.moving_words, updates, used)
+    basis = (live.status.models, live.status.switch, live.moving_looks, updates, used)
     return (
         sheet("models")
         .draw("parts", (live.moment, offers), lambda: _parts(live, offers))
@@ -145,8 +144,7 @@ def _rows(live: Live, updates: dict[str, _Update], used: dict[str, str]) -> Iter
     for model in models:
         row = Row(
             model=model,
-            word=live.word(model),
-            percent=live.percent(model),
+            look=live.look(model),
             used=used.get(model.id),
             update=updates.get(model.id),
             cancels=switch.id if switch is not None and switch.to_model == model.id and not live.headline else None,

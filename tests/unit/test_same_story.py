@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pytest
 
 from blueprints.filters import dom_id
-from services.switching.events import LoadView, Loss
+from services.switching.events import InstanceState, LoadView, Loss, Unloading
 from tests.support.in_process import InProcess, in_process
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
@@ -54,8 +54,10 @@ def row(model: str) -> str:
     return f"row-{dom_id(model)}"
 
 
-def test_a_cancelled_switch(console: InProcess) -> None:
-    console.show(MINI, "loading", load=LoadView(43, "loading_weights"))
+@pytest.mark.parametrize("state", ["loading", "unloading"])
+def test_a_cancelled_switch(console: InProcess, state: InstanceState) -> None:
+    """It has one name and one mark from the click until the load is undone, whatever its engine is at."""
+    console.show(MINI, state, load=LoadView(43, "loading_weights"))
     console.show_switch(MINI, stage="cancelling", percent=43)
     chat, models = Told(console, "/chats/new"), Told(console, "/models")
     for page in (chat, models):
@@ -66,18 +68,25 @@ def test_a_cancelled_switch(console: InProcess) -> None:
     assert chat["model-button"].endswith("Cancelling")
     assert f"Cancelling the switch to {MINI}" in chat["messages"]
     assert "Cancelling" in models[row(MINI)]
-    assert "Loading" not in models[row(MINI)]
+    assert not re.search("Loading|Unloading", models[row(MINI)])
+    for page in (chat.page, models.page):
+        marks = set(re.findall(r'<svg class="mark ([a-z]+)"', page))
+        assert marks - {"stopped"} == {"unloading"}, "header, banner, menu and row agree"
     assert not re.search(r">\s*Cancel\s*<", models.page), "there is nothing left to cancel"
 
 
 def test_a_rollback(console: InProcess) -> None:
     console.show(SMALL, "loading", load=LoadView(43, "loading_weights"))
-    console.show_switch(MINI, stage="rolling_back", detail=SMALL)
+    unloads = (Unloading(SMALL, f"to make room for {MINI}"),)
+    console.show_switch(MINI, stage="rolling_back", detail=SMALL, percent=90, basis="measured", unloads=unloads)
     for path in ("/chats/new", "/models"):
         page = Told(console, path)
         assert page["banner"].startswith("Restoring previous models")
         assert f"Loading {SMALL}" in page["banner"]
         assert page["top-status"].startswith("Restoring previous models")
+        assert "43 %" in page["banner"], "of the model that is loaded again, as its row says"
+        assert "90 %" not in page.page
+        assert f"{SMALL} was unloaded for it" in page["banner"]
     assert Told(console, "/chats/new")["composer-note"] == "Restoring previous models"
 
 
