@@ -9,12 +9,15 @@ monkey.patch_all()
 
 import os  # noqa: E402
 import signal  # noqa: E402
+import socket  # noqa: E402
 import sys  # noqa: E402
 from contextlib import closing  # noqa: E402
 
 import gevent  # noqa: E402
 from gevent.event import Event  # noqa: E402
+from gevent.server import StreamServer  # noqa: E402
 
+from services.abort import Abort, Aborted  # noqa: E402
 from services.engines.containers.docker_runtime import DockerRuntime  # noqa: E402
 from services.engines.containers.port import ContainerSpec, RuntimeHangs, Stream  # noqa: E402
 from tests.support.stopwatch import Stopwatch  # noqa: E402
@@ -38,14 +41,7 @@ def main(host: str, image: str, daemon: int) -> None:
     assert runtime.wait(container_id, 0.1) is None
     output.close()
     reader.get(timeout=TIMEOUT)
-    events = runtime.events({})
-    listener = gevent.spawn(next, events)
     runtime.stop(container_id, 5)
-    assert listener.get(timeout=TIMEOUT).kind == "die"
-    listener = gevent.spawn(list, events)
-    gevent.sleep(0)  # it reads
-    events.close()
-    assert listener.get(timeout=TIMEOUT) == []
     os.kill(daemon, signal.SIGSTOP)
     try:
         with closing(DockerRuntime(host, timeout=0.5)) as hasty:
@@ -58,7 +54,34 @@ def main(host: str, image: str, daemon: int) -> None:
         os.kill(daemon, signal.SIGCONT)
     runtime.remove(container_id)
     runtime.close()
+    cancel_a_pull()
     assert max(pauses) < LONGEST_PAUSE, f"the loop stood still for {max(pauses):.2f} s"
+
+
+def cancel_a_pull() -> None:
+    """From a Docker that has begun to answer and says nothing more: its connection is closed, and nobody reads on."""
+    closed, abort = Event(), Abort()
+
+    def answer(link: socket.socket, _address: object) -> None:
+        if link.recv(10_000).startswith(b"GET /version"):
+            body = b'{"ApiVersion": "1.41"}'
+            link.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            return
+        line = b'{"id": "layer", "status": "Waiting"}\r\n'
+        link.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(line), line))
+        if link.recv(1) == b"":
+            closed.set()
+
+    with closing(StreamServer(("127.0.0.1", 0), answer)) as server:
+        server.start()
+        runtime = DockerRuntime(f"tcp://127.0.0.1:{server.server_port}", timeout=TIMEOUT)
+        try:
+            runtime.pull("image", lambda *_: abort(), abort)
+        except Aborted:
+            assert closed.wait(TIMEOUT), "the connection to Docker is still open"
+        else:
+            raise AssertionError("a pull that was cancelled went well")
+        runtime.close()
 
 
 def read(output: Stream[bytes], ready: Event) -> None:

@@ -100,6 +100,7 @@ def launch(runtime: StubRuntime, exits: list[Exit]) -> VllmInstance:
         settle=lambda _device: runtime._step("settle"),
         on_end=lambda _container: None,
         kept_asleep={},
+        shard_bytes=lambda _model: (),
     )
     return VllmInstance(host, Model("m", "vllm", "m", options=nothing), spec, "GPU-1", exits.append)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import requests
 import urllib3
+from docker.errors import APIError, DockerException  # type: ignore[import-untyped]
 
 from services.engines.containers.port import (
     Container,
@@ -23,21 +24,25 @@ from services.engines.containers.port import (
     RuntimeMissing,
 )
 
-FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
-"""What the SDK and the libraries below it raise when a question to Docker fails."""
+FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, DockerException, KeyError, TypeError)
+"""What the SDK and the libraries below it raise when a call fails; the last two for an answer that is not Docker's."""
 
 
-def explain(error: Exception, deed: str, host: str, seconds: float) -> ContainerError:
-    """A failed question as one of the port's errors.
+def explain(error: Exception, action: str, host: str, seconds: float) -> ContainerError:
+    """Turn the error of a call into one of the port's.
 
-    `deed` is what Docker was asked to do ("start the container x"), `seconds` how long it had for the answer.
+    `action` is what Docker was asked to do ("start the container x"), `seconds` its time limit.
     """
-    if isinstance(error, requests.HTTPError):
-        return _explain_refusal(error, deed)
+    if isinstance(error, APIError):
+        return _explain_refusal(error, action)
+    if isinstance(error, DockerException):
+        return ContainerError(f"Docker could not {action}: {error}.")
+    if isinstance(error, (KeyError, TypeError)):
+        return ContainerError(f"Docker could not {action}: what answers at {host} can't be understood. Is it Docker?")
     causes = list(_causes(error))
     if is_timeout(error):
         return RuntimeHangs(
-            f"Docker did not {deed} within {seconds:.0f} s: its daemon may be stuck. See whether `docker info` "
+            f"Docker did not {action} within {seconds:.0f} s: its daemon may be stuck. See whether `docker info` "
             "answers; restart it if it doesn't (sudo systemctl restart docker)."
         )
     if any(isinstance(cause, PermissionError) for cause in causes):
@@ -64,19 +69,9 @@ def is_timeout(error: Exception) -> bool:
     return any(isinstance(cause, late) for cause in causes)
 
 
-def status_of(error: requests.HTTPError) -> int:
-    return 0 if error.response is None else error.response.status_code
-
-
-def words_of(error: requests.HTTPError) -> str:
+def words_of(error: APIError) -> str:
     """What Docker says in an error answer: `{"message": …}` (API 1.41)."""
-    response = error.response
-    if response is None:
-        return str(error)
-    try:
-        return str(response.json()["message"]).strip()
-    except (ValueError, KeyError, TypeError):
-        return response.text.strip() or f"HTTP {response.status_code}"
+    return str(error.explanation or "").strip() or f"HTTP status {error.status_code}"
 
 
 def image_missing(image: str) -> ImageMissing:
@@ -106,16 +101,16 @@ def lost(host: str) -> RuntimeDown:
     )
 
 
-def _explain_refusal(error: requests.HTTPError, deed: str) -> ContainerError:
+def _explain_refusal(error: APIError, action: str) -> ContainerError:
     words = words_of(error)
-    if status_of(error) == 404 and "no such container" in words.lower():
-        return ContainerGone(f"Docker could not {deed}: it was removed by somebody else. Load the model again.")
+    if error.status_code == 404 and "no such container" in words.lower():
+        return ContainerGone(f"Docker could not {action}: it was removed by somebody else. Load the model again.")
     if "could not select device driver" in words:
         return NoGpuRuntime(
             "Docker can't give GPUs to containers: NVIDIA's container runtime is missing. Install the package "
             "nvidia-container-toolkit, run sudo nvidia-ctk runtime configure --runtime=docker, and restart Docker."
         )
-    return ContainerError(f"Docker could not {deed}: {words.rstrip('.')}. Docker's own log may say more.")
+    return ContainerError(f"Docker could not {action}: {words.rstrip('.')}. Docker's own log may say more.")
 
 
 def _causes(error: object) -> Iterator[BaseException]:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import requests
+from docker.errors import APIError  # type: ignore[import-untyped]
 
 from services.abort import Abort, Aborted
 from services.engines.containers.docker_errors import FAILURES, words_of
-from services.engines.containers.docker_streams import LiveStream
+from services.engines.containers.docker_stream import DockerStream
 from services.engines.containers.port import ContainerError, ImageMissing, PullReport
 
 ARRIVED = ("Verifying Checksum", "Download complete", "Extracting", "Pull complete", "Already exists")
@@ -67,14 +67,14 @@ class Pull:
     """
 
     def __init__(
-        self, image: str, ask: Callable[[], LiveStream[Line]], explain: Callable[[Exception], ContainerError]
+        self, image: str, ask: Callable[[], DockerStream[Line]], explain: Callable[[Exception], ContainerError]
     ) -> None:
         self._image = image
         self._ask = ask
         self._explain = explain
         self._heard: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._lines: LiveStream[Line] | None = None
+        self._lines: DockerStream[Line] | None = None
         self._over = False
 
     def run(self, report: PullReport, abort: Abort) -> None:
@@ -104,7 +104,7 @@ class Pull:
             for line in lines:
                 self._heard.put(line)
             self._heard.put(None)
-        except requests.HTTPError as error:
+        except APIError as error:
             self._heard.put(refused(self._image, words_of(error)))
         except FAILURES as error:
             self._heard.put(self._explain(error))

@@ -21,7 +21,6 @@ SPEC_LABEL = "switchyard.spec"
 HASH_LENGTH = 16
 
 State = Literal["created", "running", "paused", "restarting", "removing", "exited", "dead"]
-Happening = Literal["start", "die", "oom", "destroy"]
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -98,18 +97,6 @@ class Container:
     @property
     def spec_hash(self) -> str | None:
         return self.labels.get(SPEC_LABEL)
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerEvent:
-    """Something happened to a container. `exit_code` comes with `die` alone; `at` is seconds since the epoch."""
-
-    kind: Happening
-    id: str
-    name: str
-    labels: Mapping[str, str]
-    at: float
-    exit_code: int | None = None
 
 
 RuntimeProblem = Literal["not_running", "not_installed", "forbidden", "unresponsive", "unusable"]
@@ -218,9 +205,9 @@ class ContainerRuntime(Protocol):
         """Run it. Raises NoGpuRuntime; a container that could not start still exists."""
 
     def attach(self, container_id: str) -> Stream[bytes]:
-        """What it writes from now on, both its streams in one, in pieces as they come: not in lines.
+        """Stream what a container that doesn't run yet will write, stdout and stderr in one, in pieces as they come.
 
-        Attach before `start` to miss nothing. Ends when the container ends and when the runtime goes away.
+        Ends when the container ends and when the runtime goes away.
         """
 
     def logs_tail(self, container_id: str, lines: int) -> str:
@@ -249,12 +236,6 @@ class ContainerRuntime(Protocol):
 
     def pids(self, container_id: str) -> tuple[int, ...]:
         """Every process in it, as the runtime's host counts; none when it doesn't run."""
-
-    def events(self, labels: Mapping[str, str]) -> Stream[ContainerEvent]:
-        """What happens from now on to Switchyard's containers that bear these labels.
-
-        Ends when it is closed; `next` raises RuntimeDown when the runtime goes away.
-        """
 
     def image_present(self, image: str) -> bool: ...
 

@@ -1,17 +1,21 @@
-"""All that needs docker-py itself. Imported at the first call to Docker: it takes 2 MB that few need."""
+"""docker-py's client with what it lacks: a limit on every wait, and an end to a stream from another thread.
+
+docker-py asks for pulls without any time limit, and to end its streams it closes a socket that another greenlet may be
+reading, which gevent does not allow. Both are put right at one place, `requests.Session.send`, through which all of
+docker-py's calls go. Everything else is docker-py's own.
+"""
 
 from __future__ import annotations
 
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
-from docker import auth  # type: ignore[import-untyped]
+import requests
 from docker.api.client import APIClient  # type: ignore[import-untyped]
-from docker.errors import DockerException, InvalidVersion  # type: ignore[import-untyped]
+from docker.errors import InvalidVersion  # type: ignore[import-untyped]
 from docker.transport.unixconn import UnixHTTPConnection  # type: ignore[import-untyped]
 from docker.types import DeviceRequest, LogConfig, Mount  # type: ignore[import-untyped]
-from docker.utils import parse_repository_tag  # type: ignore[import-untyped]
 
 from services.engines.containers.port import ContainerError, ContainerSpec
 from services.engines.out_of_memory import engine_score
@@ -24,11 +28,44 @@ LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}
 """Docker keeps logs without end unless told otherwise."""
 
 
-def connect(host: str, timeout: float) -> Any:
-    """A client that speaks the daemon's version and goes through no proxy; each question may take `timeout` seconds.
+class Client(APIClient):  # type: ignore[misc]
+    """Each connection, each answer's header and each silence within a body may take `timeout` seconds. Uses no proxy.
 
-    The client would find the version itself, but before it could be told to leave proxies alone. Raises ContainerError,
-    and what requests does.
+    A client that streams an answer is used for nothing else, so that `cancel` knows what to end.
+    """
+
+    def __init__(self, host: str, timeout: float, version: str) -> None:
+        super().__init__(base_url=host, timeout=timeout, version=version)
+        self.trust_env = False
+        self._streamed: requests.Response | None = None
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """As requests' own, for every call of docker-py."""
+        if options.get("timeout") is None:
+            options["timeout"] = self.timeout
+        response: requests.Response = super().send(request, **options)
+        if options.get("stream"):
+            self._streamed = response
+        return response
+
+    def cancel(self) -> None:
+        """End the answer that is being streamed: whoever reads it finds its end. Safe from any thread."""
+        if self._streamed is not None:
+            with suppress(OSError, RuntimeError, ValueError):  # the other side was faster, or all of it was read
+                self._streamed.raw.shutdown()
+
+    def close(self) -> None:
+        """Close every connection; nobody may be reading."""
+        if self._streamed is not None:
+            self._streamed.close()
+        super().close()
+
+
+def connect(host: str, timeout: float) -> Client:
+    """Make a client that speaks the daemon's version of the API.
+
+    docker-py would find the version itself, but before it could be told to use no proxy. Raises ContainerError, and
+    what docker-py does.
     """
     if not host.startswith(SCHEMES):
         raise ContainerError(
@@ -36,9 +73,9 @@ def connect(host: str, timeout: float) -> Any:
             f"{' or '.join(SCHEMES)}."
         )
     try:
-        with closing(_client(host, timeout, FIRST_VERSION)) as first:
+        with closing(Client(host, timeout, FIRST_VERSION)) as first:
             version = str(first.version(api_version=False)["ApiVersion"])
-        return _client(host, timeout, version)
+        return Client(host, timeout, version)
     except InvalidVersion as error:
         raise ContainerError(f"Docker at {host} is too old for Switchyard: {error} Update Docker Engine.") from None
     except (KeyError, TypeError):
@@ -60,8 +97,8 @@ def _connect_or_close(connection: Any) -> None:
 UnixHTTPConnection.connect = _connect_or_close
 
 
-def creation(client: Any, spec: ContainerSpec) -> dict[str, Any]:
-    """A spec as the client's `create_container` takes it."""
+def creation(client: Client, spec: ContainerSpec) -> dict[str, Any]:
+    """The arguments of `create_container` for a spec."""
     options: dict[str, Any] = {
         "init": True,
         "restart_policy": {"Name": "no"},  # a policy would repeat a failing load without a word
@@ -89,26 +126,3 @@ def creation(client: Any, spec: ContainerSpec) -> dict[str, Any]:
         "host_config": client.create_host_config(**options),
         "use_config_proxy": False,  # its environment is the spec's, whoever runs Switchyard
     }
-
-
-def pull_request(client: Any, image: str) -> dict[str, dict[str, str]]:
-    """What `POST /images/create` takes to pull an image: its name, and the login that `docker login` has kept.
-
-    Raises ContainerError for a name that can't be one, and when the login can't be read.
-    """
-    try:
-        repository, tag = parse_repository_tag(image)
-        registry, _ = auth.resolve_repository_name(repository)
-        login = auth.get_config_header(client, registry)
-    except DockerException as error:
-        raise ContainerError(f"The image {image} can't be pulled: {error}. Check its name and docker login.") from None
-    return {
-        "params": {"fromImage": repository, "tag": tag or "latest"},
-        "headers": {"X-Registry-Auth": login.decode()} if login else {},
-    }
-
-
-def _client(host: str, timeout: float, version: str) -> Any:
-    client = APIClient(base_url=host, timeout=timeout, version=version)
-    client.trust_env = False
-    return client
