@@ -1,9 +1,9 @@
-// Times that are told as ages grow older by themselves, in the words of `ago` in blueprints/filters.py.
+// Updates relative times ("5 min ago") in place, with the wording of `ago` in blueprints/filters.py.
 "use strict";
 (() => {
   const UNITS = [[86400, "day"], [3600, "h"], [60, "min"], [1, "s"]];
-  const WEEK = 7 * 86400; // older ones are told as dates
-  const ahead = Date.now() / 1000 - document.documentElement.dataset.now; // this clock, of the server's
+  const WEEK = 7 * 86400; // older times are shown as dates
+  const ahead = Date.now() / 1000 - document.documentElement.dataset.now; // how far this clock is ahead of the server's
 
   const words = (past) => {
     if (past < 10) return "just now";

@@ -1,4 +1,5 @@
-// The focus is never lost to the page: where what had it is gone, hidden or out of use, what is nearest to it gets it.
+// Keeps the focus from falling back to <body>: when the focused element is removed, hidden or disabled, the nearest
+// usable control gets the focus.
 "use strict";
 (() => {
   const CONTROLS = "a[href], button, input:not([type=hidden]), select, textarea, summary, [tabindex='0']";
@@ -6,7 +7,7 @@
   const usable = (it) => Boolean(it?.isConnected && it.checkVisibility() && !it.matches(":disabled"));
   const control = (part) => part && [...part.querySelectorAll(CONTROLS)].find(usable);
 
-  // What has the focus and what that is in, from the inside out, each with its neighbours: a row may go as a whole.
+  // The focused element and its ancestors, innermost first, each with its siblings: a whole row may be removed.
   let trail = [];
   const trailOf = (it) => {
     const steps = [];
@@ -17,7 +18,7 @@
   };
   const isIn = (steps, dialog) => steps.some(({ at }) => at === dialog);
   const remember = (it) => {
-    const dialog = it.closest("dialog"); // behind what is in one is what opened it
+    const dialog = it.closest("dialog"); // inside a dialog, the trail goes on with the element that opened it
     const opener = !dialog ? [] : isIn(trail, dialog) ? trail.slice(trail.findIndex(({ at }) => at === dialog) + 1) : trail;
     const steps = trailOf(it);
     trail = dialog ? [...steps.slice(0, steps.findIndex(({ at }) => at === dialog) + 1), ...opener] : steps;
@@ -49,7 +50,7 @@
   };
 
   document.addEventListener("focusin", ({ target }) => remember(target));
-  document.addEventListener("pointerdown", () => { trail = []; }); // who points at nothing wants it nowhere
+  document.addEventListener("pointerdown", () => { trail = []; }); // a click on nothing focusable clears the focus
   new MutationObserver(keep).observe(document.body, {
     childList: true, subtree: true, attributes: true, attributeFilter: ["disabled", "hidden", "open"],
   });

@@ -1,12 +1,12 @@
-// Rows of lists come one by one. Which there are, and in what order, stands in an element of its own (order.html). A row
-// never moves while somebody points at one of them, or has the focus there: it takes its place when they have left.
+// Lists are updated row by row. A separate element (order.html) holds the ids of their rows, in order. Rows are not moved
+// while the pointer or the focus is in the list, but after it has left.
 "use strict";
 (() => {
   const orders = () => [...document.querySelectorAll("[data-order]")];
   const rowsOf = (order) => order.dataset.order.split(" ").filter(Boolean);
   const listOf = (order) => document.getElementById(order.dataset.rows);
 
-  // A row that is new is put by htmx into the empty one that is made for it here.
+  // Creates an empty row for each new id; htmx then swaps the row's HTML into it.
   document.addEventListener("htmx:oobAfterSwap", ({ target }) => {
     if (!target.matches("[data-order]")) return;
     const list = listOf(target);

@@ -1,29 +1,29 @@
-// What the pages do beyond htmx. Everything here is a comfort: each page works without it.
+// Behaviour of the pages beyond htmx. Progressive enhancement: every page works without it.
 "use strict";
 (() => {
   const $ = (selector) => document.querySelector(selector);
   const on = (type, handler) => document.addEventListener(type, handler);
   const within = (event, selector) => event.target instanceof Element && event.target.closest(selector);
 
-  // A look that arrives must not undo what somebody is doing: typed text and unfolded details stay as they are, and so
-  // does what says that a request is under way.
+  // A poll's response must not undo what somebody is doing: typed text and open details are preserved, and so is the
+  // class that marks a request under way.
   Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) =>
     !(name === "value" && node.matches("textarea, input:not([type=hidden])")) &&
     !(name === "open" && node.matches("details, dialog")) &&
     !(name === "class" && node.matches(".htmx-request"));
-  // What was brought here since the page was opened (an answer that streams in) is newer than the look.
+  // An answer that streams in is newer than the poll's response.
   Idiomorph.defaults.callbacks.beforeNodeMorphed = (old, now) => !(old.matches?.("[data-keep]") && old.id === now.id);
 
-  // idiomorph 0.8.0 takes each swap that is not its own for one that replaces the element: what "beforeend" brought out
-  // of band came in its frame, and as often as there were such frames by then.
+  // idiomorph 0.8.0 treats every swap that is not its own as one that replaces the element: out-of-band "beforeend" swaps
+  // then inserted the wrapping element too, and were repeated for each of these.
   htmx.defineExtension("morph", {
     isInlineSwap: (style) => style === "morph" || style === "morph:outerHTML",
     handleSwap: (style, target, { children }) => /^morph(:|$)/.test(style) &&
       Idiomorph.morph(target, children, { morphStyle: style === "morph:innerHTML" ? "innerHTML" : "outerHTML" }),
   });
 
-  // A browser has six connections to a host for all of its tabs: a hidden one gives up the one of its stream, and takes
-  // it up again, where the answer then stands, when it is shown. To htmx it is an EventSource.
+  // EventSource for htmx that closes its connection while the tab is hidden and reopens it when shown. A browser has six
+  // connections to a host for all of its tabs: the seventh tab with a stream hung.
   class TabStream extends EventTarget {
     #url; #source = null; #types = new Set(); #ended = false;
     constructor(url) {
@@ -53,7 +53,7 @@
         this.#source = new EventSource(this.#url);
         this.#source.onopen = (event) => this.onopen?.(event);
         this.#source.onerror = (event) => {
-          if (event.target.readyState === EventSource.CLOSED) this.close(); // for good: htmx makes another
+          if (event.target.readyState === EventSource.CLOSED) this.close(); // htmx creates a new one
           this.onerror?.(event);
         };
         for (const type of this.#types) this.#source.addEventListener(type, this.#pass);
@@ -62,39 +62,39 @@
   }
   htmx.createEventSource = (url) => new TabStream(url);
 
-  // A form that a look has turned into another posts to where it leads now; htmx notices a moment later.
+  // A form that a poll has morphed posts to its new address; htmx itself notices the new attribute only later.
   on("htmx:configRequest", ({ detail }) => { detail.path = detail.elt.getAttribute("hx-post") ?? detail.path; });
 
-  // Looking again: not in a hidden tab, at once in one that is shown again.
-  const look = () => $("#poll") && htmx.trigger("#poll", "refresh");
-  // Asked for while a look is under way, another follows it: that one may have set out before the change.
-  let looking = false;
+  // Polling: not in a hidden tab, at once in one that is shown again.
+  const poll = () => $("#poll") && htmx.trigger("#poll", "refresh");
+  // A refresh requested during a poll is done after it, because that poll may have begun before the change.
+  let polling = false;
   let again = false;
   on("htmx:beforeRequest", (event) => {
     if (event.detail.elt.id !== "poll") return;
     if (document.hidden) event.preventDefault();
-    else looking = true;
+    else polling = true;
   });
-  const looked = ({ detail }) => {
+  const polled = ({ detail }) => {
     if (detail.elt.id !== "poll") return;
-    looking = false;
-    if (again) { again = false; look(); }
+    polling = false;
+    if (again) { again = false; poll(); }
   };
-  on("htmx:afterProcessNode", looked); // its answer brought a new one, which listens from here on
-  on("htmx:afterRequest", looked); // it brought none: a replaced one is told of this in vain
-  for (const type of ["refresh", "htmx:sseClose"]) { // captured: before htmx sets out for it
-    document.addEventListener(type, () => { again = looking; }, true);
+  on("htmx:afterProcessNode", polled); // the response contained a new #poll, which is active from here on
+  on("htmx:afterRequest", polled); // it contained none; this event does not reach a replaced element
+  for (const type of ["refresh", "htmx:sseClose"]) { // in the capture phase: before htmx sends the request
+    document.addEventListener(type, () => { again = polling; }, true);
   }
-  on("visibilitychange", () => document.hidden || look());
+  on("visibilitychange", () => document.hidden || poll());
 
-  // What was done here is seen at once in the other tabs.
+  // Other tabs show a change made here at once.
   const tabs = new BroadcastChannel("switchyard");
-  tabs.onmessage = look;
+  tabs.onmessage = poll;
   on("htmx:afterRequest", ({ detail }) => {
-    if (detail.requestConfig?.verb === "post") tabs.postMessage("look");
+    if (detail.requestConfig?.verb === "post") tabs.postMessage("poll");
   });
 
-  // What stands between here and Switchyard may answer in its place. Its page, or nothing at all, is not shown as ours.
+  // A proxy may answer in Switchyard's place. Its error page is not shown as ours.
   const foreign = (xhr) => xhr.status >= 400 && !xhr.getResponseHeader("Switchyard-Error");
   const instead = ({ status }) =>
     !status ? "Switchyard could not be reached."
@@ -109,11 +109,11 @@
     strip.append(`That was not done. ${instead(detail.xhr)} Try again.`);
   });
 
-  // A server that is gone is said once, and taken back by the next answer.
+  // An unreachable server is reported once, until the next response.
   on("htmx:sendError", () => { $("#offline").hidden = false; });
   on("htmx:afterOnLoad", ({ detail }) => { $("#offline").hidden = !foreign(detail.xhr); });
 
-  // State changes are read out from a region that is never swapped, each line when it comes up.
+  // Screen readers read state changes from a live region that is never swapped, each line when it first appears.
   const lines = () => $("#poll")?.dataset.announce.split("\n") ?? [];
   let said = lines();
   on("htmx:afterRequest", () => {
@@ -123,12 +123,12 @@
     said = now;
   });
 
-  // What was said about the last thing done goes when the next one is begun.
+  // The notice about the last action disappears when the next one begins.
   on("htmx:beforeRequest", ({ detail }) => {
     if (detail.requestConfig.verb === "post") $("#notice").replaceChildren();
   });
 
-  // Menus and dialogs close when what was chosen in them is under way.
+  // Menus and dialogs close once the request of the chosen action was sent.
   on("htmx:afterRequest", ({ detail }) => {
     if (detail.requestConfig?.verb !== "post") return;
     detail.elt.closest("[popover]")?.hidePopover();
@@ -139,13 +139,13 @@
   });
 
   // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads, refusals, and a
-  // conversation that was deleted elsewhere: only what is known to have arrived is taken out of it.
+  // conversation deleted in another tab: only text that is known to be stored is removed from it.
   const text = $("#text");
   const form = text?.form;
   const unsent = $("#composer-error");
   const draft = `draft ${form?.dataset.draft}`;
   const remember = () => text.value ? sessionStorage.setItem(draft, text.value) : sessionStorage.removeItem(draft);
-  let sending = {}; // the text last sent, its id, and whether it has arrived
+  let sending = {}; // the text last sent, its id, and whether it was stored
   if (text) {
     text.value ||= sessionStorage.getItem(draft) ?? "";
     text.addEventListener("input", remember);
@@ -157,7 +157,7 @@
     });
     form.addEventListener("htmx:configRequest", ({ detail }) => {
       unsent.replaceChildren();
-      // The same text has the same id, so that it is sent once though the first answer was lost.
+      // The same text keeps its id, so that the server stores it once even if the first response was lost.
       const id = sending.text === text.value && !sending.arrived ? sending.id : detail.parameters.id;
       sending = { text: text.value, id, arrived: false };
       detail.parameters.id = id;
@@ -180,7 +180,7 @@
     if (event.key === "Escape" && !$(":popover-open, dialog[open]")) $("#stop")?.click();
   });
 
-  // The newest message stays in view, unless somebody has scrolled up to read.
+  // The newest message stays in view, unless the reader has scrolled up.
   const messages = $("#messages");
   let stay = true;
   if (messages) {
@@ -191,7 +191,7 @@
     new MutationObserver(follow).observe(messages, { childList: true, subtree: true, characterData: true });
     new ResizeObserver(follow).observe(messages);
     follow();
-    // Earlier messages come in above what is being read, which stays where it is.
+    // Earlier messages are inserted above; what is being read keeps its position.
     let fromEnd = null;
     on("htmx:beforeSwap", ({ detail }) => {
       if (detail.requestConfig?.elt.id !== "earlier-messages") return;
@@ -204,7 +204,7 @@
     });
   }
 
-  // The model menu: arrow keys move, typing narrows it down.
+  // The model menu: arrow keys move, typing filters it.
   on("keydown", (event) => {
     const list = $("#model-menu:popover-open [data-arrows]");
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
@@ -224,17 +224,17 @@
   };
   on("input", (event) => within(event, "[data-filter]") && narrow());
   on("htmx:afterRequest", narrow);
-  document.addEventListener("toggle", (event) => { // a menu opens as if for the first time
+  document.addEventListener("toggle", (event) => { // reset the filter when the menu opens
     const field = event.newState === "open" && event.target.querySelector("[data-filter]");
-    if (field) { field.value = ""; narrow(); field.focus(); } // not autofocus: htmx would move there at every look
+    if (field) { field.value = ""; narrow(); field.focus(); } // not autofocus: htmx would focus it at every poll
   }, true);
 
-  // Copy, and dismissing what only a script can have shown.
+  // Copy buttons, and dismissing what only the script can have shown.
   const copy = async (button) => {
     const code = button.closest(".code").querySelector("code");
     try {
       await navigator.clipboard.writeText(code.textContent);
-    } catch { // no clipboard on plain-HTTP addresses of a LAN
+    } catch { // navigator.clipboard exists on secure origins only
       getSelection().selectAllChildren(code);
       document.execCommand("copy");
     }
@@ -248,7 +248,7 @@
     if (clear) $(clear.dataset.clear).replaceChildren();
   });
 
-  // A name for what is hovered or focused in a memory bar.
+  // Tooltip for the hovered or focused segment of a memory bar.
   const tip = $("#tip");
   const show = (event) => {
     const part = within(event, "[data-tip]");
