@@ -50,8 +50,8 @@ def measure(rig: Rig) -> Iterator[Row]:
             first.seconds < TARGET_SECONDS,
             {"first_seconds": first.seconds, "seconds": median(again), "kilobytes": len(first.body) / 1000},
         )
-        with store.writing() as session:
-            session.connection().exec_driver_sql("DELETE FROM conversations")
+        with store.writing() as database:
+            database.exec_driver_sql("DELETE FROM conversations")
         longest = put_conversations(store, 1, ["Tell me", LONGEST])[-1]
     seconds, held_up = _held_up(console, f"/chats/{longest}")
     yield Row(

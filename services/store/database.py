@@ -12,7 +12,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
 
 from services.state_folder import private_opener
 from services.store import checkpoints, damage
@@ -31,11 +30,11 @@ LOCK_GAP_SECONDS = 1.0
 
 
 class Store:
-    """An open database with current tables. Sessions are short: SQL inside them, no other I/O.
+    """An open database with current tables. Transactions are short: SQL inside them, no other I/O.
 
     No call waits inside SQLite, which would block every greenlet. A write that meets another program's lock retries
-    after a pause until the lock has lasted `lock_timeout` seconds, counted from the first write that met it. Sessions
-    then raise StoreLocked, and StoreError if the database can't be read or written.
+    after a pause until the lock has lasted `lock_timeout` seconds, counted from the first write that met it. `writing`
+    then raises StoreLocked; both raise StoreError if the database can't be read or written.
     """
 
     def __init__(self, engine: sa.Engine, lock_timeout: float = LOCK_TIMEOUT) -> None:
@@ -49,17 +48,17 @@ class Store:
         self._last_met_at = 0.0
 
     @contextmanager
-    def reading(self) -> Iterator[Session]:
-        """Return a read session; its queries see one state of the database."""
-        with self._translate_errors(), Session(self._readers) as session:
-            yield session
+    def reading(self) -> Iterator[sa.Connection]:
+        """Return a connection to read with; its queries see one state of the database."""
+        with self._translate_errors(), self._readers.connect() as connection:
+            yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[Session]:
-        """Return a write session that holds the write lock. Commits at the end, rolls back on an exception."""
-        with self._translate_errors(), self._locked_session() as session:
-            yield session
-            session.commit()
+    def writing(self) -> Iterator[sa.Connection]:
+        """Return a connection that holds the write lock. Commits at the end, rolls back on an exception."""
+        with self._translate_errors(), self._hold_write_lock(), self._begin_immediate() as connection:
+            yield connection
+            connection.commit()
         if self._checkpoints is not None:
             self._checkpoints.maybe_start()
 
@@ -67,29 +66,26 @@ class Store:
         self._readers.dispose()
 
     @contextmanager
-    def _locked_session(self) -> Iterator[Session]:
-        """Return a session that holds the write lock."""
+    def _hold_write_lock(self) -> Iterator[None]:
         if not self._write_lock.acquire(timeout=self._lock_timeout):
             raise locked(_name(self._readers))
         try:
-            with self._begin_immediate() as session:
-                yield session
+            yield
         finally:
             self._write_lock.release()
 
-    def _begin_immediate(self) -> Session:
+    def _begin_immediate(self) -> sa.Connection:
+        """Return a connection whose transaction has begun, and with it SQLite's lock."""
         while True:
-            session = Session(self._writers)
             try:
-                session.connection()
+                connection = _begun(self._writers)
             except DBAPIError as error:
-                session.close()
                 if not is_locked(error.orig) or self._is_lock_expired():
                     raise
                 time.sleep(RETRY_SECONDS)
             else:
                 self._locked_since = None
-                return session
+                return connection
 
     def _is_lock_expired(self) -> bool:
         """Return whether another program's lock has lasted `lock_timeout` seconds."""
@@ -159,6 +155,17 @@ def _engine(url: sa.URL, lock_seconds: float) -> sa.Engine:
     if engine.dialect.name == "sqlite":
         _tune_sqlite(engine, lock_seconds)
     return engine
+
+
+def _begun(engine: sa.Engine) -> sa.Connection:
+    """Return a connection whose transaction has begun."""
+    connection = engine.connect()
+    try:
+        connection.begin()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _name(engine: sa.Engine) -> str:

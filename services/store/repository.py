@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import ColumnElement, CursorResult, Delete, Update, and_, delete, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, delete, func, insert, or_, select, update
 
 from services.store.database import Store, open_store
 from services.store.errors import StoreError
 from services.store.records import Conversation, DownloadRecord, LoadRecord, Message, MessageState, Place
-from services.store.tables import ConversationRow, DownloadRow, LoadRow, MessageRow, NoteRow
+from services.store.rows import to_record, to_row
+from services.store.tables import CONVERSATIONS, DOWNLOADS, LOADS, MESSAGES, NOTES
 
 __all__ = [
     "ConversationRepository",
@@ -33,32 +33,35 @@ class ConversationRepository:
 
     def newest_first(self, limit: int | None = None, older_than: Place | None = None) -> list[Conversation]:
         """Return conversations without messages, the one last written to first: all, or `limit` after a place."""
-        at, row_id = ConversationRow.updated_at, ConversationRow.id
-        query = select(ConversationRow).order_by(at.desc(), row_id).limit(limit)
+        at, row_id = CONVERSATIONS.c.updated_at, CONVERSATIONS.c.id
+        query = select(CONVERSATIONS).order_by(at.desc(), row_id).limit(limit)
         if older_than is not None:
             query = query.where(or_(at < older_than[0], and_(at == older_than[0], row_id > older_than[1])))
-        with self._store.reading() as session:
-            return [_conversation(row) for row in session.scalars(query)]
+        with self._store.reading() as connection:
+            return [to_record(Conversation, row) for row in connection.execute(query).mappings()]
 
     def get(self, conversation_id: str, since: int = 0) -> Conversation | None:
         """Return one conversation with its messages from position `since` on; of several answers, the one shown."""
-        shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown, MessageRow.position >= since)
-        with self._store.reading() as session:
-            row = session.get(ConversationRow, conversation_id)
+        asked = and_(MESSAGES.c.conversation_id == conversation_id, MESSAGES.c.position >= since)
+        query = select(MESSAGES).where(asked, MESSAGES.c.shown).order_by(MESSAGES.c.position)
+        with self._store.reading() as connection:
+            row = _row(connection, CONVERSATIONS, conversation_id)
             if row is None:
                 return None
-            versions = _versions(session, conversation_id, MessageRow.position >= since)
-            rows = session.scalars(select(MessageRow).where(*shown).order_by(MessageRow.position)).all()
-            messages = tuple(_message(m, versions.get(m.position, ())) for m in rows)
-            return replace(_conversation(row, messages), earlier=rows[0].position if rows else 0)
+            versions = _versions(connection, asked)
+            rows = connection.execute(query).mappings().all()
+        messages = tuple(_message(message, versions) for message in rows)
+        return to_record(Conversation, row, messages=messages, earlier=rows[0]["position"] if rows else 0)
 
     def outline(self, conversation_id: str, since: int) -> tuple[Conversation, list[tuple[str, MessageState]]] | None:
         """Return a conversation without messages, and id and state of each message from `since` on. No text is read."""
-        shown = (MessageRow.conversation_id == conversation_id, MessageRow.shown, MessageRow.position >= since)
-        query = select(MessageRow.id, MessageRow.state).where(*shown).order_by(MessageRow.position)
-        with self._store.reading() as session:
-            row = session.get(ConversationRow, conversation_id)
-            return None if row is None else (_conversation(row), [(i, state) for i, state in session.execute(query)])
+        shown = (MESSAGES.c.conversation_id == conversation_id, MESSAGES.c.shown, MESSAGES.c.position >= since)
+        query = select(MESSAGES.c.id, MESSAGES.c.state).where(*shown).order_by(MESSAGES.c.position)
+        with self._store.reading() as connection:
+            row = _row(connection, CONVERSATIONS, conversation_id)
+            if row is None:
+                return None
+            return to_record(Conversation, row), [(row_id, state) for row_id, state in connection.execute(query)]
 
     def page_start(self, conversation_id: str, before: int | None, messages: int, characters: int) -> int:
         """Return the position of the first of at most `messages` messages before position `before`, or the end.
@@ -66,14 +69,14 @@ class ConversationRepository:
         They have at most `characters` characters in all, except that the last two, a question and its answer, always
         fit.
         """
-        length = func.length(MessageRow.content) + func.length(MessageRow.thinking)
-        query = select(MessageRow.position, length).where(MessageRow.conversation_id == conversation_id)
-        query = query.where(MessageRow.shown).order_by(MessageRow.position.desc()).limit(messages)
+        length = func.length(MESSAGES.c.content) + func.length(MESSAGES.c.thinking)
+        query = select(MESSAGES.c.position, length).where(MESSAGES.c.conversation_id == conversation_id)
+        query = query.where(MESSAGES.c.shown).order_by(MESSAGES.c.position.desc()).limit(messages)
         if before is not None:
-            query = query.where(MessageRow.position < before)
+            query = query.where(MESSAGES.c.position < before)
         start, held = before or 0, 0
-        with self._store.reading() as session:
-            for count, (position, size) in enumerate(session.execute(query)):
+        with self._store.reading() as connection:
+            for count, (position, size) in enumerate(connection.execute(query)):
                 held += size
                 if count > 1 and held > characters:
                     break
@@ -82,47 +85,38 @@ class ConversationRepository:
 
     def add(self, conversation: Conversation) -> None:
         """Save a new conversation with its messages, in one transaction."""
-        row = ConversationRow(
-            id=conversation.id,
-            title=conversation.title,
-            created_at=conversation.created_at,
-            updated_at=conversation.updated_at,
-        )
-        with self._store.writing() as session:
-            session.add(row)
-            session.add_all(_row(message, position) for position, message in enumerate(conversation.messages))
+        with self._store.writing() as connection:
+            connection.execute(insert(CONVERSATIONS), to_row(conversation, CONVERSATIONS))
+            _insert(connection, conversation.messages, 0)
 
     def rename(self, conversation_id: str, title: str) -> bool:
         """Rename a conversation; return whether it exists."""
-        change = update(ConversationRow).where(ConversationRow.id == conversation_id).values(title=title)
-        with self._store.writing() as session:
-            return _changed(session, change) > 0
+        change = update(CONVERSATIONS).where(CONVERSATIONS.c.id == conversation_id).values(title=title)
+        with self._store.writing() as connection:
+            return connection.execute(change).rowcount > 0
 
     def delete(self, conversation_id: str) -> bool:
         """Delete a conversation with its messages; return whether it existed."""
-        with self._store.writing() as session:
-            return _changed(session, delete(ConversationRow).where(ConversationRow.id == conversation_id)) > 0
+        with self._store.writing() as connection:
+            return _delete(connection, CONVERSATIONS, conversation_id)
 
     def message(self, message_id: str) -> Message | None:
         """Return one message, shown or not."""
-        with self._store.reading() as session:
-            row = session.get(MessageRow, message_id)
+        with self._store.reading() as connection:
+            row = _row(connection, MESSAGES, message_id)
             if row is None:
                 return None
-            versions = _versions(session, row.conversation_id, MessageRow.position == row.position)
-            return _message(row, versions.get(row.position, ()))
+            return _message(row, _versions(connection, _turn(row)))
 
     def append(self, *messages: Message) -> bool:
         """Append messages to their conversation, in one transaction; return False if it is gone."""
-        with self._store.writing() as session:
-            conversation = session.get(ConversationRow, messages[0].conversation_id)
-            if conversation is None:
+        conversation_id = messages[0].conversation_id
+        last = select(func.max(MESSAGES.c.position)).where(MESSAGES.c.conversation_id == conversation_id)
+        with self._store.writing() as connection:
+            if not _touch(connection, conversation_id, messages[-1].created_at):
                 return False
-            last = select(func.max(MessageRow.position)).where(MessageRow.conversation_id == conversation.id)
-            position = session.scalar(last)
-            first = 0 if position is None else position + 1
-            session.add_all(_row(message, place) for place, message in enumerate(messages, first))
-            conversation.updated_at = messages[-1].created_at
+            position = connection.scalar(last)
+            _insert(connection, messages, 0 if position is None else position + 1)
             return True
 
     def add_version(self, message: Message, beside: str, *, instead: bool = False) -> bool:
@@ -130,44 +124,39 @@ class ConversationRepository:
 
         Return False if that one is gone.
         """
-        with self._store.writing() as session:
-            old = session.get(MessageRow, beside)
+        with self._store.writing() as connection:
+            old = _row(connection, MESSAGES, beside)
             if old is None:
                 return False
-            turn = (MessageRow.conversation_id == old.conversation_id, MessageRow.position == old.position)
-            last = session.scalar(select(func.max(MessageRow.version)).where(*turn)) or 0
-            session.execute(update(MessageRow).where(*turn).values(shown=False))
-            session.add(_row(message, old.position, last + 1))
-            session.execute(
-                update(ConversationRow)
-                .where(ConversationRow.id == old.conversation_id)
-                .values(updated_at=message.created_at)
-            )
+            turn = _turn(old)
+            last = connection.scalar(select(func.max(MESSAGES.c.version)).where(turn)) or 0
+            connection.execute(update(MESSAGES).where(turn).values(shown=False))
+            _insert(connection, (message,), old["position"], version=last + 1)
+            _touch(connection, old["conversation_id"], message.created_at)
             if instead:
-                session.delete(old)
+                _delete(connection, MESSAGES, beside)
             return True
 
     def show(self, message_id: str) -> bool:
         """Show this version of an answer; return whether it exists."""
-        with self._store.writing() as session:
-            row = session.get(MessageRow, message_id)
+        with self._store.writing() as connection:
+            row = _row(connection, MESSAGES, message_id)
             if row is None:
                 return False
-            turn = (MessageRow.conversation_id == row.conversation_id, MessageRow.position == row.position)
-            session.execute(update(MessageRow).where(*turn).values(shown=MessageRow.id == message_id))
+            connection.execute(update(MESSAGES).where(_turn(row)).values(shown=MESSAGES.c.id == message_id))
             return True
 
     def update(self, message: Message) -> bool:
         """Replace a message by its newer state; return whether it exists."""
-        change = update(MessageRow).where(MessageRow.id == message.id).values(**_values(message))
-        with self._store.writing() as session:
-            return _changed(session, change) > 0
+        change = update(MESSAGES).where(MESSAGES.c.id == message.id).values(to_row(message, MESSAGES))
+        with self._store.writing() as connection:
+            return connection.execute(change).rowcount > 0
 
     def mark_interrupted(self, at: float) -> int:
         """Mark every message left `streaming` by an ended process as interrupted; return their number."""
-        streaming = update(MessageRow).where(MessageRow.state == "streaming")
-        with self._store.writing() as session:
-            return _changed(session, streaming.values(state="interrupted", finished_at=at))
+        streaming = update(MESSAGES).where(MESSAGES.c.state == "streaming")
+        with self._store.writing() as connection:
+            return connection.execute(streaming.values(state="interrupted", finished_at=at)).rowcount
 
 
 class DownloadRepository:
@@ -178,19 +167,19 @@ class DownloadRepository:
 
     def save(self, record: DownloadRecord) -> None:
         """Insert a download, or replace its older state."""
-        with self._store.writing() as session:
-            session.merge(DownloadRow(**asdict(record)))
+        with self._store.writing() as connection:
+            _put(connection, DOWNLOADS, to_row(record, DOWNLOADS))
 
     def newest_first(self) -> list[DownloadRecord]:
         """Return every download, the one requested last first."""
-        query = select(DownloadRow).order_by(DownloadRow.created_at.desc(), DownloadRow.id)
-        with self._store.reading() as session:
-            return [_download(row) for row in session.scalars(query)]
+        query = select(DOWNLOADS).order_by(DOWNLOADS.c.created_at.desc(), DOWNLOADS.c.id)
+        with self._store.reading() as connection:
+            return [to_record(DownloadRecord, row) for row in connection.execute(query).mappings()]
 
     def delete(self, download_id: str) -> bool:
         """Delete a download; return whether it existed."""
-        with self._store.writing() as session:
-            return _changed(session, delete(DownloadRow).where(DownloadRow.id == download_id)) > 0
+        with self._store.writing() as connection:
+            return _delete(connection, DOWNLOADS, download_id)
 
 
 class NoteRepository:
@@ -200,13 +189,13 @@ class NoteRepository:
         self._store = store
 
     def get(self, key: str) -> str | None:
-        with self._store.reading() as session:
-            row = session.get(NoteRow, key)
-            return None if row is None else row.value
+        with self._store.reading() as connection:
+            value: str | None = connection.scalar(select(NOTES.c.value).where(NOTES.c.key == key))
+            return value
 
     def put(self, key: str, value: str) -> None:
-        with self._store.writing() as session:
-            session.merge(NoteRow(key=key, value=value))
+        with self._store.writing() as connection:
+            _put(connection, NOTES, {"key": key, "value": value})
 
 
 class LoadRepository:
@@ -216,72 +205,73 @@ class LoadRepository:
         self._store = store
 
     def add(self, record: LoadRecord) -> None:
-        with self._store.writing() as session:
-            session.add(LoadRow(**{**asdict(record), "stage_seconds": dict(record.stage_seconds)}))
+        with self._store.writing() as connection:
+            connection.execute(insert(LOADS), to_row(record, LOADS, stage_seconds=dict(record.stage_seconds)))
 
     def recent(self, model: str, engine: str, settings_key: str, limit: int = 20) -> list[LoadRecord]:
         """Return the latest loads of one (model, engine, settings), newest first."""
-        mine = (LoadRow.model == model, LoadRow.engine == engine, LoadRow.settings_key == settings_key)
-        query = select(LoadRow).where(*mine).order_by(LoadRow.at.desc()).limit(limit)
-        with self._store.reading() as session:
-            return [_load(row) for row in session.scalars(query)]
+        mine = (LOADS.c.model == model, LOADS.c.engine == engine, LOADS.c.settings_key == settings_key)
+        return self._latest(limit, *mine)
 
     def recent_all(self, limit: int) -> list[LoadRecord]:
         """Return the latest loads of all models, newest first."""
-        with self._store.reading() as session:
-            return [_load(row) for row in session.scalars(select(LoadRow).order_by(LoadRow.at.desc()).limit(limit))]
+        return self._latest(limit)
+
+    def _latest(self, limit: int, *where: ColumnElement[bool]) -> list[LoadRecord]:
+        query = select(LOADS).where(*where).order_by(LOADS.c.at.desc()).limit(limit)
+        with self._store.reading() as connection:
+            return [to_record(LoadRecord, row) for row in connection.execute(query).mappings()]
 
 
-def _conversation(row: ConversationRow, messages: tuple[Message, ...] = ()) -> Conversation:
-    return Conversation(row.id, row.title, row.created_at, row.updated_at, messages)
+def _row(connection: Connection, table: Table, row_id: str) -> RowMapping | None:
+    """Return the row with this id, None if there is none."""
+    return connection.execute(select(table).where(table.c.id == row_id)).mappings().one_or_none()
 
 
-def _versions(session: Session, conversation_id: str, where: ColumnElement[bool]) -> dict[int, tuple[str, ...]]:
+def _delete(connection: Connection, table: Table, row_id: str) -> bool:
+    """Delete the row with this id; return whether there was one."""
+    return connection.execute(delete(table).where(table.c.id == row_id)).rowcount > 0
+
+
+def _put(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
+    """Insert a row, or replace the one with its primary key."""
+    (key,) = table.primary_key
+    if connection.execute(update(table).where(key == row[key.name]).values(row)).rowcount == 0:
+        connection.execute(insert(table), row)
+
+
+def _insert(connection: Connection, messages: Sequence[Message], position: int, version: int = 1) -> None:
+    """Insert messages at consecutive positions from `position` on, and show them."""
+    rows = [
+        to_row(message, MESSAGES, position=place, version=version, shown=True)
+        for place, message in enumerate(messages, position)
+    ]
+    if rows:  # an empty list would insert one row of defaults
+        connection.execute(insert(MESSAGES), rows)
+
+
+def _touch(connection: Connection, conversation_id: str, at: float) -> bool:
+    """Record when a conversation was last written to; return whether it exists."""
+    change = update(CONVERSATIONS).where(CONVERSATIONS.c.id == conversation_id).values(updated_at=at)
+    return connection.execute(change).rowcount > 0
+
+
+def _turn(row: RowMapping) -> ColumnElement[bool]:
+    """Return the condition for all versions of the answer in a row."""
+    same_conversation = MESSAGES.c.conversation_id == row["conversation_id"]
+    return and_(same_conversation, MESSAGES.c.position == row["position"])
+
+
+def _versions(connection: Connection, where: ColumnElement[bool]) -> dict[int, tuple[str, ...]]:
     """Return the ids of the answers at each position that has several."""
-    here = (MessageRow.conversation_id == conversation_id, where)
-    several = select(MessageRow.position).where(*here).group_by(MessageRow.position).having(func.count() > 1)
-    found = select(MessageRow.position, MessageRow.id).where(*here, MessageRow.position.in_(several))
+    several = select(MESSAGES.c.position).where(where).group_by(MESSAGES.c.position).having(func.count() > 1)
+    query = select(MESSAGES.c.position, MESSAGES.c.id).where(where, MESSAGES.c.position.in_(several))
     ids: dict[int, tuple[str, ...]] = {}
-    for place, message_id in session.execute(found.order_by(MessageRow.position, MessageRow.version)):
-        ids[place] = (*ids.get(place, ()), message_id)
+    for position, message_id in connection.execute(query.order_by(MESSAGES.c.position, MESSAGES.c.version)):
+        ids[position] = (*ids.get(position, ()), message_id)
     return ids
 
 
-def _values(message: Message) -> dict[str, Any]:
-    """Return a message's columns, except its position."""
-    values = asdict(message)
-    del values["versions"]
-    return values
-
-
-def _row(message: Message, position: int, version: int = 1) -> MessageRow:
-    return MessageRow(**_values(message), position=position, version=version, shown=True)
-
-
-def _message(row: MessageRow, versions: tuple[str, ...]) -> Message:
-    values = {field.name: getattr(row, field.name) for field in fields(Message) if field.name != "versions"}
-    return Message(**values, versions=versions)
-
-
-def _download(row: DownloadRow) -> DownloadRecord:
-    return DownloadRecord(**{field.name: getattr(row, field.name) for field in fields(DownloadRecord)})
-
-
-def _load(row: LoadRow) -> LoadRecord:
-    return LoadRecord(
-        model=row.model,
-        engine=row.engine,
-        settings_key=row.settings_key,
-        outcome=row.outcome,
-        total_seconds=row.total_seconds,
-        stage_seconds=row.stage_seconds,
-        memory_bytes=row.memory_bytes,
-        device=row.device,
-        at=row.at,
-        id=row.id,
-    )
-
-
-def _changed(session: Session, change: Update | Delete) -> int:
-    """Run a bulk statement; return the number of rows it changed."""
-    return cast("CursorResult[Any]", session.execute(change)).rowcount
+def _message(row: RowMapping, versions: Mapping[int, tuple[str, ...]]) -> Message:
+    """Return the message in a row; `versions` are those of `_versions`."""
+    return to_record(Message, row, versions=versions.get(row["position"], ()))

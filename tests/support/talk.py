@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sqlalchemy import insert
 
 from services.store.database import Store
-from services.store.tables import ConversationRow, MessageRow
+from services.store.tables import CONVERSATIONS, MESSAGES
 
 
 def put_conversations(
@@ -36,8 +36,8 @@ def put_conversations(
         }
         for number, content in enumerate(messages)
     ]
-    with store.writing() as session:
-        session.execute(insert(ConversationRow), rows)
+    with store.writing() as connection:
+        connection.execute(insert(CONVERSATIONS), rows)
         if said:
-            session.execute(insert(MessageRow), said)
+            connection.execute(insert(MESSAGES), said)
     return ids

@@ -12,6 +12,7 @@ from tests.support.console import ROOT, Console, put_empty_database
 AVOIDED = {
     "rich": "structlog imports it where a test tool has installed it",
     "pygments": "rich imports it",
+    "sqlalchemy.orm": "a quarter of SQLAlchemy; Core is enough (docs/decisions/0026-sqlalchemy-core.md)",
     "alembic": "needed only to change a database's tables",
     "docker": "needed only with a vLLM model",
     "requests": "docker imports it",

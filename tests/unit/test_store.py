@@ -28,7 +28,7 @@ from services.store.repository import (
     StoreError,
     open_store,
 )
-from services.store.tables import Base
+from services.store.tables import METADATA
 
 
 @pytest.fixture
@@ -85,17 +85,17 @@ def download(created_at: float, **changes: object) -> DownloadRecord:
 
 
 def test_tables_and_migrations_agree(store: Store) -> None:
-    """What the revisions build is what the classes describe."""
-    with store.reading() as session:
-        context = MigrationContext.configure(session.connection())
-        assert compare_metadata(context, Base.metadata) == []
+    """What the revisions build is what the tables describe."""
+    with store.reading() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, METADATA) == []
 
 
 def test_the_database_is_tuned(store: Store) -> None:
     """Every connection writes ahead, checks foreign keys and waits for no lock, which would block every greenlet."""
-    with store.reading() as session:
+    with store.reading() as connection:
         found = [
-            session.scalar(sa.text(f"PRAGMA {name}"))
+            connection.scalar(sa.text(f"PRAGMA {name}"))
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         ]
     assert found == ["wal", 1, 1, 0]
@@ -137,8 +137,8 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(path: Path) -> No
 
 def test_a_newer_database_is_refused_in_words(store: Store, path: Path) -> None:
     """A database of a later version is left alone."""
-    with store.writing() as session:
-        session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with store.writing() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="revision 9999"):
         open_store(path)
 
@@ -337,9 +337,9 @@ def test_many_writers_at_once(chats: ConversationRepository) -> None:
 
 
 def test_what_fails_is_undone(chats: ConversationRepository, store: Store) -> None:
-    """A writing session that raises leaves nothing behind."""
+    """A write that raises leaves nothing behind."""
     conversation = begun(chats, "A", 1.0)
     delete_then_fail = sa.text("DELETE FROM conversations"), sa.text("DELETE FROM nothing")
-    with pytest.raises(sa.exc.OperationalError), store.writing() as session:
-        deque(map(session.execute, delete_then_fail))
+    with pytest.raises(sa.exc.OperationalError), store.writing() as connection:
+        deque(map(connection.execute, delete_then_fail))
     assert chats.get(conversation.id) is not None

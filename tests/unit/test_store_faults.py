@@ -142,8 +142,8 @@ def test_what_is_written_ahead_stays_short(path: Path, store: Store) -> None:
     """It is moved into the database beside the greenlets, never within a commit, which would wait for the disk."""
     notes = NoteRepository(store)
     wal = path.with_name("switchyard.db-wal")
-    with store.reading() as session:
-        assert session.scalar(sa.text("PRAGMA wal_autocheckpoint")) == 0
+    with store.reading() as connection:
+        assert connection.scalar(sa.text("PRAGMA wal_autocheckpoint")) == 0
     for number in range(400):
         notes.put("long", str(number) * 20_000)
 
