@@ -1,4 +1,4 @@
-"""A client of the gateway in memory: it waits for its place, reads its answer, or leaves at any moment."""
+"""A client of the gateway, in memory: it waits in the queue, reads its answer, or disconnects at any moment."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PATH = "/v1/chat/completions"
 
 
 class Asking(Client):
-    """One request, and how it went. `outcome` is None until it has ended.
+    """One request and its outcome, which is None until it has ended.
 
-    Outcomes: "answered", "broken off" (the answer had begun), "left", a code of `GatewayError`, or the name of what a
-    view would have raised.
+    Outcomes: "answered", "aborted" (the answer had begun), "disconnected", a code of `GatewayError`, or the name of the
+    exception that a view would have raised.
     """
 
     def __init__(self, number: int, model: str, act: str, seconds: float, scheduler: VirtualScheduler) -> None:
@@ -46,26 +46,26 @@ class Asking(Client):
         assert not self.watched
         self.watched, self._act = True, act
         if self.gone:  # a socket that was closed before says so as soon as the hub has its turn
-            self._scheduler.spawn("hub", self.leave)
+            self._scheduler.spawn("hub", self.disconnect)
 
         def stop() -> None:
             self.watched, self._act = False, None
 
         return stop
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection."""
         self.gone = True
         if self._act is not None:
             self._act()
 
-    def carry_out(self, router: Router, relay: Relay) -> None:
-        """Ask, as a view and the web server do, until it has ended."""
+    def run(self, router: Router, relay: Relay) -> None:
+        """Send the request as a view and the web server do, and read the answer to its end."""
         outcome = "died"
         try:
             outcome = self._ask(router, relay)
         except ClientGone:
-            outcome = "left"
+            outcome = "disconnected"
         except GatewayError as error:
             outcome = error.code
         except (UnknownModel, HTTPException) as error:
@@ -76,20 +76,20 @@ class Asking(Client):
 
     def _ask(self, router: Router, relay: Relay) -> str:
         self.admission = admission = router.admit(self.model, self.disconnected)
-        wish = {"model": self.model, "number": self.number, "act": self.act, "seconds": self.seconds}
-        passed = relay_request(relay, admission, self, "POST", PATH, (), json.dumps(wish).encode())
-        self.status = passed.status
-        return self._read(passed)
+        body = {"model": self.model, "number": self.number, "act": self.act, "seconds": self.seconds}
+        response = relay_request(relay, admission, self, "POST", PATH, (), json.dumps(body).encode())
+        self.status = response.status
+        return self._read(response)
 
-    def _read(self, passed: RelayedResponse) -> str:
-        """As gunicorn does: each piece is written to the client, which fails once that has left."""
+    def _read(self, response: RelayedResponse) -> str:
+        """Read like gunicorn: each piece is written to the client, which fails once that has disconnected."""
         try:
-            for piece in passed.body:
+            for piece in response.body:
                 if self.gone:
-                    return "left"
+                    return "disconnected"
                 self.received += piece
         except ConnectionResetError:
-            return "left" if self.gone else "broken off"
+            return "disconnected" if self.gone else "aborted"
         finally:
-            passed.body.close()
-        return "left" if self.gone else "broken off" if b"engine_failed" in self.received else "answered"
+            response.body.close()
+        return "disconnected" if self.gone else "aborted" if b"engine_failed" in self.received else "answered"

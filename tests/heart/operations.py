@@ -1,7 +1,7 @@
-"""Everything that can happen to the heart, as operations, and the promises that hold after each of them.
+"""All operations on the heart, and the invariants that hold after each of them.
 
-Driven by hypothesis in `test_promises.py`, and by a plain random walk in `simulate.py`. The stubs do what they are
-told; the promises are about what the real switcher, procedure, fleet and router make of it.
+Driven by hypothesis in `test_invariants.py`, and by a random walk in `simulate.py`. The stubs behave as configured;
+the invariants are about the real switcher, procedure, fleet, router and relay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from services.catalog import UnknownModel
 from services.engines.port import HOST_DEVICE
 from services.switching.jobs import Job, JobResult, Replace, SwitchError
-from tests.heart.relay_promises import check_relay, check_rest
+from tests.heart.relay_invariants import check_relay, check_rest
 from tests.heart.rig import MODELS, Heart
 from tests.heart.stub import GB, GPU, StubInstance
 
@@ -32,7 +32,7 @@ EXPECTED_ERRORS = frozenset(
         "stopping",
     }
 )
-"""What a job may end with; `internal_error` says that something was not foreseen."""
+"""Codes that a job may end with; `internal_error` would be an unexpected exception."""
 FAULTS = (
     "crash_loading",
     "hang_loading",
@@ -58,34 +58,34 @@ SETTINGS: dict[str, Any] = {
 
 
 @dataclass
-class Watched:
-    """What a chain of superseding switches found when it began, to compare with what it leaves."""
+class ChainRecord:
+    """The models that ran when a chain of superseding switches began, to compare with the state after it."""
 
     running: frozenset[str]
     excused: set[str] = field(default_factory=set)
-    """Models that went, or were not to come back, for a reason that is not the chain's."""
+    """Models that were unloaded, or need not come back, for another reason than the chain."""
 
 
 class Operations:
-    """One heart and what was done to it."""
+    """One heart and the operations on it."""
 
     def __init__(self, seed: int) -> None:
         self.heart = Heart(seed, **SETTINGS)
         self.heart.on_stop = self._check_stop
         self.jobs: list[Job] = []
         self.ended: dict[str, int] = {}
-        self.chain: Watched | None = None
-        self.owed: Watched | None = None
-        """What a superseded switch leaves to its successor."""
-        self.may_go: set[str] = set()
-        """Preserved models that somebody asked to unload, restart or delete, so that stopping them is right."""
-        self.sent_away: set[str] = set()
-        """Models that somebody asked to unload, restart or delete since the last rest; that may come to pass later."""
-        self.broken: list[str] = []
-        """Promises that were found broken inside a greenlet, where an assertion would reach nobody."""
+        self.chain: ChainRecord | None = None
+        self.inherited: ChainRecord | None = None
+        """The chain that a superseded switch leaves to its successor."""
+        self.may_stop: set[str] = set()
+        """Preserved models that a request unloads, restarts or deletes, so that stopping them is allowed."""
+        self.stop_requested: set[str] = set()
+        """Models that a request unloads, restarts or deletes since the last rest; it may take effect later."""
+        self.violations: list[str] = []
+        """Violations found inside a greenlet, where a failing assertion would not reach the test."""
         self._watch_jobs()
 
-    # What people and programs ask for.
+    # Requests of people and programs.
 
     def switch(self, model_id: str, replace: Replace, **options: Any) -> None:
         try:
@@ -96,7 +96,7 @@ class Operations:
             return
         except UnknownModel:
             return
-        self._asked(job)
+        self._remember(job)
 
     def replace_model(self, model_id: str, instead_of: str) -> None:
         self.switch(model_id, "cancel", instead_of=instead_of)
@@ -110,32 +110,32 @@ class Operations:
             job = getattr(self.heart.switcher, action)(model_id, requested_by="test")
         except UnknownModel:
             return
-        self.may_go.add(model_id)
+        self.may_stop.add(model_id)
         held_as = next(m.held_as for m in MODELS if m.id == model_id)
-        self.sent_away.update(m.id for m in MODELS if m.id == model_id or (held_as and m.held_as == held_as))
-        self._asked(job)
+        self.stop_requested.update(m.id for m in MODELS if m.id == model_id or (held_as and m.held_as == held_as))
+        self._remember(job)
 
     def cancel(self) -> None:
         job = self.heart.switcher.cancel()
         if job is not None and not job.restoring:
-            self.may_go.update([job.target])
+            self.may_stop.update([job.target])
 
     def unload_now(self, model_id: str) -> None:
-        """Whoever waits for the last answers of a model that is being unloaded waits no longer."""
+        """Cut off the last answers of a model that is being unloaded."""
         with suppress(UnknownModel):
             self.heart.switcher.unload_now(model_id)
 
-    def request(self, model_id: str, act: str, seconds: float, patience: float | None) -> None:
-        """A client asks the gateway; the engine does as `act` says once it gets its place."""
-        self.heart.ask(model_id, act, seconds, patience)
+    def request(self, model_id: str, act: str, seconds: float, leaves_after: float | None) -> None:
+        """Send a request to the gateway; the engine behaves as the act says once the request is admitted."""
+        self.heart.ask(model_id, act, seconds, leaves_after)
 
-    def leave(self, newest: bool = False) -> None:
-        """The client that has waited longest goes, or the one that came last."""
+    def disconnect(self, newest: bool = False) -> None:
+        """Disconnect the client that has waited longest, or the newest."""
         there = [asking for asking in self.heart.asked if asking.outcome is None and not asking.gone]
         if there:
-            there[-1 if newest else 0].leave()
+            there[-1 if newest else 0].disconnect()
 
-    # What happens by itself.
+    # Events from outside.
 
     def pass_time(self, seconds: float) -> None:
         self.heart.scheduler.pause(seconds)
@@ -159,7 +159,7 @@ class Operations:
             self.heart.engines["shared"].release_by_other(found)
 
     def take_memory(self, device: str, gigabytes: int) -> None:
-        """Other programs take memory, or give it back, as far as there is any."""
+        """Let other programs take memory, as far as there is any, or give it back."""
         free = 10 * GB - self.heart.machine.ours(device) - (self._reserved() if device == HOST_DEVICE else 0)
         self.heart.machine.others[device] = max(0, min(gigabytes * GB, free))
 
@@ -170,28 +170,28 @@ class Operations:
     def slow_driver(self, seconds: float) -> None:
         self.heart.machine.slow_seconds = seconds
 
-    def slow_account(self, seconds: float) -> None:
-        """How long the driver still counts what has ended."""
+    def delay_freed_memory(self, seconds: float) -> None:
+        """Let the driver report the memory of ended processes as used for so long."""
         self.heart.machine.lag_seconds = seconds
 
     def slow_network(self, dial_seconds: float, keep_alive: float) -> None:
-        """How long an engine takes to accept a connection, and keeps one that is idle."""
+        """Set how long engines take to accept a connection, and how long they keep an idle one."""
         self.heart.wire.slow_dial, self.heart.wire.keep_alive = dial_seconds, keep_alive
 
     def break_store(self, broken: bool) -> None:
-        self.heart.store.broken = broken
+        self.heart.store.failing = broken
 
     def fill_disk(self, full: bool) -> None:
         self.heart.state_error = "The state folder can't be written: the disk is full." if full else None
 
     def remove_file(self, model_id: str) -> None:
-        """Somebody deletes a model's file behind the app's back."""
+        """Delete a model's file without telling the app."""
         found = next(m for m in MODELS if m.id == model_id)
         self.heart.engines[found.engine].listed.pop(model_id, None)
         self._excuse(model_id)
         self.heart.catalog.refresh()
 
-    def bring_files_back(self) -> None:
+    def restore_files(self) -> None:
         for found in MODELS:
             self.heart.engines[found.engine].listed.setdefault(found.id, found)
         self.heart.catalog.refresh()
@@ -206,14 +206,14 @@ class Operations:
         self._forget_jobs()
         self._watch_jobs()
 
-    # The promises.
+    # The invariants.
 
     def check(self) -> None:
-        """What holds at any moment."""
+        """Check what holds at any moment."""
         heart = self.heart
         heart.scheduler.settle()
         assert heart.scheduler.failures == [], heart.scheduler.failures
-        assert self.broken == [], self.broken
+        assert self.violations == [], self.violations
         for device in (HOST_DEVICE, GPU):
             assert heart.machine.ours(device) <= 10 * GB, f"over budget on {device}: {heart.machine.held}"
         waiting = tuple(job.target for job in heart.switcher._queue.waiting)
@@ -222,19 +222,19 @@ class Operations:
         for job in self.jobs:
             assert job.error is None or job.error.code in EXPECTED_ERRORS, (job.target, job.error.code, job.error)
 
-    def rest(self) -> None:
-        """Let everything end: no wait is without bound. Then the snapshot equals the engines."""
+    def check_rest(self) -> None:
+        """Let everything end (no wait is unbounded), then check that the snapshot equals the engines' state."""
         heart = self.heart
         heart.machine.slow_seconds = 0.0
         ended = heart.scheduler.run_until(self._at_rest, 20_000)
-        assert ended, f"something waits without bound: {self._under_way()}"
-        heart.scheduler.pause(6)  # engines are looked at each second, idle connections every five
+        assert ended, f"something waits without a bound: {self._under_way()}"
+        heart.scheduler.pause(6)  # engines are polled each second, idle connections every five
         if not self._at_rest():
-            return self.rest()
-        if self.owed is not None:  # its successor ended before it began
-            self._check_restored(self.owed, "a switch that nobody took over from", "")
-            self.owed = None
-        heart.catalog.refresh()  # as its watch does, so that it lists what was adopted while its file went
+            return self.check_rest()
+        if self.inherited is not None:  # its successor ended before it began
+            self._check_restored(self.inherited, "a superseded switch without a successor", "")
+            self.inherited = None
+        heart.catalog.refresh()  # as its scanner does: it lists what was adopted while its file was deleted
         self.check()
         for engine in heart.engines.values():
             listed = heart.catalog.models.values()
@@ -246,8 +246,8 @@ class Operations:
             assert view.traffic.in_flight == 0, view
         check_rest(heart)
         self.jobs.clear()
-        self.may_go.clear()
-        self.sent_away.clear()
+        self.may_stop.clear()
+        self.stop_requested.clear()
         return None
 
     def _at_rest(self) -> bool:
@@ -259,7 +259,7 @@ class Operations:
         switcher = self.heart.switcher
         return switcher.job(), list(switcher._queue.waiting), [a.number for a in self.heart.asked if a.outcome is None]
 
-    def _asked(self, job: Job) -> None:
+    def _remember(self, job: Job) -> None:
         if job not in self.jobs:
             self.jobs.append(job)
 
@@ -267,7 +267,7 @@ class Operations:
         return next((m for e in self.heart.engines.values() for m in e.listed.values() if m.id == model_id), None)
 
     def _reserved(self) -> int:
-        """What a load under way is still going to take: others don't take it in this world, else loads would fail."""
+        """Memory that a load under way will still take. Other programs leave it free here, or loads would fail."""
         views = self.heart.now.instances.values()
         on_host = [v for v in views if v.device == HOST_DEVICE and v.state == "loading" and v.shares is None]
         target = self.heart.switcher.job()
@@ -275,15 +275,15 @@ class Operations:
         planned = coming.required_bytes if coming is not None else 0
         return max([planned, *(v.reserved_bytes - (v.usage.bytes if v.usage else 0) for v in on_host)])
 
-    # Watching jobs and engines from inside.
+    # Observing jobs and engines from inside.
 
     def _watch_jobs(self) -> None:
         procedure = self.heart.switcher._procedure
-        carry_out = procedure.run
+        run = procedure.run
 
         def watched(job: Job) -> JobResult:
             self._begins(job)
-            result = carry_out(job)
+            result = run(job)
             self._ends(job, result)
             return result
 
@@ -294,51 +294,51 @@ class Operations:
         def checked() -> None:
             try:
                 after_each()
-            except Exception as error:  # the mailbox would log it, and go on
-                self.broken.append(f"publishing after a message failed: {error}")
+            except Exception as error:  # the mailbox would log it and continue
+                self.violations.append(f"publishing after a message failed: {error}")
 
         mailbox._after_each = checked
 
     def _begins(self, job: Job) -> None:
-        """A switch begins: it goes on for the one that it superseded, or begins a chain of its own."""
+        """A switch begins: it continues the chain that it superseded, or starts one."""
         if job.request.switches:
             states = self.heart.states()
             running = frozenset(m for m, state in states.items() if state == "running")
-            self.chain, self.owed = self.owed or Watched(running), None
+            self.chain, self.inherited = self.inherited or ChainRecord(running), None
 
     def _ends(self, job: Job, result: JobResult) -> None:
-        """After any failed or cancelled chain what ran before runs again, or the reason is said."""
+        """After a failed or cancelled chain, what ran before runs again, or the error says why not."""
         self.ended[job.id] = self.ended.get(job.id, 0) + 1
         if self.ended[job.id] > 1:
-            self.broken.append(f"job {job.id} ended more than once")
+            self.violations.append(f"job {job.id} ended more than once")
         if not job.request.switches:
             return
         watched, self.chain = self.chain, None
         if job.superseded:
-            self.owed = watched
+            self.inherited = watched
         elif watched is not None and result.error is not None:
             self._check_restored(watched, f"{job.target}, and: {result.error.message}", result.error.message)
 
-    def _check_restored(self, watched: Watched, after: str, said: str) -> None:
-        for model_id in watched.running - watched.excused - self.sent_away:
+    def _check_restored(self, watched: ChainRecord, after: str, said: str) -> None:
+        for model_id in watched.running - watched.excused - self.stop_requested:
             back = self.heart.states().get(model_id) in ("running", "loading")
             if not back and f"{model_id} was unloaded and is not back" not in said:
-                self.broken.append(f"{model_id} is lost after {after}")
+                self.violations.append(f"{model_id} is lost after {after}")
 
     def _check_stop(self, instance: StubInstance) -> None:
-        """An engine is told to stop something that was ready: is that allowed?"""
+        """Check that an engine may be told to stop an instance that was ready."""
         model_id = instance.model.id
         view = self.heart.now.instances.get(model_id)
         if view is None:
             return
-        if model_id == PRESERVED and model_id not in self.may_go and view.state != "loading":
-            self.broken.append(f"{model_id} is preserved, and was unloaded all the same")
+        if model_id == PRESERVED and model_id not in self.may_stop and view.state != "loading":
+            self.violations.append(f"{model_id} is preserved, but was unloaded")
         if view.traffic.enter():
             view.traffic.leave()
-            self.broken.append(f"{model_id} is stopped while it lets requests in")
+            self.violations.append(f"{model_id} is stopped while it admits requests")
 
     def _excuse(self, model_id: str) -> None:
-        for watched in (self.chain, self.owed):
+        for watched in (self.chain, self.inherited):
             if watched is not None:
                 watched.excused.add(model_id)
 
@@ -348,8 +348,8 @@ class Operations:
                 self._excuse(one.id)
 
     def _forget_jobs(self) -> None:
-        """The app that had them is gone."""
+        """Forget the jobs of an app that has ended."""
         self.jobs.clear()
-        self.chain = self.owed = None
-        self.may_go.clear()
-        self.sent_away.clear()
+        self.chain = self.inherited = None
+        self.may_stop.clear()
+        self.stop_requested.clear()

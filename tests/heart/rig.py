@@ -1,4 +1,4 @@
-"""The heart on stubs: the real switcher, procedure, fleet and router over engines in memory and a virtual clock."""
+"""The heart on stubs: real switcher, procedure, fleet, router and relay; in-memory engines and a virtual clock."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.heart.stub import GB, GPU, Machine, StubEngine, StubInstance, StubSto
 from tests.heart.virtual import VirtualScheduler
 from tests.heart.wire import Wire
 
-PATIENCE = 4000.0
-"""Virtual seconds after which a wait counts as endless: longer than every bound of the settings together."""
+TIMEOUT = 4000.0
+"""Virtual seconds after which a wait counts as endless: longer than all limits in the settings together."""
 
 MODELS = (
     model("small", "solo", 2),
@@ -37,11 +37,11 @@ MODELS = (
     model("dozer", "sleepy", 6),
     model("snorer", "sleepy", 7),
 )
-"""Ten gigabytes on each device: `large` displaces everything on the host, the two sleepers each other."""
+"""Ten gigabytes on each device: `large` displaces all others on the host, the two that can sleep each other."""
 
 
 class Heart:
-    """One app after another over the same machine: `crash` and `restart` replace it."""
+    """One app at a time on the same machine; `crash` and `restart` replace it by the next."""
 
     def __init__(self, seed: int = 0, models: Iterable[Model] = MODELS, **settings: Any) -> None:
         self.scheduler = VirtualScheduler(seed)
@@ -50,7 +50,7 @@ class Heart:
         self.settings = Settings(**settings)
         self.on_stop: Callable[[StubInstance], None] = lambda _: None
         self.asked: list[Asking] = []
-        """Every request to the gateway of this app."""
+        """All requests to the gateway of this app."""
         mine = list(models)
 
         def engine(name: str, **options: Any) -> StubEngine:
@@ -77,10 +77,10 @@ class Heart:
     def _start(self) -> None:
         self.build()
         self.switcher.start()
-        assert self.switcher.wait_first_pass(PATIENCE)
+        assert self.switcher.wait_first_pass(TIMEOUT)
 
     def build(self) -> None:
-        """Make the app's parts anew, without starting them."""
+        """Create the app's parts again, without starting them."""
         self.board = Board()
         self.writes = DeferredWrites(self.scheduler)
         self.catalog = Catalog((), self.engines)
@@ -92,7 +92,7 @@ class Heart:
         self.switcher = Switcher(context, self.planner, learned, notes, self._check_state)
         self.router = Router(self.settings, self.board, self.catalog, self.switcher, self.scheduler)
         self.wire = Wire(self.scheduler, self.settings.upstream_timeout_seconds, self._listens)
-        self.relay = Relay(self.wire.silence, self.wire, lambda: self.board.current.origins)
+        self.relay = Relay(self.wire.read_timeout, self.wire, lambda: self.board.current.origins)
 
     def _listens(self, origin: str) -> bool:
         return any(engine.listens(origin) for engine in self.engines.values())
@@ -101,26 +101,26 @@ class Heart:
         if self.state_error is not None:
             raise SwitchError("state_unwritable", self.state_error)
 
-    def ask(self, model_id: str, act: str = "whole", seconds: float = 1.0, patience: float | None = None) -> Asking:
-        """A client asks the gateway, and the engine does as `act` says (see `wire.py`).
+    def ask(self, model_id: str, act: str = "whole", seconds: float = 1.0, leaves_after: float | None = None) -> Asking:
+        """Send a request to the gateway; the engine behaves as `act` says (see `wire.py`).
 
-        It leaves after `patience` seconds.
+        The client disconnects after `leaves_after` seconds.
         """
         asking = Asking(next(self._numbers), model_id, act, seconds, self.scheduler)
         self.asked.append(asking)
         router, relay = self.router, self.relay
-        self.scheduler.spawn("client", lambda: asking.carry_out(router, relay))
-        if patience is not None:
-            self.wire.call_later(patience, asking.leave)
+        self.scheduler.spawn("client", lambda: asking.run(router, relay))
+        if leaves_after is not None:
+            self.wire.call_later(leaves_after, asking.disconnect)
         return asking
 
     def restart(self) -> None:
-        """An orderly restart of the app, which leaves what is loaded where it is."""
-        self.switcher.close(PATIENCE, for_good=False)
+        """Restart the app in an orderly way, which leaves loaded models loaded."""
+        self.switcher.close(TIMEOUT, for_good=False)
         self.crash()
 
     def crash(self) -> None:
-        """The app dies where it stands, and starts again: a new clock goes on from the old one's time."""
+        """Kill the app and start it again: a new clock continues at the old one's time."""
         old = self.scheduler
         old.kill()
         self.failures = old.failures
@@ -163,20 +163,20 @@ class Heart:
         return self.switcher.switch(model_id, requested_by="test", replace=replace, options=SwitchOptions(**options))
 
     def ready(self, model_id: str, **options: Any) -> Job:
-        """Switch, and wait for the good end."""
+        """Switch, and assert that it succeeds."""
         job = self.done(self.switch(model_id, **options))
         assert job.error is None, job.error
         return job
 
     def done(self, job: Job) -> Job:
-        """Wait for a job's end; without one it fails the test."""
-        assert job.wait_done(PATIENCE), f"{job} has no end"
+        """Wait for a job's end, and fail the test if there is none."""
+        assert job.wait_done(TIMEOUT), f"{job} does not end"
         self.scheduler.settle()
         return job
 
     def until(self, condition: Callable[[], bool], what: str = "") -> None:
-        assert self.scheduler.run_until(condition, PATIENCE), f"waited in vain for {what}"
+        assert self.scheduler.run_until(condition, TIMEOUT), f"waited in vain for {what}"
 
     def stage(self, stage: str) -> None:
-        """Let time pass until the switch under way is at a stage."""
+        """Let time pass until the current switch is at a stage."""
         self.until(lambda: self.now.switch is not None and self.now.switch.stage == stage, stage)

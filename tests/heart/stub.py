@@ -1,4 +1,4 @@
-"""Engines, devices and a database that exist in memory alone, with a switch for each fault."""
+"""In-memory engines, devices and a database, with a switch for each fault."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GPU = "gpu-0"
 
 @dataclass
 class Faults:
-    """What goes wrong with a model from now on; each lasts until it is taken back."""
+    """Faults of a model; each lasts until it is cleared."""
 
     crash_loading: bool = False
     hang_loading: bool = False
@@ -48,21 +48,21 @@ class Faults:
     fetch_seconds: float = 0.0
     slow_stop: float = 0.0
     stuck: bool = False
-    """It generates nothing any more, and looks healthy."""
+    """It generates nothing any more, but looks healthy."""
 
 
 @dataclass
 class Machine:
-    """The devices: what is held on each by whom, and what other programs took."""
+    """The devices: the memory held on each, and what other programs use."""
 
     scheduler: VirtualScheduler
     totals: Mapping[str, int]
     held: dict[object, dict[str, int]] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
     slow_seconds: float = 0.0
-    """How long a reading takes: a driver that is slow, or hangs."""
+    """Duration of a reading: a slow or hanging driver."""
     lag_seconds: float = 0.0
-    """How long the memory of what has ended still measures as held."""
+    """How long the memory of ended processes is still reported as used."""
     _lingering: list[object] = field(default_factory=list)
 
     def sample(self) -> Sequence[Reading]:
@@ -91,21 +91,21 @@ class Machine:
         """What held memory has ended; the driver's account of it follows."""
         held = self.held.pop(key, None)
         if held is not None and self.lag_seconds:
-            rest = object()
-            self.held[rest] = held
-            self._lingering.append(rest)
+            remainder = object()
+            self.held[remainder] = held
+            self._lingering.append(remainder)
             lag = self.lag_seconds
 
             def follow() -> None:
                 self.scheduler.pause(lag)
-                self.held.pop(rest, None)
+                self.held.pop(remainder, None)
 
             self.scheduler.spawn("driver", follow)
 
     def catch_up(self) -> None:
         """The driver's account is true again."""
-        for rest in self._lingering:
-            self.held.pop(rest, None)
+        for remainder in self._lingering:
+            self.held.pop(remainder, None)
         self._lingering.clear()
 
     def ours(self, device: str) -> int:
@@ -113,7 +113,7 @@ class Machine:
 
 
 class StubInstance:
-    """One model in memory, on its way there or away."""
+    """One model loaded, being loaded or being unloaded."""
 
     def __init__(self, engine: StubEngine, model: Model, on_exit: OnExit) -> None:
         self.model = model
@@ -125,7 +125,7 @@ class StubInstance:
         self.gone = False
         self.ready = False
         self.sleeping = False
-        self.told = False
+        self.exit_reported = False
 
     pid = None
 
@@ -141,7 +141,7 @@ class StubInstance:
         self.ready = True
         if self._engine.faults(self.model).crash_when_ready:
             self._engine.crash(self.model)
-            self._scheduler.pause(0.01)  # its exit may be told before the load's end is
+            self._scheduler.pause(0.01)  # its exit may be reported before the load's end
 
     def responds(self, timeout: float) -> bool | None:
         if self._engine.faults(self.model).stuck:
@@ -202,9 +202,9 @@ class StubInstance:
         return None
 
     def end(self, exit: Exit) -> None:
-        """It ends by itself, which is told a little later, as a watcher thread would."""
-        if not self.told:
-            self.told = True
+        """End by itself; its exit is reported a little later, as by a watcher thread."""
+        if not self.exit_reported:
+            self.exit_reported = True
             self._engine.drop(self)
             self._set()
             if not self.stopping:
@@ -235,7 +235,7 @@ class StubInstance:
         self._engine.machine.held[self._key] = {self._engine.device: size}
 
     def _pass(self, seconds: float, what: str) -> None:
-        """Some time passes. Raises LoadFailed when it is stopped, or ends, meanwhile."""
+        """Let time pass. Raises LoadFailed if it is stopped, or ends, meanwhile."""
         self._changed.wait_for(lambda: self.stopping or self.gone, seconds)
         if self.stopping:
             raise LoadFailed(f"It was stopped while {what}.", "")
@@ -249,7 +249,7 @@ class StubInstance:
 
 
 class StubEngine:
-    """An engine of models that hold memory and take time. `shared`: others load and release there as well."""
+    """An engine whose models hold memory and take time to load. `shared`: other clients load and unload there too."""
 
     def __init__(
         self,
@@ -274,14 +274,14 @@ class StubEngine:
         self.load_seconds = load_seconds
         self.on_stop = on_stop
         self.on_end = on_end
-        """Told where something answers no more, and of which models; None means that nothing does."""
+        """Called when models stop answering at an origin: with their ids, or None for all."""
         self._models = tuple(models)
         self.listed = {model.id: model for model in self._models}
         self._sizes = {model.id: model.required_bytes or 0 for model in self._models}
-        self.here: dict[object, list[StubInstance]] = {}
-        """What is in memory, or on its way, by what it is held as: one for each name it goes by."""
+        self.instances: dict[object, list[StubInstance]] = {}
+        """The instances in memory, or being loaded, by what they are held as: one per name."""
         self._foreign: dict[object, bool] = {}
-        """What others have in memory here, and whether it sleeps."""
+        """Models that other clients have loaded, and whether each is asleep."""
         self._faults: dict[str, Faults] = {}
         self.unreachable = False
         self._shared = shared
@@ -298,7 +298,7 @@ class StubEngine:
         return (self.name, model.held_as or model.id)
 
     def origin(self, model: Model) -> str:
-        """Where a model in memory answers: a port of its own, or that of the server that others use as well."""
+        """The origin of a loaded model: a port of its own, or that of the shared server."""
         if self._shared:
             return f"http://{self.name}:11434"
         key = self.key(model)
@@ -307,7 +307,7 @@ class StubEngine:
         return self._origins[key]
 
     def listens(self, origin: str) -> bool:
-        """Whether a connection to there would be taken."""
+        """Whether a connection to this origin is accepted."""
         return origin in self._origins.values() or (self._shared and origin == f"http://{self.name}:11434")
 
     # The port.
@@ -320,7 +320,7 @@ class StubEngine:
 
     def estimate(self, model: Model) -> Need:
         if self.faults(model).refuse_estimate:
-            raise RuntimeError("nobody knows what it needs")
+            raise RuntimeError("its need is unknown")
         return Need(self.device, self._sizes.get(model.id, 0), "estimated")
 
     def settings_key(self, _model: Model) -> str:
@@ -343,11 +343,11 @@ class StubEngine:
             raise EngineError("Its files are gone.")
         instance = StubInstance(self, model, on_exit)
         instance.ready = self._is_ready(self.key(model)) or self._foreign.pop(self.key(model), None) is not None
-        self.here.setdefault(self.key(model), []).append(instance)
+        self.instances.setdefault(self.key(model), []).append(instance)
         return instance
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        there = {*self._foreign, *filter(self._is_ready, self.here)}
+        there = {*self._foreign, *filter(self._is_ready, self.instances)}
         return [model for model in models if self.key(model) in there]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> StubInstance | None:
@@ -358,7 +358,7 @@ class StubEngine:
             return None
         instance = StubInstance(self, model, on_exit)
         instance.ready = True
-        names = self.here.setdefault(key, [])
+        names = self.instances.setdefault(key, [])
         instance.sleeping = bool(asleep) or any(one.sleeping for one in names)
         names.append(instance)
         return instance
@@ -367,40 +367,40 @@ class StubEngine:
         self.listed.pop(model.id, None)
 
     def prepare(self) -> None:
-        """Nothing to do ahead."""
+        """Nothing to prepare."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
-    # What happens there without being asked for.
+    # Changes from outside.
 
     def drop(self, instance: StubInstance) -> None:
-        """It is in memory no more, under none of its names."""
+        """Remove an instance from memory, under all of its names."""
         key = self.key(instance.model)
-        for one in self.here.pop(key, [instance]):
+        for one in self.instances.pop(key, [instance]):
             one.gone = True
         self.machine.free(key)
-        self._hush(key)
+        self._end_answers(key)
 
-    def _hush(self, key: object) -> None:
-        """What was held as this answers no more."""
+    def _end_answers(self, key: object) -> None:
+        """End the answers of models held under this key."""
         if self._shared:
             self.on_end(f"http://{self.name}:11434", {m.id for m in self._models if self.key(m) == key})
         elif key in self._origins:
             self.on_end(self._origins.pop(key), None)
 
     def _is_ready(self, key: object) -> bool:
-        return any(one.ready and not one.stopping and not one.gone for one in self.here.get(key, ()))
+        return any(one.ready and not one.stopping and not one.gone for one in self.instances.get(key, ()))
 
     def load_by_other(self, model: Model) -> None:
-        """Another client has a model loaded here."""
+        """Load a model as another client."""
         key = self.key(model)
-        if key not in self.here and key not in self._foreign:
+        if key not in self.instances and key not in self._foreign:
             self._foreign[key] = False
             self.machine.held[key] = {self.device: self._sizes[model.id]}
 
     def release_by_other(self, model: Model) -> None:
-        """Another client has it unloaded."""
+        """Unload a model as another client."""
         key = self.key(model)
         if self._foreign.pop(key, None) is not None:
             self.machine.held.pop(key, None)
@@ -408,16 +408,16 @@ class StubEngine:
             self._end_all(key, Exit("Another program had it unloaded", released=True))
 
     def crash(self, model: Model) -> None:
-        """What holds it ends by itself."""
+        """End the instances of a model as a crash does."""
         self._end_all(self.key(model), Exit("Its process ended with exit code 3"))
 
     def _end_all(self, key: object, exit: Exit) -> None:
-        for one in list(self.here.get(key, ())):
+        for one in list(self.instances.get(key, ())):
             one.end(exit)
 
     def survive_restart(self, *, keep: bool) -> None:
-        """The app died or was restarted: what was half loaded is ended; the rest waits to be found, if kept."""
-        for key, (first, *_) in list(self.here.items()):
+        """Survive the end of the app: end what was half loaded; what was loaded is kept, if `keep`, to be adopted."""
+        for key, (first, *_) in list(self.instances.items()):
             stays, held = keep and self._is_ready(key), self.machine.held.get(key)
             self.drop(first)
             self.machine.catch_up()
@@ -431,18 +431,18 @@ class StubStore:
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
         self.loads: list[LoadRecord] = []
-        self.broken = False
+        self.failing = False
 
     def get(self, key: str) -> str | None:
         return self.notes.get(key)
 
     def put(self, key: str, value: str) -> None:
-        if self.broken:
+        if self.failing:
             raise OSError("database is locked")
         self.notes[key] = value
 
     def add(self, record: LoadRecord) -> None:
-        if self.broken:
+        if self.failing:
             raise OSError("database is locked")
         self.loads.append(record)
 

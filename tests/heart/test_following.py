@@ -1,4 +1,4 @@
-"""Whoever follows a switch as seed 001's stream is told how it ended, whatever became of it."""
+"""Every follower of a switch gets an event that says how it ended."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from tests.heart.rig import Heart
 
 @pytest.fixture
 def heart():
-    """An app at rest over empty engines."""
+    """An app at rest, with nothing loaded."""
     heart = Heart()
     yield heart
     heart.close()
     assert heart.scheduler.failures == []
 
 
-def told(job: Job) -> list[tuple[str, object]]:
-    """The events of a job that has ended: the name of each, with the code of an error."""
+def events_of(job: Job) -> list[tuple[str, object]]:
+    """The events of an ended job: the name of each, with the code of an error."""
     return [(event.name, event.data.get("error")) for event in job.follow() if event is not None]
 
 
 @pytest.mark.parametrize("how", ["superseded", "cancelled", "unloaded", "closed"])
-def test_a_switch_that_ends_in_the_queue_is_told_as_an_error(heart, how):
-    """It never ran, so that nobody tells its story: the soak found streams that just ended."""
+def test_a_switch_that_ends_in_the_queue_reports_an_error(heart, how):
+    """Such a switch never runs and reports nothing itself: the soak test found streams that just ended."""
     first = heart.switch("medium")
     waiting = heart.switch("small", replace="queue")
     assert waiting.outcome is None
@@ -35,11 +35,11 @@ def test_a_switch_that_ends_in_the_queue_is_told_as_an_error(heart, how):
         "closed": heart.switcher.close,
     }[how]()
     heart.done(first)
-    assert (waiting.outcome, told(waiting)) == ("cancelled", [("error", "cancelled")])
+    assert (waiting.outcome, events_of(waiting)) == ("cancelled", [("error", "cancelled")])
 
 
-def test_a_switch_that_is_refused_for_the_one_under_way_says_the_figures(heart):
-    """Told at once, with what it needs and what there is, as one that is refused with nothing under way."""
+def test_a_switch_refused_during_another_one_reports_the_figures(heart):
+    """The refusal is reported at once, with required and available memory, as when no switch is under way."""
     heart.switch("medium")
     heart.machine.others["host"] = 5_000_000_000
     refused = heart.switch("large")

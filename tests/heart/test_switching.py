@@ -1,4 +1,4 @@
-"""What a switch does, step by step, on engines that exist in memory alone."""
+"""What a switch does, step by step, on in-memory engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.heart.rig import Heart
 
 @pytest.fixture
 def heart():
-    """An app at rest over empty engines."""
+    """An app at rest, with nothing loaded."""
     heart = Heart()
     yield heart
     heart.close()
@@ -18,7 +18,7 @@ def heart():
 
 
 def test_a_switch_loads_its_target_and_makes_it_the_active_one(heart):
-    """Requests are routed to it once it has given its first token, not before."""
+    """Requests are routed to it only after its first token."""
     job = heart.switch("small")
     heart.stage("warming_up")
     assert heart.router.try_admit("small") is None
@@ -29,8 +29,8 @@ def test_a_switch_loads_its_target_and_makes_it_the_active_one(heart):
     assert admission.instance.model == "small"
 
 
-def test_what_is_in_the_way_is_unloaded_and_said(heart):
-    """`large` needs 9 of 10 GB: the other two go."""
+def test_models_in_the_way_are_unloaded_and_reported(heart):
+    """`large` needs 9 of 10 GB, so both others are unloaded."""
     heart.ready("small")
     heart.ready("medium")
     job = heart.ready("large")
@@ -38,8 +38,8 @@ def test_what_is_in_the_way_is_unloaded_and_said(heart):
     assert heart.states() == {"large": "running"}
 
 
-def test_a_target_that_can_not_fit_is_refused_before_anything_is_touched(heart):
-    """Other programs hold 5 GB: nothing that could be unloaded helps."""
+def test_a_target_that_can_not_fit_is_refused_before_anything_is_unloaded(heart):
+    """Other programs hold 5 GB: unloading models would not help."""
     heart.ready("small")
     heart.machine.others["host"] = 5_000_000_000
     job = heart.done(heart.switch("large"))
@@ -49,7 +49,7 @@ def test_a_target_that_can_not_fit_is_refused_before_anything_is_touched(heart):
 
 
 def test_a_refusal_names_the_program_in_the_way_and_no_model_that_is_loaded(heart):
-    """Other programs hold 5 of 10 GB. `medium` would fit, but it is what answers now; `beta` does not, `small` does."""
+    """Other programs hold 5 of 10 GB. Alternatives: `small`, not `beta` (too large) or `medium` (loaded)."""
     heart.ready("medium")
     heart.machine.others["host"] = 5_000_000_000
     job = heart.done(heart.switch("large"))
@@ -63,8 +63,8 @@ def test_a_refusal_names_the_program_in_the_way_and_no_model_that_is_loaded(hear
     assert limit["programs"] == [{"name": "hog", "pids": [4242], "gb": 5.0}]
 
 
-def test_a_failed_load_restores_what_was_unloaded_and_says_both(heart):
-    """The first cause with the log tail, and what is running now."""
+def test_a_failed_load_restores_what_was_unloaded_and_reports_both(heart):
+    """The error has the first cause with the log tail, and what is running now."""
     heart.ready("medium")
     heart.faults("large").crash_loading = True
     job = heart.done(heart.switch("large"))
@@ -80,7 +80,7 @@ def test_a_failed_load_restores_what_was_unloaded_and_says_both(heart):
     "stage", ["checking_memory", "draining", "unloading", "waiting_for_memory", "loading", "warming_up"]
 )
 def test_a_cancel_at_any_stage_leaves_what_ran_before(heart, stage):
-    """Nothing is lost wherever the cancel hits: a model that drains goes on, one that was unloaded comes back."""
+    """Whatever the stage: a draining model continues, an unloaded one is restored."""
     heart.ready("medium")
     admission = heart.router.try_admit("medium")
     heart.faults("medium").slow_stop = 3
@@ -96,7 +96,7 @@ def test_a_cancel_at_any_stage_leaves_what_ran_before(heart, stage):
 
 
 def test_a_superseding_switch_that_fails_restores_what_ran_before_the_first(heart):
-    """Defect 2: to B, then to C, and C fails: A runs again."""
+    """Switch to B, then to C, and C fails: A is restored. (It was lost.)"""
     heart.ready("medium")
     first = heart.switch("large")
     heart.stage("loading")
@@ -109,7 +109,7 @@ def test_a_superseding_switch_that_fails_restores_what_ran_before_the_first(hear
 
 @pytest.mark.parametrize("stage", ["unloading", "loading"])
 def test_cancelling_a_superseding_switch_restores_what_ran_before_the_first(heart, stage):
-    """Defect 2: to B, then to C, then cancel, also while B is still on its way out: A runs again."""
+    """Switch to B, then to C, then cancel, even while B is still being stopped: A is restored. (It was lost.)"""
     heart.ready("medium")
     heart.faults("medium").slow_stop = 3
     heart.faults("large").slow_stop = 3
@@ -123,7 +123,7 @@ def test_cancelling_a_superseding_switch_restores_what_ran_before_the_first(hear
 
 
 def test_a_switch_that_supersedes_a_rollback_inherits_what_is_not_back_yet(heart):
-    """A long chain: each time the next one comes while the rollback of the one before is under way."""
+    """Each switch of a chain supersedes the rollback of the one before."""
     heart.ready("medium")
     heart.faults("large").crash_loading = True
     heart.switch("large")
@@ -135,7 +135,7 @@ def test_a_switch_that_supersedes_a_rollback_inherits_what_is_not_back_yet(heart
 
 
 def test_what_a_superseded_rollback_could_not_restore_is_tried_by_its_successor(heart):
-    """Found by the random walk: the reason was dropped with the switch that was superseded, and the model with it."""
+    """Found by the random walk: the superseded switch's failure was dropped, and the model with it."""
     heart.ready("beta")
     heart.ready("small")
     heart.faults("large").crash_loading = True
@@ -152,16 +152,16 @@ def test_what_a_superseded_rollback_could_not_restore_is_tried_by_its_successor(
     assert heart.states() == {"beta": "running", "small": "running"}
 
 
-def test_a_switch_that_supersedes_says_all_that_its_chain_unloaded(heart):
-    """`medium` went for `large`, which never came; the answer of the last switch says so."""
+def test_the_last_switch_of_a_chain_reports_all_that_was_unloaded(heart):
+    """`medium` was unloaded for `large`, which was superseded; the result of the last switch includes it."""
     heart.ready("medium")
     heart.switch("large")
     heart.stage("loading")
     assert heart.ready("snorer").unloaded == ["medium"]
 
 
-def test_what_a_user_unloads_meanwhile_is_not_brought_back(heart):
-    """`stop` strikes the model off what a failed switch restores."""
+def test_a_model_unloaded_by_hand_meanwhile_is_not_restored(heart):
+    """`stop` removes the model from what a failed switch restores."""
     heart.ready("medium")
     heart.faults("large").crash_loading = True
     job = heart.switch("large")
@@ -171,8 +171,8 @@ def test_what_a_user_unloads_meanwhile_is_not_brought_back(heart):
     assert heart.states() == {}
 
 
-def test_a_model_that_ends_the_moment_it_is_ready_is_no_ghost(heart):
-    """Its exit came while the job was busy with it: the load fails with that cause."""
+def test_a_model_that_exits_the_moment_it_is_ready_is_not_shown(heart):
+    """Its exit comes while the job still handles it: the load fails with that cause."""
     heart.faults("small").crash_when_ready = True
     job = heart.done(heart.switch("small"))
     assert job.error is not None
@@ -180,8 +180,8 @@ def test_a_model_that_ends_the_moment_it_is_ready_is_no_ghost(heart):
     assert heart.states() == {}
 
 
-def test_one_model_that_can_not_come_back_costs_no_other(heart):
-    """A rollback goes model by model, keeps the first cause, and says why one is missing."""
+def test_a_model_that_can_not_be_restored_does_not_stop_the_rollback(heart):
+    """A rollback restores models one by one, keeps the first cause, and says why one is missing."""
     heart.ready("small")
     heart.ready("medium")
     heart.faults("large").crash_loading = True
@@ -194,7 +194,7 @@ def test_one_model_that_can_not_come_back_costs_no_other(heart):
 
 @pytest.mark.parametrize("strategy", ["largest_first", "oldest_first", "preserve_favorites", "cheapest_reload"])
 def test_preserved_models_stay_under_every_strategy(strategy):
-    """Defect 3: the setting is a promise, not a strategy."""
+    """`preserve_models` is a guarantee, not a strategy. (Only one strategy respected it.)"""
     heart = Heart(preserve_models=("medium",))
     heart.ready("medium")
     job = heart.done(heart.switch("large", strategy=strategy))
@@ -205,7 +205,7 @@ def test_preserved_models_stay_under_every_strategy(strategy):
 
 
 def test_a_refused_or_unconfirmed_target_does_not_cost_the_switch_under_way():
-    """What would be refused is refused at once; the load that works goes on."""
+    """A target that would be refused is refused at once; the load under way continues."""
     heart = Heart(confirm_before_unload=True)
     heart.ready("medium")
     first = heart.switch("snorer")
@@ -218,7 +218,7 @@ def test_a_refused_or_unconfirmed_target_does_not_cost_the_switch_under_way():
 
 
 def test_an_estimate_that_fails_for_one_model_ends_no_job_of_another(heart):
-    """Defect 4: the other model is left out of the alternatives, and that is all."""
+    """A model whose estimate fails is left out of the alternatives. (It failed other models' jobs.)"""
     heart.faults("beta").refuse_estimate = True
     assert heart.ready("small").outcome == "success"
     job = heart.done(heart.switch("beta"))
@@ -226,14 +226,14 @@ def test_an_estimate_that_fails_for_one_model_ends_no_job_of_another(heart):
     assert heart.states() == {"small": "running"}
 
 
-def test_a_database_that_fails_does_not_fail_a_load(heart):
-    """Defect 4: what a load taught is lost, the load is not."""
-    heart.store.broken = True
+def test_a_failing_database_does_not_fail_a_load(heart):
+    """Only the learned figures of the load are lost."""
+    heart.store.failing = True
     assert heart.ready("small").outcome == "success"
 
 
-def test_state_that_can_not_be_written_is_found_out_before_anything_is_touched(heart):
-    """Defect 4: a full disk must not cost the running model."""
+def test_an_unwritable_state_folder_is_detected_before_anything_is_unloaded(heart):
+    """A full disk must not unload the running model."""
     heart.ready("medium")
     heart.state_error = "The state folder /state can't be written: No space left on device."
     job = heart.done(heart.switch("large"))
@@ -243,7 +243,7 @@ def test_state_that_can_not_be_written_is_found_out_before_anything_is_touched(h
 
 
 def test_a_loaded_model_whose_file_was_removed_stays_listed_and_can_be_stopped(heart):
-    """Defect 5: it holds memory and answers `auto`, so people have to be able to see it and to unload it."""
+    """It holds memory and answers `auto`, so people must be able to see and unload it."""
     heart.ready("small")
     del heart.engines["solo"].listed["small"]
     heart.catalog.refresh()
@@ -256,8 +256,8 @@ def test_a_loaded_model_whose_file_was_removed_stays_listed_and_can_be_stopped(h
     assert "small" not in heart.catalog.models
 
 
-def test_a_model_that_leaves_the_catalogue_while_it_waits_is_an_error_of_its_job(heart):
-    """Defect 5: delete racing load: `model_not_found`, never an exception of the switcher."""
+def test_a_queued_model_that_is_deleted_fails_only_its_own_job(heart):
+    """The job ends with `model_not_found`; the switcher raises nothing."""
     first = heart.switch("small")
     second = heart.switch("medium", replace="queue")
     del heart.engines["solo"].listed["medium"]
@@ -267,7 +267,7 @@ def test_a_model_that_leaves_the_catalogue_while_it_waits_is_an_error_of_its_job
 
 
 def test_the_queue_is_published_whenever_it_changes(heart):
-    """Defect 6: "Next: good" stayed for ever."""
+    """A finished switch stayed in the queue as "Next: good" for ever."""
     first = heart.switch("small")
     second = heart.switch("medium", replace="queue")
     heart.until(lambda: heart.now.queued == ("medium",), "the queue")
@@ -277,7 +277,7 @@ def test_the_queue_is_published_whenever_it_changes(heart):
 
 
 def test_a_switch_that_joins_a_start_keeps_its_own_right_to_unload(heart):
-    """Defect 6: a start may not unload, the switch that joins it may."""
+    """A start may not unload; a switch that joins it may."""
     heart.ready("medium")
     blocking = heart.switch("snorer")
     start = heart.switch("large", replace="queue", auto_unload=False, activate=False)
@@ -288,8 +288,8 @@ def test_a_switch_that_joins_a_start_keeps_its_own_right_to_unload(heart):
     assert (heart.states()["large"], heart.now.active_model) == ("running", "large")
 
 
-def test_a_rollback_does_not_reload_what_runs(heart):
-    """Defect 6: another client loaded it meanwhile; it counts as back."""
+def test_a_rollback_does_not_reload_a_running_model(heart):
+    """If another client has loaded the model meanwhile, it counts as restored."""
     heart.ready("beta")
     heart.faults("large").crash_loading = True
     job = heart.switch("large")
@@ -297,11 +297,11 @@ def test_a_rollback_does_not_reload_what_runs(heart):
     heart.engines["shared"].load_by_other(heart.model("beta"))
     heart.done(job)
     assert heart.states() == {"beta": "running"}
-    assert len(heart.engines["shared"].here) == 1
+    assert len(heart.engines["shared"].instances) == 1
 
 
 def test_a_target_that_another_client_loaded_meanwhile_is_noticed(heart):
-    """Defect 6: it answers already, so nothing is loaded."""
+    """It already answers, so nothing is loaded."""
     heart.engines["shared"].load_by_other(heart.model("beta"))
     job = heart.done(heart.switch("beta"))
     assert job.outcome == "already_loaded"
@@ -309,8 +309,8 @@ def test_a_target_that_another_client_loaded_meanwhile_is_noticed(heart):
 
 
 @pytest.mark.parametrize("stage", ["draining", "unloading", "loading"])
-def test_a_cancelled_restart_brings_the_model_back(heart, stage):
-    """Defect 6: the one that was restarted is not lost."""
+def test_a_cancelled_restart_restores_the_model(heart, stage):
+    """A cancel at any stage leaves the restarted model loaded."""
     heart.ready("medium")
     heart.faults("medium").slow_stop = 3
     admission = heart.router.try_admit("medium")
@@ -323,8 +323,8 @@ def test_a_cancelled_restart_brings_the_model_back(heart, stage):
     assert (job.outcome, heart.states(), heart.now.active_model) == ("cancelled", {"medium": "running"}, "medium")
 
 
-def test_a_restart_that_fails_says_that_the_model_is_not_back(heart):
-    """Defect 6: it is not tried for ever, and it is said."""
+def test_a_failed_restart_reports_that_the_model_is_not_back(heart):
+    """The load is not retried for ever, and the error says so."""
     heart.ready("medium")
     heart.faults("medium").crash_loading = True
     job = heart.done(heart.switcher.restart("medium", requested_by="test"))
@@ -332,8 +332,8 @@ def test_a_restart_that_fails_says_that_the_model_is_not_back(heart):
     assert heart.states() == {}
 
 
-def test_a_client_that_left_causes_no_switch(heart):
-    """Defect 7: its place in the queue is taken back, and the model in use stays."""
+def test_a_disconnected_client_causes_no_switch(heart):
+    """It is removed from the queue, and the model in use stays loaded."""
     heart.ready("medium")
     blocking = heart.switch("snorer")
     left: list[bool] = []
@@ -355,8 +355,8 @@ def test_a_client_that_left_causes_no_switch(heart):
     assert heart.states() == {"medium": "running", "snorer": "running"}
 
 
-def test_two_names_of_one_instance_are_counted_once_and_go_together(heart):
-    """Defect 8: switching to the second is no load, and no memory."""
+def test_two_names_of_one_instance_are_counted_once_and_unloaded_together(heart):
+    """Switching to the second name needs no load and no memory."""
     heart.ready("alpha")
     heart.scheduler.pause(2)
     assert heart.states() == {"alpha": "running", "alpha-too": "running"}
@@ -366,8 +366,8 @@ def test_two_names_of_one_instance_are_counted_once_and_go_together(heart):
     assert heart.states() == {"large": "running"}
 
 
-def test_a_cancel_names_the_switch_it_means(heart):
-    """Defect 9: a late click does not hit the next switch."""
+def test_a_cancel_applies_only_to_the_switch_it_names(heart):
+    """A late click does not cancel the next switch."""
     first = heart.ready("small")
     second = heart.switch("medium")
     assert heart.switcher.cancel(switch_id=first.id) is None
@@ -375,8 +375,8 @@ def test_a_cancel_names_the_switch_it_means(heart):
     assert heart.done(second).outcome == "cancelled"
 
 
-def test_the_model_to_be_replaced_goes_even_if_the_target_is_loaded(heart):
-    """Defect 10: seed 002's switch unloads the old model."""
+def test_the_replaced_model_is_unloaded_even_if_the_target_is_loaded(heart):
+    """Seed 002's switch always unloads the old model."""
     heart.ready("beta")
     heart.ready("alpha")
     job = heart.ready("beta", instead_of="alpha")
@@ -384,8 +384,8 @@ def test_the_model_to_be_replaced_goes_even_if_the_target_is_loaded(heart):
     assert heart.states() == {"beta": "running"}
 
 
-def test_an_engine_that_refuses_to_unload_is_believed(heart):
-    """Defect 11: the model goes on serving, and the error says why."""
+def test_a_model_that_the_engine_refuses_to_unload_stays_usable(heart):
+    """It keeps answering, and the error says why it was not unloaded."""
     heart.ready("medium")
     heart.faults("medium").refuse_unload = True
     job = heart.done(heart.switcher.stop("medium", requested_by="test"))
@@ -395,8 +395,8 @@ def test_an_engine_that_refuses_to_unload_is_believed(heart):
     assert admission is not None
 
 
-def test_a_busy_model_is_called_busy_and_its_drain_counts(heart):
-    """Defect 14: the plan says who is answering, and the time includes letting it finish."""
+def test_the_plan_shows_busy_models_and_counts_their_drain(heart):
+    """A busy model has `in_flight`, and the estimated time includes its drain."""
     heart.ready("large")
     heart.done(heart.switcher.stop("large", requested_by="test"))
     heart.ready("medium")
@@ -407,8 +407,8 @@ def test_a_busy_model_is_called_busy_and_its_drain_counts(heart):
     assert busy.estimated_seconds == idle.estimated_seconds + heart.settings.drain_timeout_seconds
 
 
-def test_a_model_that_finishes_its_answers_says_until_when(heart):
-    """Those under way may take `drain_timeout_seconds`; when they end sooner, so does the wait."""
+def test_a_draining_model_shows_until_when_it_may_drain(heart):
+    """`drain_timeout_seconds` at most; it is unloaded as soon as its last answer ends."""
     heart.ready("medium")
     admission = heart.router.try_admit("medium")
     job = heart.switcher.stop("medium", requested_by="test")
@@ -423,8 +423,8 @@ def test_a_model_that_finishes_its_answers_says_until_when(heart):
 
 
 @pytest.mark.parametrize("how", ["stop", "switch"])
-def test_who_does_not_want_to_wait_for_answers_need_not(heart, how):
-    """The answer under way is given up, and what waited for it goes on at once."""
+def test_unload_now_cuts_off_the_last_answers(heart, how):
+    """The answer under way is aborted, and the job that waited for it continues at once."""
     heart.ready("medium")
     asking = heart.ask("medium", "sse", 1000.0)
     heart.scheduler.pause(1)
@@ -436,11 +436,11 @@ def test_who_does_not_want_to_wait_for_answers_need_not(heart, how):
     assert heart.scheduler.now() - began < 1
     heart.done(job)
     assert job.outcome == "success"
-    assert asking.outcome == "broken off"
+    assert asking.outcome == "aborted"
 
 
-def test_without_an_unload_under_way_no_answer_is_given_up(heart):
-    """Neither before it nor after one that was called off, at the next."""
+def test_unload_now_without_a_drain_aborts_nothing(heart):
+    """Neither before a drain, nor, after a cancelled one, at the next."""
     heart.ready("medium")
     admission = heart.router.try_admit("medium")
     heart.switcher.unload_now("medium")
@@ -457,8 +457,8 @@ def test_without_an_unload_under_way_no_answer_is_given_up(heart):
     admission.release()
 
 
-def test_a_cancelled_switch_says_so_until_it_is_over(heart):
-    """At once, and whatever the load that is being stopped still reports; what it brings back is told as such."""
+def test_a_cancelled_switch_shows_that_until_it_has_ended(heart):
+    """At once, whatever progress the stopping load still reports; then the rollback is shown."""
     heart.ready("medium")
     heart.faults("large").slow_stop = 3
     job = heart.switch("large")
@@ -470,8 +470,8 @@ def test_a_cancelled_switch_says_so_until_it_is_over(heart):
     assert list(dict.fromkeys(seen)) == ["cancelling", "rolling_back"]
 
 
-def test_a_model_that_ends_by_itself_is_told_with_its_cause(heart):
-    """Until somebody has read it, or has the model loaded again."""
+def test_a_model_that_exits_by_itself_is_shown_with_the_cause(heart):
+    """Until the notice is dismissed, or the model is loaded again."""
     heart.ready("medium")
     heart.ready("small")
     heart.engines["solo"].crash(heart.model("medium"))
@@ -488,8 +488,8 @@ def test_a_model_that_ends_by_itself_is_told_with_its_cause(heart):
     assert heart.now.loss is None
 
 
-def test_when_a_model_was_last_used_survives_its_unload(heart):
-    """Defect 14."""
+def test_the_time_of_last_use_survives_an_unload(heart):
+    """It stays in the snapshot after the instance is gone."""
     heart.ready("small")
     heart.router.try_admit("small").release()
     used = heart.now.instances["small"].traffic.last_used
@@ -497,8 +497,8 @@ def test_when_a_model_was_last_used_survives_its_unload(heart):
     assert heart.now.last_used["small"] == used
 
 
-def test_others_are_unloaded_while_a_model_is_fetched(heart):
-    """A download may take hours; unloading something else meanwhile is no job inside a job."""
+def test_other_models_can_be_unloaded_during_a_download(heart):
+    """A download may take hours; a fetching job gives up its slot."""
     heart.ready("medium")
     heart.faults("snorer").fetch_seconds = 600
     fetching = heart.switch("snorer")
@@ -509,8 +509,8 @@ def test_others_are_unloaded_while_a_model_is_fetched(heart):
     assert heart.done(fetching).outcome == "success"
 
 
-def test_a_driver_that_hangs_delays_nobody_who_does_not_need_it(heart):
-    """Reading memory takes a minute: a cancel, a request to a running model and the status go on at once."""
+def test_a_hanging_driver_delays_only_what_needs_it(heart):
+    """While reading memory takes a minute, a cancel, a request to a running model and the status work at once."""
     heart.ready("small")
     heart.machine.slow_seconds = 60
     job = heart.switch("medium")
@@ -521,30 +521,30 @@ def test_a_driver_that_hangs_delays_nobody_who_does_not_need_it(heart):
     assert heart.scheduler.now() == began
 
 
-def test_a_message_that_fails_harms_itself_alone(heart):
-    """The sender is told; the next message finds the mailbox alive."""
+def test_an_exception_in_a_message_reaches_only_its_sender(heart):
+    """The mailbox handles the next message."""
     with pytest.raises(ZeroDivisionError):
         heart.switcher._mailbox.call(lambda: 1 / 0)
     assert heart.ready("small").outcome == "success"
 
 
-def test_the_same_wish_twice_is_one_job(heart):
-    """A double click, a second tab."""
+def test_two_equal_switch_requests_are_one_job(heart):
+    """Such as a double click, or a second tab."""
     first = heart.switch("small")
     assert heart.switch("small") is first
     heart.done(first)
 
 
 def test_a_switch_can_be_refused_while_one_runs(heart):
-    """`replace`: refuse."""
+    """With `replace="refuse"` the second switch is refused."""
     first = heart.switch("small")
     with pytest.raises(SwitchError, match="still under way"):
         heart.switch("medium", replace="refuse")
     heart.done(first)
 
 
-def test_after_a_crash_of_the_app_what_runs_is_found_and_nothing_else(heart):
-    """The active model is that again; what was half loaded is gone."""
+def test_after_a_crash_loaded_models_are_adopted_and_half_loaded_ones_are_gone(heart):
+    """The active model stays the active one."""
     heart.ready("medium")
     heart.ready("beta")
     heart.switch("snorer")
@@ -554,8 +554,8 @@ def test_after_a_crash_of_the_app_what_runs_is_found_and_nothing_else(heart):
     assert heart.now.active_model == "beta"
 
 
-def test_sleepers_wake_sooner_and_one_that_can_not_wake_is_loaded_anew(heart):
-    """A state of its own, chosen by the plan."""
+def test_a_model_sleeps_for_another_and_is_loaded_again_if_it_can_not_wake(heart):
+    """The plan chooses sleep, which is a state of its own."""
     heart.ready("dozer")
     heart.ready("snorer")
     assert heart.states() == {"dozer": "asleep", "snorer": "running"}
@@ -564,8 +564,8 @@ def test_sleepers_wake_sooner_and_one_that_can_not_wake_is_loaded_anew(heart):
     assert heart.states()["dozer"] == "running"
 
 
-def test_percent_and_time_left_agree_once_there_is_a_forecast(heart):
-    """Defect 14: elapsed over forecast. Three quarters of a load that takes as long as the ones before are 75 %."""
+def test_percent_and_time_left_agree_with_a_forecast(heart):
+    """Percent is elapsed over forecast time: after three quarters of a typical load it is about 75 %."""
     for _ in range(2):
         heart.ready("small")
         heart.done(heart.switcher.stop("small", requested_by="test"))
@@ -582,8 +582,8 @@ def test_percent_and_time_left_agree_once_there_is_a_forecast(heart):
     heart.done(job)
 
 
-def test_the_forecast_of_a_model_that_is_not_here_includes_its_download(heart):
-    """Defect 14: by the pace of earlier fetches; without one nobody can know, which is said as unknown."""
+def test_the_forecast_includes_the_download(heart):
+    """It uses the speed of earlier downloads; before the first one it is unknown."""
     heart.ready("snorer")
     heart.done(heart.switcher.stop("snorer", requested_by="test"))
     heart.change("snorer", fetch_bytes=7_000_000_000)
@@ -594,8 +594,8 @@ def test_the_forecast_of_a_model_that_is_not_here_includes_its_download(heart):
     assert heart.switcher.plan("snorer").estimated_seconds == pytest.approx(72, abs=1)
 
 
-def test_a_switch_is_shown_from_the_moment_it_was_accepted(heart):
-    """A script that asks right after the answer must not be told that nothing goes on."""
+def test_a_switch_is_shown_as_soon_as_it_is_accepted(heart):
+    """A script that asks right after its request must see the switch."""
     job = heart.switch("small")
     assert heart.now.switch is not None
     assert (heart.now.switch.id, heart.now.switch.stage) == (job.id, "requested")
@@ -604,8 +604,8 @@ def test_a_switch_is_shown_from_the_moment_it_was_accepted(heart):
     assert (again.outcome, heart.now.switch) == ("already_loaded", None)
 
 
-def test_what_was_never_started_closes_at_once(heart):
-    """When the app's start fails nobody answers the mailbox: closing waited ten seconds for that."""
+def test_closing_a_switcher_that_was_never_started_returns_at_once(heart):
+    """If the app's start fails, nothing answers the mailbox: closing waited ten seconds for it."""
     heart.build()
     before = heart.scheduler.now()
     heart.switcher.close()

@@ -1,4 +1,4 @@
-"""Models that stop responding while they look healthy: found, told, ended and loaded again, with nothing sent twice."""
+"""Models that stop responding although they look healthy are detected, shown, stopped and loaded again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODEL = "small"
 
 @pytest.fixture
 def heart() -> Iterator[Heart]:
-    """With `small` loaded. A silent answer would be given up after ten minutes, long after the watchdog acts."""
+    """An app with `small` loaded. A silent answer times out after ten minutes, long after the watchdog acts."""
     heart = Heart(unresponsive_seconds=LIMIT, upstream_timeout_seconds=600)
     heart.ready(MODEL)
     yield heart
@@ -28,12 +28,12 @@ def warned(heart: Heart) -> bool:
 
 
 def instance(heart: Heart) -> object:
-    """Another object after each load."""
+    """The identity of the current instance: it changes with each load."""
     return heart.now.instances[MODEL].traffic
 
 
-def stick(heart: Heart) -> None:
-    """Have `small` go stuck with a request, and wait until it is ended for that."""
+def make_stuck(heart: Heart) -> None:
+    """Make `small` stop responding during a request, and wait until the watchdog has stopped it."""
     before = instance(heart)
     heart.ask(MODEL, "silent")
     heart.faults(MODEL).stuck = True
@@ -41,8 +41,8 @@ def stick(heart: Heart) -> None:
     heart.faults(MODEL).stuck = False
 
 
-def test_a_stuck_model_is_told_then_ended_and_loaded_again(heart):
-    """Its requests break off, none is sent again, and what it was (the active model) it is again."""
+def test_a_stuck_model_is_marked_then_stopped_and_loaded_again(heart):
+    """Its requests break off, none is sent again, and it becomes the active model again."""
     before, began = instance(heart), heart.scheduler.now()
     heart.faults(MODEL).stuck = True
     asking = heart.ask(MODEL, "silent")
@@ -60,19 +60,19 @@ def test_a_stuck_model_is_told_then_ended_and_loaded_again(heart):
     assert [arrival.number for arrival in heart.wire.arrivals].count(asking.number) == 1
 
 
-def test_why_it_was_ended_is_said_until_it_is_loaded_again(heart):
-    """As of any other end that nobody asked for. The second restart waits."""
-    stick(heart)
+def test_the_cause_is_shown_until_the_model_is_loaded_again(heart):
+    """The failure is shown like any unexpected exit. The second restart waits, so that it can be observed."""
+    make_stuck(heart)
     heart.until(lambda: heart.states() == {MODEL: "running"}, "it to run again")
-    stick(heart)
+    make_stuck(heart)
     cause = "It stopped responding for 120 s, with one request under way, and was ended."
     assert heart.now.failures[MODEL].cause == cause
     heart.until(lambda: heart.states() == {MODEL: "running"}, "it to run again")
     assert heart.now.failures == {}
 
 
-def test_a_model_that_is_only_slow_goes_on(heart):
-    """No byte for minutes, as with a long prompt: its engine gives a sign of life between two batches."""
+def test_a_model_that_is_only_slow_is_left_alone(heart):
+    """With a long prompt no byte comes for minutes, but the engine responds to the probe between two batches."""
     before = instance(heart)
     asking = heart.ask(MODEL, "whole", 500.0)
     heart.until(lambda: asking.outcome is not None, "the answer")
@@ -81,7 +81,7 @@ def test_a_model_that_is_only_slow_goes_on(heart):
 
 
 def test_bytes_of_one_answer_are_a_sign_of_life_for_all(heart):
-    """The engine isn't even asked, which would say that it is stuck."""
+    """The engine isn't even probed; the probe would report that it is stuck."""
     before = instance(heart)
     heart.faults(MODEL).stuck = True
     waiting, talking = heart.ask(MODEL, "whole", 400.0), heart.ask(MODEL, "sse", 400.0)
@@ -90,18 +90,18 @@ def test_bytes_of_one_answer_are_a_sign_of_life_for_all(heart):
     assert instance(heart) is before
 
 
-def test_a_client_that_left_without_a_word_is_a_reason_to_look(heart):
-    """Its request may hold the engine still, though nobody waits for it any more."""
+def test_a_client_that_disconnects_without_an_answer_causes_a_probe(heart):
+    """Its request may still block the engine although no client waits for it."""
     before = instance(heart)
     heart.faults(MODEL).stuck = True
-    asking = heart.ask(MODEL, "silent", patience=5.0)
-    heart.until(lambda: asking.outcome == "left", "the client to leave")
+    asking = heart.ask(MODEL, "silent", leaves_after=5.0)
+    heart.until(lambda: asking.outcome == "disconnected", "the client to leave")
     heart.until(lambda: warned(heart), "people to be told")
     heart.until(lambda: MODEL in heart.states() and instance(heart) is not before, "it to be loaded again")
 
 
-def test_one_that_comes_to_itself_is_left_alone(heart):
-    """The warning goes, and the time counts from then."""
+def test_a_model_that_responds_again_is_left_alone(heart):
+    """The warning disappears, and the time limit starts again."""
     before = instance(heart)
     heart.faults(MODEL).stuck = True
     heart.ask(MODEL, "whole", 60.0)
@@ -111,24 +111,24 @@ def test_one_that_comes_to_itself_is_left_alone(heart):
     assert instance(heart) is before
 
 
-def test_an_idle_model_is_never_asked(heart):
-    """Nothing is expected of it, so silence says nothing."""
+def test_an_idle_model_is_never_probed(heart):
+    """Without requests, silence means nothing."""
     before = instance(heart)
     heart.faults(MODEL).stuck = True
     heart.scheduler.pause(1000)
     assert instance(heart) is before
 
 
-def test_restarts_come_later_each_time_and_end_after_the_third(heart):
-    """A request that always comes back must not keep a model loading for ever. One that asks for it still gets it."""
+def test_restarts_back_off_and_stop_after_the_third(heart):
+    """A request that is always sent again must not restart a model for ever. A later request still loads it."""
     waits = []
     for _ in range(3):
-        stick(heart)
+        make_stuck(heart)
         ended = heart.scheduler.now()
         heart.until(lambda: heart.states().get(MODEL) == "running", "it to run again")
         waits.append(heart.scheduler.now() - ended)
     assert waits[0] < 10 < 30 <= waits[1] < 120 <= waits[2] < 140
-    stick(heart)
+    make_stuck(heart)
     heart.scheduler.pause(2000)
     assert heart.states() == {}
     asking = heart.ask(MODEL, "whole")
@@ -136,8 +136,8 @@ def test_restarts_come_later_each_time_and_end_after_the_third(heart):
     assert asking.outcome == "answered"
 
 
-def test_it_can_be_switched_off():
-    """0 seconds: no watchdog."""
+def test_the_watchdog_can_be_turned_off():
+    """`unresponsive_seconds = 0` turns it off."""
     heart = Heart(unresponsive_seconds=0, upstream_timeout_seconds=3000)
     heart.ready(MODEL)
     before = instance(heart)

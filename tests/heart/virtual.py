@@ -1,5 +1,5 @@
-"""A scheduler with a virtual clock: greenlets that take turns in an order drawn from a seed, and time that only passes
-when everyone waits. The same seed gives the same run."""
+"""A scheduler with a virtual clock: greenlets run in an order drawn from a seed, and time passes only when all of them
+wait. The same seed gives the same run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from types import TracebackType
 from greenlet import GreenletExit, getcurrent, greenlet
 
 EPOCH = 1_800_000_000.0
-"""What `time()` says at the beginning."""
+"""The value of `time()` at the beginning."""
 TURNS_AT_ONCE = 20_000
-"""More turns than this without time passing mean that somebody spins."""
+"""More turns than this without time passing mean that a greenlet loops without waiting."""
 
 
 class VirtualScheduler:
-    """Implements `services.scheduling.Scheduler`. The greenlet that made it drives it: when that waits, others run."""
+    """Implements `services.scheduling.Scheduler`. The greenlet that created it drives it: others run while it waits."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
@@ -27,12 +27,12 @@ class VirtualScheduler:
         self._ready: list[greenlet] = []
         self._timers: list[tuple[float, int, greenlet]] = []
         self._waits: dict[greenlet, int] = {}
-        """The wait that each greenlet is in: the timer of an earlier one wakes nobody."""
+        """The current wait of each greenlet: the timer of an earlier wait is ignored."""
         self._order = itertools.count()
         self._alive: set[greenlet] = set()
         self.dead = False
         self.failures: list[BaseException] = []
-        """What escaped from greenlets: nothing ever should."""
+        """Exceptions that escaped from greenlets; tests assert that there are none."""
 
     def now(self) -> float:
         return self._now
@@ -61,7 +61,7 @@ class VirtualScheduler:
             self._ready.append(started)
 
     def pause(self, seconds: float) -> None:
-        """Let others run for so long."""
+        """Let other greenlets run for so long."""
         self.condition().wait_for(lambda: False, seconds)
 
     def run_until(self, predicate: Callable[[], bool], timeout: float) -> bool:
@@ -72,7 +72,7 @@ class VirtualScheduler:
         while not predicate():
             if self._ready:
                 turns += 1
-                assert turns < TURNS_AT_ONCE, f"{self._ready[:3]} spin"
+                assert turns < TURNS_AT_ONCE, f"{self._ready[:3]} loop without waiting"
                 self._take_turn()
             elif self._timers and self._timers[0][0] <= deadline:
                 at, number, sleeper = heapq.heappop(self._timers)
@@ -86,12 +86,12 @@ class VirtualScheduler:
         return True
 
     def settle(self) -> None:
-        """Let everyone run who can without time passing."""
+        """Run all greenlets that can run without time passing."""
         while self._ready:
             self._take_turn()
 
     def begin_wait(self, deadline: float | None) -> None:
-        """The current greenlet is about to wait, to be woken at the deadline at the latest."""
+        """Register that the current greenlet waits, until the deadline at the latest."""
         self._waits[getcurrent()] = number = next(self._order)
         if deadline is not None:
             heapq.heappush(self._timers, (deadline, number, getcurrent()))
@@ -100,7 +100,7 @@ class VirtualScheduler:
         self._waits.pop(getcurrent(), None)
 
     def wait(self) -> None:
-        """The current greenlet waits until it is woken."""
+        """Wait until the current greenlet is woken."""
         assert getcurrent() is not self._driver
         if self.dead:
             raise GreenletExit
@@ -113,7 +113,7 @@ class VirtualScheduler:
             self._ready.append(sleeper)
 
     def kill(self) -> None:
-        """End every greenlet where it stands, as the death of a process does."""
+        """End every greenlet where it is, as the death of a process does."""
         self.dead = True
         for one in list(self._alive):
             one.throw(GreenletExit)
@@ -132,7 +132,7 @@ class VirtualScheduler:
 
 
 class VirtualCondition:
-    """What the product uses of `threading.Condition`. Nobody is interrupted in between: there is nothing to lock."""
+    """The parts of `threading.Condition` that the app uses. Greenlets are never preempted: no lock is needed."""
 
     def __init__(self, scheduler: VirtualScheduler) -> None:
         self._scheduler = scheduler

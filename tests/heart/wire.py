@@ -1,7 +1,7 @@
-"""Connections that exist in memory alone, and engines at their other end that do what a request tells them to.
+"""In-memory connections to scripted engines.
 
-`Wire` is the relay's `Network`. What an engine does with a request is a script: a pure list of steps, made from the
-act that the request's body names.
+`Wire` implements the relay's `Network`. An engine's behaviour for a request is a script: a pure list of steps, made
+from the act that the request's body names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from services.gateway.connections import CONNECT_SECONDS
 from tests.heart.virtual import VirtualScheduler
 
 END, RESET, HANG = "end", "reset", "hang"
-"""Steps besides bytes to say and seconds to wait: close the connection, reset it, say nothing for ever."""
+"""Steps other than bytes to send and seconds to wait: close the connection, reset it, send nothing for ever."""
 Step = bytes | float | str
 
 WHOLE = (
@@ -32,9 +32,9 @@ WHOLE = (
     "twice",
     "refused",
 )
-"""Acts that give a whole answer, if nothing comes in between."""
+"""Acts with a complete response, unless something interrupts them."""
 BROKEN = ("cut", "cut_sse", "reset_midway", "stall", "stall_sse")
-"""Acts that break off once the answer has begun."""
+"""Acts that end in the middle of a response."""
 FAILED = {
     "drop": "engine_unreachable",
     "reset": "engine_unreachable",
@@ -46,24 +46,24 @@ FAILED = {
     "no_route": "NotFound",
     "no_method": "MethodNotAllowed",
 }
-"""Acts that give no answer to pass on, and the error that the client is told."""
+"""Acts without a response to relay, and the client's error for each."""
 ACTS = (*WHOLE, *BROKEN, *FAILED)
 
 NO_ROUTE = json.dumps({"error": {"message": "File Not Found"}}).encode()
 
 
-class Gone(Exception):
+class LinkClosed(Exception):
     """The relay has closed the connection, or the engine has ended."""
 
 
 class Link:
-    """One connection with both its ends; what is said on one is at the other at once."""
+    """One connection with both ends; bytes sent at one end arrive at the other at once."""
 
-    def __init__(self, scheduler: VirtualScheduler, origin: str, silence: float) -> None:
+    def __init__(self, scheduler: VirtualScheduler, origin: str, read_timeout: float) -> None:
         self.origin = origin
         self._scheduler = scheduler
         self._changed = scheduler.condition()
-        self._silence = silence
+        self._read_timeout = read_timeout
         self._to_engine = bytearray()
         self._to_relay = bytearray()
         self._ended: str | None = None
@@ -73,12 +73,12 @@ class Link:
         self.closed = False
         self.arrivals: list[Arrival] = []
 
-    # The relay's end: a `services.gateway.connections.Connection`.
+    # The relay's end implements `services.gateway.connections.Connection`.
 
     def recv(self, size: int, /) -> bytes:
         self._check_open()
-        self._changed.wait_for(lambda: self._to_relay or self._ended or self._shut, self._silence)
-        if self._to_relay:  # what has come can be read though it was shut meanwhile
+        self._changed.wait_for(lambda: self._to_relay or self._ended or self._shut, self._read_timeout)
+        if self._to_relay:  # received bytes can be read even after a shutdown
             data = bytes(self._to_relay[:size])
             del self._to_relay[:size]
             self.arrivals[-1].heard += len(data)
@@ -96,11 +96,11 @@ class Link:
         if self._ended is not None:
             raise BrokenPipeError(errno.EPIPE, "closed by the engine")
         self._to_engine += data
-        self._tell()
+        self._notify()
 
     def abort(self) -> None:
         self._shut = True
-        self._tell()
+        self._notify()
 
     def is_reusable(self) -> bool:
         self._check_open()
@@ -109,7 +109,7 @@ class Link:
     def close(self) -> None:
         assert not self.closed, "closed twice"
         self.closed = True
-        self._tell()
+        self._notify()
 
     def _check_open(self) -> None:
         assert not self.closed, "used after it was closed"
@@ -118,12 +118,12 @@ class Link:
 
     @property
     def live(self) -> bool:
-        """Whether the engine still has to do with it."""
+        """Whether neither side has closed it."""
         return not (self.closed or self._shut or self._ended)
 
-    def request(self, patience: float) -> dict[str, Any] | None:
-        """The next request's body; None when none comes within `patience` seconds. Raises Gone."""
-        found = self._changed.wait_for(lambda: not self.live or self._whole_request() is not None, patience)
+    def request(self, timeout: float) -> dict[str, Any] | None:
+        """The next request's body; None if none arrives within `timeout` seconds. Raises LinkClosed."""
+        found = self._changed.wait_for(lambda: not self.live or self._whole_request() is not None, timeout)
         self._check_live()
         if not found:
             return None
@@ -131,24 +131,24 @@ class Link:
         del self._to_engine[:used]
         return json.loads(body)  # type: ignore[no-any-return]
 
-    def say(self, data: bytes) -> None:
-        """Raises Gone."""
+    def send(self, data: bytes) -> None:
+        """Send bytes to the relay. Raises LinkClosed."""
         self._check_live()
         self._to_relay += data
-        self._tell()
+        self._notify()
 
     def wait(self, seconds: float | None) -> None:
-        """Raises Gone as soon as it is."""
+        """Wait; raises LinkClosed as soon as it is closed."""
         self._changed.wait_for(lambda: not self.live, seconds)
         self._check_live()
 
     def end(self, how: str = END) -> None:
-        """The engine closes it, or resets it, which takes back what was not read yet."""
+        """Close it as the engine; a reset discards what was not read yet."""
         if self._ended is None:
             self._ended, self.ended_at = how, self._scheduler.now()
             if how == RESET:
                 self._to_relay.clear()
-            self._tell()
+            self._notify()
 
     def _whole_request(self) -> tuple[bytes, int] | None:
         head, mark, rest = bytes(self._to_engine).partition(b"\r\n\r\n")
@@ -160,39 +160,39 @@ class Link:
 
     def _check_live(self) -> None:
         if not self.live:
-            raise Gone
+            raise LinkClosed
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
 
 @dataclass(eq=False)
 class Arrival:
-    """One request as an engine saw it. `reused`: its connection had carried another one before."""
+    """One request as an engine received it. `reused`: the connection had carried another one before."""
 
     number: int
     model: str
     link: Link
     reused: bool
     since: float
-    """When it came, or the engine last said something to it."""
+    """When it arrived, or the engine last sent something."""
     heard: int = 0
-    """Bytes that the relay has read."""
+    """Bytes that the relay has read of the response."""
     at_work: bool = True
     finished: bool = False
-    """Whether the engine has done all that its script says; else it was broken off."""
+    """Whether the engine has completed its script."""
 
 
 @dataclass(eq=False)
 class Wire:
-    """The network of one app. `listens` says whether an engine takes connections at an origin."""
+    """The network of one app. `listens` says whether an engine accepts connections at an origin."""
 
     scheduler: VirtualScheduler
-    silence: float
+    read_timeout: float
     listens: Callable[[str], bool] = lambda _: True
     keep_alive: float = 30.0
-    """Seconds after which engines close a connection that nobody uses."""
+    """Seconds after which engines close an idle connection."""
     slow_dial: float = 0.0
     links: list[Link] = field(default_factory=list)
     arrivals: list[Arrival] = field(default_factory=list)
@@ -204,7 +204,7 @@ class Wire:
             self.scheduler.pause(min(self.slow_dial, CONNECT_SECONDS))
         if self.slow_dial > CONNECT_SECONDS or not self.listens(origin):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-        link = Link(self.scheduler, origin, self.silence)
+        link = Link(self.scheduler, origin, self.read_timeout)
         self.links = [one for one in self.links if not one.closed]
         self.links.append(link)
         self.scheduler.spawn("engine", lambda: self._serve(link))
@@ -223,7 +223,7 @@ class Wire:
     # The engines.
 
     def end(self, origin: str, models: Iterable[str] | None = None, how: str = END) -> None:
-        """An engine ends, or only what it holds of some models."""
+        """End an engine, or only its answers of some models."""
         for link in self.links:
             current = link.arrivals[-1] if link.arrivals else None
             answering = current is not None and current.at_work and models is not None and current.model in models
@@ -235,23 +235,23 @@ class Wire:
 
     def _serve(self, link: Link) -> None:
         try:
-            while (asked := link.request(self.keep_alive)) is not None:
-                arrival = Arrival(asked["number"], asked["model"], link, bool(link.arrivals), self.scheduler.now())
+            while (request := link.request(self.keep_alive)) is not None:
+                arrival = Arrival(request["number"], request["model"], link, bool(link.arrivals), self.scheduler.now())
                 link.arrivals.append(arrival)
                 self.arrivals.append(arrival)
                 try:
-                    self._answer(arrival, script(asked["act"], asked["number"], asked["seconds"], arrival.reused))
+                    self._answer(arrival, script(request["act"], request["number"], request["seconds"], arrival.reused))
                     arrival.finished = True
                 finally:
                     arrival.at_work = False
             link.end()
-        except Gone:
+        except LinkClosed:
             link.end(RESET)
 
     def _answer(self, arrival: Arrival, steps: Iterable[Step]) -> None:
         for step in steps:
             if isinstance(step, bytes):
-                arrival.link.say(step)
+                arrival.link.send(step)
                 arrival.since = self.scheduler.now()
             elif isinstance(step, float):
                 arrival.link.wait(step)
@@ -260,18 +260,18 @@ class Wire:
             else:
                 arrival.finished = True
                 arrival.link.end(step)
-                raise Gone
+                raise LinkClosed
 
 
 def parts_of(act: str, number: int) -> list[bytes]:
-    """The body that an act gives in answer to a request, in pieces: no two requests have the same."""
+    """The response body for an act, in pieces; unique per request."""
     if act.endswith("sse"):
         return [f'data: {{"number": {number}, "part": {part}}}\n\n'.encode() for part in range(4)]
     return [f"{number}/{part};".encode() * (part + 1) for part in range(4)]
 
 
 def script(act: str, number: int, seconds: float, reused: bool) -> list[Step]:
-    """What an engine does with a request, spread over `seconds`."""
+    """An engine's steps for a request, spread over `seconds`."""
     parts, pause = parts_of(act, number), seconds / 4
     body = b"".join(parts)
     kind = "text/event-stream" if act.endswith("sse") else "application/json"

@@ -1,4 +1,4 @@
-"""The heart under everything at once: a state machine of hypothesis over `operations.py`.
+"""A hypothesis state machine over all operations on the heart (`operations.py`), checking its invariants.
 
 A failing run prints its steps; the same steps replay it exactly, since the order of greenlets comes from the seed.
 """
@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from tests.heart.operations import FAULTS, SLOWNESS, Operations
 from tests.heart.rig import MODELS
-from tests.heart.simulate import PATIENCE, SECONDS
+from tests.heart.simulate import LEAVES_AFTER, SECONDS
 from tests.heart.stub import GPU
 from tests.heart.wire import ACTS
 
@@ -30,8 +30,8 @@ model_ids = st.sampled_from([m.id for m in MODELS])
 EXAMPLES, STEPS = 500, 50
 
 
-class Promises(RuleBasedStateMachine):
-    """Any order of wishes, faults, crashes and restarts."""
+class HeartMachine(RuleBasedStateMachine):
+    """Operations, faults, crashes and restarts in any order."""
 
     @initialize(seed=st.integers(0, 2**16))
     def begin(self, seed: int) -> None:
@@ -39,7 +39,7 @@ class Promises(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "operations"):
-            self.operations.rest()
+            self.operations.check_rest()
             self.operations.heart.close()
 
     @rule(model_id=model_ids, replace=st.sampled_from(["cancel", "cancel", "queue", "refuse"]))
@@ -66,18 +66,18 @@ class Promises(RuleBasedStateMachine):
         model_id=model_ids,
         act=st.sampled_from(ACTS),
         seconds=st.sampled_from(SECONDS),
-        patience=st.sampled_from(PATIENCE),
+        leaves_after=st.sampled_from(LEAVES_AFTER),
     )
-    def request(self, model_id, act, seconds, patience):
-        self.operations.request(model_id, act, seconds, patience)
+    def request(self, model_id, act, seconds, leaves_after):
+        self.operations.request(model_id, act, seconds, leaves_after)
 
     @rule(model_id=model_ids)
     def unload_now(self, model_id):
         self.operations.unload_now(model_id)
 
     @rule(newest=st.booleans())
-    def leave(self, newest):
-        self.operations.leave(newest)
+    def disconnect(self, newest):
+        self.operations.disconnect(newest)
 
     @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 1.0, 4.0, 30.0]))
     def pass_time(self, seconds):
@@ -108,8 +108,8 @@ class Promises(RuleBasedStateMachine):
         self.operations.slow_driver(seconds)
 
     @rule(seconds=st.sampled_from([0.0, 0.3, 2.0]))
-    def slow_account(self, seconds):
-        self.operations.slow_account(seconds)
+    def delay_freed_memory(self, seconds):
+        self.operations.delay_freed_memory(seconds)
 
     @rule(dial_seconds=st.sampled_from([0.0, 0.0, 1.0, 8.0]), keep_alive=st.sampled_from([0.5, 5.0, 1e6]))
     def slow_network(self, dial_seconds, keep_alive):
@@ -128,8 +128,8 @@ class Promises(RuleBasedStateMachine):
         self.operations.remove_file(model_id)
 
     @rule()
-    def bring_files_back(self):
-        self.operations.bring_files_back()
+    def restore_files(self):
+        self.operations.restore_files()
 
     @precondition(lambda self: hasattr(self, "operations"))
     @rule(orderly=st.booleans())
@@ -137,18 +137,18 @@ class Promises(RuleBasedStateMachine):
         (self.operations.restart_app if orderly else self.operations.crash_app)()
 
     @rule()
-    def rest(self):
-        self.operations.rest()
+    def check_rest(self):
+        self.operations.check_rest()
 
     @invariant()
-    def promises(self):
+    def invariants(self):
         if hasattr(self, "operations"):
             self.operations.check()
 
 
 @pytest.fixture
 def quiet():
-    """No log lines: the faults here are on purpose."""
+    """No log lines: the faults here are intended."""
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield
@@ -156,10 +156,10 @@ def quiet():
 
 
 @pytest.mark.timeout(600)
-def test_whatever_happens_the_promises_hold(quiet):  # noqa: ARG001
-    """20,000 steps: budget, restore, endings, queue, snapshot, requests, preserved models, bounded waits."""
+def test_invariants_hold_after_any_sequence_of_operations(quiet):  # noqa: ARG001
+    """20,000 steps check budget, restore, endings, queue, snapshot, requests, preserved models and bounded waits."""
     run_state_machine_as_test(
-        Promises,
+        HeartMachine,
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
