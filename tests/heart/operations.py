@@ -131,7 +131,7 @@ class Operations:
 
     def disconnect(self, newest: bool = False) -> None:
         """Disconnect the client that has waited longest, or the newest."""
-        there = [asking for asking in self.heart.asked if asking.outcome is None and not asking.gone]
+        there = [request for request in self.heart.requests if request.outcome is None and not request.gone]
         if there:
             there[-1 if newest else 0].disconnect()
 
@@ -253,11 +253,15 @@ class Operations:
     def _at_rest(self) -> bool:
         switcher = self.heart.switcher
         idle = switcher.job() is None and not switcher._queue.waiting
-        return idle and all(asking.outcome is not None for asking in self.heart.asked)
+        return idle and all(request.outcome is not None for request in self.heart.requests)
 
     def _under_way(self) -> object:
         switcher = self.heart.switcher
-        return switcher.job(), list(switcher._queue.waiting), [a.number for a in self.heart.asked if a.outcome is None]
+        return (
+            switcher.job(),
+            list(switcher._queue.waiting),
+            [a.number for a in self.heart.requests if a.outcome is None],
+        )
 
     def _remember(self, job: Job) -> None:
         if job not in self.jobs:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from services.gateway.connections import IDLE_PER_ENGINE
 from services.gateway.relay import PRUNE_SECONDS
-from tests.heart.asking import Asking
+from tests.heart.client_request import ClientRequest
 from tests.heart.rig import Heart
 from tests.heart.wire import BROKEN, FAILED, WHOLE, Arrival, parts_of
 
@@ -29,15 +29,15 @@ def check_relay(heart: Heart, switch_errors: frozenset[str] = frozenset()) -> No
     arrivals: dict[int, list[Arrival]] = {}
     for arrival in heart.wire.arrivals:
         arrivals.setdefault(arrival.number, []).append(arrival)
-    for asking in heart.asked:
-        mine = arrivals.get(asking.number, [])
+    for request in heart.requests:
+        mine = arrivals.get(request.number, [])
         _check_attempts(mine)
-        if asking.gone or asking.outcome is not None:
-            assert not any(arrival.at_work for arrival in mine), f"an engine still works for {_describe(asking)}"
-        if asking.outcome is not None:
-            _check_ending(asking, mine, heart.wire.read_timeout, switch_errors)
-    open_requests = {asking.number for asking in heart.asked if asking.outcome is None}
-    heart.asked[:] = [asking for asking in heart.asked if asking.number in open_requests]
+        if request.gone or request.outcome is not None:
+            assert not any(arrival.at_work for arrival in mine), f"an engine still works for {_describe(request)}"
+        if request.outcome is not None:
+            _check_ending(request, mine, heart.wire.read_timeout, switch_errors)
+    open_requests = {request.number for request in heart.requests if request.outcome is None}
+    heart.requests[:] = [request for request in heart.requests if request.number in open_requests]
     heart.wire.arrivals[:] = [arrival for arrival in heart.wire.arrivals if arrival.number in open_requests]
 
 
@@ -53,9 +53,9 @@ def check_rest(heart: Heart) -> None:
 
 def _check_traffic(heart: Heart) -> None:
     """Each instance counts exactly the requests in it: a request leaves the count once, when it ends."""
-    inside = Counter(id(a.admission.instance.traffic) for a in heart.asked if a.admission and a.outcome is None)
+    inside = Counter(id(a.admission.instance.traffic) for a in heart.requests if a.admission and a.outcome is None)
     traffics = [view.traffic for view in heart.now.instances.values()]
-    traffics += [asking.admission.instance.traffic for asking in heart.asked if asking.admission]
+    traffics += [request.admission.instance.traffic for request in heart.requests if request.admission]
     for traffic in traffics:
         counted, there = traffic.in_flight, inside[id(traffic)]
         assert counted == there, f"an instance counts {counted} requests, but has {there}"
@@ -67,8 +67,8 @@ def _check_connections(heart: Heart) -> None:
     known = sum(len(pool._in_use) + pool.idle for pool in pools)
     assert known == len(heart.wire.open_links()), f"{heart.wire.open_links()} are open, the pools know {known}"
     assert all(pool.idle <= IDLE_PER_ENGINE for pool in pools)
-    asking = sum(asking.outcome is None for asking in heart.asked)
-    assert sum(pool.in_use for pool in pools) <= asking, "connections are in use without a request"
+    request = sum(request.outcome is None for request in heart.requests)
+    assert sum(pool.in_use for pool in pools) <= request, "connections are in use without a request"
 
 
 def _check_attempts(arrivals: list[Arrival]) -> None:
@@ -79,20 +79,22 @@ def _check_attempts(arrivals: list[Arrival]) -> None:
         assert arrivals[0].heard == 0, "a request was sent again although the engine had begun to answer"
 
 
-def _check_ending(asking: Asking, arrivals: list[Arrival], read_timeout: float, switch_errors: frozenset[str]) -> None:
-    assert not asking.watched, f"the client of {_describe(asking)} is still watched"
-    allowed = NOT_ADMITTED | switch_errors if asking.admission is None else RELAYED
-    assert asking.outcome in allowed, _describe(asking)
-    assert (asking.outcome == "disconnected") <= asking.gone, f"{_describe(asking)}, but the client is there"
-    _check_content(asking)
+def _check_ending(
+    request: ClientRequest, arrivals: list[Arrival], read_timeout: float, switch_errors: frozenset[str]
+) -> None:
+    assert not request.watched, f"the client of {_describe(request)} is still watched"
+    allowed = NOT_ADMITTED | switch_errors if request.admission is None else RELAYED
+    assert request.outcome in allowed, _describe(request)
+    assert (request.outcome == "disconnected") <= request.gone, f"{_describe(request)}, but the client is there"
+    _check_content(request)
     last = arrivals[-1] if arrivals else None
-    if last is not None and last.finished and not asking.gone:
-        expected = _expected(asking.act, last)
-        assert asking.outcome == expected, f"{_describe(asking)}: expected is {expected}"
-    if asking.outcome == "engine_timeout":
+    if last is not None and last.finished and not request.gone:
+        expected = _expected(request.act, last)
+        assert request.outcome == expected, f"{_describe(request)}: expected is {expected}"
+    if request.outcome == "engine_timeout":
         assert last is not None
         expected_at = last.since + read_timeout
-        assert asking.ended_at == expected_at, f"{_describe(asking)} at {asking.ended_at}, expected {expected_at}"
+        assert request.ended_at == expected_at, f"{_describe(request)} at {request.ended_at}, expected {expected_at}"
 
 
 def _expected(act: str, last: Arrival) -> str:
@@ -104,19 +106,19 @@ def _expected(act: str, last: Arrival) -> str:
     return "answered" if act in WHOLE else FAILED.get(act, "aborted")
 
 
-def _check_content(asking: Asking) -> None:
+def _check_content(request: ClientRequest) -> None:
     """A complete answer is the one to this request; an aborted one is a prefix of it."""
-    whole = b"".join(parts_of(asking.act, asking.number))
-    if asking.outcome == "answered":
-        assert asking.act in WHOLE, f"{_describe(asking)} can't have been answered"
-        ended = asking.received == whole or (asking.act == "until_close" and whole.startswith(asking.received))
-        assert ended, f"{_describe(asking)} received {asking.received!r}"
-    elif asking.outcome == "aborted":
-        assert asking.act in (*BROKEN, *WHOLE), _describe(asking)
-        text, _, error = asking.received.partition(b'data: {"error"')
-        assert whole.startswith(text), f"{_describe(asking)} received {asking.received!r}"
-        assert bool(error) == asking.act.endswith("sse"), f"{_describe(asking)}: {asking.received!r}"
+    whole = b"".join(parts_of(request.act, request.number))
+    if request.outcome == "answered":
+        assert request.act in WHOLE, f"{_describe(request)} can't have been answered"
+        ended = request.received == whole or (request.act == "until_close" and whole.startswith(request.received))
+        assert ended, f"{_describe(request)} received {request.received!r}"
+    elif request.outcome == "aborted":
+        assert request.act in (*BROKEN, *WHOLE), _describe(request)
+        text, _, error = request.received.partition(b'data: {"error"')
+        assert whole.startswith(text), f"{_describe(request)} received {request.received!r}"
+        assert bool(error) == request.act.endswith("sse"), f"{_describe(request)}: {request.received!r}"
 
 
-def _describe(asking: Asking) -> str:
-    return f"request {asking.number} ({asking.model}, {asking.act}): {asking.outcome}"
+def _describe(request: ClientRequest) -> str:
+    return f"request {request.number} ({request.model}, {request.act}): {request.outcome}"

@@ -19,7 +19,7 @@ from services.switching.jobs import Job, Replace, SwitchError, SwitchOptions
 from services.switching.learning import Learned
 from services.switching.planner import Planner
 from services.switching.switcher import Switcher
-from tests.heart.asking import Asking
+from tests.heart.client_request import ClientRequest
 from tests.heart.stub import GB, GPU, Machine, StubEngine, StubInstance, StubStore, model
 from tests.heart.virtual import VirtualScheduler
 from tests.heart.wire import Wire
@@ -49,7 +49,7 @@ class Heart:
         self.store = StubStore()
         self.settings = Settings(**settings)
         self.on_stop: Callable[[StubInstance], None] = lambda _: None
-        self.asked: list[Asking] = []
+        self.requests: list[ClientRequest] = []
         """All requests to the gateway of this app."""
         mine = list(models)
 
@@ -101,18 +101,20 @@ class Heart:
         if self.state_error is not None:
             raise SwitchError("state_unwritable", self.state_error)
 
-    def ask(self, model_id: str, act: str = "whole", seconds: float = 1.0, leaves_after: float | None = None) -> Asking:
+    def ask(
+        self, model_id: str, act: str = "whole", seconds: float = 1.0, leaves_after: float | None = None
+    ) -> ClientRequest:
         """Send a request to the gateway; the engine behaves as `act` says (see `wire.py`).
 
         The client disconnects after `leaves_after` seconds.
         """
-        asking = Asking(next(self._numbers), model_id, act, seconds, self.scheduler)
-        self.asked.append(asking)
+        request = ClientRequest(next(self._numbers), model_id, act, seconds, self.scheduler)
+        self.requests.append(request)
         router, relay = self.router, self.relay
-        self.scheduler.spawn("client", lambda: asking.run(router, relay))
+        self.scheduler.spawn("client", lambda: request.run(router, relay))
         if leaves_after is not None:
-            self.wire.call_later(leaves_after, asking.disconnect)
-        return asking
+            self.wire.call_later(leaves_after, request.disconnect)
+        return request
 
     def restart(self) -> None:
         """Restart the app in an orderly way, which leaves loaded models loaded."""
@@ -124,7 +126,7 @@ class Heart:
         old = self.scheduler
         old.kill()
         self.failures = old.failures
-        self.asked.clear()
+        self.requests.clear()
         self.scheduler = fresh = VirtualScheduler(int(old.now() * 1000) + 1)
         fresh._now = old.now()
         self.machine.scheduler = fresh

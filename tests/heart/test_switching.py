@@ -426,7 +426,7 @@ def test_a_draining_model_shows_until_when_it_may_drain(heart):
 def test_unload_now_cuts_off_the_last_answers(heart, how):
     """The answer under way is aborted, and the job that waited for it continues at once."""
     heart.ready("medium")
-    asking = heart.ask("medium", "sse", 1000.0)
+    request = heart.ask("medium", "sse", 1000.0)
     heart.scheduler.pause(1)
     job = heart.switcher.stop("medium", requested_by="test") if how == "stop" else heart.switch("large")
     heart.scheduler.pause(2)
@@ -436,7 +436,7 @@ def test_unload_now_cuts_off_the_last_answers(heart, how):
     assert heart.scheduler.now() - began < 1
     heart.done(job)
     assert job.outcome == "success"
-    assert asking.outcome == "aborted"
+    assert request.outcome == "aborted"
 
 
 def test_unload_now_without_a_drain_aborts_nothing(heart):

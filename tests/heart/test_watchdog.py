@@ -45,19 +45,19 @@ def test_a_stuck_model_is_marked_then_stopped_and_loaded_again(heart):
     """Its requests break off, none is sent again, and it becomes the active model again."""
     before, began = instance(heart), heart.scheduler.now()
     heart.faults(MODEL).stuck = True
-    asking = heart.ask(MODEL, "silent")
+    request = heart.ask(MODEL, "silent")
     heart.until(lambda: warned(heart), "people to be told")
     assert heart.states() == {MODEL: "running"}
     assert heart.scheduler.now() - began < 25
-    heart.until(lambda: asking.outcome is not None, "the request to be broken off")
-    assert asking.outcome == "engine_unreachable"
+    heart.until(lambda: request.outcome is not None, "the request to be broken off")
+    assert request.outcome == "engine_unreachable"
     assert LIMIT <= heart.scheduler.now() - began < LIMIT + 5
     heart.faults(MODEL).stuck = False
     heart.until(lambda: MODEL in heart.states() and instance(heart) is not before, "it to be loaded again")
     heart.until(lambda: heart.states()[MODEL] == "running", "it to run")
     heart.until(lambda: heart.now.active_model == MODEL, "it to be the active one")
     assert not warned(heart)
-    assert [arrival.number for arrival in heart.wire.arrivals].count(asking.number) == 1
+    assert [arrival.number for arrival in heart.wire.arrivals].count(request.number) == 1
 
 
 def test_the_cause_is_shown_until_the_model_is_loaded_again(heart):
@@ -74,9 +74,9 @@ def test_the_cause_is_shown_until_the_model_is_loaded_again(heart):
 def test_a_model_that_is_only_slow_is_left_alone(heart):
     """With a long prompt no byte comes for minutes, but the engine responds to the probe between two batches."""
     before = instance(heart)
-    asking = heart.ask(MODEL, "whole", 500.0)
-    heart.until(lambda: asking.outcome is not None, "the answer")
-    assert asking.outcome == "answered"
+    request = heart.ask(MODEL, "whole", 500.0)
+    heart.until(lambda: request.outcome is not None, "the answer")
+    assert request.outcome == "answered"
     assert instance(heart) is before
 
 
@@ -94,8 +94,8 @@ def test_a_client_that_disconnects_without_an_answer_causes_a_probe(heart):
     """Its request may still block the engine although no client waits for it."""
     before = instance(heart)
     heart.faults(MODEL).stuck = True
-    asking = heart.ask(MODEL, "silent", leaves_after=5.0)
-    heart.until(lambda: asking.outcome == "disconnected", "the client to leave")
+    request = heart.ask(MODEL, "silent", leaves_after=5.0)
+    heart.until(lambda: request.outcome == "disconnected", "the client to leave")
     heart.until(lambda: warned(heart), "people to be told")
     heart.until(lambda: MODEL in heart.states() and instance(heart) is not before, "it to be loaded again")
 
@@ -131,9 +131,9 @@ def test_restarts_back_off_and_stop_after_the_third(heart):
     make_stuck(heart)
     heart.scheduler.pause(2000)
     assert heart.states() == {}
-    asking = heart.ask(MODEL, "whole")
-    heart.until(lambda: asking.outcome is not None, "an answer")
-    assert asking.outcome == "answered"
+    request = heart.ask(MODEL, "whole")
+    heart.until(lambda: request.outcome is not None, "an answer")
+    assert request.outcome == "answered"
 
 
 def test_the_watchdog_can_be_turned_off():
@@ -142,8 +142,8 @@ def test_the_watchdog_can_be_turned_off():
     heart.ready(MODEL)
     before = instance(heart)
     heart.faults(MODEL).stuck = True
-    asking = heart.ask(MODEL, "silent")
+    request = heart.ask(MODEL, "silent")
     heart.scheduler.pause(2000)
-    assert asking.outcome is None
+    assert request.outcome is None
     assert instance(heart) is before
     heart.close()

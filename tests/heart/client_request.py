@@ -16,7 +16,7 @@ from tests.heart.virtual import VirtualScheduler
 PATH = "/v1/chat/completions"
 
 
-class Asking(Client):
+class ClientRequest(Client):
     """One request and its outcome, which is None until it has ended.
 
     Outcomes: "answered", "aborted" (the answer had begun), "disconnected", a code of `GatewayError`, or the name of the
@@ -45,7 +45,7 @@ class Asking(Client):
     def on_disconnect(self, act: Callable[[], None]) -> Callable[[], None]:
         assert not self.watched
         self.watched, self._act = True, act
-        if self.gone:  # a socket that was closed before says so as soon as the hub has its turn
+        if self.gone:  # an already closed socket is reported at the hub's next turn
             self._scheduler.spawn("hub", self.disconnect)
 
         def stop() -> None:
