@@ -1,7 +1,9 @@
-"""Control-plane HTTP: short questions to other programs. Streams go through the relay, and downloads have their own.
+"""Control-plane HTTP: requests to other programs, whose reply is fetched whole or followed line by line.
 
-Whatever the other program does, a question ends within its time and takes no more memory than its limit: an answer that
-drips, or never ends, must not hold up whoever looks every second. Proxies are not asked.
+Clients' requests go through the relay instead (`gateway/`).
+
+Whatever the other program does, a request ends within its time, takes no more memory than its limit, and can be
+cancelled: a reply that drips, or never ends, must not hold up whoever polls every second. Proxies are not used.
 """
 
 from __future__ import annotations
@@ -18,25 +20,29 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from urllib.parse import urljoin, urlsplit
 
 import certifi
 
+from services.abort import Abort
+
 MOST_BYTES = 16_000_000
 """The longest answers are those of `/api/show`, which names every tensor: about a megabyte."""
 REDIRECTS = (301, 302, 303, 307, 308)
+CANCEL_LOOK_SECONDS = 0.1
+"""How often a cancel is looked for while a name is looked up, which can't be interrupted."""
 
 
 class FetchError(Exception):
     """No whole answer came. The text says why, without a full stop."""
 
 
-class NoWay(FetchError):
+class Unreachable(FetchError):
     """It can't be connected to: no such host, no route."""
 
 
-class ConnectionRefused(NoWay):
+class ConnectionRefused(Unreachable):
     """No server listens at the address."""
 
 
@@ -48,8 +54,8 @@ class TooLarge(FetchError):
     """There was more of the answer than it may have."""
 
 
-class BrokenOff(FetchError):
-    """The connection ended before the answer did, or what came is no HTTP. So also after `abort`."""
+class ConnectionBroken(FetchError):
+    """The connection ended before the answer did, or what came is no HTTP. So also after `cancel`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +81,10 @@ class Reply:
 
 
 class HttpRequest:
-    """One question, to be sent once. `timeout` is seconds for all of it, from the connection to the answer's last byte.
+    """One request, to be sent once. `cancel` may be called from any thread.
 
-    (Looking up a host's name comes before that, with the resolver's own limits.) `body` is sent as JSON. `abort` may be
-    called from any thread.
+    `timeout` is seconds for all of it, from the look-up of the host's name to the last byte of the reply; of a stream,
+    up to the connection. `body` is sent as JSON.
     """
 
     def __init__(
@@ -99,70 +105,169 @@ class HttpRequest:
         self._most_bytes = most_bytes
         self._lock = threading.Lock()
         self._link: socket.socket | None = None
-        self._aborted = False
+        self._cancelled = False
         self.redirect: str | None = None
-        """Where the answer sends us, once it is here. It isn't followed."""
+        """The address that the reply redirects to, once it is here. It isn't followed."""
 
-    def answer(self) -> Reply:
-        """Send it and block until the answer is whole. Raises FetchError."""
+    def reply(self) -> Reply:
+        """Send it and block until the reply is whole. Raises FetchError."""
         deadline = _Deadline(self._timeout)
         try:
-            with _errors(self._timeout):
-                self._open(deadline)
-                return self._exchange(deadline)
+            with _errors(f"there was no whole answer within {self._timeout:.0f} s"):
+                self._connect(deadline)
+                return self._whole(self._send(deadline))
         finally:
-            with self._lock:
-                link, self._link = self._link, None
-            if link is not None:
-                link.close()
+            self._close()
 
-    def abort(self) -> None:
-        """Drop it: the other side sees the connection end, and `answer` raises BrokenOff."""
+    @contextmanager
+    def stream(self, patience: Callable[[], float]) -> Iterator[HttpStream]:
+        """Send it and give the reply as it comes; leaving closes the connection.
+
+        `patience()` is how many seconds the other side may say nothing from now on. Raises Unreachable where no
+        connection is made, and other FetchErrors.
+        """
+        silence = "nothing came for too long"
+        try:
+            with _errors(silence):
+                try:
+                    self._connect(_Deadline(self._timeout))
+                except TimeoutError:
+                    raise Unreachable(f"no connection within {self._timeout:.0f} s") from None
+                response = self._send(_Patience(patience))
+            with response:
+                yield HttpStream(response, self._most_bytes, silence, self._check_cancelled)
+        finally:
+            self._close()
+
+    def cancel(self) -> None:
+        """Drop it: the other side sees the connection end, and whoever waits here gets ConnectionBroken at once."""
         with self._lock:
-            self._aborted = True
+            self._cancelled = True
             if self._link is not None:
                 with suppress(OSError):  # not TLS's own: another thread is reading through that
                     socket.socket.shutdown(self._link, socket.SHUT_RDWR)
 
-    def _open(self, deadline: _Deadline) -> None:
+    def _connect(self, deadline: _Deadline) -> None:
+        """Connect to the first address that accepts. Raises OSError, ConnectionRefused and Unreachable."""
         parts = urlsplit(self._url)
         secure = parts.scheme == "https"
-        host = parts.hostname or "127.0.0.1"
-        self._hold(_connect(host, parts.port or (443 if secure else 80), deadline))
-        if secure:
-            assert self._link is not None
-            self._link.settimeout(deadline.left())
-            self._hold(tls_context().wrap_socket(self._link, server_hostname=host))
+        host, port = parts.hostname or "127.0.0.1", parts.port or (443 if secure else 80)
+        reason: OSError | None = None
+        for family, address in self._addresses(host, port, deadline):
+            link = socket.socket(family, socket.SOCK_STREAM)
+            self._hold(link)
+            try:
+                link.settimeout(deadline.left())
+                link.connect(address)
+            except OSError as error:
+                self._check_cancelled()
+                reason = error
+                continue
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # header and body go out as two pieces
+            if secure:
+                link.settimeout(deadline.left())
+                wrapped = tls_context().wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)
+                self._hold(wrapped)
+                wrapped.do_handshake()
+            return
+        if isinstance(reason, TimeoutError):
+            raise reason
+        if isinstance(reason, ConnectionRefusedError):
+            raise ConnectionRefused("nobody listens there")
+        raise Unreachable(f"{host} can't be reached: {reason}")
+
+    def _addresses(self, host: str, port: int, deadline: _Deadline) -> list[tuple[int, Any]]:
+        """Families and addresses of a host. Raises TimeoutError and Unreachable."""
+        with suppress(ValueError):  # an address already: no resolver is asked
+            version = ipaddress.ip_address(host).version
+            return [(socket.AF_INET if version == 4 else socket.AF_INET6, (host, port))]
+        lookup = _look_up(host, port)
+        while not lookup.over.wait(min(CANCEL_LOOK_SECONDS, deadline.left())):
+            self._check_cancelled()
+        if lookup.error is not None:
+            raise Unreachable(f"{host} is not known: {lookup.error.strerror or lookup.error}")
+        return lookup.addresses
 
     def _hold(self, link: socket.socket) -> None:
-        """This is the connection that an abort has to end."""
+        """Note the connection that a cancel has to end; it takes the place of one that failed."""
         with self._lock:
-            self._link = link
-            if self._aborted:
-                raise ConnectionAbortedError("it was cancelled")
+            before, self._link = self._link, link
+        if before is not None:
+            before.close()
+        self._check_cancelled()
 
-    def _exchange(self, deadline: _Deadline) -> Reply:
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise ConnectionAbortedError("it was cancelled")
+
+    def _close(self) -> None:
+        with self._lock:
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def _send(self, limit: _Limit) -> HTTPResponse:
         assert self._link is not None
         parts = urlsplit(self._url)
         connection = HTTPConnection(parts.hostname or "")
-        connection.sock = cast("socket.socket", _Link(self._link, deadline))
+        connection.sock = cast("socket.socket", _Link(self._link, limit))
         headers = {"Host": parts.netloc.rpartition("@")[2], "Connection": "close", **self._headers}
         if self._body is not None:
             headers["Content-Type"] = "application/json"
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request(self._method, target, self._body, headers)
-        with connection.getresponse() as response:
+        return connection.getresponse()
+
+    def _whole(self, response: HTTPResponse) -> Reply:
+        with response:
             content = response.read(self._most_bytes + 1)
-            self._insist_it_is_whole(response, content)
+            self._check_cancelled()  # the end of a body without a length is the end of the connection
+            if len(content) > self._most_bytes:
+                raise TooLarge(f"more than {self._most_bytes / 1e6:.0f} MB came")
+            if response.length:
+                raise ConnectionBroken("the answer ended too soon")
             if response.status in REDIRECTS:
                 self.redirect = response.getheader("Location")
             return Reply(response.status, content)
 
-    def _insist_it_is_whole(self, response: HTTPResponse, content: bytes) -> None:
-        if len(content) > self._most_bytes:
-            raise TooLarge(f"more than {self._most_bytes / 1e6:.0f} MB came")
-        if response.length:
-            raise BrokenOff("the answer ended too soon")
+
+class HttpStream:
+    """A reply whose header has come and whose body comes piece by piece. Its methods raise FetchError."""
+
+    def __init__(
+        self, response: HTTPResponse, most_bytes: int, silence: str, check_cancelled: Callable[[], None]
+    ) -> None:
+        self._response = response
+        self._most_bytes = most_bytes
+        self._silence = silence
+        self._check_cancelled = check_cancelled
+        self.status = response.status
+        self.reason = response.reason
+
+    def line(self) -> bytes:
+        """Wait for the next line, at most `most_bytes` of it; empty at the end of the body."""
+        with _errors(self._silence):
+            line = self._response.readline(self._most_bytes)
+            self._check_cancelled()
+            return line
+
+    def read(self) -> bytes:
+        """Wait for what is left of the body, at most `most_bytes` of it."""
+        with _errors(self._silence):
+            content = self._response.read(self._most_bytes)
+            self._check_cancelled()
+            return content
+
+
+@dataclass(frozen=True, slots=True)
+class Redirects:
+    """How often a reply may redirect, and to which addresses of another origin (scheme, host or port)."""
+
+    most: int
+    allowed: Callable[[str], bool] = lambda _url: False
+
+
+NO_REDIRECTS = Redirects(0)
 
 
 def fetch(
@@ -173,36 +278,42 @@ def fetch(
     body: object = None,
     headers: Mapping[str, str] | None = None,
     most_bytes: int = MOST_BYTES,
-    redirects: int = 0,
-    follow: Callable[[str], bool] = lambda _url: False,
+    redirects: Redirects = NO_REDIRECTS,
+    abort: Abort | None = None,
 ) -> Reply:
-    """Ask once and give the whole answer; `redirects` is how often it may send us on. Raises FetchError.
+    """Send one request and return the whole reply. Raises FetchError, and Aborted as soon as `abort` is called.
 
-    To another origin (scheme, host or port) only where `follow` says so of the address. `timeout` is seconds for
-    everything together.
+    `timeout` is seconds for everything together, redirects included.
     """
+    abort = abort or Abort()
     deadline = _Deadline(timeout)
+    followed = 0
     while True:
-        with _errors(timeout):
+        with _errors(f"there was no whole answer within {timeout:.0f} s"):
             left = deadline.left()
         request = HttpRequest(method, url, timeout=left, body=body, headers=headers, most_bytes=most_bytes)
-        answer = request.answer()
-        if request.redirect is None or not redirects:
-            return answer
-        there, redirects = _redirected(url, request.redirect), redirects - 1
-        if urlsplit(there)[:2] != urlsplit(url)[:2] and not follow(there):
-            raise BrokenOff(f"it sent us on to {urlsplit(there).netloc[:100]}, which is not asked")
+        try:
+            with abort.acting(request.cancel):
+                reply = request.reply()
+        except ConnectionBroken:
+            abort.check()
+            raise
+        if request.redirect is None or followed == redirects.most:
+            return reply
+        there, followed = _redirected(url, request.redirect), followed + 1
+        if urlsplit(there)[:2] != urlsplit(url)[:2] and not redirects.allowed(there):
+            raise ConnectionBroken(f"it sent us on to {urlsplit(there).netloc[:100]}, which is not asked")
         url = there
 
 
 def _redirected(url: str, location: str) -> str:
-    """The address that a redirect of `url` leads to. Raises BrokenOff when it is none of HTTP's."""
+    """The address that a redirect of `url` leads to. Raises ConnectionBroken when it is none of HTTP's."""
     with suppress(ValueError):
         there = urljoin(url, location)
         parts = urlsplit(there)
         if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0:
             return there
-    raise BrokenOff("it sent us on to what is no web address")
+    raise ConnectionBroken("it sent us on to what is no web address")
 
 
 @cache
@@ -221,12 +332,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class _Limit(Protocol):
+    def left(self) -> float:
+        """Seconds that the next step may take, always some. Raises TimeoutError when there are none."""
+
+
+class _Patience:
+    """A new limit for each step."""
+
+    def __init__(self, patience: Callable[[], float]) -> None:
+        self._patience = patience
+
+    def left(self) -> float:
+        left = self._patience()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+
 class _Deadline:
+    """One limit for all steps together."""
+
     def __init__(self, seconds: float) -> None:
         self._at = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds, always some. Raises TimeoutError when there are none."""
         left = self._at - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -234,77 +364,82 @@ class _Deadline:
 
 
 class _Link:
-    """A socket as http.client uses one, each step of which has only what is left of the time for all.
+    """A socket as http.client uses one, each step of which has its limit of time.
 
     Whoever made the socket closes it: http.client does so while the answer's body still has to be read.
     """
 
-    def __init__(self, link: socket.socket, deadline: _Deadline) -> None:
+    def __init__(self, link: socket.socket, limit: _Limit) -> None:
         self._link = link
-        self._deadline = deadline
+        self._limit = limit
 
     def sendall(self, data: bytes) -> None:
-        self._link.settimeout(self._deadline.left())
+        self._link.settimeout(self._limit.left())
         self._link.sendall(data)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Reader(self._link, self._deadline))
+        return io.BufferedReader(_Reader(self._link, self._limit))
 
     def close(self) -> None:
         """Left to whoever made it."""
 
 
 class _Reader(io.RawIOBase):
-    def __init__(self, link: socket.socket, deadline: _Deadline) -> None:
+    def __init__(self, link: socket.socket, limit: _Limit) -> None:
         self._link = link
-        self._deadline = deadline
+        self._limit = limit
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._link.settimeout(self._deadline.left())
+        self._link.settimeout(self._limit.left())
         return self._link.recv_into(buffer)
 
 
-def _connect(host: str, port: int, deadline: _Deadline) -> socket.socket:
-    """To the first address of a host that takes the connection. Raises TimeoutError, Refused and NoWay."""
-    reason: OSError | None = None
-    for family, address in _addresses(host, port):
-        link = socket.socket(family, socket.SOCK_STREAM)
+class _Lookup:
+    """One question to the resolver, which can't be interrupted: who waits for it may leave."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.over = threading.Event()
+        self.addresses: list[tuple[int, Any]] = []
+        self.error: OSError | None = None
+        self._host = host
+        self._port = port
+        threading.Thread(target=self._ask, name="look-up", daemon=True).start()
+
+    def _ask(self) -> None:
         try:
-            link.settimeout(deadline.left())
-            link.connect(address)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # header and body go out as two pieces
-            return link
+            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            self.addresses = [(family, address) for family, _, _, _, address in found]
         except OSError as error:
-            link.close()
-            reason = error
-    if isinstance(reason, TimeoutError):
-        raise reason
-    if isinstance(reason, ConnectionRefusedError):
-        raise ConnectionRefused("nobody listens there")
-    raise NoWay(f"{host} can't be reached: {reason}")
+            self.error = error
+        except UnicodeError:  # no host has such a name
+            self.error = OSError("it is no name of a host")
+        finally:
+            with _lookups_lock:
+                del _lookups[self._host, self._port]
+            self.over.set()
 
 
-def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
-    """Families and addresses of a host. Raises NoWay. One that is an address already needs no resolver's thread."""
-    with suppress(ValueError):
-        version = ipaddress.ip_address(host).version
-        return [(socket.AF_INET if version == 4 else socket.AF_INET6, (host, port))]
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise NoWay(f"{host} is not known: {error.strerror or error}") from None
-    return [(family, address) for family, _, _, _, address in found]
+_lookups: dict[tuple[str, int], _Lookup] = {}
+"""Under way. One at most for each host: a resolver that hangs must not take a thread for each request that left."""
+_lookups_lock = threading.Lock()
+
+
+def _look_up(host: str, port: int) -> _Lookup:
+    with _lookups_lock:
+        if (host, port) not in _lookups:
+            _lookups[host, port] = _Lookup(host, port)
+        return _lookups[host, port]
 
 
 @contextmanager
-def _errors(timeout: float) -> Iterator[None]:
-    """The one place where what the libraries raise becomes what this module raises."""
+def _errors(too_slow: str) -> Iterator[None]:
+    """Turn what the libraries raise into what this module raises. `too_slow` says what a time-out means."""
     try:
         yield
     except TimeoutError:
-        raise TooSlow(f"there was no whole answer within {timeout:.0f} s") from None
+        raise TooSlow(too_slow) from None
     except (OSError, HTTPException, ValueError) as error:
-        raise BrokenOff(f"the connection broke off ({error or type(error).__name__})") from None
+        raise ConnectionBroken(f"the connection broke off ({error or type(error).__name__})") from None

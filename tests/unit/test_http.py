@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 
+import psutil
 import pytest
 
-from services.http import BrokenOff, ConnectionRefused, FetchError, HttpRequest, Reply, TooLarge, TooSlow, fetch
-from tests.support.console import free_port
+from services.abort import Abort, Aborted
+from services.http import (
+    ConnectionBroken,
+    ConnectionRefused,
+    FetchError,
+    HttpRequest,
+    Redirects,
+    Reply,
+    TooLarge,
+    TooSlow,
+    Unreachable,
+    fetch,
+)
+from tests.support.console import ROOT, TIMEOUT, free_port, wait_until
 from tests.support.sockets import PlainServer
 
 LIMIT = 0.5
@@ -81,7 +96,7 @@ def test_what_comes_in_drops_ends_in_time(serve, answer):
     began = time.monotonic()
     with pytest.raises(FetchError) as caught:
         fetch("GET", f"{server.url}/x", timeout=LIMIT)
-    assert isinstance(caught.value, TooSlow | BrokenOff), caught.value
+    assert isinstance(caught.value, TooSlow | ConnectionBroken), caught.value
     assert time.monotonic() - began < GIVEN
 
 
@@ -116,7 +131,7 @@ def test_an_endless_answer_is_dropped_at_its_limit(serve, answer):
 )
 def test_what_is_no_whole_answer_is_broken_off_or_empty(serve, answer):
     """Never half an answer passed off as a whole one, never another exception."""
-    with suppress(BrokenOff):
+    with suppress(ConnectionBroken):
         assert fetch("GET", serve(answer).url, timeout=GIVEN).content == b""
 
 
@@ -150,13 +165,14 @@ def test_a_redirect_is_followed_where_that_is_wanted(serve):
     loop = serve(say(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"))
     file = serve(say(b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"))
     assert (
-        fetch("GET", here.url, timeout=GIVEN, redirects=1, follow=lambda url: url == f"{there.url}/x").content == b"ok"
+        fetch("GET", here.url, timeout=GIVEN, redirects=Redirects(1, lambda url: url == f"{there.url}/x")).content
+        == b"ok"
     )
     assert fetch("GET", here.url, timeout=GIVEN).status == 302
-    assert fetch("GET", loop.url, timeout=GIVEN, redirects=3).status == 302
+    assert fetch("GET", loop.url, timeout=GIVEN, redirects=Redirects(3)).status == 302
     for url in (file.url, here.url):
-        with pytest.raises(BrokenOff, match="it sent us on"):
-            fetch("GET", url, timeout=GIVEN, redirects=3)
+        with pytest.raises(ConnectionBroken, match="it sent us on"):
+            fetch("GET", url, timeout=GIVEN, redirects=Redirects(3))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +182,7 @@ def test_a_redirect_to_nowhere_is_refused(serve, location):
     """Even where any redirect may be followed."""
     server = serve(say(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()))
     with pytest.raises(FetchError):
-        fetch("GET", server.url, timeout=GIVEN, redirects=1, follow=lambda _url: True)
+        fetch("GET", server.url, timeout=GIVEN, redirects=Redirects(1, lambda _url: True))
 
 
 def test_a_question_can_be_dropped_from_another_thread(serve):
@@ -183,19 +199,19 @@ def test_a_question_can_be_dropped_from_another_thread(serve):
 
     def ask() -> None:
         try:
-            request.answer()
+            request.reply()
         except FetchError as error:
             raised.append(error)
 
     waiting = threading.Thread(target=ask, daemon=True)
     waiting.start()
     assert asked.wait(GIVEN)
-    request.abort()
+    request.cancel()
     waiting.join(GIVEN)
-    assert isinstance(raised[0], BrokenOff)
+    assert isinstance(raised[0], ConnectionBroken)
     assert left.wait(GIVEN)
-    with pytest.raises(BrokenOff):
-        request.answer()
+    with pytest.raises(ConnectionBroken):
+        request.reply()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
@@ -217,3 +233,158 @@ def test_connections_are_closed(serve):
     with closing(serve(answer)) as server:
         assert fetch("GET", server.url, timeout=GIVEN).content == b"ok"
         assert gone.wait(GIVEN)
+
+
+def run(act: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+    """`act` in a thread of its own, and what it has raised."""
+    raised: list[BaseException] = []
+
+    def catch() -> None:
+        try:
+            act()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=catch, daemon=True)
+    thread.start()
+    return thread, raised
+
+
+def test_a_stream_gives_each_line_as_it_comes(serve):
+    """Its status first; the next line is sent only once the one before was read; then the end."""
+    read = threading.Semaphore(0)
+
+    def answer(link: socket.socket, _request: bytes) -> None:
+        link.sendall(b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for line in (b"one\n", b"two\n"):
+            link.sendall(b"%x\r\n%s\r\n" % (len(line), line))
+            assert read.acquire(timeout=TIMEOUT)
+        link.sendall(b"0\r\n\r\n")
+
+    with HttpRequest("POST", serve(answer).url, timeout=GIVEN, body={}).stream(lambda: TIMEOUT) as stream:
+        lines = []
+        while line := stream.line():
+            lines.append(line)
+            read.release()
+    assert (stream.status, lines) == (201, [b"one\n", b"two\n"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\none\n", TooSlow),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\none\ntw", TooSlow),
+        (b"HTTP/1.1 200 OK\r\n", TooSlow),
+        (b"", TooSlow),
+    ],
+    ids=["body", "line", "headers", "nothing"],
+)
+def test_a_stream_that_falls_silent_ends(serve, sent, error):
+    """After as long as was said, wherever it does."""
+
+    def answer(link: socket.socket, _request: bytes) -> None:
+        link.sendall(sent)
+        link.recv(1)
+
+    def read() -> None:
+        with HttpRequest("GET", serve(answer).url, timeout=GIVEN).stream(lambda: LIMIT) as stream:
+            while stream.line():
+                continue
+
+    with pytest.raises(error):
+        read()
+
+
+def test_a_stream_can_be_cancelled_from_another_thread(serve):
+    """The one who reads it finds it broken at once; the other side sees the connection end."""
+    begun, left = threading.Event(), threading.Event()
+
+    def answer(link: socket.socket, _request: bytes) -> None:
+        link.sendall(b"HTTP/1.1 200 OK\r\n\r\none\n")
+        if link.recv(1) == b"":
+            left.set()
+
+    request = HttpRequest("GET", serve(answer).url, timeout=GIVEN)
+
+    def read() -> None:
+        with request.stream(lambda: 10 * TIMEOUT) as stream:
+            assert stream.line() == b"one\n"
+            begun.set()
+            stream.line()
+
+    reader, raised = run(read)
+    assert begun.wait(TIMEOUT)
+    request.cancel()
+    reader.join(TIMEOUT)
+    assert isinstance(raised[0], ConnectionBroken)
+    assert left.wait(TIMEOUT)
+
+
+@pytest.fixture
+def full() -> Iterator[int]:
+    """The port of a server that takes no more connections: who connects waits."""
+    with ExitStack() as held, socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        port: int = server.getsockname()[1]
+        for _ in range(4):
+            link = held.enter_context(socket.socket())
+            link.setblocking(False)
+            link.connect_ex(("127.0.0.1", port))
+        yield port
+
+
+def test_who_connects_can_be_cancelled(full):
+    """And waits no longer than was said where nobody cancels."""
+    request = HttpRequest("GET", f"http://127.0.0.1:{full}/", timeout=10 * TIMEOUT)
+    waiting, raised = run(request.reply)
+    wait_until(lambda: len(connecting(full)) == 4, "it to connect")
+    request.cancel()
+    waiting.join(TIMEOUT)
+    assert isinstance(raised[0], ConnectionBroken)
+    with pytest.raises(TooSlow):
+        fetch("GET", f"http://127.0.0.1:{full}/", timeout=LIMIT)
+    with pytest.raises(Unreachable), HttpRequest("GET", f"http://127.0.0.1:{full}/", timeout=LIMIT).stream(lambda: 1):
+        raise AssertionError("it was connected")
+
+
+def connecting(port: int) -> list[int]:
+    """The local ports of this process's connections to `port` that wait to be taken."""
+    found = psutil.Process().net_connections("tcp")
+    return [c.laddr.port for c in found if c.status == psutil.CONN_SYN_SENT and c.raddr.port == port]
+
+
+def test_a_resolver_that_hangs_holds_nobody_up(monkeypatch):
+    """Who asks ends in time, and at once when cancelled; the resolver is asked once, however many wait for it."""
+    asked: list[object] = []
+    answered = threading.Event()
+
+    def hang(*address: object, **_: object) -> list[object]:
+        asked.append(address)
+        answered.wait(TIMEOUT)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    for _ in range(2):
+        with pytest.raises(TooSlow):
+            fetch("GET", "http://slow.example/", timeout=LIMIT)
+    abort = Abort()
+    waiting, raised = run(lambda: fetch("GET", "http://slow.example/", timeout=10 * TIMEOUT, abort=abort))
+    abort()
+    waiting.join(TIMEOUT)
+    assert isinstance(raised[0], Aborted)
+    assert len(asked) == 1
+    answered.set()
+    with pytest.raises(Unreachable, match=r"slow\.example is not known"):
+        fetch("GET", "http://slow.example/", timeout=TIMEOUT)
+
+
+def test_the_same_holds_under_gevent():
+    """As the app runs: cancels and limits, where a socket is waited for by the event loop."""
+    code = (
+        "from gevent import monkey; monkey.patch_all()\n"
+        "import sys, pytest; sys.exit(pytest.main([sys.argv[1], '-q', '-p', 'no:cacheprovider', '-k', sys.argv[2]]))"
+    )
+    chosen = "cancelled or resolver"
+    done = subprocess.run(
+        [sys.executable, "-c", code, __file__, chosen], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -119,30 +118,12 @@ class OllamaFetcher:
         )
 
     def _manifest(self, model: OllamaName, abort: Abort) -> Manifest | None:
-        """What the registry says ahead, or None: without it the sizes come as Ollama gets to them.
-
-        In a thread of its own, because a name look-up or a slow registry can't be interrupted, only left.
-        """
-        found: list[Manifest] = []
-        over = threading.Event()
-
-        def ask() -> None:
-            try:
-                found.append(fetch_manifest(model, self._registries, timeout=MANIFEST_SECONDS))
-            except DownloadError as error:
-                log.info("sizes are unknown ahead", model=model.full, reason=error.message)
-            finally:
-                over.set()
-
-        thread = threading.Thread(target=ask, name=f"manifest-{model.model}", daemon=True)
-        thread.start()
-        abort.applies_to(over.set)
-        over.wait(MANIFEST_SECONDS)
-        abort.check()
-        if not found:
+        """What the registry says ahead, or None: without it the sizes come as Ollama gets to them."""
+        try:
+            return fetch_manifest(model, self._registries, timeout=MANIFEST_SECONDS, abort=abort)
+        except DownloadError as error:
+            log.info("sizes are unknown ahead", model=model.full, reason=error.message)
             return None
-        thread.join()
-        return found[0]
 
 
 class _Pull:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from services.abort import Abort
 from services.downloads.fetcher import DownloadError
 from services.downloads.hosts import place, place_of
 from services.engines.ollama.names import DEFAULT_HOST, OllamaName
-from services.http import FetchError, TooLarge, fetch, is_loopback
+from services.http import FetchError, Redirects, TooLarge, fetch, is_loopback
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 MAX_BYTES = 4_000_000
@@ -65,10 +66,13 @@ class Registries:
         return url.startswith("https:") and place_of(url) in map(place, self.hosts)
 
 
-def fetch_manifest(name: OllamaName, registries: Registries, *, timeout: float = TIMEOUT) -> Manifest:
+def fetch_manifest(
+    name: OllamaName, registries: Registries, *, timeout: float = TIMEOUT, abort: Abort | None = None
+) -> Manifest:
     """Ask for a model's manifest.
 
-    Raises DownloadError `registry_not_allowed`, `unknown_model`, `access_denied` or `registry_unreachable`.
+    Raises DownloadError `registry_not_allowed`, `unknown_model`, `access_denied` or `registry_unreachable`, and Aborted
+    on `abort`.
     """
     origin = registries.origin(name)
     address = f"{origin}/v2/{name.namespace}/{name.model}/manifests/{name.tag}"
@@ -79,8 +83,8 @@ def fetch_manifest(name: OllamaName, registries: Registries, *, timeout: float =
             timeout=timeout,
             headers={"Accept": MANIFEST_TYPE},
             most_bytes=MAX_BYTES,
-            redirects=MOST_REDIRECTS,
-            follow=registries.may_send_to,
+            redirects=Redirects(MOST_REDIRECTS, registries.may_send_to),
+            abort=abort,
         )
     except TooLarge:
         raise _unreachable(name, f"{_host(origin)} answered, but with more than a manifest can hold") from None

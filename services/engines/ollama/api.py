@@ -146,13 +146,13 @@ class OllamaApi:
         self._post("/api/create", body, 60.0)
 
     def request(self, path: str, body: Mapping[str, object], timeout: float) -> HttpRequest:
-        """A POST that may take minutes, such as a load, for `answer`. Aborting it drops it, which Ollama notices."""
+        """A POST that may take minutes, such as a load, for `answer`. Ollama notices when it is cancelled."""
         return HttpRequest("POST", self.base_url + path, timeout=timeout, body=body)
 
     def answer(self, request: HttpRequest) -> dict[str, Any]:
         """Send it and block until the whole answer is here."""
         try:
-            answer = request.answer()
+            answer = request.reply()
         except FetchError as error:
             raise unreachable(self.base_url, error) from None
         return understand(answer.status, answer.content)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from services.http import BrokenOff, ConnectionRefused, FetchError, NoWay, TooSlow, fetch
+from services.http import ConnectionBroken, ConnectionRefused, FetchError, TooSlow, Unreachable, fetch
 
 HEALTH_SECONDS = 2.0
 
@@ -45,9 +45,9 @@ def ask_health(url: str) -> Health:
     except TooSlow:
         words = f"Ollama at {url} hangs or is overloaded: no answer within {HEALTH_SECONDS:.0f} s."
         return Health(at, error=words)
-    except NoWay as error:
+    except Unreachable as error:
         return Health(at, refused=isinstance(error, ConnectionRefused))
-    except BrokenOff:
+    except ConnectionBroken:
         return Health(at, error=f"The connection to {url} was cut before an answer came.")
     except (FetchError, ValueError):
         pass

@@ -162,7 +162,7 @@ class OllamaInstance(Sleepless):
             if self._over:
                 return  # by now its name may stand for a runner with other options, which is another's
         if load is not None:
-            load.abort()
+            load.cancel()
         held_as = self._held_as
         if held_as is not None:
             self._server.stops[held_as] = Stop(self._model.id, time.monotonic())
