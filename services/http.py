@@ -26,20 +26,21 @@ from urllib.parse import urljoin, urlsplit
 import certifi
 
 from services.abort import Abort
+from services.host_lookup import look_up
 
 MOST_BYTES = 16_000_000
-"""The longest answers are those of `/api/show`, which names every tensor: about a megabyte."""
+"""Limit of a reply's body. The longest, Ollama's `/api/show`, names every tensor and takes about a megabyte."""
 REDIRECTS = (301, 302, 303, 307, 308)
 CANCEL_LOOK_SECONDS = 0.1
-"""How often a cancel is looked for while a name is looked up, which can't be interrupted."""
+"""How often a request checks for a cancel while its host name is looked up, which can't be interrupted."""
 
 
 class FetchError(Exception):
-    """No whole answer came. The text says why, without a full stop."""
+    """No whole reply came. The text says why, without a full stop."""
 
 
 class Unreachable(FetchError):
-    """It can't be connected to: no such host, no route."""
+    """No connection could be made: no such host, no route."""
 
 
 class ConnectionRefused(Unreachable):
@@ -47,20 +48,20 @@ class ConnectionRefused(Unreachable):
 
 
 class TooSlow(FetchError):
-    """The answer was not whole in time."""
+    """The reply was not complete in time."""
 
 
 class TooLarge(FetchError):
-    """There was more of the answer than it may have."""
+    """The reply was longer than its limit."""
 
 
 class ConnectionBroken(FetchError):
-    """The connection ended before the answer did, or what came is no HTTP. So also after `cancel`."""
+    """The connection ended before the reply did, the request was cancelled, or what came is not HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer, whatever its status."""
+    """A whole reply, whatever its status."""
 
     status: int
     content: bytes
@@ -70,7 +71,7 @@ class Reply:
         return self.content.decode("utf-8", "replace")
 
     def document(self) -> dict[str, Any]:
-        """The JSON object that it is. Raises ValueError when it is none."""
+        """Return the body's JSON object. Raises ValueError when it is none."""
         try:
             said = json.loads(self.content)
         except RecursionError:
@@ -121,10 +122,10 @@ class HttpRequest:
 
     @contextmanager
     def stream(self, patience: Callable[[], float]) -> Iterator[HttpStream]:
-        """Send it and give the reply as it comes; leaving closes the connection.
+        """Send it and return the reply as it comes; leaving the context closes the connection.
 
-        `patience()` is how many seconds the other side may say nothing from now on. Raises Unreachable where no
-        connection is made, and other FetchErrors.
+        `patience()` is how many seconds the server may send nothing from now on. Raises Unreachable where no connection
+        is made, and other FetchErrors.
         """
         silence = "nothing came for too long"
         try:
@@ -140,7 +141,7 @@ class HttpRequest:
             self._close()
 
     def cancel(self) -> None:
-        """Drop it: the other side sees the connection end, and whoever waits here gets ConnectionBroken at once."""
+        """Close the connection. Whoever waits for the reply gets ConnectionBroken at once."""
         with self._lock:
             self._cancelled = True
             if self._link is not None:
@@ -181,7 +182,7 @@ class HttpRequest:
         with suppress(ValueError):  # an address already: no resolver is asked
             version = ipaddress.ip_address(host).version
             return [(socket.AF_INET if version == 4 else socket.AF_INET6, (host, port))]
-        lookup = _look_up(host, port)
+        lookup = look_up(host, port)
         while not lookup.over.wait(min(CANCEL_LOOK_SECONDS, deadline.left())):
             self._check_cancelled()
         if lookup.error is not None:
@@ -189,7 +190,7 @@ class HttpRequest:
         return lookup.addresses
 
     def _hold(self, link: socket.socket) -> None:
-        """Note the connection that a cancel has to end; it takes the place of one that failed."""
+        """Keep the connection that `cancel` has to close, in place of one that failed."""
         with self._lock:
             before, self._link = self._link, link
         if before is not None:
@@ -261,7 +262,7 @@ class HttpStream:
 
 @dataclass(frozen=True, slots=True)
 class Redirects:
-    """How often a reply may redirect, and to which addresses of another origin (scheme, host or port)."""
+    """How many redirects are followed, and to which addresses of another origin (scheme, host or port)."""
 
     most: int
     allowed: Callable[[str], bool] = lambda _url: False
@@ -307,7 +308,7 @@ def fetch(
 
 
 def _redirected(url: str, location: str) -> str:
-    """The address that a redirect of `url` leads to. Raises ConnectionBroken when it is none of HTTP's."""
+    """Return the address that a redirect of `url` leads to. Raises ConnectionBroken when it is not an HTTP address."""
     with suppress(ValueError):
         there = urljoin(url, location)
         parts = urlsplit(there)
@@ -318,7 +319,7 @@ def _redirected(url: str, location: str) -> str:
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Trusts whom this machine trusts, and the authorities that everybody does: small images bring none."""
+    """Trust this machine's certificate authorities and certifi's: small container images have none of their own."""
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
     return context
@@ -338,7 +339,7 @@ class _Limit(Protocol):
 
 
 class _Patience:
-    """A new limit for each step."""
+    """A new limit for each read and write."""
 
     def __init__(self, patience: Callable[[], float]) -> None:
         self._patience = patience
@@ -351,7 +352,7 @@ class _Patience:
 
 
 class _Deadline:
-    """One limit for all steps together."""
+    """One limit for all reads and writes together."""
 
     def __init__(self, seconds: float) -> None:
         self._at = time.monotonic() + seconds
@@ -364,9 +365,9 @@ class _Deadline:
 
 
 class _Link:
-    """A socket as http.client uses one, each step of which has its limit of time.
+    """A socket for http.client, with a time limit on each read and write.
 
-    Whoever made the socket closes it: http.client does so while the answer's body still has to be read.
+    The request closes the socket itself: http.client would while the body still has to be read.
     """
 
     def __init__(self, link: socket.socket, limit: _Limit) -> None:
@@ -381,7 +382,7 @@ class _Link:
         return io.BufferedReader(_Reader(self._link, self._limit))
 
     def close(self) -> None:
-        """Left to whoever made it."""
+        """Do nothing: the request closes the socket."""
 
 
 class _Reader(io.RawIOBase):
@@ -395,43 +396,6 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._link.settimeout(self._limit.left())
         return self._link.recv_into(buffer)
-
-
-class _Lookup:
-    """One question to the resolver, which can't be interrupted: who waits for it may leave."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.over = threading.Event()
-        self.addresses: list[tuple[int, Any]] = []
-        self.error: OSError | None = None
-        self._host = host
-        self._port = port
-        threading.Thread(target=self._ask, name="look-up", daemon=True).start()
-
-    def _ask(self) -> None:
-        try:
-            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-            self.addresses = [(family, address) for family, _, _, _, address in found]
-        except OSError as error:
-            self.error = error
-        except UnicodeError:  # no host has such a name
-            self.error = OSError("it is no name of a host")
-        finally:
-            with _lookups_lock:
-                del _lookups[self._host, self._port]
-            self.over.set()
-
-
-_lookups: dict[tuple[str, int], _Lookup] = {}
-"""Under way. One at most for each host: a resolver that hangs must not take a thread for each request that left."""
-_lookups_lock = threading.Lock()
-
-
-def _look_up(host: str, port: int) -> _Lookup:
-    with _lookups_lock:
-        if (host, port) not in _lookups:
-            _lookups[host, port] = _Lookup(host, port)
-        return _lookups[host, port]
 
 
 @contextmanager
