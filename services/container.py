@@ -251,7 +251,7 @@ def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devi
         status = service.status()
         return None if status.pid is None else ServerProcess(status.pid, status.ours, service.log_path)
 
-    def downfall() -> str | None:
+    def failure_cause() -> str | None:
         status = service.status()
         return status.error if status.state == "failed" else None
 
@@ -259,7 +259,7 @@ def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devi
         watch,
         local=service.status().local,
         process=process,
-        downfall=downfall,
+        failure_cause=failure_cause,
         gpus=lambda: [reading.id for reading in devices.readings if reading.kind == "gpu"],
         gpu_bytes=_gpu_bytes(devices),
         context_length=settings.ollama_context_length,

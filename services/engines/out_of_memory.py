@@ -33,7 +33,7 @@ def raise_score(pid: int) -> None:
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(engine_score()))
 
 
-def kills() -> int | None:
+def oom_kills() -> int | None:
     """Return the number of OOM kills since boot, container limits included; None if the kernel doesn't report it."""
     with suppress(OSError, ValueError):
         for line in VMSTAT.read_text().splitlines():
@@ -44,11 +44,11 @@ def kills() -> int | None:
 
 def killed_since(kills_before: int | None) -> bool:
     """Return whether the kernel is known to have killed a process for memory since `kills` returned `kills_before`."""
-    now = kills()
+    now = oom_kills()
     return now is not None and kills_before is not None and now > kills_before
 
 
-def say_killed(kills_before: int | None) -> str:
+def describe_sigkill(kills_before: int | None) -> str:
     """Describe the end of a process by a SIGKILL that this app did not send; the text follows the process's name.
 
     `kills_before` is what `kills` returned when the process was started.

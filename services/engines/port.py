@@ -76,13 +76,13 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class SleepFootprint:
     """Memory that a model keeps while it sleeps; waking it is faster than loading it.
 
     `keeps_bytes` stay on its device; `host_bytes` of host RAM are added to what it holds there awake.
     """
 
-    keeps_bytes: int
+    device_bytes: int
     host_bytes: int
 
 
@@ -134,11 +134,11 @@ class LoadFailed(EngineError):
         self.log_tail = log_tail
 
 
-class NotYet(EngineError):
+class NotResponding(EngineError):
     """A model to adopt is loaded but doesn't answer yet; try again at the next pass."""
 
 
-ADOPT_PATIENCE = 60.0
+ADOPT_TIMEOUT = 60.0
 """Seconds that a process or container of ours may be silent before it is adopted; then it is ended."""
 
 GpuBytes = Callable[[str, int], int | None]
@@ -185,7 +185,7 @@ class Instance(Protocol):
     def asleep(self) -> bool:
         """Whether it sleeps: it holds little memory on its device, and answers no request until `wake`."""
 
-    def rest(self) -> Rest | None:
+    def sleep_footprint(self) -> SleepFootprint | None:
         """Return what it would keep asleep; None if it can't sleep."""
 
     def sleep(self, timeout: float, /) -> None:
@@ -201,14 +201,14 @@ class Instance(Protocol):
         """Return a message about a working instance: it runs partly on the CPU, or it will be unloaded at five."""
 
 
-class Sleepless:
+class NoSleepMixin:
     """Mixin: the sleep part of `Instance` for engines that don't support it."""
 
     @property
     def asleep(self) -> bool:
         return False
 
-    def rest(self) -> Rest | None:
+    def sleep_footprint(self) -> SleepFootprint | None:
         return None
 
     def sleep(self, _timeout: float, /) -> None:

@@ -51,7 +51,7 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ProcessRecord:
     """The record of one child on disk.
 
     `started` is the start time (seconds since the epoch), which identifies a process without a `mark`. A service has a
@@ -95,7 +95,7 @@ class ProcessRegistry:
         """Remove an announcement, because the child was recorded or could not be started."""
         self._announcement(mark).unlink(missing_ok=True)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: ProcessRecord) -> None:
         """Write a record, readable by this user only, atomically: a partial record would lose the child."""
         draft = self._records / f"{record.pid}.draft"
         draft.touch(mode=PRIVATE_FILE)
@@ -106,7 +106,7 @@ class ProcessRegistry:
 
     def add_child(self, pid: int, program: str, log_path: Path | None = None) -> None:
         """Record a child that the next start has to end if this app can't. `program` is its path or name."""
-        self.add(Record(pid, _start_time(pid), Path(program).name, log=str(log_path or "")))
+        self.add(ProcessRecord(pid, _start_time(pid), Path(program).name, log=str(log_path or "")))
 
     def note_ready(self, pid: int, *, name: str, address: str, log_path: str, spec: str, key: str) -> None:
         """Complete the record of an engine that answers now, so that a later run can take it over.
@@ -120,22 +120,22 @@ class ProcessRegistry:
             except OSError as error:
                 log.warning("an engine's record can't be completed", pid=pid, error=str(error))
 
-    def engines(self) -> list[Record]:
+    def engines(self) -> list[ProcessRecord]:
         """Return the running engines that answered when an earlier run ended."""
         records = [record for path in self._records.glob("*.json") if (record := _read(path)) is not None]
         return [r for r in records if r.role == "engine" and r.address and _is_alive(r)]
 
-    def take_over(self, engine: Record, on_exit: OnExit) -> AdoptedProcess:
+    def take_over(self, engine: ProcessRecord, on_exit: OnExit) -> AdoptedProcess:
         """Return a handle on one of `engines`. Raises psutil.NoSuchProcess if it has ended."""
         if not _is_alive(engine):
             raise psutil.NoSuchProcess(engine.pid)
         return AdoptedProcess(engine, self, on_exit)
 
-    def is_alive(self, engine: Record) -> bool:
+    def is_alive(self, engine: ProcessRecord) -> bool:
         """Return whether one of `engines` still runs; its pid may have been reused."""
         return _is_alive(engine)
 
-    def end(self, engine: Record) -> None:
+    def end(self, engine: ProcessRecord) -> None:
         """Kill one of `engines` that is not taken over."""
         log.warning("ending an engine that an earlier run left behind", pid=engine.pid, model=engine.name)
         signal_group(engine.pid, signal.SIGKILL)
@@ -213,7 +213,7 @@ class GroupLeader:
         self.started_at = started_at
         self.log_path = log_path
         self._exited = threading.Event()
-        self._oom_kills = out_of_memory.kills()
+        self._oom_kills = out_of_memory.oom_kills()
 
     @property
     def exited(self) -> bool:
@@ -237,12 +237,12 @@ class GroupLeader:
             signal_group(self.pid, signal.SIGKILL)
             self.wait(grace)
 
-    def say_end(self) -> str:
+    def describe_end(self) -> str:
         """Describe how it ended unasked; the text follows the process's name."""
         if self.exit_code is None:
             since = ". The kernel killed a process meanwhile, because memory ran out"
             return f"has ended by itself{since if out_of_memory.killed_since(self._oom_kills) else ''}"
-        return out_of_memory.say_killed(self._oom_kills) if self.killed else say_exit(self.exit_code)
+        return out_of_memory.describe_sigkill(self._oom_kills) if self.killed else describe_exit_code(self.exit_code)
 
     @property
     def killed(self) -> bool:
@@ -269,8 +269,8 @@ class ChildProcess(GroupLeader):
         log_path: Path,
         on_exit: Callable[[int], None],
         environment: Mapping[str, str] | None = None,
-        talk: bool = False,
-        mute: bool = False,
+        pipes: bool = False,
+        discard_stdout: bool = False,
         service: Service | None = None,
     ) -> None:
         self._registry = registry
@@ -281,8 +281,8 @@ class ChildProcess(GroupLeader):
             with open_log(log_path) as log_file:
                 self._process = subprocess.Popen(
                     list(argv),
-                    stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if talk else subprocess.DEVNULL if mute else log_file,
+                    stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if pipes else subprocess.DEVNULL if discard_stdout else log_file,
                     stderr=log_file,
                     env={**os.environ, **(environment or {}), **mark},
                     start_new_session=True,
@@ -293,7 +293,7 @@ class ChildProcess(GroupLeader):
             raise
         out_of_memory.raise_score(self._process.pid)
         super().__init__(self._process.pid, time.time(), log_path)
-        record = Record(
+        record = ProcessRecord(
             self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE], log=str(log_path)
         )
         if service is not None:
@@ -350,7 +350,7 @@ class AdoptedProcess(GroupLeader):
     psutil.NoSuchProcess if it is gone already.
     """
 
-    def __init__(self, record: Record, registry: ProcessRegistry, on_exit: OnExit) -> None:
+    def __init__(self, record: ProcessRecord, registry: ProcessRegistry, on_exit: OnExit) -> None:
         self._process = psutil.Process(record.pid)
         super().__init__(record.pid, record.started or self._process.create_time(), Path(record.log))
         self._mark = record.mark
@@ -367,7 +367,7 @@ class AdoptedProcess(GroupLeader):
         self._on_exit(None)
 
 
-def say_exit(code: int) -> str:
+def describe_exit_code(code: int) -> str:
     """Describe an exit code: `ended with exit code 3`, `was ended by SIGKILL`."""
     if code >= 0:
         return f"ended with exit code {code}"
@@ -428,7 +428,7 @@ def _is_running(process: psutil.Process) -> bool:
         return False
 
 
-def _is_alive(record: Record) -> bool:
+def _is_alive(record: ProcessRecord) -> bool:
     """Return whether a recorded process runs; one without a mark is identified by its start time."""
     if record.mark:
         return _is_same_process(record)
@@ -436,7 +436,7 @@ def _is_alive(record: Record) -> bool:
     return now is not None and record.started is not None and abs(now - record.started) < START_TIME_TOLERANCE
 
 
-def _is_same_process(record: Record) -> bool:
+def _is_same_process(record: ProcessRecord) -> bool:
     """Return whether the recorded process runs, identified by its mark.
 
     A start time would not do for a process that runs for weeks: it is computed from the wall clock, which is adjusted
@@ -445,12 +445,12 @@ def _is_same_process(record: Record) -> bool:
     return _group_of(record.pid) == record.pid and _carries(record.pid, record.mark)
 
 
-def _read(path: Path) -> Record | None:
+def _read(path: Path) -> ProcessRecord | None:
     """Read a record; None if it can't be read or has no start time (the child ended before it was recorded)."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         texts = {key: str(record.get(key, "")) for key in ("program", "mark", "name", "address", "log", "spec", "key")}
         role = str(record.get("role", "engine"))
-        return Record(pid=int(record["pid"]), started=float(record["started"]), role=role, **texts)
+        return ProcessRecord(pid=int(record["pid"]), started=float(record["started"]), role=role, **texts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

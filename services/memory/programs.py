@@ -1,4 +1,4 @@
-"""Which other programs hold a device's memory, by name: for whoever has to close one to make room."""
+"""Finds the other programs that hold a device's memory, so that people know which one to close."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import psutil
 from services.memory.ledger import Reading
 from services.text import fix_surrogates
 
-MOST = 3
-"""How many are named."""
-LEAST_BYTES = 50_000_000
-"""What holds less is not worth closing."""
-LONGEST_NAME = 40
+MAX_PROGRAMS = 3
+"""Limit of programs returned."""
+MIN_BYTES = 50_000_000
+"""Programs with less memory are not returned."""
+MAX_NAME_LENGTH = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """All processes of one name, and what they hold of one device together."""
+    """All processes of one name, and the memory they hold on a device."""
 
     name: str
     bytes: int
@@ -29,15 +29,15 @@ class Program:
 
     @property
     def place(self) -> str:
-        """Its process, or how many it has, in words."""
+        """Its process id, or the number of its processes."""
         return f"process {self.pids[0]}" if len(self.pids) == 1 else f"{len(self.pids)} processes"
 
 
 def largest_programs(reading: Reading, ours: Collection[int]) -> tuple[Program, ...]:
-    """The programs that hold most of a device, the largest first: few, and none that holds little.
+    """Return the programs that hold most of a device, the largest first.
 
-    The processes `ours` and all that they have started are left out. Empty where this user may not see other processes,
-    or they are in another pid namespace. Reads files of each process, so it must not run in the event loop.
+    Leaves out the processes `ours` and their descendants. Empty if other processes can't be accessed (another user,
+    another pid namespace). Reads files of every process, so it must not run in the event loop.
     """
     parents = _parents()
     held = reading.process_bytes if reading.kind == "gpu" else _private_bytes(parents)
@@ -46,14 +46,14 @@ def largest_programs(reading: Reading, ours: Collection[int]) -> tuple[Program, 
     for pid, size in held.items():
         if pid not in own:
             with suppress(psutil.Error):
-                found[_tidy(psutil.Process(pid).name())][pid] = size
+                found[_printable(psutil.Process(pid).name())][pid] = size
     programs = [Program(name, sum(sizes.values()), tuple(sorted(sizes))) for name, sizes in found.items()]
     programs.sort(key=lambda program: (-program.bytes, program.name))
-    return tuple(program for program in programs[:MOST] if program.bytes >= LEAST_BYTES)
+    return tuple(program for program in programs[:MAX_PROGRAMS] if program.bytes >= MIN_BYTES)
 
 
 def _parents() -> dict[int, int]:
-    """Each process and its parent."""
+    """Map each process to its parent."""
     found = {}
     for pid in psutil.pids():
         with suppress(psutil.Error):
@@ -62,7 +62,7 @@ def _parents() -> dict[int, int]:
 
 
 def _private_bytes(pids: Iterable[int]) -> Mapping[int, int]:
-    """What each process holds in this machine's RAM, without pages of files, which the kernel can take back."""
+    """Map each process to its resident bytes without file pages, which the kernel can reclaim."""
     held = {}
     for pid in pids:
         with suppress(psutil.Error):
@@ -72,7 +72,7 @@ def _private_bytes(pids: Iterable[int]) -> Mapping[int, int]:
 
 
 def _descendants(roots: Collection[int], parents: Mapping[int, int]) -> set[int]:
-    """These processes, and all that they have started."""
+    """Return these processes and all their descendants."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     for pid, parent in parents.items():
         children[parent].append(pid)
@@ -86,6 +86,6 @@ def _descendants(roots: Collection[int], parents: Mapping[int, int]) -> set[int]
     return found
 
 
-def _tidy(name: str) -> str:
-    """A process names itself, so it can be called anything."""
-    return "".join(c if c.isprintable() else "?" for c in fix_surrogates(name))[:LONGEST_NAME]
+def _printable(name: str) -> str:
+    """Return a process name with unprintable characters replaced: processes choose their own names."""
+    return "".join(c if c.isprintable() else "?" for c in fix_surrogates(name))[:MAX_NAME_LENGTH]

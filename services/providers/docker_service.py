@@ -1,4 +1,4 @@
-"""Whether Docker can be used, as the Models page shows it. It is polled only where the settings list a vLLM model."""
+"""Docker's status for the Models page. Polled only if the settings list a vLLM model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ POLL_SECONDS = 5.0
 CLOSE_SECONDS = 1.0
 
 State = Literal["unused", "unknown", "running"] | RuntimeProblem
-"""`unused`: no model needs it. `unknown`: it was not asked yet."""
+"""`unused`: no model needs it. `unknown`: not polled yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class DockerStatus:
-    """What is known of Docker. `error` says in words why it can't be used and what to do; unknown is None.
+    """Status of Docker. `error` says why it can't be used and what to do; unknown is None.
 
-    `host` is its address, as in DOCKER_HOST; None until it is asked. `nvidia` tells whether NVIDIA's container runtime
-    is registered.
+    `host` is its address as in DOCKER_HOST, None until polled. `nvidia`: NVIDIA's container runtime is registered.
     """
 
     state: State
@@ -32,7 +31,7 @@ class DockerStatus:
 
     @property
     def socket(self) -> str | None:
-        """The path of its socket; None where its address is not one of this machine's sockets."""
+        """Path of its socket; None if its address is none on this machine."""
         return self.host.removeprefix("unix://") if self.host and self.host.startswith("unix://") else None
 
 
@@ -40,7 +39,7 @@ UNUSED = DockerStatus("unused")
 
 
 class Docker(Protocol):
-    """The client that is asked."""
+    """The client to poll."""
 
     host: str
 
@@ -52,9 +51,9 @@ class Docker(Protocol):
 
 
 class DockerService:
-    """Polls Docker where it is `used`. `connect` makes the client, once, when it is first asked: its import is slow.
+    """Polls Docker if it is `used`. `connect` creates the client at the first poll, because its import is slow.
 
-    `on_change` is called from the polling thread whenever the status has changed.
+    `on_change` is called from the polling thread when the status has changed.
     """
 
     def __init__(
@@ -72,11 +71,11 @@ class DockerService:
         self._poll = Periodic("docker-poll", self.refresh, POLL_SECONDS)
 
     def status(self) -> DockerStatus:
-        """The latest status. No I/O."""
+        """Return the latest status. No I/O."""
         return self._status
 
     def refresh(self) -> DockerStatus:
-        """Ask Docker now. Takes as long as its answer, which its client limits."""
+        """Poll Docker now. Blocks until it answers or its client times out."""
         if self._docker is None:
             self._docker = self._connect()
         docker, before = self._docker, self._status
@@ -87,7 +86,7 @@ class DockerService:
         return self._status
 
     def start_watching(self) -> None:
-        """Keep the status fresh until `close`; nothing happens where Docker is not used."""
+        """Poll until `close`. Does nothing if Docker is not used."""
         if self._used:
             self._poll.start()
 

@@ -196,7 +196,7 @@ class OllamaService:
             if process is not None:
                 return self._take_down(process)
         status = self.refresh()
-        if self._seen.anybody:
+        if self._seen.is_listening:
             raise ServiceError("not_ours", "This Ollama was started by another program; stop it there.")
         return status
 
@@ -241,7 +241,7 @@ class OllamaService:
                 self._registry.new_log("ollama-serve"),
                 self._ended,
                 environment,
-                mute=True,  # one line per request: our own questions would drown what matters
+                discard_stdout=True,  # one line per request: our own questions would drown what matters
                 service=self._service,
             )
         except OSError as error:
@@ -283,7 +283,7 @@ class OllamaService:
                 process.log_tail(),
             )
         return ServiceError(
-            "service_failed", f"Ollama {process.say_end()} while starting{_because(said)}", process.log_tail()
+            "service_failed", f"Ollama {process.describe_end()} while starting{_because(said)}", process.log_tail()
         )
 
     def _take_down(self, process: GroupLeader) -> ServiceStatus:
@@ -327,7 +327,7 @@ class OllamaService:
             return
         self._forget()
         if process.exit_code != 0:  # else somebody told it to stop
-            cause = f"Ollama {process.say_end()}{_because(tail(process.log_path, CAUSE_BYTES))}"
+            cause = f"Ollama {process.describe_end()}{_because(tail(process.log_path, CAUSE_BYTES))}"
             self._failure = ServiceError("service_failed", cause, process.log_tail())
 
     def _forget(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from services.engines.port import Basis, Endpoint, Model, Rest, Usage
+from services.engines.port import Basis, Endpoint, Model, SleepFootprint, Usage
 from services.switching.traffic import Traffic
 
 InstanceState = Literal["loading", "running", "unloading", "asleep"]
@@ -72,7 +72,7 @@ class InstanceView:
     reserved_bytes: int = 0
     loaded_at: float | None = None
     warning: str | None = None
-    rest: Rest | None = None
+    sleep_footprint: SleepFootprint | None = None
     shares: str | None = None
     unresponsive: bool = False
     """Whether it has shown no activity for too long although it has work."""

@@ -373,7 +373,7 @@ class Fleet:
     def _apply(self, member: Member, reading: Measurement) -> None:
         noticeable = member.differs(reading)
         member.usage, member.warning = reading.usage, reading.warning
-        member.rest, member.pid = reading.rest, reading.pid
+        member.sleep_footprint, member.pid = reading.sleep_footprint, reading.pid
         self.changed = self.changed or noticeable
 
     def _set_active(self, model_id: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import structlog
 
-from services.engines.port import Endpoint, Engine, Exit, Instance, Model, Rest, Usage
+from services.engines.port import Endpoint, Engine, Exit, Instance, Model, SleepFootprint, Usage
 from services.switching.events import InstanceState, InstanceView, LoadView
 from services.switching.traffic import Traffic
 
@@ -31,7 +31,7 @@ class Measurement:
     model: Model
     usage: Usage | None
     warning: str | None
-    rest: Rest | None
+    sleep_footprint: SleepFootprint | None
     pid: int | None
 
 
@@ -41,7 +41,9 @@ def measure(instance: Instance) -> Measurement:
     Errors are logged, not raised: a load that works must not fail because a figure is missing.
     """
     try:
-        return Measurement(instance.model, instance.usage(), instance.warning(), instance.rest(), instance.pid)
+        return Measurement(
+            instance.model, instance.usage(), instance.warning(), instance.sleep_footprint(), instance.pid
+        )
     except Exception as error:
         log.warning("a model can't be measured", model=instance.model.id, error=str(error))
         return Measurement(instance.model, None, None, None, None)
@@ -61,7 +63,7 @@ class Member:
     load: LoadView | None = None
     endpoint: Endpoint | None = None
     usage: Usage | None = None
-    rest: Rest | None = None
+    sleep_footprint: SleepFootprint | None = None
     loaded_at: float | None = None
     warning: str | None = None
     pid: int | None = None
@@ -96,7 +98,7 @@ class Member:
             reserved_bytes=self.reserved_bytes if self.shares is None else 0,
             loaded_at=self.loaded_at,
             warning=UNRESPONSIVE if unresponsive else self.warning,
-            rest=self.rest if self.state == "running" else None,
+            sleep_footprint=self.sleep_footprint if self.state == "running" else None,
             shares=self.shares.model.id if self.shares is not None else None,
             unresponsive=unresponsive,
             drain_until=self.drain_until,

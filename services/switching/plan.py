@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.config import Strategy
-from services.engines.port import HOST_DEVICE, Basis, Need, Rest
+from services.engines.port import HOST_DEVICE, Basis, Need, SleepFootprint
 from services.memory.ledger import Account
 from services.memory.programs import Program
 from services.sizes import format_size
@@ -37,7 +37,7 @@ class Loaded:
     keep_reason: str | None = None
     spilled_bytes: int = 0
     asleep: bool = False
-    rest: Rest | None = None
+    sleep_footprint: SleepFootprint | None = None
     wake_seconds: float | None = None
 
     def held_on(self, device: str) -> int:
@@ -265,11 +265,11 @@ def _unloads(chosen: Sequence[Loaded], device: str, spare: int, host_spare: int)
     """
     for model in chosen:
         frees = model.held_on(device)
-        rest = model.rest if device != HOST_DEVICE else None
-        keeps = rest.keeps_bytes if rest is not None and model.device == device else 0
-        if rest is not None and keeps <= min(spare, frees) and rest.host_bytes <= host_spare:
+        footprint = model.sleep_footprint if device != HOST_DEVICE else None
+        keeps = footprint.device_bytes if footprint is not None and model.device == device else 0
+        if footprint is not None and keeps <= min(spare, frees) and footprint.host_bytes <= host_spare:
             spare -= keeps
-            host_spare -= rest.host_bytes
+            host_spare -= footprint.host_bytes
             yield Unload(model.model, frees - keeps, model.idle_seconds, model.wake_seconds, True, model.in_flight)
         else:
             yield Unload(model.model, frees, model.idle_seconds, model.reload_seconds, False, model.in_flight)

@@ -165,7 +165,7 @@ class Planner:
             keep_reason=self._keep_reason(view, snapshot, preempt_loads),
             spilled_bytes=view.usage.spilled_bytes if view.usage else 0,
             asleep=view.state == "asleep",
-            rest=view.rest,
+            sleep_footprint=view.sleep_footprint,
             wake_seconds=self._history(model, waking=True).total_seconds,
         )
 

@@ -79,7 +79,7 @@ class EngineConformance:
         """It offers a rest only if it can take one; an order to sleep that it can't follow is an EngineError."""
         with case.ready() as (instance, endpoint):
             assert not instance.asleep
-            if instance.rest() is None:
+            if instance.sleep_footprint() is None:
                 with pytest.raises(EngineError):
                     instance.sleep(GRACE)
             else:

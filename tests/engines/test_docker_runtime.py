@@ -262,7 +262,7 @@ def test_one_that_ignores_sigterm_is_killed_after_its_grace(runtime: DockerRunti
 
 def test_one_that_is_killed_for_memory_says_so(docker: DockerEngine, runtime: DockerRuntime):
     """The host's own out-of-memory killer, through a limit that Switchyard itself never sets."""
-    kills = out_of_memory.kills()
+    kills = out_of_memory.oom_kills()
     environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0, "hold_mb": 300})}
     greedy = docker.run_foreign(
         "greedy", ["m"], labels={MANAGED_LABEL: "1"}, environment=environment, mem_limit="64m", memswap_limit="64m"
@@ -589,7 +589,7 @@ def test_bytes_of_a_pull_never_fall_nor_exceed_the_total(lines: list[dict[str, o
     layers = Layers()
     done = 0
     for line in lines:
-        layers.take(line)
+        layers.update(line)
         assert layers.done >= done
         done = layers.done
         assert layers.total is None or done <= layers.total

@@ -15,7 +15,7 @@ import requests
 from services.engines.llamacpp.engine import LlamaCpp
 from services.engines.llamacpp.folder import ModelFolder
 from services.engines.llamacpp.instance import LlamaCppInstance
-from services.engines.port import Endpoint, Exit, Model, NotYet
+from services.engines.port import Endpoint, Exit, Model, NotResponding
 from services.engines.processes import ProcessRegistry
 from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, wait_until
 
@@ -95,7 +95,7 @@ def test_what_is_slow_to_answer_is_left_alone_and_asked_again(
     os.killpg(left[0].pid, signal.SIGSTOP)
     for _ in range(2):
         assert list(engine.loaded([good])) == [good]
-        with pytest.raises(NotYet, match="does not answer yet"):
+        with pytest.raises(NotResponding, match="does not answer yet"):
             engine.adopt(good, lambda _: None)
     assert psutil.pid_exists(left[0].pid)
     os.killpg(left[0].pid, signal.SIGCONT)
@@ -115,9 +115,9 @@ def test_what_stays_silent_is_ended(
     good = catalog(engine)["good"]
     os.killpg(left[0].pid, signal.SIGSTOP)
     assert list(engine.loaded([good])) == [good]
-    with pytest.raises(NotYet):
+    with pytest.raises(NotResponding):
         engine.adopt(good, lambda _: None)
-    monkeypatch.setattr("services.engines.llamacpp.engine.ADOPT_PATIENCE", 0.0)
+    monkeypatch.setattr("services.engines.llamacpp.engine.ADOPT_TIMEOUT", 0.0)
     assert engine.adopt(good, lambda _: None) is None
     assert list(engine.loaded([good])) == []
     _wait_gone(left[0].pid)

@@ -15,7 +15,7 @@ import requests
 
 from services.engines.ollama.api import OllamaApi, OllamaUnreachable
 from services.engines.ollama.engine import Ollama
-from services.engines.ollama.instance import CHANGED_HANDS, ServerProcess
+from services.engines.ollama.instance import EVICTED, ServerProcess
 from services.engines.ollama.names import full_name
 from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import Endpoint, EngineError, Evidence, Exit, LoadFailed, Model
@@ -75,7 +75,7 @@ class TestShared:
         with case.ready():
             server.unload("tiny-a")
             wait_until(lambda: bool(case.exits), "the exit to be reported")
-        assert case.exits == [Exit(CHANGED_HANDS, released=True)]
+        assert case.exits == [Exit(EVICTED, released=True)]
 
     def test_a_server_that_goes_away_takes_its_models_along(self, case: EngineCase, server: FakeOllama):
         """Noticed within seconds, told once for each model."""

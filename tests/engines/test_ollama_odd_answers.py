@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from services.catalog import Catalog
 from services.engines.ollama.api import OllamaApi
 from services.engines.ollama.engine import Ollama
-from services.engines.ollama.instance import CHANGED_HANDS, ServerProcess
+from services.engines.ollama.instance import EVICTED, ServerProcess
 from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import EngineError, Exit, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS
@@ -91,7 +91,7 @@ def test_odd_entries_are_left_out_one_by_one(answers: Answers, engine: Ollama):
     with capture_logs() as logged:
         for _ in range(3):
             assert [running.name for running in api.running()] == ["good:latest"]
-    assert len([line for line in logged if "can't be read" in line["event"]]) == 1
+    assert len([line for line in logged if "invalid entries" in line["event"]]) == 1
 
 
 @pytest.mark.parametrize(
@@ -199,5 +199,5 @@ def test_a_refused_unload_says_why_and_its_end_is_seen_later(tmp_path: Path):
         server.clear_faults()
         server.unload("tiny-a")
         wait_until(lambda: bool(exits), "its end to be noticed")
-        assert exits == [Exit(CHANGED_HANDS, released=True)]
+        assert exits == [Exit(EVICTED, released=True)]
         engine.close()

@@ -13,7 +13,7 @@ import pytest
 
 from services.engines.ollama.api import OllamaApi
 from services.engines.ollama.engine import Ollama
-from services.engines.ollama.instance import CHANGED_HANDS, OllamaInstance, ServerProcess
+from services.engines.ollama.instance import EVICTED, OllamaInstance, ServerProcess
 from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import EngineError, Exit, Model
 from tests.engines.conformance import GRACE, LOAD_SECONDS
@@ -104,7 +104,7 @@ def test_options_that_come_to_the_servers_defaults_are_no_other_runner(
     server.unload("spelled-out")
     server.unload("tiny-a")
     wait_until(lambda: bool(exits), "the end to be told")
-    assert exits == [Exit(CHANGED_HANDS, released=True)]
+    assert exits == [Exit(EVICTED, released=True)]
 
 
 def test_loading_with_other_options_takes_the_runner_of_the_first(
@@ -116,7 +116,7 @@ def test_loading_with_other_options_takes_the_runner_of_the_first(
     load(engine, catalog["small"])
     wait_until(lambda: bool(exits), "the end of the first to be told")
     assert first.usage() is None
-    assert exits == [Exit(CHANGED_HANDS, released=True)]
+    assert exits == [Exit(EVICTED, released=True)]
     assert [model.source for model in engine.loaded(list(catalog.values()))] == ["small:latest"]
     assert server.ps() == ["small:latest"]
 
@@ -155,7 +155,7 @@ def test_what_will_not_go_goes_on_under_all_its_names(engine: Ollama, server: Fa
     assert first.usage() is not None
     server.clear_faults()
     wait_until(lambda: len(exits) == 2, "both ends, which came late, to be told")
-    assert exits == [Exit(CHANGED_HANDS, released=True)] * 2
+    assert exits == [Exit(EVICTED, released=True)] * 2
 
 
 def load(engine: Ollama, model: Model, exits: list[Exit] | None = None) -> OllamaInstance:

@@ -18,7 +18,7 @@ from services.downloads.huggingface.process import HubProcess
 from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
 from services.engines.containers.port import MANAGED_LABEL
-from services.engines.port import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model, NotYet
+from services.engines.port import Endpoint, EngineError, Evidence, Instance, LoadFailed, Model, NotResponding
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.spec import VllmSettings, container_name, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
@@ -99,7 +99,7 @@ class TestVllmOnGpu(EngineConformance):
     def test_it_offers_to_sleep(self, case: EngineCase):
         """By what its log said of its weights."""
         with case.ready() as (instance, _):
-            rest = instance.rest()
+            rest = instance.sleep_footprint()
             assert rest is not None
             assert rest.host_bytes > 0
 
@@ -228,7 +228,7 @@ class TestVllm(EngineConformance):
             _signal_all(docker, instance, signal.SIGSTOP)
             later = make_engine(case.good)
             wait_until(lambda: case.good in later.loaded([case.good]), "the silent container to be found")
-            with pytest.raises(NotYet, match="does not answer yet"):
+            with pytest.raises(NotResponding, match="does not answer yet"):
                 later.adopt(case.good, case.exits.append)
             _signal_all(docker, instance, signal.SIGCONT)
             adopted = _adopted(later, case.good)
@@ -239,7 +239,7 @@ class TestVllm(EngineConformance):
         self, case: EngineCase, docker: DockerEngine, make_engine: Callable[..., Vllm], monkeypatch: pytest.MonkeyPatch
     ):
         """Its memory can't be had otherwise: after a minute of silence nobody expects an answer."""
-        monkeypatch.setattr("services.engines.vllm.engine.ADOPT_PATIENCE", 1.0)
+        monkeypatch.setattr("services.engines.vllm.engine.ADOPT_TIMEOUT", 1.0)
         with case.ready() as (instance, _):
             _signal_all(docker, instance, signal.SIGSTOP)
             later = make_engine(case.good)
@@ -331,7 +331,7 @@ def _adopted(engine: Vllm, wanted: Model) -> Instance:
     taken: list[Instance] = []
 
     def answers() -> bool:
-        with suppress(NotYet):
+        with suppress(NotResponding):
             taken.extend(filter(None, [engine.adopt(wanted, lambda _: None)]))
         return bool(taken)
 

@@ -12,8 +12,8 @@ import pytest
 
 from services.engines.containers.port import Container, ContainerSpec
 from services.engines.port import Exit, LoadFailed, Model
-from services.engines.vllm.engine import Leftover
-from services.engines.vllm.instance import Host, VllmInstance
+from services.engines.vllm.engine import Orphan
+from services.engines.vllm.instance import InstanceContext, VllmInstance
 
 TIMEOUT = 10.0
 
@@ -94,7 +94,7 @@ class StubRuntime:
 def launch(runtime: StubRuntime, exits: list[Exit]) -> VllmInstance:
     spec = ContainerSpec("name", "image", 8000)
     nothing: Mapping[str, object] = {}
-    host = Host(
+    host = InstanceContext(
         runtime,  # type: ignore[arg-type]
         gpu_bytes=lambda _device, _pids: 0,
         settle=lambda _device: runtime._step("settle"),
@@ -149,9 +149,9 @@ def test_a_load_whose_start_fails_leaves_nothing():
 
 def test_what_was_left_behind_is_ended_when_it_can_not_be_adopted():
     """Refusing twice in a row, or silent for more than a minute; a busy one that answers now and then is left alone."""
-    left = Leftover()
+    left = Orphan()
     assert [left.is_over("absent", 0), left.is_over("absent", 2)] == [False, True]
-    left = Leftover()
+    left = Orphan()
     assert [left.is_over(seen, at) for at, seen in enumerate(["absent", "silent", "absent", "silent"])] == [False] * 4
-    left = Leftover()
+    left = Orphan()
     assert [left.is_over("silent", at) for at in (0, 59, 61)] == [False, False, True]

@@ -18,7 +18,7 @@ from services.engines.port import (
     Need,
     OnExit,
     Report,
-    Rest,
+    SleepFootprint,
     Usage,
 )
 from services.memory.ledger import Reading
@@ -170,10 +170,10 @@ class StubInstance:
     def asleep(self) -> bool:
         return self.sleeping
 
-    def rest(self) -> Rest | None:
+    def sleep_footprint(self) -> SleepFootprint | None:
         if not self._engine.sleeps:
             return None
-        return Rest(self._engine.size_of(self.model) // 10, self._engine.size_of(self.model))
+        return SleepFootprint(self._engine.size_of(self.model) // 10, self._engine.size_of(self.model))
 
     def sleep(self, _timeout: float) -> None:
         self._scheduler.pause(0.5)

@@ -75,8 +75,8 @@ def test_a_load_is_followed_through_a_log_that_is_cut(tmp_path: Path, monkeypatc
     seen: list[Evidence] = []
     observer = LoadObserver(path, lambda: None, None, seen.append)
     truncate_log(path)
-    observer.look()
+    observer.update()
     with path.open("a") as log:
         log.write('level=DEBUG msg="model load progress 0.50"\n')
-    observer.look()
+    observer.update()
     assert [evidence.fraction for evidence in seen] == [0.5]

@@ -11,7 +11,14 @@ import psutil
 import pytest
 
 from services.engines import out_of_memory
-from services.engines.out_of_memory import ADDED_SCORE, HIGHEST_SCORE, engine_score, is_killed, killed_since, say_killed
+from services.engines.out_of_memory import (
+    ADDED_SCORE,
+    HIGHEST_SCORE,
+    describe_sigkill,
+    engine_score,
+    is_killed,
+    killed_since,
+)
 from services.engines.processes import ChildProcess, ProcessRegistry
 from tests.support.console import TIMEOUT, wait_until
 
@@ -36,7 +43,7 @@ def test_an_engine_goes_before_the_console(tmp_path: Path) -> None:
     registry = ProcessRegistry(tmp_path)
     ended = Event()
     argv = [sys.executable, "-c", PARENT]
-    child = ChildProcess(argv, registry, registry.new_log("engine"), lambda _code: ended.set(), talk=True)
+    child = ChildProcess(argv, registry, registry.new_log("engine"), lambda _code: ended.set(), pipes=True)
     child.stdin.write("begin\n")
     child.stdin.flush()
     runner = int(child.stdout.readline())
@@ -84,8 +91,8 @@ def test_a_kill_is_told_with_what_is_known(
     psutil.Process(child.pid).send_signal(signal.SIGKILL)
     assert ended.wait(TIMEOUT)
     assert child.killed
-    assert words in child.say_end()
-    assert "SIGKILL" in child.say_end()
+    assert words in child.describe_end()
+    assert "SIGKILL" in child.describe_end()
 
 
 def test_other_ends_are_told_by_their_code(tmp_path: Path) -> None:
@@ -94,7 +101,7 @@ def test_other_ends_are_told_by_their_code(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", "raise SystemExit(3)"]
     child = ChildProcess(argv, registry, registry.new_log("engine"), lambda _code: ended.set())
     assert ended.wait(TIMEOUT)
-    assert child.say_end() == "ended with exit code 3"
+    assert child.describe_end() == "ended with exit code 3"
     assert not child.killed
 
 
@@ -103,5 +110,5 @@ def test_what_nobody_knows_is_no_kill(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(out_of_memory, "VMSTAT", tmp_path / "none")
     assert not killed_since(1)
     assert not killed_since(None)
-    assert "as the kernel does" in say_killed(None)
+    assert "as the kernel does" in describe_sigkill(None)
     assert [is_killed(code) for code in (-9, 137, -15, 0, None)] == [True, True, False, False, False]

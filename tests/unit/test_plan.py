@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engines.port import Need, Rest, Usage
+from services.engines.port import Need, SleepFootprint, Usage
 from services.memory.ledger import Account, Holding, Reading, account
 from services.memory.programs import Program
 from services.switching.plan import Alternative, Loaded, Plan, Room, UnloadRules, make_plan, refusal
@@ -26,7 +26,7 @@ loaded_models = st.lists(
         reload_seconds=st.none() | st.floats(0, 1e3),
         keep_reason=st.none() | st.just("it is pinned"),
         asleep=st.booleans(),
-        rest=st.none() | st.builds(Rest, st.integers(0, 60 * GB), st.integers(0, 60 * GB)),
+        sleep_footprint=st.none() | st.builds(SleepFootprint, st.integers(0, 60 * GB), st.integers(0, 60 * GB)),
     ),
     max_size=8,
     unique_by=lambda m: m.model,
@@ -65,7 +65,7 @@ def test_a_feasible_plan_makes_enough_room_and_not_one_unload_more(need, availab
     plan = plan_for(need, available, loaded, strategy=strategy)
     if plan.feasible:
         assert available + plan.freed_bytes >= need
-        stopped = plan_for(need, available, [replace(m, rest=None) for m in loaded], strategy=strategy)
+        stopped = plan_for(need, available, [replace(m, sleep_footprint=None) for m in loaded], strategy=strategy)
         for kept in stopped.unload:
             assert available + stopped.freed_bytes - kept.frees_bytes < need
     else:
@@ -96,22 +96,24 @@ def test_nothing_is_unloaded_when_unloading_is_switched_off(need, loaded):
 def test_sleep_costs_the_target_nothing_and_no_more_of_the_hosts_memory_than_there_is(need, available, loaded, host):
     """The same models make room as without it, and all that they keep asleep fits, on both devices."""
     plan = plan_for(need, available, loaded, host_available_bytes=host)
-    stopped = plan_for(need, available, [replace(m, rest=None) for m in loaded], host_available_bytes=host)
+    stopped = plan_for(need, available, [replace(m, sleep_footprint=None) for m in loaded], host_available_bytes=host)
     assert [u.model for u in plan.unload] == [u.model for u in stopped.unload]
     assert plan.feasible == stopped.feasible
     by_id = {m.model: m for m in loaded}
-    asleep = [by_id[u.model].rest for u in plan.unload if u.sleeps]
+    asleep = [by_id[u.model].sleep_footprint for u in plan.unload if u.sleeps]
     assert sum(rest.host_bytes for rest in asleep) <= host
     for unload in plan.unload:
-        rest = by_id[unload.model].rest if unload.sleeps else None
-        assert unload.frees_bytes == by_id[unload.model].bytes - (rest.keeps_bytes if rest else 0) >= 0
+        rest = by_id[unload.model].sleep_footprint if unload.sleeps else None
+        assert unload.frees_bytes == by_id[unload.model].bytes - (rest.device_bytes if rest else 0) >= 0
     if plan.feasible:
         assert available + plan.freed_bytes >= need
 
 
 def test_a_model_sleeps_rather_than_being_stopped_where_there_is_room_for_its_rest():
     """With the time that waking it takes, which is what it costs to bring it back."""
-    model = Loaded("a", "gpu0", 40 * GB, reload_seconds=60, wake_seconds=4, rest=Rest(2 * GB, 30 * GB))
+    model = Loaded(
+        "a", "gpu0", 40 * GB, reload_seconds=60, wake_seconds=4, sleep_footprint=SleepFootprint(2 * GB, 30 * GB)
+    )
     (unload,) = plan_for(30 * GB, 0, [model], host_available_bytes=30 * GB).unload
     assert (unload.sleeps, unload.frees_bytes, unload.reload_seconds) == (True, 38 * GB, 4)
     (unload,) = plan_for(39 * GB, 0, [model], host_available_bytes=30 * GB).unload
@@ -127,7 +129,7 @@ def test_what_sleeps_goes_before_what_answers():
 
 def test_into_this_machines_memory_nobody_is_put_to_sleep():
     """A target that needs it would lose it to the sleeper."""
-    spilled = Loaded("spilled", "gpu0", 10 * GB, spilled_bytes=8 * GB, rest=Rest(GB, GB))
+    spilled = Loaded("spilled", "gpu0", 10 * GB, spilled_bytes=8 * GB, sleep_footprint=SleepFootprint(GB, GB))
     plan = make_plan(
         "target",
         Need("host", 6 * GB, "declared"),

@@ -22,8 +22,8 @@ from services.engines.processes import (
     MARK_VARIABLE,
     AdoptedProcess,
     ChildProcess,
+    ProcessRecord,
     ProcessRegistry,
-    Record,
     Service,
 )
 from tests.support.console import ROOT, wait_until
@@ -211,9 +211,9 @@ class EarlierService:
     runner: int
     mark: str
 
-    def record(self) -> Record:
+    def record(self) -> ProcessRecord:
         pid, now = self.leader.pid, time.time()
-        return Record(pid, now, "ollama", "service", self.mark, SERVICE.name, SERVICE.address, os.devnull)
+        return ProcessRecord(pid, now, "ollama", "service", self.mark, SERVICE.name, SERVICE.address, os.devnull)
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_pid_that_is_another_program_by_now_is_not_adopted(state: Path) -> Non
     run = Run(state)
     stranger = run.start(service=None)
     run.registry.add(
-        Record(stranger.pid, stranger.started_at, "ollama", "service", "mark", SERVICE.name, SERVICE.address)
+        ProcessRecord(stranger.pid, stranger.started_at, "ollama", "service", "mark", SERVICE.name, SERVICE.address)
     )
     assert run.find() is None
     run.registry.end_leftovers()
@@ -310,7 +310,7 @@ def test_a_week_old_log_goes_unless_its_service_still_lives(state: Path) -> None
 
 def test_a_mute_child_logs_its_stderr_alone(state: Path) -> None:
     program = "import sys; print('a request'); print('a cause', file=sys.stderr)"
-    child = Run(state).start(program, mute=True)
+    child = Run(state).start(program, discard_stdout=True)
     assert child.wait(GRACE)
     assert child.log_tail() == "a cause"
     assert child.exit_code == 0
@@ -321,7 +321,7 @@ def test_a_child_that_can_not_be_recorded_is_ended_at_once(state: Path, monkeypa
     run = Run(state)
     pids: list[int] = []
 
-    def refuse(record: Record) -> None:
+    def refuse(record: ProcessRecord) -> None:
         pids.append(record.pid)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -336,7 +336,7 @@ def test_an_engine_whose_record_can_not_be_completed_goes_on(state: Path, monkey
     run = Run(state)
     engine = run.start(service=None)
 
-    def refuse(_record: Record) -> None:
+    def refuse(_record: ProcessRecord) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run.registry, "add", refuse)

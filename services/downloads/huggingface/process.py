@@ -17,7 +17,7 @@ from typing import Literal
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError, Part, Report, Seen
 from services.engines.child_logs import open_log
-from services.engines.processes import ProcessRegistry, say_exit, signal_group
+from services.engines.processes import ProcessRegistry, describe_exit_code, signal_group
 
 ROOT = Path(__file__).parents[3]
 TERM_SECONDS = 0.5
@@ -102,7 +102,7 @@ class HubProcess:
             if line is None:
                 raise DownloadError(
                     "interrupted",
-                    f"The process that fetched {name} {child.say_end()}. Try again; what has arrived is kept.",
+                    f"The process that fetched {name} {child.describe_end()}. Try again; what has arrived is kept.",
                     may_resume=True,
                 )
             said = json.loads(line)
@@ -144,9 +144,9 @@ class _Child:
     def wake(self) -> None:
         self.lines.put(None)
 
-    def say_end(self) -> str:
+    def describe_end(self) -> str:
         try:
-            return say_exit(self._process.wait(KILL_SECONDS))
+            return describe_exit_code(self._process.wait(KILL_SECONDS))
         except subprocess.TimeoutExpired:
             return "says nothing more"
 

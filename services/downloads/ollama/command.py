@@ -14,7 +14,7 @@ from services.abort import Abort
 from services.downloads.fetcher import DownloadError
 from services.downloads.ollama.output import Failed, FrameParser, PullEvent, Succeeded
 from services.engines.ollama.names import OllamaName
-from services.engines.processes import ProcessRegistry, say_exit, signal_group
+from services.engines.processes import ProcessRegistry, describe_exit_code, signal_group
 
 TICK_SECONDS = 0.2
 """How often an abort and the end of the process are looked for while nothing is drawn; it draws every 0.1 s."""
@@ -45,8 +45,8 @@ def pull_by_command(
     if not told and process.returncode:
         raise DownloadError(
             "interrupted",
-            f"The command `ollama pull` {say_exit(process.returncode)} before {name.short} was complete and didn't say"
-            " why. Resume the download: what has arrived is kept.",
+            f"The command `ollama pull` {describe_exit_code(process.returncode)} before {name.short} was complete "
+            "and didn't say why. Resume the download: what has arrived is kept.",
             may_resume=True,
         )
 

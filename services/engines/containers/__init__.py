@@ -1,1 +1,1 @@
-"""What runs containers: the port, and the local Docker daemon behind it."""
+"""Container runtimes: the port, and its adapter for the local Docker daemon."""

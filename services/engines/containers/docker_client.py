@@ -1,8 +1,7 @@
-"""docker-py's client with what it lacks: a limit on every wait, and an end to a stream from another thread.
+"""docker-py's client with time limits on every wait, and streams that another thread can end.
 
-docker-py asks for pulls without any time limit, and to end its streams it closes a socket that another greenlet may be
-reading, which gevent does not allow. Both are put right at one place, `requests.Session.send`, through which all of
-docker-py's calls go. Everything else is docker-py's own.
+docker-py pulls without a time limit, and ends a stream by closing a socket that another greenlet may be reading, which
+gevent does not allow. Both are fixed in `requests.Session.send`, through which all of docker-py's calls go.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from services.engines.out_of_memory import engine_score
 
 SCHEMES = ("unix://", "tcp://")
 FIRST_VERSION = "1.41"
-"""Docker 20.10's API. Which version the daemon speaks can be asked in any."""
+"""API version of Docker 20.10; the daemon's own version can be requested in any version."""
 LOOPBACK = "127.0.0.1"
 LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}
-"""Docker keeps logs without end unless told otherwise."""
+"""Docker's logs grow without limit by default."""
 
 
 class Client(APIClient):  # type: ignore[misc]
-    """Each connection, each answer's header and each silence within a body may take `timeout` seconds. Uses no proxy.
+    """Each connect, each response header and each gap within a body may take `timeout` seconds. Uses no proxy.
 
-    A client that streams an answer is used for nothing else, so that `cancel` knows what to end.
+    A client that streams a response is used for nothing else, so that `cancel` ends the right one.
     """
 
     def __init__(self, host: str, timeout: float, version: str) -> None:
@@ -40,7 +39,7 @@ class Client(APIClient):  # type: ignore[misc]
         self._streamed: requests.Response | None = None
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
-        """As requests' own, for every call of docker-py."""
+        """Send a request; every call of docker-py goes through here."""
         if options.get("timeout") is None:
             options["timeout"] = self.timeout
         response: requests.Response = super().send(request, **options)
@@ -49,23 +48,22 @@ class Client(APIClient):  # type: ignore[misc]
         return response
 
     def cancel(self) -> None:
-        """End the answer that is being streamed: whoever reads it finds its end. Safe from any thread."""
+        """End the streamed response; its reader then finds the end. Thread-safe."""
         if self._streamed is not None:
-            with suppress(OSError, RuntimeError, ValueError):  # the other side was faster, or all of it was read
+            with suppress(OSError, RuntimeError, ValueError):  # the connection was closed already
                 self._streamed.raw.shutdown()
 
     def close(self) -> None:
-        """Close every connection; nobody may be reading."""
+        """Close every connection. No thread may be reading."""
         if self._streamed is not None:
             self._streamed.close()
         super().close()
 
 
 def connect(host: str, timeout: float) -> Client:
-    """Make a client that speaks the daemon's version of the API.
+    """Return a client for the daemon's API version. Raises ContainerError, and docker-py's errors.
 
-    docker-py would find the version itself, but before it could be told to use no proxy. Raises ContainerError, and
-    what docker-py does.
+    docker-py would detect the version itself, but before it can be told to use no proxy.
     """
     if not host.startswith(SCHEMES):
         raise ContainerError(
@@ -83,7 +81,7 @@ def connect(host: str, timeout: float) -> Client:
 
 
 def _connect_or_close(connection: Any) -> None:
-    """Connect to the daemon's socket. docker-py 7.2 leaves its own end open when nobody listens there."""
+    """Connect to the daemon's socket. docker-py 7.2 leaks the socket if nothing listens."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(connection.timeout)
@@ -98,10 +96,10 @@ UnixHTTPConnection.connect = _connect_or_close
 
 
 def creation(client: Client, spec: ContainerSpec) -> dict[str, Any]:
-    """The arguments of `create_container` for a spec."""
+    """Return the arguments of `create_container` for a spec."""
     options: dict[str, Any] = {
         "init": True,
-        "restart_policy": {"Name": "no"},  # a policy would repeat a failing load without a word
+        "restart_policy": {"Name": "no"},  # a policy would silently repeat a failing load
         "port_bindings": {f"{spec.port}/tcp": (LOOPBACK, None)},
         "mounts": [
             Mount(m.target, m.source, type="bind" if m.source.startswith("/") else "volume", read_only=m.read_only)
@@ -124,5 +122,5 @@ def creation(client: Client, spec: ContainerSpec) -> dict[str, Any]:
         "labels": spec.all_labels,
         "ports": [(spec.port, "tcp")],
         "host_config": client.create_host_config(**options),
-        "use_config_proxy": False,  # its environment is the spec's, whoever runs Switchyard
+        "use_config_proxy": False,  # the environment is the spec's only
     }

@@ -1,4 +1,4 @@
-"""What goes wrong with Docker, in words that say what to do."""
+"""Translates errors of Docker to messages that say what to do."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from services.engines.containers.port import (
 )
 
 FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, DockerException, KeyError, TypeError)
-"""What the SDK and the libraries below it raise when a call fails; the last two for an answer that is not Docker's."""
+"""What the SDK and its libraries raise when a call fails; the last two for a response that is not Docker's."""
 
 
 def explain(error: Exception, action: str, host: str, seconds: float) -> ContainerError:
-    """Turn the error of a call into one of the port's.
+    """Convert the exception of a call to one of the port's errors.
 
-    `action` is what Docker was asked to do ("start the container x"), `seconds` its time limit.
+    `action` is what Docker was to do ("start the container x"), `seconds` its time limit.
     """
     if isinstance(error, APIError):
         return _explain_refusal(error, action)
@@ -64,13 +64,13 @@ def explain(error: Exception, action: str, host: str, seconds: float) -> Contain
 def is_timeout(error: Exception) -> bool:
     causes = list(_causes(error))
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
-        return False  # urllib3 calls every connection that can't be made a kind of timeout
+        return False  # urllib3's error for a refused connection derives from its timeout error
     late = (TimeoutError, BlockingIOError, requests.Timeout, urllib3.exceptions.TimeoutError)
     return any(isinstance(cause, late) for cause in causes)
 
 
 def words_of(error: APIError) -> str:
-    """What Docker says in an error answer: `{"message": …}` (API 1.41)."""
+    """Return Docker's message in an error response: `{"message": …}` (API 1.41)."""
     return str(error.explanation or "").strip() or f"HTTP status {error.status_code}"
 
 
@@ -114,7 +114,7 @@ def _explain_refusal(error: APIError, action: str) -> ContainerError:
 
 
 def _causes(error: object) -> Iterator[BaseException]:
-    """An error and all that it wraps: libraries keep the first cause in `args`, or as a context."""
+    """Yield an exception and all exceptions it wraps; libraries keep the first cause in `args` or as context."""
     waiting, seen = [error], set()
     while waiting:
         cause = waiting.pop()

@@ -1,4 +1,4 @@
-"""Pulls of images: what Docker says about their layers, added up, and an end whenever it is asked for."""
+"""Pulls images: adds up the progress of their layers, and can be cancelled at any time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from services.engines.containers.docker_errors import FAILURES, words_of
 from services.engines.containers.docker_stream import DockerStream
 from services.engines.containers.port import ContainerError, ImageMissing, PullReport
 
-ARRIVED = ("Verifying Checksum", "Download complete", "Extracting", "Pull complete", "Already exists")
+DONE_STATUSES = ("Verifying Checksum", "Download complete", "Extracting", "Pull complete", "Already exists")
 UNKNOWN_IMAGE = ("manifest unknown", "not found", "does not exist", "access denied")
 
 Line = dict[str, Any]
-"""One line of Docker's answer: `{"id": layer, "status": words, "progressDetail": {"current", "total"}}` (API 1.41)."""
+"""One line of Docker's response: `{"id": layer, "status": text, "progressDetail": {"current", "total"}}` (API 1.41)."""
 
 
 @dataclass(slots=True)
@@ -29,17 +29,17 @@ class _Layer:
 
 
 class Layers:
-    """Bytes of an image that are here, from Docker's lines. They never become fewer, though Docker tries again."""
+    """Bytes of an image that have arrived, from Docker's lines. Never decreases, although Docker retries."""
 
     def __init__(self) -> None:
         self._layers: dict[str, _Layer] = {}
 
-    def take(self, line: Mapping[str, Any]) -> None:
+    def update(self, line: Mapping[str, Any]) -> None:
         key, status = line.get("id"), line.get("status", "")
         if key is None or (key not in self._layers and status.startswith("Pulling from")):
             return
         layer = self._layers.setdefault(key, _Layer())
-        if status in ARRIVED:
+        if status in DONE_STATUSES:
             layer.size = layer.done if layer.size is None else layer.size
             layer.done = layer.size
         elif status == "Downloading":
@@ -54,16 +54,16 @@ class Layers:
 
     @property
     def total(self) -> int | None:
-        """None until the size of every layer is known; small ones tell theirs by having arrived."""
+        """None until the size of every layer is known; small ones report no size before they are complete."""
         sizes = [layer.size for layer in self._layers.values()]
         known = [size for size in sizes if size is not None]
         return sum(known) if sizes and len(known) == len(sizes) else None
 
 
 class Pull:
-    """One pull. Docker may say nothing for long, so a thread reads from it and `run` can be cancelled at any time.
+    """One pull. A thread reads Docker's response, which may pause for long, so that `run` can be cancelled at any time.
 
-    `ask` begins it; `explain` turns what `ask` and its stream raise into one of the port's errors.
+    `ask` begins the pull; `explain` converts exceptions of `ask` and its stream to the port's errors.
     """
 
     def __init__(
@@ -72,28 +72,28 @@ class Pull:
         self._image = image
         self._ask = ask
         self._explain = explain
-        self._heard: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._lines: DockerStream[Line] | None = None
         self._over = False
 
     def run(self, report: PullReport, abort: Abort) -> None:
-        """Block until the image is here. Raises Aborted, ImageMissing and other ContainerErrors."""
-        abort.applies_to(lambda: self._heard.put(Aborted()))
+        """Block until the image is complete. Raises Aborted, ImageMissing and other ContainerErrors."""
+        abort.applies_to(lambda: self._messages.put(Aborted()))
         layers = Layers()
-        threading.Thread(target=self._listen, name=f"pull-{self._image}", daemon=True).start()
+        threading.Thread(target=self._read, name=f"pull-{self._image}", daemon=True).start()
         try:
-            while (heard := self._heard.get()) is not None:
-                if isinstance(heard, Exception):
-                    raise heard
-                if "error" in heard:
-                    raise refused(self._image, str(heard["error"]))
-                layers.take(heard)
+            while (message := self._messages.get()) is not None:
+                if isinstance(message, Exception):
+                    raise message
+                if "error" in message:
+                    raise refused(self._image, str(message["error"]))
+                layers.update(message)
                 report(layers.done, layers.total)
         finally:
-            self._stop_listening()
+            self._stop_reading()
 
-    def _listen(self) -> None:
+    def _read(self) -> None:
         try:
             lines = self._ask()
             with self._lock:
@@ -102,17 +102,17 @@ class Pull:
             if over:
                 lines.close()
             for line in lines:
-                self._heard.put(line)
-            self._heard.put(None)
+                self._messages.put(line)
+            self._messages.put(None)
         except APIError as error:
-            self._heard.put(refused(self._image, words_of(error)))
+            self._messages.put(refused(self._image, words_of(error)))
         except FAILURES as error:
-            self._heard.put(self._explain(error))
-        except Exception as error:  # whatever it is, `run` waits for it
-            self._heard.put(error)
+            self._messages.put(self._explain(error))
+        except Exception as error:  # `run` waits for a message, and raises it
+            self._messages.put(error)
 
-    def _stop_listening(self) -> None:
-        """Docker gives a pull up when nobody listens to it any more."""
+    def _stop_reading(self) -> None:
+        """Close the stream; Docker aborts a pull when its client disconnects."""
         with self._lock:
             self._over = True
             lines = self._lines
@@ -121,7 +121,7 @@ class Pull:
 
 
 def refused(image: str, words: str) -> ContainerError:
-    """Docker's words for a pull that failed, as one of the port's errors."""
+    """Convert Docker's message about a failed pull to one of the port's errors."""
     if any(mark in words.lower() for mark in UNKNOWN_IMAGE):
         return ImageMissing(
             f"There is no image {image} to pull, or it needs a login: {words}. Check its name, or run docker login."

@@ -1,6 +1,6 @@
-"""The container runtime on this machine's own Docker daemon, through its SDK (Docker 20.10 and later).
+"""The container runtime of a Docker daemon, through its SDK (Docker 20.10 and later).
 
-Imports docker-py and requests, a tenth of the app's start: to be imported where Docker is used, at the first use.
+Importing docker-py and requests takes a tenth of the app's start, so this module is imported at the first use.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from services.engines.containers.port import (
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 CALL_SECONDS = 15.0
 SLOW_FACTOR = 4.0
-"""Starting (many GPUs), stopping and removing (many files) may take that many times longer than a question."""
+"""Starting (many GPUs), stopping and removing (many files) get that many times the limit."""
 PULL_SILENCE_SECONDS = 300.0
 SHORTEST_WAIT = 0.001
 NEVER = "0001-01-01"
-"""How Docker writes that something has not happened yet."""
+"""Docker's timestamp for an event that has not happened."""
 
 
 class DockerRuntime:
-    """The Docker daemon at `host`, by default the one that DOCKER_HOST names, else this machine's.
+    """The Docker daemon at `host`; default: DOCKER_HOST, else this machine's socket.
 
-    Every call ends within `timeout` seconds, those that start, stop or remove within four times that, on top of what
-    they are asked to wait. Safe to use from several threads. Nothing is asked until the first call.
+    Every call ends within `timeout` seconds, start, stop and remove within four times that, plus the time they are
+    asked to wait. Thread-safe. Connects at the first call.
     """
 
     def __init__(self, host: str | None = None, *, timeout: float = CALL_SECONDS) -> None:
@@ -64,18 +64,18 @@ class DockerRuntime:
         self._slow_timeout = timeout * SLOW_FACTOR
         self._lock = threading.Lock()
         self._clients: dict[float, Client] = {}
-        """By their time limit."""
+        """Clients by time limit."""
 
     def available(self) -> RuntimeStatus:
         try:
-            with self._asked_to("say how it is") as docker:
+            with self._call("say how it is") as docker:
                 info = docker.info()
                 return RuntimeStatus(True, str(info["ServerVersion"]), nvidia="nvidia" in (info.get("Runtimes") or {}))
         except ContainerError as error:
             return RuntimeStatus(running=False, error=str(error), problem=error.problem)
 
     def create(self, spec: ContainerSpec) -> str:
-        with self._asked_to(f"make the container {spec.name}") as docker:
+        with self._call(f"make the container {spec.name}") as docker:
             try:
                 return str(docker.create_container(**creation(docker, spec))["Id"])
             except ImageNotFound:
@@ -86,11 +86,11 @@ class DockerRuntime:
                 raise
 
     def start(self, container_id: str) -> None:
-        with self._asked_to(f"start {_short(container_id)}", self._slow_timeout) as docker:
+        with self._call(f"start {_short(container_id)}", self._slow_timeout) as docker:
             docker.start(container_id)
 
     def attach(self, container_id: str) -> Stream[bytes]:
-        with self._asked_to(f"show the output of {_short(container_id)}"):
+        with self._call(f"show the output of {_short(container_id)}"):
             docker = self._stream_client(self._timeout)
             try:
                 return DockerStream(docker, docker.attach(container_id, stream=True))
@@ -99,45 +99,45 @@ class DockerRuntime:
                 raise
 
     def logs_tail(self, container_id: str, lines: int) -> str:
-        with self._asked_to(f"show the log of {_short(container_id)}") as docker:
+        with self._call(f"show the log of {_short(container_id)}") as docker:
             written: bytes = docker.logs(container_id, tail=lines)
         return written.decode("utf-8", "replace")
 
     def wait(self, container_id: str, timeout: float) -> int | None:
-        with self._asked_to(f"wait for {_short(container_id)}") as docker:
+        with self._call(f"wait for {_short(container_id)}") as docker:
             try:
                 return int(docker.wait(container_id, timeout=max(timeout, SHORTEST_WAIT))["StatusCode"])
-            except requests.Timeout:  # not even the header came: Docker is slow, or hangs
+            except requests.Timeout:  # no response header: Docker is slow, or hangs
                 return self.inspect(container_id).exit_code
             except requests.ConnectionError as error:
                 if is_timeout(error):
-                    return None  # Docker sends the header at once and the body at the container's end
+                    return None  # still running: Docker sends the header at once, the body at the container's end
                 raise
 
     def stop(self, container_id: str, grace: float) -> None:
         seconds = math.ceil(grace)
         try:
-            with self._asked_to(f"stop {_short(container_id)}", self._slow_timeout, extra_seconds=seconds) as docker:
-                self._insist_it_is_ours(container_id)
-                docker.stop(container_id, timeout=seconds)  # docker-py adds it to the client's own limit
+            with self._call(f"stop {_short(container_id)}", self._slow_timeout, extra_seconds=seconds) as docker:
+                self._check_managed(container_id)
+                docker.stop(container_id, timeout=seconds)  # docker-py adds this to the client's limit
         except ContainerGone:
             return
 
     def remove(self, container_id: str) -> None:
         try:
-            with self._asked_to(f"remove {_short(container_id)}", self._slow_timeout) as docker:
-                self._insist_it_is_ours(container_id)
+            with self._call(f"remove {_short(container_id)}", self._slow_timeout) as docker:
+                self._check_managed(container_id)
                 try:
                     docker.remove_container(container_id, v=True, force=True)
                 except APIError as error:
                     if error.status_code != 409:
                         raise
-                    docker.wait(container_id, condition="removed")  # somebody else removes it already
+                    docker.wait(container_id, condition="removed")  # it is being removed already
         except ContainerGone:
             return
 
     def inspect(self, container_id: str) -> Container:
-        with self._asked_to(f"look at {_short(container_id)}") as docker:
+        with self._call(f"look at {_short(container_id)}") as docker:
             return _container(docker.inspect_container(container_id))
 
     def by_name(self, name: str) -> Container | None:
@@ -145,11 +145,11 @@ class DockerRuntime:
             found = self.inspect(name)
         except ContainerGone:
             return None
-        return found if found.name == name else None  # Docker takes the beginning of an id for a name
+        return found if found.name == name else None  # Docker also matches prefixes of ids
 
     def find(self, labels: Mapping[str, str]) -> list[Container]:
         wanted = [f"{key}={value}" for key, value in {**labels, MANAGED_LABEL: "1"}.items()]
-        with self._asked_to("list its containers") as docker:
+        with self._call("list its containers") as docker:
             listed = docker.containers(all=True, filters={"label": wanted})
         found = []
         for entry in listed:
@@ -160,7 +160,7 @@ class DockerRuntime:
         return found
 
     def pids(self, container_id: str) -> tuple[int, ...]:
-        with self._asked_to(f"list the processes of {_short(container_id)}") as docker:
+        with self._call(f"list the processes of {_short(container_id)}") as docker:
             try:
                 listed = docker.top(container_id, ps_args="-eo pid")
             except APIError as error:
@@ -170,7 +170,7 @@ class DockerRuntime:
         return tuple(int(row[0]) for row in listed["Processes"] or ())
 
     def image_present(self, image: str) -> bool:
-        with self._asked_to(f"look for the image {image}") as docker:
+        with self._call(f"look for the image {image}") as docker:
             try:
                 docker.inspect_image(image)
             except NotFound:
@@ -185,17 +185,17 @@ class DockerRuntime:
         ).run(report, abort)
 
     def close(self) -> None:
-        """Close the connections to the daemon; the next call makes new ones. Streams go on."""
+        """Close the connections to the daemon; the next call opens new ones. Streams go on."""
         with self._lock:
             clients, self._clients = self._clients, {}
         for docker in clients.values():
             docker.close()
 
     @contextmanager
-    def _asked_to(self, action: str, timeout: float | None = None, *, extra_seconds: float = 0.0) -> Iterator[Client]:
-        """Give the SDK's client with this time limit, and turn what goes wrong into the port's errors.
+    def _call(self, action: str, timeout: float | None = None, *, extra_seconds: float = 0.0) -> Iterator[Client]:
+        """Context manager: provide a client with this time limit, and convert exceptions to the port's errors.
 
-        `action` completes "Docker could not …". `extra_seconds` is what a call may take beyond the limit.
+        `action` completes "Docker could not …". `extra_seconds` is what the call may take beyond the limit.
         """
         seconds = timeout or self._timeout
         try:
@@ -206,7 +206,7 @@ class DockerRuntime:
     def _explain(self, error: Exception, action: str, seconds: float) -> ContainerError:
         explained = explain(error, action, self.host, seconds)
         if isinstance(explained, RuntimeDown):
-            self.close()  # a daemon that comes back may be of another version
+            self.close()  # a restarted daemon may have another version
         return explained
 
     def _client(self, timeout: float) -> Client:
@@ -214,7 +214,7 @@ class DockerRuntime:
             current = self._clients.get(timeout)
         if current is not None:
             return current
-        made = connect(self.host, timeout)  # without the lock: a hanging daemon would hold all up in turn
+        made = connect(self.host, timeout)  # without the lock, so that a hanging daemon delays callers in parallel
         with self._lock:
             current = self._clients.setdefault(timeout, made)
         if current is not made:
@@ -222,7 +222,7 @@ class DockerRuntime:
         return current
 
     def _stream_client(self, silence: float) -> Client:
-        """A client of its own for one streamed answer, in which Docker may say nothing for `silence` seconds."""
+        """Return a client for one streamed response, in which Docker may pause for `silence` seconds."""
         return Client(self.host, silence, self._client(self._timeout).api_version)
 
     def _pulling(self, image: str) -> DockerStream[Line]:
@@ -237,14 +237,14 @@ class DockerRuntime:
             raise
         return DockerStream(docker, lines, lost=lambda: lost(self.host))
 
-    def _insist_it_is_ours(self, container_id: str) -> None:
+    def _check_managed(self, container_id: str) -> None:
         container = self.inspect(container_id)
         if not container.managed:
             raise not_ours(container)
 
 
 def _container(document: Mapping[str, Any]) -> Container:
-    """From `GET /containers/{id}/json` (API 1.41)."""
+    """Parse `GET /containers/{id}/json` (API 1.41)."""
     state, config = document["State"], document["Config"]
     running = state["Status"] in ("running", "paused")
     started = str(state.get("StartedAt") or NEVER)

@@ -1,4 +1,4 @@
-"""Streamed answers of Docker that can be closed while another thread reads them."""
+"""Streamed responses of Docker that can be closed while another thread reads them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class DockerStream(Generic[T]):
-    """The items of one streamed answer. It owns `client`, which streams nothing else, and closes it at its end.
+    """The items of a streamed response. Owns `client`, which streams nothing else, and closes it at the end.
 
-    `lost` makes the error that `next` raises when the connection breaks; without it the items just end there. A silence
+    `lost` creates the error that `next` raises when the connection breaks; without it the iteration just ends. A gap
     longer than the client's limit raises TimeoutError or urllib3's.
     """
 
@@ -50,7 +50,7 @@ class DockerStream(Generic[T]):
                 self._client.close()
 
     def close(self) -> None:
-        """End it. The thread that reads, where there is one, closes the connection: another one can't safely."""
+        """End the stream. A thread that is reading closes the connection, because no other thread can do so safely."""
         with self._lock:
             self._over = True
             reading = self._reading
@@ -59,7 +59,7 @@ class DockerStream(Generic[T]):
             self._client.close()
 
     def _error_of(self, end: Exception) -> Exception:
-        """What the end of the items means: StopIteration, or what the reader is told."""
+        """Return the exception that the end of the items means for the reader."""
         if self._over or isinstance(end, StopIteration):
             return StopIteration()
         if isinstance(end, (TimeoutError, urllib3.exceptions.TimeoutError)):

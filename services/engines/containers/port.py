@@ -1,7 +1,7 @@
-"""The port to whatever runs containers, and the values that cross it.
+"""The port to a container runtime, and the values that cross it.
 
-Calls block, but never for good: a runtime that hangs ends them with RuntimeHangs. Streams (`Stream`) block for as long
-as there is nothing to say, and are ended by closing them from another thread.
+Calls block for a bounded time: if the runtime hangs they raise RuntimeHangs. Streams (`Stream`) block until there is
+output, and are ended by closing them from another thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """`source` is a path of the host where it is absolute, else the name of a volume; `target` is in the container."""
+    """A mount. `source` is a path on the host if absolute, else the name of a volume; `target` is in the container."""
 
     source: str
     target: str
@@ -35,11 +35,11 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class ContainerSpec:
-    """A container to be made.
+    """A container to create.
 
-    `port` is the one that it listens on; the runtime publishes it on a loopback port of its own choice. `gpus` are
-    GPU UUIDs, `shm_bytes` the size of its /dev/shm (None: the runtime's default), which `host_ipc` replaces by the
-    host's. `labels` come on top of those that every managed container bears.
+    `port` is the one it listens on, published on a loopback port of the runtime's choice. `gpus` are GPU UUIDs.
+    `shm_bytes` is the size of its /dev/shm (None: the runtime's default); with `host_ipc` it uses the host's. `labels`
+    are added to those of every managed container.
     """
 
     name: str
@@ -55,7 +55,7 @@ class ContainerSpec:
 
     @property
     def spec_hash(self) -> str:
-        """Tells whether a container that exists was made from an equal spec, whatever its name and labels are."""
+        """Hash of everything but name and labels; equal for equal containers."""
         matters = {key: value for key, value in asdict(self).items() if key not in ("name", "labels")}
         text = json.dumps(matters, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
@@ -67,11 +67,11 @@ class ContainerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A container as it was at one moment.
+    """A container at one moment.
 
-    `host_port` is where its port is published on this machine, None unless it runs. `exit_code` is that of its last
-    run, None while there was none. `started_at` is seconds since the epoch. `pid` is its first process as the
-    runtime's host counts, None unless it runs; `ContainerRuntime.pids` names all.
+    `host_port` is where its port is published, None unless it runs. `exit_code` is that of its last run, None if it
+    never ran. `started_at` is seconds since the epoch. `pid` is its first process in the host's pid namespace, None
+    unless it runs; `ContainerRuntime.pids` returns all.
     """
 
     id: str
@@ -87,7 +87,7 @@ class Container:
 
     @property
     def managed(self) -> bool:
-        """Whether Switchyard made it."""
+        """Whether Switchyard created it."""
         return self.labels.get(MANAGED_LABEL) == "1"
 
     @property
@@ -104,9 +104,9 @@ RuntimeProblem = Literal["not_running", "not_installed", "forbidden", "unrespons
 
 @dataclass(frozen=True, slots=True)
 class RuntimeStatus:
-    """Whether the runtime can be used. `problem` and `error`, in words, say why not; None where it can.
+    """Whether the runtime can be used. If not, `problem` says why and `error` says it for people.
 
-    `nvidia` tells whether an NVIDIA runtime is registered.
+    `nvidia`: an NVIDIA runtime is registered.
     """
 
     running: bool
@@ -119,14 +119,14 @@ class RuntimeStatus:
 class ContainerError(EngineError):
     """The runtime could not do what was asked. The text is for people: what happened, why, what to do.
 
-    `problem` is why the runtime as a whole can't be used, where that is the cause.
+    `problem` is why the runtime as a whole can't be used, if that is the cause.
     """
 
     problem: RuntimeProblem = "unusable"
 
 
 class RuntimeDown(ContainerError):
-    """It isn't running, isn't installed, or went away."""
+    """It isn't running, isn't installed, or has stopped."""
 
     problem: RuntimeProblem = "not_running"
 
@@ -144,21 +144,21 @@ class RuntimeForbidden(ContainerError):
 
 
 class RuntimeHangs(ContainerError):
-    """It took too long to answer. What was asked may still happen."""
+    """It did not answer in time. What was asked may still happen."""
 
     problem: RuntimeProblem = "unresponsive"
 
 
 class NoGpuRuntime(ContainerError):
-    """It can't hand GPUs to containers."""
+    """It can't give GPUs to containers."""
 
 
 class ImageMissing(ContainerError):
-    """The image is not on the runtime's machine, or in no registry that it knows."""
+    """The image is neither on the runtime's machine nor in a registry it can reach."""
 
 
 class NameTaken(ContainerError):
-    """A container of that name exists. `holder` is that container, None when it went meanwhile."""
+    """A container of that name exists. `holder` is that container, None if it is gone by now."""
 
     def __init__(self, message: str, holder: Container | None) -> None:
         super().__init__(message)
@@ -166,84 +166,84 @@ class NameTaken(ContainerError):
 
 
 class NotOurs(ContainerError):
-    """Switchyard did not make the container, and so neither stops nor removes it."""
+    """Switchyard did not create the container, so it neither stops nor removes it."""
 
 
 class ContainerGone(ContainerError):
-    """The container does not exist any more."""
+    """The container no longer exists."""
 
 
 class Stream(Protocol[T_co]):
-    """What comes live. `next` blocks until there is something and ends when nothing can come any more."""
+    """Live output. `next` blocks until there is some, and ends when there can't be more."""
 
     def __iter__(self) -> Iterator[T_co]: ...
 
     def __next__(self) -> T_co: ...
 
     def close(self) -> None:
-        """End it, from any thread, also while `next` blocks in another. Safe to call twice."""
+        """End the stream. Thread-safe, also while `next` blocks in another thread; idempotent."""
 
 
 PullReport = Callable[[int, int | None], None]
-"""Bytes here and bytes in all; None in all as long as the size of a layer is unknown."""
+"""Takes bytes done and in total; the total is None while the size of a layer is unknown."""
 
 
 class ContainerRuntime(Protocol):
-    """Runs containers. Only those that Switchyard made are ever stopped or removed, else NotOurs is raised.
+    """Runs containers. Stops and removes only those that Switchyard created, and raises NotOurs for others.
 
-    Any method but `available` raises RuntimeDown, RuntimeForbidden, RuntimeHangs, or ContainerError with the runtime's
-    own words; those that take an id raise ContainerGone unless they say otherwise.
+    Every method but `available` raises RuntimeDown, RuntimeForbidden, RuntimeHangs, or ContainerError with the
+    runtime's message; methods that take an id raise ContainerGone unless they say otherwise.
     """
 
     def available(self) -> RuntimeStatus:
-        """Whether it can be used now. Never raises."""
+        """Return whether it can be used now. Never raises."""
 
     def create(self, spec: ContainerSpec) -> str:
-        """Make a container that doesn't run yet; its id. Raises ImageMissing and NameTaken."""
+        """Create a container without starting it; return its id. Raises ImageMissing and NameTaken."""
 
     def start(self, container_id: str) -> None:
-        """Run it. Raises NoGpuRuntime; a container that could not start still exists."""
+        """Start it. Raises NoGpuRuntime; a container that failed to start still exists."""
 
     def attach(self, container_id: str) -> Stream[bytes]:
-        """Stream what a container that doesn't run yet will write, stdout and stderr in one, in pieces as they come.
+        """Stream the output of a container that isn't started yet, stdout and stderr merged, as it arrives.
 
-        Ends when the container ends and when the runtime goes away.
+        Ends when the container ends or the runtime stops.
         """
 
     def logs_tail(self, container_id: str, lines: int) -> str:
-        """The last lines of what it has written."""
+        """Return the last lines of its output."""
 
     def wait(self, container_id: str, timeout: float) -> int | None:
-        """Its exit code once it has ended; None when it still runs after `timeout` seconds.
+        """Return its exit code once it has ended; None if it still runs after `timeout` seconds.
 
-        One that was never started counts as ended, with 0.
+        A container that was never started counts as ended, with 0.
         """
 
     def stop(self, container_id: str, grace: float) -> None:
-        """Block until it has ended, by force after `grace` seconds. One that has ended or is gone will do."""
+        """Block until it has ended, by force after `grace` seconds. Does nothing if it has ended or is gone."""
 
     def remove(self, container_id: str) -> None:
-        """Remove it, by force if it runs. One that is gone will do."""
+        """Remove it, by force if it runs. Does nothing if it is gone."""
 
     def inspect(self, container_id: str) -> Container:
-        """How it is now."""
+        """Return its current state."""
 
     def by_name(self, name: str) -> Container | None:
-        """The container of that name, whoever made it."""
+        """Return the container of that name, whoever created it."""
 
     def find(self, labels: Mapping[str, str]) -> list[Container]:
-        """Switchyard's containers that bear these labels, running or not."""
+        """Return Switchyard's containers with these labels, running or not."""
 
     def pids(self, container_id: str) -> tuple[int, ...]:
-        """Every process in it, as the runtime's host counts; none when it doesn't run."""
+        """Return its processes in the host's pid namespace; none unless it runs."""
 
     def image_present(self, image: str) -> bool: ...
 
     def pull(self, image: str, report: PullReport, abort: Abort) -> None:
-        """Block until the image is here. Raises ImageMissing, ContainerError, and Aborted at once on `abort`.
+        """Block until the image is complete. Raises ImageMissing, ContainerError, and Aborted at once on `abort`.
 
-        Layers that have arrived stay for the next try.
+        Complete layers are kept for the next try.
         """
 
     def close(self) -> None:
-        """Let go of the connections to it; containers go on, and the next call makes new ones."""
+        """Close the connections to it. Containers go on, and the next call opens new connections."""

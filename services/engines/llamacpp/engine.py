@@ -36,7 +36,7 @@ from services.engines.llamacpp.launch import (
     ServerHandle,
 )
 from services.engines.port import (
-    ADOPT_PATIENCE,
+    ADOPT_TIMEOUT,
     HOST_DEVICE,
     Endpoint,
     EngineError,
@@ -44,11 +44,11 @@ from services.engines.port import (
     LoadFailed,
     Model,
     Need,
-    NotYet,
+    NotResponding,
     OnExit,
     Report,
 )
-from services.engines.processes import GroupLeader, ProcessRegistry, Record
+from services.engines.processes import GroupLeader, ProcessRecord, ProcessRegistry
 from services.native_threads import NativeThreadPool
 
 REPACKED_SHARE = 0.1
@@ -63,13 +63,13 @@ REMOVE_SECONDS = 30.0
 class Orphan:
     """A process with a loaded model that an earlier run left, until it is taken over or ended."""
 
-    record: Record
+    record: ProcessRecord
     silent_since: float | None = None
 
     def is_over(self, now: float) -> bool:
         """Return whether to end it, after a probe it did not answer. A busy one gets ADOPT_PATIENCE seconds."""
         self.silent_since = now if self.silent_since is None else self.silent_since
-        return now - self.silent_since > ADOPT_PATIENCE
+        return now - self.silent_since > ADOPT_TIMEOUT
 
 
 class LlamaCpp:
@@ -98,7 +98,7 @@ class LlamaCpp:
         self._parallel = parallel
         self._gpu_bytes = gpu_bytes
         self._registry = registry
-        self._recorded: list[Record] = []
+        self._recorded: list[ProcessRecord] = []
         self._orphans: dict[str, Orphan] = {}
         self._launcher: Launcher = (
             NativeLauncher(native_server, registry) if native_server else EmbeddedLauncher(registry, standby=standby)
@@ -202,7 +202,7 @@ class LlamaCpp:
         if orphan.is_over(time.monotonic()):
             self._end_orphan(model.id)
             return None
-        raise NotYet(f"The process of {model.id} is there, but does not answer yet.")
+        raise NotResponding(f"The process of {model.id} is there, but does not answer yet.")
 
     def remove(self, model: Model, keep: Collection[str], /) -> None:
         try:
@@ -224,7 +224,9 @@ class LlamaCpp:
         for model_id in list(self._orphans):
             self._end_orphan(model_id)  # a later run would not find it
 
-    def _take_over(self, model: Model, record: Record, endpoint: Endpoint, on_exit: OnExit) -> LlamaCppInstance | None:
+    def _take_over(
+        self, model: Model, record: ProcessRecord, endpoint: Endpoint, on_exit: OnExit
+    ) -> LlamaCppInstance | None:
         def find(ended: OnEnd) -> ServerHandle:
             return ServerHandle(self._registry.take_over(record, ended), record.address)
 
@@ -233,7 +235,7 @@ class LlamaCpp:
         except psutil.NoSuchProcess:
             return None
 
-    def _classify_recorded(self, found: Sequence[Record], models: Sequence[Model]) -> None:
+    def _classify_recorded(self, found: Sequence[ProcessRecord], models: Sequence[Model]) -> None:
         """Keep the recorded processes that match a model's current settings; end the others in a thread."""
         specs = {model.id: self._spec(model, self._header(model)) for model in models}
         unusable = []
@@ -245,7 +247,7 @@ class LlamaCpp:
         if unusable:
             threading.Thread(target=self._end_all, args=(unusable,), name="llamacpp-leftovers", daemon=True).start()
 
-    def _end_all(self, records: Sequence[Record]) -> None:
+    def _end_all(self, records: Sequence[ProcessRecord]) -> None:
         for record in records:
             self._registry.end(record)
 

@@ -17,9 +17,9 @@ from services.engines.port import (
     GpuBytes,
     LoadFailed,
     Model,
+    NoSleepMixin,
     OnExit,
     Report,
-    Sleepless,
     Usage,
 )
 from services.engines.processes import GroupLeader
@@ -32,7 +32,7 @@ SLOW_REMAINING_SECONDS = 30.0
 PROBE_TIMEOUT = 5.0
 
 
-class LlamaCppInstance(Sleepless):
+class LlamaCppInstance(NoSleepMixin):
     """One llama.cpp server process with its model.
 
     `start` starts or finds the process; `on_warm` is called after its first token. `ready` is the endpoint of a process
@@ -126,7 +126,7 @@ class LlamaCppInstance(Sleepless):
 
     def _ended(self, _code: int | None) -> None:
         if not self._stopping.is_set():
-            self._on_exit(Exit(f"Its process {self._server.process.say_end()}"))
+            self._on_exit(Exit(f"Its process {self._server.process.describe_end()}"))
 
     def _fail_if_gone(self) -> None:
         process = self._server.process
@@ -134,7 +134,7 @@ class LlamaCppInstance(Sleepless):
             raise LoadFailed("It was stopped while loading.", self.log_tail())
         if process.exited:
             tail = self.log_tail()
-            ended = f"Its process {process.say_end()}"
+            ended = f"Its process {process.describe_end()}"
             raise LoadFailed(ended if process.killed else first_cause(tail) or f"{ended} while loading", tail)
 
     def _is_ready(self) -> bool:

@@ -170,7 +170,7 @@ class _EmbeddedServer:
     def __init__(self, registry: ProcessRegistry) -> None:
         self._on_end: OnEnd | None = None
         argv = [sys.executable, "-I", "-S", str(PROGRAM), sysconfig.get_paths()["platlib"]]
-        self.process = ChildProcess(argv, registry, registry.new_log("llamacpp"), self._ended, talk=True)
+        self.process = ChildProcess(argv, registry, registry.new_log("llamacpp"), self._ended, pipes=True)
 
     def begin(self, request: LoadRequest, key: str, on_end: OnEnd, then: Callable[[], None]) -> ServerHandle:
         self._on_end = on_end

@@ -1,6 +1,6 @@
-"""Ollama's HTTP API, as far as the adapter needs it. Shapes as recorded from 0.24.0; figures are bytes and seconds.
+"""Client of Ollama's HTTP API. Shapes as recorded from 0.24.0; sizes are bytes, times seconds.
 
-No call here decides anything: what the answers mean for a model's life is in `instance.py`.
+It only translates; what the answers mean for a model's life cycle is decided in `instance.py`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 ASK_SECONDS = 5.0
-LOOK_SECONDS = 2.0
+RUNNING_SECONDS = 2.0
 FOR_EVER = -1
 """`keep_alive` as a number: the string "-1" is an error (seen with 0.24.0)."""
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "low_vram")
-"""Options for which Ollama starts a runner anew when a request comes with other values (0.24; older ones the last two).
-"""
+"""Options for which Ollama restarts a runner when a request has other values (0.24; the last two in older versions)."""
 HASH_LENGTH = 12
-LONGEST_NAME = 500
-MOST_TOLD = 5
+MAX_NAME_LENGTH = 500
+MAX_LOGGED = 5
 _OPENED = re.compile(r"(?:FROM|ADAPTER) (.*[/\\]sha256-[0-9a-f]{64})\s*")
 FAR_AWAY_YEARS = 100
 """A model that is kept for ever expires about the year 2319."""
 
 
 class OllamaError(EngineError):
-    """Ollama refused. `status` is its HTTP status."""
+    """Ollama refused a request. `status` is its HTTP status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -46,7 +45,7 @@ class OllamaError(EngineError):
 
 
 class OllamaUnreachable(EngineError):
-    """No Ollama answers at the address. `refused`: nobody listens there, so nothing of it can be running."""
+    """No Ollama answers at the address. `refused`: the connection was refused, so none can be running there."""
 
     def __init__(self, message: str, *, refused: bool) -> None:
         super().__init__(message)
@@ -65,7 +64,7 @@ class Installed:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A model in Ollama's memory (`/api/ps`). `vram_bytes` below `size_bytes` means that a part is on the CPU.
+    """A model in Ollama's memory (`/api/ps`). If `vram_bytes` is below `size_bytes`, the rest is on the CPU.
 
     `expires_at` is a Unix time, None for a model that is kept for ever.
     """
@@ -80,8 +79,10 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What `/api/show` adds: the files that a runner opens, as Ollama sees them, weights first, then what is laid over
-    them (projectors, adapters); the context it was trained for; and the runner options that its Modelfile sets.
+    """Result of `/api/show`.
+
+    `blobs` are the files that a runner opens, as Ollama sees them: weights first, then projectors and adapters.
+    `context_length` is what the model was trained for, `runner_options` are those set in its Modelfile.
     """
 
     blobs: tuple[str, ...] = ()
@@ -94,9 +95,9 @@ class Shown:
         return self.blobs[0] if self.blobs else None
 
     def held_as(self, options: Mapping[str, object] | None = None) -> str | None:
-        """What of it lies in memory once it is loaded with `options` besides: files and runner options, shortly.
+        """Return a short key of what is in memory once it is loaded with `options`: files and runner options.
 
-        None when nobody knows the files.
+        None if the files are unknown.
         """
         if not self.blobs:
             return None
@@ -106,19 +107,19 @@ class Shown:
 
 
 class OllamaApi:
-    """One server. Raises OllamaUnreachable and OllamaError from every method."""
+    """One server. Every method raises OllamaUnreachable and OllamaError."""
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
         self._odd: dict[str, list[str]] = {}
 
     def installed(self, timeout: float = ASK_SECONDS) -> list[Installed]:
-        """What is on its disk; stubs of models that run in a cloud are none of this machine's."""
+        """List the models on its disk, without stubs of cloud models."""
         return self._entries("/api/tags", timeout, _installed)
 
     def running(self) -> list[Running]:
-        """What is loaded. A model that is being loaded is absent, one just unloaded may stay for 50 ms."""
-        return self._entries("/api/ps", LOOK_SECONDS, _running)
+        """List the loaded models. One being loaded is absent, one just unloaded may stay for 50 ms."""
+        return self._entries("/api/ps", RUNNING_SECONDS, _running)
 
     def show(self, name: str) -> Shown:
         document = self._post("/api/show", {"model": name})
@@ -133,24 +134,24 @@ class OllamaApi:
         )
 
     def unload(self, name: str) -> None:
-        """Ask for an unload. The answer comes at once, the memory is free a little later."""
+        """Request an unload. Ollama answers at once and frees the memory a little later."""
         self._post("/api/generate", {"model": name, "keep_alive": 0, "stream": False})
 
     def delete(self, name: str) -> None:
-        """Remove a model's files. Does not unload it first."""
+        """Delete a model's files. Does not unload it."""
         self.answer(HttpRequest("DELETE", f"{self.base_url}/api/delete", timeout=ASK_SECONDS, body={"model": name}))
 
     def derive(self, name: str, source: str, context_length: int) -> None:
-        """Make `name`: the same weights as `source`, with a context of its own. Takes no disk space."""
+        """Create the model `name`: the weights of `source` with another context length. Takes no disk space."""
         body = {"model": name, "from": source, "parameters": {"num_ctx": context_length}, "stream": False}
         self._post("/api/create", body, 60.0)
 
     def request(self, path: str, body: Mapping[str, object], timeout: float) -> HttpRequest:
-        """A POST that may take minutes, such as a load, for `answer`. Ollama notices when it is cancelled."""
+        """Return a POST for `answer` that may take minutes, such as a load. Ollama notices when it is cancelled."""
         return HttpRequest("POST", self.base_url + path, timeout=timeout, body=body)
 
     def answer(self, request: HttpRequest) -> dict[str, Any]:
-        """Send it and block until the whole answer is here."""
+        """Send a request and block until the whole response is here."""
         try:
             answer = request.reply()
         except FetchError as error:
@@ -158,9 +159,9 @@ class OllamaApi:
         return understand(answer.status, answer.content)
 
     def _entries(self, path: str, timeout: float, read: Callable[[Mapping[str, Any]], T | None]) -> list[T]:
-        """What `read` makes of each model that is listed there. One that it can't read is left out, the others stay.
+        """List models, parsed by `read`; entries that it can't parse are left out.
 
-        Lists are asked for every second, so what is odd is logged when it changes.
+        Lists are requested every second, so invalid entries are logged only when they change.
         """
         listed = self.answer(HttpRequest("GET", self.base_url + path, timeout=timeout)).get("models")
         if not isinstance(listed, list | None):
@@ -175,7 +176,7 @@ class OllamaApi:
             else:
                 found += [] if item is None else [item]
         if odd and odd != self._odd.get(path):
-            log.warning("Ollama lists what can't be read; it is left out", path=path, entries=odd[:MOST_TOLD])
+            log.warning("Ollama lists invalid entries; they are left out", path=path, entries=odd[:MAX_LOGGED])
         self._odd[path] = odd
         return found
 
@@ -184,7 +185,7 @@ class OllamaApi:
 
 
 def unreachable(base_url: str, error: FetchError) -> OllamaUnreachable:
-    """What it means that no whole answer came, and what to do."""
+    """Convert a failed request: what it means, and what to do."""
     if isinstance(error, ConnectionRefused):
         words = f"Ollama is not running at {base_url}. Start it on the Models page, or with `ollama serve`."
         return OllamaUnreachable(words, refused=True)
@@ -193,7 +194,7 @@ def unreachable(base_url: str, error: FetchError) -> OllamaUnreachable:
 
 
 def understand(status: int, content: bytes) -> dict[str, Any]:
-    """A whole answer's document. Raises OllamaError with Ollama's own words when it is an error."""
+    """Parse a complete response. Raises OllamaError with Ollama's message if it is an error."""
     document: Any = None
     with suppress(ValueError, RecursionError):
         document = json.loads(content) if content.strip() else {}
@@ -208,7 +209,7 @@ def understand(status: int, content: bytes) -> dict[str, Any]:
 
 
 def _installed(entry: Mapping[str, Any]) -> Installed | None:
-    """None for a stub. Raises ValueError and what a wrong type makes Python raise."""
+    """Parse an entry of `/api/tags`; None for a cloud stub. Raises ValueError, and others for wrong types."""
     if entry.get("remote_host"):
         return None
     details = entry.get("details")
@@ -219,7 +220,7 @@ def _installed(entry: Mapping[str, Any]) -> Installed | None:
 
 
 def _running(entry: Mapping[str, Any]) -> Running:
-    """Raises ValueError and what a wrong type makes Python raise."""
+    """Parse an entry of `/api/ps`. Raises ValueError, and others for wrong types."""
     return Running(
         name=_name(entry),
         size_bytes=_count(entry, "size"),
@@ -232,13 +233,13 @@ def _running(entry: Mapping[str, Any]) -> Running:
 
 def _name(entry: Mapping[str, Any]) -> str:
     name = _text(entry, "name") or _text(entry, "model")
-    if not name or len(name) > LONGEST_NAME or not name.isprintable():
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise ValueError("no name")
     return name
 
 
 def _text(document: Mapping[str, Any], key: str) -> str:
-    """What isn't there, or is null, is empty. Raises ValueError."""
+    """Return a string; empty if absent or null. Raises ValueError."""
     value = document.get(key)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{key} is no text")
@@ -246,7 +247,7 @@ def _text(document: Mapping[str, Any], key: str) -> str:
 
 
 def _count(document: Mapping[str, Any], key: str) -> int:
-    """Go leaves out a number that is 0. Raises ValueError."""
+    """Return a number; 0 if absent, as Go omits zeros. Raises ValueError."""
     value = document.get(key)
     if value is None:
         return 0
@@ -256,12 +257,12 @@ def _count(document: Mapping[str, Any], key: str) -> int:
 
 
 def _is_count(value: object) -> bool:
-    """Whether it is a number that Go could have meant (an int64): larger ones break whoever computes with them."""
+    """Whether a value is a non-negative int64: larger numbers break calculations."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _opened_files(modelfile: str) -> tuple[str, ...]:
-    """The files that a Modelfile names, which come before all that its author wrote (TEMPLATE, SYSTEM, …)."""
+    """Return the files that a Modelfile names; they precede what its author wrote (TEMPLATE, SYSTEM, …)."""
     found = []
     for line in modelfile.splitlines():
         opened = _OPENED.fullmatch(line)
@@ -273,7 +274,7 @@ def _opened_files(modelfile: str) -> tuple[str, ...]:
 
 
 def _runner_options(parameters: str) -> dict[str, str]:
-    """Of `num_ctx    4096` lines, those that make a runner; numbers in one spelling (`1e+06`, `1000000`)."""
+    """Parse the runner options from lines such as `num_ctx    4096`; numbers are normalised (`1e+06`, `1000000`)."""
     found = {}
     for line in parameters.splitlines():
         name, _, value = line.strip().partition(" ")
@@ -290,7 +291,7 @@ def _spelled(value: str) -> str:
 
 
 def _unix(moment: str) -> float | None:
-    """RFC 3339 with nanoseconds (`2026-11-21T03:31:24.992507865Z`) as Unix time; None when it is for ever."""
+    """Convert RFC 3339 with nanoseconds (`2026-11-21T03:31:24.992507865Z`) to Unix time; None for ever."""
     try:
         at = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", moment)).astimezone(UTC)
     except (ValueError, OverflowError):

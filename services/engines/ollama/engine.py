@@ -1,8 +1,8 @@
-"""Engine `ollama`: an Ollama server on this machine or elsewhere, used together with whoever else uses it.
+"""Engine `ollama`: an Ollama server on this machine or elsewhere, shared with other clients.
 
-What is loaded there is Ollama's word, asked for each second; another client may load, evict or change anything behind
-our back, which is noticed and shown, never fought. Loads carry no options, so that they are what a chat over `/v1` asks
-for: that takes none, and different ones would have Ollama load the model again.
+What is loaded is what Ollama reports, polled each second. Other clients may load, evict or change anything; that is
+shown, never reverted. Loads carry no options, because requests over `/v1` carry none, and a request with different
+options would make Ollama load the model again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from services.abort import Abort
 from services.engines.llamacpp.gguf import GGUFError, estimate_bytes, read_header
 from services.engines.ollama.api import Installed, OllamaError, Running, unreachable
 from services.engines.ollama.instance import OllamaInstance, Server, ServerProcess
-from services.engines.ollama.inventory import LIST_TIMEOUT, OURS, derived_name
+from services.engines.ollama.inventory import DERIVED_PREFIX, LIST_TIMEOUT, derived_name
 from services.engines.ollama.names import full_name
 from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Listing, OllamaWatch
@@ -28,15 +28,14 @@ from services.native_threads import run_in_thread
 
 OVERHEAD_BYTES = 64_000_000
 OVERHEAD_SHARE = 0.15
-"""What a model takes beyond its file when the file can't be read: a runner holds 57 MB empty, the rest is cache."""
+"""Memory beyond the file's size if the file can't be read: an empty runner holds 57 MB, the share is for the cache."""
 
 
 class Ollama:
-    """The server that `watch` polls, from `prepare` to `close`.
+    """Engine `ollama`: the server that `watch` polls, from `prepare` to `close`.
 
-    `process` finds the process of a local server, `downfall` says why one broke down, `gpus` the ids of this machine's
-    GPUs. `context_length` is the context that models get on a server that somebody else started; None leaves that to
-    the server.
+    `process` returns the process of a local server, `failure_cause` why one failed, `gpus` the ids of this machine's
+    GPUs. `context_length` is the context for models on a server that we did not start; None leaves it to the server.
     """
 
     name = "ollama"
@@ -48,7 +47,7 @@ class Ollama:
         *,
         local: bool,
         process: Callable[[], ServerProcess | None] = lambda: None,
-        downfall: Callable[[], str | None] = lambda: None,
+        failure_cause: Callable[[], str | None] = lambda: None,
         gpus: Callable[[], Sequence[str]] = lambda: (),
         gpu_bytes: GpuBytes = lambda _device, _pid: None,
         context_length: int | None = None,
@@ -56,7 +55,7 @@ class Ollama:
         self._api = watch.api
         self._watch = watch
         self._inventory = watch.inventory
-        self._server = Server(self._api, self._watch, self._inventory, local, process, downfall, gpu_bytes)
+        self._server = Server(self._api, self._watch, self._inventory, local, process, failure_cause, gpu_bytes)
         self._gpus = gpus
         self._context_length = context_length
         self._lock = threading.Lock()
@@ -65,7 +64,7 @@ class Ollama:
         watch.on_listing(self._note)
 
     def discover(self) -> Sequence[Model]:
-        found = [n for n in self._installed_now() if not n.startswith(OURS)]
+        found = [n for n in self._installed_now() if not n.startswith(DERIVED_PREFIX)]
         return [self.describe(Model(id=name, engine=self.name, source=name)) for name in found]
 
     def describe(self, model: Model) -> Model:
@@ -88,7 +87,7 @@ class Ollama:
 
     def estimate(self, model: Model) -> Need:
         if not self._server.local:
-            return Need(HOST_DEVICE, 0, "estimated")  # it takes nothing of this machine
+            return Need(HOST_DEVICE, 0, "estimated")  # it takes no memory of this machine
         return Need(self._device(model), self._estimate_bytes(model), "estimated")
 
     def settings_key(self, model: Model) -> str:
@@ -96,13 +95,13 @@ class Ollama:
         return f"{place} ctx={self._context(model)} device={self._device(model)} {model.digest}"
 
     def fetch(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
-        """Its models are here: what is not is downloaded by a job of its own."""
+        """Do nothing: models are downloaded by jobs of their own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> OllamaInstance:
         if model.fault:
             raise EngineError(model.fault)
         installed = self._inventory.list(fresh=True).get(model.source)
-        if not self._inventory.known or self._watch.look().reachable is False:
+        if not self._inventory.known or self._watch.refresh().reachable is False:
             raise unreachable(self._api.base_url, ConnectionRefused("nobody listens there"))
         if installed is None:
             raise EngineError(f"Ollama has no model {model.source} any more. Download it again.")
@@ -110,9 +109,10 @@ class Ollama:
         return self._instance(replace(model, digest=installed.digest), self._served_name(model, installed), on_exit)
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
-        """Every model that what is listed there serves, under whichever of its names Ollama lists it.
+        """Return every model that a listed entry serves, under whichever of its names Ollama lists it.
 
-        Where nothing tells what lies in memory the listed name counts: of two models with that source, the first.
+        If nothing is known about the weights in memory, the listed name counts: of two models with that source, the
+        first.
         """
         listed = list(self._watch.latest.models.values())
         return list({model.id: model for entry in listed for model in self._served_by(entry, models)}.values())
@@ -126,9 +126,8 @@ class Ollama:
 
     def remove(self, model: Model, _keep: Collection[str], /) -> None:
         base = model.source
-        for name in [
-            n for n in self._inventory.list(fresh=True) if n.startswith(OURS) and self._inventory.source_of(n) == base
-        ]:
+        installed = self._inventory.list(fresh=True)
+        for name in [n for n in installed if n.startswith(DERIVED_PREFIX) and self._inventory.source_of(n) == base]:
             with suppress(OllamaError):
                 self._api.delete(name)
         try:
@@ -139,11 +138,11 @@ class Ollama:
         self._inventory.list(fresh=True)
 
     def installed(self) -> Sequence[Installed]:
-        """What is on the server's disk as last listed, without the names made here. No I/O."""
-        return [entry for name, entry in self._inventory.latest.items() if not name.startswith(OURS)]
+        """Return what is on the server's disk as last listed, without derived names. No I/O."""
+        return [entry for name, entry in self._inventory.latest.items() if not name.startswith(DERIVED_PREFIX)]
 
     def models_folder(self) -> Path | None:
-        """Where a server on this machine keeps its files; None when that can't be known from here."""
+        """Return where a server on this machine keeps its files; None if unknown."""
         if not self._server.local:
             return None
         blob = self._inventory.any_blob()
@@ -153,14 +152,14 @@ class Ollama:
         return models_folder_of(process.pid) if process is not None else None
 
     def _installed_now(self) -> Mapping[str, Installed]:
-        """What is installed, as the watch has last seen it; asked for as long as that doesn't poll yet."""
+        """Return what is installed, as last polled. Queries the server until the watch polls it."""
         if not self._watch.polling:
             return self._inventory.list()
         self._watch.wait_polled(LIST_TIMEOUT)
         return self._inventory.latest
 
     def prepare(self) -> None:
-        """Have the server polled."""
+        """Start to poll the server."""
         self._inventory.serving = True
         self._watch.start()
 
@@ -180,15 +179,16 @@ class Ollama:
         return instance
 
     def _served_by(self, entry: Running, models: Sequence[Model]) -> list[Model]:
-        """Which of these models what is listed as `entry` serves."""
+        """Return which of these models the listed `entry` serves."""
         same = [model for model in models if self._name_beside(entry, model) is not None]
         source = self._inventory.source_of(entry.name)
         return same or [model for model in models if model.source == source][:1]
 
     def _name_beside(self, entry: Running, model: Model) -> str | None:
-        """The name to ask a model by where what is listed as `entry` is the same in memory; None where it isn't.
+        """Return the name to request a model by if `entry` has the same weights and options in memory, else None.
 
-        The names differ in what is no matter of memory, such as the system prompt, so each model is asked by its own.
+        Names of the same weights may differ in other respects, such as the system prompt, so each model is requested by
+        its own name.
         """
         held_as = self._inventory.held_as(entry.name, entry.digest)
         if held_as is None or model.held_as != held_as:
@@ -203,9 +203,10 @@ class Ollama:
         return shown.held_as({} if context is None else {"num_ctx": context}) if shown is not None else None
 
     def _served_name(self, model: Model, installed: Installed) -> str:
-        """The name to load it by: its own, or one made here that carries the context that was asked for.
+        """Return the name to load a model by: its own, or a derived one with the requested context built in.
 
-        `/v1` takes no context length, so a model that needs another one than the server gives has to have it built in.
+        `/v1` has no parameter for the context length, so another one than the server's default has to be part of the
+        model.
         """
         context = self._context(model)
         if context is None:
@@ -219,7 +220,7 @@ class Ollama:
         return name
 
     def _context(self, model: Model) -> int | None:
-        """Tokens asked for in the settings, at most what it was trained for; None leaves it to the server."""
+        """Return the context length set for a model, at most what it was trained for; None leaves it to the server."""
         asked = model.options.get("context_length")
         if not isinstance(asked, int):
             process = self._server.process()
@@ -252,7 +253,7 @@ def _aliases(model_id: str, source: str) -> tuple[str, ...]:
 
 
 def _estimate_of_file(blob: Path, context: int) -> int:
-    """What llama.cpp takes for it, from its header; 0 when the file is not where this process can read it."""
+    """Estimate llama.cpp's memory from the file's header; 0 if this process can't read the file."""
     try:
         header = read_header(blob)
     except (GGUFError, OSError):

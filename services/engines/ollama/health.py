@@ -1,4 +1,4 @@
-"""Whether an Ollama server answers at its address, or what else is there.
+"""Health check of an Ollama server, or of what else answers at its address.
 
 Format of Ollama 0.24.0: `GET /api/version` answers `{"version": "0.24.0"}`.
 """
@@ -15,10 +15,10 @@ HEALTH_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The answer to one question: a version (Ollama answers), an error in words, or neither: nobody listens.
+    """Result of one check: `version` if Ollama answered, `error` for people, or neither if nothing listens.
 
-    `at` is when the question was sent (monotonic seconds). `refused`: the host itself said that nobody listens, so that
-    nothing of Ollama can be running there.
+    `at` is when the check began (monotonic seconds). `refused`: the host refused the connection, so no Ollama can be
+    running there.
     """
 
     at: float
@@ -27,7 +27,7 @@ class Health:
     refused: bool = False
 
     @property
-    def anybody(self) -> bool:
+    def is_listening(self) -> bool:
         """Whether something listens at the address."""
         return self.version is not None or self.error is not None
 
@@ -36,7 +36,7 @@ NOT_ASKED = Health(float("-inf"))
 
 
 def ask_health(url: str) -> Health:
-    """Ask the server at `url` for its version; takes HEALTH_SECONDS at most. Never raises."""
+    """Request the version of the server at `url`; takes at most HEALTH_SECONDS. Never raises."""
     at = time.monotonic()
     version: object = None
     try:

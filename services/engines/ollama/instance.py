@@ -1,4 +1,4 @@
-"""One model in an Ollama server: how it is loaded, warmed up, watched and unloaded."""
+"""One model on an Ollama server: loading, warming up, watching, unloading."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from services.engines.port import (
     GpuBytes,
     LoadFailed,
     Model,
+    NoSleepMixin,
     OnExit,
     Report,
-    Sleepless,
     Usage,
 )
 from services.http import HttpRequest
@@ -38,10 +38,10 @@ from services.http import HttpRequest
 log = structlog.get_logger(__name__)
 
 OBSERVE_SECONDS = 0.05
-GONE_LOOK_SECONDS = 0.02
-CHANGED_HANDS = "Ollama unloaded it: another program asked for that, or for room"
+GONE_POLL_SECONDS = 0.02
+EVICTED = "Ollama unloaded it: another program asked for that, or for room"
 RUNNER_KILLED = "signal: killed"
-"""What Ollama says of a runner that somebody else, or the kernel, has ended."""
+"""Ollama's message about a runner that another process, or the kernel, has killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class ServerProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """Somebody here had a model unloaded; `at` is monotonic seconds."""
+class StopRecord:
+    """An unload requested here; `at` is monotonic seconds."""
 
     model_id: str
     at: float
@@ -63,10 +63,10 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What every instance on one Ollama server shares.
+    """What all instances on one Ollama server share.
 
-    `process` is None for a server elsewhere, and for one whose process can't be seen. `local` says that its memory is
-    this machine's. `downfall` tells in words why a server that is gone broke down, None when it was stopped.
+    `process` returns None for a remote server, and for one whose process can't be accessed. `local`: its memory is this
+    machine's. `failure_cause` says why a server failed, None if it was stopped.
     """
 
     api: OllamaApi
@@ -74,16 +74,16 @@ class Server:
     inventory: Inventory
     local: bool
     process: Callable[[], ServerProcess | None]
-    downfall: Callable[[], str | None]
+    failure_cause: Callable[[], str | None]
     gpu_bytes: GpuBytes
-    stops: dict[str, Stop] = field(default_factory=dict)
-    """The latest stop asked for here, by what lay in memory."""
+    stops: dict[str, StopRecord] = field(default_factory=dict)
+    """The latest unload requested here, by key of the weights in memory (`held_as`)."""
 
 
-class OllamaInstance(Sleepless):
+class OllamaInstance(NoSleepMixin):
     """A model loading, loaded or being unloaded.
 
-    `name` is Ollama's for it. It counts as loaded while Ollama lists that, or another name for the same in memory.
+    `name` is its name in Ollama. It counts as loaded while Ollama lists that name, or another one of the same weights.
     """
 
     def __init__(
@@ -103,13 +103,13 @@ class OllamaInstance(Sleepless):
         self._on_exit = on_exit
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._over = False
+        self._ended = False
         self._began = time.monotonic()
         self._ready_at: float | None = self._began if ready else None
         self._listed_as: str | None = None
         self._load: HttpRequest | None = None
         self._runner: int | None = None
-        self._speaks = True
+        self._generates = True
 
     @property
     def model(self) -> Model:
@@ -128,23 +128,23 @@ class OllamaInstance(Sleepless):
         return Endpoint(self._server.api.base_url, model=self.name)
 
     def warm_up(self, timeout: float) -> None:
-        """Ask the way a chat will: other options than those would have Ollama load the model again."""
-        if self._speaks:
+        """Generate a token with the options of a chat request; others would make Ollama load the model again."""
+        if self._generates:
             hello = {"role": "user", "content": "Hello"}
             path, body = "/v1/chat/completions", {"model": self.name, "messages": [hello], "max_tokens": 1}
         else:
             path, body = "/v1/embeddings", {"model": self.name, "input": "Hello"}
         self._ask(self._server.api.request(path, body, timeout), "It did not answer its first question")
-        self._server.watch.look()
+        self._server.watch.refresh()
 
     def responds(self, _timeout: float) -> bool | None:
-        """Ollama answers for its runners, and gives a question of ours its turn behind the answers under way."""
+        """Return None: a request of ours would queue behind the requests in flight."""
         return None
 
     def usage(self) -> Usage | None:
-        seen = self._seen(self._server.watch.latest)
-        if self._over or not self._server.local:
-            return None  # it holds nothing here; its runner may be another's by now
+        seen = self._find_listed(self._server.watch.latest)
+        if self._ended or not self._server.local:
+            return None  # it holds nothing here; its runner may serve another model by now
         runner = self._find_runner()
         held = resident(runner) if runner is not None else None
         on_gpu = self._on_gpu(seen, runner)
@@ -159,24 +159,24 @@ class OllamaInstance(Sleepless):
         self._stopping.set()
         with self._lock:
             load = self._load
-            if self._over:
-                return  # by now its name may stand for a runner with other options, which is another's
+            if self._ended:
+                return  # its name may stand for another client's runner with other options by now
         if load is not None:
             load.cancel()
         held_as = self._held_as
         if held_as is not None:
-            self._server.stops[held_as] = Stop(self._model.id, time.monotonic())
+            self._server.stops[held_as] = StopRecord(self._model.id, time.monotonic())
         try:
             self._unload(grace)
         except EngineError:
-            self._stopping.clear()  # it serves on, and its end has to be noticed
+            self._stopping.clear()  # it goes on serving, so a later exit has to be reported
             self._server.stops.pop(held_as or "", None)
             raise
         with self._lock:
-            self._over = True
+            self._ended = True
 
     def _unload(self, grace: float) -> None:
-        """Ask for it, by the name that is listed, and wait until it is gone. Raises EngineError when it isn't."""
+        """Request an unload by the listed name, and wait until it is done. Raises EngineError if it fails."""
         deadline = time.monotonic() + grace
         try:
             gone = not self._ask_to_unload() or self._wait_gone(deadline) or self._end_by_force(grace)
@@ -193,8 +193,8 @@ class OllamaInstance(Sleepless):
             )
 
     def _ask_to_unload(self) -> bool:
-        """Whether Ollama still knows a name of it: where all files are gone, so is the model."""
-        listed = self._seen(self._server.watch.latest)
+        """Return False if Ollama knows none of its names: when all files are deleted, the model is gone too."""
+        listed = self._find_listed(self._server.watch.latest)
         names = [self.name] if listed is None else [listed.name, self.name]
         for name in dict.fromkeys(names):
             try:
@@ -210,7 +210,7 @@ class OllamaInstance(Sleepless):
         return tail(path) if path is not None else ""
 
     def warning(self) -> str | None:
-        seen = self._seen(self._server.watch.latest)
+        seen = self._find_listed(self._server.watch.latest)
         if seen is None:
             return None
         words = []
@@ -225,20 +225,20 @@ class OllamaInstance(Sleepless):
         return " ".join(words) or None
 
     def note(self, look: Listing) -> None:
-        """Take in a look at the server: a model that isn't there any more was unloaded by somebody else."""
-        if self._ready_at is None or look.at <= self._ready_at or look.reachable is None or self._seen(look):
+        """Take in a listing. A model that is no longer listed was unloaded by another client."""
+        if self._ready_at is None or look.at <= self._ready_at or look.reachable is None or self._find_listed(look):
             return
         with self._lock:
-            if self._over or self._stopping.is_set():
+            if self._ended or self._stopping.is_set():
                 return
-            self._over = True
-        downfall = None if look.reachable else self._server.downfall()
+            self._ended = True
+        failure_cause = None if look.reachable else self._server.failure_cause()
         if look.reachable:
-            self._on_exit(Exit(self._unloaded_with() or CHANGED_HANDS, released=True))
-        elif downfall is None:
+            self._on_exit(Exit(self._unloaded_with() or EVICTED, released=True))
+        elif failure_cause is None:
             self._on_exit(Exit("Ollama was stopped, and with it everything it had loaded", released=True))
         else:
-            self._on_exit(Exit(downfall.rstrip(".")))
+            self._on_exit(Exit(failure_cause.rstrip(".")))
 
     def _load_it(self, report: Report, deadline: float) -> None:
         body: dict[str, Any] = {"model": self.name, "keep_alive": FOR_EVER, "stream": False}
@@ -248,10 +248,10 @@ class OllamaInstance(Sleepless):
         except LoadFailed as error:
             if "does not support generate" not in error.cause:
                 raise
-            self._speaks = False  # a model for embeddings only
+            self._generates = False  # a model for embeddings only
             self._load_with("/api/embed", {**body, "input": "Hello"}, report, left)
-        look = self._server.watch.look()
-        if self._seen(look) is None:
+        look = self._server.watch.refresh()
+        if self._find_listed(look) is None:
             self._listed_as = self._find_other_name(look)
         self._ready_at = look.at
 
@@ -271,14 +271,14 @@ class OllamaInstance(Sleepless):
         observer = LoadObserver(self._log_path(), self._resident, self._model.size_bytes, report)
         threading.Thread(target=ask, name="ollama-load", daemon=True).start()
         while not done.wait(OBSERVE_SECONDS):
-            observer.look()
+            observer.update()
         if failure:
-            self._server.watch.look()  # it may have evicted others before it failed
+            self._server.watch.refresh()  # it may have evicted others before it failed
             raise failure[0]
 
     def _ask(self, request: HttpRequest, trouble: str) -> None:
-        """Send a long request that `stop` can break off. Raises LoadFailed with the first cause."""
-        kills = out_of_memory.kills()
+        """Send a long request that `stop` can abort. Raises LoadFailed with the first cause."""
+        kills = out_of_memory.oom_kills()
         with self._lock:
             self._load = request
         try:
@@ -290,24 +290,24 @@ class OllamaInstance(Sleepless):
                 raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
             cause = first_cause(str(error)) if isinstance(error, OllamaError) else str(error)
             if RUNNER_KILLED in str(error):
-                cause = f"its process {out_of_memory.say_killed(kills)}"
+                cause = f"its process {out_of_memory.describe_sigkill(kills)}"
             raise LoadFailed(f"{trouble}: {cause}", self.log_tail()) from None
         finally:
             with self._lock:
                 self._load = None
 
     def _wait_gone(self, deadline: float) -> bool:
-        """Whether it left the list, and its process this machine, before the deadline."""
+        """Return whether it left the list, and its process ended, before the deadline."""
         runner = self._find_runner()
         while time.monotonic() < deadline:
-            listed = self._seen(self._server.watch.look())
+            listed = self._find_listed(self._server.watch.refresh())
             if listed is None and (runner is None or resident(runner) is None):
                 return True
-            time.sleep(GONE_LOOK_SECONDS)
+            time.sleep(GONE_POLL_SECONDS)
         return False
 
     def _end_by_force(self, grace: float) -> bool:
-        """End its runner, where the server is ours to disturb. Whether it is gone then."""
+        """Kill its runner if the server is ours; return whether it is gone then."""
         process, runner = self._server.process(), self._find_runner()
         if process is None or not process.ours or runner is None:
             return False
@@ -320,7 +320,7 @@ class OllamaInstance(Sleepless):
         return process.log_path if process is not None else None
 
     def _resident(self) -> int | None:
-        """Bytes of RAM that its process holds; None for a model whose weights go to a GPU, or that can't be seen."""
+        """Bytes of RAM that its process holds; None for a model whose weights go to a GPU, or if unknown."""
         runner = self._find_runner() if self._device == HOST_DEVICE else None
         held = resident(runner) if runner is not None else None
         return held[0] if held is not None else None
@@ -329,8 +329,8 @@ class OllamaInstance(Sleepless):
     def _held_as(self) -> str | None:
         return self._server.inventory.held_as(self.name, self._model.digest)
 
-    def _seen(self, look: Listing) -> Running | None:
-        """It, as Ollama lists it: under its own name, or the one by which another client loaded the same."""
+    def _find_listed(self, look: Listing) -> Running | None:
+        """Return its entry in a listing, under its own name or one by which another client loaded the same weights."""
         listed = look.models.get(self.name) or look.models.get(self._listed_as or "")
         held_as = self._held_as
         if listed is not None or held_as is None:
@@ -339,10 +339,10 @@ class OllamaInstance(Sleepless):
         return next((r for r in look.models.values() if inventory.held_as(r.name, r.digest) == held_as), None)
 
     def _find_other_name(self, look: Listing) -> str:
-        """The name under which a model is listed that Ollama said is loaded. Raises LoadFailed where there is none.
+        """Return the name under which Ollama lists a model that it reported as loaded. Raises LoadFailed without one.
 
-        Options that are spelled out can come to the same as the server's defaults, which nobody knows: then it is the
-        files that tell, for Ollama has one runner for them.
+        Explicit options can equal the server's defaults, which are unknown here. Then the files identify it, because
+        Ollama has one runner for them.
         """
         inventory = self._server.inventory
         for running in look.models.values():
@@ -355,7 +355,7 @@ class OllamaInstance(Sleepless):
         raise LoadFailed("Ollama said that it is loaded, but does not list it. Try again.", self.log_tail())
 
     def _unloaded_with(self) -> str | None:
-        """Why it is gone, where somebody here had another name of the same unloaded."""
+        """Return why it is gone, if another name of the same weights was unloaded from here."""
         stop = self._server.stops.get(self._held_as or "")
         if stop is None or self._ready_at is None or stop.at < self._ready_at:
             return None
@@ -371,7 +371,7 @@ class OllamaInstance(Sleepless):
         return self._runner
 
     def _on_gpu(self, seen: Running | None, runner: int | None) -> int | None:
-        """Bytes on its GPU: the driver's word, else Ollama's; None for a model on the processor."""
+        """Return its bytes on the GPU, measured by the driver or reported by Ollama; None for a model on the CPU."""
         if self._device == HOST_DEVICE:
             return None
         measured = self._server.gpu_bytes(self._device, runner) if runner is not None else None
@@ -379,7 +379,7 @@ class OllamaInstance(Sleepless):
 
 
 def _on_host(device: str, held: int, mapped: int) -> Usage:
-    """A model on the processor; one that was meant for a GPU holds nothing there."""
+    """Usage of a model on the CPU; one that was meant for a GPU holds nothing there."""
     if device == HOST_DEVICE:
         return Usage(HOST_DEVICE, held, mapped_bytes=mapped)
     return Usage(device, 0, spilled_bytes=held)

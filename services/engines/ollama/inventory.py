@@ -1,7 +1,7 @@
-"""What an Ollama server has on its disk, as last listed and shown, and which of its names mean the same in memory.
+"""The models on an Ollama server's disk, as last listed, and which of their names are the same in memory.
 
-Ollama keeps one runner for a file of weights and a set of runner options, and lists it in `/api/ps` under the name that
-it was loaded by. Every other name of the same (`ollama cp`, a Modelfile with a SYSTEM of its own) is served by it too.
+Ollama has one runner per file of weights and set of runner options, and lists it in `/api/ps` under the name it was
+loaded by. The runner also serves every other name of the same weights (`ollama cp`, a Modelfile with its own SYSTEM).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from services.engines.ollama.api import Installed, OllamaApi, OllamaError, Ollam
 LIST_SECONDS = 1.0
 FIRST_LIST_SECONDS = 0.5
 LIST_TIMEOUT = 3.0
-SHOW_AGAIN_SECONDS = 10.0
-OURS = "switchyard/"
-"""Names that begin so are made here: the same weights with a context of their own, see `derived_name`."""
+SHOW_RETRY_SECONDS = 10.0
+DERIVED_PREFIX = "switchyard/"
+"""Prefix of derived names, created here for the same weights with another context length (`derived_name`)."""
 VERSION_LENGTH = 12
-_DERIVED = re.compile(rf"{OURS}.+:ctx(?P<context>[0-9]+)-(?P<version>[0-9a-f]{{{VERSION_LENGTH}}})")
+_DERIVED = re.compile(rf"{DERIVED_PREFIX}.+:ctx(?P<context>[0-9]+)-(?P<version>[0-9a-f]{{{VERSION_LENGTH}}})")
 
 
 def derived_name(installed: Installed, context_length: int) -> str:
-    """The name for a model with a context of its own built in: `/v1` takes none."""
-    return f"{OURS}{_stem(installed.name)}:ctx{context_length}-{installed.digest[:VERSION_LENGTH]}"
+    """Return the name of a model with another context length built in, for which `/v1` has no parameter."""
+    return f"{DERIVED_PREFIX}{_stem(installed.name)}:ctx{context_length}-{installed.digest[:VERSION_LENGTH]}"
 
 
 class Inventory:
-    """Asked from any thread. `list` and `show` ask the server; everything else is answered from memory."""
+    """Installed models. Thread-safe. `list` and `show` query the server; everything else is answered from memory."""
 
     def __init__(self, api: OllamaApi) -> None:
         self._api = api
@@ -39,20 +39,20 @@ class Inventory:
         self._shown: dict[str, Shown] = {}
         self._show_after = float("-inf")
         self.serving = False
-        """Whether the app runs: before, nobody may be kept waiting by a server that doesn't answer."""
+        """Whether the app serves requests. Before that, a server that doesn't answer must not delay the start."""
 
     @property
     def known(self) -> bool:
-        """Whether the server has ever said what it has."""
+        """Whether the server has ever been listed."""
         return self._installed is not None
 
     @property
     def latest(self) -> Mapping[str, Installed]:
-        """What is installed by name, as last listed."""
+        """Installed models by name, as last listed."""
         return self._installed or {}
 
     def list(self, *, fresh: bool = False) -> Mapping[str, Installed]:
-        """What is installed, at most a second old; what was last known when the server doesn't answer."""
+        """List the installed models, at most a second old; the last known ones if the server doesn't answer."""
         with self._lock:
             if not fresh and time.monotonic() - self._listed_at < LIST_SECONDS:
                 return self.latest
@@ -66,39 +66,39 @@ class Inventory:
             return self._installed
 
     def show(self, name: str, digest: str) -> None:
-        """Learn more of a model than the list tells, once for each version of it."""
+        """Query a model's details, once per version."""
         if digest in self._shown or time.monotonic() < self._show_after:
             return
         try:
             self._shown[digest] = self._api.show(name)
         except OllamaUnreachable:
-            self._show_after = time.monotonic() + SHOW_AGAIN_SECONDS  # forty models must not wait forty times
+            self._show_after = time.monotonic() + SHOW_RETRY_SECONDS  # don't wait again for each of forty models
         except OllamaError:
             self._shown[digest] = Shown()
 
     def shown(self, digest: str | None) -> Shown | None:
-        """What was learned of a version; None as long as nothing was."""
+        """Return the details of a version, None if unknown."""
         return self._shown.get(digest or "")
 
     def any_blob(self) -> str | None:
-        """Some file of the models folder, as the server sees it."""
+        """Return the path of some file in the models folder, as the server sees it."""
         return next((shown.blob for shown in [*self._shown.values()] if shown.blob), None)
 
     def source_of(self, name: str) -> str:
-        """The model behind a name: itself, or what a name of ours was made from."""
-        if not name.startswith(OURS):
+        """Return the model a name stands for: itself, or what a derived name was created from."""
+        if not name.startswith(DERIVED_PREFIX):
             return name
-        stem = name.removeprefix(OURS).rpartition(":")[0]
-        return next((n for n in self.latest if not n.startswith(OURS) and _stem(n) == stem), name)
+        stem = name.removeprefix(DERIVED_PREFIX).rpartition(":")[0]
+        return next((n for n in self.latest if not n.startswith(DERIVED_PREFIX) and _stem(n) == stem), name)
 
     def names_of(self, source: str) -> tuple[str, ...]:
-        """A model's own name, and those that were made from it here."""
-        return (source, *(n for n in self.latest if n.startswith(OURS) and self.source_of(n) == source))
+        """Return a model's own name and those derived from it."""
+        return (source, *(n for n in self.latest if n.startswith(DERIVED_PREFIX) and self.source_of(n) == source))
 
     def held_as(self, name: str, digest: str | None = None) -> str | None:
-        """What lies in memory when this name is loaded; None when that was never shown.
+        """Return the key of what is in memory when this name is loaded; None if unknown.
 
-        `digest` says which version of it; None: the installed one.
+        `digest` is the version, None for the installed one.
         """
         derived = _DERIVED.fullmatch(name)
         if derived is not None:

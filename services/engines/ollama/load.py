@@ -1,6 +1,6 @@
-"""What can be seen of a load in Ollama from outside: the server's log, and the memory that the model's process takes.
+"""Progress of a load in Ollama, observed from its log and from the memory of the model's process.
 
-The API says nothing between the request and its answer.
+The API reports nothing between a load request and its response.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ MOST_AT_ONCE = 1_000_000
 
 
 class LoadObserver:
-    """Reports what is new at each `look`. Reads the log from where it ends now.
+    """Reports new evidence at each `update`. Reads the log from its current end on.
 
-    `log_path` is None when the server isn't ours, `resident` gives bytes or None, `size_bytes` is the weights' size.
+    `log_path` is None for a server that isn't ours, `resident` returns bytes or None, `size_bytes` is the weights'
+    size.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class LoadObserver:
         self._report = report
         self._seen: Evidence | None = None
 
-    def look(self) -> None:
+    def update(self) -> None:
         evidence = self._from_log() or self._from_memory()
         if evidence is not None and evidence != self._seen:
             self._seen = evidence
@@ -43,7 +44,7 @@ class LoadObserver:
             return None
         try:
             with self._log_path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self._read_to:  # it was cut: what is left has been seen
+                if file.seek(0, os.SEEK_END) < self._read_to:  # truncated: what remains was read before
                     self._read_to = file.tell()
                 file.seek(self._read_to)
                 added = file.read(MOST_AT_ONCE)
@@ -54,7 +55,7 @@ class LoadObserver:
         return found[-1] if found else None
 
     def _from_memory(self) -> Evidence | None:
-        """How much of the weights' size is resident: they are once they were read, or mapped and touched."""
+        """Compare resident memory to the weights' size: weights are resident once read, or mapped and touched."""
         held, total = self._resident(), self._size_bytes
         if held is None or not total:
             return None

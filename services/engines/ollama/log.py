@@ -1,7 +1,7 @@
-"""What `ollama serve` logs about a load, as evidence. Pure.
+"""Parses `ollama serve`'s log lines about a load. Pure.
 
-Lines of Ollama 0.24.0 and, where they differ, of 0.30 and later. The API tells nothing about a load under way. The log
-does: at INFO when the runner is up, with OLLAMA_DEBUG=1 up to 0.24 also how far it is.
+Lines of Ollama 0.24.0 and, where they differ, of 0.30 and later. The log reports at INFO when the runner is up, and up
+to 0.24 with OLLAMA_DEBUG=1 also the progress.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ LONGEST_LINE = 65_536
 
 
 class LoadLog:
-    """Reads a growing log; give it each new piece, split anywhere."""
+    """Incremental parser of a log, fed with pieces split anywhere."""
 
     def __init__(self) -> None:
         self._rest = ""
 
     def feed(self, text: str) -> list[Evidence]:
-        """What the whole lines in it say, in order."""
+        """Return the evidence in the lines completed by `text`, in order."""
         *lines, rest = (self._rest + text).split("\n")
         self._rest = rest[-LONGEST_LINE:]
         return [evidence for line in lines if (evidence := evidence_in(line)) is not None]
 
 
 def evidence_in(line: str) -> Evidence | None:
-    """What one line says about a load; None for the many that say nothing."""
+    """Parse one line; None for one without evidence."""
     if _STARTED.search(line):
         return Evidence("initializing_gpu", 1.0)
     found = _PROGRESS.search(line)
@@ -41,7 +41,7 @@ def evidence_in(line: str) -> Evidence | None:
 
 
 def first_cause(error: str) -> str:
-    """Ollama's words for a failed load, cut to the telling part and without what only its developers need.
+    """Shorten Ollama's message for a failed load to the telling part.
 
     Recorded: `llama runner process has terminated: error loading model: missing tensor 'blk.2.attn_k.weight'` with
     `panic: unable to load model: …` on the next line.

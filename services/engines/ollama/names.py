@@ -1,6 +1,6 @@
-"""Names of Ollama models: `[host[:port]/][namespace/]model[:tag]`, as Ollama 0.24.0 reads and lists them.
+"""Parser of Ollama model names: `[host[:port]/][namespace/]model[:tag]`, as Ollama 0.24.0 reads and lists them.
 
-Only names that were parsed here get into a command's arguments or an address.
+Only parsed names are put into command arguments and URLs.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class OllamaName:
-    """A model, its tag, and the registry that has it."""
+    """A model, its tag, and its registry."""
 
     host: str
-    """With its port, if one was given: `registry.ollama.ai`, `hf.co`, `127.0.0.1:5005`."""
+    """With the port, if any: `registry.ollama.ai`, `hf.co`, `127.0.0.1:5005`."""
     namespace: str
     model: str
     tag: str
 
     @staticmethod
     def parse(text: str) -> OllamaName:
-        """Raises ValueError with words for people when this can't be the name of an Ollama model."""
+        """Parse a name. Raises ValueError, with a message for people, if it is invalid."""
         if len(text) > MAX_LENGTH:
             raise ValueError(f"The name is {len(text)} characters long; Ollama's names have at most {MAX_LENGTH}.")
         found = _NAME.fullmatch(text)
@@ -54,12 +54,12 @@ class OllamaName:
 
     @property
     def full(self) -> str:
-        """With its tag, as `/api/tags` lists it: what goes without saying is left out, except the tag."""
+        """The name as `/api/tags` lists it: defaults omitted, except the tag."""
         return f"{self._place}{self.model}:{self.tag}"
 
     @property
     def short(self) -> str:
-        """As people write it: `latest` goes without saying as well."""
+        """The name as people write it: the tag `latest` is omitted too."""
         return self.full.removesuffix(f":{DEFAULT_TAG}")
 
     @property
@@ -70,13 +70,13 @@ class OllamaName:
 
 
 def _is_host(text: str) -> bool:
-    """Whether it can be told from a namespace, which has neither dots nor a port."""
+    """Whether it can't be a namespace, which has neither dots nor a port."""
     host, _, port = text.partition(":")
     return bool(port and 0 < int(port) < 65_536) or (not port and ("." in host or host == "localhost"))
 
 
 def full_name(text: str) -> str:
-    """A name as `/api/tags` lists it: `llama3.2` is `llama3.2:latest`. What can't be a name stays as it is."""
+    """Return a name as `/api/tags` lists it: `llama3.2` becomes `llama3.2:latest`. Invalid names stay unchanged."""
     try:
         return OllamaName.parse(text).full
     except ValueError:

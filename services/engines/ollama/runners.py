@@ -1,4 +1,4 @@
-"""The processes in which a local Ollama holds its models: children of the server, told apart by the file they opened.
+"""The processes in which a local Ollama holds its models: children of the server, identified by the file they open.
 
 Recorded: `ollama runner --model models/blobs/sha256-328b… --port 42535`; from 0.30 on `llama-server --model …`.
 """
@@ -12,7 +12,7 @@ import psutil
 
 
 def runner_of(server_pid: int, blob: str) -> int | None:
-    """The pid of the child that holds the weights in `blob`; None when there is none, or it can't be seen."""
+    """Return the pid of the child that holds the weights in `blob`; None if there is none, or it can't be accessed."""
     wanted = PurePath(blob).name
     with suppress(psutil.Error):
         for child in psutil.Process(server_pid).children(recursive=True):
@@ -23,7 +23,7 @@ def runner_of(server_pid: int, blob: str) -> int | None:
 
 
 def models_folder_of(server_pid: int) -> Path | None:
-    """Where a server keeps its files, by the environment it runs in; None when that can't be seen."""
+    """Return where a server keeps its files, from its environment; None if that can't be accessed."""
     try:
         environment = psutil.Process(server_pid).environ()
     except psutil.Error:
@@ -34,17 +34,17 @@ def models_folder_of(server_pid: int) -> Path | None:
 
 
 def resident(pid: int) -> tuple[int, int] | None:
-    """Bytes of RAM that a process holds, and how many of them are mapped or shared; None when it is gone."""
+    """Return a process's resident bytes, and how many of them are mapped or shared; None if it is gone."""
     try:
         memory = psutil.Process(pid).memory_info()
     except psutil.Error:
         return None
     if memory.rss == 0:
-        return None  # it ended, and its parent has yet to notice
+        return None  # a zombie
     return memory.rss, min(memory.shared, memory.rss)
 
 
 def end_runner(pid: int) -> None:
-    """Kill a runner that its server can't be brought to end. The server notices and forgets it."""
+    """Kill a runner that its server fails to end. The server notices and forgets it."""
     with suppress(psutil.Error):
         psutil.Process(pid).kill()

@@ -1,7 +1,7 @@
-"""The one place that polls an Ollama server: whether it answers, what it has loaded, what it has on its disk.
+"""The only poller of an Ollama server: its health, the loaded models, the installed models.
 
-Other clients load, evict, pull and delete as well, so all of that is asked again and again. Everyone else reads what
-was seen last, or is told of each answer.
+Other clients load, evict, pull and delete too, so all of that is polled. Everyone else reads the latest results, or
+listens to them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ STOP_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What was loaded, by name. `reachable` is None while the server is there but doesn't answer.
+    """The loaded models, by name. `reachable` is None while the server is up but doesn't answer.
 
-    `at` is when the question was sent (monotonic seconds): what became ready later can't be in it.
+    `at` is when the request was sent (monotonic seconds): a model that became ready later can't be listed.
     """
 
     at: float
@@ -40,11 +40,11 @@ class Listing:
 
 
 class OllamaWatch:
-    """Polls the server at `base_url` each POLL_SECONDS from its start to its stop. Asked from any thread.
+    """Polls the server at `base_url` every POLL_SECONDS between `start` and `stop`. Thread-safe.
 
-    Each poll asks for the health and, where the server answers, for what is loaded and what is installed, one after the
-    other with limits of 2, 2 and 3 seconds. What was said is in `health`, `latest` and `inventory`. `check_health` and
-    `look` ask at once, for those who wait for a change that they have caused.
+    A poll requests the health and, if the server answers, the loaded and the installed models, with limits of 2, 2 and
+    3 seconds. The results are in `health`, `latest` and `inventory`. `check_health` and `refresh` query at once, for
+    callers that wait for a change they have caused.
     """
 
     def __init__(self, base_url: str) -> None:
@@ -54,16 +54,16 @@ class OllamaWatch:
         self.latest = Listing(float("-inf"), False, MappingProxyType({}))
         self._health_listeners: list[Callable[[Health], object]] = []
         self._listing_listeners: list[Callable[[Listing], object]] = []
-        self._looking = threading.Lock()
+        self._refreshing = threading.Lock()
         self._trouble = ""
         self._polls = Periodic("ollama-watch", self._poll, POLL_SECONDS)
 
     def on_health(self, listener: Callable[[Health], object]) -> None:
-        """Have `listener` told of each answer to whether it answers."""
+        """Call `listener` with each health result."""
         self._health_listeners.append(listener)
 
     def on_listing(self, listener: Callable[[Listing], object]) -> None:
-        """Have `listener` told of each answer to what is loaded."""
+        """Call `listener` with each listing."""
         self._listing_listeners.append(listener)
 
     @property
@@ -71,33 +71,33 @@ class OllamaWatch:
         return self._polls.running
 
     def start(self) -> None:
-        """Poll from now on. The first poll is waited for, a moment: what runs is known when the first request comes."""
+        """Start to poll, and wait a moment for the first poll, so that the first request finds what is loaded."""
         self._polls.start()
         self.wait_polled(FIRST_POLL_SECONDS)
 
     def wait_polled(self, timeout: float) -> bool:
-        """Wait for the end of the first poll, at most `timeout` seconds; whether it is over."""
+        """Wait until the first poll is done, at most `timeout` seconds; return whether it is."""
         return self._polls.wait_called(timeout)
 
     def stop(self) -> None:
-        """Poll no more. A poll under way is waited for, a few seconds at most."""
+        """Stop polling; wait for a poll under way, a few seconds at most."""
         self._polls.stop(STOP_SECONDS)
 
     def check_health(self) -> Health:
-        """Ask now whether the server answers, and tell whoever listens."""
+        """Check the server's health now, and notify the listeners."""
         health = ask_health(self.api.base_url)
-        if health.at >= self.health.at:  # else somebody who asked later has been answered before
+        if health.at >= self.health.at:  # else a later request was answered first
             self.health = health
         for listener in self._health_listeners:
             listener(health)
         return health
 
-    def look(self) -> Listing:
-        """Ask now what is loaded, and tell whoever listens.
+    def refresh(self) -> Listing:
+        """List the loaded models now, and notify the listeners.
 
-        A server that is slow to answer is taken to hold what it held before.
+        A server that is slow to answer is assumed to hold what it held before.
         """
-        with self._looking:
+        with self._refreshing:
             at = time.monotonic()
             try:
                 models = {model.name: model for model in self.api.running()}
@@ -107,30 +107,30 @@ class OllamaWatch:
             except EngineError as error:
                 self._warn(str(error))
             latest = self.latest
-        return self._tell(latest)
+        return self._notify(latest)
 
     def _poll(self) -> None:
         health = self.check_health()
         if health.version is not None:
-            self.look()
+            self.refresh()
             self.inventory.list(fresh=True)
             return
-        with self._looking:
-            if health.at >= self.latest.at:  # else somebody who asked later has been answered before
+        with self._refreshing:
+            if health.at >= self.latest.at:  # else a later request was answered first
                 self.latest = self._unreachable(health.at, gone=health.refused)
             latest = self.latest
-        self._tell(latest)
+        self._notify(latest)
 
     def _unreachable(self, at: float, *, gone: bool) -> Listing:
         return Listing(at, False if gone else None, MappingProxyType({} if gone else self.latest.models))
 
-    def _tell(self, listing: Listing) -> Listing:
+    def _notify(self, listing: Listing) -> Listing:
         for listener in self._listing_listeners:
             listener(listing)
         return listing
 
     def _warn(self, trouble: str) -> None:
-        """Say it once, not every second."""
+        """Log each error once, not every second."""
         if trouble != self._trouble:
             log.warning("Ollama's list of loaded models can't be read", error=trouble)
         self._trouble = trouble

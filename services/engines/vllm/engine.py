@@ -1,6 +1,6 @@
-"""Engine `vllm`: one container for each model that the settings list, run by whatever runs containers.
+"""Engine `vllm`: one container for each model listed in the settings, run by a container runtime.
 
-What is running is looked at in the background: a runtime that hangs must not freeze a page, nor the switcher.
+Containers are polled in the background: a runtime that hangs must block neither a page nor the switcher.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import structlog
 from services.abort import Abort
 from services.engines.containers.port import Container, ContainerError, ContainerRuntime, ContainerSpec
 from services.engines.port import (
-    ADOPT_PATIENCE,
+    ADOPT_TIMEOUT,
     HOST_DEVICE,
     EngineError,
     Evidence,
     Model,
     Need,
-    NotYet,
+    NotResponding,
     OnExit,
     Report,
 )
-from services.engines.vllm.instance import Found, GpuHeld, Host, VllmInstance
+from services.engines.vllm.instance import Found, GpuHeld, InstanceContext, VllmInstance
 from services.engines.vllm.server import Condition, server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
@@ -36,32 +36,32 @@ from services.periodic import Periodic
 
 log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 CLOSE_SECONDS = 2.0
-FIRST_LOOK_SECONDS = 2.0
+FIRST_POLL_SECONDS = 2.0
 
 Run = tuple[str, float | None]
-"""One run of a container: its id and when it was started. The same container can run again."""
+"""One run of a container: its id and start time. A container can be started again."""
 
 
 @dataclass(slots=True)
-class Leftover:
-    """A container that an earlier run of the app left running, as long as it can't be adopted."""
+class Orphan:
+    """A container that an earlier run of the app left running, until it is adopted or ended."""
 
     refused: bool = False
     silent_since: float | None = None
 
     def is_over(self, condition: Condition, now: float) -> bool:
-        """Whether to end it, after a look that found it not ready.
+        """Return whether to end it, after a poll that found it not ready.
 
-        One that says nothing may be busy, and is given time. One that takes no connections was half loaded: vLLM's
-        server listens once its engine is there, and nobody has followed its log. That has to be seen twice, since a
-        port can also be reset while Docker itself comes up.
+        A silent one may be busy, and gets ADOPT_TIMEOUT seconds. One that refuses connections was still loading: vLLM
+        listens once its engine is up, and nobody has followed its log. That has to be seen twice, because a port can
+        also be reset while Docker itself starts.
         """
         if condition == "silent":
             self.refused = False
             self.silent_since = now if self.silent_since is None else self.silent_since
-            return now - self.silent_since > ADOPT_PATIENCE
+            return now - self.silent_since > ADOPT_TIMEOUT
         before, self.refused, self.silent_since = self.refused, True, None
         return before
 
@@ -71,26 +71,29 @@ def run_of(container: Container) -> Run:
 
 
 class Weights(Protocol):
-    """Fetches a model's weights to where its container looks for them."""
+    """Fetches a model's weights to where its container expects them."""
 
     def size_bytes(self, model: Model) -> int | None:
-        """How large they are, where they are here; None where they aren't. No I/O beyond this disk; never raises."""
+        """Return their size if they are on this disk, else None. Never raises."""
 
     def shard_bytes(self, model: Model) -> Sequence[int]:
-        """The sizes of its files in the order in which vLLM loads them, as last seen; empty when unknown. No I/O."""
+        """Return the sizes of the files in vLLM's loading order, as last seen; empty if unknown. No I/O."""
 
     def fetches(self, model: Model) -> bool:
-        """Whether `fetch` would fetch them at all. No network; never raises."""
+        """Return whether `fetch` would fetch anything. No network; never raises."""
 
     def fetch(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
-        """Block until they are here; `environment` is the container's. Raises LoadFailed, and Aborted on `abort`."""
+        """Block until they are on this disk.
+
+        `environment` is the container's. Raises LoadFailed, and Aborted on `abort`.
+        """
 
 
 class Vllm:
-    """`readings` gives this machine's devices, GPUs first. `settle` waits until a device's free memory stands still.
+    """Engine `vllm`. `readings` returns this machine's devices; `settle` waits until free memory is stable.
 
-    `runtime` makes what runs the containers, once, when a vLLM model first needs it: the import of Docker's client is a
-    tenth of the app's start, which nobody without such a model has to wait for.
+    `runtime` creates the container runtime when a vLLM model first needs it: importing Docker's client takes a tenth of
+    the app's start, which is only spent if such a model is listed.
     """
 
     name = "vllm"
@@ -117,14 +120,14 @@ class Vllm:
         self._models: dict[str, Model] = {}
         self._instances: weakref.WeakSet[VllmInstance] = weakref.WeakSet()
         self._found: Mapping[str, Found] = {}
-        self._over: set[Run] = set()
+        self._ended_runs: set[Run] = set()
         self._kept_asleep: dict[str, int] = {}
         self._silent: Mapping[str, Container] = {}
-        self._leftovers: dict[Run, Leftover] | None = None
-        self._watch = Periodic("vllm-look", self._look_if_possible, LOOK_SECONDS)
+        self._orphans: dict[Run, Orphan] | None = None
+        self._watch = Periodic("vllm-look", self._try_poll, POLL_SECONDS)
 
     def discover(self) -> Sequence[Model]:
-        return ()  # a container runs what the settings list, nothing by itself
+        return ()  # only listed models have containers
 
     def describe(self, model: Model) -> Model:
         self._models[model.id] = model
@@ -134,7 +137,7 @@ class Vllm:
         return replace(model, size_bytes=size, fetch_bytes=fetch, fault=self._fault(model))
 
     def estimate(self, model: Model) -> Need:
-        """Only where nothing is declared: vLLM claims what it is told to, so a declared need is what it will take."""
+        """Estimate a model without a declared need. vLLM claims what it is told, so a declared need is exact."""
         device = self._device(model)
         if model.required_bytes:
             return Need(device, 0, "estimated")
@@ -147,7 +150,7 @@ class Vllm:
         )
 
     def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
-        """The image, then the weights."""
+        """Pull the image, then fetch the weights."""
         spec = self._spec(model)
         if not self._runtime.image_present(spec.image):
             report(Evidence("downloading", None, f"pulling the image {spec.image}"))
@@ -169,7 +172,7 @@ class Vllm:
         if found is not None:
             return self._instance(model, on_exit, found)
         if model.id in self._silent:
-            raise NotYet(f"The container of {model.id} runs, but does not answer yet.")
+            raise NotResponding(f"The container of {model.id} runs, but does not answer yet.")
         return None
 
     def remove(self, model: Model, _keep: Collection[str], /) -> None:
@@ -181,10 +184,10 @@ class Vllm:
     def prepare(self) -> None:
         if self._models:
             self._watch.start()
-            self._watch.wait_called(FIRST_LOOK_SECONDS)  # what runs is known when the first request comes
+            self._watch.wait_called(FIRST_POLL_SECONDS)  # know what runs before the first request
 
     def close(self) -> None:
-        self._watch.stop(CLOSE_SECONDS)  # a look under way would open what is closed here
+        self._watch.stop(CLOSE_SECONDS)  # a poll under way would reopen the connections closed here
         if self._made_runtime is not None:
             self._made_runtime.close()
 
@@ -196,7 +199,7 @@ class Vllm:
             return self._made_runtime
 
     def _instance(self, model: Model, on_exit: OnExit, found: Found | None) -> VllmInstance:
-        host = Host(
+        host = InstanceContext(
             self._runtime, self._gpu_bytes, self._settle, self._note_end, self._kept_asleep, self._weights.shard_bytes
         )
         instance = VllmInstance(host, model, self._spec(model), self._device(model), on_exit, found)
@@ -204,12 +207,12 @@ class Vllm:
         return instance
 
     def _note_end(self, container: Container) -> None:
-        """A run that was stopped: a look that began before must not find it again."""
-        self._over.add(run_of(container))
+        """Note a run that was stopped, so that a poll begun before does not find it again."""
+        self._ended_runs.add(run_of(container))
         self._found = self._without_ended(self._found)
 
     def _without_ended(self, found: Mapping[str, Found]) -> Mapping[str, Found]:
-        return {model: f for model, f in found.items() if run_of(f.container) not in self._over}
+        return {model: f for model, f in found.items() if run_of(f.container) not in self._ended_runs}
 
     def _spec(self, model: Model) -> ContainerSpec:
         device = self._device(model)
@@ -232,46 +235,46 @@ class Vllm:
         return share_of(need, total) if need and total else None
 
     def _gpu_total(self, device: str) -> int:
-        """0 where it is no GPU."""
+        """Return a GPU's total bytes, 0 for the host."""
         return next((r.total_bytes for r in self._readings() if r.id == device and r.kind == "gpu"), 0)
 
-    def _look_if_possible(self) -> None:
+    def _try_poll(self) -> None:
         try:
-            self._look()
+            self._poll()
         except ContainerError as error:
-            log.info("the containers can't be looked at", reason=str(error))
+            log.info("the containers can't be polled", reason=str(error))
 
-    def _look(self) -> None:
-        """Find the containers of ours that are ready, and those that may become so; end what nobody will adopt."""
+    def _poll(self) -> None:
+        """Find our containers that are ready, and those that may become ready; end orphans that can't be adopted."""
         ready: dict[str, Found] = {}
         silent: dict[str, Container] = {}
         running = [c for c in self._runtime.find({OWNER_LABEL: self._settings.owner}) if c.state == "running"]
-        if self._leftovers is None:
+        if self._orphans is None:
             made = {instance.container_id for instance in self._instances}
-            self._leftovers = {run_of(c): Leftover() for c in running if c.id not in made}
+            self._orphans = {run_of(c): Orphan() for c in running if c.id not in made}
         for container in running:
             model = self._models.get(container.model or "")
             server = server_in(container, model.id) if model is not None else None
             condition = server.condition() if server is not None else "absent"
             if model is not None and condition in ("awake", "asleep"):
                 ready[model.id] = Found(container, condition == "asleep")
-                self._leftovers.pop(run_of(container), None)
+                self._orphans.pop(run_of(container), None)
             elif container.id in {instance.container_id for instance in self._instances}:
-                continue  # it is being loaded, or whoever adopted it looks after it
+                continue  # an instance is loading it, or has adopted it
             elif model is None or self._is_over(container, condition):
-                self._end_leftover(container)
+                self._end_orphan(container)
             elif condition == "silent":
                 silent[model.id] = container
         self._found = self._without_ended(ready)
         self._silent = silent
 
     def _is_over(self, container: Container, condition: Condition) -> bool:
-        leftover = (self._leftovers or {}).get(run_of(container))
-        return leftover is not None and leftover.is_over(condition, time.monotonic())
+        orphan = (self._orphans or {}).get(run_of(container))
+        return orphan is not None and orphan.is_over(condition, time.monotonic())
 
-    def _end_leftover(self, container: Container) -> None:
-        """Remove a container that an earlier run left running; others that turned up since are left alone."""
-        if self._leftovers and self._leftovers.pop(run_of(container), None) is not None:
+    def _end_orphan(self, container: Container) -> None:
+        """Remove a container that an earlier run left running; containers that appeared since are left alone."""
+        if self._orphans and self._orphans.pop(run_of(container), None) is not None:
             log.warning("removing a container that an earlier run left behind", name=container.name)
             self._runtime.remove(container.id)
 
@@ -282,5 +285,5 @@ def _report_image(report: Report, done: int, total: int | None) -> None:
 
 
 def _report_second_half(report: Report, seen: Evidence) -> None:
-    """The weights, where the image had to come first: which of them takes longer nobody knows beforehand."""
+    """Report the weights as the second half of the fetch, after the image: the proportion of times is unknown."""
     report(replace(seen, fraction=None if seen.fraction is None else 0.5 + seen.fraction / 2))

@@ -1,4 +1,4 @@
-"""What a vLLM server says about itself while it starts: sizes, durations, its version. Pure.
+"""Parses figures from a vLLM server's log: sizes, durations, its version. Pure.
 
 Lines of vLLM 0.5 to 0.33.
 """
@@ -11,16 +11,16 @@ from typing import Any
 
 GIB = 2**30
 CONTEXT_BYTES = GIB
-"""What CUDA's context takes of a device beside what is allocated in it, about."""
+"""Approximate size of the CUDA context on a device, beside the allocations in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a start told about itself: bytes, seconds and tokens, None what it did not say.
+    """Figures that a start has logged: bytes, seconds and tokens; None if not logged.
 
-    With several workers, sizes are those of one device: the largest of what one takes, the smallest of what one has
-    left for its cache. `kv_shortage_bytes` is what was missing for any cache at all; `max_concurrency` is how many
-    requests of the longest context fit at once; `load_seconds` includes a download.
+    With several workers, sizes are per device: the largest need, and the smallest space left for the cache.
+    `kv_shortage_bytes` is what was missing for any cache; `max_concurrency` is the number of requests with the longest
+    context that fit at once; `load_seconds` includes a download.
     """
 
     version: str | None = None
@@ -42,9 +42,9 @@ class Facts:
 
 
 def footprint(facts: Facts) -> int | None:
-    """What one device holds of a server that is ready, as it said itself; None when it said too little.
+    """Return the bytes a ready server holds per device, by its log; None if too little was logged.
 
-    Its weights, its cache and its graphs, and the device's context, which it doesn't mention.
+    The sum of weights, cache, graphs and the device's context, which is not logged.
     """
     if facts.weights_bytes is None or facts.kv_cache_bytes is None:
         return None
@@ -52,7 +52,7 @@ def footprint(facts: Facts) -> int | None:
 
 
 def learn(facts: Facts, line: str) -> Facts:
-    """The facts with what the line adds."""
+    """Return the facts with those in `line` added."""
     for mark, pattern in _FACTS:
         found = pattern.search(line) if mark in line else None
         if found is not None:
@@ -63,7 +63,7 @@ def learn(facts: Facts, line: str) -> Facts:
 
 
 def _counts(name: str, known: Any, value: Any) -> bool:
-    """Whether a value takes the place of what is known."""
+    """Whether a value replaces the known one."""
     if known is None or name == "version":
         return bool(known != value)
     return bool(value < known if name in _SMALLEST_COUNTS else value > known)
@@ -117,4 +117,4 @@ _FACTS = tuple(
 _SMALLEST_COUNTS = ("max_model_len", "kv_cache_bytes", "kv_cache_tokens", "max_concurrency")
 
 MARKS = tuple(mark for mark, _ in _FACTS)
-"""A line without any of these holds no fact."""
+"""A line without any of these contains no fact."""

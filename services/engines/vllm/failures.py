@@ -1,7 +1,7 @@
-"""Why a vLLM server did not come up, from its own lines. Pure.
+"""Finds the cause in the log of a vLLM server that failed. Pure.
 
-The texts are those of vLLM 0.5 to 0.33, PyTorch 2.1 to 2.13 and huggingface_hub 0.23 to 1.x. One failure is told many
-times over: by the worker that met it, by the engine that waited for the worker, by the server that waited for the
+The texts are those of vLLM 0.5 to 0.33, PyTorch 2.1 to 2.13 and huggingface_hub 0.23 to 1.x. A failure is logged
+several times: by the worker that met it, by the engine that waited for the worker, by the server that waited for the
 engine. The first cause is kept.
 """
 
@@ -32,24 +32,23 @@ FailureCode = Literal[
 ]
 
 MARKS = ("rror", "RROR", "xception", "is restricted", "Not Found", "gated repo")
-"""A line without any of these says nothing about a failure."""
+"""A line without any of these contains no failure."""
 
 LONGEST_CAUSE = 300
 
-_TELLING_LEVELS = ("", "ERROR", "CRITICAL")
+_FAILURE_LEVELS = ("", "ERROR", "CRITICAL")
 _QUOTED = ("    ", '  File "')
-"""How a traceback's places and its quotations of source code begin."""
-_SECONDARY, _PRINTED, _LOGGED, _RECOGNISED = range(4)
-"""How much a line is worth as the cause: the echo of another one, an exception nobody logged (it can be one that was
-survived), an exception that vLLM itself calls an error or that is probably understood, one that is understood."""
+"""Beginnings of a traceback's frames and source lines."""
+_ECHO, _PRINTED, _LOGGED, _UNDERSTOOD = range(4)
+"""Ranks of a line as the cause: an echo of another failure; an exception that was only printed, so it may have been
+handled; one that vLLM logged as an error, or that is probably understood; one that a rule understands."""
 
 Figures = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """A failed start: `cause` is vLLM's own telling line without its prefixes, `advice` what to do about it, with the
-    figures from the log."""
+    """A failed start. `cause` is vLLM's most telling line without its prefixes, `advice` what to do about it."""
 
     code: FailureCode
     cause: str
@@ -62,74 +61,77 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A failure that is understood by one of its `marks`; `figures` are searched for by the names of their groups."""
+    """A failure recognised by one of its `marks`; `figures` are patterns whose named groups are used in the advice."""
 
     code: FailureCode
     marks: tuple[str, ...]
     advice: Callable[[Figures], str]
     figures: tuple[re.Pattern[str], ...] = ()
-    worth: int = _RECOGNISED
+    rank: int = _UNDERSTOOD
 
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
     failure: Diagnosis
-    worth: int
+    rank: int
     figures: int
 
 
 class FailureLog:
-    """Keeps the first cause among the lines it is given."""
+    """Keeps the first cause among the lines it reads."""
 
     def __init__(self) -> None:
         self._found: _Finding | None = None
         self._serving = False
-        self._dying = False
+        self._failing = False
 
     @property
     def failure(self) -> Diagnosis | None:
         return self._found.failure if self._found else None
 
     def serve(self) -> None:
-        """The server is up: what was found so far was survived, and errors of single requests are to be expected."""
-        self._found, self._serving, self._dying = None, True, False
+        """Note that the server is up.
+
+        Earlier findings were handled, and errors of single requests are normal from now on.
+        """
+        self._found, self._serving, self._failing = None, True, False
 
     def read(self, level: str, message: str, known: Figures) -> None:
-        """Take in one line, split into its level (empty: it has none) and its text with its indentation.
+        """Read one line, split into its level (empty if none) and its text with indentation.
 
-        `known` are figures that earlier lines told.
+        `known` are figures from earlier lines.
         """
-        if level not in _TELLING_LEVELS or message.startswith(_QUOTED):
+        if level not in _FAILURE_LEVELS or message.startswith(_QUOTED):
             return
         found = _find(level, message, known)
         if found is None:
             return
-        if found.worth == _SECONDARY:
-            self._dying = True
-        if self._serving and not self._dying and (level == "" or found.failure.code != "out_of_memory"):
+        if found.rank == _ECHO:
+            self._failing = True
+        if self._serving and not self._failing and (level == "" or found.failure.code != "out_of_memory"):
             return
-        if self._found is None or _tells_more(found, self._found):
+        if self._found is None or _is_better(found, self._found):
             self._found = found
 
 
-def _tells_more(new: _Finding, old: _Finding) -> bool:
-    """Whether a later line is nearer to the cause, or tells the same failure with more figures."""
-    same = new.failure.code == old.failure.code and new.worth == old.worth
-    return new.worth > old.worth or (same and new.figures > old.figures)
+def _is_better(new: _Finding, old: _Finding) -> bool:
+    """Whether a later line is closer to the cause, or has more figures about the same failure."""
+    same = new.failure.code == old.failure.code and new.rank == old.rank
+    return new.rank > old.rank or (same and new.figures > old.figures)
 
 
 def _find(level: str, message: str, known: Figures) -> _Finding | None:
     rule = next((rule for mark, rule in _MARKED if mark in message), None)
     if rule is not None:
         told = {**known, **_figures(rule, message)}
-        return _Finding(Diagnosis(rule.code, _clean(message), rule.advice(told)), rule.worth, len(told))
+        return _Finding(Diagnosis(rule.code, _clean(message), rule.advice(told)), rule.rank, len(told))
     if any(mark in message for mark in _ECHOES):
-        worth = _SECONDARY
+        rank = _ECHO
     elif _EXCEPTION.match(message):
-        worth = _LOGGED if level else _PRINTED
+        rank = _LOGGED if level else _PRINTED
     else:
         return None
-    return _Finding(Diagnosis("engine_failed", _clean(message), "What it logged says more."), worth, 0)
+    return _Finding(Diagnosis("engine_failed", _clean(message), "What it logged says more."), rank, 0)
 
 
 def _figures(rule: _Rule, message: str) -> dict[str, str]:
@@ -147,8 +149,7 @@ _SAYS_NOTHING = ("ValueError", "RuntimeError", "OSError", "AssertionError", "Exc
 
 
 def _clean(message: str) -> str:
-    """The message without the exception's module, what pydantic and argparse put around it, what it says of a trace
-    that isn't shown and, where it says nothing, the exception's name."""
+    """Return the message without module names, wrappers of pydantic and argparse, and references to traces."""
     text = message.strip()
     exception = _EXCEPTION.match(text)
     if exception is not None:
@@ -189,7 +190,7 @@ def _memory_not_free(told: Figures) -> str:
 
 
 def _largest_share(told: Figures) -> float:
-    """The largest gpu_memory_utilization that what was free allows, in hundredths; 0 when unknown."""
+    """Return the largest gpu_memory_utilization that fits into the free memory, in hundredths; 0 if unknown."""
     try:
         return math.floor(100 * float(told["free"]) / float(told["total"])) / 100
     except (KeyError, ValueError, ZeroDivisionError):
@@ -247,8 +248,8 @@ def _gated_model(told: Figures) -> str:
     )
 
 
-def _say(text: str) -> Callable[[Figures], str]:
-    """Advice that needs no figures."""
+def _fixed_advice(text: str) -> Callable[[Figures], str]:
+    """Return an advice function that needs no figures."""
     return lambda _told: text
 
 
@@ -333,7 +334,7 @@ _RULES = (
             "is not a valid model identifier",
             "Invalid repository ID or local directory",
         ),
-        _say(
+        _fixed_advice(
             "There is neither a folder nor a model on Hugging Face of that name that can be seen from here. Check the "
             "name; if the model is private, set HF_TOKEN."
         ),
@@ -347,7 +348,7 @@ _RULES = (
             "We couldn't connect to",
             "outgoing traffic has been disab",
         ),
-        _say(
+        _fixed_advice(
             "Not all of the model's files are here, and Hugging Face could not be asked for them. Check the network "
             "and HF_HUB_OFFLINE, or download the model first."
         ),
@@ -361,14 +362,14 @@ _RULES = (
             "Consistency check failed",
             "Cannot find any model weights",
         ),
-        _say(
+        _fixed_advice(
             "A file with the model's weights is damaged or incomplete. Delete the model's files and download it again."
         ),
     ),
     _Rule(
         "disk_full",
         ("No space left on device",),
-        _say(
+        _fixed_advice(
             "The disk is full, or the container's shared memory (/dev/shm) is. Delete what isn't needed, or give it "
             "more shared memory."
         ),
@@ -382,7 +383,7 @@ _RULES = (
             "CUDA driver version is insufficient",
             "Failed to infer device type",
         ),
-        _say(
+        _fixed_advice(
             "vLLM found no GPU that it can use. Check the driver, and that containers are given the GPU (the NVIDIA "
             "Container Toolkit)."
         ),
@@ -397,34 +398,38 @@ _RULES = (
             "compute capability",
             "no kernel image is available",
         ),
-        _say("This version of vLLM can't run the model on this device. Try a newer image, or another build of it."),
+        _fixed_advice(
+            "This version of vLLM can't run the model on this device. Try a newer image, or another build of it."
+        ),
     ),
     _Rule(
         "bad_argument",
         ("contains custom code which must be executed",),
-        _say("It brings code of its own. If you trust who made it, set trust_remote_code for this model."),
+        _fixed_advice("It brings code of its own. If you trust who made it, set trust_remote_code for this model."),
     ),
     _Rule(
         "bad_argument",
         ("vllm: error: ", "vllm serve: error: ", ".py: error: ", "Value error, "),
-        _say("This version of vLLM refuses the model's settings. Correct its arguments, or use another image."),
+        _fixed_advice(
+            "This version of vLLM refuses the model's settings. Correct its arguments, or use another image."
+        ),
     ),
     _Rule(
         "gated_model",
         ("401 Client Error", "403 Client Error", "Client error '401", "Client error '403"),
         _gated_model,
-        worth=_LOGGED,  # what follows says whether it is gated, or isn't there
+        rank=_LOGGED,  # a later line says whether it is gated or missing
     ),
     _Rule(
         "engine_failed",
         ("died unexpectedly", "died, exit code", "RuntimeError: Executor failed", "EngineDeadError"),
-        _say(
+        _fixed_advice(
             "Where its log has no other error, the system ended one of its processes, as it does when memory runs out."
         ),
-        worth=_SECONDARY,
+        rank=_ECHO,
     ),
 )
-"""In the order in which they are tried."""
+"""Tried in this order."""
 _MARKED = tuple((mark, rule) for rule in _RULES for mark in rule.marks)
 
 _ECHOES = (
@@ -441,4 +446,4 @@ _ECHOES = (
     "Background loop",
     "RuntimeError: cancelled",
 )
-"""What vLLM says of a failure that it has told, or is about to tell."""
+"""Lines about a failure that another line explains."""

@@ -1,4 +1,4 @@
-"""One vLLM server in a container: created or used again, followed through its log, warmed up, stopped."""
+"""One vLLM server in a container: created or reused, followed through its log, warmed up, stopped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from services.engines.port import (
     Model,
     OnExit,
     Report,
-    Rest,
+    SleepFootprint,
     Usage,
 )
 from services.engines.vllm.facts import footprint
@@ -46,26 +46,26 @@ from services.http import FetchError
 
 log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 MEASURE_SECONDS = 2.0
 TAIL_LINES = 60
-AGAIN_SECONDS = 0.5
+RETRY_SECONDS = 0.5
 SIGKILLED = 137
 KEPT_ASLEEP = 2 * 2**30
-"""What one that sleeps keeps of its GPU, as long as it wasn't measured: 1 to 2 GiB (vLLM 0.11 to 0.33)."""
+"""GPU memory that a sleeping model keeps, until measured: 1 to 2 GiB (vLLM 0.11 to 0.33)."""
 
 
 GpuHeld = Callable[[str, Collection[int]], int]
-"""(device id, pids) to the bytes that those processes hold there, measured now; 0 when the driver doesn't say."""
+"""Maps (device id, pids) to the bytes those processes hold there, measured now; 0 if the driver doesn't report it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
-    """What every instance shares: what runs its container, and who measures its device.
+class InstanceContext:
+    """What all instances share: the container runtime and the device's measurements.
 
-    `settle` waits until a device's free memory stands still; `on_end` is told of a container whose run is over.
-    `kept_asleep` holds the bytes that models were measured to keep of their GPU in their sleep, by id. `shard_bytes`
-    tells the sizes of a model's files in the order in which they are loaded; none where they are unknown.
+    `settle` waits until a device's free memory is stable; `on_end` is called with a container whose run has ended.
+    `kept_asleep` maps model ids to the GPU bytes measured while asleep. `shard_bytes` returns the sizes of a model's
+    files in loading order, empty if unknown.
     """
 
     runtime: ContainerRuntime
@@ -78,18 +78,18 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A container of ours that is ready, and whether the model in it sleeps."""
+    """A container of ours that is ready, and whether its model sleeps."""
 
     container: Container
     asleep: bool
 
 
 class VllmInstance:
-    """A model loading, loaded or being unloaded in a container of its own; with `found`, in one that runs already."""
+    """A model loading, loaded or being unloaded in its container; with `found`, in one that already runs."""
 
     def __init__(
         self,
-        host: Host,
+        context: InstanceContext,
         model: Model,
         spec: ContainerSpec,
         device: str,
@@ -97,20 +97,20 @@ class VllmInstance:
         found: Found | None = None,
     ) -> None:
         self.model = model
-        self._runtime = host.runtime
+        self._runtime = context.runtime
         self._spec = spec
         self._device = device
         self._on_exit = on_exit
-        self._gpu_bytes = host.gpu_bytes
-        self._settle = host.settle
-        self._on_end = host.on_end
+        self._gpu_bytes = context.gpu_bytes
+        self._settle = context.settle
+        self._on_end = context.on_end
         self._abort = Abort()
         self._stopping = threading.Event()
         self._ended = threading.Event()
-        self._oom_kills = out_of_memory.kills()
+        self._oom_kills = out_of_memory.oom_kills()
         self._lock = threading.Lock()
         self._starting = threading.Lock()
-        self._log = VllmLog(shard_bytes=host.shard_bytes(model))
+        self._log = VllmLog(shard_bytes=context.shard_bytes(model))
         self._news: list[Evidence] = []
         self._container = found.container if found is not None else None
         self._stream: Stream[bytes] | None = None
@@ -118,10 +118,10 @@ class VllmInstance:
         self._usage: Usage | None = None
         self._tail = ""
         self._asleep = found is not None and found.asleep
-        self._kept_asleep = host.kept_asleep
+        self._kept_asleep = context.kept_asleep
         if found is not None:
             self._server = server_in(found.container, model.id)
-            threading.Thread(target=self._outlive, name="vllm-adopted", daemon=True).start()
+            threading.Thread(target=self._watch_adopted, name="vllm-adopted", daemon=True).start()
 
     @property
     def container_id(self) -> str | None:
@@ -163,7 +163,7 @@ class VllmInstance:
     def stop(self, grace: float) -> None:
         self._stopping.set()
         self._abort()
-        with self._starting:  # a container that is just being started has to be stopped after that
+        with self._starting:  # wait for a concurrent start, then stop the container
             container_id, stream = self.container_id, self._stream
         if container_id is None:
             return
@@ -173,7 +173,7 @@ class VllmInstance:
             pass
         except ContainerError:
             if self._server is not None and not self._ended.is_set():
-                self._stopping.clear()  # it serves on, and its end has to be noticed
+                self._stopping.clear()  # it goes on serving, so a later exit has to be reported
             raise
         assert self._container is not None
         self._on_end(self._container)
@@ -185,11 +185,11 @@ class VllmInstance:
     def asleep(self) -> bool:
         return self._asleep
 
-    def rest(self) -> Rest | None:
+    def sleep_footprint(self) -> SleepFootprint | None:
         weights = self._log.facts.weights_bytes or self.model.size_bytes
         if SLEEP_FLAG not in self._spec.command or not weights:
             return None
-        return Rest(self._kept_asleep.get(self.model.id, KEPT_ASLEEP), weights)
+        return SleepFootprint(self._kept_asleep.get(self.model.id, KEPT_ASLEEP), weights)
 
     def sleep(self, timeout: float) -> None:
         assert self._server is not None
@@ -197,7 +197,7 @@ class VllmInstance:
             raise EngineError(f"{self.model.id} did not go to sleep.")
         self._asleep = True
         kept = self._measure()
-        if kept is not None:  # what was measured before it slept must not be taken for what it keeps
+        if kept is not None:  # a measurement from before it slept would be wrong
             self._kept_asleep[self.model.id] = kept.bytes
 
     def wake(self, report: Report, timeout: float) -> Endpoint:
@@ -221,10 +221,9 @@ class VllmInstance:
         return None
 
     def _bring_up(self) -> str:
-        """Create the container, or use the one that is there, and start it; what it says is read from its first word.
+        """Create the container, or reuse the existing one, attach to its output, and start it; return its id.
 
-        A container of an older spec is replaced. Raises ContainerError and Aborted; then nothing is left of what was
-        begun.
+        A container of an older spec is replaced. Raises ContainerError and Aborted, and removes what it created.
         """
         self._abort.check()
         there = self._existing()
@@ -238,24 +237,24 @@ class VllmInstance:
             self._start(container_id, stream)
         except BaseException:
             if stream is not None:
-                stream.close()  # nobody else has it yet, and that of a container that never starts would never end
+                stream.close()  # the stream of a container that never starts would never end
             if there is None:
                 with suppress(ContainerError):
-                    self._runtime.remove(container_id)  # whoever stopped it while it was made could not know of it
+                    self._runtime.remove(container_id)  # a `stop` during its creation did not know its id
             raise
         self._container = self._runtime.inspect(container_id)
         return container_id
 
     def _start(self, container_id: str, stream: Stream[bytes]) -> None:
-        """Start it, unless it was stopped: one that is stopped meanwhile waits, and finds it to be ended."""
+        """Start the container unless `stop` was called. A concurrent `stop` waits, and then finds it to stop it."""
         with self._starting:
             self._abort.check()
             self._runtime.start(container_id)
             self._stream = stream
-            threading.Thread(target=self._listen, args=(stream,), name="vllm-log", daemon=True).start()
+            threading.Thread(target=self._read_log, args=(stream,), name="vllm-log", daemon=True).start()
 
     def _existing(self) -> str | None:
-        """A container of ours that was made from the same spec; another one of ours is removed."""
+        """Return our container if it has the same spec; remove it if not."""
         found = self._runtime.by_name(self._spec.name)
         if found is None:
             return None
@@ -272,13 +271,13 @@ class VllmInstance:
 
     def _create(self) -> str:
         for mount in self._spec.mounts:
-            if mount.source.startswith("/") and not mount.read_only:  # Docker would make it, as root's
+            if mount.source.startswith("/") and not mount.read_only:  # Docker would create it, owned by root
                 with suppress(OSError):
                     Path(mount.source).mkdir(parents=True, exist_ok=True)
         return self._runtime.create(self._spec)
 
     def _follow(self, container_id: str, report: Report, deadline: float) -> Endpoint:
-        """Until it is healthy and lists the model. Raises LoadFailed with the first cause in its log."""
+        """Wait until the server is healthy and lists the model. Raises LoadFailed with the first cause in its log."""
         report(Evidence("loading_weights", None, "starting vLLM"))
         assert self._container is not None
         server = server_in(self._container, self.model.id)
@@ -292,15 +291,15 @@ class VllmInstance:
                 raise self._failure(container_id)
             if time.monotonic() > deadline:
                 raise LoadFailed("It was not ready in time. Its log says how far it came.", self.log_tail())
-            if server is not None and server.answers():
+            if server is not None and server.is_ready():
                 self._server = server
                 self._measure()
                 threading.Thread(target=self._keep_measuring, name="vllm-memory", daemon=True).start()
                 return server.endpoint
-            self._ended.wait(LOOK_SECONDS)
+            self._ended.wait(POLL_SECONDS)
 
-    def _listen(self, stream: Stream[bytes]) -> None:
-        """Read what it writes until nothing more comes, which is its end, or the runtime's."""
+    def _read_log(self, stream: Stream[bytes]) -> None:
+        """Read the container's output until it ends, or the runtime does."""
         try:
             for data in stream:
                 news = self._log.feed(data)
@@ -312,65 +311,69 @@ class VllmInstance:
             stream.close()
         self._after_the_end()
 
-    def _outlive(self) -> None:
-        """Watch a container that was found running: its log so far isn't read again."""
+    def _watch_adopted(self) -> None:
+        """Watch a container that was found running; its earlier log isn't read."""
         assert self._container is not None
         self._measure()
         threading.Thread(target=self._keep_measuring, name="vllm-memory", daemon=True).start()
         self._after_the_end()
 
     def _after_the_end(self) -> None:
-        """Find out how it ended; a runtime that was only restarted may still have it running."""
+        """Find out how the container ended. After a mere restart of the runtime it may still be running."""
         assert self._container is not None
         code: int | None = None
         while not self._stopping.is_set():
             try:
-                code = self._runtime.wait(self._container.id, AGAIN_SECONDS)
+                code = self._runtime.wait(self._container.id, RETRY_SECONDS)
                 if code is not None:
                     break
             except ContainerGone:
-                self._tell(Exit("Its container was removed"))
+                self._report_exit(Exit("Its container was removed"))
                 return
             except (RuntimeDown, RuntimeHangs):
                 if self._gone_with_its_runtime():
                     break
-                self._stopping.wait(AGAIN_SECONDS)
+                self._stopping.wait(RETRY_SECONDS)
             except ContainerError as error:
-                log.warning("a container can't be looked at", model=self.model.id, error=str(error))
-                self._stopping.wait(AGAIN_SECONDS)
+                log.warning("a container can't be inspected", model=self.model.id, error=str(error))
+                self._stopping.wait(RETRY_SECONDS)
         self._keep_tail()
         failure = self._log.failure
         if self._core_ran_out_of_memory():
-            self._tell(Exit(f"Its engine {out_of_memory.BY_KERNEL}"))
+            self._report_exit(Exit(f"Its engine {out_of_memory.BY_KERNEL}"))
         elif failure is not None:
-            self._tell(Exit(failure.words.rstrip(".")))
+            self._report_exit(Exit(failure.words.rstrip(".")))
         else:
-            self._tell(Exit("Docker went away, and the container with it" if code is None else self._say_end(code)))
+            gone = "Docker went away, and the container with it"
+            self._report_exit(Exit(gone if code is None else self._describe_end(code)))
 
-    def _say_end(self, code: int) -> str:
-        """How a container that was ready ended. One removed by force is killed first, and gone a moment later."""
+    def _describe_end(self, code: int) -> str:
+        """Describe how a ready container ended.
+
+        One that is removed by force is killed first, and disappears a moment later.
+        """
         assert self._container is not None
         if code == SIGKILLED:
-            self._stopping.wait(AGAIN_SECONDS)
+            self._stopping.wait(RETRY_SECONDS)
         try:
             ended = self._runtime.inspect(self._container.id)
         except ContainerGone:
             return "Its container was removed"
         except ContainerError:
-            return self._say_exit(code)
-        return f"Its container {out_of_memory.BY_KERNEL}" if ended.oom_killed else self._say_exit(code)
+            return self._describe_exit(code)
+        return f"Its container {out_of_memory.BY_KERNEL}" if ended.oom_killed else self._describe_exit(code)
 
-    def _say_exit(self, code: int) -> str:
-        """An exit code in words. Code 0 is no success: nobody asked it to end."""
+    def _describe_exit(self, code: int) -> str:
+        """Describe an exit code. Code 0 is not a success, because the exit was not requested."""
         if code == SIGKILLED:
-            return f"Its container {out_of_memory.say_killed(self._oom_kills)}"
+            return f"Its container {out_of_memory.describe_sigkill(self._oom_kills)}"
         return f"Its container ended {'by itself, as if all were well' if code == 0 else f'with exit code {code}'}"
 
     def _gone_with_its_runtime(self) -> bool:
-        """Whether it no longer answers while nobody can say what became of its container."""
-        return self._server is None or not self._server.answers()
+        """Return whether the server doesn't answer while the runtime can't say what became of its container."""
+        return self._server is None or not self._server.is_ready()
 
-    def _tell(self, exit: Exit) -> None:
+    def _report_exit(self, exit: Exit) -> None:
         assert self._container is not None
         self._on_end(self._container)
         self._ended.set()
@@ -378,7 +381,7 @@ class VllmInstance:
             self._on_exit(exit)
 
     def _failure(self, container_id: str) -> LoadFailed:
-        """Why it ended before it was ready."""
+        """Return why the container ended before it was ready."""
         failure = self._log.failure
         if failure is not None and failure.code != "engine_failed":
             return LoadFailed(failure.words, self.log_tail())
@@ -386,14 +389,14 @@ class VllmInstance:
             container = self._runtime.inspect(container_id)
         except ContainerError as error:
             return LoadFailed(str(error), self.log_tail())
-        if container.oom_killed or self._core_ran_out_of_memory():  # of which vLLM's log shows an echo at most
+        if container.oom_killed or self._core_ran_out_of_memory():  # vLLM's log shows only consequences
             return LoadFailed(f"Its engine {out_of_memory.BY_KERNEL}.", self.log_tail())
         if failure is not None:
             return LoadFailed(failure.words, self.log_tail())
-        return LoadFailed(f"{self._say_exit(container.exit_code or 0)} while loading", self.log_tail())
+        return LoadFailed(f"{self._describe_exit(container.exit_code or 0)} while loading", self.log_tail())
 
     def _core_ran_out_of_memory(self) -> bool:
-        """Whether the kernel killed what vLLM's server has its model in: the log says only that it is gone."""
+        """Return whether the kernel killed vLLM's engine process; the log only says that it is gone."""
         failure = self._log.failure
         gone = failure is not None and failure.code == "engine_failed"
         return gone and out_of_memory.killed_since(self._oom_kills)
@@ -411,14 +414,14 @@ class VllmInstance:
         while not self._ended.wait(MEASURE_SECONDS):
             self._measure()
 
-    def _said_to_hold(self) -> int:
-        """By its log, where the driver doesn't tell what a process holds (WSL, MIG, another pid namespace)."""
+    def _logged_footprint(self) -> int:
+        """Memory by its log, if the driver doesn't report processes (WSL, MIG, another pid namespace)."""
         return KEPT_ASLEEP if self._asleep else footprint(self._log.facts) or 0
 
     def _measure(self) -> Usage | None:
-        """Take a reading of what its processes hold; Docker is asked here so that `usage` never has to wait for it.
+        """Measure what its processes hold; done here so that `usage` never waits for Docker.
 
-        None when that can't be known now; the reading before stays.
+        Returns None if unknown; the last measurement stays.
         """
         if self._container is None:
             return None
@@ -429,10 +432,10 @@ class VllmInstance:
         if self._device == HOST_DEVICE:
             held = sum(_resident(pid) for pid in pids)
         else:
-            held = self._gpu_bytes(self._device, pids) or self._said_to_hold()
+            held = self._gpu_bytes(self._device, pids) or self._logged_footprint()
         if not held:
             return None
-        spilled = sum(map(_resident, pids)) if self._asleep else 0  # asleep, its weights are in this machine's RAM
+        spilled = sum(map(_resident, pids)) if self._asleep else 0  # asleep, its weights are in host RAM
         self._usage = usage = Usage(self._device, held, spilled_bytes=spilled)
         return usage
 

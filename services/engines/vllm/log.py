@@ -1,8 +1,8 @@
-"""What a vLLM server logs while it starts, as evidence, facts and failures. Pure.
+"""Parses a vLLM server's start-up log into evidence, facts and failures. Pure.
 
-Lines of vLLM 0.5 to 0.33, on GPUs and on CPUs. Their prefixes differ by version, so nothing is anchored; lines can be
-missing (eager mode, a warm compile cache, one shard); progress bars are redrawn after `\\r`, and text can follow a bar
-on its line.
+Lines of vLLM 0.5 to 0.33, on GPUs and CPUs. Prefixes differ by version, so patterns are not anchored; lines can be
+missing (eager mode, a warm compile cache, a single shard); progress bars are redrawn after `\\r`, and text can follow a
+bar on its line.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from services.sizes import format_part
 from services.switching.progress import ORDER
 
 LONGEST_LINE = 16_384
-"""Characters of one line that are read; vLLM's longest, its configuration, has about 4000."""
+"""Characters read per line; vLLM's longest line, its configuration, has about 4000."""
 LONGEST_BAR = 600
 
 
 class VllmLog:
-    """Reads the output of one start; give it each new piece, split anywhere.
+    """Incremental parser of one start's output, fed with pieces split anywhere.
 
-    `shard_bytes` are the sizes of the files that vLLM loads, in its order, where they are known: it counts shards, but
-    not their bytes. `downloads`: the weights have to be fetched first. vLLM says that it loads a model before it
-    fetches it and nothing while it does, so what comes before the first shard is then told as the download.
+    `shard_bytes` are the sizes of the files in loading order, if known, because vLLM logs the number of shards only.
+    `downloads`: the weights have to be downloaded first. vLLM says that it loads a model before it downloads it, and
+    nothing during the download, so everything before the first shard is reported as the download.
     """
 
     def __init__(self, *, shard_bytes: Sequence[int] = (), downloads: bool = False) -> None:
@@ -42,43 +42,43 @@ class VllmLog:
         self._failures = FailureLog()
         self.facts = Facts()
         self.ready = False
-        """It said that it serves; whether it answers is for its endpoints to say."""
+        """The log says that it serves; its endpoints have to confirm that."""
 
     @property
     def failure(self) -> Diagnosis | None:
-        """Why it does not come up, or what ended it once it served; None as long as nothing speaks for either."""
+        """Why it failed to start, or ended later; None without a sign of either."""
         return self._failures.failure
 
     def feed(self, data: bytes | str) -> list[Evidence]:
-        """What is new in it, in order: a stage is never followed by an earlier one, a fraction by a smaller one."""
+        """Return new evidence in order: stages never go back, and neither do fractions."""
         text = self._decoder.decode(data) if isinstance(data, bytes) else data
         *lines, rest = (self._rest + text).replace("\r", "\n").split("\n")
         self._rest = rest[:LONGEST_LINE]
-        told: list[Evidence] = []
+        evidence: list[Evidence] = []
         for line in lines:
-            told += self._read(line[:LONGEST_LINE])
+            evidence += self._read(line[:LONGEST_LINE])
         if not self.ready and len(self._rest) <= LONGEST_BAR and "%" in self._rest:
-            # The end of a bar's line comes with its next state.
-            told += self._news(_bar(_plain(self._rest), self._shard_bytes))
-        return told
+            # A bar's line is terminated only when it is redrawn.
+            evidence += self._news(_bar(_plain(self._rest), self._shard_bytes))
+        return evidence
 
     def _read(self, line: str) -> list[Evidence]:
         if self.ready:
             if says_failure(line):
                 self._read_failure(_plain(line))
             return []
-        told: list[Evidence] = []
+        evidence: list[Evidence] = []
         if says_progress(line):
             line = _plain(line)
-            told += self._news(_bar(line, self._shard_bytes))
+            evidence += self._news(_bar(line, self._shard_bytes))
             self.facts = learn(self.facts, line)
-            told += self._news(self._phase(line))
+            evidence += self._news(self._phase(line))
             if "Application startup complete." in line:
                 self.ready = True
                 self._failures.serve()
         if says_failure(line):
             self._read_failure(_plain(line))
-        return told
+        return evidence
 
     def _read_failure(self, line: str) -> None:
         level, message = _split(line)
@@ -96,7 +96,7 @@ class VllmLog:
         return None
 
     def _news(self, evidence: Evidence | None) -> list[Evidence]:
-        """The evidence, unless it is older than what was told, or says nothing new."""
+        """Return the evidence, unless its stage is over or it says nothing new."""
         if evidence is None:
             return []
         last = self._last
@@ -110,7 +110,7 @@ class VllmLog:
 
 
 def _goes_on(last: Evidence, new: Evidence) -> bool:
-    """Whether evidence of the same stage adds anything: a larger fraction, or other words for the same one."""
+    """Whether evidence of the same stage adds anything: a larger fraction, or a new detail for the same one."""
     if last.fraction is None or new.fraction is None:
         return last.fraction is None and new != last and (new.fraction is not None or new.detail is not None)
     return new.fraction > last.fraction or (
@@ -119,12 +119,12 @@ def _goes_on(last: Evidence, new: Evidence) -> bool:
 
 
 def says_progress(line: str) -> bool:
-    """Whether a line is worth searching for a stage or a fact: cheap, for the many that are not."""
+    """Cheap filter: whether a line may contain a stage or a fact."""
     return any(mark in line for mark in _PROGRESS_MARKS)
 
 
 def says_failure(line: str) -> bool:
-    """Whether a line is worth searching for a failure: cheap, for the many that are not."""
+    """Cheap filter: whether a line may contain a failure."""
     return any(mark in line for mark in FAILURE_MARKS)
 
 
@@ -132,7 +132,7 @@ _ESCAPE = re.compile(r"\x1b\[[\d;]{0,20}[A-Za-z]")
 
 
 def _plain(line: str) -> str:
-    """The line without the colours that vLLM 0.10 and later use on a terminal."""
+    """Remove the colours that vLLM 0.10 and later print on a terminal."""
     return _ESCAPE.sub("", line) if "\x1b" in line else line
 
 
@@ -146,9 +146,9 @@ _PROCESS = re.compile(r"(?:\[rank\d{1,4}\]: ?|\(\w{1,60} pid=\d{1,10}[^)]{0,60}\
 
 
 def _split(line: str) -> tuple[str, str]:
-    """The level (empty when it has none) and the text, with its indentation, of a line.
+    """Split a line into its level (empty if none) and its text, with indentation.
 
-    The first header counts: what follows is the message, whatever it quotes.
+    The first header counts; everything after it is the message, whatever it quotes.
     """
     process = _PROCESS.match(line)
     if process is not None:
@@ -160,13 +160,12 @@ def _split(line: str) -> tuple[str, str]:
 _SHARDS = re.compile(r"(shards)?: {0,4}\d{1,3}% Completed \| {0,8}(\d{1,7})/(\d{1,7}) \[")
 _GRAPHS = re.compile(r"Capturing CUDA graph([^:]{0,80}): {0,4}\d{1,3}%\|[^|]{0,400}\| {0,8}(\d{1,7})/(\d{1,7}) \[")
 _GRAPH_SHARES = {"mixed": (0.0, 0.45), "decode": (0.45, 0.9)}
-"""From 0.11 on there are two rounds of capturing, `(mixed prefill-decode, PIECEWISE)` and `(decode, FULL)`; before,
-one without a name."""
+"""From 0.11 on there are two rounds of capturing, `(mixed prefill-decode, PIECEWISE)` and `(decode, FULL)`; before that
+one, unnamed."""
 
 
 def _bar(line: str, shard_bytes: Sequence[int]) -> Evidence | None:
-    """What a progress bar on this line has counted; only what is drawn up to its `[` counts, so that a piece of it can
-    not be misread."""
+    """Parse a progress bar; it counts only if complete up to its `[`, so that a partial one can't be misread."""
     shards = _SHARDS.search(line)
     if shards is not None:
         words = "shards" if shards.group(1) else "parts"
@@ -180,7 +179,7 @@ def _bar(line: str, shard_bytes: Sequence[int]) -> Evidence | None:
 
 
 def _shards_read(done: int, total: int, words: str, shard_bytes: Sequence[int]) -> Evidence:
-    """How many shards are read, and how many bytes that is. Sizes of another number of files are not those it reads."""
+    """Return the shards read, with bytes if `shard_bytes` has as many files as vLLM counts."""
     counted = f"{done} of {total} {words}"
     size = sum(shard_bytes)
     if len(shard_bytes) != total or not size:
@@ -228,9 +227,9 @@ _PHASES: tuple[tuple[str, Evidence], ...] = (
     ("Available routes are:", _UP),
     ("Application startup complete.", _UP),
 )
-"""The lines that mark a step, in the order of a start. A fraction is how far the stage usually is by then; the
-compilation on a CPU has none, so that earlier starts say how far it is. vLLM calls that a warm-up, but a GPU's is
-initialisation too, and the cache comes after it."""
+"""Lines that mark a step, in the order of a start. A fraction is the usual progress of the stage at that line;
+compilation on a CPU has none, so that past loads determine its progress. vLLM calls that a warm-up, but it counts as
+initialisation as on a GPU, because the cache is set up after it."""
 
 _PROGRESS_MARKS = tuple(
     dict.fromkeys(("% Completed | ", "Capturing CUDA graph", *(mark for mark, _ in _PHASES), *FACT_MARKS))

@@ -1,6 +1,6 @@
-"""Which container a vLLM model runs in, and what it takes. Pure.
+"""Derives the container for a vLLM model. Pure.
 
-Options of a listed model: `image`, `revision` (a branch, tag or commit on the hub), `arguments` (added to `vllm
+Options of a listed model: `image`, `revision` (a branch, tag or commit on Hugging Face), `arguments` (added to `vllm
 serve`), `environment`, `context_length`, `device` (a GPU's UUID, or `host` for the CPU build), `shm_gb`, `mounts`
 (`[["/data/models", "/models"]]`, read-only), `sleep` (whether it may sleep instead of being stopped).
 """
@@ -21,25 +21,25 @@ PORT = 8000
 OWNER_LABEL = "switchyard.owner"
 HUB_CACHE = "/root/.cache/huggingface"
 COMPILE_CACHE = "/root/.cache/vllm"
-"""Paths in the container: vllm/vllm-openai runs as root, and these are where its home keeps weights and kernels."""
+"""Paths in the container: vllm/vllm-openai runs as root, whose home has the caches of weights and compiled kernels."""
 SLEEP_FLAG, SLEEP_SWITCH = "--enable-sleep-mode", "VLLM_SERVER_DEV_MODE"
 SLEEPS_FROM = (0, 8, 5)
-"""The first vLLM whose server has /sleep, /wake_up and /is_sleeping, which it offers in that mode alone."""
+"""The first vLLM with /sleep, /wake_up and /is_sleeping, which it only offers in development mode."""
 TAG_VERSION = re.compile(r":v?(\d+)\.(\d+)\.(\d+)")
 LEAST_SHARE, MOST_SHARE = 0.02, 0.98
 DEFAULT_SHARE = 0.92
-"""What vLLM 0.33 claims of a GPU when it is told nothing (0.9 before)."""
+"""The share of a GPU that vLLM 0.33 claims by default (0.9 before)."""
 RUNTIME_BYTES = 3 * GIB
-"""The device's context (about 1 GiB) and what profiling and graphs take (1 to 3 GiB)."""
+"""The device's context (about 1 GiB), and what profiling and graphs take (1 to 3 GiB)."""
 CACHE_SHARE = 0.15
-"""Room for the KV cache beside the weights, where nobody has said what a model needs."""
+"""Space for the KV cache, relative to the weights, if the model's need is not declared."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """What every model starts from. `owner` tells the containers of one Switchyard from another's on the same engine.
+    """Defaults for every model. `owner` identifies this Switchyard's containers among those of others.
 
-    `environment` goes into each container: a token for gated models, and that the hub must not be asked.
+    `environment` is set in every container: a token for gated models, and the flag for Hugging Face's offline mode.
     """
 
     image: str
@@ -52,7 +52,7 @@ class VllmSettings:
 
 
 def spec_of(model: Model, settings: VllmSettings, *, device: str, share: float | None) -> ContainerSpec:
-    """The container for a model. `share` is what it may claim of its GPU's memory, None for the CPU build.
+    """Return the container for a model. `share` is the part of its GPU's memory it may claim, None for the CPU build.
 
     vLLM claims its share whatever the model's size, and refuses to start unless that much is free.
     """
@@ -88,26 +88,26 @@ def spec_of(model: Model, settings: VllmSettings, *, device: str, share: float |
 
 
 def can_sleep(image: str) -> bool:
-    """Whether the vLLM of an image has a sleep mode. One whose tag names no version is taken as new."""
+    """Return whether an image's vLLM has a sleep mode. One whose tag has no version is assumed to be new."""
     version = TAG_VERSION.search(image)
     return version is None or tuple(int(part) for part in version.groups()) >= SLEEPS_FROM
 
 
 def container_name(model_id: str, owner: str) -> str:
-    """A name that Docker takes (`[a-zA-Z0-9][a-zA-Z0-9_.-]+`), one for each model of each owner."""
+    """Return a valid container name (`[a-zA-Z0-9][a-zA-Z0-9_.-]+`), unique per model and owner."""
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", model_id).strip("-.")[:40]
     return f"switchyard-{stem}-{hashlib.sha256(f'{owner} {model_id}'.encode()).hexdigest()[:8]}"
 
 
 def required_bytes(model: Model) -> int:
-    """What it takes before it was ever loaded: weights, cache and runtime; 0 when not even its size is known."""
+    """Estimate weights, cache and runtime of a model that was never loaded; 0 if its size is unknown."""
     if not model.size_bytes:
         return 0
     return int(model.size_bytes * (1 + CACHE_SHARE)) + RUNTIME_BYTES
 
 
 def share_of(need_bytes: int, total_bytes: int) -> float:
-    """The flag that makes vLLM claim `need_bytes` of a device, rounded up to a thousandth."""
+    """Return the share that makes vLLM claim `need_bytes` of a device, rounded up to a thousandth."""
     if total_bytes <= 0:
         return MOST_SHARE
     return min(MOST_SHARE, max(LEAST_SHARE, (need_bytes * 1000 // total_bytes + 1) / 1000))
