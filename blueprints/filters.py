@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from blueprints.markdown import FORMAT_LIMIT, PLAIN_EXCERPT, render_markdown
 from services.engines.port import Basis
-from services.sizes import format_size
+from services.sizes import format_part, format_size, format_speed
 from services.text import join_names
 
 bp = Blueprint("filters", __name__)
@@ -33,6 +33,12 @@ _BASIS_WORDS: dict[str, str] = {
 def size(value: float | None) -> str:
     """Format bytes: decimal GB with one digit, MB below 1 GB."""
     return UNKNOWN if value is None else format_size(value)
+
+
+@bp.app_template_filter()
+def part_of(done: float, total: float) -> str:
+    """Format how many bytes of how many are here, in the unit of the whole."""
+    return format_part(done, total)
 
 
 @bp.app_template_filter()
@@ -136,9 +142,7 @@ def speed(bytes_per_second: float | None) -> str:
         return UNKNOWN
     if bytes_per_second < 1:
         return "stalled"
-    if bytes_per_second < 950_000:
-        return f"{max(bytes_per_second / 1e3, 1):.0f} kB/s"
-    return f"{size(bytes_per_second)}/s"
+    return format_speed(bytes_per_second)
 
 
 @bp.app_template_filter()

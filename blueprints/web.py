@@ -23,6 +23,7 @@ from services.engines.port import EngineError
 from services.gateway.router import GatewayError
 from services.native_threads import compute_in_thread
 from services.providers.local_services import ServiceError
+from services.sizes import format_size
 from services.store.errors import StoreError, StoreLocked
 from services.switching.jobs import SwitchError
 from services.switching.plan import Plan
@@ -334,12 +335,12 @@ def _answer_http(error: HTTPException) -> Response:
 def _http_message(error: HTTPException) -> str:
     if error.description != type(error).description:
         return f"{error.description}"
-    limit = services().settings.max_body_mb
+    limit = format_size(services().settings.max_body_bytes)
     return {
         404: "There is nothing at this address.",
         405: "This address does not take that method.",
         400: "The request can't be understood: its body is malformed, or ends before it should.",
-        413: f"The body is larger than the {limit:g} MB that are allowed (setting max_body_mb).",
+        413: f"The body is larger than the {limit} that are allowed (setting max_body_mb).",
     }.get(error.code or 500, f"{error.description}")
 
 

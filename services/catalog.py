@@ -10,8 +10,7 @@ from types import MappingProxyType
 from services.config import ModelEntry
 from services.deleted_models import DeletedModels
 from services.engines.port import Engine, Model
-
-GB = 1_000_000_000
+from services.sizes import GB
 
 
 class UnknownModel(Exception):

@@ -27,6 +27,7 @@ import certifi
 
 from services.abort import Abort
 from services.host_lookup import look_up
+from services.sizes import format_size
 
 MOST_BYTES = 16_000_000
 """Limit of a reply's body. The longest, Ollama's `/api/show`, names every tensor and takes about a megabyte."""
@@ -224,7 +225,7 @@ class HttpRequest:
             content = response.read(self._most_bytes + 1)
             self._check_cancelled()  # the end of a body without a length is the end of the connection
             if len(content) > self._most_bytes:
-                raise TooLarge(f"more than {self._most_bytes / 1e6:.0f} MB came")
+                raise TooLarge(f"more than {format_size(self._most_bytes)} came")
             if response.length:
                 raise ConnectionBroken("the answer ended too soon")
             if response.status in REDIRECTS:

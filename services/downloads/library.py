@@ -6,13 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.catalog import GB, Catalog
+from services.catalog import Catalog
 from services.config import Recommendation
 from services.downloads.fetcher import DownloadError, Source
 from services.downloads.huggingface import names as hub_names
 from services.downloads.ollama.updates import UpdateCheck
 from services.engines.ollama.names import full_name
 from services.engines.port import Model
+from services.sizes import GB
 from services.switching.jobs import SwitchError
 from services.switching.switcher import Switcher
 

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 from services.config import ConfigError, load_settings
+from services.sizes import format_size
 from services.state_folder import DATABASE, PRIVATE_FILE
 
 LOCK_SECONDS = 60.0
@@ -51,7 +52,7 @@ def main() -> int:
     except (BackupError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{copy} is a copy of {database.resolve()}, {copy.stat().st_size / 1e6:.1f} MB.")
+    print(f"{copy} is a copy of {database.resolve()}, {format_size(copy.stat().st_size)}.")
     return 0
 
 

@@ -14,7 +14,7 @@ from services.config import Strategy
 from services.engines.port import HOST_DEVICE, Basis, Need, SleepFootprint
 from services.memory.ledger import Account
 from services.memory.programs import Program
-from services.sizes import format_size
+from services.sizes import format_part, format_size
 from services.text import join_names
 
 
@@ -217,7 +217,7 @@ def refusal(plan: Plan) -> str:
     room = plan.available_bytes + plan.freeable_bytes
     parts = [
         f"{plan.target} needs {format_size(plan.required_bytes)} ({plan.memory_basis}), but at most "
-        f"{format_size(room)} of {format_size(plan.total_bytes)} can be made available."
+        f"{format_part(room, plan.total_bytes)} can be made available."
     ]
     if plan.blocked_by:
         parts.append("Kept: " + "; ".join(f"{b.model} ({b.reason})" for b in plan.blocked_by) + ".")

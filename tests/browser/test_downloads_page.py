@@ -35,7 +35,7 @@ def shared(shared_bench: Workbench) -> Console:
 @pytest.fixture
 def console(shared_bench: Workbench, shared: Console) -> Console:
     """A console that lists the one model of Ollama's, and no download."""
-    return shared_bench.rest(shared)
+    return shared_bench.reset(shared)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_download_shows_the_same_in_two_tabs_and_goes_on_without_them(
         expect(it.locator(".word")).to_have_text(re.compile(r"Downloading \d+ %"))
         expect(it.get_by_role("progressbar", name="Download of llama3.2:latest")).to_be_visible()
         expect(it.locator(".job-figures")).to_have_text(
-            re.compile(r"Ollama\s+[\d.]+ MB of 20 MB\s+[\d.]+ [kM]B/s\s+about \d+ s left")
+            re.compile(r"Ollama\s+[\d.]+ of 20 MB\s+[\d.]+ [kM]B/s\s+about \d+ s left")
         )
     bench.ollama.set_fault("pull_stuck_at", 60)
     bench.ollama.set_fault("pull_slow", None)
@@ -76,7 +76,7 @@ def test_a_download_shows_the_same_in_two_tabs_and_goes_on_without_them(
         it = job(page, "llama3.2:latest")
         expect(it.locator(".job-figures")).to_contain_text("stalled")
         expect(it.locator(".word")).to_have_text(re.compile(r"Downloading (59|60) %"))
-        expect(it.locator(".job-figures")).to_contain_text("12 MB of 20 MB")
+        expect(it.locator(".job-figures")).to_contain_text("12 of 20 MB")
     first.context.close()
     second.goto("about:blank")
     bench.ollama.set_fault("pull_stuck_at", None)
@@ -92,7 +92,7 @@ def test_a_download_is_paused_resumed_and_cancelled(bench: Workbench, console: C
     visit(page, console, "/models")
     download(page, "llama3.2")
     it = job(page, "llama3.2:latest")
-    expect(it.locator(".job-figures")).to_contain_text("10 MB of 20 MB")
+    expect(it.locator(".job-figures")).to_contain_text("10 of 20 MB")
     it.get_by_role("button", name="Pause llama3.2:latest").press("Enter")
     expect(it.locator(".word")).to_have_text(re.compile(r"Paused at (49|50) %"))
     expect(it.get_by_role("button", name="Resume llama3.2:latest")).to_be_focused()
@@ -111,7 +111,7 @@ def test_a_transfer_that_breaks_off_is_tried_again_by_itself(bench: Workbench, c
     visit(page, console, "/models")
     download(page, "llama3.2")
     it = job(page, "llama3.2:latest")
-    expect(it.locator(".job-figures")).to_contain_text(re.compile(r"MB of 20 MB\s+.+ Trying again in \d s\."))
+    expect(it.locator(".job-figures")).to_contain_text(re.compile(r"\d of 20 MB\s+.+ Trying again in \d s\."))
     bench.ollama.clear_faults()
     expect(it.locator(".word")).to_have_text("Complete")
 
@@ -266,7 +266,7 @@ def test_a_long_name_fits_a_narrow_window(bench: Workbench, console: Console, op
     page = open_page(viewport={"width": 390, "height": 800})
     visit(page, console, "/models")
     download(page, name)
-    expect(job(page, name)).to_contain_text("10 MB of 20 MB")
+    expect(job(page, name)).to_contain_text("10 of 20 MB")
     width, inner = page.evaluate("[document.scrollingElement.scrollWidth, innerWidth]")
     assert width <= inner
     bench.ollama.clear_faults()

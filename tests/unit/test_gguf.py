@@ -31,7 +31,7 @@ from services.engines.llamacpp.gguf import (
     split_parts,
 )
 from services.engines.llamacpp.gguf_parts import BLOCKS
-from services.engines.llamacpp.gguf_wire import format_bytes
+from services.sizes import format_size
 from tests.support import gguf_files
 from tests.support.gguf_files import ARRAY, STRING, UINT8, UINT32, array, entry, tensor, text, u32, u64
 
@@ -167,8 +167,8 @@ def test_an_incomplete_copy_is_noticed(tmp_path: Path) -> None:
     """A file whose weights are cut off says how much is there and how much should be."""
     with pytest.raises(GGUFError) as caught:
         read_bytes(good_bytes()[:-1000], tmp_path)
-    size = format_bytes(len(good_bytes()) - 1000)
-    assert str(caught.value).startswith(f"m.gguf ends after {size}, but its header lists 43.0 kB of weights")
+    size = format_size(len(good_bytes()) - 1000)
+    assert str(caught.value).startswith(f"m.gguf ends after {size}, but its header lists 43 kB of weights")
 
 
 @pytest.mark.parametrize("position", [24, 16, 8])

@@ -177,7 +177,7 @@ def test_a_refusal_names_what_blocks_it_and_the_largest_model_that_fits():
     )
     assert plan.alternatives == ("fits",)
     words = refusal(plan)
-    for expected in ("150.0 GB", "10.0 GB", "pinned-one (it is pinned)", "fits"):
+    for expected in ("150.0 GB", "10.0 of 200.0 GB", "pinned-one (it is pinned)", "fits"):
         assert expected in words
 
 

@@ -65,14 +65,14 @@ def test_a_recorded_start_that_worked_has_no_failure(name):
             f"(original error: {OUT_OF_MEMORY})\n{CORE_ERROR}torch.OutOfMemoryError: {OUT_OF_MEMORY}\n",
             "out_of_memory",
             "Failed to load model - not enough GPU memory.",
-            ["asked for 768.00 MiB", "438.31 MiB of 95.01 GiB was free", "max_model_len"],
+            ["asked for 805 MB", "460 MB of 102.0 GB was free", "max_model_len"],
         ),
         (
             "ERROR 12-27 00:09:08 engine.py:366] CUDA out of memory. Tried to allocate 1.25 GiB. GPU 0 has a total "
             "capacty of 15.77 GiB of which 281.12 MiB is free.\n",
             "out_of_memory",
             "CUDA out of memory. Tried to allocate 1.25 GiB.",
-            ["1.25 GiB", "281.12 MiB of 15.77 GiB"],
+            ["1.3 GB", "295 MB of 16.9 GB"],
         ),
         (
             f"{CORE_ERROR}RuntimeError: CUDA out of memory occurred when warming up sampler with 1024 dummy requests. "
@@ -87,14 +87,14 @@ def test_a_recorded_start_that_worked_has_no_failure(name):
             "other processes.\n",
             "memory_not_free",
             "Free memory on device cuda:0 (12.18/23.56 GiB)",
-            ["12.18 of 23.56 GiB were free", "21.67 GiB", "gpu_memory_utilization to 0.51 or less"],
+            ["13.1 GB of 25.3 GB was free", "23.3 GB", "gpu_memory_utilization to 0.51 or less"],
         ),
         (
             f"{ENGINE}Available KV cache memory: -0.30 GiB\n{CORE_ERROR}ValueError: No available memory for the cache "
             "blocks. Try increasing `gpu_memory_utilization` when initializing the engine.\n",
             "no_room_for_cache",
             "No available memory for the cache blocks.",
-            ["0.30 GiB was missing", "gpu_memory_utilization"],
+            ["322 MB was missing", "gpu_memory_utilization"],
         ),
         (
             "ERROR 04-05 01:12:55 [core.py:390] ValueError: To serve at least one request with the models's max seq "
@@ -103,7 +103,7 @@ def test_a_recorded_start_that_worked_has_no_failure(name):
             "`gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine.\n",
             "context_too_long",
             "To serve at least one request",
-            ["131072 tokens needs 4.79 GiB", "there are 4.06 GiB", "longest that fits is 109776 tokens"],
+            ["131072 tokens needs 5.1 GB", "there is 4.4 GB", "longest that fits is 109776 tokens"],
         ),
         (
             "[rank0]: ValueError: The model's max seq len (32768) is larger than the maximum number of tokens that can "
@@ -125,7 +125,7 @@ def test_a_recorded_start_that_worked_has_no_failure(name):
             "memory 59.34 GiB. This happens when other processes sharing the same container release GPU memory.\n",
             "memory_changed",
             "Error in memory profiling.",
-            ["58.23 GiB to 59.34 GiB"],
+            ["62.5 GB to 63.7 GB"],
         ),
         (
             "requests.exceptions.HTTPError: 401 Client Error: Unauthorized for url: https://huggingface.co/a/b\n"
@@ -211,6 +211,16 @@ def test_a_failure_is_recognised_whatever_vllm_says_of_it_afterwards(text, code,
         assert figure in failure.advice
 
 
+def test_one_text_has_each_size_in_one_form():
+    """vLLM's words and the advice tell the same figures, so vLLM's GiB are converted; its own line is kept beside."""
+    failure = read(f"{CORE_ERROR}torch.OutOfMemoryError: {OUT_OF_MEMORY}\n").failure
+    assert "Tried to allocate 805 MB. GPU 0 has a total capacity of 102.0 GB of which 460 MB is free." in failure.words
+    assert "iB" not in failure.words
+    assert "768.00 MiB" in failure.cause
+    line = "ValueError: Free memory on device cuda:0 (12.18/23.56 GiB) on startup is less than desired GPU memory"
+    assert "(13.1 GB/25.3 GB)" in read(f"{CORE_ERROR}{line} utilization (0.92, 21.67 GiB).\n").failure.words
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -248,7 +258,7 @@ def test_the_same_failure_told_with_figures_is_the_better_cause():
     text = f"{CORE_ERROR}Failed to load model - not enough GPU memory.\n{CORE_ERROR}RuntimeError: {OUT_OF_MEMORY}\n"
     failure = read(text).failure
     assert failure is not None
-    assert "768.00 MiB" in failure.advice
+    assert "805 MB" in failure.advice
 
 
 def test_what_vllm_logs_as_its_error_outweighs_an_exception_that_was_printed_before():

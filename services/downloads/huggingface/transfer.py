@@ -29,6 +29,7 @@ from services.downloads.fetcher import DownloadError, Phase
 from services.downloads.huggingface.files import held, remove, unfinished
 from services.downloads.huggingface.names import HubName
 from services.downloads.huggingface.redirects import BLOB
+from services.sizes import format_size
 
 TRIES = 5
 """In a row, without a byte between them."""
@@ -216,8 +217,8 @@ class Transfer:
         if needed > free:
             raise DownloadError(
                 "disk_full",
-                f"{self._name} needs {needed / 1e9:.1f} GB more, and the disk of {self._layout.place} has "
-                f"{free / 1e9:.1f} GB free. Make room and try again.",
+                f"{self._name} needs {format_size(needed)} more, and the disk of {self._layout.place} has "
+                f"{format_size(free)} free. Make room and try again.",
                 may_resume=True,
             )
 

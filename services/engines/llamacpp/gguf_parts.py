@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from services.engines.llamacpp.gguf_wire import Budget, Cursor, GGUFError, Value, format_bytes
+from services.engines.llamacpp.gguf_wire import Budget, Cursor, GGUFError, Value
+from services.sizes import format_size
 
 MAX_DIMENSIONS = 4
 MAX_PARAMETERS = 1 << 63
@@ -131,7 +132,7 @@ def read_part(path: Path, budget: Budget) -> GgufPart:
     data_offset = round_up(cursor.position, _alignment(values, cursor))
     if tensor_count and data_offset + weights.end > file_bytes:
         raise GGUFError(
-            f"{path.name} ends after {format_bytes(file_bytes)}, but its header lists {format_bytes(weights.end)} of "
+            f"{path.name} ends after {format_size(file_bytes)}, but its header lists {format_size(weights.end)} of "
             "weights: the copy may be incomplete."
         )
     return GgufPart(

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from services.sizes import format_size
+
 CHUNK = 1 << 18
 MAX_HEADER_BYTES = 256 << 20
 MAX_KEY_BYTES = (1 << 16) - 1
@@ -192,20 +194,9 @@ class Cursor:
         if not self.has_bytes(count):
             raise self._ends_early()
         if self.position + count > MAX_HEADER_BYTES:
-            raise self.damaged(f"has a header of more than {MAX_HEADER_BYTES >> 20} MB")
+            raise self.damaged(f"has a header of more than {format_size(MAX_HEADER_BYTES)}")
 
     def _ends_early(self) -> GGUFError:
         return GGUFError(
-            f"{self._name} ends within its header, after {format_bytes(self._size)}: the copy may be incomplete."
+            f"{self._name} ends within its header, after {format_size(self._size)}: the copy may be incomplete."
         )
-
-
-def format_bytes(count: int) -> str:
-    """Format a size for people in decimal units: `1.2 MB`."""
-    if count < 1000:
-        return f"{count} bytes"
-    size, units = count / 1000, ["kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.1f} {units[0]}"

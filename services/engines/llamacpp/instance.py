@@ -24,6 +24,7 @@ from services.engines.port import (
 )
 from services.engines.processes import GroupLeader
 from services.http import FetchError, TooSlow, fetch
+from services.sizes import format_part, format_speed
 
 POLL_SECONDS = 0.01
 """Interval at which a load is polled; readiness has to be noticed within 50 ms."""
@@ -154,14 +155,10 @@ class LlamaCppInstance(NoSleepMixin):
         return Evidence("loading_weights", read / total, self._describe_progress(read, total))
 
     def _describe_progress(self, read: int, total: int) -> str:
-        words = (
-            f"{read / 1e9:.1f} of {total / 1e9:.1f} GB read"
-            if total >= 1e9
-            else (f"{read / 1e6:.0f} of {total / 1e6:.0f} MB read")
-        )
+        words = f"{format_part(read, total)} read"
         elapsed = time.monotonic() - self._launched_at
         if elapsed > SLOW_AFTER_SECONDS:
-            words += f" at {read / elapsed / 1e6:.0f} MB/s"
+            words += f" at {format_speed(read / elapsed)}"
             if (total - read) * elapsed > read * SLOW_REMAINING_SECONDS:
                 words += ", this may take a while"
         return words

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from services.engines.ollama.log import LoadLog
 from services.engines.port import Evidence, Report
+from services.sizes import format_part
 
 MOST_AT_ONCE = 1_000_000
 
@@ -61,7 +62,7 @@ class LoadObserver:
             return None
         if held >= total:
             return Evidence("initializing_gpu")
-        return Evidence("loading_weights", held / total, f"{held / 1e6:.0f} of {total / 1e6:.0f} MB in memory")
+        return Evidence("loading_weights", held / total, f"{format_part(held, total)} in memory")
 
 
 def _end_of(path: Path | None) -> int:

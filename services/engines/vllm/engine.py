@@ -33,6 +33,7 @@ from services.engines.vllm.server import Condition, server_in
 from services.engines.vllm.spec import DEFAULT_SHARE, OWNER_LABEL, VllmSettings, required_bytes, share_of, spec_of
 from services.memory.ledger import Reading
 from services.periodic import Periodic
+from services.sizes import format_part, format_size
 
 log = structlog.get_logger(__name__)
 
@@ -280,7 +281,7 @@ class Vllm:
 
 
 def _report_image(report: Report, done: int, total: int | None) -> None:
-    words = f"{done / 1e9:.1f}" + (f" of {total / 1e9:.1f} GB" if total else " GB")
+    words = format_part(done, total) if total else format_size(done)
     report(Evidence("downloading", done / total / 2 if total else None, f"{words} of the image"))
 
 

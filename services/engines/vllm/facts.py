@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-GIB = 2**30
+from services.sizes import GIB
+
 CONTEXT_BYTES = GIB
 """Approximate size of the CUDA context on a device, beside the allocations in it."""
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from services.sizes import GIB, KIB, MIB, TIB, format_size
+
 FailureCode = Literal[
     "out_of_memory",
     "memory_not_free",
@@ -56,7 +58,9 @@ class Diagnosis:
 
     @property
     def words(self) -> str:
-        return f"{self.cause.rstrip('.')}. {self.advice}"
+        """Both in one text. Its sizes are written in one way: vLLM's are in GiB, which nobody could compare."""
+        cause = _SIZES.sub(lambda found: "/".join(_size(n + found[2]) for n in found[1].split("/")), self.cause)
+        return f"{cause.rstrip('.')}. {self.advice}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +171,10 @@ def _out_of_memory(told: Figures) -> str:
             f"There was no memory left to answer {told['sequences']} requests at once. Set a smaller max_num_seqs, or "
             "a smaller gpu_memory_utilization."
         )
-    words = f"It asked for {told['asked']} more" if "asked" in told else "The device ran out of memory"
+    words = f"It asked for {_size(told['asked'])} more" if "asked" in told else "The device ran out of memory"
     if "free" in told:
-        words += f"; {told['free']}"
-        words += f" of {told['total']} was free" if "total" in told else " was free"
+        words += f"; {_size(told['free'])}"
+        words += f" of {_size(told['total'])} was free" if "total" in told else " was free"
     return (
         f"{words}. Unload what else is on the device, or load it with a shorter context (max_model_len), fewer "
         "requests at once (max_num_seqs) or quantised, or choose a smaller model."
@@ -181,12 +185,20 @@ def _memory_not_free(told: Figures) -> str:
     words = "Less memory is free on the device than its share (gpu_memory_utilization) asks for."
     if {"free", "total", "asked", "share"} <= told.keys():
         words = (
-            f"{told['free']} of {told['total']} GiB were free when it started, and it asks for {told['asked']} GiB "
-            f"(gpu_memory_utilization {told['share']})."
+            f"{_size(told['free'] + ' GiB')} of {_size(told['total'] + ' GiB')} was free when it started, and it asks "
+            f"for {_size(told['asked'])} (gpu_memory_utilization {told['share']})."
         )
     most = _largest_share(told)
     lower = f"set gpu_memory_utilization to {most:.2f} or less" if most else "set a smaller gpu_memory_utilization"
     return f"{words} Unload what else is on the device, or {lower}."
+
+
+def _size(told: str) -> str:
+    """Format a size that vLLM or PyTorch told, with its unit or in bytes, as sizes are written everywhere."""
+    for unit, scale in (("KiB", KIB), ("MiB", MIB), ("GiB", GIB), ("TiB", TIB), ("bytes", 1), ("", 1)):
+        if told.endswith(unit):
+            return format_size(float(told.removesuffix(unit)) * scale)
+    return told
 
 
 def _largest_share(told: Figures) -> float:
@@ -208,7 +220,7 @@ def _no_room_for_cache(told: Figures) -> str:
 def _context_too_long(told: Figures) -> str:
     words = f"A context of {told['asked']} tokens" if "asked" in told else "The context"
     if "needed" in told and "free" in told:
-        words += f" needs {told['needed']} GiB of cache, and there are {told['free']} GiB."
+        words += f" needs {_size(told['needed'])} of cache, and there is {_size(told['free'])}."
     else:
         words += " does not fit into the cache."
     if "fits" in told:
@@ -228,7 +240,7 @@ def _context_beyond_model(told: Figures) -> str:
 
 
 def _memory_changed(told: Figures) -> str:
-    change = f" ({told['before']} to {told['after']})" if {"before", "after"} <= told.keys() else ""
+    change = f" ({_size(told['before'])} to {_size(told['after'])})" if {"before", "after"} <= told.keys() else ""
     return (
         f"Another program changed how much memory is free while vLLM measured it{change}. Load it again once nothing "
         "else starts or stops on the device."
@@ -255,6 +267,8 @@ def _fixed_advice(text: str) -> Callable[[Figures], str]:
 
 _NUMBER = r"-?\d{1,12}(?:\.\d{1,9})?"
 _SIZE = rf"{_NUMBER} (?:[KMGT]iB|bytes)"
+_SIZES = re.compile(rf"({_NUMBER}(?:/{_NUMBER})?) ?([KMGT]iB)\b")
+"""A size, or one out of another, as in `(12.18/23.56 GiB)`."""
 
 _RULES = (
     _Rule(
@@ -263,7 +277,7 @@ _RULES = (
         _memory_not_free,
         (
             re.compile(rf"\((?P<free>{_NUMBER})/(?P<total>{_NUMBER}) GiB\)"),
-            re.compile(rf"utilization \((?P<share>{_NUMBER}), (?P<asked>{_NUMBER}) GiB\)"),
+            re.compile(rf"utilization \((?P<share>{_NUMBER}), (?P<asked>{_NUMBER} GiB)\)"),
         ),
     ),
     _Rule("no_room_for_cache", ("No available memory for the cache blocks",), _no_room_for_cache),
@@ -273,8 +287,8 @@ _RULES = (
         _context_too_long,
         (
             re.compile(r"max seq len \((?P<asked>\d{1,12})\)"),
-            re.compile(rf"(?P<needed>{_NUMBER}) GiB KV cache is needed"),
-            re.compile(rf"available KV cache memory \((?P<free>{_NUMBER}) GiB\)"),
+            re.compile(rf"(?P<needed>{_NUMBER} GiB) KV cache is needed"),
+            re.compile(rf"available KV cache memory \((?P<free>{_NUMBER} GiB)\)"),
             re.compile(r"(?:maximum model length is|stored in KV cache \() ?(?P<fits>\d[\d,]{0,15})"),
         ),
     ),

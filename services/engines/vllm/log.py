@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from services.engines.port import Evidence
-from services.engines.vllm.facts import GIB, Facts, learn
 from services.engines.vllm.facts import MARKS as FACT_MARKS
+from services.engines.vllm.facts import Facts, learn
 from services.engines.vllm.failures import MARKS as FAILURE_MARKS
 from services.engines.vllm.failures import Diagnosis, FailureLog
-from services.sizes import format_part
+from services.sizes import format_part, format_size
 from services.switching.progress import ORDER
 
 LONGEST_LINE = 16_384
@@ -83,7 +83,7 @@ class VllmLog:
     def _read_failure(self, line: str) -> None:
         level, message = _split(line)
         short = self.facts.kv_shortage_bytes
-        self._failures.read(level, message, {} if short is None else {"missing": f"{short / GIB:.2f} GiB"})
+        self._failures.read(level, message, {} if short is None else {"missing": format_size(short)})
 
     def _phase(self, line: str) -> Evidence | None:
         for mark, evidence in _PHASES:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from services.engines.containers.port import MODEL_LABEL, ContainerSpec, Mount
 from services.engines.port import HOST_DEVICE, Model
+from services.sizes import GIB
 
-GIB = 2**30
 PORT = 8000
 OWNER_LABEL = "switchyard.owner"
 HUB_CACHE = "/root/.cache/huggingface"
