@@ -30,6 +30,7 @@ def test_the_environment_wins_over_the_file(tmp_path):
         ("port = 99999", ("port", "switchyard.toml", "65535", "99999")),
         ('host = "0.0.0.0"', ("host", "loopback")),
         ('[[models]]\nid = "../x"\nsource = "x"', ("models.0.id", "switchyard.toml")),
+        (f'[[models]]\nid = "{201 * "ä"}"\nsource = "x"', ("models.0.id", "200 characters")),
         ('[[models]]\nid = "a"\nsource = "x"\nsise_gb = 1', ("sise_gb", "size_gb")),
         ('[[models]]\nid = "a"\nsource = "x"\n[[models]]\nid = "a"\nsource = "y"', ("more than once",)),
         ('[[models]]\nid = "a"\nsource = "x\\u0000y"', ("models.0.source",)),
