@@ -59,8 +59,8 @@ class ClientSocket(GeventSocket):  # type: ignore[misc]
         """When the head or body that is being read began; None while nothing of a head has come."""
         self._came = 0
         self.timeout = SEND_SECONDS
-        self.next_request: Callable[[bytes], bytes] = lambda received: received
-        """What gunicorn's parser asks for its next request, given what was read of it already: the hot lane."""
+        self.lane: Any = None
+        """The hot lane (`server.hot_lane.HotLane`), which sees each request before gunicorn's parser."""
         self.failed: Exception | None = None
         """Why the hot lane could not pass on the request that it leaves to gunicorn."""
 

@@ -111,7 +111,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             client.refuse()
             return
         self._clients.add(client)
-        client.next_request = lambda received: self._lane.serve(client, addr[0], received)
+        client.lane = self._lane
         try:
             super(GeventWorker, self).handle(listener, client, addr)
         finally:
@@ -256,7 +256,8 @@ class Requests(RequestParser):  # type: ignore[misc]
         if before and (before.should_close() or not self.finish_body()):
             raise StopIteration
         self.mesg: Any = None  # the base class would look for the rest of its body behind the hot lane's requests
-        received = self._client.next_request(self.unreader.take_buffered())
+        buffered = self.unreader.take_buffered()
+        received = self._client.lane.serve(self._client, self.source_addr[0], buffered)
         if not received:
             raise StopIteration
         self.unreader.unread(received)
