@@ -1,4 +1,4 @@
-"""What a page that watches an answer is sent: what is new, and of a text that is too long its beginning alone."""
+"""The event stream of a growing answer: only what is new, and of a very long answer only its beginning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARAGRAPH = "Some **bold** words, and more of them, to make a paragraph.\n\n"
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every state that a test tells is looked at."""
+    """Send every state of the answer without a pause between updates."""
     monkeypatch.setattr(incremental.IncrementalHtml.__init__, "__defaults__", (0.0, 0.0))
 
 
@@ -31,8 +31,8 @@ def answer(content: str, **changes: object) -> Message:
     return replace(growing_one, **changes)  # type: ignore[arg-type]
 
 
-class Told:
-    """Stands in for the conversations: an answer in the states that a test tells."""
+class FakeChats:
+    """A fake Chats service with one answer, in the given states."""
 
     def __init__(self, states: list[Message]) -> None:
         self.states = states
@@ -50,13 +50,13 @@ class Told:
 
 
 def watch(app: Flask, states: list[Message]) -> list[str]:
-    """The events as a page receives them."""
+    """The events that a page receives."""
     with app.test_request_context():
-        return [event.decode() for event in answer_stream.events(Told(states), states[0].id)]  # type: ignore[arg-type]
+        return [event.decode() for event in answer_stream.events(FakeChats(states), states[0].id)]  # type: ignore[arg-type]
 
 
-def test_each_event_brings_what_is_new(app: Flask) -> None:
-    """Of a long answer the finished paragraphs are sent once: a hundred looks weigh little more than it."""
+def test_each_event_sends_only_what_is_new(app: Flask) -> None:
+    """The finished paragraphs of a long answer are sent once: a hundred updates are little larger than the answer."""
     first = answer("")
     states = [replace(first, content=PARAGRAPH * number) for number in range(101)]
     events = watch(app, states)
@@ -67,8 +67,8 @@ def test_each_event_brings_what_is_new(app: Flask) -> None:
     assert all('hx-swap-oob="beforeend"' in event for event in events[2:])
 
 
-def test_who_comes_late_gets_all_of_it_once(app: Flask) -> None:
-    """The first event of a connection holds the whole answer so far: a lost connection loses nothing."""
+def test_a_late_reader_gets_the_whole_answer_once(app: Flask) -> None:
+    """The first event of a connection holds the whole answer so far, so that a reconnect loses nothing."""
     late = answer(PARAGRAPH * 50)
     first = watch(app, [late])[0]
     assert first.count("<strong>bold</strong>") == 50
@@ -76,7 +76,7 @@ def test_who_comes_late_gets_all_of_it_once(app: Flask) -> None:
 
 
 def test_thoughts_are_sent_as_they_come_and_folded(app: Flask) -> None:
-    """The first of them brings their frame, the next only what is new; when the answer begins they have a time."""
+    """The first thought comes with its frame, later events add to it; when the answer begins, a duration is shown."""
     first = answer("")
     thinking = [replace(first, thinking="Let me <see> " * number, thinking_seconds=1.0 * number) for number in (1, 2)]
     said = [replace(thinking[-1], content=text) for text in ("It", "It is")]
@@ -99,8 +99,8 @@ def test_thoughts_are_sent_as_they_come_and_folded(app: Flask) -> None:
     assert "Thought for 2.0 s" in late
 
 
-def test_text_that_turns_out_to_be_thought_leaves_the_answer(app: Flask) -> None:
-    """Nothing of it stays in the page, nor in what is kept of the answer's HTML."""
+def test_text_that_becomes_a_thought_is_removed_from_the_answer(app: Flask) -> None:
+    """None of it stays on the page, or in the cached HTML of the answer."""
     first = answer(PARAGRAPH * 3)
     thought = replace(first, content="", thinking=PARAGRAPH * 3, thinking_seconds=1.0)
     said = replace(thought, content="It *is*.\n\nYes.")
@@ -113,7 +113,7 @@ def test_text_that_turns_out_to_be_thought_leaves_the_answer(app: Flask) -> None
 
 
 def test_the_end_is_the_whole_message(app: Flask) -> None:
-    """Links that are defined at the end work in all of it; the state of its row goes with it."""
+    """Links defined at the end work everywhere in it, and its row's state is sent with it."""
     first = answer("See [this].\n\n")
     text = first.content + "[this]: https://a.example/\n"
     *_, last = watch(app, [first, replace(first, content=text), replace(first, content=text, state="complete")])
@@ -123,7 +123,7 @@ def test_the_end_is_the_whole_message(app: Flask) -> None:
 
 
 def test_an_answer_too_long_to_format_is_sent_as_its_beginning(app: Flask) -> None:
-    """Beyond the limit its plain beginning takes the place of what was formatted; then only a number changes."""
+    """Beyond the limit the plain beginning replaces the formatted text; after that only the length changes."""
     first = answer("words\n\nwords\n\n" + "word " * (FORMAT_LIMIT // 5 - 10))
     more = [replace(first, content=first.content + "x" * (100 * number)) for number in (1, 2)]
     before, crossed, later, end = watch(app, [first, *more, replace(more[-1], state="complete")])
@@ -136,10 +136,10 @@ def test_an_answer_too_long_to_format_is_sent_as_its_beginning(app: Flask) -> No
     assert len(end) < 1.2 * PLAIN_EXCERPT
 
 
-def test_a_reader_who_lags_has_no_more_formatted_than_anybody(app: Flask) -> None:
-    """An answer that outgrew the limit since its reader was last woken is formatted up to the limit."""
+def test_a_slow_reader_gets_no_text_formatted_beyond_the_limit(app: Flask) -> None:
+    """An answer that exceeded the limit since its reader's last update is formatted only up to the limit."""
     now = answer(PARAGRAPH)
-    told = Told([now])
+    told = FakeChats([now])
     told.now = replace(now, content=PARAGRAPH * (2 * FORMAT_LIMIT // len(PARAGRAPH)))
     with app.test_request_context():
         look = answer_stream.answer_html(now, told)  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def huge(app: Flask) -> Message:
 
 
 def test_a_page_with_an_answer_of_five_megabytes_stays_small(client: FlaskClient, huge: Message) -> None:
-    """It shows the beginning as it was written, says so, and leads to the whole text."""
+    """It shows the beginning as plain text, says so, and links to the whole text."""
     page = client.get(f"/chats/{huge.conversation_id}").text
     assert len(page) < 3 * PLAIN_EXCERPT
     assert "5,200,000 characters, too many to be formatted" in page

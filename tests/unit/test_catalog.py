@@ -1,4 +1,4 @@
-"""Where models come from, and the names they answer to."""
+"""The catalogue: sources of models, their ids and aliases."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from services.config import ModelEntry
 from services.engines.port import Model
 
 
-class Shelf:
-    """An engine as far as the catalogue needs one."""
+class FakeEngine:
+    """A minimal engine for the catalogue."""
 
     def __init__(self, name: str, *models: Model) -> None:
         self.name = name
@@ -36,37 +36,37 @@ PULLED = Model("llama3.2:latest", "ollama", "llama3.2:latest", aliases=("llama3.
 
 
 def test_a_model_answers_to_its_aliases():
-    """`llama3.2` means `llama3.2:latest` where nothing else has that name."""
-    found = catalog(Shelf("ollama", PULLED))
+    """`llama3.2` means `llama3.2:latest` unless another model has that id."""
+    found = catalog(FakeEngine("ollama", PULLED))
     assert found.get("llama3.2").id == "llama3.2:latest"
     assert found.id_of("llama3.2") == "llama3.2:latest"
     assert found.id_of("unknown") == "unknown"
 
 
 def test_an_id_wins_over_an_alias():
-    """A file of that very name is what is meant."""
-    found = catalog(Shelf("llamacpp", GGUF), Shelf("ollama", PULLED))
+    """A file named like the alias wins."""
+    found = catalog(FakeEngine("llamacpp", GGUF), FakeEngine("ollama", PULLED))
     assert found.get("llama3.2").engine == "llamacpp"
     assert set(found.models) == {"llama3.2", "llama3.2:latest"}
 
 
 def test_a_name_that_two_engines_have_stays_reachable_on_both():
-    """The second one carries its engine in front."""
+    """The second engine's model gets the engine's name as a prefix."""
     twin = Model("llama3.2", "ollama", "llama3.2:x")
-    found = catalog(Shelf("llamacpp", GGUF), Shelf("ollama", twin))
+    found = catalog(FakeEngine("llamacpp", GGUF), FakeEngine("ollama", twin))
     assert found.get("llama3.2").engine == "llamacpp"
     assert found.get("ollama/llama3.2").source == "llama3.2:x"
 
 
 def test_a_listed_model_is_not_found_a_second_time():
-    """The entry's id stands for the engine's model, with what the engine knows of it."""
+    """The listed entry and the discovered model are one, with the entry's id and what the engine knows."""
     entry = ModelEntry(id="mine", engine="ollama", source="llama3.2:latest")
-    found = catalog(Shelf("ollama", PULLED), entries=[entry])
+    found = catalog(FakeEngine("ollama", PULLED), entries=[entry])
     assert list(found.models) == ["mine"]
     assert found.get("mine").size_bytes == 1
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    """So that a script's log says what to write instead."""
+    """A script's log then shows the possible names."""
     with pytest.raises(UnknownModel, match=r"Available: llama3.2:latest\."):
-        catalog(Shelf("ollama", PULLED)).get("nope")
+        catalog(FakeEngine("ollama", PULLED)).get("nope")

@@ -1,4 +1,4 @@
-"""The chat page's way to an engine: what it tells of a refusal, and that nothing is waited for without end."""
+"""The chat page's client of the engines: error messages, limits in size and time, dropped history."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.scripted_engine import Reply, ScriptedEngine, answer
 
 
 class OneModel:
-    """A router that admits everybody to one engine."""
+    """A router that admits every request to one engine."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
         self.traffic = Traffic()
@@ -45,8 +45,8 @@ def relay() -> Iterator[Relay]:
     relay.close()
 
 
-def refused(relay: Relay, act: Reply) -> str:
-    """What is said of an engine's refusal, once nothing of the request is left anywhere."""
+def refusal(relay: Relay, act: Reply) -> str:
+    """The error message for an engine's refusal; asserts that nothing of the request is left."""
     engine = ScriptedEngine(act)
     router = OneModel(engine)
     client = ChatClient(router, relay)  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def refused(relay: Relay, act: Reply) -> str:
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "expected"),
     [
         ({"error": {"message": "too long"}}, "The engine refused: too long"),
         ({"error": "too long"}, "The engine refused: too long"),
@@ -68,25 +68,25 @@ def refused(relay: Relay, act: Reply) -> str:
         (b"[" * 50_000, "The engine answered with status 400."),
     ],
 )
-def test_a_refusal_is_told_in_the_engines_words_where_it_has_any(relay, body, told):
-    """Whatever its shape."""
-    assert refused(relay, Reply(answer("400 Bad Request", body), close=True)) == told
+def test_a_refusal_shows_the_engines_message_if_there_is_one(relay, body, expected):
+    """In whatever shape the engine reports it."""
+    assert refusal(relay, Reply(answer("400 Bad Request", body), close=True)) == expected
 
 
-def test_a_refusal_that_never_ends_is_not_read_to_its_end(relay):
-    """Nor waited for: what has come says enough, and the connection is closed."""
+def test_an_endless_refusal_is_not_read_to_its_end(relay):
+    """What has arrived is enough for a message, and the connection is closed."""
     endless = b"HTTP/1.1 500 Oops\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 200_000
-    assert refused(relay, Reply(endless)) == "The engine answered with status 500."
+    assert refusal(relay, Reply(endless)) == "The engine answered with status 500."
 
 
-def test_a_refusal_that_breaks_off_is_one_all_the_same(relay):
-    """It is no error of Switchyard's own."""
-    told = refused(relay, Reply(b"HTTP/1.1 500 Oops\r\nContent-Length: 10\r\n\r\nx", close=True))
-    assert "broke off" in told
+def test_a_truncated_refusal_is_still_a_refusal(relay):
+    """It is reported as the engine's error, not as one of ours."""
+    message = refusal(relay, Reply(b"HTTP/1.1 500 Oops\r\nContent-Length: 10\r\n\r\nx", close=True))
+    assert "broke off" in message
 
 
 def test_stopping_before_the_first_token_closes_the_connection(relay):
-    """An engine that still reads a long prompt has sent nothing, not even headers: it hears of it at once."""
+    """An engine that still processes a long prompt has sent nothing, not even headers; it notices the stop at once."""
     engine = ScriptedEngine(Reply())
     router, abort = OneModel(engine), Abort()
 
@@ -104,8 +104,8 @@ def test_stopping_before_the_first_token_closes_the_connection(relay):
     assert router.traffic.in_flight == 0
 
 
-def test_stopping_before_the_engine_is_asked_asks_nobody(relay):
-    """As when the model became ready in the moment of the click."""
+def test_stopping_before_the_request_sends_nothing(relay):
+    """As when the model becomes ready at the moment of the click."""
     engine = ScriptedEngine()
     router, abort = OneModel(engine), Abort()
     abort()
@@ -121,7 +121,7 @@ def delta(**fields: object) -> object:
 
 
 def streamed(relay: Relay, *events: object) -> list[Delta]:
-    """The pieces of an answer made of these events. A str is an event's data as it is."""
+    """The deltas of an answer with these events. A str is sent unchanged as an event's data."""
     lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
     body = "".join(f"data: {line}\n\n" for line in lines).encode()
     engine = ScriptedEngine(Reply(answer(body=body)))
@@ -134,8 +134,8 @@ def streamed(relay: Relay, *events: object) -> list[Delta]:
     return pieces
 
 
-def test_half_a_character_becomes_whole_or_a_sign_that_it_was_none(relay):
-    """JSON can spell surrogates out: a pair cut in two is one character again, one without a partner is replaced."""
+def test_split_surrogates_are_joined_or_replaced(relay):
+    """JSON can encode surrogates separately: a split pair is joined, a lone surrogate is replaced."""
     pieces = streamed(
         relay, *(delta(content=text) for text in ("a\ud83d", "\ude00b", "c\ud83d", "d\ude00", "\ud83d")), "[DONE]"
     )
@@ -144,8 +144,8 @@ def test_half_a_character_becomes_whole_or_a_sign_that_it_was_none(relay):
 
 
 @given(st.text(st.characters(exclude_categories=())))
-def test_cleaned_text_can_be_written_and_loses_nothing_else(text):
-    """Whatever it holds; text without halves stays as it is."""
+def test_cleaned_text_can_be_encoded_and_loses_nothing_else(text):
+    """Any text can be encoded after cleaning; text without surrogates is unchanged."""
     clean = fix_surrogates(text)
     clean.encode()
     assert fix_surrogates(clean) == clean
@@ -153,8 +153,8 @@ def test_cleaned_text_can_be_written_and_loses_nothing_else(text):
     assert [c for c in clean if c != "\ufffd" and c < "\U00010000"] == without
 
 
-def test_thoughts_come_by_any_of_their_names_once(relay):
-    """As llama.cpp, newer vLLM and Ollama call them; a vLLM in between sends them under two names."""
+def test_thoughts_are_read_once_under_any_field_name(relay):
+    """llama.cpp, newer vLLM and Ollama name the field differently; one vLLM version sends both names."""
     both = delta(reasoning="c ", reasoning_content="c ")
     events = (delta(reasoning_content="a "), delta(reasoning="b "), both, delta(thinking="d"), delta(content="Yes."))
     pieces = streamed(relay, *events, "[DONE]")
@@ -177,13 +177,13 @@ def test_thoughts_come_by_any_of_their_names_once(relay):
         delta(role="assistant"),
     ],
 )
-def test_what_is_no_piece_of_an_answer_is_passed_over(relay, odd):
-    """An engine's odd event costs nothing of the rest."""
+def test_events_that_are_not_deltas_are_ignored(relay, odd):
+    """The rest of the answer is unaffected."""
     assert streamed(relay, delta(content="a"), odd, delta(content="b"), "[DONE]") == [Delta("a"), Delta("b")]
 
 
-def test_an_event_that_never_ends_is_not_read_to_its_end(relay):
-    """Nor kept: the memory is for everybody."""
+def test_an_endless_event_is_not_read_to_its_end(relay):
+    """Its data isn't kept either, because memory is shared by all requests."""
     engine = ScriptedEngine(Reply(answer(body=b"data: " + b"x" * 2_000_000)))
     with (
         pytest.raises(GenerationError, match="no answer"),
@@ -198,7 +198,7 @@ ANSWER = Reply(answer(body=b'data: {"choices":[{"delta":{"content":"ok"}}]}\n\nd
 
 
 def turns(count: int) -> tuple[Message, ...]:
-    """So many questions of 100 characters, all but the last with answers as long."""
+    """`count` messages of 100 characters, alternating question and answer, ending with a question."""
     roles = ["user", "assistant"] * count
     made = (
         Message(f"m{n}", "c", role, f"{n}".ljust(100, "x"), "m", "complete", None, 0.0, 0.0, None, None)  # type: ignore[arg-type]
@@ -207,61 +207,63 @@ def turns(count: int) -> tuple[Message, ...]:
     return tuple(made)
 
 
-def asked(engine: ScriptedEngine) -> list[list[str]]:
-    """The contents of the messages of each request, by their numbers."""
+def sent_numbers(engine: ScriptedEngine) -> list[list[str]]:
+    """The numbers of the messages in each request."""
     return [[m["content"].rstrip("x") for m in json.loads(a.body)["messages"]] for a in engine.requests]
 
 
-def told(relay: Relay, prompt: Prompt, *replies: Reply) -> tuple[int, list[list[str]]]:
-    """From which message on a model is told in the end, and what it was asked until then."""
+def first_sent_and_attempts(relay: Relay, prompt: Prompt, *replies: Reply) -> tuple[int, list[list[str]]]:
+    """The index of the first message that was finally sent, and the messages of each attempt."""
     engine = ScriptedEngine(*replies)
     router = OneModel(engine)
     try:
         with ChatClient(router, relay).stream_chat(None, prompt, Abort()) as stream:  # type: ignore[arg-type]
             assert [piece.text for piece in stream] == ["ok"]
-            return stream.told_from, asked(engine)
+            return stream.told_from, sent_numbers(engine)
     finally:
         engine.close()
         assert router.traffic.in_flight == 0
 
 
-def test_a_conversation_that_no_longer_fits_goes_on_without_its_oldest_turns(relay):
-    """What is left fills about half of the context, and begins with a question."""
-    first, requests = told(relay, Prompt(turns(6)), Reply(answer("400 Bad Request", {"error": FULL})), ANSWER)
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(relay):
+    """The remaining turns fill about half of the context, and start with a question."""
+    first, requests = first_sent_and_attempts(
+        relay, Prompt(turns(6)), Reply(answer("400 Bad Request", {"error": FULL})), ANSWER
+    )
     assert first == 10
     assert requests == [[str(n) for n in range(11)], ["10"]]
 
 
-def test_without_figures_half_is_left_out_again_and_again(relay):
-    """As when an engine's words are not understood in full."""
+def test_without_figures_half_of_the_history_is_dropped_repeatedly(relay):
+    """When the engine's error has no figures that can be parsed."""
     vague = Reply(answer("400 Bad Request", {"message": "This model's maximum context length is full"}))
-    first, requests = told(relay, Prompt(turns(6)), vague, vague, ANSWER)
+    first, requests = first_sent_and_attempts(relay, Prompt(turns(6)), vague, vague, ANSWER)
     assert first == 10
     assert [request[0] for request in requests] == ["0", "6", "10"]
 
 
-def test_what_did_not_fit_last_time_is_not_tried_again(relay):
-    """The same model is told from where it was told then, so that what it remembers of the prompt holds; another one
-    may have more room, and one that ran out of it within its answer gets more."""
+def test_dropped_turns_stay_dropped_for_the_same_model(relay):
+    """The same model gets the history from the same turn on, so that its prompt cache works. Another model may have
+    more room, and one that filled the context with its answer gets less history."""
     messages = turns(6)
     last = replace(messages[9], told_from="m4")
-    assert told(relay, Prompt(messages, last), ANSWER)[0] == 4
-    assert told(relay, Prompt(messages, replace(last, model="other")), ANSWER)[0] == 0
-    assert told(relay, Prompt(messages, replace(last, context_full=True)), ANSWER)[0] == 8
-    assert told(relay, Prompt(messages, replace(last, told_from="gone")), ANSWER)[0] == 0
+    assert first_sent_and_attempts(relay, Prompt(messages, last), ANSWER)[0] == 4
+    assert first_sent_and_attempts(relay, Prompt(messages, replace(last, model="other")), ANSWER)[0] == 0
+    assert first_sent_and_attempts(relay, Prompt(messages, replace(last, context_full=True)), ANSWER)[0] == 8
+    assert first_sent_and_attempts(relay, Prompt(messages, replace(last, told_from="gone")), ANSWER)[0] == 0
 
 
 def test_a_message_that_is_too_long_by_itself_is_explained(relay):
     """With the figures, and what can be done."""
     with pytest.raises(GenerationError) as caught:
-        told(relay, Prompt(turns(2)), Reply(answer("400 Bad Request", {"error": FULL})))
+        first_sent_and_attempts(relay, Prompt(turns(2)), Reply(answer("400 Bad Request", {"error": FULL})))
     assert str(caught.value).startswith(
         "This message is too long: the context of m holds 300 tokens, and it needs 900. Send it in parts, or"
     )
 
 
 def test_an_answer_that_fills_the_context_says_so(relay):
-    """No length was asked for: nothing else ends it so."""
+    """No length limit was requested, so `length` can only mean a full context."""
     chunk = {"choices": [{"delta": {}, "finish_reason": "length"}]}
     body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
     for said, full in ((body, True), (body.replace(b"length", b"stop"), False)):

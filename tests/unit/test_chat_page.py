@@ -1,4 +1,4 @@
-"""The Chat page's forms: what was typed comes back with every refusal, and nothing is sent twice."""
+"""The Chat page's forms: a refused message is returned with the reason, and nothing is stored twice."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ def conversation(app: Flask) -> str:
 
 
 def typed(answer: TestResponse) -> str:
-    """What stands in the composer of a page."""
+    """The text in a page's composer."""
     found = re.search(r'<textarea id="text"[^>]*>\n?(.*?)</textarea>', answer.text, re.DOTALL)
     assert found, answer.text
     return unescape(found[1])
 
 
 def alert(answer: TestResponse) -> str:
-    """What is said beside the composer."""
+    """The message beside the composer."""
     found = re.search(r'<div id="composer-error"[^>]*role="alert"[^>]*>(.*?)</div>', answer.text, re.DOTALL)
     assert found, answer.text
     return unescape(re.sub(r"<[^>]+>", "", found[1])).strip()
 
 
 def action(answer: TestResponse) -> str:
-    """Where the composer sends to."""
+    """The composer's form action."""
     found = re.search(r'<form id="composer-form"[^>]* action="([^"]+)"', answer.text)
     assert found, answer.text
     return found[1]
@@ -82,7 +82,7 @@ def action(answer: TestResponse) -> str:
 
 @pytest.mark.parametrize("new", [True, False])
 def test_a_refused_message_comes_back_in_the_composer(client: FlaskClient, conversation: str, new: bool) -> None:
-    """Without script the form is there again, with the text in it and the reason beside it; it can be sent again."""
+    """Without JavaScript the form is shown again with the text and the reason beside it; it can be sent again."""
     path = "/chats" if new else f"/chats/{conversation}/messages"
     answer = client.post(path, data={"text": TOO_LONG}, headers=PAGE)
     assert answer.status_code == 422
@@ -93,8 +93,8 @@ def test_a_refused_message_comes_back_in_the_composer(client: FlaskClient, conve
     assert 'http-equiv="refresh"' not in answer.text
 
 
-def test_a_message_that_comes_too_early_comes_back(client: FlaskClient, chats: Chats, conversation: str) -> None:
-    """A second tab may not know of the answer under way. The page stays as it is until the text is sent again."""
+def test_a_message_sent_during_an_answer_is_returned(client: FlaskClient, chats: Chats, conversation: str) -> None:
+    """A second tab may not know of the answer under way. The page stays unchanged until the text is sent again."""
     sent = chats.send(conversation, "First")
     answer = client.post(f"/chats/{conversation}/messages", data={"text": TYPED}, headers=PAGE)
     assert answer.status_code == 409
@@ -106,7 +106,7 @@ def test_a_message_that_comes_too_early_comes_back(client: FlaskClient, chats: C
 
 
 def test_with_script_the_reason_is_said_beside_the_composer(client: FlaskClient, conversation: str) -> None:
-    """The text never left the composer, which stays untouched; a header tells the page that the words are ours."""
+    """The text stays in the composer; a header marks the response as ours, not a proxy's."""
     for path in ("/chats", f"/chats/{conversation}/messages"):
         answer = client.post(path, data={"text": TOO_LONG}, headers=HTMX)
         assert answer.status_code == 422
@@ -117,7 +117,7 @@ def test_with_script_the_reason_is_said_beside_the_composer(client: FlaskClient,
 
 
 def test_switching_too_often_loses_no_message(make_app: Callable[..., Flask]) -> None:
-    """The limit is checked before the form is looked at; the text comes back all the same."""
+    """The rate limit applies before the form is read; the text is returned all the same."""
     app = make_app(switch_rate_limit="1/hour")
     client = app.test_client()
     model = next(iter(app.extensions["switchyard"].catalog.models))
@@ -133,7 +133,7 @@ def test_switching_too_often_loses_no_message(make_app: Callable[..., Flask]) ->
 def test_a_database_that_can_not_be_written_loses_no_message(
     client: FlaskClient, chats: Chats, conversation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading still works then, and the page with it: the text is in its composer, and can be sent again."""
+    """Reading still works, so the page is shown with the text in its composer, which can be sent again."""
 
     def refuse(*_: object) -> bool:
         raise StoreLocked("The database is locked by another program.")
@@ -149,8 +149,8 @@ def test_a_database_that_can_not_be_written_loses_no_message(
     monkeypatch.undo()
 
 
-def test_what_was_sent_is_told_apart_from_any_other_success(client: FlaskClient, conversation: str) -> None:
-    """A proxy may answer 200 with nothing in it: only this event empties the composer."""
+def test_a_stored_message_is_confirmed_by_an_event(client: FlaskClient, conversation: str) -> None:
+    """A proxy may answer 200 with an empty body: only this event empties the composer."""
     answer = client.post(f"/chats/{conversation}/messages", data={"text": TYPED}, headers=HTMX)
     assert answer.status_code == 200
     assert answer.headers["HX-Trigger"] == "message-sent"
@@ -160,7 +160,7 @@ def test_what_was_sent_is_told_apart_from_any_other_success(client: FlaskClient,
 
 
 def test_sending_again_sends_once(client: FlaskClient, chats: Chats, conversation: str) -> None:
-    """An answer may get lost on its way back; the same message is then taken for what it is, whatever became of it."""
+    """If the response was lost, the repeated message is recognised by its id, whatever became of the first."""
     for path in ("/chats", f"/chats/{conversation}/messages"):
         before = len(chats.conversations())
         message = {"text": TYPED, "id": ID if path == "/chats" else ID[::-1]}
@@ -171,8 +171,8 @@ def test_sending_again_sends_once(client: FlaskClient, chats: Chats, conversatio
     assert [m.role for m in chats.get(conversation).messages] == ["user", "assistant"]
 
 
-def test_an_id_that_is_none_is_not_used(client: FlaskClient, chats: Chats, conversation: str) -> None:
-    """Each of these is a message of its own."""
+def test_an_invalid_message_id_is_ignored(client: FlaskClient, chats: Chats, conversation: str) -> None:
+    """Each of these messages is a new one."""
     for text in ("../x", "", "A" * 32):
         client.post(f"/chats/{conversation}/messages", data={"text": "Hi", "id": text}, headers=PAGE)
         chats.stop(chats.get(conversation).messages[-1].id)
@@ -182,7 +182,7 @@ def test_an_id_that_is_none_is_not_used(client: FlaskClient, chats: Chats, conve
 def test_a_message_to_a_deleted_conversation_can_begin_a_new_one(
     client: FlaskClient, chats: Chats, conversation: str
 ) -> None:
-    """Somebody deleted it in another tab: it is said, the text is there, and goes to a new chat."""
+    """The page says that it was deleted in another tab, keeps the text, and sends it to a new chat."""
     chats.delete(conversation)
     answer = client.post(f"/chats/{conversation}/messages", data={"text": TYPED}, headers=PAGE)
     assert answer.status_code == 404
@@ -198,7 +198,7 @@ def test_a_message_to_a_deleted_conversation_can_begin_a_new_one(
 def test_the_page_of_a_deleted_conversation_says_so_and_stays(
     client: FlaskClient, chats: Chats, conversation: str
 ) -> None:
-    """No look leads away from it, and its draft is found under the name it was kept under."""
+    """Polling does not redirect it, and its draft stays stored under the same key."""
     chats.delete(conversation)
     opened = client.get(f"/chats/{conversation}", headers=PAGE)
     assert opened.status_code == 404

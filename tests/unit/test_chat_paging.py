@@ -1,4 +1,4 @@
-"""Many conversations and long ones: a page holds a part of them, leads to the rest, and keeps what was unfolded."""
+"""Paging of conversations and messages: a page shows a part, links to the rest, and keeps what was expanded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chats(app: Flask) -> Chats:
 
 @pytest.fixture
 def fill(app: Flask) -> Callable[..., list[str]]:
-    """Puts so many conversations into the database, and messages into the newest; gives their ids, the newest last."""
+    """Insert conversations, and messages into the newest; return their ids, the newest last."""
 
     def put(conversations: int, messages: int = 0, content: str = "Words of message {number}.") -> list[str]:
         said = [content.format(number=number) for number in range(messages)]
@@ -44,18 +44,18 @@ def shown(page: str) -> list[int]:
 
 
 def link(page: str, of: str, attribute: str = "href") -> str | None:
-    """Where a link leads, by its id."""
+    """The href of a link, by its id."""
     found = re.search(rf'<a id="{of}"[^>]*?\s{attribute}="([^"]*)"', page)
     return found and html.unescape(found[1])
 
 
-def kept(page: str) -> dict[str, str]:
-    """What a page says of itself with each look and form."""
+def hidden_fields(page: str) -> dict[str, str]:
+    """The hidden fields that a page sends with each poll and form."""
     return dict(re.findall(r'class="shown" name="(\w+)" value="([^"]*)"', page))
 
 
-def test_a_page_lists_the_newest_conversations_and_leads_to_all(client: FlaskClient, fill: Callable) -> None:
-    """By links alone every conversation is found, once, newest first."""
+def test_a_page_lists_the_newest_conversations_and_links_to_all(client: FlaskClient, fill: Callable) -> None:
+    """Following the links finds every conversation once, newest first."""
     ids = fill(3 * LISTED + 7)
     found, address = [], "/chats/new"
     while True:
@@ -69,8 +69,8 @@ def test_a_page_lists_the_newest_conversations_and_leads_to_all(client: FlaskCli
     assert found == ids[::-1]
 
 
-def test_scrolling_brings_more_into_the_same_list(client: FlaskClient, fill: Callable) -> None:
-    """Twice as many each time, up to a number from which on there are pages; a change leaves them all there."""
+def test_scrolling_loads_more_into_the_same_list(client: FlaskClient, fill: Callable) -> None:
+    """The number doubles each time up to a limit, then there are pages; an update keeps all of them shown."""
     ids = fill(2 * LISTED_MOST, messages=1)
     page, length = client.get(f"/chats/{ids[-1]}").text, LISTED
     while more := link(page, "older", "hx-get"):
@@ -80,12 +80,14 @@ def test_scrolling_brings_more_into_the_same_list(client: FlaskClient, fill: Cal
         assert f'id="conversation-{ids[-1]}" href="/chats/{ids[-1]}" title="Talk {len(ids) - 1}" aria-current' in page
     assert length == LISTED_MOST
     assert link(page, "older") is not None
-    look = client.get("/fragments/chat-status", query_string={"conversation": ids[-1], **kept(page)}, headers=HTMX).text
+    look = client.get(
+        "/fragments/chat-status", query_string={"conversation": ids[-1], **hidden_fields(page)}, headers=HTMX
+    ).text
     assert len(listed(look)) == LISTED_MOST
 
 
-def test_a_page_shows_the_latest_messages_and_leads_to_all(client: FlaskClient, fill: Callable) -> None:
-    """Earlier messages come in above those that are there, until there are none; what was unfolded stays unfolded."""
+def test_a_page_shows_the_latest_messages_and_links_to_all(client: FlaskClient, fill: Callable) -> None:
+    """Earlier messages are added above the shown ones until all are there; expanded messages stay expanded."""
     conversation = fill(1, messages=2 * PAGE_MESSAGES + 5)[0]
     page, numbers = client.get(f"/chats/{conversation}").text, range(2 * PAGE_MESSAGES + 5)
     assert shown(page) == list(numbers[-PAGE_MESSAGES:])
@@ -96,12 +98,14 @@ def test_a_page_shows_the_latest_messages_and_leads_to_all(client: FlaskClient, 
     while more := link(page, "earlier-messages", "hx-get"):
         page = client.get(more, headers=HTMX).text
     assert shown(page) == list(numbers)
-    look = client.get("/fragments/chat-status", query_string={"conversation": conversation, **kept(page)}, headers=HTMX)
+    look = client.get(
+        "/fragments/chat-status", query_string={"conversation": conversation, **hidden_fields(page)}, headers=HTMX
+    )
     assert shown(look.text) == list(numbers)
 
 
 def test_a_page_of_long_messages_holds_fewer_of_them(client: FlaskClient, fill: Callable) -> None:
-    """It begins where its messages together have so many characters, and holds at least the last one."""
+    """A page has fewer messages when they are long together, but at least the last one."""
     conversation = fill(1, messages=12, content="x" * (PAGE_CHARACTERS // 4))[0]
     assert shown(client.get(f"/chats/{conversation}").text) == [8, 9, 10, 11]
 
@@ -111,10 +115,10 @@ def test_an_answer_longer_than_a_page_is_shown_with_its_question(client: FlaskCl
     assert shown(client.get(f"/chats/{conversation}").text) == [2, 3]
 
 
-def test_an_unchanged_look_reads_no_message_and_no_list(
+def test_an_unchanged_poll_reads_no_message_and_no_list(
     client: FlaskClient, chats: Chats, fill: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """10,000 conversations cost each look 127 ms, and 2,000 messages were read to see that none had changed."""
+    """With 10,000 conversations each poll cost 127 ms, and it read 2,000 messages to see that none had changed."""
     conversation = fill(LISTED, messages=PAGE_MESSAGES + 10)[-1]
     page = client.get(f"/chats/{conversation}").text
     poll = re.search(r'id="poll" hx-get="([^"]+)"', page)
@@ -125,14 +129,14 @@ def test_an_unchanged_look_reads_no_message_and_no_list(
 
     monkeypatch.setattr(chats._repository, "get", read)
     monkeypatch.setattr(chats._repository, "newest_first", read)
-    look = client.get(html.unescape(poll[1]) + f"&from={kept(page)['from']}", headers=HTMX)
+    look = client.get(html.unescape(poll[1]) + f"&from={hidden_fields(page)['from']}", headers=HTMX)
     assert look.status_code == 200
     assert "Words of message" not in look.text
     assert 'id="composer"' in look.text
 
 
-def test_what_makes_no_sense_is_ignored(client: FlaskClient, fill: Callable) -> None:
-    """An address that somebody has changed shows a page, not an error."""
+def test_invalid_parameters_are_ignored(client: FlaskClient, fill: Callable) -> None:
+    """An edited URL shows a page, not an error."""
     conversation = fill(2, messages=3)[-1]
     for query in ("from=-1", "from=x", "from=99999999999", "from=4", "listed=-5", "listed=x", "older=x", "older=nan-"):
         page = client.get(f"/chats/{conversation}?{query}")

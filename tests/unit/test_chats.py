@@ -1,4 +1,4 @@
-"""Conversations and the answers in them: what is kept, what is refused, and what every reader sees."""
+"""Conversations and answers: what is stored, what is refused, and what every reader sees."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAIT = 5.0
 
 
 class FakeStream:
-    """An answer whose pieces a test hands out one by one; `taken` counts those that were asked for."""
+    """An answer whose pieces the test sends one by one; `taken` counts those that were consumed."""
 
     told_from = 0
     context_full = False
@@ -65,7 +65,7 @@ class FakeStream:
     def end(self) -> None:
         self._pieces.put(None)
 
-    def break_off(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         self._pieces.put(error)
 
     def _cancel(self) -> None:
@@ -80,7 +80,7 @@ class FakeStream:
 
 
 class FakeGenerator:
-    """Hands each request to the test as a stream; `admit` cleared makes it wait, as for a model being loaded."""
+    """Gives each request to the test as a stream. While `admit` is cleared requests wait, as for a loading model."""
 
     def __init__(self) -> None:
         self.refusal: Exception | None = None
@@ -116,17 +116,17 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def patience() -> float:
-    """How long the database is waited for: long enough on a busy machine."""
+    """How long the database waits for a lock: long enough on a busy machine."""
     return WAIT
 
 
 impatient = pytest.mark.parametrize("patience", [0.01])
-"""For tests in which it stays locked: it is waited for only for a moment."""
+"""For tests in which it stays locked: it waits only for a moment."""
 
 
 @pytest.fixture
 def store(path: Path, patience: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A database; what can't be saved is tried again soon."""
+    """A database; failed saves are retried soon."""
     monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 0.01)
     store = open_store(path, lock_timeout=patience)
     yield store
@@ -146,8 +146,8 @@ def chats(store: Store, generator: FakeGenerator) -> Iterator[Chats]:
     chats.close()
 
 
-def begin(store: Store, title: str = "A talk") -> Conversation:
-    """A conversation in which nothing has been said."""
+def new_conversation(store: Store, title: str = "A talk") -> Conversation:
+    """An empty conversation."""
     conversation = Conversation(new_id(), title, 1.0, 1.0)
     ConversationRepository(store).add(conversation)
     return conversation
@@ -155,45 +155,45 @@ def begin(store: Store, title: str = "A talk") -> Conversation:
 
 @pytest.fixture
 def conversation(store: Store) -> Conversation:
-    return begin(store)
+    return new_conversation(store)
 
 
-def final(chats: Chats, message_id: str) -> Message:
-    """The message once nothing is added to it any more."""
+def wait_for_end(chats: Chats, message_id: str) -> Message:
+    """The message once it is complete."""
     *_, last = (m for m in chats.follow(message_id) if m is not None)
     return last
 
 
-def until(chats: Chats, message_id: str, content: str) -> Message:
-    """The message once it says `content`."""
+def wait_for_content(chats: Chats, message_id: str, content: str) -> Message:
+    """The message once its content is `content`."""
     return next(m for m in chats.follow(message_id) if m is not None and m.content == content)
 
 
-def kept(store: Store, message: Message) -> bool:
-    """Whether the database has this state of a message, or will in a moment."""
+def is_saved(store: Store, message: Message) -> bool:
+    """Whether the database has this state of a message, or will have soon."""
     wait_until(lambda: ConversationRepository(store).message(message.id) == message, "a message to be saved")
     return True
 
 
 def answer(chats: Chats, generator: FakeGenerator, conversation: Conversation, text: str, *pieces: str) -> Message:
-    """A whole exchange."""
+    """A whole exchange: question and answer."""
     sent = chats.send(conversation.id, text)
     generator.next().say(*pieces).end()
-    return final(chats, sent.id)
+    return wait_for_end(chats, sent.id)
 
 
 def test_an_answer_is_written_and_kept(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
-    """The question is saved, the answer grows to its end, says who wrote it, and is in the database."""
+    """The question is saved; the answer grows to its end, names its model, and is in the database."""
     sent = chats.send(conversation.id, "  Hello?  ")
     assert (sent.role, sent.state, sent.content, sent.final) == ("assistant", "streaming", "", False)
     generator.next().say("Good ", "day", ".").end()
-    done = final(chats, sent.id)
+    done = wait_for_end(chats, sent.id)
     assert (done.content, done.state, done.model, done.tokens) == ("Good day.", "complete", "active-model", 3)
     assert done.seconds is not None
     assert done.finished_at is not None
-    assert kept(store, done)
+    assert is_saved(store, done)
     stored = ConversationRepository(store).get(conversation.id)
     assert stored is not None
     assert [(m.role, m.content, m.state) for m in stored.messages] == [
@@ -203,17 +203,17 @@ def test_an_answer_is_written_and_kept(
     assert chats.get(conversation.id) == stored
 
 
-def test_the_asked_model_is_asked(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """A model named by the user is passed on."""
+def test_the_chosen_model_is_asked(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """The model that the user chose is passed to the generator."""
     chats.send(conversation.id, "Hi", model="tiny")
     assert generator.next().model == "tiny"
 
 
 def test_the_first_message_names_the_conversation(chats: Chats, generator: FakeGenerator) -> None:
-    """The title is the first message's beginning, unless the user gives another; later ones don't change it."""
+    """The title is the beginning of the first message, unless the user sets another; later messages don't change it."""
     begun = chats.start("Tell me about trains")
     generator.next().say("ok").end()
-    final(chats, begun.id)
+    wait_for_end(chats, begun.id)
     conversation = chats.get(begun.conversation_id)
     assert conversation.title == "Tell me about trains"
     answer(chats, generator, conversation, "And planes", "ok")
@@ -235,27 +235,27 @@ def test_the_first_message_names_the_conversation(chats: Chats, generator: FakeG
     ],
 )
 def test_titles_are_cut_at_a_word(text: str, title: str) -> None:
-    """Long titles end with a whole word and a sign that they go on; one endless word is cut hard."""
+    """A long title ends with a whole word and an ellipsis; a single long word is cut."""
     assert title_of(text) == title
 
 
 @pytest.mark.parametrize("text", ["", " \n\t "])
-def test_nothing_is_not_sent(text: str, chats: Chats, conversation: Conversation) -> None:
-    """An empty message is refused and leaves nothing behind."""
+def test_an_empty_message_is_refused(text: str, chats: Chats, conversation: Conversation) -> None:
+    """An empty message is refused and nothing is stored."""
     with pytest.raises(EmptyMessage):
         chats.send(conversation.id, text)
     assert chats.get(conversation.id).messages == ()
 
 
 def test_the_limit_of_a_message(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """32,000 characters pass, one more is refused in words."""
+    """32,000 characters are accepted, one more is refused with a message."""
     with pytest.raises(MessageTooLong, match="32,001 characters; 32,000 is the limit"):
         chats.send(conversation.id, "x" * 32_001)
     answer(chats, generator, conversation, "x" * 32_000, "ok")
 
 
-def test_unknown_ids_are_refused_in_words(chats: Chats) -> None:
-    """Whatever names a conversation or message that is not there says so."""
+def test_unknown_ids_are_refused(chats: Chats) -> None:
+    """Every call with an unknown conversation or message id gets a clear error."""
     for call in (chats.get, chats.delete, lambda key: chats.rename(key, "x"), lambda key: chats.send(key, "x")):
         with pytest.raises(ConversationNotFound, match="does not exist any more"):
             call("nothing")
@@ -265,21 +265,21 @@ def test_unknown_ids_are_refused_in_words(chats: Chats) -> None:
 
 
 def test_one_answer_at_a_time(chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store) -> None:
-    """While an answer is written its conversation takes no other message, other conversations do."""
+    """During an answer its conversation accepts no other message; other conversations do."""
     sent = chats.send(conversation.id, "One")
     stream = generator.next()
     with pytest.raises(ChatBusy):
         chats.send(conversation.id, "Two")
     with pytest.raises(ChatBusy):
         chats.retry(sent.id)
-    answer(chats, generator, begin(store), "Elsewhere", "ok")
+    answer(chats, generator, new_conversation(store), "Elsewhere", "ok")
     stream.end()
-    final(chats, sent.id)
+    wait_for_end(chats, sent.id)
     answer(chats, generator, conversation, "Two", "ok")
 
 
 def test_two_sends_at_once_make_one_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """Of eight threads that send at the same moment one gets through, the others are told to wait."""
+    """Of eight threads that send at the same time one succeeds, the others are refused as busy."""
     barrier, results = threading.Barrier(8), queue.Queue[str]()
 
     def send() -> None:
@@ -299,11 +299,11 @@ def test_two_sends_at_once_make_one_answer(chats: Chats, generator: FakeGenerato
     generator.next().end()
 
 
-def test_stopping_keeps_what_came(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """A stopped answer keeps its words, the engine is told, and nothing is added afterwards."""
+def test_stopping_keeps_the_text_so_far(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A stopped answer keeps its text, the engine is told to stop, and nothing is added afterwards."""
     sent = chats.send(conversation.id, "Count")
     stream = generator.next().say("one ", "two")
-    until(chats, sent.id, "one two")
+    wait_for_content(chats, sent.id, "one two")
     stopped = chats.stop(sent.id)
     assert (stopped.state, stopped.content, stopped.error) == ("stopped", "one two", None)
     assert stream.cancelled
@@ -313,8 +313,10 @@ def test_stopping_keeps_what_came(chats: Chats, generator: FakeGenerator, conver
     assert chats.stop(sent.id) == stopped
 
 
-def test_stopping_before_the_model_is_there(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """An answer that waits for its model stops at once: its generator hears of it, and the engine is never asked."""
+def test_stopping_before_the_model_is_loaded(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """An answer that waits for its model stops at once: its generator is cancelled and the engine never called."""
     generator.admit.clear()
     sent = chats.send(conversation.id, "Hi")
     assert generator.asked.wait(WAIT)
@@ -327,30 +329,32 @@ def test_stopping_before_the_model_is_there(chats: Chats, generator: FakeGenerat
 
 
 def test_a_refusal_is_shown(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """What the generator says for people ends up in the failed answer, and the chat can go on."""
+    """The generator's error message is stored in the failed answer, and the chat can continue."""
     generator.refusal = GenerationError("No model is loaded. Load one on the Models page.")
-    failed = final(chats, chats.send(conversation.id, "Hi").id)
+    failed = wait_for_end(chats, chats.send(conversation.id, "Hi").id)
     assert (failed.state, failed.error) == ("failed", "No model is loaded. Load one on the Models page.")
     assert failed.content == ""
     generator.refusal = None
     assert answer(chats, generator, conversation, "Again", "ok").state == "complete"
 
 
-def test_breaking_off_keeps_what_came(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """An answer whose engine dies in the middle is marked failed and keeps its words."""
+def test_a_failing_engine_keeps_the_text_so_far(
+    chats: Chats, generator: FakeGenerator, conversation: Conversation
+) -> None:
+    """An answer whose engine crashes in the middle is marked as failed and keeps its text."""
     sent = chats.send(conversation.id, "Hi")
-    generator.next().say("Half an ans").break_off(GenerationError("The engine went away."))
-    failed = final(chats, sent.id)
+    generator.next().say("Half an ans").fail(GenerationError("The engine went away."))
+    failed = wait_for_end(chats, sent.id)
     assert (failed.state, failed.content, failed.error) == ("failed", "Half an ans", "The engine went away.")
 
 
 def test_a_bug_does_not_leave_an_answer_hanging(
     chats: Chats, generator: FakeGenerator, conversation: Conversation
 ) -> None:
-    """Whatever is raised, the answer ends, in words without a stack trace."""
+    """After any exception the answer ends, with a message without a stack trace."""
     sent = chats.send(conversation.id, "Hi")
-    generator.next().break_off(KeyError("secret"))
-    failed = final(chats, sent.id)
+    generator.next().fail(KeyError("secret"))
+    failed = wait_for_end(chats, sent.id)
     assert failed.state == "failed"
     assert failed.error == "Switchyard failed to pass the answer on (KeyError); its log has the details."
 
@@ -358,14 +362,14 @@ def test_a_bug_does_not_leave_an_answer_hanging(
 def test_retry_keeps_the_earlier_answer(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
-    """Both are kept beside each other; the new one is asked with what came before, and shown."""
+    """Both answers are kept; the new one gets the history before it, and is shown."""
     answer(chats, generator, conversation, "One", "first")
     old = answer(chats, generator, conversation, "Two", "bad")
     new = chats.retry(old.id)
     stream = generator.next().say("good")
     stream.end()
     assert [m["content"] for m in stream.messages] == ["One", "first", "Two"]
-    assert final(chats, new.id).versions == (old.id, new.id)
+    assert wait_for_end(chats, new.id).versions == (old.id, new.id)
     assert [m.content for m in chats.get(conversation.id).messages] == ["One", "first", "Two", "good"]
     assert chats.message(old.id) == replace(old, versions=(old.id, new.id))
     again = Chats(ConversationRepository(store), generator)
@@ -373,53 +377,51 @@ def test_retry_keeps_the_earlier_answer(
     again.close()
 
 
-def test_the_conversation_goes_on_from_the_answer_that_is_shown(
+def test_the_conversation_continues_from_the_shown_answer(
     chats: Chats, generator: FakeGenerator, conversation: Conversation
 ) -> None:
-    """What one sees is what the model is told, also after paging back."""
+    """The model gets the versions that are shown, also after another version was chosen."""
     old = answer(chats, generator, conversation, "One", "old")
     new = chats.retry(old.id)
     generator.next().say("new").end()
-    final(chats, new.id)
+    wait_for_end(chats, new.id)
     assert chats.show(old.id).content == "old"
     sent = chats.send(conversation.id, "Two")
     stream = generator.next()
     stream.end()
     assert [m["content"] for m in stream.messages] == ["One", "old", "Two"]
-    final(chats, sent.id)
+    wait_for_end(chats, sent.id)
     chats.show(new.id)
     assert [m.content for m in chats.get(conversation.id).messages] == ["One", "new", "Two", ""]
 
 
-def test_an_answer_without_a_word_is_not_kept(
-    chats: Chats, generator: FakeGenerator, conversation: Conversation
-) -> None:
-    """There is nothing in a failure to page back to; the answers before it stay."""
+def test_an_answer_without_text_is_replaced(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A failed answer without text is replaced; earlier answers stay."""
     good = answer(chats, generator, conversation, "One", "good")
     generator.refusal = GenerationError("no")
-    failed = final(chats, chats.retry(good.id).id)
+    failed = wait_for_end(chats, chats.retry(good.id).id)
     generator.refusal = None
     again = chats.retry(failed.id)
     generator.next().say("better").end()
-    assert final(chats, again.id).versions == (good.id, again.id)
+    assert wait_for_end(chats, again.id).versions == (good.id, again.id)
     with pytest.raises(MessageNotFound):
         chats.message(failed.id)
     only = chats.start("Hi")
     generator.next().end()
-    final(chats, only.id)
+    wait_for_end(chats, only.id)
     last = chats.retry(only.id)
     generator.next().say("ok").end()
-    assert final(chats, last.id).versions == ()
+    assert wait_for_end(chats, last.id).versions == ()
 
 
-def test_one_does_not_page_away_from_an_answer_being_written(
+def test_no_other_version_is_shown_during_an_answer(
     chats: Chats, generator: FakeGenerator, conversation: Conversation
 ) -> None:
-    """The composer would take a message that then is refused; other answers can be looked at meanwhile."""
+    """Otherwise the composer would accept a message that is then refused; other answers can be shown meanwhile."""
     first = answer(chats, generator, conversation, "One", "1")
     second = chats.retry(first.id)
     generator.next().say("2").end()
-    final(chats, second.id)
+    wait_for_end(chats, second.id)
     old = answer(chats, generator, conversation, "Two", "old")
     new = chats.retry(old.id)
     stream = generator.next()
@@ -428,7 +430,7 @@ def test_one_does_not_page_away_from_an_answer_being_written(
             chats.show(message_id)
     chats.show(first.id)
     stream.end()
-    final(chats, new.id)
+    wait_for_end(chats, new.id)
     with pytest.raises(MessageNotFound):
         chats.show("nothing")
 
@@ -436,7 +438,7 @@ def test_one_does_not_page_away_from_an_answer_being_written(
 def test_only_the_last_answer_can_be_retried(
     chats: Chats, generator: FakeGenerator, conversation: Conversation
 ) -> None:
-    """An earlier answer stays as it is."""
+    """Retrying an earlier answer is refused."""
     first = answer(chats, generator, conversation, "One", "first")
     answer(chats, generator, conversation, "Two", "second")
     with pytest.raises(NotTheLast):
@@ -446,20 +448,20 @@ def test_only_the_last_answer_can_be_retried(
 def test_a_question_without_an_answer_can_be_retried(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
-    """When the process died between question and answer the question is answered, not doubled."""
+    """If the process died between question and answer, Retry answers the question without storing it again."""
     question = Message("q" * 32, conversation.id, "user", "One", None, "complete", None, 1.0, 1.0, None, None)
     ConversationRepository(store).append(question)
     new = chats.retry(question.id)
     generator.next().say("here").end()
-    final(chats, new.id)
+    wait_for_end(chats, new.id)
     assert [m.content for m in chats.get(conversation.id).messages] == ["One", "here"]
 
 
-def test_what_the_model_is_told(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """Everything that has words, in order; a failed answer without any is left out."""
+def test_the_history_sent_to_the_model(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """All messages with text, in order; a failed answer without text is left out."""
     answer(chats, generator, conversation, "One", "1")
     generator.refusal = GenerationError("no")
-    final(chats, chats.send(conversation.id, "Two").id)
+    wait_for_end(chats, chats.send(conversation.id, "Two").id)
     generator.refusal = None
     chats.send(conversation.id, "Three")
     stream = generator.next()
@@ -472,54 +474,54 @@ def test_what_the_model_is_told(chats: Chats, generator: FakeGenerator, conversa
     ]
 
 
-def test_thoughts_are_kept_apart_from_the_answer_and_never_told_again(
+def test_thoughts_are_stored_apart_and_never_sent_again(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
-    """They are a sign of life, are saved with their time, and are no history."""
+    """They are a sign of life, are saved with their duration, and are not part of the history."""
     sent = chats.send(conversation.id, "One")
     stream = generator.next().say(Delta("Let me ", thought=True), Delta("see", thought=True))
     thinking = next(m for m in chats.follow(sent.id) if m is not None and m.thinking == "Let me see")
     assert (thinking.content, thinking.tokens, thinking.final) == ("", 2, False)
     stream.say("It is ", "one.").end()
-    done = final(chats, sent.id)
+    done = wait_for_end(chats, sent.id)
     assert (done.thinking, done.content, done.tokens) == ("Let me see", "It is one.", 4)
     assert done.thinking_seconds is not None
     assert done.seconds is not None
     assert done.thinking_seconds <= done.seconds
-    assert kept(store, done)
+    assert is_saved(store, done)
     chats.send(conversation.id, "Two")
     stream = generator.next()
     stream.end()
     assert [m["content"] for m in stream.messages] == ["One", "It is one.", "Two"]
 
 
-def test_a_late_sign_makes_all_before_it_a_thought(
+def test_a_closing_tag_makes_everything_before_it_a_thought(
     chats: Chats, generator: FakeGenerator, conversation: Conversation
 ) -> None:
-    """Where a model tells only the end of its thoughts."""
+    """Some models' answers only have the closing tag."""
     sent = chats.send(conversation.id, "One")
     generator.next().say("Let me see\n", Delta("", thought=True, all_before=True), "It is one.").end()
-    done = final(chats, sent.id)
+    done = wait_for_end(chats, sent.id)
     assert (done.thinking, done.content) == ("Let me see", "It is one.")
 
 
-def test_an_answer_that_is_all_thought_can_be_stopped_and_paged_back_to(
+def test_an_answer_with_thoughts_only_is_kept_as_a_version(
     chats: Chats, generator: FakeGenerator, conversation: Conversation
 ) -> None:
-    """Thoughts are worth keeping on Retry, too."""
+    """An answer with thoughts only is kept on Retry, too."""
     sent = chats.send(conversation.id, "One")
     generator.next().say(Delta("Hm", thought=True))
     next(m for m in chats.follow(sent.id) if m is not None and m.thinking)
     chats.stop(sent.id)
     again = chats.retry(sent.id)
     generator.next().say("ok").end()
-    assert final(chats, again.id).versions == (sent.id, again.id)
+    assert wait_for_end(chats, again.id).versions == (sent.id, again.id)
 
 
-def test_what_did_not_fit_is_remembered(
+def test_dropped_history_is_stored(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
-    """From which message on a model was told, and whether its answer filled the context: also by who asks it next."""
+    """The first message that was sent, and whether the answer filled the context, apply to the next answer as well."""
     answer(chats, generator, conversation, "One", "1")
     generator.told_from = 2
     sent = chats.send(conversation.id, "Two")
@@ -527,16 +529,16 @@ def test_what_did_not_fit_is_remembered(
     stream.context_full = True
     stream.say("2").end()
     generator.told_from = 0
-    done = final(chats, sent.id)
+    done = wait_for_end(chats, sent.id)
     assert (done.told_from, done.context_full) == (stream.prompt.messages[2].id, True)
     assert stream.prompt.messages[2].content == "Two"
-    assert kept(store, done)
+    assert is_saved(store, done)
     again = chats.retry(done.id)
     stream = generator.next()
     stream.end()
     assert stream.prompt.last_answer == done
     assert [m.content for m in stream.prompt.messages] == ["One", "1", "Two"]
-    final(chats, again.id)
+    wait_for_end(chats, again.id)
     chats.show(done.id)
     chats.send(conversation.id, "Three")
     stream = generator.next()
@@ -545,14 +547,14 @@ def test_what_did_not_fit_is_remembered(
     assert stream.prompt.last_answer.id == done.id
 
 
-def test_a_message_still_growing_is_no_history() -> None:
-    """Only what is final is told to a model."""
+def test_a_growing_message_is_not_part_of_the_history() -> None:
+    """Only completed messages are sent to a model."""
     growing = Message("i", "c", "assistant", "half", None, "streaming", None, 0.0, None, 1, 0.0)
     assert prompt_of(Conversation("c", "A", 0.0, 0.0, (growing,))).messages == ()
 
 
 def test_two_readers_see_the_same(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """Two who follow, from different moments on, both see the words grow and the same end."""
+    """Two readers that start at different times both see the text grow and the same end."""
     sent = chats.send(conversation.id, "Hi")
     stream = generator.next()
     seen: list[list[Message]] = [[], []]
@@ -563,7 +565,7 @@ def test_two_readers_see_the_same(chats: Chats, generator: FakeGenerator, conver
     readers = [threading.Thread(target=follow, args=(n,), daemon=True) for n in range(2)]
     readers[0].start()
     stream.say("a", "b")
-    until(chats, sent.id, "ab")
+    wait_for_content(chats, sent.id, "ab")
     readers[1].start()
     stream.say("c").end()
     for reader in readers:
@@ -574,16 +576,16 @@ def test_two_readers_see_the_same(chats: Chats, generator: FakeGenerator, conver
         assert all(later.content.startswith(earlier.content) for earlier, later in pairwise(views))
 
 
-def test_following_what_is_over_gives_it_once(
+def test_following_a_finished_answer_gives_it_once(
     chats: Chats, generator: FakeGenerator, conversation: Conversation
 ) -> None:
-    """A reader who comes late gets the final message and the end."""
+    """A late reader gets the final message and the end."""
     done = answer(chats, generator, conversation, "Hi", "ok")
     assert list(chats.follow(done.id)) == [done]
 
 
 def test_many_pieces_make_few_updates(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """A reader is not woken for every one of a thousand pieces, and misses none of the words."""
+    """A reader isn't woken for each of a thousand pieces, but misses no text."""
     sent = chats.send(conversation.id, "Hi")
     stream = generator.next()
     updates = chats.follow(sent.id)
@@ -594,10 +596,10 @@ def test_many_pieces_make_few_updates(chats: Chats, generator: FakeGenerator, co
     assert len(views) < 100
 
 
-def test_an_engine_that_is_never_waited_for_leaves_the_loop_to_others(
+def test_a_fast_engine_does_not_block_the_event_loop(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces that are there already make no greenlet wait: an answer of 5 MB held everybody up for over a second."""
+    """Reading available pieces never yields: an answer of 5 MB blocked all others for over a second."""
     taken: list[float] = []
     monkeypatch.setattr("services.yielding.SLICE_SECONDS", 0.0)
     monkeypatch.setattr("services.yielding.time", SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
@@ -606,10 +608,10 @@ def test_an_engine_that_is_never_waited_for_leaves_the_loop_to_others(
     assert min(taken) > 0
 
 
-def test_silence_gives_a_heartbeat(
+def test_a_silent_answer_gives_heartbeats(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While nothing comes a reader gets None now and then, so that a gone client is noticed."""
+    """Without new pieces a reader gets None now and then, so that a disconnected client is noticed."""
     monkeypatch.setattr(answers, "HEARTBEAT_SECONDS", 0.001)
     monkeypatch.setattr(answers, "FOLLOW_SECONDS", 0.001)
     sent = chats.send(conversation.id, "Hi")
@@ -621,45 +623,45 @@ def test_silence_gives_a_heartbeat(
     assert [m for m in updates if m is not None][-1].state == "complete"
 
 
-def test_the_page_sees_the_live_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """A conversation read in the middle of an answer shows what has come so far, saved or not."""
+def test_a_page_includes_the_growing_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
+    """A conversation read during an answer includes its text so far, saved or not."""
     sent = chats.send(conversation.id, "Hi")
     stream = generator.next().say("so far")
-    until(chats, sent.id, "so far")
+    wait_for_content(chats, sent.id, "so far")
     live = chats.get(conversation.id).messages[-1]
     assert (live.id, live.content, live.state) == (sent.id, "so far", "streaming")
     stream.end()
 
 
-def test_answers_are_saved_as_they_come(
+def test_answers_are_saved_while_they_grow(
     chats: Chats,
     generator: FakeGenerator,
     conversation: Conversation,
     store: Store,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What has come is in the database before the answer is done."""
+    """The text so far is in the database before the answer is complete."""
     monkeypatch.setattr(answers, "SAVE_SECONDS", 0.0)
     sent = chats.send(conversation.id, "Hi")
     stream = generator.next().say("half")
-    so_far = until(chats, sent.id, "half")
+    so_far = wait_for_content(chats, sent.id, "half")
     assert so_far.state == "streaming"
-    assert kept(store, so_far)
+    assert is_saved(store, so_far)
     stream.end()
 
 
 @impatient
-def test_a_locked_database_holds_up_no_answer(
+def test_a_locked_database_delays_no_answer(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store, path: Path
 ) -> None:
-    """It goes on and ends as if nothing were wrong, no other one waits, and all is saved once that works again."""
-    one, other = chats.send(conversation.id, "One"), chats.send(begin(store).id, "Two")
+    """It continues and ends normally, other answers too, and everything is saved once the database works again."""
+    one, other = chats.send(conversation.id, "One"), chats.send(new_conversation(store).id, "Two")
     streams = {stream.messages[0]["content"]: stream for stream in (generator.next(), generator.next())}
     with locked_database(path):
         streams["One"].say("A whole ", "answer.").end()
         streams["Two"].say("Half an")
-        done = final(chats, one.id)
-        until(chats, other.id, "Half an")
+        done = wait_for_end(chats, one.id)
+        wait_for_content(chats, other.id, "Half an")
         cut = chats.stop(other.id)
         assert (done.state, done.content, done.error) == ("complete", "A whole answer.", None)
         assert (cut.state, cut.content) == ("stopped", "Half an")
@@ -668,13 +670,13 @@ def test_a_locked_database_holds_up_no_answer(
         stored = ConversationRepository(store).message(one.id)
         assert stored is not None
         assert stored.state == "streaming"
-    assert kept(store, done)
-    assert kept(store, cut)
+    assert is_saved(store, done)
+    assert is_saved(store, cut)
     assert chats.get(conversation.id).messages[-1] == done
 
 
 @impatient
-def test_what_could_not_be_saved_is_tried_again_at_the_end(
+def test_a_failed_save_is_retried_when_the_app_stops(
     chats: Chats,
     generator: FakeGenerator,
     conversation: Conversation,
@@ -682,20 +684,20 @@ def test_what_could_not_be_saved_is_tried_again_at_the_end(
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An app that stops doesn't wait out the pause between two tries."""
+    """When the app stops, the last retry doesn't wait for the interval between retries."""
     monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 60.0)
     monkeypatch.setattr(message_saver, "LONGEST_PAUSE_SECONDS", 60.0)
     sent = chats.send(conversation.id, "One")
     with capture_logs() as logs, locked_database(path):
         generator.next().say("words").end()
-        done = final(chats, sent.id)
+        done = wait_for_end(chats, sent.id)
         wait_until(lambda: any("could not be saved" in line["event"] for line in logs), "a save to fail")
     chats.close()
     assert ConversationRepository(store).message(sent.id) == done
 
 
-def test_a_message_that_fails_to_be_saved_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does it stay for good: it is tried again and again, its newest state last."""
+def test_a_failing_save_delays_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is retried until it succeeds, its newest state last."""
     monkeypatch.setattr(message_saver, "FIRST_PAUSE_SECONDS", 0.001)
     written: queue.Queue[Message] = queue.Queue()
     refused = threading.Semaphore(3)
@@ -723,7 +725,7 @@ def test_a_message_that_fails_to_be_saved_holds_up_no_other(monkeypatch: pytest.
 def test_a_message_that_can_not_be_saved_is_not_sent(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, path: Path
 ) -> None:
-    """Neither half of the exchange is there, nobody was asked, and the same can be sent again."""
+    """Neither half of the exchange is stored, no engine is called, and the message can be sent again."""
     with locked_database(path):
         for send in (lambda: chats.send(conversation.id, "Hello"), lambda: chats.start("Hello")):
             with pytest.raises(StoreLocked):
@@ -734,10 +736,10 @@ def test_a_message_that_can_not_be_saved_is_not_sent(
     assert answer(chats, generator, conversation, "Hello", "ok").state == "complete"
 
 
-def test_a_row_that_nobody_writes_counts_as_interrupted(
+def test_a_streaming_row_without_a_writer_is_interrupted(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
-    """Such as one from a restored copy of the database: it can be stopped, which mends it, and tried again."""
+    """For example one from a restored backup: Stop repairs it, and it can be retried."""
     row = Message("b" * 32, conversation.id, "assistant", "half", "m", "streaming", None, 1.0, None, 1, 0.0)
     ConversationRepository(store).append(row)
     shown = chats.message(row.id)
@@ -745,39 +747,39 @@ def test_a_row_that_nobody_writes_counts_as_interrupted(
     assert list(chats.follow(row.id)) == [shown]
     assert chats.get(conversation.id).messages == (shown,)
     assert chats.stop(row.id) == shown
-    assert kept(store, shown)
+    assert is_saved(store, shown)
     again = chats.retry(row.id)
     generator.next().say("whole").end()
-    assert final(chats, again.id).content == "whole"
+    assert wait_for_end(chats, again.id).content == "whole"
 
 
 def test_a_conversation_begins_with_its_first_message(chats: Chats, generator: FakeGenerator) -> None:
-    """It is named after it, and what is refused leaves no conversation behind."""
+    """The conversation gets its title from the message; a refused message leaves no conversation."""
     for text in ("", "x" * 32_001):
         with pytest.raises((EmptyMessage, MessageTooLong)):
             chats.start(text)
     assert chats.conversations() == []
     sent = chats.start("Tell me\r\nabout trains")
     generator.next().say("ok").end()
-    final(chats, sent.id)
+    wait_for_end(chats, sent.id)
     begun = chats.get(sent.conversation_id)
     assert begun.title == "Tell me about trains"
     assert [m.content for m in begun.messages] == ["Tell me\nabout trains", "ok"]
 
 
-def test_an_error_with_half_a_character_can_be_kept(
+def test_an_error_with_a_lone_surrogate_can_be_stored(
     chats: Chats, generator: FakeGenerator, conversation: Conversation, store: Store
 ) -> None:
-    """Whatever an engine says of its failure, SQLite and the page have to take it."""
+    """An engine's error text may contain a lone surrogate, which SQLite and the page must handle."""
     generator.refusal = GenerationError("bad \ud83d token")
-    failed = final(chats, chats.send(conversation.id, "Hi").id)
+    failed = wait_for_end(chats, chats.send(conversation.id, "Hi").id)
     assert failed.error == "bad \ufffd token"
-    assert kept(store, failed)
+    assert is_saved(store, failed)
 
 
-def test_a_restart_marks_what_was_cut_off(store: Store, generator: FakeGenerator) -> None:
-    """After a crash an unfinished answer is interrupted, keeps its saved words, and can be retried."""
-    conversation = begin(store)
+def test_a_restart_marks_unfinished_answers(store: Store, generator: FakeGenerator) -> None:
+    """After a crash an unfinished answer is interrupted, keeps its saved text, and can be retried."""
+    conversation = new_conversation(store)
     repository = ConversationRepository(store)
     half = Message("a" * 32, conversation.id, "assistant", "half", "m", "streaming", None, 1.0, None, 1, 0.0)
     repository.append(half)
@@ -787,14 +789,14 @@ def test_a_restart_marks_what_was_cut_off(store: Store, generator: FakeGenerator
     assert list(reborn.follow(half.id)) == [found]
     again = reborn.retry(half.id)
     generator.next().say("whole").end()
-    assert final(reborn, again.id).content == "whole"
+    assert wait_for_end(reborn, again.id).content == "whole"
 
 
 def test_deleting_stops_the_answer(chats: Chats, generator: FakeGenerator, conversation: Conversation) -> None:
-    """A conversation deleted in the middle of an answer is gone, and the engine is told to stop."""
+    """A conversation deleted during an answer is gone, and the engine is told to stop."""
     sent = chats.send(conversation.id, "Hi")
     stream = generator.next().say("some")
-    until(chats, sent.id, "some")
+    wait_for_content(chats, sent.id, "some")
     chats.delete(conversation.id)
     assert stream.left.wait(WAIT)
     assert chats.conversations() == []
@@ -803,11 +805,11 @@ def test_deleting_stops_the_answer(chats: Chats, generator: FakeGenerator, conve
 
 
 def test_closing_stops_every_answer(chats: Chats, generator: FakeGenerator, store: Store) -> None:
-    """At the end every answer is stopped with what it has, saved, and its thread is gone."""
+    """Every answer is stopped and saved with its text so far, and its thread ends."""
     sent = [chats.start("Hi") for _ in range(3)]
     streams = [generator.next().say("words") for _ in sent]
     for message in sent:
-        until(chats, message.id, "words")
+        wait_for_content(chats, message.id, "words")
     chats.close()
     stored = [ConversationRepository(store).message(message.id) for message in sent]
     assert [(m.state, m.content) for m in stored if m] == [("stopped", "words")] * 3
@@ -818,7 +820,7 @@ def test_closing_stops_every_answer(chats: Chats, generator: FakeGenerator, stor
 @pytest.mark.parametrize(
     ("tokens", "seconds", "pace"), [(None, None, None), (1, 0.0, None), (11, 2.0, 5.0), (0, None, None)]
 )
-def test_the_pace_is_measured_between_tokens(tokens: int | None, seconds: float | None, pace: float | None) -> None:
-    """Ten gaps in two seconds are five tokens a second; one token has no pace."""
+def test_the_speed_is_measured_between_tokens(tokens: int | None, seconds: float | None, pace: float | None) -> None:
+    """Ten intervals in two seconds are five tokens a second; one token has no speed."""
     message = Message("i", "c", "assistant", "x", "m", "complete", None, 0.0, 1.0, tokens, seconds)
     assert message.tokens_per_second == pace

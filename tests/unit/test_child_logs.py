@@ -1,4 +1,4 @@
-"""Logs of children stay within bounds while the app runs, and no child notices."""
+"""Log files of child processes are truncated and pruned while the app runs, without disturbing the children."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def logs(tmp_path: Path) -> ChildLogs:
     return ChildLogs(tmp_path / "logs")
 
 
-def test_a_child_goes_on_in_a_log_that_was_cut_under_it(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last lines are kept, whole, and what it says next comes after them. It filled the disk before."""
+def test_a_child_keeps_writing_to_a_truncated_log(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last complete lines are kept, and new output is appended. (Such a log filled the disk.)"""
     monkeypatch.setattr(child_logs, "MAX_BYTES", 100_000)
     monkeypatch.setattr(child_logs, "KEPT_BYTES", 10_000)
     path = logs.new("talker")
     program = "import sys; [print(f'line {n}', flush=True) for n in range(20_000)]; sys.stdin.readline(); print('more')"
     with open_log(path) as log:
         child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=log, text=True)
-    wait_until(lambda: tail(path).endswith("line 19999"), "the child to have its say")
+    wait_until(lambda: tail(path).endswith("line 19999"), "the child to write its last line")
     logs.prune({str(path)})
     assert path.stat().st_size < 12_000
     assert path.stat().st_mode & 0o077 == 0
@@ -42,8 +42,8 @@ def test_a_child_goes_on_in_a_log_that_was_cut_under_it(logs: ChildLogs, monkeyp
     assert lines[-1] == b"more\n"
 
 
-def test_too_many_logs_of_one_program_cost_no_other_its_own(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest stay, and whatever a child is still writing to."""
+def test_logs_are_limited_per_program(logs: ChildLogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest logs are kept, and those that a running child writes to."""
     monkeypatch.setattr(child_logs, "MAX_PER_PROGRAM", 3)
     now = time.time()
     crashing = [logs.new("llama-server") for _ in range(6)]
@@ -56,8 +56,8 @@ def test_too_many_logs_of_one_program_cost_no_other_its_own(logs: ChildLogs, mon
     assert other.exists()
 
 
-def test_old_logs_go(logs: ChildLogs) -> None:
-    """After a week, but not that of a child that is alive and silent."""
+def test_old_logs_are_deleted(logs: ChildLogs) -> None:
+    """After a week; but not the log of a child that runs and writes nothing."""
     silent, gone = logs.new("a"), logs.new("a")
     for path in (silent, gone):
         path.write_text("x")
@@ -67,8 +67,8 @@ def test_old_logs_go(logs: ChildLogs) -> None:
     assert not gone.exists()
 
 
-def test_a_load_is_followed_through_a_log_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ollama says after the cut is still seen."""
+def test_a_load_is_followed_through_a_truncated_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ollama's lines after the truncation are still read."""
     monkeypatch.setattr(child_logs, "KEPT_BYTES", 100)
     path = tmp_path / "ollama-serve.log"
     path.write_text("earlier\n" * 1000)

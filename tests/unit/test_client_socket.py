@@ -1,4 +1,4 @@
-"""Patience with slow clients, and its end."""
+"""Time limits for slow clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.client_socket import ClientSocket
 
 @pytest.fixture
 def ends() -> Iterator[tuple[ClientSocket, socket.socket]]:
-    """A client's connection as the server has it, and as the client does."""
+    """A connection's two ends: the server's and the client's."""
     ours, theirs = socket.socketpair()
     server = ClientSocket(ours.detach())
     yield server, theirs
@@ -22,8 +22,8 @@ def ends() -> Iterator[tuple[ClientSocket, socket.socket]]:
     theirs.close()
 
 
-def test_a_head_that_does_not_end_is_as_good_as_none(ends, monkeypatch):
-    """Its reader finds the connection closed."""
+def test_a_head_must_be_complete_in_time(ends, monkeypatch):
+    """The server reads the end of the connection."""
     monkeypatch.setattr(client_socket, "HEAD_SECONDS", 0.05)
     server, client = ends
     client.sendall(b"GET / HT")
@@ -31,8 +31,8 @@ def test_a_head_that_does_not_end_is_as_good_as_none(ends, monkeypatch):
     assert server.recv(100) == b""
 
 
-def test_the_seconds_for_a_head_are_not_those_between_its_bytes(ends, monkeypatch):
-    """One byte now and then takes as long as none."""
+def test_the_limit_for_a_head_covers_all_its_bytes(ends, monkeypatch):
+    """Sending a byte now and then doesn't extend the limit."""
     monkeypatch.setattr(client_socket, "HEAD_SECONDS", 0.1)
     server, client = ends
     dribble = gevent.spawn(_dribble, client)
@@ -41,8 +41,8 @@ def test_the_seconds_for_a_head_are_not_those_between_its_bytes(ends, monkeypatc
     assert came
 
 
-def test_a_body_has_to_come_at_a_pace(ends, monkeypatch):
-    """Else its reader is told."""
+def test_a_body_must_arrive_at_a_minimum_speed(ends, monkeypatch):
+    """A body that is too slow raises an error in its reader."""
     monkeypatch.setattr(client_socket, "BODY_SECONDS", 0.05)
     server, client = ends
     server.expect_body()
@@ -52,8 +52,8 @@ def test_a_body_has_to_come_at_a_pace(ends, monkeypatch):
     dribble.kill()
 
 
-def test_a_body_that_comes_fast_enough_may_take_its_time(ends, monkeypatch):
-    """A long one over a slow line: as many seconds as it has kilobytes."""
+def test_a_long_body_may_take_longer(ends, monkeypatch):
+    """A long body on a slow line may take a second per kilobyte."""
     monkeypatch.setattr(client_socket, "BODY_SECONDS", 0.0)
     server, client = ends
     server.expect_body()
@@ -63,8 +63,8 @@ def test_a_body_that_comes_fast_enough_may_take_its_time(ends, monkeypatch):
     assert server.recv(100) == b"y"
 
 
-def test_the_next_head_may_be_waited_for(ends, monkeypatch):
-    """An idle connection is no slow request."""
+def test_an_idle_connection_has_no_head_limit(ends, monkeypatch):
+    """Waiting for the next request on an idle connection has no such limit."""
     monkeypatch.setattr(client_socket, "HEAD_SECONDS", 0.0)
     server, client = ends
     server.expect_body()
@@ -73,8 +73,8 @@ def test_the_next_head_may_be_waited_for(ends, monkeypatch):
     assert server.recv(100) == b"GET"
 
 
-def test_a_client_that_takes_nothing_of_its_answer_is_given_up(ends):
-    """It held a greenlet, and the engine's answer, for ever."""
+def test_a_client_that_reads_nothing_is_disconnected(ends):
+    """Such a client occupied a greenlet and the engine's answer for ever."""
     server, _ = ends
     server.timeout = 0.05
     with pytest.raises(TimeoutError):
@@ -82,7 +82,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_given_up(ends):
 
 
 def test_unread_bytes_are_read_first(ends):
-    """A connection that another worker has left, with the request that it had read."""
+    """For a connection that another worker has handed over with the request that it had read."""
     server, client = ends
     client.sendall(b" and more")
     resumed = ClientSocket(server.detach(), b"read before")

@@ -1,4 +1,4 @@
-"""Settings: file, environment, and what is said when one is wrong."""
+"""Settings: file, environment, and the messages for invalid ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write(folder: Path, text: str) -> dict[str, str]:
 
 
 def test_the_environment_wins_over_the_file(tmp_path):
-    """Both are read; a variable overrides a key."""
+    """Both sources are read; a variable overrides the file's key."""
     environ = write(tmp_path, 'port = 9000\nstrategy = "oldest_first"\n') | {"SWITCHYARD_PORT": "9001"}
     settings = load_settings(environ)
     assert (settings.port, settings.strategy) == (9001, "oldest_first")
@@ -39,7 +39,7 @@ def test_the_environment_wins_over_the_file(tmp_path):
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_the_file_and_what_is_allowed(tmp_path, text, expected):
-    """Whoever wrote it knows from the message alone what to change and where."""
+    """The message alone tells what to change and where."""
     with pytest.raises(ConfigError) as caught:
         load_settings(write(tmp_path, text))
     for words in expected:
@@ -57,7 +57,7 @@ def test_a_wrong_key_or_value_is_named_with_the_file_and_what_is_allowed(tmp_pat
     ],
 )
 def test_a_wrong_variable_is_named(name, value, expected):
-    """A typing error in the environment stops the start as one in the file does."""
+    """A typo in the environment stops the start like one in the file."""
     with pytest.raises(ConfigError, match=expected):
         load_settings({name: value})
 
@@ -85,7 +85,7 @@ def test_a_wrong_variable_is_named(name, value, expected):
     ],
 )
 def test_a_wrong_option_of_a_model_stops_the_start(tmp_path, engine, options, expected):
-    """It failed at the model's first load, or was passed over."""
+    """Invalid options failed at the model's first load, or were ignored."""
     text = f'[[models]]\nid = "a"\nsource = "x"\nengine = "{engine}"\n[models.options]\n{options}\n'
     with pytest.raises(ConfigError) as caught:
         load_settings(write(tmp_path, text))
@@ -106,7 +106,7 @@ def test_a_wrong_option_of_a_model_stops_the_start(tmp_path, engine, options, ex
         ),
     ],
 )
-def test_options_are_kept_as_they_were_written(tmp_path, engine, options, expected):
-    """None is added: what was learned with a model's options is found by them."""
+def test_options_are_kept_unchanged(tmp_path, engine, options, expected):
+    """No defaults are added, because learned figures are looked up by a model's options."""
     text = f'[[models]]\nid = "a"\nsource = "x"\nengine = "{engine}"\n[models.options]\n{options}\n'
     assert load_settings(write(tmp_path, text)).models[0].options == expected

@@ -1,4 +1,4 @@
-"""Room for the next client, and for every address."""
+"""The limits on connections, in all and per address, and which connection is closed for a new one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.connection_limits import ConnectionLimits
 
 
 class Visitor:
-    """A client that only knows whether it was sent away."""
+    """A client's connection that records whether it was closed."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -22,69 +22,69 @@ class Visitor:
         self.sent_off = True
 
 
-def come(limits: ConnectionLimits, *addresses: str) -> list[Visitor]:
+def connect(limits: ConnectionLimits, *addresses: str) -> list[Visitor]:
     visitors = [Visitor(address) for address in addresses]
     for visitor in visitors:
         assert limits.admit(visitor, visitor.address)
     return visitors
 
 
-def test_the_one_that_has_kept_us_waiting_longest_makes_room():
-    """Whoever comes last is let in."""
+def test_the_longest_waiting_connection_is_closed_for_a_new_one():
+    """The new connection is accepted."""
     limits = ConnectionLimits(4)
-    first, second, *_ = come(limits, "a", "b", "c", "d", "e")
+    first, second, *_ = connect(limits, "a", "b", "c", "d", "e")
     assert (first.sent_off, second.sent_off) == (True, False)
 
 
-def test_one_that_is_being_answered_stays():
-    """However long that takes."""
+def test_a_connection_being_answered_is_not_closed():
+    """However long its answer takes."""
     limits = ConnectionLimits(4)
-    first, second, *_ = come(limits, "a", "b", "c", "d")
+    first, second, *_ = connect(limits, "a", "b", "c", "d")
     limits.answer(first)
-    come(limits, "e")
+    connect(limits, "e")
     assert (first.sent_off, second.sent_off) == (False, True)
 
 
-def test_after_its_answer_a_client_waits_anew():
-    """It is the last in the line then."""
+def test_waiting_time_restarts_after_an_answer():
+    """Its waiting time starts again."""
     limits = ConnectionLimits(3)
-    first, second, third = come(limits, "a", "b", "c")
+    first, second, third = connect(limits, "a", "b", "c")
     for visitor in (first, second):
         limits.answer(visitor)
         limits.wait_for(visitor)
-    come(limits, "d", "e")
+    connect(limits, "d", "e")
     assert [visitor.sent_off for visitor in (first, second, third)] == [True, False, True]
 
 
-def test_nobody_is_let_in_while_all_are_being_answered():
-    """It is told so, and comes again."""
+def test_a_new_connection_is_refused_while_all_are_being_answered():
+    """The new connection is refused, with a request to try again."""
     limits = ConnectionLimits(3)
-    for visitor in come(limits, "a", "b", "c"):
+    for visitor in connect(limits, "a", "b", "c"):
         limits.answer(visitor)
     assert not limits.admit(Visitor("d"), "d")
 
 
-def test_an_address_has_its_share_and_others_have_the_rest():
-    """It loses connections of its own, though there is room."""
+def test_an_address_has_a_maximum_share():
+    """A new connection closes one of the same address, even if there is room in all."""
     limits = ConnectionLimits(8)
-    crowd = come(limits, *["a"] * 20)
-    others = come(limits, "b", "c")
+    crowd = connect(limits, *["a"] * 20)
+    others = connect(limits, "b", "c")
     assert sum(not visitor.sent_off for visitor in crowd) == 6
     assert not any(visitor.sent_off for visitor in others)
 
 
-def test_the_address_with_the_most_connections_makes_room():
-    """Not the one that was there first."""
+def test_the_address_with_the_most_connections_loses_one():
+    """Not the address that was first."""
     limits = ConnectionLimits(6)
-    guest, *crowd = come(limits, "b", *["a"] * 4, "c")
-    come(limits, "d")
+    guest, *crowd = connect(limits, "b", *["a"] * 4, "c")
+    connect(limits, "d")
     assert not guest.sent_off
     assert crowd[0].sent_off
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_whoever_comes_and_goes_the_promises_hold(seed):
-    """Never more than there are places, never one sent off that is being answered, nothing kept of those that left."""
+def test_invariants_hold_for_random_connections(seed):
+    """Never more connections than allowed, never one closed that is being answered, nothing kept of closed ones."""
     chance, limits = random.Random(seed), ConnectionLimits(12)
     inside: list[Visitor] = []
     answered: set[Visitor] = set()

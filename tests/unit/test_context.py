@@ -1,4 +1,4 @@
-"""How engines say that a prompt is too long for them, and what is left out then."""
+"""Recognising engines' errors about a full context, and which turns are dropped then."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ VLLM = "This model's maximum context length is 4096 tokens. However, "
         ("max_tokens must be at least 1, got -344.", None, None),
     ],
 )
-def test_the_words_of_the_engines(message: str, context: int | None, prompt: int | None) -> None:
-    """llama.cpp old and new, vLLM from 0.4 to 0.32, OpenAI; in OpenAI's shape and in vLLM's older one."""
+def test_errors_recognised_by_their_text(message: str, context: int | None, prompt: int | None) -> None:
+    """Texts of llama.cpp (old and new), vLLM 0.4 to 0.32 and OpenAI, in OpenAI's error shape and vLLM's older one."""
     expected = ContextOverflow(context, prompt)
     assert parse_overflow(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}) == expected
     assert (
@@ -37,8 +37,8 @@ def test_the_words_of_the_engines(message: str, context: int | None, prompt: int
     assert parse_overflow(400, {"error": message}) == expected
 
 
-def test_the_fields_of_the_engines() -> None:
-    """A type or a code says it, whatever the words; llama.cpp's figures stand in fields."""
+def test_errors_recognised_by_their_fields() -> None:
+    """An error type or code is enough, whatever the text; llama.cpp's figures are in fields."""
     fields = {"type": "exceed_context_size_error", "message": "zu lang", "n_prompt_tokens": 1502, "n_ctx": 512}
     assert parse_overflow(400, {"error": fields}) == ContextOverflow(512, 1502)
     assert parse_overflow(400, {"error": {"code": "context_length_exceeded", "message": "x"}}) == ContextOverflow()
@@ -56,8 +56,8 @@ def test_the_fields_of_the_engines() -> None:
         (404, {"error": {"message": "model 'maximum context length' not found"}}),
     ],
 )
-def test_other_refusals_are_other_refusals(status: int, document: object) -> None:
-    """They must not make anything be left out."""
+def test_other_errors_are_not_context_errors(status: int, document: object) -> None:
+    """Such errors must not drop anything from the history."""
     assert parse_overflow(status, document) is None
 
 
@@ -66,10 +66,10 @@ FIGURES = st.none() | st.integers(1, 10_000)
 
 
 @given(MESSAGES, st.integers(0, 19), FIGURES, FIGURES)
-def test_less_is_told_each_time_until_one_turn_is_left(
+def test_each_attempt_drops_turns_until_one_is_left(
     made: list[tuple[str, int]], told_from: int, context: int | None, prompt: int | None
 ) -> None:
-    """Whatever the engine says: it ends, each try begins with a question, and the last message always stays."""
+    """For any figures the attempts end, each starts with a question, and the last message is always kept."""
     messages = [
         Message(str(n), "c", role, "x" * size, None, "complete", None, 0.0, 0.0, None, None)  # type: ignore[arg-type]
         for n, (role, size) in enumerate(made)

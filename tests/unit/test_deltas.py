@@ -1,4 +1,4 @@
-"""Thoughts and answer are told apart, however the text is cut into pieces."""
+"""Separating thoughts from the answer, however the text is split into deltas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.gateway.deltas import split_thoughts
 
 
 def read(*pieces: str | Delta) -> tuple[str, str]:
-    """Thoughts, without the space around them, and answer, once the stream has ended."""
+    """The stripped thoughts and the answer, at the end of the stream."""
     thought = said = ""
     for piece in split_thoughts(p if isinstance(p, Delta) else Delta(p) for p in pieces):
         if piece.all_before:
@@ -48,13 +48,13 @@ def read(*pieces: str | Delta) -> tuple[str, str]:
     ],
 )
 def test_tags_are_read_whole_and_in_pieces(text: str, thought: str, said: str) -> None:
-    """Where models write them, and nowhere else; at once, and character by character."""
+    """Tags are recognised where models write them and nowhere else; sent at once or character by character."""
     assert read(text) == (thought, said)
     assert read(*text) == (thought, said)
 
 
-def test_thoughts_of_their_own_leave_the_text_alone() -> None:
-    """A model whose thoughts come in their own field may write about the tags; line breaks before it are dropped."""
+def test_with_a_thought_field_tags_are_plain_text() -> None:
+    """A model with a field for thoughts may write about the tags in its answer; leading line breaks are dropped."""
     assert read(Delta("\n Hm", thought=True), "\n\nThe tag:\n</think>\n") == ("Hm", "The tag:\n</think>\n")
 
 
@@ -62,14 +62,14 @@ WORDS = st.sampled_from(["<think>", "</think>", "<", "</", "think", ">", "\n", "
 
 
 @given(st.lists(WORDS, max_size=12).map("".join), st.data())
-def test_where_text_is_cut_changes_nothing(text: str, data: st.DataObject) -> None:
-    """Engines send a tag as one piece, or as five."""
+def test_the_split_into_deltas_changes_nothing(text: str, data: st.DataObject) -> None:
+    """Engines may send a tag as one delta or as five."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if a < b]
     assert read(*pieces) == read(text)
 
 
 @given(st.text(st.sampled_from("ab<>/ \n`"), max_size=40))
-def test_text_without_tags_stays_as_it_is(text: str) -> None:
-    """Nothing is kept back for good."""
+def test_text_without_tags_is_unchanged(text: str) -> None:
+    """No text is held back for good."""
     assert read(*text) == ("", text)

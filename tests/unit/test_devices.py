@@ -1,4 +1,4 @@
-"""What is read of this machine's devices, with a driver of our own making."""
+"""Readings of this machine's devices, with a fake driver library."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ GB = 10**9
 
 
 class FakeError(Exception):
-    """Stands for pynvml.NVMLError."""
+    """A fake pynvml.NVMLError."""
 
 
 class FakeLibraryNotFound(FakeError):
-    """Stands for pynvml.NVMLError_LibraryNotFound."""
+    """A fake pynvml.NVMLError_LibraryNotFound."""
 
 
 @dataclass
@@ -38,11 +38,11 @@ class FakeGpu:
     broken: bool = False
     tells_processes: bool = True
     used: list[int] = field(default_factory=lambda: [4 * GB])
-    """One reading after another; the last one stays."""
+    """The readings in order; the last one repeats."""
 
 
 class FakeNvml:
-    """As much of pynvml as is used, over a list of GPUs that a test may change."""
+    """The parts of pynvml that the app uses, over a list of GPUs that tests may change."""
 
     NVMLError = FakeError
     NVMLError_LibraryNotFound = FakeLibraryNotFound
@@ -92,7 +92,7 @@ def ids(monitor: DeviceMonitor) -> list[str]:
 
 
 def test_two_gpus_come_before_the_host() -> None:
-    """GPUs are listed by their UUID with total and free, the host's RAM last."""
+    """GPUs are listed by their UUID with total and free memory, the host's RAM last."""
     monitor = DeviceMonitor(None, nvml=FakeNvml([FakeGpu("GPU-a"), FakeGpu("GPU-b")]))
     first, second, host = monitor.sample()
     assert (first.id, second.id, host.id) == ("GPU-a", "GPU-b", HOST_DEVICE)
@@ -100,8 +100,8 @@ def test_two_gpus_come_before_the_host() -> None:
     assert host.kind == "host"
 
 
-def test_a_broken_gpu_does_not_hide_the_others() -> None:
-    """A GPU that can't be read is dropped, and is back once it answers again."""
+def test_a_failing_gpu_does_not_hide_the_others() -> None:
+    """A GPU that can't be read is left out, and listed again once it answers."""
     lost = FakeGpu("GPU-a", broken=True)
     monitor = DeviceMonitor(None, nvml=FakeNvml([lost, FakeGpu("GPU-b")]))
     assert ids(monitor) == ["GPU-b", HOST_DEVICE]
@@ -110,7 +110,7 @@ def test_a_broken_gpu_does_not_hide_the_others() -> None:
 
 
 def test_a_gpu_that_vanishes_is_dropped() -> None:
-    """The list follows the driver's."""
+    """The list follows the driver's list."""
     nvml = FakeNvml([FakeGpu("GPU-a"), FakeGpu("GPU-b")])
     monitor = DeviceMonitor(None, nvml=nvml)
     monitor.sample()
@@ -118,8 +118,8 @@ def test_a_gpu_that_vanishes_is_dropped() -> None:
     assert ids(monitor) == ["GPU-a", HOST_DEVICE]
 
 
-def test_memory_that_is_being_freed_is_waited_for() -> None:
-    """Until two readings agree; for one that never does, no longer than was said."""
+def test_settling_waits_until_two_readings_agree() -> None:
+    """Readings repeat until two agree, but not beyond the timeout."""
     gpu = FakeGpu("GPU-a", used=[20 * GB, 9 * GB, 5 * GB, 4 * GB, 4 * GB])
     monitor = DeviceMonitor(None, nvml=FakeNvml([gpu]))
     monitor.settle("GPU-a")
@@ -132,7 +132,7 @@ def test_memory_that_is_being_freed_is_waited_for() -> None:
 
 
 def test_no_driver_is_normal() -> None:
-    """Without NVIDIA's library there is the host alone, and the library is not looked for again."""
+    """Without NVIDIA's library only the host is listed, and the library is not searched for again."""
     nvml = FakeNvml([], init_error=FakeLibraryNotFound("NVML Shared Library Not Found"))
     monitor = DeviceMonitor(None, nvml=nvml)
     assert ids(monitor) == [HOST_DEVICE]
@@ -141,7 +141,7 @@ def test_no_driver_is_normal() -> None:
 
 
 def test_a_driver_that_comes_back_is_used_again() -> None:
-    """After the driver failed as a whole it is started anew, and the GPUs are back."""
+    """After a failure the driver is initialised again, and the GPUs are listed again."""
     nvml = FakeNvml([FakeGpu("GPU-a")])
     monitor = DeviceMonitor(None, nvml=nvml)
     monitor.sample()
@@ -153,14 +153,14 @@ def test_a_driver_that_comes_back_is_used_again() -> None:
 
 
 def test_bytes_per_process() -> None:
-    """Compute and graphics processes are joined; one listed twice counts once, an unknown figure not at all."""
+    """Compute and graphics processes are merged: one listed twice counts once, an unknown figure is ignored."""
     gpu = FakeGpu("GPU-a", compute=[(1, 3 * GB), (2, None)], graphics=[(1, 3 * GB), (3, GB)])
     reading = DeviceMonitor(None, nvml=FakeNvml([gpu])).sample()[0]
     assert reading.process_bytes == {1: 3 * GB, 3: GB}
 
 
 def test_a_driver_that_does_not_tell_processes() -> None:
-    """The GPU stays, with the processes the driver does tell."""
+    """The GPU is listed, with the processes that the driver reports."""
     gpu = FakeGpu("GPU-a", compute=[(1, GB)], graphics=[(3, GB)], tells_processes=False)
     assert DeviceMonitor(None, nvml=FakeNvml([gpu])).sample()[0].process_bytes == {3: GB}
 
@@ -175,7 +175,7 @@ def test_the_budget_caps_the_host(budget: int | None, total: int | None) -> None
 
 
 def test_readings_stay_fresh_between_start_and_stop() -> None:
-    """The background thread takes new readings by itself, and ends when it is told to."""
+    """A background thread takes new readings until it is stopped."""
     nvml = FakeNvml([FakeGpu("GPU-a")])
     sampled = threading.Semaphore(0)
     count = nvml.nvmlDeviceGetCount
@@ -195,13 +195,13 @@ def test_readings_stay_fresh_between_start_and_stop() -> None:
     assert "device-monitor" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_readings_are_there_before_the_start() -> None:
-    """The first look takes readings; nobody sees an empty machine."""
+def test_readings_are_available_before_the_start() -> None:
+    """The first access takes readings, so that no page shows an empty machine."""
     assert [r.id for r in DeviceMonitor(None, nvml=FakeNvml([])).readings] == [HOST_DEVICE]
 
 
 def test_run_in_thread_calls_directly_without_gevent() -> None:
-    """In an unpatched process the call stays in its thread, and its errors come through."""
+    """In an unpatched process the call runs in its own thread, and its errors are raised."""
     assert run_in_thread(threading.get_ident) == threading.get_ident()
     with pytest.raises(ValueError, match="invalid literal"):
         run_in_thread(int, "x")
@@ -229,7 +229,7 @@ except ValueError as error:
 
 
 def test_run_in_thread_lets_other_greenlets_run() -> None:
-    """On gevent a call that blocks in C freezes nobody else, and its errors come through, with no traceback printed."""
+    """With gevent a call that blocks in C blocks no greenlet; its errors are raised without a printed traceback."""
     run = subprocess.run([sys.executable, "-c", ON_GEVENT], capture_output=True, text=True, timeout=30, check=True)
     ticks, error = run.stdout.splitlines()
     assert int(ticks) > 10
@@ -238,7 +238,7 @@ def test_run_in_thread_lets_other_greenlets_run() -> None:
 
 
 class HangingNvml(FakeNvml):
-    """A driver that stands still while `working` is not set, and counts who is at it."""
+    """A driver that hangs while `working` is not set, and counts concurrent calls."""
 
     def __init__(self, gpus: list[FakeGpu]) -> None:
         super().__init__(gpus)
@@ -266,14 +266,14 @@ class HangingNvml(FakeNvml):
 
 @pytest.fixture
 def hanging() -> Iterator[HangingNvml]:
-    """A driver with one GPU; it is let go at the end, so that no thread stays behind."""
+    """A hanging driver with one GPU; released at the end, so that no thread is left."""
     nvml = HangingNvml([FakeGpu("GPU-a", used=[4 * GB, 9 * GB])])
     yield nvml
     nvml.working.set()
 
 
-def test_while_the_driver_hangs_its_last_word_stands_and_says_that_it_is_old(hanging: HangingNvml) -> None:
-    """A GPU keeps what was last read, marked; the host is read on; nobody waits a second time, and it comes back."""
+def test_a_hanging_driver_leaves_the_last_reading_marked_as_stale(hanging: HangingNvml) -> None:
+    """A GPU keeps its last reading, marked as stale; the host is still read; no second wait; the GPU recovers."""
     monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.2)
     before = monitor.sample()
     assert [r.stale for r in before] == [False, False]
@@ -288,15 +288,15 @@ def test_while_the_driver_hangs_its_last_word_stands_and_says_that_it_is_old(han
     assert time.monotonic() - began < 2.0, "fifty waits of 0.2 s would be ten seconds"
     assert later.measured_at is not None
     assert host.measured_at is not None
-    assert later.measured_at > host.measured_at, "the host's figures stay fresh"
-    assert hanging.calls == 2, "one call hangs, no other follows it"
+    assert later.measured_at > host.measured_at, "the host's figures are fresh"
+    assert hanging.calls == 2, "one call hangs, no further one was made"
     hanging.working.set()
-    wait_until(lambda: not monitor.sample()[0].stale, "the driver to be heard again")
+    wait_until(lambda: not monitor.sample()[0].stale, "the driver to answer again")
     assert monitor.readings[0].free_bytes == 15 * GB
 
 
-def test_gpus_of_a_driver_that_hangs_from_the_start_are_none(hanging: HangingNvml) -> None:
-    """Nothing was ever read, so nothing is made up; `readings` waits for that once."""
+def test_a_driver_that_hangs_from_the_start_lists_no_gpus(hanging: HangingNvml) -> None:
+    """Nothing was ever read, so no GPU is listed; `readings` waits for the driver once."""
     hanging.working.clear()
     monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.2)
     assert [r.id for r in monitor.readings] == [HOST_DEVICE]
@@ -308,20 +308,20 @@ def test_gpus_of_a_driver_that_hangs_from_the_start_are_none(hanging: HangingNvm
     wait_until(lambda: ids(monitor) == ["GPU-a", HOST_DEVICE], "the GPU")
 
 
-def test_a_driver_that_always_takes_too_long_is_heard_all_the_same(hanging: HangingNvml) -> None:
-    """What comes when nobody waits any more is kept for the next who asks, and marked as of before."""
+def test_late_readings_of_a_slow_driver_are_used(hanging: HangingNvml) -> None:
+    """A late reading is stored for the next caller, and marked as stale."""
     monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.05)
     hanging.working.clear()
     assert ids(monitor) == [HOST_DEVICE]
     hanging.working.set()
     wait_until(lambda: hanging.at_once == 0, "the slow call to end")
     hanging.working.clear()
-    wait_until(lambda: ids(monitor) == ["GPU-a", HOST_DEVICE], "what it said")
+    wait_until(lambda: ids(monitor) == ["GPU-a", HOST_DEVICE], "the late reading")
     assert monitor.readings[0].stale
 
 
-def test_readings_are_there_at_once_while_somebody_measures(hanging: HangingNvml) -> None:
-    """No reader waits for a driver that has just begun to hang."""
+def test_readings_are_available_at_once_during_a_measurement(hanging: HangingNvml) -> None:
+    """A reader doesn't wait for a driver that has just begun to hang."""
     monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=5.0)
     before = monitor.sample()
     hanging.working.clear()
@@ -335,8 +335,8 @@ def test_readings_are_there_at_once_while_somebody_measures(hanging: HangingNvml
     assert not measuring.is_alive()
 
 
-def test_many_who_measure_at_once_share_one_measurement(hanging: HangingNvml) -> None:
-    """Those who come while one is under way share the next: it began after they asked, and never two run at once."""
+def test_concurrent_measurements_share_one_driver_call(hanging: HangingNvml) -> None:
+    """Callers during a measurement share the next one, which starts after their call; two never run at once."""
     monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=10.0)
     hanging.working.clear()
     asking = [threading.Thread(target=monitor.sample) for _ in range(20)]
@@ -351,8 +351,8 @@ def test_many_who_measure_at_once_share_one_measurement(hanging: HangingNvml) ->
     assert hanging.most_at_once == 1
 
 
-def test_a_device_is_not_called_settled_while_nobody_can_read_it(hanging: HangingNvml) -> None:
-    """Two equal figures from before tell nothing."""
+def test_a_stale_device_does_not_count_as_settled(hanging: HangingNvml) -> None:
+    """Two equal stale figures don't count as settled."""
     monitor = DeviceMonitor(None, nvml=hanging, driver_seconds=0.1)
     monitor.sample()
     hanging.working.clear()
@@ -383,8 +383,8 @@ print(native_threads.compute_in_thread(len, "what only computes is not held up")
 """
 
 
-def test_native_calls_that_hang_end_for_who_asked_and_take_no_thread_of_the_hub() -> None:
-    """On gevent: each asker is told in time, host names can still be looked up, and the process can end."""
+def test_hanging_native_calls_time_out_and_leave_the_hubs_threadpool_free() -> None:
+    """With gevent each caller times out in time, host names can still be resolved, and the process can exit."""
     run = subprocess.run([sys.executable, "-c", HANGING_ON_GEVENT], capture_output=True, text=True, timeout=30)
     assert run.stdout.splitlines() == ["{'TimeoutError'}", "{'TimeoutError'}", "27", "0", "33"], run.stderr
     assert run.returncode == 0

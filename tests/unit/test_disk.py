@@ -1,4 +1,4 @@
-"""What is still to come has to fit on the disk it goes to, with the margin left over."""
+"""Checking that the rest of a download fits on its disk, with the margin left free."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def fits(left: int | None, free: int, margin: int, folder: Path | None = Path("/
 
 @settings(deadline=None)
 @given(left=sizes, free=sizes, margin=sizes)
-def test_what_fits_leaves_the_margin_free(left: int, free: int, margin: int) -> None:
-    """Exactly when the rest and the margin fit, or nothing is left to come."""
+def test_a_download_must_leave_the_margin_free(left: int, free: int, margin: int) -> None:
+    """It fits exactly if the remaining bytes and the margin fit, or nothing remains."""
     assert fits(left, free, margin) == (left == 0 or left + margin <= free)
 
 
-def test_the_refusal_names_sizes_place_and_remedy() -> None:
+def test_the_error_names_sizes_folder_and_remedy() -> None:
     check = DiskCheck({"ollama": lambda: Path("/models")}, margin_bytes=GB, free_bytes=lambda _: 2 * GB)
     with pytest.raises(DownloadError) as error:
         check.check("ollama", 4_100_000_000)
@@ -41,17 +41,17 @@ def test_the_refusal_names_sizes_place_and_remedy() -> None:
 
 
 @pytest.mark.parametrize(("left", "folder"), [(None, Path("/")), (100 * GB, None)])
-def test_what_nobody_knows_passes(left: int | None, folder: Path | None) -> None:
-    """An unknown size, and files that go to another machine."""
+def test_unknown_sizes_pass(left: int | None, folder: Path | None) -> None:
+    """An unknown size, and files that are stored on another machine, pass the check."""
     assert fits(left, 0, GB, folder)
 
 
-def test_a_source_that_was_never_named_passes() -> None:
+def test_an_unknown_source_passes() -> None:
     DiskCheck({}, margin_bytes=GB, free_bytes=lambda _: pytest.fail("nothing to look at")).check("ollama", 100 * GB)
 
 
-def test_a_folder_that_does_not_exist_yet_is_measured_where_it_will_be(tmp_path: Path) -> None:
-    """At the nearest one above that does."""
+def test_a_missing_folder_is_measured_at_its_parent(tmp_path: Path) -> None:
+    """Free space is measured at the nearest existing parent folder."""
     asked: list[Path] = []
 
     def free_bytes(folder: Path) -> int:
@@ -62,8 +62,8 @@ def test_a_folder_that_does_not_exist_yet_is_measured_where_it_will_be(tmp_path:
     assert asked == [tmp_path]
 
 
-def test_a_disk_that_cannot_be_asked_stops_nothing() -> None:
-    """The transfer itself will tell."""
+def test_a_disk_that_can_not_be_measured_passes() -> None:
+    """The transfer itself will fail if the disk is full."""
 
     def refuse(_: Path) -> int:
         raise PermissionError(13, "Permission denied")

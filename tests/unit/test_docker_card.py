@@ -1,4 +1,4 @@
-"""The Docker card of the Models page: what it says in each state, and that nobody asks Docker who does not use it."""
+"""The Docker card of the Models page: its text in each state, and no connection to Docker without a vLLM model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MakeApp = Callable[..., Flask]
 
 
 class FakeDocker:
-    """Answers with what the test puts into `answer`."""
+    """A Docker whose status is set by the test."""
 
     host = "unix:///run/docker.sock"
 
@@ -36,7 +36,7 @@ class FakeDocker:
 
 
 def card(app: Flask) -> str:
-    """The card as the page shows it."""
+    """The card's HTML on the page."""
     page = app.test_client().get("/models").text
     return page[page.index('id="docker-card"') : page.index("</section>", page.index('id="docker-card"'))]
 
@@ -48,8 +48,8 @@ def show(app: Flask, status: DockerStatus, monkeypatch: pytest.MonkeyPatch) -> s
     return card(app)
 
 
-def test_without_a_vllm_model_docker_is_not_asked_and_the_card_is_quiet(app: Flask) -> None:
-    """The default: no state that looks like a fault, no link at the top, no connection."""
+def test_without_a_vllm_model_docker_is_not_called(app: Flask) -> None:
+    """By default no state looks like a fault, the page has no link to the card, and no connection is made."""
     services: Services = app.extensions["switchyard"]
     services.docker_service.start_watching()
     assert services.docker_service.status().state == "unused"
@@ -59,8 +59,8 @@ def test_without_a_vllm_model_docker_is_not_asked_and_the_card_is_quiet(app: Fla
     assert 'href="#docker"' not in app.test_client().get("/models").text
 
 
-def test_a_socket_where_nobody_listens_is_told_with_what_to_do(make_app: MakeApp, tmp_path: Path) -> None:
-    """By Docker's real client; the card names the socket, and the top of the page leads to it."""
+def test_a_socket_without_a_daemon_is_shown_with_advice(make_app: MakeApp, tmp_path: Path) -> None:
+    """With Docker's real client: the card names the socket, and the top of the page links to the card."""
     app = make_app(models=[MODEL.model_dump()], docker_host=f"unix://{tmp_path}/docker.sock")
     services: Services = app.extensions["switchyard"]
     assert services.docker_service.refresh().state == "not_running"
@@ -70,10 +70,10 @@ def test_a_socket_where_nobody_listens_is_told_with_what_to_do(make_app: MakeApp
     assert 'href="#docker"' in app.test_client().get("/models").text
 
 
-def test_where_docker_is_not_installed_the_card_says_where_to_get_it(
+def test_without_docker_installed_the_card_links_to_its_installation(
     make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quietly, as of Ollama."""
+    """Without an alarming state, like Ollama's card."""
     app = make_app(models=[MODEL.model_dump()], docker_host=f"unix://{tmp_path}/docker.sock")
     services: Services = app.extensions["switchyard"]
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -90,10 +90,10 @@ def test_where_docker_is_not_installed_the_card_says_where_to_get_it(
         (TimeoutError("timed out"), "Not responding", "docker info"),
     ],
 )
-def test_a_docker_that_refuses_or_hangs_is_told_with_what_to_do(
+def test_a_docker_that_refuses_or_hangs_is_shown_with_advice(
     app: Flask, monkeypatch: pytest.MonkeyPatch, error: Exception, word: str, advice: str
 ) -> None:
-    """In the words that a load would fail with."""
+    """With the same text as a failing load."""
     cause = explain(error, "say how it is", FakeDocker.host, 15)
     shown = show(app, DockerStatus(cause.problem, FakeDocker.host, error=str(cause)), monkeypatch)
     assert word in shown
@@ -101,8 +101,8 @@ def test_a_docker_that_refuses_or_hangs_is_told_with_what_to_do(
     assert 'class="mark failed"' in shown
 
 
-def test_an_address_that_can_not_be_used_is_told() -> None:
-    """It is no fault of Docker's."""
+def test_an_unusable_address_is_shown() -> None:
+    """An invalid DOCKER_HOST is not reported as a fault of Docker."""
     service = DockerService(lambda: DockerRuntime("ssh://elsewhere"), used=True)
     status = service.refresh()
     assert (status.state, status.socket) == ("unusable", None)
@@ -111,7 +111,7 @@ def test_an_address_that_can_not_be_used_is_told() -> None:
 
 
 def test_a_running_docker_shows_its_version_and_socket(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And that it can give GPUs to containers."""
+    """It also shows whether Docker can give GPUs to containers."""
     shown = show(app, DockerStatus("running", FakeDocker.host, "29.1.0", nvidia=True), monkeypatch)
     for words in ("Running", "29.1.0", "/run/docker.sock", "NVIDIA runtime"):
         assert words in shown
@@ -119,7 +119,7 @@ def test_a_running_docker_shows_its_version_and_socket(app: Flask, monkeypatch: 
 
 
 def test_a_change_is_reported_once_and_the_client_is_closed() -> None:
-    """So that pages look again when it comes back, and not each time it is asked."""
+    """Pages update when Docker's state changes, not at each poll."""
     docker = FakeDocker(RuntimeStatus(False, error="It is down.", problem="not_running"))
     changes: list[str] = []
     service = DockerService(lambda: docker, used=True, on_change=lambda: changes.append(service.status().state))

@@ -1,4 +1,4 @@
-"""Downloads reach only what the settings name: no service of this machine or its network by a model's name."""
+"""Downloads connect only to configured hosts: a model's name reaches no service of this machine or its network."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SETTINGS = {"SWITCHYARD_CONFIG": "/dev/null"}
     ],
 )
 def test_a_name_that_points_elsewhere_is_refused(name: str) -> None:
-    """Before Ollama, which would ask any host, hears of it."""
+    """Ollama, which would connect to any host, is not called."""
     with pytest.raises(DownloadError) as caught:
         FETCHER.check_name(name)
     assert caught.value.code in ("registry_not_allowed", "invalid_name")
@@ -69,12 +69,12 @@ def test_a_name_that_points_elsewhere_is_refused(name: str) -> None:
     ],
 )
 def test_a_name_of_a_configured_registry_passes(name: str) -> None:
-    """Ollama's own registry needs no mention."""
+    """Ollama's own registry is always allowed."""
     assert FETCHER.check_name(name)
 
 
-def test_the_refusal_says_what_is_allowed_and_what_to_do() -> None:
-    """The host, the registries there are, and the setting."""
+def test_the_error_says_what_is_allowed_and_what_to_do() -> None:
+    """The message names the host, the allowed registries and the setting."""
     with pytest.raises(DownloadError) as caught:
         FETCHER.check_name("localhost:1234/x")
     assert caught.value.message == (
@@ -84,8 +84,8 @@ def test_the_refusal_says_what_is_allowed_and_what_to_do() -> None:
 
 
 @given(st.from_regex(r"([A-Za-z0-9.:\[\]@-]{1,20}/){0,3}[a-z0-9.:]{1,8}", fullmatch=True))
-def test_whatever_is_let_through_is_of_a_configured_registry(name: str) -> None:
-    """For any name: what Ollama gets to see leads to one of the allowed hosts."""
+def test_accepted_names_lead_to_configured_registries(name: str) -> None:
+    """Any accepted name leads Ollama to one of the allowed hosts."""
     try:
         checked = FETCHER.check_name(name)
     except DownloadError:
@@ -93,8 +93,8 @@ def test_whatever_is_let_through_is_of_a_configured_registry(name: str) -> None:
     assert place(OllamaName.parse(checked).host) in ("registry.ollama.ai", *HOSTS)
 
 
-def test_nobody_on_this_machine_is_asked(client: FlaskClient) -> None:
-    """Through the public door: 422 in the contract's shape, and no connection."""
+def test_local_services_are_not_contacted(client: FlaskClient) -> None:
+    """Over HTTP: 422 in the contract's shape, and no connection is made."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         server.setblocking(False)
         name = f"localhost:{server.getsockname()[1]}/library/x"
@@ -128,13 +128,13 @@ def test_nobody_on_this_machine_is_asked(client: FlaskClient) -> None:
         ("224.0.0.1", False),
     ],
 )
-def test_public_addresses_are_told_from_the_rest(host: str, public: bool) -> None:
-    """However they are written."""
+def test_public_addresses_are_recognised(host: str, public: bool) -> None:
+    """In every notation of an address."""
     assert is_public(host) is public
 
 
 def test_the_setting_lists_hosts() -> None:
-    """As a list in the file, with commas in the environment; what is no host stops the start."""
+    """As a list in the file, comma-separated in the environment; an invalid host stops the start."""
     assert load_settings(SETTINGS).download_hosts == ("hf.co", "huggingface.co")
     told = load_settings({**SETTINGS, "SWITCHYARD_DOWNLOAD_HOSTS": "registry.lan:5000, hf.co"})
     assert told.download_hosts == ("registry.lan:5000", "hf.co")

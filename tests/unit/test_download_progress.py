@@ -31,8 +31,8 @@ def downloading(completed: int, total: int, *, expected: int | None = None, name
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(seen, st.floats(0, 30)), max_size=40))
-def test_whatever_is_seen_the_figures_can_be_shown(observations):
-    """Percent never falls and stays below 100 until the end; nothing is negative, no more is here than there is."""
+def test_figures_are_valid_for_any_observations(observations):
+    """Percent never falls and stays below 100 until the end; figures are not negative, completed is at most total."""
     progress, now, percent = TransferProgress(), 1000.0, 0
     for observation, step in observations:
         now += step
@@ -49,7 +49,7 @@ def test_whatever_is_seen_the_figures_can_be_shown(observations):
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abcdef"), st.builds(Part, st.integers(0, 10**6), st.integers(10**6, 10**7))))
 def test_the_order_of_layers_does_not_matter(layers):
-    """At once, one by one, or the other way round: the same sums."""
+    """All at once, one by one, or in reverse: the sums are the same."""
     at_once = TransferProgress().advance(Seen("downloading", layers), 0.0)
     for order in (list(layers), list(reversed(layers))):
         progress = TransferProgress()
@@ -59,8 +59,8 @@ def test_the_order_of_layers_does_not_matter(layers):
         assert (last.completed_bytes, last.total_bytes) == (at_once.completed_bytes, at_once.total_bytes)
 
 
-def test_the_same_observation_again_changes_nothing_but_the_time():
-    """A frame that draws what is known already adds no bytes."""
+def test_a_repeated_observation_changes_only_the_time():
+    """A repeated observation adds no bytes."""
     progress = TransferProgress()
     first = progress.advance(downloading(5 * MB, 10 * MB), 0.0)
     again = progress.advance(downloading(5 * MB, 10 * MB), 0.1)
@@ -75,16 +75,16 @@ def test_a_new_layer_makes_the_whole_larger_but_the_percentage_does_not_fall():
     assert (grown.percent, grown.completed_bytes, grown.total_bytes) == (90, 90, 1000)
 
 
-def test_the_size_that_is_known_ahead_is_the_whole():
-    """The first layer is then not taken for everything; should more come than was expected, that counts."""
+def test_a_size_known_in_advance_is_the_total():
+    """The first layer is then not taken for the whole; if more arrives than expected, the total grows."""
     progress = TransferProgress()
     assert progress.advance(Seen("resolving", expected_bytes=1000), 0.0).total_bytes == 1000
     assert progress.advance(downloading(100, 200), 1.0).percent == 10
     assert progress.advance(downloading(1500, 1500), 2.0).total_bytes == 1500
 
 
-def test_without_any_size_nothing_is_said_about_the_whole():
-    """Unknown is None, and 0 percent."""
+def test_without_any_size_the_total_is_unknown():
+    """The total is None, and the percentage 0."""
     figures = TransferProgress().advance(Seen("resolving"), 0.0)
     assert (figures.percent, figures.total_bytes, figures.bytes_per_second, figures.eta_seconds) == (
         0,
@@ -94,8 +94,8 @@ def test_without_any_size_nothing_is_said_about_the_whole():
     )
 
 
-def test_speed_is_what_arrived_in_the_last_seconds_and_gives_the_time_left():
-    """Ten seconds at 2 MB/s, then ten at 4 MB/s: the window has forgotten the first."""
+def test_speed_comes_from_the_last_seconds_and_gives_the_time_left():
+    """Ten seconds at 2 MB/s, then ten at 4 MB/s: the window holds only the second speed."""
     progress, done = TransferProgress(), 0
     for tenth in range(200):
         done += MB // 5 if tenth < 100 else MB * 2 // 5
@@ -107,7 +107,7 @@ def test_speed_is_what_arrived_in_the_last_seconds_and_gives_the_time_left():
 
 
 def test_there_is_no_speed_before_half_a_second():
-    """Two observations 0.4 s apart say too little, 0.5 s are enough; waiting for the first layer doesn't count."""
+    """0.4 s between two observations are too short, 0.5 s are enough; waiting for the first layer doesn't count."""
     progress = TransferProgress()
     progress.advance(Seen("resolving"), 0.0)
     assert progress.advance(downloading(0, 100 * MB), 9.0).bytes_per_second is None
@@ -115,8 +115,8 @@ def test_there_is_no_speed_before_half_a_second():
     assert progress.advance(downloading(5 * MB, 100 * MB), 9.5).bytes_per_second == 10 * MB
 
 
-def test_what_was_here_already_is_no_speed():
-    """Neither the bytes of an earlier try, nor a layer that is complete when it first shows up."""
+def test_bytes_present_at_the_start_do_not_count_as_speed():
+    """Neither bytes of an earlier attempt nor a layer that is complete when first seen count as speed."""
     progress = TransferProgress()
     progress.advance(downloading(60 * MB, 100 * MB), 0.0)
     progress.advance(downloading(500 * MB, 500 * MB, name="b"), 0.5)
@@ -124,7 +124,7 @@ def test_what_was_here_already_is_no_speed():
 
 
 def test_a_stalled_transfer_has_speed_0_and_no_time_left():
-    """Once the window holds nothing that arrived, also when only signs of life come."""
+    """Once no bytes arrived within the window, even if reports continue."""
     progress = TransferProgress()
     for second in range(4):
         progress.advance(downloading(second * MB, 10 * MB), float(second))
@@ -133,8 +133,8 @@ def test_a_stalled_transfer_has_speed_0_and_no_time_left():
     assert (figures.bytes_per_second, figures.eta_seconds) == (0, None)
 
 
-def test_checking_has_no_speed():
-    """Nothing is moved then, so that neither a speed nor a time left would be honest."""
+def test_verifying_has_no_speed():
+    """Verifying transfers nothing, so neither a speed nor a time left is shown."""
     progress = TransferProgress()
     progress.advance(downloading(0, 10 * MB), 0.0)
     progress.advance(downloading(10 * MB, 10 * MB), 1.0)
@@ -142,8 +142,8 @@ def test_checking_has_no_speed():
     assert (figures.percent, figures.bytes_per_second, figures.eta_seconds) == (99, None, None)
 
 
-def test_the_end_is_100_percent_of_everything():
-    """Said by whoever knows, not by the sums."""
+def test_success_is_100_percent():
+    """100 percent comes from the success report, not from the sums."""
     progress = TransferProgress()
     progress.advance(downloading(9 * MB, 10 * MB), 0.0)
     end = progress.finish()
@@ -151,7 +151,7 @@ def test_the_end_is_100_percent_of_everything():
 
 
 def test_an_hour_of_observations_takes_little_time_and_no_more_memory():
-    """60 000 of them, as ten an instant for long enough give."""
+    """60,000 observations, ten at a time."""
     progress = TransferProgress()
     for count in range(1000):
         progress.advance(downloading(count, 60_000), count * 0.0015)

@@ -1,4 +1,4 @@
-"""The download queue: who runs, who waits, and that a job ends as the last accepted wish says, whoever asks at once."""
+"""The download queue: order, limits, retries; each job ends as the last accepted command says, under concurrency."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BROKEN = DownloadError("interrupted", "The connection broke.", may_resume=True)
 
 
 class Call:
-    """One `fetch` under way, told by the test what happens in it."""
+    """One `fetch` call, controlled by the test."""
 
     def __init__(self, model: str, report: Report, abort: Abort) -> None:
         self.model = model
@@ -36,8 +36,8 @@ class Call:
         self._abort = abort
         self._orders: queue.Queue[Callable[[], None] | Exception | None] = queue.Queue()
 
-    def sees(self, completed: int, total: int, phase: Any = "downloading") -> None:
-        """Have it report, and wait until that was taken in."""
+    def report(self, completed: int, total: int, phase: Any = "downloading") -> None:
+        """Report these figures, and wait until the queue has processed them."""
         done = threading.Event()
 
         def report() -> None:
@@ -49,8 +49,8 @@ class Call:
         self._orders.put(report)
         assert done.wait(TIMEOUT)
 
-    def ends(self, error: Exception | None = None) -> None:
-        """The transfer is done, or fails with `error`."""
+    def end(self, error: Exception | None = None) -> None:
+        """End the transfer, with `error` if given."""
         self._orders.put(error)
 
     def run(self) -> None:
@@ -61,8 +61,8 @@ class Call:
             order()
 
 
-class Scripted:
-    """A source whose transfers do what the test says. `tidy` holds up what is discarded until it is set."""
+class ScriptedSource:
+    """A source whose transfers the test controls. `discard` blocks until `tidy` is set."""
 
     source: Source = "ollama"
 
@@ -90,19 +90,19 @@ class Scripted:
         self.discarded.append(name)
 
     def next(self, model: str) -> Call:
-        """The transfer that begins next, which has to be that of `model`."""
+        """The next transfer to begin, which must be that of `model`."""
         call = self._calls.get(timeout=TIMEOUT)
         assert call.model == model
         return call
 
     @property
     def idle(self) -> bool:
-        """Whether no transfer has begun that the test hasn't asked for."""
+        """Whether no transfer has begun that the test hasn't taken with `next`."""
         return self._calls.empty()
 
 
-class Kept:
-    """A store in memory; `broken` makes it refuse to write, and it waits while `ready` is not set."""
+class FakeStore:
+    """An in-memory store. `broken` makes writes fail; writes block while `ready` is not set."""
 
     def __init__(self) -> None:
         self.rows: dict[str, DownloadRecord] = {}
@@ -128,18 +128,18 @@ class Kept:
 
 
 class Rig:
-    """A queue with everything around it in the test's hands."""
+    """A queue with a scripted source and store."""
 
     def __init__(self) -> None:
-        self.fetcher = Scripted()
-        self.store = Kept()
+        self.fetcher = ScriptedSource()
+        self.store = FakeStore()
         self.completed: list[Download] = []
         self.free = 10**12
         self.now = 1000.0
         self._queues: list[DownloadQueue] = []
 
     def queue(self, fetcher: Fetcher | None = None, **options: Any) -> DownloadQueue:
-        """A queue that works, on the same store as the ones before."""
+        """A running queue on the store of the earlier ones."""
         settings: dict[str, Any] = {"at_once": 2, "retry_pauses": (0.0, 0.0), "on_complete": self.completed.append}
         made = DownloadQueue(
             {"ollama": fetcher or self.fetcher},
@@ -174,32 +174,32 @@ def ask(downloads: DownloadQueue, model: str) -> Download:
     return downloads.request(model, "ollama", "somebody")
 
 
-def reaches(downloads: DownloadQueue, download: Download, state: str) -> Download:
+def wait_for_state(downloads: DownloadQueue, download: Download, state: str) -> Download:
     """The download once it is in `state`."""
     wait_until(lambda: downloads.get(download.id).state == state, f"{download.model} to be {state}", TIMEOUT)
     return downloads.get(download.id)
 
 
-def test_a_download_goes_through_its_stages_and_is_announced_once(rig: Rig, downloads: DownloadQueue) -> None:
-    """From the request to the end, with figures; the store holds how it ended."""
+def test_a_download_goes_through_its_stages_and_completes_once(rig: Rig, downloads: DownloadQueue) -> None:
+    """From the request to the end, with figures; the final state is stored, and the listener is called once."""
     asked = ask(downloads, "Tiny")
     assert (asked.model, asked.state, asked.requested_by, asked.percent) == ("tiny", "downloading", "somebody", 0)
     call = rig.fetcher.next("tiny")
-    call.sees(30, 100)
+    call.report(30, 100)
     seen = downloads.get(asked.id)
     assert (seen.percent, seen.completed_bytes, seen.total_bytes, seen.message) == (30, 30, 100, "Downloading")
-    call.sees(100, 100, "verifying")
+    call.report(100, 100, "verifying")
     assert (downloads.get(asked.id).state, downloads.get(asked.id).percent) == ("verifying", 99)
-    call.ends()
-    ended = reaches(downloads, asked, "complete")
+    call.end()
+    ended = wait_for_state(downloads, asked, "complete")
     assert (ended.percent, ended.completed_bytes, ended.final, ended.eta_seconds) == (100, 100, True, None)
     assert ended.finished_at is not None
     assert [d.id for d in rig.completed] == [asked.id]
     assert rig.store.rows[asked.id].state == "complete"
 
 
-def test_no_more_run_than_may_and_the_others_know_their_place(rig: Rig, downloads: DownloadQueue) -> None:
-    """Two run, the rest waits in the order of asking and moves up."""
+def test_downloads_are_limited_and_the_others_have_a_position(rig: Rig, downloads: DownloadQueue) -> None:
+    """Two run, the others wait in order and move up."""
     a, b, c, d = (ask(downloads, name) for name in "abcd")
     first = rig.fetcher.next("a")
     rig.fetcher.next("b")
@@ -209,50 +209,50 @@ def test_no_more_run_than_may_and_the_others_know_their_place(rig: Rig, download
         ("queued", 1),
         ("queued", 2),
     ]
-    first.ends()
+    first.end()
     rig.fetcher.next("c")
     assert downloads.get(d.id).position == 1
     assert [x.id for x in downloads.all()] == [b.id, c.id, d.id, a.id], "unfinished ones first"
 
 
 def test_a_model_is_never_downloaded_twice_at_once(rig: Rig, downloads: DownloadQueue) -> None:
-    """Asking again joins what is under way or waits, and sets going what is paused or failed."""
+    """A second request joins a running or waiting download, and resumes a paused or failed one."""
     running = ask(downloads, "a")
     assert ask(downloads, "A").id == running.id
     downloads.pause(running.id)
     rig.fetcher.next("a").over.wait(TIMEOUT)
     assert ask(downloads, "a").id == running.id
-    rig.fetcher.next("a").ends(DownloadError("unknown_model", "There is no such model."))
-    reaches(downloads, running, "failed")
+    rig.fetcher.next("a").end(DownloadError("unknown_model", "There is no such model."))
+    wait_for_state(downloads, running, "failed")
     assert ask(downloads, "a").id == running.id
-    rig.fetcher.next("a").ends()
-    reaches(downloads, running, "complete")
-    assert ask(downloads, "a").id != running.id, "what is complete can be asked for again: there may be a newer version"
+    rig.fetcher.next("a").end()
+    wait_for_state(downloads, running, "complete")
+    assert ask(downloads, "a").id != running.id, "a complete model can be downloaded again, for a newer version"
     assert rig.fetcher.next("a") is not None
 
 
 def test_a_pause_keeps_what_has_arrived(rig: Rig, downloads: DownloadQueue) -> None:
-    """The transfer stops, its place goes to the next, and figures never fall when it goes on."""
+    """The transfer stops, the next download runs, and figures never fall after a resume."""
     a, b, c = (ask(downloads, name) for name in "abc")
     call = rig.fetcher.next("a")
     rig.fetcher.next("b")
-    call.sees(60, 100)
+    call.report(60, 100)
     paused = downloads.pause(a.id)
     assert (paused.state, paused.percent, paused.completed_bytes, paused.position) == ("paused", 60, 60, None)
     assert call.over.wait(TIMEOUT)
-    rig.fetcher.next("c").ends()
-    reaches(downloads, c, "complete")
+    rig.fetcher.next("c").end()
+    wait_for_state(downloads, c, "complete")
     assert rig.fetcher.discarded == []
     downloads.resume(a.id)
     again = rig.fetcher.next("a")
-    again.sees(0, 100, "resolving")
-    again.sees(50, 100)
+    again.report(0, 100, "resolving")
+    again.report(50, 100)
     assert downloads.get(a.id).percent == 60
     assert not downloads.get(b.id).final
 
 
 def test_a_waiting_download_that_is_paused_has_no_place_in_the_queue(rig: Rig) -> None:
-    """And those behind it move up."""
+    """The ones behind it move up."""
     downloads = rig.queue(at_once=1)
     _, b, c = (ask(downloads, name) for name in "abc")
     assert downloads.pause(b.id).position is None
@@ -260,14 +260,14 @@ def test_a_waiting_download_that_is_paused_has_no_place_in_the_queue(rig: Rig) -
     assert downloads.resume(b.id).position == 2, "it queues up again"
 
 
-def test_cancelling_stops_the_transfer_then_gives_up_what_arrived(rig: Rig, downloads: DownloadQueue) -> None:
-    """In this order, and the same model doesn't start anew while its pieces are being removed."""
+def test_cancelling_stops_the_transfer_then_deletes_its_data(rig: Rig, downloads: DownloadQueue) -> None:
+    """In this order; the same model can't start again while its partial data is being deleted."""
     rig.fetcher.tidy.clear()
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     assert downloads.cancel(a.id).state == "cancelled"
     assert call.over.wait(TIMEOUT)
-    downloads.remove(a.id)  # not even when it is off the list already
+    downloads.remove(a.id)  # not even when it has left the list already
     again = ask(downloads, "a")
     assert (again.id != a.id, again.state) == (True, "queued")
     assert rig.fetcher.idle
@@ -276,14 +276,14 @@ def test_cancelling_stops_the_transfer_then_gives_up_what_arrived(rig: Rig, down
     assert rig.fetcher.discarded == ["a"]
 
 
-def test_what_a_paused_download_left_is_given_up_when_it_is_cancelled(rig: Rig, downloads: DownloadQueue) -> None:
-    """Once: cancelling again, when a newer download has pieces of the same model, leaves those alone."""
+def test_cancelling_a_paused_download_deletes_its_data(rig: Rig, downloads: DownloadQueue) -> None:
+    """Once: cancelling again, while a newer download of the same model has partial data, leaves that alone."""
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     downloads.pause(a.id)
     assert call.over.wait(TIMEOUT)
     downloads.cancel(a.id)
-    wait_until(lambda: rig.fetcher.discarded == ["a"], "the pieces to go")
+    wait_until(lambda: rig.fetcher.discarded == ["a"], "the partial data to be deleted")
     ask(downloads, "a")
     rig.fetcher.next("a")
     assert downloads.cancel(a.id).state == "cancelled"
@@ -291,25 +291,25 @@ def test_what_a_paused_download_left_is_given_up_when_it_is_cancelled(rig: Rig, 
     assert rig.fetcher.discarded == ["a"]
 
 
-def test_a_job_paused_and_resumed_before_its_thread_noticed_goes_on(rig: Rig, downloads: DownloadQueue) -> None:
-    """The old transfer ends first; its end is no failure, and the new one begins."""
+def test_a_job_paused_and_resumed_quickly_continues(rig: Rig, downloads: DownloadQueue) -> None:
+    """The old transfer ends first, which isn't a failure; then the new one begins."""
     a = ask(downloads, "a")
     old = rig.fetcher.next("a")
     downloads.pause(a.id)
     downloads.resume(a.id)
     new = rig.fetcher.next("a")
     assert old.over.is_set()
-    new.ends()
-    reaches(downloads, a, "complete")
+    new.end()
+    wait_for_state(downloads, a, "complete")
 
 
 def test_a_pause_holds_even_when_the_transfer_was_just_done(rig: Rig, downloads: DownloadQueue) -> None:
-    """What was answered to the person who asked stays true."""
+    """An accepted pause stays true for the person who got the answer."""
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
-    call.ends()
+    call.end()
     expected = "complete"
-    with suppress(DownloadError):  # where the end came first
+    with suppress(DownloadError):  # if the transfer ended first
         expected = downloads.pause(a.id).state
     assert call.over.wait(TIMEOUT)
     downloads.close()
@@ -326,22 +326,22 @@ def test_a_pause_holds_even_when_the_transfer_was_just_done(rig: Rig, downloads:
         ("paused", ("remove",)),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_words(
+def test_commands_that_do_not_fit_the_state_are_refused(
     rig: Rig, downloads: DownloadQueue, state: str, refused: tuple[str, ...]
 ) -> None:
-    """With the state it is in, which stays."""
+    """The error names the download's state, which doesn't change."""
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     match state:
         case "complete":
-            call.ends()
+            call.end()
         case "failed":
-            call.ends(DownloadError("unknown_model", "There is no such model."))
+            call.end(DownloadError("unknown_model", "There is no such model."))
         case "cancelled":
             downloads.cancel(a.id)
         case "paused":
             downloads.pause(a.id)
-    reaches(downloads, a, state)
+    wait_for_state(downloads, a, state)
     for command in refused:
         with pytest.raises(DownloadError, match=r"The download of a is .*, so it can't be") as error:
             getattr(downloads, command)(a.id)
@@ -349,8 +349,8 @@ def test_what_makes_no_sense_is_refused_in_words(
     assert downloads.get(a.id).state == state
 
 
-def test_asking_for_the_same_again_changes_nothing(rig: Rig, downloads: DownloadQueue) -> None:
-    """A second click is no error."""
+def test_repeated_commands_change_nothing(rig: Rig, downloads: DownloadQueue) -> None:
+    """A second click is not an error."""
     a = ask(downloads, "a")
     rig.fetcher.next("a")
     assert downloads.resume(a.id) == downloads.get(a.id)
@@ -376,20 +376,20 @@ def test_unknown_downloads_and_names_are_refused(downloads: DownloadQueue) -> No
     assert downloads.all() == ()
 
 
-def test_what_broke_off_is_tried_again_by_itself(rig: Rig, downloads: DownloadQueue) -> None:
-    """Twice, saying so; the third time it has failed, with the source's words."""
+def test_an_interrupted_download_is_retried(rig: Rig, downloads: DownloadQueue) -> None:
+    """It is retried twice, and says so; after that it has failed, with the source's message."""
     a = ask(downloads, "a")
     for _ in range(2):
-        rig.fetcher.next("a").ends(BROKEN)
+        rig.fetcher.next("a").end(BROKEN)
     last = rig.fetcher.next("a")
     assert downloads.get(a.id).message == "The connection broke. Trying again in 0 s."
     assert downloads.get(a.id).state == "downloading"
-    last.ends(BROKEN)
-    failed = reaches(downloads, a, "failed")
+    last.end(BROKEN)
+    failed = wait_for_state(downloads, a, "failed")
     assert (failed.error, failed.message, failed.may_resume) == ("interrupted", "The connection broke.", True)
     downloads.resume(a.id)
-    rig.fetcher.next("a").ends()
-    assert reaches(downloads, a, "complete").error is None
+    rig.fetcher.next("a").end()
+    assert wait_for_state(downloads, a, "complete").error is None
 
 
 @pytest.mark.parametrize(
@@ -400,73 +400,71 @@ def test_what_broke_off_is_tried_again_by_itself(rig: Rig, downloads: DownloadQu
         DownloadError("digest_mismatch", "It is damaged.", may_resume=True),
     ],
 )
-def test_what_another_try_would_not_mend_is_not_tried_again(
-    rig: Rig, downloads: DownloadQueue, error: DownloadError
-) -> None:
+def test_permanent_errors_are_not_retried(rig: Rig, downloads: DownloadQueue, error: DownloadError) -> None:
     a = ask(downloads, "a")
-    rig.fetcher.next("a").ends(error)
-    assert reaches(downloads, a, "failed").error == error.code
+    rig.fetcher.next("a").end(error)
+    assert wait_for_state(downloads, a, "failed").error == error.code
     assert rig.fetcher.idle
 
 
 @pytest.mark.parametrize("command", ["pause", "cancel"])
-def test_a_pause_between_two_tries_can_be_cut_short(rig: Rig, command: str) -> None:
-    """However long it would have been."""
+def test_the_wait_before_a_retry_can_be_ended(rig: Rig, command: str) -> None:
+    """Whatever its length."""
     downloads = rig.queue(at_once=1, retry_pauses=(3600.0,))
     a = ask(downloads, "a")
-    rig.fetcher.next("a").ends(BROKEN)
-    wait_until(lambda: "Trying again in 3600 s" in downloads.get(a.id).message, "the pause")
+    rig.fetcher.next("a").end(BROKEN)
+    wait_until(lambda: "Trying again in 3600 s" in downloads.get(a.id).message, "the pause before a retry")
     getattr(downloads, command)(a.id)
     ask(downloads, "b")
     rig.fetcher.next("b")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("oops"), Aborted()])
-def test_a_fetcher_that_fails_in_a_way_nobody_foresaw_costs_its_own_download_only(rig: Rig, error: Exception) -> None:
-    """An end without a reason as well: no job stays under way with nobody at work."""
+def test_an_unexpected_exception_fails_only_its_own_download(rig: Rig, error: Exception) -> None:
+    """Even if it ends without a reason: no job stays running without a transfer."""
     downloads = rig.queue(at_once=1)
     a = ask(downloads, "a")
-    rig.fetcher.next("a").ends(error)
-    failed = reaches(downloads, a, "failed")
+    rig.fetcher.next("a").end(error)
+    failed = wait_for_state(downloads, a, "failed")
     assert (failed.error, failed.may_resume) == ("internal_error", True)
     ask(downloads, "b")
     rig.fetcher.next("b")
 
 
 def test_a_disk_that_fills_up_stops_the_download(rig: Rig, downloads: DownloadQueue) -> None:
-    """As soon as the rest doesn't fit, looking at most once a second."""
+    """As soon as the rest doesn't fit; free space is checked at most once a second."""
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
-    call.sees(0, 50 * 10**9)
+    call.report(0, 50 * 10**9)
     rig.free = 2 * 10**9
-    call.sees(10**9, 50 * 10**9)
-    assert downloads.get(a.id).state == "downloading", "not looked at again within a second"
+    call.report(10**9, 50 * 10**9)
+    assert downloads.get(a.id).state == "downloading", "not checked again within a second"
     rig.now += 1.0
-    call.sees(2 * 10**9, 50 * 10**9)
-    failed = reaches(downloads, a, "failed")
+    call.report(2 * 10**9, 50 * 10**9)
+    failed = wait_for_state(downloads, a, "failed")
     assert (failed.error, failed.may_resume, failed.completed_bytes) == ("disk_full", True, 2 * 10**9)
     assert "48.0 GB" in failed.message
 
 
 def test_following_shows_every_step_to_the_end(rig: Rig, downloads: DownloadQueue) -> None:
-    """The view at hand first, None while nothing happens, the end last."""
+    """The current view first, None as a heartbeat, the end last."""
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     views = downloads.follow(a.id, heartbeat=0.01)
     assert next(views) == downloads.get(a.id)
     assert next(views) is None
-    call.sees(40, 100)
+    call.report(40, 100)
     moved = next(views)
     assert moved is not None
     assert moved.percent == 40
-    call.ends()
+    call.end()
     rest = [view for view in views if view is not None]
     assert [view.state for view in rest] == ["complete"]
     assert rest[0].version > moved.version
 
 
 @pytest.mark.parametrize(("command", "state"), [("pause", "paused"), ("cancel", "cancelled")])
-def test_following_ends_when_nothing_more_will_happen(
+def test_following_ends_when_the_download_is_final(
     rig: Rig, downloads: DownloadQueue, command: str, state: str
 ) -> None:
     a = ask(downloads, "a")
@@ -478,7 +476,7 @@ def test_following_ends_when_nothing_more_will_happen(
 
 
 def test_following_ends_when_the_download_leaves_the_list_or_the_app_stops(downloads: DownloadQueue) -> None:
-    """At once, not with the next heartbeat."""
+    """At once, not at the next heartbeat."""
     a, b = ask(downloads, "a"), ask(downloads, "b")
     ended: queue.Queue[str] = queue.Queue()
 
@@ -496,8 +494,8 @@ def test_following_ends_when_the_download_leaves_the_list_or_the_app_stops(downl
     assert ended.get(timeout=TIMEOUT) == "b"
 
 
-def test_waiting_for_news(rig: Rig, downloads: DownloadQueue) -> None:
-    """The version grows with every change; without one the wait ends in time."""
+def test_waiting_for_a_newer_version(rig: Rig, downloads: DownloadQueue) -> None:
+    """The version grows with every change; a wait without one times out."""
     before = downloads.version
     assert downloads.wait_newer(before, timeout=0.01) == before
     threading.Thread(target=ask, args=(downloads, "a"), daemon=True).start()
@@ -505,21 +503,21 @@ def test_waiting_for_news(rig: Rig, downloads: DownloadQueue) -> None:
     rig.fetcher.next("a")
 
 
-def test_a_restart_goes_on_where_it_was(rig: Rig, tmp_path: Path) -> None:
-    """In the old order and with the old figures; what was paused stays so, what had ended is still listed."""
+def test_a_restart_continues_where_it_was(rig: Rig, tmp_path: Path) -> None:
+    """In the old order with the old figures; paused downloads stay paused, ended ones stay listed."""
     store = open_store(tmp_path / "switchyard.db")
     rig.store = DownloadRepository(store)  # type: ignore[assignment]
     first = rig.queue(at_once=1)
     done = ask(first, "done")
-    rig.fetcher.next("done").ends()
-    reaches(first, done, "complete")
+    rig.fetcher.next("done").end()
+    wait_for_state(first, done, "complete")
     running, held, waiting = (ask(first, name) for name in ("running", "held", "waiting"))
     call = rig.fetcher.next("running")
-    call.sees(70, 100)
+    call.report(70, 100)
     first.pause(held.id)
     first.close()
-    assert call.over.is_set(), "no transfer survives"
-    assert first.get(running.id).state == "downloading", "stopping is no failure"
+    assert call.over.is_set(), "every transfer has ended"
+    assert first.get(running.id).state == "downloading", "stopping the app is not a failure"
 
     second = rig.queue(at_once=1)
     assert [(d.id, d.state) for d in second.all()] == [
@@ -530,15 +528,15 @@ def test_a_restart_goes_on_where_it_was(rig: Rig, tmp_path: Path) -> None:
     ]
     again = second.get(running.id)
     assert (again.percent, again.completed_bytes, again.total_bytes) == (70, 70, 100)
-    rig.fetcher.next("running").ends()
-    rig.fetcher.next("waiting").ends()
-    reaches(second, waiting, "complete")
+    rig.fetcher.next("running").end()
+    rig.fetcher.next("waiting").end()
+    wait_for_state(second, waiting, "complete")
     second.close()
     store.close()
 
 
-def test_nothing_is_accepted_that_would_be_lost(rig: Rig, downloads: DownloadQueue) -> None:
-    """Once the app stops, commands are refused instead of forgotten."""
+def test_a_stopping_queue_refuses_commands(rig: Rig, downloads: DownloadQueue) -> None:
+    """After the app has begun to stop, commands are refused."""
     a = ask(downloads, "a")
     downloads.close()
     for command in (lambda: ask(downloads, "b"), lambda: downloads.pause(a.id), lambda: downloads.cancel(a.id)):
@@ -548,29 +546,29 @@ def test_nothing_is_accepted_that_would_be_lost(rig: Rig, downloads: DownloadQue
     assert {row.state for row in rig.store.rows.values()} == {"downloading"}
 
 
-def test_figures_are_stored_now_and_then_and_states_at_once(rig: Rig, downloads: DownloadQueue) -> None:
-    """A hundred reports in two seconds are no hundred writes."""
+def test_figures_are_stored_occasionally_and_states_at_once(rig: Rig, downloads: DownloadQueue) -> None:
+    """A hundred reports in two seconds cause only a few writes."""
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     before = len(rig.store.written)
     for n in range(100):
-        call.sees(n, 100)
+        call.report(n, 100)
     assert len(rig.store.written) == before
     rig.now += 2.0
-    call.sees(99, 100)
+    call.report(99, 100)
     assert rig.store.rows[a.id].completed_bytes == 99
     downloads.pause(a.id)
     assert rig.store.rows[a.id].state == "paused"
 
 
 def test_a_store_that_fails_stops_no_download(rig: Rig) -> None:
-    """A full disk costs the last states only as long as it is full."""
+    """States are lost only while the disk is full."""
     downloads = rig.queue(at_once=1)
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
     rig.store.broken = True
-    call.ends(DownloadError("disk_full", "The disk is full.", may_resume=True))
-    reaches(downloads, a, "failed")
+    call.end(DownloadError("disk_full", "The disk is full.", may_resume=True))
+    wait_for_state(downloads, a, "failed")
     ask(downloads, "b")
     rig.fetcher.next("b")
     rig.store.broken = False
@@ -582,13 +580,13 @@ def test_a_store_that_fails_stops_no_download(rig: Rig) -> None:
     }
 
 
-def test_only_the_latest_that_ended_are_kept(rig: Rig, downloads: DownloadQueue) -> None:
-    """Here and in the store; what is unfinished always is."""
+def test_only_the_latest_ended_downloads_are_kept(rig: Rig, downloads: DownloadQueue) -> None:
+    """In memory and in the store; unfinished ones are always kept."""
     ids = []
     for n in range(FINISHED_KEPT + 5):
         asked = ask(downloads, f"m{n}")
-        rig.fetcher.next(f"m{n}").ends()
-        reaches(downloads, asked, "complete")
+        rig.fetcher.next(f"m{n}").end()
+        wait_for_state(downloads, asked, "complete")
         ids.append(asked.id)
     unfinished = ask(downloads, "last")
     assert [d.id for d in downloads.all()] == [unfinished.id, *reversed(ids[5:])]
@@ -597,33 +595,33 @@ def test_only_the_latest_that_ended_are_kept(rig: Rig, downloads: DownloadQueue)
     assert ids[-1] not in rig.store.rows
 
 
-def test_a_listener_that_fails_harms_nobody(rig: Rig) -> None:
-    """The files are here whatever the look for them says, so the download is complete, and the next one runs."""
+def test_a_failing_listener_fails_no_download(rig: Rig) -> None:
+    """The files are complete whatever the listener raises, so the download is complete, and the next one runs."""
 
     def fail(_: Download) -> None:
         raise ZeroDivisionError
 
     downloads = rig.queue(at_once=1, on_complete=fail, listing_seconds=0.2)
     a = ask(downloads, "a")
-    rig.fetcher.next("a").ends()
-    reaches(downloads, a, "complete")
+    rig.fetcher.next("a").end()
+    wait_for_state(downloads, a, "complete")
     ask(downloads, "b")
     rig.fetcher.next("b")
 
 
-def test_who_hears_that_it_is_complete_finds_the_model(rig: Rig) -> None:
-    """The listener, which has the catalogue look again, is through before anybody is told."""
+def test_a_complete_model_is_in_the_catalogue(rig: Rig) -> None:
+    """The listener, which rescans the catalogue, is called before `complete` is reported."""
     stages: list[str] = []
     downloads = rig.queue(on_complete=lambda download: stages.append(downloads.get(download.id).state))
     a = ask(downloads, "a")
     views = downloads.follow(a.id)
-    rig.fetcher.next("a").ends()
+    rig.fetcher.next("a").end()
     assert [view.state for view in views if view is not None][-1] == "complete"
     assert stages == ["verifying"]
 
 
-class Busy:
-    """A source whose transfers end by themselves, well or not, and which notes what goes on side by side."""
+class RandomSource:
+    """A source whose transfers end or fail by themselves, and which records what runs concurrently."""
 
     source: Source = "ollama"
 
@@ -667,12 +665,12 @@ class Busy:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_is_lost_when_many_hands_pull_at_once(rig: Rig, seed: int) -> None:
-    """Four threads ask, pause, resume, cancel and remove at random.
+def test_concurrent_commands_lose_nothing(rig: Rig, seed: int) -> None:
+    """Four threads request, pause, resume, cancel and remove at random.
 
-    Never more at work than may be, never two on the same model, and each job ends as the last accepted command says.
+    Never more transfers than allowed, never two of one model, and each job ends as the last accepted command says.
     """
-    busy = Busy(seed)
+    busy = RandomSource(seed)
     downloads = rig.queue(busy, at_once=2)
     accepted: list[Download] = []
     removed: set[str] = set()
@@ -723,8 +721,8 @@ def test_nothing_is_lost_when_many_hands_pull_at_once(rig: Rig, seed: int) -> No
     assert {row.id: row.state for row in rig.store.rows.values()} == {d.id: d.state for d in kept.values()}
 
 
-def test_complete_is_said_once_the_model_can_be_switched_to(rig: Rig) -> None:
-    """An engine may list a new model a second late, and a look may fail: nobody hears of the end before it is found."""
+def test_complete_is_reported_once_the_model_can_be_switched_to(rig: Rig) -> None:
+    """An engine may list a new model a second late, and a check may fail: `complete` is reported once it is found."""
     looks = iter([False, False, ConnectionError("Ollama is busy"), False, True])
     seen: list[str] = []
 
@@ -738,14 +736,14 @@ def test_complete_is_said_once_the_model_can_be_switched_to(rig: Rig) -> None:
     downloads = rig.queue(on_complete=look)
     a = ask(downloads, "a")
     views = downloads.follow(a.id)
-    rig.fetcher.next("a").ends()
+    rig.fetcher.next("a").end()
     assert [view.state for view in views if view is not None][-1] == "complete"
     assert seen == ["verifying"] * 5
 
 
 @pytest.mark.parametrize(("command", "state"), [("cancel", "cancelled"), ("pause", "paused")])
-def test_a_download_can_be_stopped_while_its_model_is_looked_for(rig: Rig, command: str, state: str) -> None:
-    """What was answered stays, and the place is free for the next one at once, not when the look gives up."""
+def test_a_download_can_be_stopped_while_its_model_is_searched(rig: Rig, command: str, state: str) -> None:
+    """The command's answer stays true, and the next download can run at once, not when the search times out."""
     looked = threading.Event()
 
     def look(_: Download) -> bool:
@@ -754,7 +752,7 @@ def test_a_download_can_be_stopped_while_its_model_is_looked_for(rig: Rig, comma
 
     downloads = rig.queue(at_once=1, on_complete=look, listing_seconds=3600.0)
     a, _ = ask(downloads, "a"), ask(downloads, "b")
-    rig.fetcher.next("a").ends()
+    rig.fetcher.next("a").end()
     assert looked.wait(TIMEOUT)
     assert getattr(downloads, command)(a.id).state == state
     rig.fetcher.next("b")
@@ -762,8 +760,8 @@ def test_a_download_can_be_stopped_while_its_model_is_looked_for(rig: Rig, comma
 
 
 @pytest.mark.parametrize(("command", "state"), [("cancel", "cancelled"), ("pause", "paused")])
-def test_stopping_waits_for_no_disk(rig: Rig, command: str, state: str) -> None:
-    """The transfer is stopped and the list says so before the store, which may take its time, has heard of it."""
+def test_stopping_does_not_wait_for_the_store(rig: Rig, command: str, state: str) -> None:
+    """The transfer is stopped and the list updated before the store, which may be slow, has written it."""
     downloads = rig.queue()
     a = ask(downloads, "a")
     call = rig.fetcher.next("a")
@@ -774,4 +772,4 @@ def test_stopping_waits_for_no_disk(rig: Rig, command: str, state: str) -> None:
     assert downloads.get(a.id).state == state
     rig.store.ready.set()
     stopping.join(TIMEOUT)
-    wait_until(lambda: rig.store.rows[a.id].state == state, "the store to hear of it")
+    wait_until(lambda: rig.store.rows[a.id].state == state, "the store to be written")

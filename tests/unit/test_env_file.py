@@ -1,4 +1,4 @@
-"""One line of a .env file, and nothing else of it."""
+"""Setting one variable in a .env file without changing anything else in it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ values = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,40}", fullmatch=True) |
 
 @given(others, mine, others, values)
 def test_a_value_is_set_and_every_other_byte_stays(before, line, after, value):
-    """Wherever the line stands, and where there is none; twice is the same as once."""
+    """Wherever the line is, or if there is none; setting it twice is the same as once."""
     content = before + line + after
     written = with_raw(content, KEY, quoted(value))
     assert raw_value(written, KEY) == quoted(value)
@@ -48,8 +48,8 @@ def test_a_value_is_set_and_every_other_byte_stays(before, line, after, value):
 
 
 @given(others, others)
-def test_a_line_taken_out_leaves_the_others(before, after):
-    """And nothing happens where there is none."""
+def test_removing_a_line_leaves_the_others(before, after):
+    """Removing a missing line changes nothing."""
     assert without_line(before + b"MODEL_ID=x\n" + after, KEY) == before + after
     assert without_line(before + after, KEY) == before + after
 
@@ -61,8 +61,8 @@ def test_of_two_lines_the_last_counts():
 
 
 @pytest.mark.parametrize("value", [b"old  # ours", b'"it\'s" # ours', b"'a # b'", b""])
-def test_what_stood_there_comes_back_to_the_byte(value):
-    """Its quotes and the comment behind it, which stays there all the while."""
+def test_the_old_value_is_restored_byte_by_byte(value):
+    """With its quotes; a trailing comment stays in the file all the time."""
     content = b"A=1\nMODEL_ID=" + value + b"\nB=2\n"
     written = with_raw(content, KEY, b"new")
     assert written.count(b"# ours") == content.count(b"# ours")
@@ -73,13 +73,13 @@ def test_what_stood_there_comes_back_to_the_byte(value):
 
 @pytest.mark.parametrize("value", ["a'b", "a\nOTHER=1", "a\x00"])
 def test_a_value_that_would_break_out_of_its_line_is_refused(value):
-    """No second variable gets in this way."""
+    """A value can't add a second variable."""
     with pytest.raises(EnvFileError):
         quoted(value)
 
 
-def test_the_file_keeps_its_mode_and_its_link_and_leaves_no_draft(tmp_path: Path):
-    """A link stays one; what it leads to is replaced whole."""
+def test_mode_and_link_are_kept_and_no_temporary_file_is_left(tmp_path: Path):
+    """A link stays a link; the file it leads to is replaced atomically."""
     real = tmp_path / "real.env"
     real.write_text("A=1")
     real.chmod(0o640)
@@ -92,15 +92,15 @@ def test_the_file_keeps_its_mode_and_its_link_and_leaves_no_draft(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == [".env", "real.env"]
 
 
-def test_a_new_file_is_for_its_owner_alone(tmp_path: Path):
-    """Others' tokens come to stand in it."""
+def test_a_new_file_is_readable_by_its_owner_only(tmp_path: Path):
+    """The file may hold secrets later."""
     path = tmp_path / ".env"
     EnvFile(path, KEY).write("m")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_file_that_can_not_be_written_says_so_and_nothing_begins(tmp_path: Path):
-    """Neither the file nor the switch."""
+def test_an_unwritable_file_is_an_error_and_nothing_starts(tmp_path: Path):
+    """Neither the file is written nor the switch started."""
     choice = ComposeChoice(EnvFile(tmp_path / "no" / "folder" / ".env", KEY))
     begun: list[str] = []
 
@@ -114,20 +114,20 @@ def test_a_file_that_can_not_be_written_says_so_and_nothing_begins(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("error", "expected"), [(None, "new"), (SwitchError("load_failed", "No."), "old")])
-def test_what_stood_there_stands_there_again_when_the_switch_fails(tmp_path: Path, error, expected):
-    """Only then."""
+def test_a_failed_switch_restores_the_old_value(tmp_path: Path, error, expected):
+    """The old value is restored only if the switch fails."""
     file = EnvFile(tmp_path / ".env", KEY)
     file.write("old")
     job = Job(Request("switch", "new", "test"))
     assert ComposeChoice(file).choose("new", lambda: job) is job
     assert file.raw() == b"new"
     job.finish("failed" if error else "success", error)
-    wait_until(lambda: file.raw() == expected.encode(), "the file to follow")
+    wait_until(lambda: file.raw() == expected.encode(), "the file to be restored")
 
 
 @pytest.mark.parametrize(("outcome", "expected"), [("success", "b"), ("failed", "old")])
-def test_a_later_choice_is_not_taken_back_and_does_not_bring_back_an_earlier_one(tmp_path: Path, outcome, expected):
-    """The first switch is cancelled for a second one; what stood there before both is what may come back."""
+def test_a_later_choice_is_kept_and_restores_no_superseded_one(tmp_path: Path, outcome, expected):
+    """If a second switch cancels the first, the value from before both is what may be restored."""
     file = EnvFile(tmp_path / ".env", KEY)
     file.write("old")
     first, second = Job(Request("switch", "a", "test")), Job(Request("switch", "b", "test"))
@@ -136,4 +136,4 @@ def test_a_later_choice_is_not_taken_back_and_does_not_bring_back_an_earlier_one
     choice.choose("b", lambda: second)
     first.finish("cancelled")
     second.finish(outcome)
-    wait_until(lambda: file.raw() == expected.encode(), "the file to follow")
+    wait_until(lambda: file.raw() == expected.encode(), "the file to be updated")

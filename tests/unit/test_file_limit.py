@@ -1,4 +1,4 @@
-"""As many connections as there are descriptors for: in a process of its own each, since a limit can't be taken back."""
+"""The limit on open files and connections; each test in a process of its own, because a hard limit can't be raised."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ print(json.dumps([file_limit.raise_for(2000), resource.getrlimit(resource.RLIMIT
         (256, 256, 100, 256),
     ],
 )
-def test_the_limit_is_raised_as_far_as_it_goes_and_the_rest_is_not_promised(soft, hard, connections, limit):
-    """Two descriptors for each connection, and some for everything else."""
+def test_the_limit_is_raised_and_connections_fit_into_it(soft, hard, connections, limit):
+    """Two descriptors per connection, and some for everything else."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""How figures and times are written."""
+"""Formatting of figures and times."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_sizes_are_decimal_gb_and_mb_below_one(value: float | None, words: str) 
     assert filters.size(value) == words
 
 
-def test_only_a_size_that_nobody_measured_is_marked_as_approximate() -> None:
+def test_only_an_estimated_size_is_marked_as_approximate() -> None:
     assert filters.sized(18e9, "estimated") == "≈ 18.0 GB"
     assert filters.sized(18e9, "learned") == "18.0 GB"
     assert filters.sized(None, "estimated") == "–"
@@ -51,14 +51,14 @@ def test_durations(seconds: float | None, words: str) -> None:
     assert filters.duration(seconds) == words
 
 
-def test_a_promise_is_round_beyond_a_minute() -> None:
+def test_an_estimate_is_rounded_beyond_a_minute() -> None:
     assert filters.about(25.2) == "about 25 s"
     assert filters.about(61) == "about 1 min"
     assert filters.about(83) == "about 1 min 25 s"
     assert filters.about(0.2) == "under 1 s"
 
 
-def test_what_was_measured_has_a_digit_when_short() -> None:
+def test_a_short_measured_time_has_a_digit() -> None:
     assert filters.took(0.84) == "0.8 s"
     assert filters.took(12.4) == "12 s"
 

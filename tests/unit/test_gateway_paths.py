@@ -1,4 +1,4 @@
-"""Which requests under /v1 reach an engine, which may switch for it, and what the others are told."""
+"""Requests under /v1: which reach an engine, which may cause a switch, and the errors of the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def console(shared: InProcess) -> InProcess:
 
 @pytest.fixture
 def loaded(console: InProcess) -> Iterator[Loaded]:
-    """Loads switchyard-mini on an engine that does what the test says."""
+    """Load switchyard-mini on a scripted engine."""
     started: list[ScriptedEngine] = []
 
     def load(*replies: Reply) -> ScriptedEngine:
@@ -54,7 +54,7 @@ def error(response) -> dict[str, object]:
     ("method", "headers"), [("GET", {}), ("GET", IMAGE_ELSEWHERE), ("HEAD", IMAGE_ELSEWHERE), ("DELETE", {})]
 )
 def test_only_a_post_switches(console, loaded, method, headers):
-    """An <img> of another site named a model, and the one in use was unloaded for it. Nobody is asked for anything."""
+    """A page of another site named a model in an <img>, and the model in use was unloaded. Now nothing is called."""
     engine = loaded()
     response = console.client.open(f"/v1/anything?model={SMALL}", method=method, headers=headers)
     assert response.status_code == 409
@@ -64,8 +64,8 @@ def test_only_a_post_switches(console, loaded, method, headers):
 
 
 @pytest.mark.parametrize("state", ["asleep", "loading", "unloading"])
-def test_a_model_that_is_not_ready_is_not_woken_by_a_get(console, state):
-    """Neither named nor as the active one."""
+def test_a_get_does_not_load_a_model(console, state):
+    """Whether the request names it or it is the active one."""
     console.show(SMALL, state)
     assert error(console.client.get(f"/v1/anything?model={SMALL}"))["code"] == "model_not_loaded"
     console.services.board.publish(active_model=SMALL)
@@ -74,8 +74,8 @@ def test_a_model_that_is_not_ready_is_not_woken_by_a_get(console, state):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE"])
-def test_what_is_loaded_is_asked_whatever_the_path(console, loaded, method):
-    """Any other /v1 path of the engine, with its query, unchanged."""
+def test_any_path_is_relayed_to_a_loaded_model(console, loaded, method):
+    """Any other /v1 path is relayed to the loaded model's engine, with its query, unchanged."""
     engine = loaded(Reply(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nETag: yes\r\n\r\n" + b"hi" * (method != "HEAD")))
     response = console.client.open("/v1/responses/resp_1?model=auto&x=1", method=method)
     assert (response.status_code, response.headers["ETag"]) == (200, "yes")
@@ -84,7 +84,7 @@ def test_what_is_loaded_is_asked_whatever_the_path(console, loaded, method):
 
 
 def test_a_post_to_an_unknown_path_does_not_switch(console, loaded):
-    """A misspelt path is no reason to unload a model; which model isn't ready, and what to do, is said."""
+    """A misspelt path must not unload a model; the error names the model that isn't loaded, and what to do."""
     engine = loaded()
     response = console.client.post("/v1/chat/completion", json={"model": SMALL})
     assert response.status_code == 409
@@ -95,8 +95,8 @@ def test_a_post_to_an_unknown_path_does_not_switch(console, loaded):
 @pytest.mark.parametrize(
     "path", ["chat/completions", "completions", "responses", "messages/count_tokens", "score", "audio/speech"]
 )
-def test_a_post_that_asks_a_model_to_work_switches(console, path):
-    """Those that all engines serve, and those that some do."""
+def test_a_post_to_a_generating_path_switches(console, path):
+    """Paths that all engines serve, and paths that some serve."""
     console.client.post(f"/v1/{path}", json={"model": SMALL})
     assert console.switch_requests == [SMALL]
 
@@ -119,7 +119,7 @@ def test_a_post_that_asks_a_model_to_work_switches(console, path):
     ],
 )
 def test_a_known_path_with_another_method_is_405(console, loaded, method, path, allowed):
-    """With Allow, in OpenAI's shape; the engine is not asked, as it would say something of its own."""
+    """With Allow, in OpenAI's shape; the engine is not called, because its error would differ."""
     engine = loaded()
     response = console.client.open(path, method=method)
     assert response.status_code == 405
@@ -132,8 +132,8 @@ def test_a_known_path_with_another_method_is_405(console, loaded, method, path, 
 @pytest.mark.parametrize(
     "path", ["/v1", "/v1/", "/v1/models/", "/v1/events/more", "/v1/preferences/x", "/v1/x/../../api/delete", "/v1/./x"]
 )
-def test_what_is_ours_or_leads_elsewhere_is_not_passed_on(console, loaded, method, path):
-    """Engines have addresses beside /v1 that unload, delete and shut down."""
+def test_our_own_and_unsafe_paths_are_not_relayed(console, loaded, method, path):
+    """Outside /v1, engines have endpoints that unload, delete and shut down."""
     engine = loaded()
     response = console.client.open(path, method=method)
     assert response.status_code == 404
@@ -142,7 +142,7 @@ def test_what_is_ours_or_leads_elsewhere_is_not_passed_on(console, loaded, metho
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT"])
 def test_an_unknown_path_with_nothing_loaded_is_404(console, method):
-    """No engine serves it."""
+    """There is no engine that could serve it."""
     response = console.client.open("/v1/nonsense", method=method)
     assert (response.status_code, error(response)["code"]) == (404, "not_found")
 
@@ -158,8 +158,8 @@ NO_SUCH_ADDRESS = [
 
 @pytest.mark.parametrize("body", NO_SUCH_ADDRESS)
 @pytest.mark.parametrize("path", ["/v1/nonsense", "/v1/embeddings", "/v1/rerank"])
-def test_an_address_that_the_engine_does_not_serve_is_our_404(console, loaded, path, body):
-    """On both lanes: the engine's own words for it are as many as there are engines."""
+def test_a_path_that_the_engine_does_not_serve_is_our_404(console, loaded, path, body):
+    """In Flask and in the hot lane: each engine words this error differently."""
     engine = loaded(Reply(answer("404 Not Found", body)))
     view = console.services.board.current.instances[MINI]
     response = console.client.post(path, json={"input": "x"})
@@ -170,8 +170,8 @@ def test_an_address_that_the_engine_does_not_serve_is_our_404(console, loaded, p
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
-def test_a_404_about_anything_else_is_the_engines_own(console, loaded, path):
-    """Such as a model or a response that it doesn't know: unchanged, byte for byte."""
+def test_any_other_404_is_relayed_unchanged(console, loaded, path):
+    """An error about a model or response is relayed unchanged, byte for byte."""
     own = {"error": {"message": "The model `x` does not exist.", "type": "NotFoundError", "param": None, "code": 404}}
     engine = loaded(Reply(answer("404 Not Found", own)))
     response = console.client.post(path, json={"messages": []})
@@ -179,23 +179,23 @@ def test_a_404_about_anything_else_is_the_engines_own(console, loaded, path):
     assert len(engine.requests) == 1
 
 
-def test_a_long_404_is_passed_on_whole(console, loaded):
-    """What was looked at of it is not lost."""
+def test_a_long_404_is_relayed_completely(console, loaded):
+    """The part that was read to examine it is included."""
     loaded(Reply(answer("404 Not Found", b"x" * 300_000)))
     response = console.client.post("/v1/chat/completions", json={"messages": []})
     assert (response.status_code, response.data) == (404, b"x" * 300_000)
 
 
-def test_a_method_that_the_engine_does_not_take_is_our_405(console, loaded):
-    """With the methods that it does."""
+def test_a_method_that_the_engine_does_not_allow_is_our_405(console, loaded):
+    """With the methods that the engine allows."""
     loaded(Reply(answer("405 Method Not Allowed", {"detail": "Method Not Allowed"}, "Allow: POST")))
     response = console.client.get("/v1/load_lora_adapter")
     assert (response.status_code, response.headers["Allow"]) == (405, "POST")
     assert error(response)["code"] == "method_not_allowed"
 
 
-def test_a_404_that_breaks_off_is_an_error_of_the_engine(console, loaded):
-    """And gives its place back."""
+def test_a_truncated_404_is_an_engine_error(console, loaded):
+    """The request is no longer counted as in flight."""
     loaded(Reply(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{", close=True))
     response = console.client.post("/v1/chat/completions", json={"messages": []})
     assert (response.status_code, error(response)["code"]) == (502, "engine_unreachable")
@@ -203,6 +203,6 @@ def test_a_404_that_breaks_off_is_an_error_of_the_engine(console, loaded):
 
 
 def test_an_unknown_model_is_404_with_any_method(console, loaded):
-    """As a POST says it."""
+    """The same error as for a POST."""
     loaded()
     assert error(console.client.get("/v1/anything?model=nope"))["code"] == "model_not_found"

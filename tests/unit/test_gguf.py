@@ -1,4 +1,4 @@
-"""The GGUF reader tells the truth about good files, and says in words what is wrong with bad ones."""
+"""The GGUF reader: correct values for valid files, clear errors and bounded memory for invalid ones."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from tests.support.gguf_files import ARRAY, STRING, UINT8, UINT32, array, entry,
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 300
 MIB = 1 << 20
 CASES = Path(__file__).with_name("gguf_cases")
-"""What `python -m bench.fuzz_gguf` has found."""
+"""Files found by `python -m bench.fuzz_gguf`."""
 
 
 def write_model(path: Path, architecture: str = "llama", vocabulary: int = VOCABULARY) -> Path:
-    """A small complete file as the public `gguf` package writes it."""
+    """A small complete file, written with the public `gguf` package."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny")
     writer.add_description("A model for tests")
@@ -85,7 +85,7 @@ def read_bytes(content: bytes, folder: Path) -> GGUFHeader:
 
 
 def test_round_trip(model: Path) -> None:
-    """Everything that the public writer put in comes out."""
+    """Everything that the public writer put in is read back."""
     header = read_header(model)
     table, square = VOCABULARY * HIDDEN * 2, HIDDEN * HIDDEN // 32 * 18
     assert header == GGUFHeader(
@@ -111,13 +111,13 @@ def test_round_trip(model: Path) -> None:
     )
 
 
-def test_it_knows_every_tensor_type_of_the_public_package() -> None:
-    """The table of block sizes is the one of the `gguf` package."""
+def test_every_tensor_type_of_the_public_package_is_known() -> None:
+    """The table of block sizes equals that of the `gguf` package."""
     assert {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == dict(BLOCKS)
 
 
-def test_a_tensor_type_from_the_future_is_no_fault(tmp_path: Path) -> None:
-    """A file with tensors of an unknown type is read; its weights are what the header leaves of it."""
+def test_an_unknown_tensor_type_is_accepted(tmp_path: Path) -> None:
+    """A file with tensors of an unknown type is read; its weights are the bytes after the header."""
     content = bytearray(good_bytes())
     kind = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 2 * 8
     content[kind : kind + 4] = struct.pack("<I", 999)
@@ -125,8 +125,8 @@ def test_a_tensor_type_from_the_future_is_no_fault(tmp_path: Path) -> None:
     assert header.tensor_bytes == header.file_bytes - header.data_offset
 
 
-def test_a_big_vocabulary_takes_no_memory(tmp_path: Path) -> None:
-    """50,000 tokens and as many merges are counted, not kept."""
+def test_a_large_vocabulary_takes_little_memory(tmp_path: Path) -> None:
+    """50,000 tokens and as many merges are counted, not stored."""
     path = write_model(tmp_path / "big.gguf", vocabulary=50_000)
     tracemalloc.start()
     try:
@@ -156,15 +156,15 @@ def test_a_big_vocabulary_takes_no_memory(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_words(content: bytes, words: str, tmp_path: Path) -> None:
-    """The message names the file, what is wrong, and where it helps what may have happened."""
+def test_errors_say_what_is_wrong(content: bytes, words: str, tmp_path: Path) -> None:
+    """The error names the file, what is wrong, and, where useful, the likely cause."""
     with pytest.raises(GGUFError) as caught:
         read_bytes(content, tmp_path)
     assert str(caught.value) == words
 
 
-def test_an_incomplete_copy_is_noticed(tmp_path: Path) -> None:
-    """A file whose weights are cut off says how much is there and how much should be."""
+def test_an_incomplete_copy_is_detected(tmp_path: Path) -> None:
+    """A file with truncated weights reports how much is there and how much there should be."""
     with pytest.raises(GGUFError) as caught:
         read_bytes(good_bytes()[:-1000], tmp_path)
     size = format_size(len(good_bytes()) - 1000)
@@ -173,7 +173,7 @@ def test_an_incomplete_copy_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", [24, 16, 8])
 def test_absurd_counts_allocate_nothing(position: int, tmp_path: Path) -> None:
-    """A count or length of 2^62 is refused before anything is set aside for it."""
+    """A count or length of 2^62 is refused before anything is allocated for it."""
     content = bytearray(good_bytes())
     content[position : position + 8] = struct.pack("<Q", 2**62)
     tracemalloc.start()
@@ -186,7 +186,7 @@ def test_absurd_counts_allocate_nothing(position: int, tmp_path: Path) -> None:
 
 
 def bomb(kind: str, size: int) -> bytes:
-    """A file of about `size` bytes that says as much as it can of what takes memory to keep."""
+    """A file of about `size` bytes full of values that take much memory when stored."""
     values = [gguf_files.LLAMA]
     tensors: list[bytes] = []
 
@@ -229,7 +229,7 @@ def bomb(kind: str, size: int) -> bytes:
     ],
 )
 def test_a_header_bomb_takes_little_memory(kind: str, tmp_path: Path) -> None:
-    """A header of 6 MB, whatever fills it, is read in less; one of 64 MB once took 2.7 GB."""
+    """A header of 6 MB, whatever its content, is read in less memory; one of 64 MB took 2.7 GB."""
     path = tmp_path / "bomb.gguf"
     path.write_bytes(bomb(kind, 6 << 20))
     _, peak = gguf_files.read_measured(path)
@@ -248,16 +248,16 @@ def test_a_header_bomb_takes_little_memory(kind: str, tmp_path: Path) -> None:
         ([entry("llama.block_count", UINT32, u32(1_000_000))], [], "lists 1000000 layers"),
     ],
 )
-def test_what_no_model_says_is_called_damage(
+def test_values_that_no_model_has_are_damage(
     values: list[bytes], tensors: list[bytes], words: str, tmp_path: Path
 ) -> None:
-    """Depth, lengths and sizes beyond what llama.cpp takes are refused in words."""
+    """Depth, lengths and sizes beyond what llama.cpp accepts are refused with an error."""
     with pytest.raises(GGUFError, match=re.escape(f"m.gguf {words}")):
         read_bytes(gguf_files.file([gguf_files.LLAMA, *values], tensors) + bytes(64), tmp_path)
 
 
-def test_too_much_to_count_is_refused(tmp_path: Path) -> None:
-    """Millions of empty strings cost a processor's time and no memory: there is a bound for that too."""
+def test_too_many_values_are_refused(tmp_path: Path) -> None:
+    """Millions of empty strings take time but no memory: their number is limited too."""
     count = 5_000_000
     strings = entry("tokenizer.ggml.tokens", ARRAY, array(STRING, count, bytes(8 * count)))
     with pytest.raises(GGUFError, match="5000000 strings"):
@@ -265,15 +265,15 @@ def test_too_much_to_count_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_set_of_a_hundred_thousand_parts_is_refused(tmp_path: Path) -> None:
-    """A name that speaks of 99,999 parts has nobody look for them."""
+    """A file name that claims 99,999 parts causes no search for them."""
     part = tmp_path / "m-00001-of-99999.gguf"
     part.touch()
     with pytest.raises(GGUFError, match="one part of 99999: more than 1000 can't be"):
         split_parts(part)
 
 
-def test_what_is_needed_is_kept_wherever_it_stands(tmp_path: Path) -> None:
-    """The architecture may come last, and long texts are cut, not lost."""
+def test_needed_values_are_kept_at_any_position(tmp_path: Path) -> None:
+    """The architecture may come last, and long texts are truncated, not lost."""
     values = [
         entry("general.name", STRING, text("n" * 5000)),
         entry("llama.context_length", UINT32, u32(2048)),
@@ -286,15 +286,15 @@ def test_what_is_needed_is_kept_wherever_it_stands(tmp_path: Path) -> None:
     assert header.name == "n" * 4096
 
 
-def test_a_figure_beyond_reason_is_unknown(tmp_path: Path) -> None:
-    """A context of 2^63 tokens is no figure to plan with."""
+def test_an_absurd_figure_is_unknown(tmp_path: Path) -> None:
+    """A context of 2^63 tokens can't be used for planning."""
     values = [gguf_files.LLAMA, entry("llama.context_length", gguf_files.UINT64, u64(2**63))]
     assert read_bytes(gguf_files.file(values), tmp_path).context_length is None
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_only_a_regular_file_is_opened(make: Callable[[Path], None], tmp_path: Path) -> None:
-    """A pipe by a model's name would hold its reader for ever."""
+    """A pipe with a model's name would block its reader for ever."""
     path = tmp_path / "m.gguf"
     make(path)
     with pytest.raises(GGUFError, match=r"m\.gguf is not a file"):
@@ -302,7 +302,7 @@ def test_only_a_regular_file_is_opened(make: Callable[[Path], None], tmp_path: P
 
 
 @pytest.mark.parametrize("case", sorted(CASES.glob("*.gz")), ids=lambda path: path.name)
-def test_what_the_fuzzer_found_holds(case: Path, tmp_path: Path) -> None:
+def test_files_found_by_the_fuzzer_are_handled(case: Path, tmp_path: Path) -> None:
     """Files that once broke the reader."""
     gguf_files.check(gzip.decompress(case.read_bytes()), tmp_path / "m.gguf")
 
@@ -310,14 +310,14 @@ def test_what_the_fuzzer_found_holds(case: Path, tmp_path: Path) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_header_is_read_or_refused_in_little_memory(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    """Headers with lies in them; `python -m bench.fuzz_gguf 600` looks for ten minutes."""
+    """Headers with corrupt values; `python -m bench.fuzz_gguf 600` tries them for ten minutes."""
     gguf_files.check(gguf_files.random_header(Random(seed)), tmp_path_factory.getbasetemp() / "m.gguf")
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_damaged_file_never_crashes_the_reader(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """With bytes changed anywhere, and cut anywhere, it is read, or refused with a GGUFError."""
+    """With bytes changed or truncated anywhere, the file is read, or refused with a GGUFError."""
     content = bytearray(good_bytes())
     places = st.integers(0, len(content) - 9) | st.integers(0, 900)
     for place in data.draw(st.lists(places, max_size=4)):
@@ -333,26 +333,26 @@ def test_a_damaged_file_never_crashes_the_reader(tmp_path_factory: pytest.TempPa
 @given(st.binary(max_size=200))
 @example(b"GGUF\x03\x00\x00\x00")
 def test_garbage_is_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    """Random bytes, with or without the magic in front, are refused in words."""
+    """Random bytes, with or without the magic number, are refused with a GGUFError."""
     for prefix in (b"", b"GGUF" + struct.pack("<I", 3)):
         with pytest.raises(GGUFError):
             read_bytes(prefix + content, tmp_path_factory.getbasetemp())
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
-    """Not being there is the system's error, told apart from damage."""
+    """A missing file is the system's error, not damage."""
     with pytest.raises(FileNotFoundError):
         read_header(tmp_path / "none.gguf")
 
 
 def test_a_projector_is_recognised(tmp_path: Path) -> None:
-    """The image half of a model is told from a model."""
+    """A vision projector is not listed as a model."""
     assert is_projector(read_header(write_model(tmp_path / "mmproj.gguf", architecture="clip")))
     assert not is_projector(read_header(write_model(tmp_path / "model.gguf")))
 
 
 def test_split_parts_count_together(tmp_path: Path, model: Path) -> None:
-    """Any part of a split model gives the whole: sizes and parameters added up, the first part's words."""
+    """Any part of a split model gives the whole: summed sizes and parameters, the first part's metadata."""
     parts = [tmp_path / f"m-0000{n}-of-00002.gguf" for n in (1, 2)]
     for part in parts:
         part.write_bytes(model.read_bytes())
@@ -370,7 +370,7 @@ def test_split_parts_count_together(tmp_path: Path, model: Path) -> None:
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
-    """A split model with holes says which parts are missing."""
+    """An incomplete split model reports which parts are missing."""
     here = tmp_path / "m-00002-of-00003.gguf"
     here.touch()
     with pytest.raises(GGUFError) as caught:
@@ -407,12 +407,12 @@ def measured_model(**changes: object) -> GGUFHeader:
 
 @pytest.mark.parametrize(("context", "slots", "measured_mib"), [(4096, 4, 1726), (32_768, 1, 2590)])
 def test_the_estimate_is_close_to_what_was_measured(context: int, slots: int, measured_mib: int) -> None:
-    """Within 5 % of the measured memory, never below 0.95 of it."""
+    """Within 5 % of the measured memory."""
     assert estimate_bytes(measured_model(), context, slots) / MIB == pytest.approx(measured_mib, rel=0.05)
 
 
-def test_a_gpu_needs_no_rearranged_copy() -> None:
-    """Without the CPU's copy the estimate falls by exactly its size."""
+def test_a_gpu_needs_no_repacked_copy() -> None:
+    """Without the CPU's repacked copy the estimate is smaller by exactly its size."""
     header = measured_model()
     saved = estimate_bytes(header, 4096, 4) - estimate_bytes(header, 4096, 4, repack=False)
     assert saved == header.repacked_bytes

@@ -1,4 +1,4 @@
-"""Who may act, from which page, and how often models may be switched."""
+"""Access checks by host and origin, and the rate limit on switches."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    """An app that allows one switch a minute to each client."""
+    """An app that allows each client one switch a minute."""
     with in_process(tmp_path_factory.mktemp("app"), switch_rate_limit="1/minute") as console:
         yield console
 
 
 @pytest.fixture
 def console(shared: InProcess, request: pytest.FixtureRequest) -> InProcess:
-    """The app at rest, its client known by an address of its own, so that nothing was counted yet."""
+    """The app in its first state, with a client address of its own, so that nothing was counted yet."""
     shared.reset()
     shared.client.environ_base["REMOTE_ADDR"] = request.node.name
     return shared
@@ -36,15 +36,15 @@ def console(shared: InProcess, request: pytest.FixtureRequest) -> InProcess:
 
 @pytest.fixture
 def engine(console: InProcess) -> Iterator[ScriptedEngine]:
-    """An engine that answers whatever it is asked, as switchyard-mini."""
+    """An engine for switchyard-mini that answers every request."""
     engine = ScriptedEngine()
     console.show(MINI, origin=engine.origin)
     yield engine
     engine.close()
 
 
-def use_up(console: InProcess) -> None:
-    """Ask for a switch, which is counted though it comes to nothing."""
+def use_up_limit(console: InProcess) -> None:
+    """Request a switch, which is counted although it fails."""
     assert console.client.post("/v1/models/switch", json={"target_model": "nope"}).status_code == 404
 
 
@@ -71,9 +71,9 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("path", "body"), WAYS)
-def test_every_way_to_switch_counts(console, path, body):
-    """Four of them did. Over the limit nobody is asked to switch, and when to try again is said."""
-    use_up(console)
+def test_every_switching_endpoint_is_limited(console, path, body):
+    """Four of these endpoints were not limited. Beyond the limit the switcher isn't called; Retry-After is sent."""
+    use_up_limit(console)
     response = console.client.post(path, **body)
     assert_limited(response)
     assert console.switch_requests == []
@@ -85,15 +85,15 @@ def test_every_way_to_switch_counts(console, path, body):
 
 
 @pytest.mark.parametrize(("path", "body"), WAYS)
-def test_one_way_to_switch_counts_for_all_the_others(console, path, body):
-    """They share one count."""
+def test_all_switching_endpoints_share_one_limit(console, path, body):
+    """All endpoints share one count."""
     console.client.post(path, **body)
     assert_limited(console.client.post("/v1/models/switch", json={"target_model": "nope"}))
 
 
 def test_a_chat_answer_that_needs_its_model_loaded_counts(console):
-    """One of a model that runs does not, and neither does one that waits for the switch under way."""
-    use_up(console)
+    """An answer of a running model is not counted, nor one that waits for the switch under way."""
+    use_up_limit(console)
     console.show(MINI, "asleep")
     console.services.board.publish(active_model=MINI)
     assert_limited(console.client.post("/chats", data={"text": "Hello"}))
@@ -107,17 +107,17 @@ def test_a_chat_answer_that_needs_its_model_loaded_counts(console):
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
-def test_asking_a_model_that_runs_does_not_count(console, engine, path):
+def test_requests_to_a_running_model_are_not_counted(console, engine, path):
     """However often, by its name or as the active one."""
-    use_up(console)
+    use_up_limit(console)
     for body in ({"model": MINI}, {"model": "auto"}, {}) * 5:
         assert console.client.post(path, json=body).status_code == 200
     assert len(engine.requests) == 15
 
 
-def test_asking_a_model_that_is_coming_does_not_count(console):
-    """Whoever joins a switch causes none: the one under way, or one that waits for its turn."""
-    use_up(console)
+def test_requests_that_join_a_switch_are_not_counted(console):
+    """A request that joins a switch causes none: the one under way, or a queued one."""
+    use_up_limit(console)
     switch = console.show_switch(MINI)
     console.services.board.publish(queued=(SMALL,))
     for name in (MINI, SMALL, None):
@@ -127,43 +127,43 @@ def test_asking_a_model_that_is_coming_does_not_count(console):
     assert_limited(console.client.post(CHAT, json={"model": SMALL}))
 
 
-def test_asking_a_model_that_is_being_unloaded_counts(console, engine):
-    """It has to be loaded again for that, once the switch is over that unloads it."""
-    use_up(console)
+def test_requests_to_a_model_being_unloaded_are_counted(console, engine):
+    """The model has to be loaded again after the switch that unloads it."""
+    use_up_limit(console)
     console.services.board.current.instances[MINI].traffic.close()
     console.show_switch(SMALL, unloads=(Unloading(MINI, "to make room"),))
     assert_limited(console.client.post(CHAT, json={"model": MINI}))
     assert engine.requests == []
 
 
-def test_what_causes_no_switch_does_not_count(console):
-    """Looking, planning, unknown models, GETs, cancelling; and requests where switching on request is off."""
+def test_requests_without_a_switch_are_not_counted(console):
+    """Reading, planning, unknown models, GETs and cancelling; also requests while `switch_on_request` is off."""
     for _ in range(3):
         console.client.get("/v1/models/status")
         console.client.post("/v1/models/switch/plan", json={"target_model": MINI})
         assert console.client.post(CHAT, json={"model": "nope"}).status_code == 404
         assert console.client.get(f"/v1/x?model={MINI}").status_code == 409
-    use_up(console)
+    use_up_limit(console)
 
 
-def test_requests_do_not_count_where_they_may_not_switch(tmp_path):
-    """They are told so, every time."""
+def test_requests_are_not_counted_where_they_may_not_switch(tmp_path):
+    """They get the same error each time, not a 429."""
     with in_process(tmp_path, switch_rate_limit="1/minute", switch_on_request=False) as console:
         codes = [console.client.post(CHAT, json={"model": MINI}).status_code for _ in range(3)]
     assert codes == [409, 409, 409]
 
 
-def test_each_client_has_a_count_of_its_own(console):
-    """One that switches too often doesn't keep the others from switching."""
-    use_up(console)
+def test_each_client_has_its_own_limit(console):
+    """One client over its limit doesn't affect others."""
+    use_up_limit(console)
     other = {"REMOTE_ADDR": "somebody else"}
     url = "/v1/models/switch?target_model=nope"
     assert console.client.post(url, environ_overrides=other).status_code == 404
     assert_limited(console.client.post(url, environ_overrides=other))
 
 
-def test_no_endpoint_that_switches_is_forgotten(console):
-    """A view that asks the switcher to load something is on the guard's list, and the list names real endpoints."""
+def test_every_endpoint_that_switches_is_listed(console):
+    """Each view that calls the switcher to load something is on the guard's list; the list has only real endpoints."""
     sources = {name: inspect.getsource(view) for name, view in console.app.view_functions.items()}
     assert {n for n, source in sources.items() if re.search(r"switcher\.(switch|restart)\(", source)} == SWITCHING
     assert {n for n, source in sources.items() if re.search(r"chats\.(start|send|retry)\(", source)} == ANSWERING
@@ -181,7 +181,7 @@ def test_no_endpoint_that_switches_is_forgotten(console):
     ],
 )
 def test_a_page_of_another_site_can_not_act(console, engine, path, headers):
-    """Neither ask what is loaded nor have anything loaded."""
+    """It can neither read what is loaded nor load anything."""
     response = console.client.post(path, json={"target_model": SMALL, "messages": HELLO}, headers=headers)
     assert response.status_code == 403
     assert (engine.requests, console.switch_requests) == ([], [])
@@ -189,7 +189,7 @@ def test_a_page_of_another_site_can_not_act(console, engine, path, headers):
 
 @pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://localhost"}, {}])
 def test_the_own_page_and_plain_scripts_can_act(console, engine, headers):
-    """Same origin by either header, or no browser at all."""
+    """Same origin by either header, or a client without browser headers."""
     assert console.client.post(CHAT, json={"messages": HELLO}, headers=headers).status_code == 200
     assert len(engine.requests) == 1
 
@@ -203,13 +203,13 @@ def test_a_foreign_host_name_is_refused(console, engine, host):
 
 
 def test_http_1_0_needs_no_host(console):
-    """The address that it reached is the name then."""
+    """The server's own address is used as the name."""
     guard = console.app.extensions["switchyard.guard"]
     assert guard.refusal({"REQUEST_METHOD": "GET", "SERVER_NAME": "127.0.0.1"}) is None
     assert guard.refusal({"REQUEST_METHOD": "GET", "SERVER_NAME": "evil.example"}).code == "forbidden_host"
 
 
-def test_hosts_and_origins_are_told_by_name_and_port(console):
+def test_origins_are_compared_by_name_and_port(console):
     """Another port of this machine is another site."""
     settings = console.services.settings
     assert all(host_is_ours(host, settings) for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8787", "[::1]:8787"))

@@ -1,4 +1,4 @@
-"""What a worker leaves to the next one: connections, and the requests on them that nobody has begun."""
+"""The handover from one worker to the next: connections with requests that were not started."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from services.switching.jobs import SwitchError
 from tests.support.console import NO_OLLAMA
 
 
-def test_a_request_is_passed_on_whole() -> None:
-    """Whatever its size and words, with the connection it came on; the channel is empty afterwards."""
+def test_a_request_is_handed_over_completely() -> None:
+    """Whatever its size and bytes, with its connection; the channel is empty afterwards."""
     ours, theirs = socket.socketpair()
     body = bytes(range(256)) * 20_000
     environ = {
@@ -51,8 +51,8 @@ def test_a_request_is_passed_on_whole() -> None:
     ]
 
 
-def test_what_the_channel_can_not_hold_is_not_taken() -> None:
-    """The worker answers it itself then."""
+def test_a_full_channel_refuses_a_request() -> None:
+    """The old worker then answers it itself."""
     with socket.socket() as client, closing(Handover()) as channel:
         given = 0
         while channel.give(client, b"GET / HTTP/1.1\r\n\r\n"):
@@ -68,7 +68,7 @@ def test_what_the_channel_can_not_hold_is_not_taken() -> None:
 
 @pytest.fixture
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
-    """An app that a restart was asked of; nothing of it runs."""
+    """An app whose restart was requested; nothing of it runs."""
     monkeypatch.setenv("SWITCHYARD_STATE_DIR", str(tmp_path / "state"))
     app = create_app(models_dir=tmp_path, ollama_base_url=NO_OLLAMA)
     services = app.extensions["switchyard"]
@@ -81,10 +81,10 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
 @pytest.mark.parametrize(
     "error", [ClientGone(), GatewayError("cancelled", "It was cancelled."), SwitchError("stopping", "It stops.")]
 )
-def test_a_request_that_waited_is_left_for_the_next_worker(
+def test_a_waiting_request_is_handed_over_to_the_next_worker(
     app: Flask, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """However its wait ended: nothing of it has reached an engine."""
+    """Whatever ended its wait: nothing of the request has reached an engine."""
 
     def wait(_name: str | None, _left: Callable[[], bool]) -> None:
         raise error
@@ -97,4 +97,4 @@ def test_a_request_that_waited_is_left_for_the_next_worker(
     statuses: list[str] = []
     app(environ, lambda status, *_: statuses.append(status))  # type: ignore[arg-type, return-value]
     assert environ[UNBEGUN] == body
-    assert statuses[0][:3] in ("499", "409", "503"), "what is told where it can't be left"
+    assert statuses[0][:3] in ("499", "409", "503"), "the response if it can't be handed over"

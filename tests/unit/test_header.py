@@ -1,4 +1,4 @@
-"""The header says on every page which model answers and how much memory is in use."""
+"""The header of every page shows the active model and the memory in use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def console(shared: InProcess) -> InProcess:
 
 
 def header(console: InProcess, path: str) -> str:
-    """The words of the header's state."""
+    """The text of the header's state."""
     page = console.client.get(path, headers=FOR_PEOPLE).get_data(as_text=True)
     found = re.search(r'<div id="top-status".*?</header>', page, re.DOTALL)
     assert found is not None, page
@@ -42,10 +42,8 @@ def test_every_page_has_the_state(console: InProcess, path: str) -> None:
     assert "Memory in use:" in words
 
 
-def test_a_page_about_an_error_is_there_when_the_state_is_not(
-    console: InProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What can't tell the state may be the very error that the page is about."""
+def test_an_error_page_is_shown_without_the_state(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that the page reports may be the one that makes the state unavailable."""
 
     def fail() -> None:
         raise OSError("nobody knows")
@@ -56,6 +54,6 @@ def test_a_page_about_an_error_is_there_when_the_state_is_not(
     assert "Switchyard hit a problem" in answer.get_data(as_text=True)
 
 
-def test_while_previous_models_are_restored_it_says_so(console: InProcess) -> None:
+def test_a_rollback_is_shown_as_restoring_previous_models(console: InProcess) -> None:
     console.show_switch(MINI, stage="rolling_back", detail="other")
     assert header(console, "/").startswith("Restoring previous models")

@@ -1,4 +1,4 @@
-"""The hot lane: which requests it takes, that it answers them right, and that it leaves every byte of the others."""
+"""The hot lane: which requests it relays, correct responses, and every byte of other requests left to gunicorn."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Load = Callable[..., ScriptedEngine]
 
 
 class Connection:
-    """A client's connection with the lane at its other end; `left` is what the lane left to gunicorn, once it did."""
+    """A client's connection to the hot lane; `left` holds the bytes that the lane passed to gunicorn, once it did."""
 
     def __init__(self, console: InProcess) -> None:
         ours, self.client = socket.socketpair()
@@ -56,7 +56,7 @@ class Connection:
         return self._serving.get(timeout=PATIENCE)
 
     def answers(self, *statuses: bytes) -> bytes:
-        """Read until answers with these statuses and JSON bodies have arrived."""
+        """Read until responses with these statuses and JSON bodies have arrived."""
         came = b""
         while re.findall(rb"HTTP/1\.1 (.*)\r\n", came) != [*statuses] or not came.endswith(b"}"):
             came += self.read()
@@ -64,11 +64,11 @@ class Connection:
 
     def read(self) -> bytes:
         data = self.client.recv(65_536)
-        assert data, "the connection has ended"
+        assert data, "the connection was closed"
         return data
 
     def read_all(self) -> bytes:
-        """Until the lane has given the connection up."""
+        """Read until the lane has closed the connection or passed it on."""
         left = self.left
         self.server.close()
         assert left == b""
@@ -94,11 +94,11 @@ def console(shared: InProcess) -> InProcess:
 
 @pytest.fixture
 def load(console: InProcess) -> Iterator[Load]:
-    """Loads switchyard-mini on an engine that does what the test says."""
+    """Load switchyard-mini on a scripted engine."""
     started: list[ScriptedEngine] = []
 
-    def start(*acts: Reply) -> ScriptedEngine:
-        started.append(ScriptedEngine(*acts))
+    def start(*replies: Reply) -> ScriptedEngine:
+        started.append(ScriptedEngine(*replies))
         console.show(MINI, origin=started[-1].origin)
         return started[-1]
 
@@ -130,8 +130,8 @@ def traffic(console: InProcess) -> int:
     return console.services.board.current.instances[MINI].traffic.in_flight
 
 
-def test_a_plain_request_is_passed_on_with_its_body_and_the_engines_answer_back(console, load, connection):
-    """The engine gets the body byte by byte; the answer has its headers, and the server's own."""
+def test_a_plain_request_is_relayed_with_its_body_and_response(console, load, connection):
+    """The engine gets the body unchanged; the response has the engine's headers and the server's own."""
     engine = load(Reply(answer("200 OK", {"n": 1}, "X-Request-Id: 7", "Set-Cookie: a=b")))
     connection.client.sendall(request("Authorization: Bearer secret"))
     status, headers, body = head_of(connection.answers(b"200 OK"))
@@ -143,8 +143,8 @@ def test_a_plain_request_is_passed_on_with_its_body_and_the_engines_answer_back(
     assert (traffic(console), connection.under_way) == (0, 0)
 
 
-def test_requests_sent_at_once_are_answered_in_turn(load, connection):
-    """Pipelined, the last one in two parts."""
+def test_pipelined_requests_are_answered_in_order(load, connection):
+    """Pipelined requests, the last one in two parts."""
     load(Reply(answer("200 OK")), Reply(answer("400 Bad Request")), Reply(answer("201 Created")))
     last = request()
     connection.client.sendall(request() + request() + last[:-10])
@@ -153,7 +153,7 @@ def test_requests_sent_at_once_are_answered_in_turn(load, connection):
     connection.answers(b"201 Created")
 
 
-def test_a_body_in_parts_is_waited_for(load, connection):
+def test_a_body_in_parts_is_read_completely(load, connection):
     engine = load(Reply(answer("200 OK")))
     big = json.dumps({"messages": ["x" * 300_000]}).encode()
     whole = request(body=big)
@@ -195,8 +195,8 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("sent", UNUSUAL.values(), ids=UNUSUAL)
-def test_whatever_is_unusual_is_left_to_gunicorn_with_every_byte(load, connection, sent):
-    """The app has the rules for it; the engine is not asked."""
+def test_unusual_requests_are_left_to_gunicorn_with_every_byte(load, connection, sent):
+    """The app has the rules for such requests; the engine is not called."""
     engine = load()
     connection.client.sendall(sent)
     assert connection.left == sent
@@ -204,7 +204,7 @@ def test_whatever_is_unusual_is_left_to_gunicorn_with_every_byte(load, connectio
 
 
 def test_a_body_that_ends_early_is_left_to_gunicorn(load, connection):
-    """What came is no request, even where it is valid JSON."""
+    """An incomplete body is no request, even if it is valid JSON."""
     engine = load()
     sent = request(length=len(BODY) + 1)
     connection.client.sendall(sent)
@@ -213,8 +213,8 @@ def test_a_body_that_ends_early_is_left_to_gunicorn(load, connection):
     assert engine.requests == []
 
 
-def test_nothing_is_taken_while_the_app_restarts(load, connection):
-    """Requests are for the next run then."""
+def test_nothing_is_relayed_while_the_app_restarts(load, connection):
+    """Such requests are for the next worker."""
     engine = load()
     connection.open = False
     connection.client.sendall(request())
@@ -222,8 +222,8 @@ def test_nothing_is_taken_while_the_app_restarts(load, connection):
     assert engine.requests == []
 
 
-def test_an_engine_that_does_not_answer_is_asked_once_and_the_app_tells_why(console, load, connection):
-    """The request goes back whole, with the error."""
+def test_a_failing_engine_is_called_once_and_the_app_reports_the_error(console, load, connection):
+    """The whole request goes to the app, with the error."""
     engine = load(DROP)
     connection.client.sendall(request())
     assert connection.left == request()
@@ -236,8 +236,8 @@ def test_an_engine_that_does_not_answer_is_asked_once_and_the_app_tells_why(cons
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def test_a_stream_that_breaks_off_ends_with_an_error_event(load, connection):
-    """Also in the middle of a chunk; the answer is whole, so that a client reads the event."""
+def test_an_interrupted_stream_ends_with_an_error_event(load, connection):
+    """Even in the middle of a chunk; the response is completed, so that clients read the event."""
     load(Reply(CHUNKED + b"20\r\ndata: {}\n\n", close=True))
     connection.client.sendall(request("Connection: close"))
     _, headers, body = head_of(connection.read_all())
@@ -247,8 +247,8 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(load, connection):
     assert body.endswith(b"\r\n0\r\n\r\n")
 
 
-def test_an_answer_of_known_length_that_breaks_off_ends_the_connection(console, load, connection):
-    """Half of an answer can't be taken for a whole one."""
+def test_an_interrupted_answer_of_known_length_closes_the_connection(console, load, connection):
+    """Half an answer must not look complete."""
     load(Reply(answer("200 OK", b"0123456789")[:-4], close=True))
     connection.client.sendall(request())
     _, headers, body = head_of(connection.read_all())
@@ -256,8 +256,8 @@ def test_an_answer_of_known_length_that_breaks_off_ends_the_connection(console, 
     assert traffic(console) == 0
 
 
-def test_an_answer_that_ends_with_its_connection_is_chunked(load, connection):
-    """So that the client's connection can go on."""
+def test_an_answer_without_length_is_chunked(load, connection):
+    """So that the client's connection can be kept open."""
     load(Reply(b"HTTP/1.1 200 OK\r\n\r\nto the end", close=True))
     connection.client.sendall(request())
     came = b""
@@ -268,7 +268,7 @@ def test_an_answer_that_ends_with_its_connection_is_chunked(load, connection):
 
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
 def test_an_answer_without_a_body_is_not_framed(load, connection, status):
-    """RFC 9110 section 8.6: a 204 has no length either."""
+    """RFC 9110 section 8.6: a 204 has no Content-Length either."""
     load(Reply(f"HTTP/1.1 {status}\r\n\r\n".encode()))
     connection.client.sendall(request("Connection: close"))
     got, headers, body = head_of(connection.read_all())
@@ -282,8 +282,8 @@ def test_a_client_that_asks_to_close_is_not_waited_for(load, connection):
     assert head_of(connection.read_all())[1]["Connection"] == "close"
 
 
-def test_a_client_that_leaves_ends_the_engines_work(console, load, connection):
-    """The engine sees its connection closed though it has said nothing yet."""
+def test_a_client_that_disconnects_stops_the_engine(console, load, connection):
+    """The engine sees its connection closed, even before it has sent anything."""
     engine = load(Reply())
     connection.client.sendall(request())
     with gevent.Timeout(PATIENCE):
@@ -325,7 +325,7 @@ HEADS = st.builds(
 @given(HEADS)
 @example(f"{LINE}\r\n{HOST}\r\nContent-Length: 2\r\n\r\n")
 def test_the_lane_reads_a_head_as_gunicorn_does(text):
-    """Whatever it takes gunicorn would take as well, with the same headers and the same body."""
+    """gunicorn accepts every head that the lane accepts, with the same headers and body."""
     sent = text.encode("latin-1") + b"{}"
     head = read_head(sent)
     if head is None:
@@ -343,8 +343,8 @@ def test_the_lane_reads_a_head_as_gunicorn_does(text):
 
 
 @given(st.binary(max_size=200), st.integers(0, 200))
-def test_no_bytes_break_the_reading_of_a_head(noise, at):
-    """A head damaged anywhere is read, or left to gunicorn."""
+def test_arbitrary_bytes_in_a_head_are_handled(noise, at):
+    """A damaged head is read, or left to gunicorn."""
     whole = request()
     read_head(whole[:at] + noise + whole[at:])
     read_head(whole[:at])

@@ -1,4 +1,4 @@
-"""Control-plane HTTP: every question ends in time and in bounded memory, whatever the other side sends."""
+"""Control-plane HTTP client: every request ends in bounded time and memory, whatever the server sends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.sockets import PlainServer
 
 LIMIT = 0.5
 GIVEN = 5.0
-"""Seconds that a test gives a question with `LIMIT` seconds; a busy machine is slow, an endless one never ends."""
+"""Seconds that a test allows a request with `LIMIT` seconds: a busy machine is slow, an unbounded wait never ends."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def serve() -> Iterator[Callable[..., PlainServer]]:
         server.close()
 
 
-def say(*pieces: bytes) -> Callable[[socket.socket, bytes], None]:
+def send(*pieces: bytes) -> Callable[[socket.socket, bytes], None]:
     def answer(link: socket.socket, _request: bytes) -> None:
         for piece in pieces:
             link.sendall(piece)
@@ -56,7 +56,7 @@ def say(*pieces: bytes) -> Callable[[socket.socket, bytes], None]:
 
 
 def drip(head: bytes, drop: bytes) -> Callable[[socket.socket, bytes], None]:
-    """`head`, then `drop` again and again, each well within any time for a single step."""
+    """Send `head`, then `drop` repeatedly, each within the time limit of a single step."""
 
     def answer(link: socket.socket, _request: bytes) -> None:
         link.sendall(head)
@@ -90,8 +90,8 @@ def flood(head: bytes, piece: bytes) -> Callable[[socket.socket, bytes], None]:
     ],
     ids=["silence", "status", "headers", "continues", "body", "chunks", "size", "no_length"],
 )
-def test_what_comes_in_drops_ends_in_time(serve, answer):
-    """No single step is late, yet the whole is: it ends all the same."""
+def test_a_slow_response_times_out_in_total(serve, answer):
+    """No single read exceeds its limit, but the total does."""
     server = serve(answer)
     began = time.monotonic()
     with pytest.raises(FetchError) as caught:
@@ -109,8 +109,8 @@ def test_what_comes_in_drops_ends_in_time(serve, answer):
     ],
     ids=["no_length", "length", "chunks"],
 )
-def test_an_endless_answer_is_dropped_at_its_limit(serve, answer):
-    """What may come is bounded, however fast it does."""
+def test_an_endless_response_is_closed_at_its_limit(serve, answer):
+    """The size is limited, whatever the speed."""
     with pytest.raises(TooLarge):
         fetch("GET", serve(answer).url, timeout=30, most_bytes=300_000)
 
@@ -118,31 +118,31 @@ def test_an_endless_answer_is_dropped_at_its_limit(serve, answer):
 @pytest.mark.parametrize(
     "answer",
     [
-        say(b"SSH-2.0-OpenSSH_9\r\n"),
-        say(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"),
-        say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhalf"),
-        say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n"),
-        say(),
-        say(b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n"),
+        send(b"SSH-2.0-OpenSSH_9\r\n"),
+        send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"),
+        send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhalf"),
+        send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n"),
+        send(),
+        send(b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n"),
         flood(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
         flood(b"HTTP/1.1 200 ", b"x" * 1000),
     ],
     ids=["no_http", "short_body", "short_chunk", "no_chunk", "nothing", "negative", "many_headers", "long_line"],
 )
-def test_what_is_no_whole_answer_is_broken_off_or_empty(serve, answer):
-    """Never half an answer passed off as a whole one, never another exception."""
+def test_an_incomplete_response_raises_or_is_empty(serve, answer):
+    """A truncated response never looks complete, and raises no other exception."""
     with suppress(ConnectionBroken):
         assert fetch("GET", serve(answer).url, timeout=GIVEN).content == b""
 
 
-def test_nobody_there_is_refused():
-    """Told apart from one that breaks off: nothing of it can be running."""
+def test_a_refused_connection_raises_its_own_error():
+    """Distinguished from a broken connection: nothing of the request can be running."""
     with pytest.raises(ConnectionRefused):
         fetch("GET", f"http://127.0.0.1:{free_port()}", timeout=GIVEN)
 
 
-def test_a_whole_answer_comes_with_its_status(serve):
-    """Errors as well; the question has its body, its headers and the host that was asked."""
+def test_a_complete_response_has_its_status(serve):
+    """Error statuses as well; the request has its body, headers and host."""
     asked: list[bytes] = []
 
     def answer(link: socket.socket, request: bytes) -> None:
@@ -158,12 +158,12 @@ def test_a_whole_answer_comes_with_its_status(serve):
     assert lines[-1] == b'{"a": 1}'
 
 
-def test_a_redirect_is_followed_where_that_is_wanted(serve):
-    """At most as often as was said, to another origin only where that was allowed, and nowhere but over HTTP."""
-    there = serve(say(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
-    here = serve(say(f"HTTP/1.1 302 Found\r\nLocation: {there.url}/x\r\nContent-Length: 0\r\n\r\n".encode()))
-    loop = serve(say(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"))
-    file = serve(say(b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"))
+def test_a_redirect_is_followed_on_request(serve):
+    """Up to the given number, to another origin only if allowed, and only over HTTP."""
+    there = serve(send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+    here = serve(send(f"HTTP/1.1 302 Found\r\nLocation: {there.url}/x\r\nContent-Length: 0\r\n\r\n".encode()))
+    loop = serve(send(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"))
+    file = serve(send(b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"))
     assert (
         fetch("GET", here.url, timeout=GIVEN, redirects=Redirects(1, lambda url: url == f"{there.url}/x")).content
         == b"ok"
@@ -178,15 +178,15 @@ def test_a_redirect_is_followed_where_that_is_wanted(serve):
 @pytest.mark.parametrize(
     "location", ["https:///x", "http://[::1", "http://a:99999/", "gopher://127.0.0.1/", "https://"]
 )
-def test_a_redirect_to_nowhere_is_refused(serve, location):
-    """Even where any redirect may be followed."""
-    server = serve(say(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()))
+def test_an_invalid_redirect_is_refused(serve, location):
+    """Even if any redirect may be followed."""
+    server = serve(send(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()))
     with pytest.raises(FetchError):
         fetch("GET", server.url, timeout=GIVEN, redirects=Redirects(1, lambda _url: True))
 
 
-def test_a_question_can_be_dropped_from_another_thread(serve):
-    """The waiting one ends at once, the other side sees the connection end; once dropped it isn't sent."""
+def test_a_request_can_be_cancelled_from_another_thread(serve):
+    """The waiting thread returns at once, the server sees the connection close; a cancelled request isn't sent."""
     asked, left = threading.Event(), threading.Event()
 
     def answer(link: socket.socket, _request: bytes) -> None:
@@ -215,14 +215,14 @@ def test_a_question_can_be_dropped_from_another_thread(serve):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
-def test_what_is_no_object_is_a_value_error(content):
-    """Never a TypeError or RecursionError in whoever looks every second."""
+def test_json_that_is_not_an_object_is_a_value_error(content):
+    """Never a TypeError or RecursionError in code that polls every second."""
     with pytest.raises(ValueError, match=r"."):
         Reply(200, content).document()
 
 
 def test_connections_are_closed(serve):
-    """Whether the answer came or not."""
+    """Whether the request succeeded or not."""
     gone = threading.Event()
 
     def answer(link: socket.socket, _request: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Names of models on the Hugging Face hub, and which files they mean."""
+"""Names of models on the Hugging Face hub, and the files they select."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refusal(name: str, *listed: str) -> DownloadError:
         ("a/b:UD-Q2.K@v1.0", HubName("a", "b", tag="UD-Q2.K", revision="v1.0")),
     ],
 )
-def test_names_are_read_in_their_parts(text: str, name: HubName) -> None:
+def test_names_are_parsed_into_their_parts(text: str, name: HubName) -> None:
     assert parse(text) == name
 
 
@@ -77,7 +77,7 @@ def test_names_are_read_in_their_parts(text: str, name: HubName) -> None:
         "a/" + "b" * 97,
     ],
 )
-def test_anything_else_is_refused_with_the_ways_to_write_one(text: str) -> None:
+def test_invalid_names_are_refused_with_the_valid_forms(text: str) -> None:
     with pytest.raises(DownloadError, match="owner/repo:Q4_K_M") as caught:
         parse(text)
     assert caught.value.code == "invalid_name"
@@ -85,14 +85,14 @@ def test_anything_else_is_refused_with_the_ways_to_write_one(text: str) -> None:
 
 @given(WORD, WORD, st.none() | MARK, st.none() | MARK)
 @settings(deadline=None)
-def test_a_name_written_out_reads_the_same(owner: str, repo: str, tag: str | None, revision: str | None) -> None:
+def test_a_formatted_name_parses_to_the_same(owner: str, repo: str, tag: str | None, revision: str | None) -> None:
     name = HubName(owner, repo, tag=tag, revision=revision)
     assert parse(str(name)) == name
 
 
 @given(st.text(max_size=60) | st.text("ab./:@-_", max_size=12))
 @settings(deadline=None)
-def test_any_text_is_a_name_or_refused_and_never_climbs(text: str) -> None:
+def test_any_text_is_parsed_or_refused_and_never_leaves_its_folder(text: str) -> None:
     with suppress(DownloadError):
         name = str(parse(text))
         assert ".." not in name
@@ -108,26 +108,26 @@ def test_the_only_split_model_is_taken_with_all_its_parts_in_order() -> None:
     assert chosen("a/b", *reversed(parts)) == parts
 
 
-def test_of_several_models_the_usual_one_is_taken() -> None:
+def test_of_several_models_the_default_one_is_taken() -> None:
     assert chosen("a/b", "m-Q2_K.gguf", "m-q4_k_m.gguf", "m-Q8_0.gguf") == ("m-q4_k_m.gguf",)
 
 
-def test_without_the_usual_one_the_choices_are_listed_as_one_would_write_them() -> None:
+def test_without_a_default_the_choices_are_listed_as_names() -> None:
     error = refusal("a/b", "m-Q2_K.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf", "mmproj.gguf")
     assert error.code == "choose_file"
     assert "a/b/m-Q2_K.gguf, a/b/m-Q8_0-00001-of-00002.gguf." in error.message
     assert "mmproj" not in error.message
 
 
-def test_long_lists_of_choices_are_cut() -> None:
+def test_long_lists_of_choices_are_truncated() -> None:
     assert "and 10 more" in refusal("a/b", *(f"m{number:02}.gguf" for number in range(40))).message
 
 
-def test_a_tag_picks_by_name_whatever_its_case() -> None:
+def test_a_tag_selects_by_name_ignoring_case() -> None:
     assert chosen("a/b:q8_0", "m-Q2_K.gguf", "m-Q8_0.gguf") == ("m-Q8_0.gguf",)
 
 
-def test_a_tag_that_several_have_means_the_one_that_has_it_as_a_word() -> None:
+def test_an_ambiguous_tag_selects_the_file_that_has_it_as_a_word() -> None:
     assert chosen("a/b:F16", "m-BF16.gguf", "m-F16.gguf") == ("m-F16.gguf",)
     assert chosen("a/b:Q4_K", "m-Q4_K.gguf", "m-Q4_K_S.gguf") == ("m-Q4_K.gguf",)
 
@@ -137,7 +137,7 @@ def test_a_tag_can_be_the_folder_of_a_split_model() -> None:
     assert chosen("a/b:Q8_0", "Q2_K/m.gguf", *parts) == parts
 
 
-def test_a_tag_that_stays_ambiguous_or_fits_nothing_lists_the_choices() -> None:
+def test_an_ambiguous_or_unknown_tag_lists_the_choices() -> None:
     several = refusal("a/b:Q4", "m-Q4_K_S.gguf", "m-Q4_0.gguf", "m-Q8_0.gguf")
     assert (several.code, "Q8_0" in several.message) == ("choose_file", False)
     nothing = refusal("a/b:Q3_K", "m-Q4_0.gguf", "m-Q8_0.gguf")
@@ -146,14 +146,14 @@ def test_a_tag_that_stays_ambiguous_or_fits_nothing_lists_the_choices() -> None:
     assert "m-Q4_0.gguf" in nothing.message
 
 
-def test_a_path_means_that_file_or_all_parts_of_its_set() -> None:
+def test_a_path_selects_that_file_or_all_parts_of_its_set() -> None:
     listed = ("m-Q4_K_M.gguf", "x/m-00001-of-00002.gguf", "x/m-00002-of-00002.gguf", "mmproj-F16.gguf")
     assert chosen("a/b/m-Q4_K_M.gguf", *listed) == ("m-Q4_K_M.gguf",)
     assert chosen("a/b/x/m-00002-of-00002.gguf", *listed) == listed[1:3]
     assert chosen("a/b/mmproj-F16.gguf", *listed) == ("mmproj-F16.gguf",)
 
 
-def test_a_path_that_is_not_there_is_unknown() -> None:
+def test_a_missing_path_is_unknown() -> None:
     error = refusal("a/b/none.gguf", "m.gguf")
     assert error.code == "unknown_model"
     assert "a/b/m.gguf" in error.message
@@ -172,7 +172,7 @@ def test_a_set_with_parts_missing_is_refused() -> None:
 @pytest.mark.parametrize(
     "path", ["../../x.gguf", "/x.gguf", "a/../../x.gguf", "a//x.gguf", "./x.gguf", "a\\x.gguf", "a\nb.gguf"]
 )
-def test_a_listing_that_climbs_out_is_refused_even_beside_a_good_file(path: str) -> None:
+def test_a_listing_with_a_path_outside_its_folder_is_refused(path: str) -> None:
     assert refusal("a/b/m.gguf", "m.gguf", path).code == "unsafe_path"
 
 

@@ -1,4 +1,4 @@
-"""Which files vLLM takes of a repository: pure rules."""
+"""Which files of a repository vLLM loads. Pure rules."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NAME = parse("org/model")
     ],
 )
 def test_weights_are_taken_in_one_format(listed, weights):
-    """What vLLM prefers, never the same weights twice."""
+    """The one that vLLM prefers, never the same weights in two formats."""
     assert list(weights_of(listed)) == weights
 
 
-def test_beside_the_weights_all_comes_that_is_neither_weights_nor_media():
-    """Configuration, tokenizer, templates and code, also from folders."""
+def test_all_files_except_other_weights_and_media_are_taken():
+    """Configuration, tokenizer, templates and code, also from subfolders."""
     beside = [
         "config.json",
         "tokenizer.model",
@@ -45,8 +45,8 @@ def test_beside_the_weights_all_comes_that_is_neither_weights_nor_media():
 @pytest.mark.parametrize(
     ("listed", "code"), [(["model.gguf", "config.json"], "no_weights"), (["../x.json", "a.safetensors"], "unsafe_path")]
 )
-def test_what_cant_be_loaded_is_refused(listed, code):
-    """Before a byte has come."""
+def test_a_repository_that_can_not_be_loaded_is_refused(listed, code):
+    """Before anything is downloaded."""
     with pytest.raises(DownloadError) as caught:
         choose(NAME, listed)
     assert caught.value.code == code
@@ -69,6 +69,6 @@ def test_what_cant_be_loaded_is_refused(listed, code):
         ({"config.json": 2, "a.safetensors": 9}, ["a.safetensors", "more/b.safetensors"], ("more/b.safetensors",)),
     ],
 )
-def test_what_is_missing_is_named(sizes, indexed, lack):
-    """By the index where there is one, else by what shards are called."""
+def test_missing_files_are_named(sizes, indexed, lack):
+    """From the index if there is one, otherwise from the shards' file names."""
     assert lacking(sizes, indexed) == lack

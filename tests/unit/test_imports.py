@@ -1,4 +1,4 @@
-"""What a start of the app imports: each package costs every start its time and every console its memory."""
+"""Packages that the app imports at its start: each costs start time and memory."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ AVOIDED = {
 
 
 def run(program: str, console: Console) -> list[str]:
-    """What a program prints in the environment of a test's console, which is thereby a user's."""
+    """The output of a program, as words, in the environment of a test's console, which is like a user's."""
     environment = os.environ | console.environment
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.split()
 
 
-def test_the_app_imports_no_package_that_it_needs_only_at_times(tmp_path: Path) -> None:
-    """From the second start on: the first one creates the tables with Alembic."""
+def test_rarely_needed_packages_are_not_imported_at_the_start(tmp_path: Path) -> None:
+    """From the second start on; the first creates the tables with Alembic."""
     console = Console(tmp_path)
     put_empty_database(console.state)
     loaded = run("from gevent import monkey; monkey.patch_all(); import sys, wsgi; print(*sys.modules)", console)
@@ -38,7 +38,7 @@ def test_the_app_imports_no_package_that_it_needs_only_at_times(tmp_path: Path) 
 
 
 def test_the_settings_take_little_memory(tmp_path: Path) -> None:
-    """One regular expression for the ids of models took 20 MB, in gunicorn's master and in the worker."""
+    """A regular expression for model ids took 20 MB, in gunicorn's master and in the worker."""
     program = """
 import psutil, pydantic
 pydantic.create_model("Any", name=(str, pydantic.Field(pattern="^a*$")))

@@ -1,4 +1,4 @@
-"""The account of a device's memory adds up, whatever was read."""
+"""The memory ledger of a device adds up for any readings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def situations(draw: st.DrawFn) -> tuple[Reading, list[Holding]]:
 
 @given(situations())
 def test_the_parts_add_up_to_the_device(situation: tuple[Reading, list[Holding]]) -> None:
-    """ours + reserved + other + available is the total whenever ours fits in it, and no part is ever negative."""
+    """ours + reserved + other + available equals the total if ours fits into it, and no part is negative."""
     reading, holdings = situation
     result = account(reading, holdings)
     ours = sum(size for _, size in result.ours)
@@ -44,18 +44,18 @@ def test_the_parts_add_up_to_the_device(situation: tuple[Reading, list[Holding]]
 
 
 @given(situations())
-def test_what_is_available_is_really_free(situation: tuple[Reading, list[Holding]]) -> None:
-    """Never more is offered than the driver calls free, less what loads under way were promised."""
+def test_available_memory_is_really_free(situation: tuple[Reading, list[Holding]]) -> None:
+    """Available is never more than the driver's free memory minus reservations of loads under way."""
     reading, holdings = situation
     result = account(reading, holdings)
     assert result.available_bytes + result.reserved_bytes <= reading.free_bytes
 
 
 @given(situations())
-def test_what_is_available_is_the_smaller_of_what_measures_free_and_what_the_budget_leaves(
+def test_available_is_the_smaller_of_free_memory_and_remaining_budget(
     situation: tuple[Reading, list[Holding]],
 ) -> None:
-    """So that it can be told which of the two is short; there is no budget where it limits nothing."""
+    """So that an error can name the one that is short; a budget that limits nothing is not reported."""
     reading, holdings = situation
     result = account(reading, holdings)
     limits = [result.free_bytes, *([] if result.budget_left_bytes is None else [result.budget_left_bytes])]
@@ -64,14 +64,14 @@ def test_what_is_available_is_the_smaller_of_what_measures_free_and_what_the_bud
     assert result.budget_bytes is None or result.budget_bytes < result.installed_bytes
 
 
-def test_what_others_hold_is_told_whole_beside_what_they_take_of_a_budget() -> None:
-    """16 GB, a budget of 10, 4 free: others hold 12, of which 6 are of the budget."""
+def test_other_programs_memory_is_reported_in_full_and_within_the_budget() -> None:
+    """16 GB, a budget of 10, 4 free: others hold 12, of which 6 count against the budget."""
     reading = Reading("host", "System memory", "host", 10 * GB, 4 * GB, 10 * GB, installed_bytes=16 * GB)
     result = account(reading, [])
     assert (result.other_bytes, result.all_other_bytes, result.available_bytes) == (6 * GB, 12 * GB, 4 * GB)
 
 
-def test_mapped_weights_count_as_ours_on_the_host() -> None:
+def test_mapped_weights_count_as_held_on_the_host() -> None:
     """Pages of a loaded model's file, which the kernel calls available, are not offered to another model."""
     reading = Reading("host", "System memory", "host", 16 * GB, 12 * GB)
     result = account(reading, [Holding("a", "host", Usage("host", 5 * GB, mapped_bytes=4 * GB))])
@@ -81,36 +81,36 @@ def test_mapped_weights_count_as_ours_on_the_host() -> None:
 
 
 def test_a_gpu_has_no_mapped_pages() -> None:
-    """On a GPU what the driver calls free is free."""
+    """On a GPU, memory that the driver calls free is available."""
     reading = Reading("GPU-1", "GPU", "gpu", 24 * GB, 12 * GB)
     result = account(reading, [Holding("a", "GPU-1", Usage("GPU-1", 10 * GB, mapped_bytes=4 * GB))])
     assert (result.available_bytes, result.other_bytes) == (12 * GB, 2 * GB)
 
 
-def test_a_budget_caps_what_is_offered() -> None:
-    """With a budget the models share it, though the machine has more; other programs don't use it up."""
+def test_a_budget_caps_available_memory() -> None:
+    """Models share the budget even if the machine has more; other programs don't use it up."""
     reading = Reading("host", "System memory", "host", 8 * GB, 60 * GB, budget_bytes=8 * GB)
     result = account(reading, [Holding("a", "host", Usage("host", 3 * GB))])
     assert (result.available_bytes, result.other_bytes) == (5 * GB, 0)
 
 
 def test_without_a_budget_the_rest_is_other_programs() -> None:
-    """What is neither ours nor free is held by other programs."""
+    """Memory that is neither ours nor free is held by other programs."""
     reading = Reading("host", "System memory", "host", 16 * GB, 9 * GB)
     result = account(reading, [Holding("a", "host", Usage("host", 3 * GB))])
     assert (result.available_bytes, result.other_bytes) == (9 * GB, 4 * GB)
 
 
-def test_a_load_under_way_keeps_the_rest_of_its_promise() -> None:
-    """What a loading model was promised and doesn't hold yet is reserved; what it holds is not counted twice."""
+def test_a_load_under_way_reserves_the_rest_of_its_need() -> None:
+    """The part of a load's need that it doesn't hold yet is reserved; the part that it holds is counted once."""
     reading = Reading("host", "System memory", "host", 16 * GB, 10 * GB)
     loading = Holding("a", "host", Usage("host", 2 * GB), reserved_bytes=5 * GB)
     result = account(reading, [loading])
     assert (result.reserved_bytes, result.available_bytes) == (3 * GB, 7 * GB)
 
 
-def test_unknown_use_is_seen_as_other_programs() -> None:
-    """An instance whose use nobody knows is listed with nothing; the driver's reading still counts it as taken."""
+def test_unknown_usage_counts_as_other_programs() -> None:
+    """An instance with unknown usage counts as zero; the driver's reading still counts its memory as used."""
     reading = Reading("GPU-1", "GPU", "gpu", 24 * GB, 14 * GB)
     result = account(reading, [Holding("a", "GPU-1", None)])
     assert result.ours == (("a", 0),)

@@ -1,4 +1,4 @@
-"""What the pages say about models, switches and downloads: the same status always gives the same words."""
+"""Texts on the pages about models, switches and downloads: equal statuses give equal texts."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_composer_says_why_it_is_locked_and_until_when() -> None:
     ("age", "tone"),
     [(1, "ready"), (3.9, "ready"), (4.1, None)],
 )
-def test_good_news_goes_after_four_seconds(age: float, tone: str | None) -> None:
+def test_a_success_is_shown_for_four_seconds(age: float, tone: str | None) -> None:
     banner = live(last_switch=switch(stage="ready", finished_at=NOW - age)).banner
     assert (banner.tone if banner else None) == tone
 
@@ -109,14 +109,14 @@ def test_a_failure_stays_until_it_is_dismissed(stage: str) -> None:
     assert told.running_now == "No model is loaded now."
 
 
-def test_what_is_running_is_said_once() -> None:
+def test_what_is_running_is_shown_once() -> None:
     last = switch(stage="rolled_back", message="Out of memory.", restored=("large",))
     told = live(models=(RUNNING, MODEL), active_model="large", last_switch=last)
     assert told.cause == "Out of memory."
     assert told.running_now == "large is running again."
 
 
-def test_all_that_was_restored_is_said_to_run_again() -> None:
+def test_all_restored_models_are_listed_as_running_again() -> None:
     last = switch(stage="rolled_back", message="Out of memory.", restored=("large", "other", "third"))
     running = (RUNNING, replace(RUNNING, id="other", active=False), replace(RUNNING, id="third", active=False))
     assert live(models=running, active_model="large", last_switch=last).running_now == (
@@ -131,8 +131,8 @@ def test_all_that_was_restored_is_said_to_run_again() -> None:
     )
 
 
-def test_a_rollback_has_one_name_wherever_it_is_told() -> None:
-    """In the banner, in the header, under the composer and to a screen reader."""
+def test_a_rollback_has_the_same_name_everywhere() -> None:
+    """In the banner, in the header, under the composer and for screen readers."""
     told = live(switch=switch(stage="rolling_back", eta_seconds=12), models=(replace(MODEL, state="loading"),))
     assert told.restoring
     assert told.stage == "Restoring previous models"
@@ -140,39 +140,39 @@ def test_a_rollback_has_one_name_wherever_it_is_told() -> None:
     assert told.announcement == "Restoring previous models."
 
 
-def test_a_switch_under_way_is_told_in_the_words_of_its_load() -> None:
+def test_a_switch_shows_the_progress_of_its_load() -> None:
     loading = replace(MODEL, state="loading", load=LoadView(43, "loading_weights"))
     assert live(models=(loading,), switch=switch(stage="loading")).stage == "Reading the weights"
     assert live(switch=switch(stage="waiting_for_memory")).stage == "Waiting until the memory is free"
 
 
-def test_pages_look_often_only_while_something_moves() -> None:
+def test_pages_poll_often_only_while_something_changes() -> None:
     assert live().poll_seconds == 5
     assert live(switch=switch()).poll_seconds == 2
     assert live(last_switch=switch(stage="ready", finished_at=NOW)).poll_seconds == 1
 
 
 @pytest.mark.parametrize("state", ["queued", "downloading", "verifying"])
-def test_pages_look_often_while_something_is_downloaded(state: str) -> None:
+def test_pages_poll_often_during_a_download(state: str) -> None:
     assert with_downloads(download(state=state)).poll_seconds == 2
     assert not with_downloads(download(state=state)).moving, (
-        "a page without script must not load itself again for hours"
+        "a page without JavaScript must not reload itself for hours"
     )
 
 
 @pytest.mark.parametrize("state", ["paused", "complete", "failed", "cancelled"])
-def test_a_download_that_stands_still_is_no_reason_to_look_often(state: str) -> None:
+def test_pages_poll_rarely_for_a_download_that_does_not_run(state: str) -> None:
     assert with_downloads(download(state=state, finished_at=NOW)).poll_seconds == 5
 
 
 @pytest.mark.parametrize(("state", "seconds"), [("starting", 2), ("stopping", 2), ("running", 5), ("unreachable", 5)])
-def test_pages_look_often_while_ollama_starts_or_stops(state: Any, seconds: int) -> None:
+def test_pages_poll_often_while_ollama_starts_or_stops(state: Any, seconds: int) -> None:
     told = replace(live(), service=ServiceStatus(state=state, local=True, port=11434))
     assert told.poll_seconds == seconds
     assert told.moving == (seconds == 2)
 
 
-def test_downloads_under_way_come_first_then_the_latest_that_ended() -> None:
+def test_unfinished_downloads_come_first_then_the_latest_ended_ones() -> None:
     ended = [download(id=f"e{n}", state="complete", finished_at=NOW - n) for n in (30, 10, 20, 40, 60, 50)]
     jobs = with_downloads(
         *ended, download(id="a"), download(id="b", state="paused"), download(id="c", state="cancelled", finished_at=NOW)
@@ -180,24 +180,24 @@ def test_downloads_under_way_come_first_then_the_latest_that_ended() -> None:
     assert [job.id for job in jobs] == ["a", "b", "e10", "e20", "e30", "e40", "e50"]
 
 
-def test_a_model_s_download_is_found_while_it_is_under_way() -> None:
+def test_a_models_download_is_found_while_it_is_unfinished() -> None:
     assert with_downloads(download()).download("llama3.2:latest") == download()
     assert with_downloads(download(state="complete", finished_at=NOW)).download("llama3.2:latest") is None
 
 
-def test_most_of_a_switch_is_not_thrown_away_unasked() -> None:
+def test_cancelling_most_of_a_switch_needs_confirmation() -> None:
     assert live(switch=switch(percent=63)).asks_first("large") is not None
     assert live(switch=switch(percent=50)).asks_first("large") is None
     assert live(switch=switch(percent=63)).asks_first("small") is None
 
 
-def test_announcements_name_steps_and_never_percents() -> None:
+def test_announcements_name_stages_without_percent() -> None:
     said = live(switch=switch(stage="checking_memory", percent=7)).announcement
     assert said == "Switching to small: Checking memory."
     assert live().announcement == "No model is loaded."
 
 
-def test_the_end_of_a_download_is_news_for_a_while() -> None:
+def test_the_end_of_a_download_is_announced_for_a_while() -> None:
     failed = {"state": "failed", "error": "registry_unreachable", "message": "The registry can't be reached."}
     told = with_downloads(
         download(),
@@ -214,20 +214,20 @@ def test_the_end_of_a_download_is_news_for_a_while() -> None:
     assert "mistral" not in later.announcement
 
 
-def test_announcements_say_how_ollama_is() -> None:
+def test_announcements_include_ollamas_state() -> None:
     failed = ServiceStatus(state="failed", local=True, port=11434, error="Its port is taken.")
     assert with_downloads(service=failed).announcement.split("\n")[1:] == ["Ollama has failed. Its port is taken."]
 
 
-def test_without_a_forecast_or_a_count_no_percent_is_told() -> None:
-    """A stage's floor would pass a guess off as a reading; the time so far is true."""
+def test_without_a_forecast_or_a_count_no_percent_is_shown() -> None:
+    """The start of a stage would be a guess shown as a reading; the elapsed time is true."""
     assert live(switch=switch(percent=80, eta_seconds=None, basis=None)).switch_percent is None
     assert live(switch=switch(percent=80, eta_seconds=None, basis="measured")).switch_percent == 80
     assert live(switch=switch(percent=80, eta_seconds=9.0, basis=None)).switch_percent == 80
 
 
-def test_a_model_that_finishes_its_answers_says_how_many_and_how_long() -> None:
-    """Seconds are rounded up: nobody is told 0 s while it still goes on."""
+def test_a_draining_model_shows_how_many_answers_and_how_long() -> None:
+    """Seconds are rounded up, so that it never shows 0 s while it is not finished."""
     busy = replace(RUNNING, in_flight=1, drain_until=NOW + 23.2)
     told = live(models=(busy,), active_model="large")
     assert told.word(busy) == "Finishing 1 answer, at most 24 s more"
@@ -245,18 +245,18 @@ def test_a_model_that_finishes_its_answers_says_how_many_and_how_long() -> None:
     ("state", "word"),
     [("running", "Ready"), ("unloading", "Unloading"), ("asleep", "Asleep"), ("failed", "Failed"), ("stopped", "")],
 )
-def test_each_state_has_a_word(state: Any, word: str) -> None:
+def test_each_state_has_a_text(state: Any, word: str) -> None:
     assert live().word(replace(MODEL, state=state)) == word
 
 
-def test_a_model_that_loads_says_how_far_it_is() -> None:
+def test_a_loading_model_shows_its_progress() -> None:
     loading = replace(MODEL, state="loading", load=LoadView(43, "loading_weights"))
     assert live(models=(loading,)).word(loading) == "Loading 43 %"
     assert live(models=(loading,)).word(replace(loading, load=None)) == "Loading"
 
 
-def test_after_a_cancel_everything_says_so() -> None:
-    """Banner, header, composer, row and menu: none goes on telling of a load."""
+def test_after_a_cancel_every_part_shows_it() -> None:
+    """Banner, header, composer, row and menu: none still shows a load."""
     loading = replace(MODEL, state="loading", load=LoadView(43, "loading_weights"))
     told = live(models=(loading,), switch=switch(stage="cancelling", percent=43))
     assert told.stage == told.headline == told.word(loading) == "Cancelling"
@@ -266,7 +266,7 @@ def test_after_a_cancel_everything_says_so() -> None:
     assert told.switch_percent is None
 
 
-def test_a_model_that_ended_by_itself_is_told_until_it_is_dismissed_or_outdated() -> None:
+def test_a_model_that_exited_is_shown_until_dismissed_or_outdated() -> None:
     loss = Loss("small", "It was killed by signal 9.", "the log", NOW - 3600)
     told = live(loss=loss, models=(RUNNING, MODEL), active_model="large")
     assert told.banner is not None

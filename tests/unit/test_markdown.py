@@ -1,4 +1,4 @@
-"""Markdown can't harm whoever reads it, leaves formulas alone, and breaks no page, whatever a model wrote."""
+"""Rendered Markdown is safe for its readers, leaves formulas alone, and breaks no page, whatever a model wrote."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DERIVED_PREFIX = {
     *("a", "blockquote", "br", "button", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li"),
     *("ol", "p", "pre", "s", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"),
 }
-"""All the elements that a message may consist of, our frames included."""
+"""All elements and attributes that a rendered message may have, our own wrappers included."""
 KNOWN = {
     "a": {"href", "title", "target", "rel"},
     "button": {"type", "class", "data-copy"},
@@ -48,7 +48,7 @@ KNOWN = {
 
 
 class Elements(HTMLParser):
-    """Takes HTML at its word: each element has to be ours, and closed by the end tag that comes next."""
+    """Parses HTML strictly: each element must be in the list, and closed by the next end tag."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -88,8 +88,8 @@ def read(html: str) -> Elements:
 @example('```" onclick="x\nx\n```')
 @example("| a |\n|---|\n| `</table>` |")
 @example("\ud800")
-def test_whatever_is_written_the_html_is_ours_and_balanced(text: str) -> None:
-    """Every element is of our list and closed where it belongs, and a browser, which repairs HTML, finds nothing to."""
+def test_any_text_gives_balanced_html_of_listed_elements(text: str) -> None:
+    """Every element is in the list and closed in its place, and a browser's HTML repair changes nothing."""
     html = str(render_markdown(text))
     read(html)
     repaired = nh3.clean(html, tags=DERIVED_PREFIX, attributes=KNOWN, link_rel=None, strip_comments=False)
@@ -107,19 +107,19 @@ def test_whatever_is_written_the_html_is_ours_and_balanced(text: str) -> None:
         '<div class="code"><button data-copy>',
     ],
 )
-def test_markdown_never_becomes_something_that_acts(text: str) -> None:
+def test_markdown_never_becomes_active_content(text: str) -> None:
     html = str(render_markdown(text))
     for harm in ("<script", "<img", "<b ", 'href="javascript:', ' onmouseover="', "<div", "<button"):
         assert harm not in html
 
 
-def test_pictures_from_elsewhere_become_links() -> None:
+def test_remote_images_become_links() -> None:
     html = render_markdown("![a chart](https://example.com/chart.png)")
     assert "<img" not in html
     assert ">a chart</a>" in html
 
 
-def test_links_open_elsewhere_without_telling_where_from() -> None:
+def test_links_open_in_a_new_tab_without_a_referrer() -> None:
     html = render_markdown("[docs](https://example.com/)")
     assert 'target="_blank"' in html
     assert 'rel="noopener noreferrer"' in html
@@ -134,8 +134,8 @@ def test_code_gets_its_language_a_copy_button_and_the_keyboard() -> None:
 
 
 @pytest.mark.parametrize("language", ["a:b", "python:src/main.py", "{.haskell", "<b", "питон", "c++", "objective-c&"])
-def test_a_code_block_has_its_frame_whatever_its_language_is_called(language: str) -> None:
-    """The frame and its label are there once, and the label is the text that was written."""
+def test_a_code_block_has_its_wrapper_for_any_language_name(language: str) -> None:
+    """The block has one wrapper and one label, and the label is the text as written."""
     html = str(render_markdown(f"```{language} title\nx\n```"))
     assert html.count('<div class="code"') == 1
     assert read(html).words[:2] == [language, "Copy"]
@@ -162,8 +162,8 @@ def test_table_cells_are_aligned_without_a_style() -> None:
     ],
 )
 @pytest.mark.parametrize("around", ["{}", "It is\n{}", "- as\n  {indented}", "> {quoted}", "{}\n\nnext"])
-def test_formulas_stay_as_they_were_typed(formula: str, around: str) -> None:
-    """Backslashes, underscores and asterisks of a formula are shown, and its lines begin no list and no heading."""
+def test_formulas_are_shown_as_typed(formula: str, around: str) -> None:
+    """Backslashes, underscores and asterisks of a formula are shown; its lines start no list and no heading."""
     quoted, indented = formula.replace("\n", "\n> "), formula.replace("\n", "\n  ")
     html = str(render_markdown(around.format(formula, quoted=quoted, indented=indented)))
     assert formula in "".join(read(html).words)
@@ -182,23 +182,23 @@ def test_formulas_stay_as_they_were_typed(formula: str, around: str) -> None:
         ("$ *x* $", "$ x $"),
     ],
 )
-def test_dollars_and_brackets_are_no_formula_by_themselves(text: str, shown: str) -> None:
-    """Prices, shell variables and lone brackets leave the Markdown around them alone."""
+def test_single_dollars_and_brackets_are_no_formula(text: str, shown: str) -> None:
+    """Prices, shell variables and single brackets are no formulas; the Markdown around them is rendered."""
     words = "".join(read(str(render_markdown(text))).words)
     assert words.strip() == shown
     assert 'class="math"' not in render_markdown(text)
 
 
-def test_each_block_has_the_direction_of_its_own_words() -> None:
-    """Hebrew in one paragraph and English in the next; code and formulas run from left to right in both."""
+def test_each_block_has_the_direction_of_its_text() -> None:
+    """Hebrew in one paragraph, English in the next; code and formulas are left to right in both."""
     html = render_markdown("שלום\n\nHello\n\n- אחת\n\n```\nx\n```\n\n$$x$$")
     assert html.count('dir="auto"') == 3
     assert '<div class="code" dir="ltr">' in html
     assert '<p class="math" dir="ltr">' in html
 
 
-def test_what_was_rendered_is_kept_within_a_limit() -> None:
-    """The limit counts texts and their HTML; what was asked for longest ago goes first."""
+def test_the_cache_of_rendered_texts_is_limited() -> None:
+    """The limit counts texts with their HTML; the least recently used entry is dropped first."""
     kept = HtmlCache(limit=8)
     kept.put("a", "AAA")
     kept.put("b", "BBB")
@@ -213,8 +213,8 @@ def test_what_was_rendered_is_kept_within_a_limit() -> None:
 @example([("\\[\nx = a\n", True), ("+ b\n", True), ("\\]\n", True), ("\nafter", True)])
 @example([("1. a\n\n", True), ("2", True), (". b", True)])
 @example([("a\r", True), ("\nb\r\n\r\nc", True), ("d", True)])
-def test_an_answer_that_grew_reads_as_if_it_had_come_at_once(pieces: list[tuple[str, bool]]) -> None:
-    """Finished blocks never change, and with the rest they are the HTML of the whole, however the text arrived."""
+def test_an_answer_that_grew_renders_like_the_whole(pieces: list[tuple[str, bool]]) -> None:
+    """Finished blocks never change, and with the rest they are the HTML of the whole text, however it was split."""
     incremental, text, finished = IncrementalHtml(pace=0, rest=0), "", ()
     for piece, looked_at in pieces:
         text += piece
@@ -226,7 +226,7 @@ def test_an_answer_that_grew_reads_as_if_it_had_come_at_once(pieces: list[tuple[
 
 
 @given(TEXTS)
-def test_a_long_text_is_rendered_in_parts_as_if_at_once(text: str) -> None:
+def test_rendering_in_parts_equals_rendering_at_once(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_once = html_of(text)
         patch.setattr("blueprints.markdown.rendering.PART", 8)
@@ -234,7 +234,7 @@ def test_a_long_text_is_rendered_in_parts_as_if_at_once(text: str) -> None:
 
 
 def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long answer that comes in many pieces costs about what it would at once, for however many watch it."""
+    """A long answer in many pieces costs about as much as rendering it once, for any number of readers."""
     rendered: list[str] = []
 
     def counted(text: str, links: dict[str, object]) -> str:
@@ -263,8 +263,8 @@ def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> N
     ],
     ids=["paragraphs", "paragraph", "list", "quote", "table", "brackets"],
 )
-def test_whoever_renders_a_long_text_lets_others_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is a chance to take a break at least every few hundred characters, in every kind of block."""
+def test_rendering_a_long_text_yields_to_others(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It yields at least every few hundred characters, in every kind of block."""
     taken: list[float] = []
     monkeypatch.setattr("services.yielding.SLICE_SECONDS", 0.0)
     monkeypatch.setattr("services.yielding.time", SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
@@ -273,8 +273,8 @@ def test_whoever_renders_a_long_text_lets_others_run(text: str, monkeypatch: pyt
     assert min(taken) > 0
 
 
-def test_one_long_text_at_a_time_is_rendered() -> None:
-    """Two would each add their slice to what everybody else waits for; a short one waits for nobody."""
+def test_long_texts_are_rendered_one_at_a_time() -> None:
+    """Two would each add their slices to everyone's waiting time; a short text doesn't wait."""
     entered = threading.Event()
 
     def render() -> None:

@@ -1,4 +1,4 @@
-"""The models folder is looked through beside everything else, within bounds; what was last seen stands meanwhile."""
+"""Scans of the models folder run in a thread, with bounds; the last listing is served meanwhile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def models(tmp_path: Path) -> Path:
 
 @contextmanager
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever lists a folder waits."""
+    """Listing a folder blocks."""
     go_on = threading.Event()
     scandir = os.scandir
 
@@ -53,7 +53,7 @@ def names(folder: ModelFolder) -> list[str]:
 
 
 def test_every_gguf_file_below_it_is_found(models: Path) -> None:
-    """In order, whatever else lies there: links in circles and to nowhere, pipes, folders by a model's name."""
+    """In order, whatever else is there: circular and broken links, pipes, folders named like models."""
     (models / "circle.gguf").symlink_to("circle.gguf")
     (models / "nowhere.gguf").symlink_to("gone.gguf")
     (models / "up").symlink_to("..")
@@ -66,15 +66,15 @@ def test_every_gguf_file_below_it_is_found(models: Path) -> None:
     assert folder.notice is None
 
 
-def test_a_folder_that_nobody_has_made_is_empty(tmp_path: Path) -> None:
-    """And no trouble: it is made by the first download."""
+def test_a_missing_folder_is_empty(tmp_path: Path) -> None:
+    """It is not reported as a problem: the first download creates the folder."""
     folder = ModelFolder(tmp_path / "none")
     folder.refresh()
     assert (names(folder), folder.notice) == ([], None)
 
 
-def test_what_was_last_seen_stands_while_it_hangs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who looks is back in time, is told, and sees the rest once it answers."""
+def test_the_last_listing_is_served_while_the_folder_hangs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller returns in time, the problem is reported, and the listing is updated once the folder answers."""
     told: list[str | None] = []
     folder = ModelFolder(models, lambda: told.append(folder.notice), wait_seconds=WAIT)
     folder.refresh()
@@ -93,11 +93,11 @@ def test_what_was_last_seen_stands_while_it_hangs(models: Path, monkeypatch: pyt
         return names(folder) == ["b.gguf", "sub/c.gguf"] and folder.notice is None
 
     wait_until(looked, "the folder to answer")
-    assert told == [told[0], None], "each change is told once"
+    assert told == [told[0], None], "each change is reported once"
 
 
-def test_a_first_look_that_hangs_lists_nothing_and_says_so(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listed model is there, with the reason why it can't be loaded yet."""
+def test_a_first_scan_that_hangs_lists_nothing_and_is_reported(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listed model is shown, with the reason why it can't be loaded yet."""
     folder = ModelFolder(models, wait_seconds=WAIT)
     with hanging(monkeypatch):
         folder.refresh()
@@ -118,8 +118,8 @@ def test_a_first_look_that_hangs_lists_nothing_and_says_so(models: Path, monkeyp
     wait_until(known, "the folder to answer")
 
 
-def test_one_look_hangs_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other is begun until it is over: a share that hangs for hours takes one thread."""
+def test_only_one_scan_hangs_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other scan starts before it ends: a share that hangs for hours occupies one thread."""
     folder = ModelFolder(models, wait_seconds=WAIT)
     before = threading.active_count()
     with hanging(monkeypatch):
@@ -128,8 +128,8 @@ def test_one_look_hangs_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch)
         assert threading.active_count() == before + 1
 
 
-def test_a_listed_file_is_looked_at_with_the_folder(models: Path, tmp_path: Path) -> None:
-    """Wherever it is: what becomes of it is seen by the next look."""
+def test_files_of_listed_models_are_scanned_too(models: Path, tmp_path: Path) -> None:
+    """Wherever it is, the next scan notices its changes."""
     folder, elsewhere = ModelFolder(models), tmp_path / "elsewhere.gguf"
     assert folder.file(str(elsewhere)).fault == "The file elsewhere.gguf is not there."
     shutil.copy(MINI, elsewhere)
@@ -140,7 +140,7 @@ def test_a_listed_file_is_looked_at_with_the_folder(models: Path, tmp_path: Path
     assert folder.file(str(elsewhere)).fault is not None
 
 
-def test_a_relative_source_is_below_the_folder_unless_it_is_here(
+def test_a_relative_source_is_below_the_folder_unless_it_exists_here(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -150,8 +150,8 @@ def test_a_relative_source_is_below_the_folder_unless_it_is_here(
     assert folder.file("here.gguf").path == Path("here.gguf")
 
 
-def test_trouble_is_logged_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line for each look, every two seconds, would bury everything else in the log."""
+def test_a_problem_is_logged_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line per scan, every two seconds, would bury the rest of the log."""
 
     def refused(_path: str) -> object:
         raise OSError(5, "Input/output error")
@@ -165,8 +165,8 @@ def test_trouble_is_logged_once(models: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "Input/output error" in said[0]["notice"]
 
 
-def test_a_slow_look_is_used_and_called_slow(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it saw counts though nobody waited for it."""
+def test_a_slow_scan_is_used_and_reported(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result is used although it came after the timeout."""
     monkeypatch.setattr(folder_module, "SLOW_SECONDS", (60, 0))
     folder = ModelFolder(models)
     folder.refresh()
@@ -177,8 +177,8 @@ def test_a_slow_look_is_used_and_called_slow(models: Path, monkeypatch: pytest.M
     )
 
 
-def test_headers_there_is_no_time_for_are_read_by_the_next_look(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is listed once it was read, and one that changed stays as it was until then."""
+def test_headers_beyond_the_time_limit_are_read_by_the_next_scan(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new file is listed once its header was read; a changed one keeps its old entry until then."""
     folder = ModelFolder(models)
     with monkeypatch.context() as patched:
         patched.setattr(folder_module, "READ_SECONDS", -1.0)
@@ -196,8 +196,8 @@ def test_headers_there_is_no_time_for_are_read_by_the_next_look(models: Path, mo
     assert folder.file(str(models / "a.gguf")).fault == "a.gguf is empty: the copy may be incomplete."
 
 
-def test_a_folder_that_can_not_be_read_keeps_its_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share that is gone for a moment takes nothing off the list."""
+def test_an_unreadable_folder_keeps_its_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share that is unavailable for a moment removes no model."""
     folder = ModelFolder(models)
     folder.refresh()
 
@@ -212,8 +212,8 @@ def test_a_folder_that_can_not_be_read_keeps_its_models(models: Path, monkeypatc
     )
 
 
-def test_a_whole_disk_by_mistake_is_not_looked_through(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is a bound, and it is said."""
+def test_a_scan_of_a_whole_disk_is_limited(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of entries is limited, and exceeding it is reported."""
     monkeypatch.setattr(folder_module, "MAX_ENTRIES", 2)
     folder = ModelFolder(models)
     folder.refresh()
@@ -221,10 +221,10 @@ def test_a_whole_disk_by_mistake_is_not_looked_through(models: Path, monkeypatch
     assert folder.notice == f"The models folder {models} holds more than 2 files: not all of it is looked through."
 
 
-def test_nobody_who_asks_about_a_model_touches_the_folder(
+def test_queries_about_models_do_not_access_the_folder(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two looks the status, plans and loads go by what the last one saw."""
+    """Between two scans the status, plans and loads use the last listing."""
     engine = LlamaCpp(
         ModelFolder(models), ProcessRegistry(tmp_path / "state"), context_length=512, parallel=1, standby=False
     )

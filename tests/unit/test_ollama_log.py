@@ -1,4 +1,4 @@
-"""What Ollama's log says about a load."""
+"""Parsing what Ollama's log says about a load."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ SAID = [
 
 
 @given(st.lists(st.integers(0, len(LINES)), max_size=8))
-def test_a_log_says_the_same_however_it_arrives(cuts):
-    """A read can end anywhere, in the middle of a line too."""
+def test_the_split_of_a_log_changes_nothing(cuts):
+    """A read can end anywhere, even in the middle of a line."""
     log = LoadLog()
     edges = [0, *sorted(cuts), len(LINES)]
     said = [e for a, b in pairwise(edges) for e in log.feed(LINES[a:b])]
     assert said == SAID
 
 
-def test_later_versions_name_their_server_otherwise():
-    """From 0.30 on the runner is a llama-server."""
+def test_later_versions_with_another_server_name_are_parsed():
+    """From 0.30 on the runner is called llama-server."""
     line = 'time=… level=INFO source=server.go:1 msg="llama-server started in 1.02 seconds"'
     assert evidence_in(line) == Evidence("initializing_gpu", 1.0)
 
 
 @given(st.text(max_size=200))
-def test_other_lines_say_nothing_and_break_nothing(line):
-    """Whatever is logged, a fraction stays one."""
+def test_other_lines_are_ignored(line):
+    """For any log line, a fraction stays between 0 and 1."""
     evidence = evidence_in(line)
     assert evidence is None or evidence.fraction is None or 0 <= evidence.fraction <= 1
 
@@ -61,6 +61,6 @@ def test_other_lines_say_nothing_and_break_nothing(line):
         ("", "Ollama gave no reason"),
     ],
 )
-def test_the_first_cause_is_told_without_the_panic(error, cause):
-    """Recorded answers of 0.24.0."""
+def test_the_first_cause_is_reported_without_the_panic(error, cause):
+    """Recorded errors of 0.24.0."""
     assert first_cause(error) == cause

@@ -23,8 +23,8 @@ from services.engines.ollama.names import MAX_LENGTH, OllamaName
         ("localhost:5000/a/b", "localhost:5000/a/b:latest", "localhost:5000/a/b"),
     ],
 )
-def test_a_name_is_written_as_ollama_lists_it(text, full, short):
-    """What goes without saying is left out: the registry, its library, and for people the tag."""
+def test_a_name_is_formatted_as_ollama_lists_it(text, full, short):
+    """Default parts are left out: the registry, its library, and in the short form the tag."""
     name = OllamaName.parse(text)
     assert (name.full, name.short) == (full, short)
 
@@ -58,22 +58,22 @@ def test_a_name_is_written_as_ollama_lists_it(text, full, short):
         "user@host/x",
     ],
 )
-def test_what_is_no_name_is_refused_in_words(text):
-    """Nothing that could be an option, a path, a line end or an address gets through."""
+def test_an_invalid_name_is_refused(text):
+    """No option, path, line break or address is accepted."""
     with pytest.raises(ValueError, match=r"Write model or model:tag"):
         OllamaName.parse(text)
 
 
 def test_a_name_that_is_too_long_is_refused_with_its_length():
-    """300 characters in all."""
+    """The limit is 300 characters."""
     with pytest.raises(ValueError, match=rf"{MAX_LENGTH + 1} characters"):
         OllamaName.parse("x" * (MAX_LENGTH + 1))
 
 
 @settings(deadline=None)
 @given(st.text(alphabet="aZ0._-:/ @\n%é", max_size=40) | st.text(max_size=40))
-def test_whatever_is_typed_a_parsed_name_is_safe_and_stable(text):
-    """No part begins with a dash or leads upwards, and parsing what was written gives the same name."""
+def test_any_parsed_name_is_safe_and_stable(text):
+    """No part begins with a dash or leads to a parent folder; parsing a formatted name gives the same name."""
     try:
         name = OllamaName.parse(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What Ollama says while it pulls: recorded from Ollama 0.24.0 (`tests/transcripts/ollama/pull-*`), and garbage.
+"""Parsing Ollama's output during a pull: recordings of 0.24.0 (`tests/transcripts/ollama/pull-*`), and garbage.
 
 `pull-*.bin` is stderr of `ollama pull`, byte for byte (of `registry-dies` some frames were left out);
 `pull-stream*.ndjson` are the lines of `/api/pull`.
@@ -48,7 +48,7 @@ def recorded(name: str) -> bytes:
 
 
 def drawn(data: bytes, *cuts: int) -> list[PullEvent]:
-    """The events of these bytes, fed in pieces that are cut there."""
+    """The events of these bytes, fed to the parser in pieces split at these offsets."""
     parser = FrameParser()
     places = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     events = [event for start, end in pairwise(places) for event in parser.feed(data[start:end])]
@@ -62,8 +62,8 @@ def lines(name: str) -> list[PullEvent]:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_pull_is_read_from_the_first_row_to_its_success(name):
-    """Phases in order, success once and last, and every layer complete by then."""
+def test_a_complete_pull_is_parsed_up_to_success(name):
+    """Phases in order, success once at the end, and every layer complete by then."""
     events = drawn(recorded(name))
     assert events[0] == PullStatus("resolving")
     assert events[-1] == Succeeded()
@@ -75,8 +75,8 @@ def test_a_whole_pull_is_read_from_the_first_row_to_its_success(name):
 
 
 @pytest.mark.parametrize("name", [*WHOLE, *BROKEN_OFF, *FAILED])
-def test_no_layer_goes_back(name):
-    """The bytes of each layer, in every recording."""
+def test_no_layer_decreases(name):
+    """The bytes of each layer never decrease, in every recording."""
     seen = defaultdict(list)
     for event in drawn(recorded(name)):
         if isinstance(event, DrawnLayer):
@@ -85,16 +85,16 @@ def test_no_layer_goes_back(name):
 
 
 @pytest.mark.parametrize("name", BROKEN_OFF)
-def test_a_pull_that_broke_off_ends_without_success_or_error(name):
-    """Interrupted, killed, or its server ended, on which the command exits with 0: the last row is a layer's."""
+def test_an_interrupted_pull_ends_without_success_or_error(name):
+    """Interrupted, killed, or its server ended (the command then exits with 0): the last row is a layer's."""
     events = drawn(recorded(name))
     assert isinstance(events[-1], DrawnLayer)
     assert not any(isinstance(event, Succeeded | Failed) for event in events)
 
 
 @pytest.mark.parametrize(("name", "code"), FAILED.items())
-def test_a_pull_that_failed_ends_with_its_error(name, code):
-    """And its text leads to the right code."""
+def test_a_failed_pull_ends_with_its_error(name, code):
+    """Its text leads to the right error code."""
     *before, last = drawn(recorded(name))
     assert isinstance(last, Failed)
     assert not any(isinstance(event, Succeeded | Failed) for event in before)
@@ -103,8 +103,8 @@ def test_a_pull_that_failed_ends_with_its_error(name, code):
 
 @settings(deadline=None)
 @given(st.data())
-def test_it_does_not_matter_how_the_bytes_are_cut(data):
-    """In the middle of a character, of a control sequence, of a word: the same events."""
+def test_the_split_of_the_bytes_changes_nothing(data):
+    """In the middle of a character, a control sequence or a word: the events are the same."""
     recording = recorded(data.draw(st.sampled_from([*WHOLE, *BROKEN_OFF, *FAILED])))
     cuts = data.draw(st.lists(st.integers(0, len(recording)), max_size=30))
     assert drawn(recording, *cuts) == drawn(recording)
@@ -112,7 +112,7 @@ def test_it_does_not_matter_how_the_bytes_are_cut(data):
 
 @pytest.mark.parametrize("name", ["piped-fast", "unknown-name"])
 def test_byte_by_byte_gives_the_same(name):
-    """The smallest pieces there are."""
+    """The smallest possible pieces."""
     recording = recorded(name)
     assert drawn(recording, *range(len(recording))) == drawn(recording)
 
@@ -124,15 +124,15 @@ pieces = st.sampled_from([*_CONTROLS, *_WORDS, "x" * MAX_ROW, "?" * 100_000])
 
 @settings(deadline=None)
 @given(st.lists(pieces.map(str.encode) | st.binary(max_size=20), max_size=20), st.lists(st.integers(0, 300_000)))
-def test_garbage_neither_raises_nor_depends_on_how_it_is_cut(garbage, cuts):
-    """Half sequences, half characters, rows without end."""
+def test_garbage_neither_raises_nor_depends_on_its_split(garbage, cuts):
+    """Incomplete sequences, incomplete characters, endless rows."""
     data = b"".join(garbage)
     assert drawn(data, *cuts) == drawn(data)
 
 
 @pytest.mark.parametrize("noise", [b"x", b"\x1b", b"\x1b[1", "▕".encode(), b"\xff", b"Error: x", b"\n"])
-def test_a_million_bytes_of_anything_are_forgotten(noise):
-    """What comes after them is read, unless they were an error, of which a bounded text is kept."""
+def test_a_million_bytes_of_garbage_are_dropped(noise):
+    """What follows is parsed; of an error text only a limited length is kept."""
     parser = FrameParser()
     piece = noise * (10_000 // len(noise))
     for _ in range(100):
@@ -142,7 +142,7 @@ def test_a_million_bytes_of_anything_are_forgotten(noise):
 
 
 def test_an_error_of_several_lines_is_kept_together():
-    """As of a model that is too new for this Ollama."""
+    """For example for a model that needs a newer Ollama."""
     said = (
         b"\x1b[?25h\x1b[?2026l\nError: pull model manifest: 412: \n\nThe model you are attempting to pull requires a"
         b" newer version of Ollama.\n\nPlease download the latest version at:\n\n\thttps://ollama.com/download\n\n"
@@ -154,7 +154,7 @@ def test_an_error_of_several_lines_is_kept_together():
     assert explain(failed.text, "x").code == "needs_newer_ollama"
 
 
-def test_an_endless_error_is_cut():
+def test_an_endless_error_is_truncated():
     """Its beginning says what happened."""
     (failed,) = drawn(b"Error: beginning\n" + b"and so on\n" * 100_000)
     assert isinstance(failed, Failed)
@@ -202,8 +202,8 @@ MB, GB = 10**6, 10**9
         ),
     ],
 )
-def test_the_row_of_a_layer_is_read_with_what_its_rounding_hides(row, layer):
-    """Units are decimal; figures from 10 on are cut, smaller ones rounded to a tenth."""
+def test_a_layers_row_is_parsed_with_its_rounding_range(row, layer):
+    """Units are decimal; figures from 10 on are truncated, smaller ones rounded to a tenth."""
     assert drawn(f"{row}\x1b[K".encode()) == [layer]
 
 
@@ -219,19 +219,19 @@ def test_the_row_of_a_layer_is_read_with_what_its_rounding_hides(row, layer):
         "something new in a later Ollama",
     ],
 )
-def test_rows_that_are_not_known_say_nothing(row):
-    """A later Ollama may draw what it likes."""
+def test_unknown_rows_are_ignored(row):
+    """Later versions of Ollama may draw other rows."""
     assert drawn(row.encode() + b"\n") == []
 
 
 @pytest.mark.parametrize("spinner", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")
-def test_a_spinner_behind_a_status_is_no_part_of_it(spinner):
-    """The row is redrawn with the next glyph each time."""
+def test_a_spinner_is_not_part_of_the_status(spinner):
+    """The row is drawn again with the next glyph each time."""
     assert drawn(f"verifying sha256 digest {spinner} \x1b[K".encode()) == [PullStatus("verifying")]
 
 
-def test_a_whole_stream_is_read_from_the_first_line_to_its_success():
-    """Exact bytes, layers by the same short digests as the command's."""
+def test_a_complete_stream_is_parsed_up_to_success():
+    """Exact bytes, layers with the same short digests as the command's."""
     events = lines("stream")
     assert events[0] == PullStatus("resolving")
     assert events[-3:] == [PullStatus("verifying"), PullStatus("writing"), Succeeded()]
@@ -242,8 +242,8 @@ def test_a_whole_stream_is_read_from_the_first_line_to_its_success():
 
 
 @pytest.mark.parametrize("name", ["stream", "stream-resume", "stream-server-killed", "stream-uptodate"])
-def test_no_layer_of_a_stream_goes_back(name):
-    """Nor holds more than its size."""
+def test_no_layer_of_a_stream_decreases(name):
+    """Nor exceeds its size."""
     seen = defaultdict(list)
     for event in lines(name):
         if isinstance(event, Layer):
@@ -252,35 +252,35 @@ def test_no_layer_of_a_stream_goes_back(name):
     assert all(before <= after for figures in seen.values() for before, after in pairwise(figures))
 
 
-def test_a_resumed_stream_goes_on_where_it_was():
-    """The first figure is what an earlier try left."""
+def test_a_resumed_stream_continues_where_it_was():
+    """The first figure is what an earlier attempt has completed."""
     first = next(event for event in lines("stream-resume") if isinstance(event, Layer))
     assert first.completed == 143_593_088
 
 
-def test_a_stream_whose_server_was_killed_just_ends():
-    """Neither an error nor success."""
+def test_the_stream_of_a_killed_server_ends_without_a_result():
+    """Without an error and without success."""
     assert not any(isinstance(event, Succeeded | Failed) for event in lines("stream-server-killed"))
 
 
 @pytest.mark.parametrize(("name", "code"), STREAM_FAILED.items())
 def test_an_error_in_a_stream_is_its_last_line(name, code):
-    """Of an answer that began with 200."""
+    """For a response that began with status 200."""
     last = lines(name)[-1]
     assert isinstance(last, Failed)
     assert explain(last.text, "tiny-b").code == code
 
 
 def test_a_layer_without_a_completed_figure_has_0():
-    """Ollama leaves out what is 0."""
+    """Ollama omits a figure that is 0."""
     line = '{"status":"pulling 2a8270a5fd3e","digest":"sha256:2a8270a5fd3e4003","total":46236384}'
     assert parse_line(line) == Layer("2a8270a5fd3e", 0, 46_236_384)
 
 
 @settings(deadline=None)
 @given(st.binary() | st.text() | st.sampled_from(["null", "[]", "7", '{"status": 7}', "[" * 100_000, '{"total": "x"}']))
-def test_a_line_that_is_none_says_nothing(line):
-    """Garbage in a stream neither raises nor counts."""
+def test_an_invalid_line_is_ignored(line):
+    """Garbage in a stream neither raises nor gives an event."""
     assert parse_line(line) is None
 
 
@@ -306,8 +306,8 @@ def test_a_line_that_is_none_says_nothing(line):
         ("", "download_failed", True),
     ],
 )
-def test_an_error_text_becomes_a_code_and_words(text, code, may_resume):
-    """Words that name the model, and tell what to do."""
+def test_an_error_text_becomes_a_code_and_a_message(text, code, may_resume):
+    """The message names the model, and what to do."""
     error = explain(text, "llama3.2")
     assert (error.code, error.may_resume) == (code, may_resume)
     assert "llama3.2" in error.message
@@ -315,8 +315,8 @@ def test_an_error_text_becomes_a_code_and_words(text, code, may_resume):
     assert "{" not in error.message.replace(text, "")
 
 
-def test_an_unknown_error_is_told_in_ollamas_words_without_signatures():
-    """Addresses of a registry's storage carry keys in their query; the rest of a long text is cut."""
+def test_an_unknown_error_is_shown_without_signed_urls():
+    """Storage URLs carry keys in their query; long texts are truncated."""
     text = 'Get "https://store.example/blob?X-Signature=secret&x=1": odd {thing} ' + "x" * 5000
     message = explain(text, "llama3.2").message
     assert '"https://store.example/blob": odd {thing}' in message
@@ -325,35 +325,35 @@ def test_an_unknown_error_is_told_in_ollamas_words_without_signatures():
 
 
 class TestUnrounding:
-    """The bytes behind rounded figures."""
+    """Estimating the bytes behind rounded figures."""
 
     def row(self, percent: int, low: int, high: int, speed: int | None = 20 * MB) -> DrawnLayer:
         return DrawnLayer("2a8270a5fd3e", percent, Rounded(low, low, high), Rounded(4 * GB, 4 * GB, 5 * GB), speed)
 
     def test_the_registrys_size_replaces_the_rounded_one(self):
-        """And a finished layer has all of it; a size that contradicts the row is not believed."""
+        """A finished layer has all of it; a size that contradicts the row is ignored."""
         done = DrawnLayer("2a8270a5fd3e", 100, None, Rounded(46 * MB, 46 * MB, 47 * MB), None)
         assert Unrounding({"2a8270a5fd3e": 46_236_384}).part(done, 0.0) == Part(46_236_384, 46_236_384)
         assert Unrounding({"2a8270a5fd3e": 7}).part(done, 0.0) == Part(46 * MB, 46 * MB)
 
-    def test_between_two_steps_the_speed_moves_it_on(self):
-        """1 GB stands for 0.95 to 1.05, and 25 % of 4 GB for 0.98 to 1.02: it goes from the one end to the other."""
+    def test_between_two_steps_the_speed_advances_the_estimate(self):
+        """1 GB stands for 0.95 to 1.05, and 25 % of 4 GB for 0.98 to 1.02: the estimate moves within that range."""
         unrounding = Unrounding({"2a8270a5fd3e": 4 * GB})
         row = self.row(25, 950 * MB, 1050 * MB)
         assert unrounding.part(row, 0.0).completed == 980 * MB
         assert unrounding.part(row, 1.0).completed == 1000 * MB
         assert unrounding.part(row, 9.0).completed == 1020 * MB
 
-    def test_a_layer_without_a_speed_stands_still(self):
-        """Nothing moves, as far as anybody can tell."""
+    def test_a_layer_without_a_speed_does_not_advance(self):
+        """Without a speed the estimate doesn't move."""
         unrounding = Unrounding({})
         row = self.row(25, 950 * MB, 1050 * MB, None)
         assert unrounding.part(row, 0.0) == unrounding.part(row, 5.0) == Part(980 * MB, 4 * GB)
 
     @settings(deadline=None)
     @given(st.integers(1, 10**12), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 10)), max_size=20))
-    def test_it_stays_within_what_the_rows_allow(self, total, looks):
-        """Whatever the speed claims, it is never off by more than the rounding hides, and never beyond the total."""
+    def test_the_estimate_stays_within_the_rows_range(self, total, looks):
+        """Whatever the speed, the estimate stays within the rounding and below the total."""
         unrounding, now = Unrounding({"2a8270a5fd3e": total}), 0.0
         for fraction, step in sorted(looks):
             now += step

@@ -1,4 +1,4 @@
-"""Whom the kernel kills when memory runs out, and how people are told."""
+"""Which process the kernel kills when memory runs out, and how that is reported."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def score_of(pid: int | str) -> int:
 
 
 def set_kills(monkeypatch: pytest.MonkeyPatch, path: Path, kills: int | None) -> None:
-    """What the kernel says, as `/proc/vmstat` does; None for one that doesn't."""
+    """Fake `/proc/vmstat` with this count of OOM kills; None for a kernel without it."""
     path.write_text("pgfault 1\n" + ("" if kills is None else f"oom_kill {kills}\n"))
     monkeypatch.setattr(out_of_memory, "VMSTAT", path)
 
 
-def test_an_engine_goes_before_the_console(tmp_path: Path) -> None:
-    """And so does whatever it starts, such as the runner of an `ollama serve`."""
+def test_an_engine_is_killed_before_the_console(tmp_path: Path) -> None:
+    """So are processes that the engine starts, such as the runner of an `ollama serve`."""
     registry = ProcessRegistry(tmp_path)
     ended = Event()
     argv = [sys.executable, "-c", PARENT]
@@ -54,8 +54,8 @@ def test_an_engine_goes_before_the_console(tmp_path: Path) -> None:
     wait_until(lambda: not psutil.pid_exists(runner), "the runner to end")
 
 
-def test_the_score_stays_within_what_the_kernel_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a service manager has given the console; a system without such a thing changes nothing."""
+def test_the_score_stays_within_the_kernels_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any score that a service manager has set for the console; on a system without scores nothing changes."""
     score = tmp_path / "oom_score_adj"
     monkeypatch.setattr(out_of_memory, "SCORE", score)
     for mine, engines in ((-500, -500 + ADDED_SCORE), (0, ADDED_SCORE), (950, HIGHEST_SCORE)):
@@ -73,10 +73,10 @@ def test_the_score_stays_within_what_the_kernel_takes(tmp_path: Path, monkeypatc
         (None, None, "as the kernel does when memory runs out"),
     ],
 )
-def test_a_kill_is_told_with_what_is_known(
+def test_a_kill_is_reported_with_its_likely_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int | None, after: int | None, words: str
 ) -> None:
-    """The kernel counts whom it kills for memory: that tells its kill from a person's."""
+    """The kernel counts its kills for memory, which distinguishes them from a person's kill."""
     vmstat = tmp_path / "vmstat"
     set_kills(monkeypatch, vmstat, before)
     registry = ProcessRegistry(tmp_path)
@@ -95,7 +95,7 @@ def test_a_kill_is_told_with_what_is_known(
     assert "SIGKILL" in child.describe_end()
 
 
-def test_other_ends_are_told_by_their_code(tmp_path: Path) -> None:
+def test_other_exits_are_reported_by_their_code(tmp_path: Path) -> None:
     registry = ProcessRegistry(tmp_path)
     ended = Event()
     argv = [sys.executable, "-c", "raise SystemExit(3)"]
@@ -105,8 +105,8 @@ def test_other_ends_are_told_by_their_code(tmp_path: Path) -> None:
     assert not child.killed
 
 
-def test_what_nobody_knows_is_no_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a missing file nor a missing line."""
+def test_unknown_counts_are_no_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a missing file nor a missing line counts as a kill."""
     monkeypatch.setattr(out_of_memory, "VMSTAT", tmp_path / "none")
     assert not killed_since(1)
     assert not killed_since(None)

@@ -1,4 +1,4 @@
-"""What is done regularly goes on until it is stopped, whatever it meets."""
+"""The periodic runner continues until it is stopped, whatever its function raises."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from services.periodic import Periodic
 from tests.support.console import TIMEOUT
 
 
-def test_it_goes_on_after_a_failure_which_is_logged_once_while_it_stays_the_same() -> None:
-    """A look each second at what is broken for an hour would fill the log."""
+def test_a_repeated_failure_is_logged_once_and_does_not_stop_it() -> None:
+    """A failure that repeats every second for an hour must not fill the log."""
     calls: list[int] = []
     over = threading.Event()
 
@@ -37,7 +37,7 @@ def test_it_goes_on_after_a_failure_which_is_logged_once_while_it_stays_the_same
     ]
 
 
-def test_a_stop_waits_for_the_call_under_way_and_lets_no_other_begin() -> None:
+def test_a_stop_waits_for_the_current_call_and_prevents_the_next() -> None:
     begun, go_on = threading.Event(), threading.Event()
     calls: list[int] = []
 
@@ -52,7 +52,7 @@ def test_a_stop_waits_for_the_call_under_way_and_lets_no_other_begin() -> None:
     periodic.start()
     assert begun.wait(TIMEOUT)
     periodic.stop()
-    assert calls == [1], "without a time-out nobody is waited for"
+    assert calls == [1], "with a timeout of zero it waits for nothing"
     go_on.set()
     periodic.stop(TIMEOUT)
     assert calls == [1, 2]
@@ -61,8 +61,8 @@ def test_a_stop_waits_for_the_call_under_way_and_lets_no_other_begin() -> None:
     assert not periodic.running
 
 
-def test_the_first_call_may_come_later() -> None:
-    """So that a start isn't held up by what nobody needs then."""
+def test_the_first_call_can_be_delayed() -> None:
+    """So that it does not slow down the start of the app."""
     calls: list[int] = []
     periodic = Periodic("checking", lambda: calls.append(1), 0.0, first_seconds=TIMEOUT)
     periodic.start()

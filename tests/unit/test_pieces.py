@@ -1,4 +1,4 @@
-"""Pages in pieces: what changed is rendered once and sent to those who have not seen it, and nothing else is."""
+"""Pages in pieces: a changed piece is rendered once and sent to readers that don't have it; nothing else is sent."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def piece(name: str, words: str) -> Piece:
 
 
 class Reader:
-    """A page: it has pieces, and asks for what it doesn't have yet."""
+    """A page that has some pieces and polls for the others."""
 
     def __init__(self, sheet: Sheet, names: list[str]) -> None:
         self.mark = sheet.mark
         self.has = {name: str(sheet[name]) for name in names}
 
     def look(self, sheet: Sheet) -> list[str]:
-        """The names of the pieces that came."""
+        """The names of the received pieces."""
         came = re.findall(r'<p id="(\w+)" hx-swap-oob="morph">(.*?)</p>', sheet.since(self.mark))
         for name, words in came:
             self.has[name] = render(name, words=words)
@@ -52,8 +52,8 @@ class Reader:
         st.tuples(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["x", "y"])), st.sets(st.sampled_from("PQR")))
     )
 )
-def test_whoever_looks_now_and_then_has_what_is_there(rounds: list[tuple[dict[str, str], set[str]]]) -> None:
-    """However the pieces change, join and leave, and whenever each reader looks; a second look brings nothing."""
+def test_a_polling_reader_has_the_current_pieces(rounds: list[tuple[dict[str, str], set[str]]]) -> None:
+    """For any changes, additions and removals, and any times of polling; a second poll brings nothing."""
     sheet = Sheet(render)
     readers = {name: Reader(sheet, []) for name in "PQR"}
     for number, (pieces, looking) in enumerate(rounds):
@@ -65,7 +65,7 @@ def test_whoever_looks_now_and_then_has_what_is_there(rounds: list[tuple[dict[st
             assert reader.look(sheet) == []
 
 
-def test_a_piece_is_rendered_when_what_it_shows_changes() -> None:
+def test_a_piece_is_rendered_only_when_its_content_changes() -> None:
     rendered: list[str] = []
 
     def counted(template: str, **context: object) -> str:
@@ -79,7 +79,7 @@ def test_a_piece_is_rendered_when_what_it_shows_changes() -> None:
     assert rendered == ["a", "b", "b"]
 
 
-def test_a_mark_of_another_run_gets_everything() -> None:
+def test_a_version_of_another_run_gets_everything() -> None:
     old, new = (Sheet(render).draw("group", 1, lambda: [piece("a", "x")]) for _ in range(2))
     assert "x" in new.since(old.mark)
     for odd in ("", "-", "-1", f"{new.mark}x", "\N{SUPERSCRIPT TWO}"):
@@ -101,7 +101,7 @@ def console(shared: InProcess) -> InProcess:
 
 
 class Tab:
-    """An open page, which looks as its own markup says."""
+    """An open page that polls with the URL in its own markup."""
 
     def __init__(self, console: InProcess, path: str) -> None:
         self.console = console
@@ -126,19 +126,19 @@ class Tab:
 
 
 def ids(answer: TestResponse) -> set[str]:
-    """The elements that an answer puts in place."""
+    """The ids of the elements that a response replaces."""
     return set(re.findall(r'id="([^"]+)"[^>]* hx-swap-oob="', answer.get_data(as_text=True)))
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_an_unchanged_page_is_left_alone(console: InProcess, path: str) -> None:
+def test_an_unchanged_page_gets_204(console: InProcess, path: str) -> None:
     tab = Tab(console, path)
     answer = tab.look()
     assert (answer.status_code, answer.data) == (204, b"")
 
 
 @pytest.mark.parametrize(("path", "row"), [("/models", "row-"), ("/", "pick-item-")])
-def test_of_200_rows_the_one_that_changed_is_sent(console: InProcess, path: str, row: str) -> None:
+def test_of_200_rows_only_the_changed_one_is_sent(console: InProcess, path: str, row: str) -> None:
     console.show("model-007", "loading", load=LoadView(10, "loading_weights"))
     tab = Tab(console, path)
     console.show("model-007", "loading", load=LoadView(20, "loading_weights"))
@@ -149,7 +149,7 @@ def test_of_200_rows_the_one_that_changed_is_sent(console: InProcess, path: str,
 
 
 @pytest.mark.parametrize(("path", "order"), [("/models", "model-rows-order"), ("/", "menu-others-order")])
-def test_a_model_that_joins_comes_with_its_place(
+def test_a_new_model_is_sent_with_its_position(
     console: InProcess, monkeypatch: pytest.MonkeyPatch, path: str, order: str
 ) -> None:
     tab = Tab(console, path)
@@ -162,7 +162,7 @@ def test_a_model_that_joins_comes_with_its_place(
     assert len(came) < 6
 
 
-def test_a_mark_that_nobody_gave_is_no_error(console: InProcess) -> None:
+def test_an_invalid_version_is_no_error(console: InProcess) -> None:
     for since in ("x", "1-1", "0-99999999999999999999"):
         answer = console.client.get("/fragments/models", query_string={"since": since})
         assert answer.status_code == 200

@@ -1,4 +1,4 @@
-"""The rules of what a switch unloads."""
+"""The rules for what a switch unloads."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ loaded_models = st.lists(
 
 
 def device(name: str, installed: int, free: int, budget: int | None = None, ours: int = 0) -> Account:
-    """A device of which `free` bytes measure free, our models hold `ours`, and the rest belongs to other programs."""
+    """A device with `free` free bytes, `ours` held by our models, and the rest by other programs."""
     total = installed if budget is None else min(installed, budget)
     reading = Reading(name, name, "host", total, free, budget_bytes=budget, installed_bytes=installed)
     return account(reading, [Holding("ours", name, Usage(name, ours))])
 
 
 def host_plan(required: int, memory: Account, loaded: list[Loaded], others: tuple[Alternative, ...] = ()) -> Plan:
-    """A plan for the host, in bytes."""
+    """A plan for the host's memory, in bytes."""
     need = Need("host", required, "declared")
     return make_plan("target", need, Room(memory), loaded, UnloadRules("largest_first"), others=others)
 
@@ -60,8 +60,8 @@ def plan_for(need: int, available: int, loaded: list[Loaded], **options: object)
 
 
 @given(st.integers(0, 200 * GB), st.integers(0, 100 * GB), loaded_models, st.sampled_from(STRATEGIES))
-def test_a_feasible_plan_makes_enough_room_and_not_one_unload_more(need, available, loaded, strategy):
-    """What is unloaded suffices, and keeping any single one of them would not."""
+def test_a_feasible_plan_frees_enough_without_an_unnecessary_unload(need, available, loaded, strategy):
+    """The unloaded models suffice, and without any single one of them there would be too little."""
     plan = plan_for(need, available, loaded, strategy=strategy)
     if plan.feasible:
         assert available + plan.freed_bytes >= need
@@ -74,8 +74,8 @@ def test_a_feasible_plan_makes_enough_room_and_not_one_unload_more(need, availab
 
 
 @given(st.integers(0, 200 * GB), st.integers(0, 100 * GB), loaded_models, st.sampled_from(STRATEGIES))
-def test_what_must_stay_is_never_unloaded(need, available, loaded, strategy):
-    """Pinned models and models on other devices are left alone."""
+def test_models_that_must_stay_are_never_unloaded(need, available, loaded, strategy):
+    """Pinned models and models on other devices stay loaded."""
     plan = plan_for(need, available, loaded, strategy=strategy)
     by_id = {m.model: m for m in loaded}
     for unload in plan.unload:
@@ -85,16 +85,16 @@ def test_what_must_stay_is_never_unloaded(need, available, loaded, strategy):
 
 
 @given(st.integers(1, 200 * GB), loaded_models)
-def test_nothing_is_unloaded_when_unloading_is_switched_off(need, loaded):
-    """With auto_unload off a plan either fits as things are, or is refused with the reason."""
+def test_nothing_is_unloaded_when_auto_unload_is_off(need, loaded):
+    """With auto_unload off a plan either fits without unloading, or is refused with the reason."""
     plan = plan_for(need, need - 1, loaded, auto_unload=False)
     assert plan.unload == ()
     assert not plan.feasible
 
 
 @given(st.integers(0, 200 * GB), st.integers(0, 100 * GB), loaded_models, st.integers(0, 100 * GB))
-def test_sleep_costs_the_target_nothing_and_no_more_of_the_hosts_memory_than_there_is(need, available, loaded, host):
-    """The same models make room as without it, and all that they keep asleep fits, on both devices."""
+def test_sleep_never_takes_memory_that_the_target_needs(need, available, loaded, host):
+    """The same models make room as without sleep, and what they keep asleep fits on both devices."""
     plan = plan_for(need, available, loaded, host_available_bytes=host)
     stopped = plan_for(need, available, [replace(m, sleep_footprint=None) for m in loaded], host_available_bytes=host)
     assert [u.model for u in plan.unload] == [u.model for u in stopped.unload]
@@ -109,8 +109,8 @@ def test_sleep_costs_the_target_nothing_and_no_more_of_the_hosts_memory_than_the
         assert available + plan.freed_bytes >= need
 
 
-def test_a_model_sleeps_rather_than_being_stopped_where_there_is_room_for_its_rest():
-    """With the time that waking it takes, which is what it costs to bring it back."""
+def test_a_model_sleeps_where_there_is_room_for_what_it_keeps():
+    """The plan then has the time that waking takes."""
     model = Loaded(
         "a", "gpu0", 40 * GB, reload_seconds=60, wake_seconds=4, sleep_footprint=SleepFootprint(2 * GB, 30 * GB)
     )
@@ -120,15 +120,15 @@ def test_a_model_sleeps_rather_than_being_stopped_where_there_is_room_for_its_re
     assert (unload.sleeps, unload.frees_bytes, unload.reload_seconds) == (False, 40 * GB, 60)
 
 
-def test_what_sleeps_goes_before_what_answers():
-    """A small rest that suffices is ended before a large model that runs."""
+def test_sleeping_models_are_stopped_before_running_ones():
+    """Stopping a small sleeping model, if that suffices, is preferred to unloading a large running one."""
     loaded = [Loaded("runs", "gpu0", 40 * GB), Loaded("sleeps", "gpu0", 2 * GB, asleep=True)]
     assert [u.model for u in plan_for(1 * GB, 0, loaded).unload] == ["sleeps"]
     assert [u.model for u in plan_for(30 * GB, 0, loaded).unload] == ["runs"]
 
 
-def test_into_this_machines_memory_nobody_is_put_to_sleep():
-    """A target that needs it would lose it to the sleeper."""
+def test_no_model_sleeps_for_a_target_in_host_memory():
+    """A target in host memory would lose that memory to the sleeping model."""
     spilled = Loaded("spilled", "gpu0", 10 * GB, spilled_bytes=8 * GB, sleep_footprint=SleepFootprint(GB, GB))
     plan = make_plan(
         "target",
@@ -146,26 +146,26 @@ def test_largest_first_unloads_one_large_model_rather_than_many_small_ones():
     assert [u.model for u in plan_for(30 * GB, 0, loaded).unload] == ["large"]
 
 
-def test_oldest_first_unloads_what_was_idle_longest():
-    """The least recently used model goes first, whatever its size."""
+def test_oldest_first_unloads_the_longest_idle():
+    """The least recently used model is unloaded first, whatever its size."""
     loaded = [Loaded("fresh", "gpu0", 40 * GB, idle_seconds=5), Loaded("old", "gpu0", 10 * GB, idle_seconds=900)]
     assert [u.model for u in plan_for(8 * GB, 0, loaded, strategy="oldest_first").unload] == ["old"]
 
 
-def test_cheapest_reload_unloads_what_comes_back_soonest():
-    """A model of unknown load time counts as dear."""
+def test_cheapest_reload_unloads_the_fastest_to_reload():
+    """A model with an unknown load time counts as expensive."""
     loaded = [Loaded("unknown", "gpu0", 9 * GB), Loaded("quick", "gpu0", 9 * GB, reload_seconds=2)]
     assert [u.model for u in plan_for(8 * GB, 0, loaded, strategy="cheapest_reload").unload] == ["quick"]
 
 
-def test_a_busy_model_goes_last():
-    """An idle model is unloaded before one that is answering somebody, even when it is smaller."""
+def test_a_busy_model_is_unloaded_last():
+    """An idle model is unloaded before a busy one, even if it is smaller."""
     loaded = [Loaded("busy", "gpu0", 40 * GB, in_flight=1), Loaded("idle", "gpu0", 10 * GB)]
     assert [u.model for u in plan_for(8 * GB, 0, loaded).unload] == ["idle"]
 
 
 def test_a_refusal_names_what_blocks_it_and_the_largest_model_that_fits():
-    """The words people read hold the figures, the reason and a way out."""
+    """The message has the figures, the reason and an alternative."""
     plan = plan_for(
         150 * GB,
         10 * GB,
@@ -181,8 +181,8 @@ def test_a_refusal_names_what_blocks_it_and_the_largest_model_that_fits():
         assert expected in words
 
 
-def test_a_refusal_names_the_setting_when_the_budget_is_what_bites():
-    """With the value that would do: the machine itself has room enough."""
+def test_a_refusal_names_the_budget_if_it_is_the_limit():
+    """With the value that would suffice, because the machine itself has enough memory."""
     memory = device("host", 64 * GB, 50 * GB, budget=10 * GB, ours=3 * GB)
     plan = host_plan(9_010_000_000, memory, [Loaded("stays", "host", 3 * GB, keep_reason="it is pinned")])
     assert [limit.kind for limit in plan.limits] == ["memory_budget_gb"]
@@ -192,8 +192,8 @@ def test_a_refusal_names_the_setting_when_the_budget_is_what_bites():
     assert "rograms" not in words
 
 
-def test_a_refusal_names_other_programs_when_free_memory_is_what_bites():
-    """By name, with what they hold; nothing is said of a setting that has nothing to do with it."""
+def test_a_refusal_names_other_programs_if_free_memory_is_the_limit():
+    """By name, with the memory they hold; a setting that has no effect is not mentioned."""
     plan = host_plan(9 * GB, device("host", 16 * GB, 5 * GB), [])
     (limit,) = plan.limits
     assert (limit.kind, limit.bytes, limit.short_bytes) == ("other_programs", 11 * GB, 4 * GB)
@@ -205,8 +205,8 @@ def test_a_refusal_names_other_programs_when_free_memory_is_what_bites():
     assert "memory_budget_gb" not in refusal(plan)
 
 
-def test_a_refusal_names_both_when_neither_alone_would_do():
-    """A budget of 10 GB, and 8 of 16 GB held by others."""
+def test_a_refusal_names_both_limits_if_both_apply():
+    """A budget of 10 GB, and 8 of 16 GB held by other programs."""
     plan = host_plan(12 * GB, device("host", 16 * GB, 8 * GB, budget=10 * GB), [])
     assert [(limit.kind, limit.bytes, limit.short_bytes) for limit in plan.limits] == [
         ("memory_budget_gb", 10 * GB, 2 * GB),
@@ -214,14 +214,14 @@ def test_a_refusal_names_both_when_neither_alone_would_do():
     ]
 
 
-def test_a_refusal_names_the_device_when_it_is_too_small_as_a_whole():
+def test_a_refusal_names_a_device_that_is_too_small():
     """Neither closing programs nor a larger budget would help."""
     plan = host_plan(40 * GB, device("host", 16 * GB, 8 * GB, budget=10 * GB), [])
     assert [limit.words for limit in plan.limits] == ["host has 16.0 GB in all: choose a smaller model."]
 
 
 def test_other_programs_are_not_blamed_for_what_a_pinned_model_holds():
-    """What they hold would not be enough, and unloading the pinned model would."""
+    """The other programs' memory would not be enough, and unloading the pinned model would."""
     memory = device("host", 24 * GB, 7 * GB, ours=16 * GB)
     plan = host_plan(10 * GB, memory, [Loaded("stays", "host", 16 * GB, keep_reason="it is pinned")])
     assert (plan.limits, [b.model for b in plan.blocked_by]) == ((), ["stays"])
@@ -234,8 +234,8 @@ def test_other_programs_are_not_blamed_for_what_a_pinned_model_holds():
     st.none() | st.integers(1, 120 * GB),
     loaded_models,
 )
-def test_every_refusal_names_what_bites_and_no_plan_else_names_a_limit(required, installed, free, budget, loaded):
-    """Models that stay, or limits; and of each limit what it says is short is really missing."""
+def test_every_refusal_and_only_a_refusal_names_a_limit(required, installed, free, budget, loaded):
+    """It names blocking models or limits; each limit's missing amount is correct. Feasible plans name none."""
     loaded = [replace(m, device="host") for m in loaded]
     memory = device("host", installed, min(free, installed), budget, sum(m.bytes for m in loaded))
     plan = host_plan(required, memory, loaded)
@@ -248,8 +248,8 @@ def test_every_refusal_names_what_bites_and_no_plan_else_names_a_limit(required,
 
 
 @given(st.integers(0, 50 * GB), st.integers(0, 100 * GB), loaded_models)
-def test_a_model_to_be_replaced_goes_even_where_there_is_room(need, available, loaded):
-    """Seed 002: the old model is unloaded in any case, once, and nothing else more than is needed."""
+def test_a_replaced_model_is_unloaded_even_if_there_is_room(need, available, loaded):
+    """Seed 002: the old model is always unloaded, once, and nothing else that isn't necessary."""
     old = Loaded(model="old", device="gpu0", bytes=5 * GB)
     plan = plan_for(need, available, [*loaded, old], instead_of="old")
     if plan.feasible:

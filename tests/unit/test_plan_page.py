@@ -1,4 +1,4 @@
-"""The plan over HTTP, for people and for scripts: why a model doesn't fit, and the links to the models it names."""
+"""The plan over HTTP, for people and scripts: why a model doesn't fit, and links to the models it names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 
 @pytest.fixture(autouse=True)
 def needs(tight: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The larger demo model takes 400 MB, the other one 100."""
+    """The larger demo model needs 400 MB, the other one 100."""
     tight.services.catalog.refresh()
     sizes = {SMALL: 400_000_000, MINI: 100_000_000}
     monkeypatch.setattr(
@@ -32,7 +32,7 @@ def needs(tight: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_plan_names_the_setting_that_keeps_a_model_out(tight: InProcess) -> None:
-    """For scripts with its figures, for people with the value that would do."""
+    """For scripts with its figures, for people with the value that would suffice."""
     plan = tight.client.post("/v1/models/switch/plan", json={"target_model": SMALL}).get_json()
     assert not plan["feasible"]
     assert plan["limits"] == [{"limit": "memory_budget_gb", "gb": 0.3, "short_gb": 0.1, "programs": []}]
@@ -42,8 +42,8 @@ def test_the_plan_names_the_setting_that_keeps_a_model_out(tight: InProcess) -> 
     assert "Close other programs" not in page
 
 
-def test_a_model_that_is_loaded_is_not_offered_instead(tight: InProcess) -> None:
-    """It is what people have already."""
+def test_a_loaded_model_is_not_offered_as_an_alternative(tight: InProcess) -> None:
+    """People have that model already."""
     assert plan_of(tight)["alternatives"] == [MINI]
     tight.show(MINI)
     assert plan_of(tight)["alternatives"] == []
@@ -52,16 +52,16 @@ def test_a_model_that_is_loaded_is_not_offered_instead(tight: InProcess) -> None
 
 
 def test_the_plan_links_to_the_models_page_and_to_the_rows_of_the_models_it_names(tight: InProcess) -> None:
-    """As the banner does, also on the page that is shown without JavaScript."""
+    """Like the banner, also on the page that is shown without JavaScript."""
     page = tight.client.get(f"/models/plan?target={SMALL}&back=/").text
     assert link_to_row(SMALL) in page
     assert '<a class="button" href="/models">Models</a>' in page
     on_models = tight.client.get(f"/models/plan?target={SMALL}&back=/models").text
-    assert on_models.count('class="button"') == 1, "Back leads there already"
+    assert on_models.count('class="button"') == 1, "Back is the only button: it leads there already"
 
 
 def test_a_dialog_on_the_models_page_has_no_links_into_the_page_behind_it(tight: InProcess) -> None:
-    """They would move what is behind the dialog, and leave the dialog open."""
+    """They would scroll the page behind the dialog and leave the dialog open."""
     dialog = tight.client.get(f"/models/plan?target={SMALL}", headers={"HX-Request": "true"}).text
     assert f"<b>{SMALL}</b>" in dialog
     assert "/models#row-" not in dialog

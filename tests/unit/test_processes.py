@@ -1,4 +1,4 @@
-"""Children that can't be lost, on small Python programs: stopped as a group, ended or found again by the next run."""
+"""Child processes, with small Python programs: stopped as a group; ended or adopted by the next run; never lost."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ WITH_RUNNER = (
     f"import subprocess, sys; runner = subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], stdout=subprocess.PIPE); "
     f"runner.stdout.readline(); print('runner', runner.pid, flush=True); {SLEEPER}"
 )
-"""A server and the child that it leaves when it is killed; speaks once that child is up."""
+"""A server whose child survives its kill; prints a line once that child runs."""
 GRACE = 5.0
 
 
 class Run:
-    """One run of the app on a state folder, and what it was told of its children's ends."""
+    """One run of the app on a state folder, and the exits of its children that it was told."""
 
     def __init__(self, folder: Path) -> None:
         self.registry = ProcessRegistry(folder)
@@ -65,7 +65,7 @@ class Run:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder; whatever is still recorded there is killed at the end."""
+    """A state folder; processes still recorded there are killed at the end."""
     yield tmp_path
     for path in (tmp_path / "processes").glob("*.json"):
         try:
@@ -83,8 +83,8 @@ def runner_of(child: ChildProcess) -> int:
     return int(child.log_tail().split()[1])
 
 
-def test_the_next_run_ends_an_engine_and_leaves_a_service_alone(state: Path) -> None:
-    """What has no role is an engine."""
+def test_the_next_run_ends_an_engine_and_keeps_a_service(state: Path) -> None:
+    """A record without a role counts as an engine."""
     first = Run(state)
     engine, service = first.start(service=None), first.start()
     assert ProcessRegistry(state).end_leftovers() == [engine.pid]
@@ -93,8 +93,8 @@ def test_the_next_run_ends_an_engine_and_leaves_a_service_alone(state: Path) -> 
     service.stop(GRACE)
 
 
-def test_an_engine_that_answered_can_be_taken_over_by_the_next_run(state: Path) -> None:
-    """With all that is needed to go on with it, for this user's eyes alone; its end is noticed, and its record goes."""
+def test_a_ready_engine_can_be_adopted_by_the_next_run(state: Path) -> None:
+    """With all data that its use needs, readable by this user only; its exit is noticed, and its record deleted."""
     engine = Run(state).start(service=None)
     registry = ProcessRegistry(state)
     assert registry.engines() == []
@@ -121,8 +121,8 @@ def test_an_engine_that_answered_can_be_taken_over_by_the_next_run(state: Path) 
     assert not path.exists()
 
 
-def test_an_engine_that_nobody_takes_over_is_ended(state: Path) -> None:
-    """By the one who looked through them."""
+def test_an_engine_that_is_not_adopted_is_ended(state: Path) -> None:
+    """The run that listed the records ends it."""
     engine = Run(state).start(service=None)
     registry = ProcessRegistry(state)
     registry.note_ready(engine.pid, name="m", address="http://127.0.0.1:1", log_path="", spec="", key="")
@@ -132,8 +132,8 @@ def test_an_engine_that_nobody_takes_over_is_ended(state: Path) -> None:
     assert registry.engines() == []
 
 
-def test_a_record_of_an_older_version_is_an_engine_s(state: Path) -> None:
-    """Records had no role once: pid, start time and program only."""
+def test_a_record_of_an_older_version_is_an_engine(state: Path) -> None:
+    """Old records have no role: pid, start time and program only."""
     engine = Run(state).start(service=None)
     started = psutil.Process(engine.pid).create_time()
     path = state / "processes" / f"{engine.pid}.json"
@@ -143,7 +143,7 @@ def test_a_record_of_an_older_version_is_an_engine_s(state: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": 1}', '{"pid": 1, "started": null, "program": "init"}'])
-def test_a_record_that_says_nothing_useful_is_dropped(state: Path, text: str) -> None:
+def test_an_invalid_record_is_deleted(state: Path, text: str) -> None:
     path = state / "processes" / "1.json"
     registry = ProcessRegistry(state)
     path.write_text(text)
@@ -151,8 +151,8 @@ def test_a_record_that_says_nothing_useful_is_dropped(state: Path, text: str) ->
     assert not path.exists()
 
 
-def test_a_service_is_found_again_with_what_it_had(state: Path) -> None:
-    """Its pid, its start and its log; under its own name and address only."""
+def test_a_service_is_found_again_with_its_data(state: Path) -> None:
+    """With its pid, start time and log; only under its own name and address."""
     service = Run(state).start()
     second = Run(state)
     second.registry.end_leftovers()
@@ -193,19 +193,19 @@ def test_a_found_service_that_ignores_sigterm_is_killed(state: Path) -> None:
 
 
 def test_the_end_of_a_child_is_noticed_and_its_runner_ended(state: Path) -> None:
-    """SIGKILL from outside to the server alone: without the watcher its runner would keep its memory."""
+    """If only the server is killed, its runner would keep its memory without the watcher."""
     run = Run(state)
     service = run.start(WITH_RUNNER)
     runner = runner_of(service)
     os.kill(service.pid, signal.SIGKILL)
-    assert run.ended.wait(1.0), "the end has to be noticed within a second"
+    assert run.ended.wait(1.0), "the exit must be noticed within a second"
     assert run.codes == [-signal.SIGKILL]
     wait_until(lambda: gone(runner), "the runner to end", timeout=GRACE)
 
 
 @dataclass
 class EarlierService:
-    """A service that an earlier run started, and its runner: nobody in this process watches them."""
+    """A service with a runner, started by an earlier run; this process isn't its parent."""
 
     leader: subprocess.Popen[bytes]
     runner: int
@@ -231,20 +231,20 @@ def earlier() -> Iterator[EarlierService]:
 
 
 def test_the_end_of_an_adopted_service_is_noticed_and_its_runner_ended(state: Path, earlier: EarlierService) -> None:
-    """Not reaped by anybody here, it stays a zombie, which has ended all the same."""
+    """Its parent doesn't reap it, so it stays a zombie; that counts as ended."""
     run = Run(state)
     run.registry.add(earlier.record())
     found = run.find()
     assert found is not None
     os.kill(earlier.leader.pid, signal.SIGKILL)
-    assert run.ended.wait(1.0), "the end has to be noticed within a second"
+    assert run.ended.wait(1.0), "the exit must be noticed within a second"
     assert found.exited
     wait_until(lambda: gone(earlier.runner), "the runner to end", timeout=GRACE)
     assert not list((state / "processes").iterdir())
 
 
-def test_the_runner_of_a_service_that_died_between_two_runs_is_ended(state: Path, earlier: EarlierService) -> None:
-    """The next run finds no service, and ends what it left in its group."""
+def test_the_runner_of_a_service_that_exited_between_runs_is_ended(state: Path, earlier: EarlierService) -> None:
+    """The next run doesn't find the service, and ends the rest of its process group."""
     run = Run(state)
     run.registry.add(earlier.record())
     earlier.leader.kill()
@@ -257,10 +257,8 @@ def test_the_runner_of_a_service_that_died_between_two_runs_is_ended(state: Path
 
 
 @pytest.mark.parametrize("mark", ["another-mark", ""])
-def test_a_group_that_does_not_carry_the_mark_is_somebody_elses(
-    state: Path, earlier: EarlierService, mark: str
-) -> None:
-    """The number of a dead service's group can be a stranger's by now, who must not be killed."""
+def test_a_process_group_without_our_mark_is_left_alone(state: Path, earlier: EarlierService, mark: str) -> None:
+    """The process group id of a dead service may belong to another program, which must not be killed."""
     run = Run(state)
     run.registry.add(replace(earlier.record(), mark=mark))
     earlier.leader.kill()
@@ -270,8 +268,8 @@ def test_a_group_that_does_not_carry_the_mark_is_somebody_elses(
         psutil.Process(earlier.runner).wait(0.2)
 
 
-def test_a_pid_that_is_another_program_by_now_is_not_adopted(state: Path) -> None:
-    """Even at the same time: a restarted machine gives the same pids again."""
+def test_a_reused_pid_is_not_adopted(state: Path) -> None:
+    """Even with the same start time: after a reboot pids repeat."""
     run = Run(state)
     stranger = run.start(service=None)
     run.registry.add(
@@ -293,8 +291,8 @@ def test_of_two_recorded_services_the_newest_is_found(state: Path) -> None:
         child.stop(GRACE)
 
 
-def test_a_week_old_log_goes_unless_its_service_still_lives(state: Path) -> None:
-    """A server that nobody asks anything writes nothing for weeks."""
+def test_a_week_old_log_is_deleted_unless_its_service_runs(state: Path) -> None:
+    """An idle server may write nothing to its log for weeks."""
     run = Run(state)
     service = run.start()
     forgotten = run.registry.new_log("gone")
@@ -317,7 +315,7 @@ def test_a_mute_child_logs_its_stderr_alone(state: Path) -> None:
 
 
 def test_a_child_that_can_not_be_recorded_is_ended_at_once(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk: nobody would find it again, so it must not go on."""
+    """With a full disk the next run could not find it, so it must not continue."""
     run = Run(state)
     pids: list[int] = []
 
@@ -331,8 +329,8 @@ def test_a_child_that_can_not_be_recorded_is_ended_at_once(state: Path, monkeypa
     assert gone(pids[0])
 
 
-def test_an_engine_whose_record_can_not_be_completed_goes_on(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A good load must not fail because what a later run needs can't be written."""
+def test_an_engine_with_an_incomplete_record_keeps_running(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good load must not fail because the data for the next run can't be written."""
     run = Run(state)
     engine = run.start(service=None)
 
@@ -359,7 +357,7 @@ ChildProcess([sys.executable, "-c", sys.argv[2]], registry, registry.new_log("ch
 
 
 def test_a_child_that_was_never_recorded_is_ended_by_the_next_run(state: Path) -> None:
-    """The app is killed between starting an engine and writing it down: nobody would ever find it."""
+    """If the app is killed between starting an engine and recording it, the next run must find it."""
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_IN_BETWEEN, str(state), SLEEPER],
         cwd=ROOT,
@@ -379,8 +377,8 @@ def test_a_child_that_was_never_recorded_is_ended_by_the_next_run(state: Path) -
             orphan.kill()
 
 
-def test_what_is_recorded_or_can_not_be_started_is_announced_no_more(state: Path) -> None:
-    """Else each start would look through all processes of the machine for it."""
+def test_the_announcement_of_a_child_ends_with_its_record_or_failure(state: Path) -> None:
+    """Otherwise each start would search all processes of the machine for it."""
     run = Run(state)
     child = run.start()
     with pytest.raises(OSError, match="nowhere"):

@@ -1,4 +1,4 @@
-"""Which other programs hold a device's memory, by name."""
+"""Names of the other programs that hold a device's memory."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ def on_gpu(held: dict[int, int]) -> Reading:
     return Reading("GPU-1", "GPU", "gpu", 24_000 * MB, 0, process_bytes=held)
 
 
-def test_a_program_that_holds_the_hosts_memory_is_named_with_what_it_holds(hog: psutil.Process) -> None:
-    """Processes of one name count together."""
+def test_a_program_is_listed_with_its_host_memory(hog: psutil.Process) -> None:
+    """Processes with the same name are added up."""
     (program,) = with_pid(largest_programs(HOST, ()), hog.pid)
     assert program.name == hog.name()
     assert program.bytes >= HOG_BYTES
 
 
-def test_our_own_processes_and_all_that_they_started_are_left_out(hog: psutil.Process) -> None:
-    """The hog is a child of the process that asks."""
+def test_our_own_processes_and_their_children_are_left_out(hog: psutil.Process) -> None:
+    """The process that holds memory is a child of the one that asks."""
     assert not with_pid(largest_programs(HOST, {hog.pid}), hog.pid)
     assert not with_pid(largest_programs(HOST, {os.getpid()}), hog.pid)
 
 
-def test_on_a_gpu_the_drivers_figures_count(hog: psutil.Process) -> None:
-    """One process is told by its number; what holds little, or has ended since, is not told."""
+def test_on_a_gpu_the_drivers_figures_are_used(hog: psutil.Process) -> None:
+    """A single process is listed with its pid; small or ended ones are not listed."""
     gone = max(psutil.pids()) + 10_000
     (program,) = largest_programs(on_gpu({hog.pid: 9_000 * MB, gone: 5_000 * MB}), ())
     assert (program.bytes, program.pids, program.place) == (9_000 * MB, (hog.pid,), f"process {hog.pid}")
     assert not largest_programs(on_gpu({hog.pid: 20 * MB}), ())
 
 
-def test_a_name_that_would_break_a_line_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process names itself."""
+def test_line_breaks_in_names_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process can choose its own name."""
     monkeypatch.setattr(psutil.Process, "name", lambda _self: "a\nb\udcff" + "c" * 99)
     (program,) = largest_programs(on_gpu({os.getpid(): 9_000 * MB}), ())
     assert program.name == "a?b\ufffd" + "c" * 36

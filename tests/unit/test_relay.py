@@ -1,4 +1,4 @@
-"""The relay on the wire: how often an engine is asked, what a broken connection means, and TLS."""
+"""The relay over real sockets: when a request is sent again, errors for broken connections, and TLS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ StartEngine = Callable[..., ScriptedEngine]
 
 @pytest.fixture
 def engine() -> Iterator[StartEngine]:
-    """Starts scripted engines that end with the test."""
+    """Start scripted engines that end with the test."""
     started: list[ScriptedEngine] = []
 
     def start(*replies: Reply, tls: bool = False) -> ScriptedEngine:
@@ -33,7 +33,7 @@ def engine() -> Iterator[StartEngine]:
 
 @pytest.fixture
 def start_relay() -> Iterator[Callable[..., Relay]]:
-    """Starts relays whose idle connections are closed with the test."""
+    """Start relays whose idle connections are closed with the test."""
     started: list[Relay] = []
 
     def start(timeout: float = 5) -> Relay:
@@ -55,15 +55,15 @@ def ask(relay: Relay, engine: ScriptedEngine, body: bytes = b"{}", hangup: Hangu
     return relay.send(endpoint, "POST", "/v1/chat/completions", (), body, hangup or Hangup())
 
 
-def whole(answer: EngineResponse) -> bytes:
+def read_whole(answer: EngineResponse) -> bytes:
     body = b""
     while piece := answer.read_available():
         body += piece
     return body
 
 
-def test_an_engine_that_hangs_up_on_a_new_connection_is_not_asked_again(relay, engine):
-    """It has read the whole request, and may have generated the whole answer: the client is told, and decides."""
+def test_a_closed_new_connection_is_not_retried(relay, engine):
+    """It has read the request and may have generated the answer: the client gets an error and decides."""
     broken = engine(DROP, OK)
     with pytest.raises(GatewayError) as caught:
         ask(relay, broken)
@@ -71,56 +71,56 @@ def test_an_engine_that_hangs_up_on_a_new_connection_is_not_asked_again(relay, e
     assert len(broken.requests) == 1
 
 
-def test_a_used_connection_that_gives_nothing_is_replaced_by_a_new_one(relay, engine):
-    """An engine may close an idle connection in the moment in which a request goes out over it."""
+def test_a_reused_connection_without_a_response_is_replaced(relay, engine):
+    """An engine may close an idle connection at the moment a request is sent over it."""
     tired = engine(OK, DROP, OK)
-    whole(ask(relay, tired))
+    read_whole(ask(relay, tired))
     assert ask(relay, tired).status_code == 200
     assert [request.connection for request in tired.requests] == [0, 0, 1]
 
 
-def test_the_second_try_goes_over_a_new_connection_whatever_else_is_idle(relay, engine):
-    """Two idle connections break at once when their engine restarts: the second would break as the first did."""
-    long = Reply(answer(body=b"x" * 500_000))  # not all there with its headers, so that it keeps its connection
+def test_the_second_attempt_uses_a_new_connection(relay, engine):
+    """Several idle connections break at once when their engine restarts: another one would fail like the first."""
+    long = Reply(answer(body=b"x" * 500_000))  # doesn't arrive at once with its headers, so its connection stays in use
     restarted = engine(long, long, DROP, Reply(answer(body={"n": 4})))
     first, second = ask(relay, restarted), ask(relay, restarted)
-    whole(first), whole(second)
-    assert whole(ask(relay, restarted)) == b'{"n": 4}'
+    read_whole(first), read_whole(second)
+    assert read_whole(ask(relay, restarted)) == b'{"n": 4}'
     assert [request.connection for request in restarted.requests] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 102 Processing\r\n\r\n"])
-def test_one_byte_of_an_answer_is_enough_not_to_ask_again(relay, engine, said):
-    """The engine was at work on it."""
+def test_a_partial_answer_is_not_retried(relay, engine, said):
+    """The engine was already working on it."""
     broken = engine(OK, Reply(said, close=True), OK)
-    whole(ask(relay, broken))
+    read_whole(ask(relay, broken))
     with pytest.raises(GatewayError) as caught:
         ask(relay, broken)
     assert caught.value.code == "engine_unreachable"
     assert len(broken.requests) == 2
 
 
-def test_an_engine_is_asked_three_times_at_most_for_two_requests(relay, engine):
-    """The new connection that replaces a broken one is no reason to try once more."""
+def test_an_engine_gets_at_most_three_requests_for_two(relay, engine):
+    """A failure of the new connection that replaced a broken one is not retried."""
     broken = engine(OK, DROP)
-    whole(ask(relay, broken))
+    read_whole(ask(relay, broken))
     with pytest.raises(GatewayError):
         ask(relay, broken)
     assert len(broken.requests) == 3
 
 
-def test_an_answer_that_comes_before_the_request_was_read_is_passed_on(relay, engine):
-    """An engine that refuses a long body says so and hangs up; the failing send must not hide what it said."""
+def test_an_early_answer_is_relayed(relay, engine):
+    """An engine that refuses a long body answers and closes; the failing send must not hide the answer."""
     strict = engine(Reply(answer("413 Payload Too Large", {"error": "too long"}), close=True, unread=True))
     refused = ask(relay, strict, b"x" * 20_000_000)
     assert refused.status_code == 413
-    assert whole(refused) == b'{"error": "too long"}'
+    assert read_whole(refused) == b'{"error": "too long"}'
 
 
-def test_a_client_that_left_is_the_reason_and_no_second_try(relay, engine):
-    """Hung up on by us, the engine's silence is not its failure."""
+def test_a_disconnected_client_causes_no_second_attempt(relay, engine):
+    """The engine's silence is not its failure when we closed the connection."""
     silent, hangup = engine(OK, Reply()), Hangup()
-    whole(ask(relay, silent))
+    read_whole(ask(relay, silent))
     gevent.spawn_later(0.05, hangup)
     with pytest.raises(ClientGone):
         ask(relay, silent, hangup=hangup)
@@ -128,20 +128,20 @@ def test_a_client_that_left_is_the_reason_and_no_second_try(relay, engine):
 
 
 def test_an_https_engine_answers_over_kept_connections(relay, engine, monkeypatch):
-    """TLS at the origin's own port, its certificate signed by an authority that the system trusts."""
+    """TLS at the origin's own port, with a certificate of an authority that the system trusts."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     remote = engine(Reply(answer(body={"hello": "there"})), tls=True)
     for _ in range(3):
-        assert whole(ask(relay, remote)) == b'{"hello": "there"}'
+        assert read_whole(ask(relay, remote)) == b'{"hello": "there"}'
     assert [request.connection for request in remote.requests] == [0, 0, 0]
     assert remote.lines[0] == "POST /v1/chat/completions HTTP/1.1"
 
 
-def test_a_used_tls_connection_that_gives_nothing_is_replaced(relay, engine, monkeypatch):
-    """As without TLS, and on a new one it isn't."""
+def test_a_reused_tls_connection_without_a_response_is_replaced(relay, engine, monkeypatch):
+    """As without TLS; a failure of a new connection is not retried."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     tired = engine(OK, DROP, OK, tls=True)
-    whole(ask(relay, tired))
+    read_whole(ask(relay, tired))
     assert ask(relay, tired).status_code == 200
     assert [request.connection for request in tired.requests] == [0, 0, 1]
     fresh = engine(DROP, tls=True)
@@ -150,19 +150,19 @@ def test_a_used_tls_connection_that_gives_nothing_is_replaced(relay, engine, mon
     assert len(fresh.requests) == 1
 
 
-def test_a_tls_connection_that_was_closed_while_idle_is_noticed(relay, engine, monkeypatch):
-    """Looked at before it is used: the request isn't sent into the void first."""
+def test_a_tls_connection_closed_while_idle_is_not_used(relay, engine, monkeypatch):
+    """The connection is checked before use: the request isn't sent over it first."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     brief = engine(Reply(answer(), close=True), tls=True)
     for _ in range(2):
         brief.disconnected.clear()
-        whole(ask(relay, brief))
+        read_whole(ask(relay, brief))
         assert brief.disconnected.wait(5)
     assert [request.connection for request in brief.requests] == [0, 1]
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(relay, engine):
-    """The request is not sent; the reason is told."""
+def test_an_untrusted_certificate_is_refused(relay, engine):
+    """The request is not sent, and the error has the reason."""
     impostor = engine(tls=True)
     with pytest.raises(GatewayError) as caught:
         ask(relay, impostor)
@@ -171,8 +171,8 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(relay, engine):
     assert impostor.requests == []
 
 
-def test_leaving_breaks_a_tls_answer_off(relay, engine, monkeypatch):
-    """The engine sees its connection close, whoever waits for the next byte goes on, and nothing is left behind."""
+def test_disconnecting_aborts_a_tls_answer(relay, engine, monkeypatch):
+    """The engine sees its connection close, the waiting reader returns, and nothing is left."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     begun = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
     talker, hangup = engine(Reply(begun), tls=True), Hangup()
@@ -185,8 +185,8 @@ def test_leaving_breaks_a_tls_answer_off(relay, engine, monkeypatch):
     assert talker.disconnected.wait(5)
 
 
-def test_a_silent_tls_engine_times_out_like_any_other(start_relay, engine, monkeypatch):
-    """Its own error class must not turn a time-out into something else."""
+def test_a_silent_tls_engine_times_out(start_relay, engine, monkeypatch):
+    """TLS has its own exception for a timeout, which must be handled as one."""
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     silent = engine(Reply(), tls=True)
     with pytest.raises(GatewayError) as caught:
@@ -196,7 +196,7 @@ def test_a_silent_tls_engine_times_out_like_any_other(start_relay, engine, monke
 
 @pytest.mark.parametrize(("origin", "port"), [("https://localhost", 443), ("http://localhost", 80)])
 def test_the_port_follows_the_scheme(relay, origin, port, monkeypatch):
-    """What an address leaves out is 443 for https, 80 for http."""
+    """The default port is 443 for https, 80 for http."""
     asked: list[int] = []
 
     def refuse(_host: str, number: int, *_more: object) -> None:
@@ -209,8 +209,8 @@ def test_the_port_follows_the_scheme(relay, origin, port, monkeypatch):
     assert asked == [port]
 
 
-def test_nothing_waits_for_ever_behind_a_failed_connection(relay, engine):
-    """A new connection that can't be made gives its place back: 2,000 failures leave the pool as it was."""
+def test_a_failed_connection_frees_its_place(relay, engine):
+    """A failed connection frees its place: 2,000 failures leave the pool unchanged."""
     gone = engine()
     gone.close()
     before = threading.active_count()
@@ -220,12 +220,12 @@ def test_nothing_waits_for_ever_behind_a_failed_connection(relay, engine):
     assert threading.active_count() < before + 50
 
 
-def test_idle_connections_to_an_engine_that_has_gone_are_closed(relay, engine, monkeypatch):
-    """Nobody asks that engine again: without a look at them they stay open, half closed, until the app ends."""
+def test_idle_connections_to_an_ended_engine_are_closed(relay, engine, monkeypatch):
+    """No request uses them again: they would stay half closed until the app ends."""
     monkeypatch.setattr("services.gateway.relay.PRUNE_SECONDS", 0.02)
     gone, stays = engine(), engine()
     for one in (gone, gone, stays):
-        whole(ask(relay, one))
+        read_whole(ask(relay, one))
     gone.close()
     with gevent.Timeout(5):
         while gone.origin in relay._pools:
@@ -235,8 +235,8 @@ def test_idle_connections_to_an_engine_that_has_gone_are_closed(relay, engine, m
     assert [request.connection for request in stays.requests] == [0, 0]
 
 
-def test_an_engines_headers_pass_by_a_list(relay, engine):
-    """One that is taken over, or speaks for another site, must not set cookies here, lead away or empty the browser."""
+def test_an_engines_headers_pass_an_allow_list(relay, engine):
+    """A compromised engine, or one of another site, must not set cookies, redirect, or clear the browser's data."""
     harmful = (
         "Set-Cookie: a=b",
         "Access-Control-Allow-Origin: *",
@@ -263,5 +263,5 @@ def test_an_engines_headers_pass_by_a_list(relay, engine):
 
 
 def _half_closed() -> int:
-    """Connections of this process that the other side has closed, and this one has not."""
+    """Connections of this process that only the other side has closed."""
     return sum(link.status == psutil.CONN_CLOSE_WAIT for link in psutil.Process().net_connections(kind="tcp"))

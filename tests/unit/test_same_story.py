@@ -1,4 +1,4 @@
-"""Whatever goes on has one name, in banner, header, composer, menu and row alike."""
+"""Each state has one name in all parts of a page: banner, header, composer, menu and row."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def console(shared: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
     return shared
 
 
-class Told:
-    """The words of a page, part by part."""
+class PageTexts:
+    """The texts of a page, by element."""
 
     def __init__(self, console: InProcess, path: str) -> None:
         self.page = console.client.get(path, headers={"Accept": "text/html"}).get_data(as_text=True)
@@ -39,7 +39,7 @@ class Told:
     def __getitem__(self, part: str) -> str:
         """The text of the element with this id."""
         found = re.search(rf'<(\w+)[^>]* id="{part}".*', self.page, re.DOTALL)
-        assert found is not None, f"{part} is not there"
+        assert found is not None, f"{part} is missing"
         depth, end = 0, 0
         for tag in re.finditer(rf"<(/?){found[1]}\b[^>]*>", found[0]):
             depth += -1 if tag[1] else 1
@@ -50,16 +50,16 @@ class Told:
 
 
 def row(model: str) -> str:
-    """The id of a model's row."""
+    """The element id of a model's row."""
     return f"row-{dom_id(model)}"
 
 
 @pytest.mark.parametrize("state", ["loading", "unloading"])
 def test_a_cancelled_switch(console: InProcess, state: InstanceState) -> None:
-    """It has one name and one mark from the click until the load is undone, whatever its engine is at."""
+    """It has one name and one mark from the click until the load is undone, whatever the engine does."""
     console.show(MINI, state, load=LoadView(43, "loading_weights"))
     console.show_switch(MINI, stage="cancelling", percent=43)
-    chat, models = Told(console, "/chats/new"), Told(console, "/models")
+    chat, models = PageTexts(console, "/chats/new"), PageTexts(console, "/models")
     for page in (chat, models):
         assert page["banner"].startswith(f"Cancelling the switch to {MINI}")
         assert page["top-status"].startswith("Cancelling")
@@ -80,18 +80,18 @@ def test_a_rollback(console: InProcess) -> None:
     unloads = (Unloading(SMALL, f"to make room for {MINI}"),)
     console.show_switch(MINI, stage="rolling_back", detail=SMALL, percent=90, basis="measured", unloads=unloads)
     for path in ("/chats/new", "/models"):
-        page = Told(console, path)
+        page = PageTexts(console, path)
         assert page["banner"].startswith("Restoring previous models")
         assert f"Loading {SMALL}" in page["banner"]
         assert page["top-status"].startswith("Restoring previous models")
-        assert "43 %" in page["banner"], "of the model that is loaded again, as its row says"
+        assert "43 %" in page["banner"], "the percentage of the restored model, as in its row"
         assert "90 %" not in page.page
         assert f"{SMALL} was unloaded for it" in page["banner"]
-    assert Told(console, "/chats/new")["composer-note"] == "Restoring previous models"
+    assert PageTexts(console, "/chats/new")["composer-note"] == "Restoring previous models"
 
 
-def finishing(console: InProcess, model: str) -> None:
-    """A model that is answering somebody, and is to be unloaded."""
+def drain(console: InProcess, model: str) -> None:
+    """A busy model that is to be unloaded."""
     view = console.show(model)
     view.traffic.enter()
     instances = {**console.services.board.current.instances, model: replace(view, drain_until=NOW + 23.5)}
@@ -99,45 +99,45 @@ def finishing(console: InProcess, model: str) -> None:
 
 
 def test_a_busy_model_that_is_being_unloaded(console: InProcess) -> None:
-    """What it waits for, how long at most, and a way not to wait."""
-    finishing(console, MINI)
-    models = Told(console, "/models")
+    """It shows what it waits for, how long at most, and a button to unload now."""
+    drain(console, MINI)
+    models = PageTexts(console, "/models")
     assert "Finishing 1 answer, at most 24 s more" in models[row(MINI)]
     assert "Unload now" in models[row(MINI)]
     assert "finishing" in models["top-status"]
-    assert Told(console, "/chats/new")["composer-note"] == f"{MINI} is being unloaded"
+    assert PageTexts(console, "/chats/new")["composer-note"] == f"{MINI} is being unloaded"
 
 
 def test_a_switch_that_waits_for_a_busy_model(console: InProcess) -> None:
-    finishing(console, MINI)
+    drain(console, MINI)
     console.show_switch(SMALL, stage="draining", detail=MINI)
     for path in ("/chats/new", "/models"):
-        page = Told(console, path)
+        page = PageTexts(console, path)
         assert f"Finishing 1 answer of {MINI}, at most 24 s more" in page["banner"]
         assert "Unload it now" in page["banner"]
-        assert "24 s" not in re.findall(r'data-announce="([^"]*)"', page.page)[0], "nobody wants seconds read out"
+        assert "24 s" not in re.findall(r'data-announce="([^"]*)"', page.page)[0], "seconds are not announced"
 
 
 def test_a_crash(console: InProcess) -> None:
-    """On Chat too: what it was, why, and what answers now."""
+    """On Chat too: what happened, why, and which model answers now."""
     console.show(SMALL)
     console.services.board.publish(loss=Loss(MINI, "It was killed by signal 9.", "its last words", NOW - 60))
     for path in ("/chats/new", "/models"):
-        banner = Told(console, path)["banner"]
+        banner = PageTexts(console, path)["banner"]
         assert banner.startswith(f"{MINI} ended by itself")
         for words in ("It was killed by signal 9.", f"{SMALL} answers now.", "its last words", "Use it again"):
             assert words in banner
 
 
-def test_names_in_the_banner_lead_to_the_models(console: InProcess) -> None:
+def test_names_in_the_banner_link_to_the_models(console: InProcess) -> None:
     console.show_switch(MINI, stage="failed", over=True, finished_at=NOW, message="It broke.")
-    page = Told(console, "/chats/new").page
+    page = PageTexts(console, "/chats/new").page
     assert f'href="/models#{row(MINI)}"' in page
     assert re.search(r'<a class="button small" href="/models">Models</a>', page)
 
 
-def test_only_what_finishes_its_answers_is_hurried(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The form that says "now" is another wish than the one that unloads."""
+def test_unload_now_applies_only_to_a_draining_model(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The "now" form is a different request from the one that unloads."""
     asked: list[tuple[str, str]] = []
     switcher = console.services.switcher
     monkeypatch.setattr(switcher, "unload_now", lambda model: asked.append(("now", model)))

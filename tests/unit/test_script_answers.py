@@ -1,4 +1,4 @@
-"""What the short endpoints for scripts say: how the active model and the switch stand, and what was done in Ollama."""
+"""The short script endpoints: state of the active model and the switch, and the note of Ollama switches."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def failed(console: InProcess, model: str, cause: str) -> None:
 
 
 def test_nothing_loaded_is_idle(console):
-    """And a switch that was cancelled leaves it so."""
+    """A cancelled switch leaves it idle."""
     assert state(console)["status"] == "idle"
     console.show_switch(MINI, over=True, stage="cancelled", error="cancelled", message="It was cancelled.")
     assert state(console)["status"] == "idle"
 
 
-def test_somebodys_failed_request_is_no_error_while_the_active_model_answers(console):
-    """A script that waits for its model gave up because another program had asked for a broken one."""
+def test_another_programs_failed_request_is_no_error_while_a_model_is_active(console):
+    """A script that waits for its model stopped because another program had requested a broken one."""
     console.show(MINI)
     failed(console, SMALL, "It crashed.")
     console.show_switch(SMALL, over=True, requested_by="request", stage="failed", error="load_failed", message="No.")
@@ -55,23 +55,23 @@ def test_somebodys_failed_request_is_no_error_while_the_active_model_answers(con
     assert (told["progress"], told["message"]) == (100, "llamacpp is ready")
 
 
-def test_somebodys_failed_request_is_no_error_when_nothing_is_loaded_either(console):
-    """Whoever asked was told; nobody else's model has failed."""
+def test_another_programs_failed_request_is_no_error_when_idle(console):
+    """The program that requested it got the error; it is not the active model's."""
     failed(console, SMALL, "It crashed.")
     console.show_switch(SMALL, over=True, requested_by="request", stage="failed", error="load_failed", message="No.")
     assert state(console)["status"] == "idle"
 
 
 @pytest.mark.parametrize("who", ["page", "api", "preload"])
-def test_a_switch_that_people_asked_for_and_that_failed_is_an_error_when_nothing_is_loaded(console, who):
-    """The poller learns the cause and can stop."""
+def test_a_failed_switch_is_an_error_when_nothing_is_loaded(console, who):
+    """A polling script learns the cause and can stop."""
     console.show_switch(MINI, over=True, requested_by=who, stage="failed", error="load_failed", message="It crashed.")
     told = state(console)
     assert (told["status"], told["model_loaded"], told["message"]) == ("error", False, "It crashed.")
 
 
-def test_a_failed_switch_is_told_beside_the_model_that_is_back(console):
-    """The active model is what counts, and it answers; why the other one doesn't is said."""
+def test_a_failed_switch_is_reported_beside_the_restored_model(console):
+    """The state is that of the active model, which answers; the message says why the other one failed."""
     console.show(MINI)
     console.show_switch(SMALL, over=True, stage="rolled_back", error="load_failed", message="It crashed.")
     told = state(console)
@@ -79,16 +79,16 @@ def test_a_failed_switch_is_told_beside_the_model_that_is_back(console):
     assert "switchyard-small failed: It crashed." in str(told["message"])
 
 
-def test_the_active_model_that_died_is_an_error(console):
-    """Whoever had it loaded: nothing answers any more, and that is why."""
+def test_a_crash_of_the_active_model_is_an_error(console):
+    """Whoever loaded it: nothing answers any more, and the cause is reported."""
     failed(console, MINI, "It ended by itself.")
     console.show_switch(MINI, over=True, requested_by="request", stage="ready", percent=100)
     told = state(console)
     assert (told["status"], told["message"]) == ("error", "It ended by itself.")
 
 
-def test_a_switch_under_way_is_told_whatever_failed_before(console):
-    """What is going on comes first."""
+def test_a_switch_under_way_is_reported_after_earlier_failures(console):
+    """The switch under way has priority."""
     console.show(MINI)
     console.show_switch(SMALL, over=True, stage="failed", error="load_failed", message="It crashed.")
     console.show_switch(SMALL, stage="unloading", percent=30)
@@ -114,7 +114,7 @@ def test_a_switch_under_way_is_told_whatever_failed_before(console):
     ],
 )
 def test_starting_covers_the_start_of_a_container(console, stage, load, expected):
-    """Seed 000 tells `starting` (the container comes up) from `loading` (it reads the model)."""
+    """Seed 000 distinguishes `starting` (the container starts) from `loading` (it reads the model)."""
     if load is not None:
         console.show(SMALL, "loading", load=load)
     console.show_switch(SMALL, stage=stage)
@@ -122,7 +122,7 @@ def test_starting_covers_the_start_of_a_container(console, stage, load, expected
 
 
 def test_a_model_that_is_being_unloaded_is_not_ready(console):
-    """Nor is it an error."""
+    """It is not an error either."""
     console.show(MINI)
     console.show(MINI, "unloading")
     told = state(console)
@@ -132,7 +132,7 @@ def test_a_model_that_is_being_unloaded_is_not_ready(console):
 def switch_in_ollama(
     console: InProcess, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, unloaded: list[str], target: str = B
 ) -> tuple[dict[str, object], SwitchOptions]:
-    """The answer to a switch that ended so, and how the switcher was asked to make it."""
+    """The response to a switch with this outcome, and the options that the switcher was called with."""
     asked: list[SwitchOptions] = []
 
     def switch(model_id: str, *, options: SwitchOptions, **_: object) -> Job:
@@ -161,8 +161,8 @@ def switch_in_ollama(
         ([B, A], "already_loaded", [], f"{B} was loaded already; nothing was unloaded. No server restart needed."),
     ],
 )
-def test_the_note_says_only_what_was_done(console, monkeypatch, loaded, outcome, unloaded, note):
-    """It said "physically unloaded and reloaded" of a model that was loaded already, with nothing unloaded."""
+def test_the_note_reports_only_what_was_done(console, monkeypatch, loaded, outcome, unloaded, note):
+    """It claimed "physically unloaded and reloaded" for a model that was loaded already, with nothing unloaded."""
     for model in loaded:
         console.show(model, engine="ollama")
     if A in loaded:
@@ -172,8 +172,8 @@ def test_the_note_says_only_what_was_done(console, monkeypatch, loaded, outcome,
     assert (answer["status"], answer["new_model"]) == ("success", B)
 
 
-def test_the_model_in_use_is_what_goes(console, monkeypatch):
-    """Even where both would fit, unless it is the very model that is asked for."""
+def test_the_model_in_use_is_unloaded(console, monkeypatch):
+    """Even if both fit, unless it is the requested model itself."""
     console.show(A, engine="ollama")
     _, asked = switch_in_ollama(console, monkeypatch, "success", [A])
     assert asked.instead_of == A

@@ -1,4 +1,4 @@
-"""What people see of a database that was damaged, and of one that can't be used now."""
+"""The pages and the API with a database that was damaged, or is locked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def state(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def damaged(state: Path, make_app: Callable[..., Flask]) -> FlaskClient:
-    """The app after a start that found its database damaged."""
+    """The app after a start with a damaged database."""
     put_empty_database(state)
     corrupt_database(state / "switchyard.db")
     return make_app().test_client()
@@ -33,7 +33,7 @@ def damaged(state: Path, make_app: Callable[..., Flask]) -> FlaskClient:
 
 @pytest.mark.parametrize("page", ["/", "/models", "/docs"])
 def test_every_page_says_that_the_database_was_damaged(damaged: FlaskClient, state: Path, page: str) -> None:
-    """And where it is now, whole."""
+    """With the new path of the damaged database."""
     (aside,) = state.glob("switchyard-damaged-*.db")
     answer = damaged.get(page)
     assert answer.status_code == 200
@@ -42,10 +42,10 @@ def test_every_page_says_that_the_database_was_damaged(damaged: FlaskClient, sta
 
 
 @pytest.mark.parametrize("headers", [{}, {"HX-Request": "true"}])
-def test_it_is_said_until_somebody_has_taken_note(
+def test_the_notice_is_shown_until_dismissed(
     damaged: FlaskClient, make_app: Callable[..., Flask], headers: dict[str, str]
 ) -> None:
-    """With a script and without; a restart brings it back only before that."""
+    """With and without JavaScript; before the dismissal a restart shows it again."""
     assert TOLD in make_app().test_client().get("/").text
     answer = damaged.post("/database/dismiss", headers=headers, data={"back": "/models"})
     assert (answer.status_code, answer.text) == (200, "") if headers else answer.headers["Location"] == "/models"
@@ -54,15 +54,15 @@ def test_it_is_said_until_somebody_has_taken_note(
     assert TOLD not in make_app().test_client().get("/").text
 
 
-def test_a_sound_database_is_no_news(client: FlaskClient) -> None:
+def test_an_intact_database_shows_no_notice(client: FlaskClient) -> None:
     assert TOLD not in client.get("/").text
     assert client.post("/database/dismiss").status_code == 303
 
 
-def test_a_locked_database_is_said_in_the_contracts_shape(
+def test_a_locked_database_is_reported_in_the_contracts_shape(
     app: Flask, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 with Retry-After, for programs and people; what needs no writing goes on."""
+    """503 with Retry-After, for programs and people; requests that write nothing work."""
     store: Store = app.extensions["switchyard"].store
     monkeypatch.setattr(store, "_lock_timeout", 0.1)
     client = app.test_client()
@@ -81,10 +81,10 @@ def test_a_locked_database_is_said_in_the_contracts_shape(
     assert client.post("/chats", data={"text": "Hello"}).status_code == 303
 
 
-def test_an_app_starts_on_a_database_that_is_locked(
+def test_the_app_starts_with_a_locked_database(
     state: Path, make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What can't be written now is written later."""
+    """Writes are postponed until the lock is gone."""
     put_empty_database(state)
     monkeypatch.setattr("services.container.open_store", partial(open_store, lock_timeout=0.1))
     with locked_database(state / "switchyard.db"):

@@ -1,4 +1,4 @@
-"""Who uses a GGUF file, by whatever path, and what of it goes when one of them is deleted."""
+"""The users of a GGUF file, by any path, and which files are deleted with a model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def engine(models: Path, tmp_path: Path) -> Iterator[LlamaCpp]:
 @pytest.fixture
 def make_catalog(engine: LlamaCpp) -> MakeCatalog:
     def make(**sources: Any) -> Catalog:
-        """With models that the settings list: what they are called, and their source or all of their entry."""
+        """With models listed in the settings: id to source, or to the whole entry."""
         entries = [
             ModelEntry(id=name, **(source if isinstance(source, dict) else {"source": str(source)}))
             for name, source in sources.items()
@@ -52,7 +52,7 @@ def make_catalog(engine: LlamaCpp) -> MakeCatalog:
 
 
 def delete(catalog: Catalog, engine: LlamaCpp, name: str) -> None:
-    """As the switcher's job does."""
+    """Delete a model as the switcher's job does."""
     model = catalog.get(name)
     engine.remove(model, {file for m in catalog.sharers_of(model) for file in (*m.files, *m.companions)})
     catalog.forget(model)
@@ -63,14 +63,14 @@ def sharers(catalog: Catalog, name: str) -> list[str]:
 
 
 def test_two_names_for_one_path_share_it(make_catalog: MakeCatalog, models: Path) -> None:
-    """Relative, absolute, and with a detour."""
+    """Relative, absolute, and with `..` in it."""
     (models / "sub").mkdir()
     catalog = make_catalog(a="real.gguf", b=models / "real.gguf", c="sub/../real.gguf")
     assert (sharers(catalog, "a"), sharers(catalog, "c")) == (["b", "c"], ["a", "b"])
 
 
-def test_a_link_goes_and_its_file_stays(make_catalog: MakeCatalog, engine: LlamaCpp, models: Path) -> None:
-    """For whoever uses that."""
+def test_deleting_a_link_keeps_its_file(make_catalog: MakeCatalog, engine: LlamaCpp, models: Path) -> None:
+    """The file stays for its own entry."""
     (models / "link.gguf").symlink_to("real.gguf")
     catalog = make_catalog()
     assert (sharers(catalog, "link"), sharers(catalog, "real")) == (["real"], ["link"])
@@ -79,8 +79,8 @@ def test_a_link_goes_and_its_file_stays(make_catalog: MakeCatalog, engine: Llama
     assert list(catalog.models) == ["real"]
 
 
-def test_a_file_that_links_lead_to_stays_for_them(make_catalog: MakeCatalog, engine: LlamaCpp, models: Path) -> None:
-    """Its own entry is gone; the last link takes it along, and a new file by its name is listed."""
+def test_a_file_stays_while_links_lead_to_it(make_catalog: MakeCatalog, engine: LlamaCpp, models: Path) -> None:
+    """The file's own entry is deleted; the file goes with the last link, and a new file of that name is listed."""
     (models / "link.gguf").symlink_to("real.gguf")
     catalog = make_catalog()
     delete(catalog, engine, "real")
@@ -94,7 +94,7 @@ def test_a_file_that_links_lead_to_stays_for_them(make_catalog: MakeCatalog, eng
 
 
 def test_a_hard_link_is_a_file_of_its_own(make_catalog: MakeCatalog, engine: LlamaCpp, models: Path) -> None:
-    """Deleting one leaves the other whole."""
+    """Deleting one name leaves the other intact."""
     (models / "other.gguf").hardlink_to(models / "real.gguf")
     catalog = make_catalog()
     assert sharers(catalog, "real") == []
@@ -103,15 +103,15 @@ def test_a_hard_link_is_a_file_of_its_own(make_catalog: MakeCatalog, engine: Lla
 
 
 def test_a_copy_of_the_same_size_and_time_is_another_file(make_catalog: MakeCatalog, models: Path) -> None:
-    """As `cp -p` makes one."""
+    """For example a copy made by `cp -p`."""
     shutil.copy2(models / "real.gguf", models / "copy.gguf")
     assert sharers(make_catalog(), "real") == []
 
 
-def test_a_file_that_another_model_is_loaded_with_stays(
+def test_a_file_used_by_another_models_arguments_stays(
     make_catalog: MakeCatalog, engine: LlamaCpp, models: Path
 ) -> None:
-    """A draft model, a projector: named among the arguments."""
+    """A draft model or projector, named in the arguments."""
     shutil.copy(MINI, models / "draft.gguf")
     catalog = make_catalog(
         big={"source": "real.gguf", "options": {"arguments": ["--model-draft", str(models / "draft.gguf")]}}
@@ -122,8 +122,8 @@ def test_a_file_that_another_model_is_loaded_with_stays(
     assert list(catalog.models) == ["big"]
 
 
-def test_parts_are_shared_by_any_of_their_names(make_catalog: MakeCatalog, engine: LlamaCpp, models: Path) -> None:
-    """All parts go together; of an incomplete set those that are there."""
+def test_a_split_model_is_shared_by_any_of_its_parts(make_catalog: MakeCatalog, engine: LlamaCpp, models: Path) -> None:
+    """All parts are deleted together; of an incomplete set, those that exist."""
     for number in (1, 2):
         shutil.copy(MINI, models / f"split-0000{number}-of-00002.gguf")
     catalog = make_catalog(second="split-00002-of-00002.gguf")
@@ -136,10 +136,10 @@ def test_parts_are_shared_by_any_of_their_names(make_catalog: MakeCatalog, engin
     assert list(models.glob("split-*")) == []
 
 
-def test_a_file_elsewhere_is_left_alone(
+def test_a_file_outside_the_folder_is_not_deleted(
     make_catalog: MakeCatalog, engine: LlamaCpp, models: Path, tmp_path: Path
 ) -> None:
-    """Also behind a link in the folder; but an entry can go while others use the file."""
+    """Even behind a link in the folder; but an entry can be deleted while others use the file."""
     elsewhere = tmp_path / "elsewhere.gguf"
     shutil.copy(MINI, elsewhere)
     catalog = make_catalog(listed=elsewhere)

@@ -1,4 +1,4 @@
-"""The picture of all models: made anew when it is outdated, and no more of it than has changed."""
+"""The status of all models: computed again when outdated, and only the changed parts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.support.in_process import InProcess, in_process
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 
 
-class Seen:
-    """A status service with a clock of its own, and how often each model's need was worked out for it."""
+class CountingStatus:
+    """A status service with its own clock, which counts how often each model's need is computed."""
 
     def __init__(self, console: InProcess, patch: pytest.MonkeyPatch) -> None:
         services = self.services = console.services
@@ -38,7 +38,7 @@ class Seen:
         )
 
     def look(self, seconds: float = CACHE_SECONDS) -> Counter[str]:
-        """What a look at the status asks for, that many seconds after the last one."""
+        """The computations caused by reading the status this many seconds after the last time."""
         self.now += seconds
         self.asked.clear()
         self.status.current()
@@ -52,45 +52,43 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 
 
 @pytest.fixture
-def seen(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> Seen:
+def status(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> CountingStatus:
     console.reset()
-    seen = Seen(console, monkeypatch)
-    assert seen.look() == {MINI: 1, SMALL: 1}
-    return seen
+    status = CountingStatus(console, monkeypatch)
+    assert status.look() == {MINI: 1, SMALL: 1}
+    return status
 
 
-def test_what_a_model_needs_is_worked_out_once(seen: Seen) -> None:
-    assert not seen.look()
-    seen.services.board.touch()
-    assert not seen.look(0)
+def test_a_models_need_is_computed_once(status: CountingStatus) -> None:
+    assert not status.look()
+    status.services.board.touch()
+    assert not status.look(0)
 
 
-def test_it_is_worked_out_again_now_and_then(seen: Seen) -> None:
-    """An engine may learn what nobody else is told of."""
-    assert seen.look(FORECAST_CACHE_SECONDS) == {MINI: 1, SMALL: 1}
+def test_a_need_is_computed_again_after_a_while(status: CountingStatus) -> None:
+    """An engine may have learned something without an event."""
+    assert status.look(FORECAST_CACHE_SECONDS) == {MINI: 1, SMALL: 1}
 
 
-def test_a_model_that_has_changed_is_looked_at_again(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = dict(seen.services.catalog.models)
+def test_a_changed_models_need_is_computed_again(status: CountingStatus, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = dict(status.services.catalog.models)
     models[MINI] = replace(models[MINI], size_bytes=7)
-    monkeypatch.setattr(seen.services.catalog, "_models", MappingProxyType(models))
-    assert seen.look() == {MINI: 1}
+    monkeypatch.setattr(status.services.catalog, "_models", MappingProxyType(models))
+    assert status.look() == {MINI: 1}
 
 
-def test_a_load_teaches_something_at_once(seen: Seen) -> None:
-    learned = seen.services.switcher._planner._learned
+def test_a_load_updates_the_need_at_once(status: CountingStatus) -> None:
+    learned = status.services.switcher._planner._learned
     learned.record(LoadRecord(MINI, "llamacpp", "key", "ready", 1.0, {}, 1, "host", 0.0))
-    assert seen.look() == {MINI: 1, SMALL: 1}
+    assert status.look() == {MINI: 1, SMALL: 1}
 
 
-def test_a_model_that_fell_asleep_takes_another_time(seen: Seen, console: InProcess) -> None:
+def test_a_sleeping_model_has_another_load_time(status: CountingStatus, console: InProcess) -> None:
     console.show(MINI, "asleep")
-    assert seen.look() == {MINI: 1}
+    assert status.look() == {MINI: 1}
 
 
-def test_however_many_listen_to_events_each_version_is_put_into_words_once(
-    console: InProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_version_is_serialised_once_for_all_listeners(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     document = shapes.status_document
 

@@ -1,4 +1,4 @@
-"""What is stored comes back, in order, and survives several hands at once."""
+"""The store returns what was saved, in order, with concurrent writers."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def download(created_at: float, **changes: object) -> DownloadRecord:
 
 
 def test_tables_and_migrations_agree(store: Store) -> None:
-    """What the revisions build is what the tables describe."""
+    """The migrations build the schema that the tables describe."""
     with store.reading() as connection:
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, METADATA) == []
 
 
 def test_the_database_is_tuned(store: Store) -> None:
-    """Every connection writes ahead, checks foreign keys and waits for no lock, which would block every greenlet."""
+    """Every connection uses WAL, checks foreign keys and never waits for a lock, which would block every greenlet."""
     with store.reading() as connection:
         found = [
             connection.scalar(sa.text(f"PRAGMA {name}"))
@@ -103,7 +103,7 @@ def test_the_database_is_tuned(store: Store) -> None:
 
 @pytest.mark.usefixtures("store")
 def test_opening_again_needs_no_alembic(path: Path) -> None:
-    """A database that is up to date is opened without the import that would cost the start 0.2 s."""
+    """An up-to-date database is opened without importing Alembic, which would cost the start 0.2 s."""
     program = (
         "import sys; from services.store.repository import open_store;"
         f"open_store({str(path)!r}).close(); print('alembic' in sys.modules)"
@@ -112,8 +112,8 @@ def test_opening_again_needs_no_alembic(path: Path) -> None:
     assert run.stdout.strip() == "False"
 
 
-def test_a_database_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
-    """With what is in it; what was added since can be used."""
+def test_a_database_of_the_first_version_is_migrated(path: Path) -> None:
+    """Its data is kept, and new columns can be used."""
     engine = sa.create_engine(f"sqlite:///{path}")
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
@@ -135,8 +135,8 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(path: Path) -> No
     store.close()
 
 
-def test_a_newer_database_is_refused_in_words(store: Store, path: Path) -> None:
-    """A database of a later version is left alone."""
+def test_a_newer_database_is_refused(store: Store, path: Path) -> None:
+    """A database of a later version is not changed."""
     with store.writing() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="revision 9999"):
@@ -144,7 +144,7 @@ def test_a_newer_database_is_refused_in_words(store: Store, path: Path) -> None:
 
 
 def test_it_opens_by_url(path: Path) -> None:
-    """A URL leads to the same database as the path."""
+    """A URL opens the same database as the path."""
     by_url = open_store(f"sqlite:///{path}")
     begun(ConversationRepository(by_url), "A", 1.0)
     by_url.close()
@@ -154,7 +154,7 @@ def test_it_opens_by_url(path: Path) -> None:
 
 
 def test_conversations_come_newest_first(chats: ConversationRepository) -> None:
-    """Writing in a conversation brings it to the top; renaming doesn't."""
+    """A new message moves its conversation to the top; renaming doesn't."""
     old, new = begun(chats, "Old", 1.0), begun(chats, "New", 2.0)
     assert [c.id for c in chats.newest_first()] == [new.id, old.id]
     chats.append(message(old.id, created_at=3.0))
@@ -162,8 +162,8 @@ def test_conversations_come_newest_first(chats: ConversationRepository) -> None:
     assert [(c.title, c.updated_at) for c in chats.newest_first()] == [("Old", 3.0), ("Newer", 2.0)]
 
 
-def test_messages_come_back_as_they_were(chats: ConversationRepository) -> None:
-    """Every field survives, in the order of writing, unknown ones as None."""
+def test_messages_are_restored_unchanged(chats: ConversationRepository) -> None:
+    """Every field is restored, in the order of writing, unknown ones as None."""
     conversation = begun(chats, "A", 1.0)
     first = message(conversation.id)
     second = message(
@@ -178,7 +178,7 @@ def test_messages_come_back_as_they_were(chats: ConversationRepository) -> None:
 
 
 def test_a_message_is_replaced(chats: ConversationRepository) -> None:
-    """An update changes the one message, and its place stays."""
+    """An update changes only that message, and its position stays."""
     conversation = begun(chats, "A", 1.0)
     first, second = (message(conversation.id, str(n)) for n in range(2))
     chats.append(first, second)
@@ -189,8 +189,8 @@ def test_a_message_is_replaced(chats: ConversationRepository) -> None:
     assert found.messages == (changed, second)
 
 
-def test_answers_stand_beside_each_other_and_one_is_shown(chats: ConversationRepository) -> None:
-    """The newest at first, then the one that was chosen; each knows all of them, and what follows stays."""
+def test_answers_are_versions_of_which_one_is_shown(chats: ConversationRepository) -> None:
+    """The newest is shown first, then the chosen one; each knows all versions, and later messages stay."""
     conversation = begun(chats, "A", 1.0)
     question, first, second, third = (message(conversation.id, text) for text in ("?", "1", "2", "3"))
     chats.append(question, first)
@@ -213,8 +213,8 @@ def test_answers_stand_beside_each_other_and_one_is_shown(chats: ConversationRep
     assert not chats.add_version(message(conversation.id), "nothing")
 
 
-def test_an_answer_can_take_the_place_of_another(chats: ConversationRepository) -> None:
-    """The old one is gone; the newest is still the last."""
+def test_an_answer_can_replace_another(chats: ConversationRepository) -> None:
+    """The old one is deleted; the newest is still the last."""
     conversation = begun(chats, "A", 1.0)
     question, first, empty, third = (message(conversation.id, text) for text in ("?", "1", "", "3"))
     chats.append(question, first)
@@ -226,7 +226,7 @@ def test_an_answer_can_take_the_place_of_another(chats: ConversationRepository) 
     assert chats.message(empty.id) is None
 
 
-def test_deleting_takes_the_messages_along(chats: ConversationRepository) -> None:
+def test_deleting_a_conversation_deletes_its_messages(chats: ConversationRepository) -> None:
     """Nothing of a deleted conversation stays, and nothing can be added to it."""
     conversation = begun(chats, "A", 1.0)
     said = message(conversation.id)
@@ -238,8 +238,8 @@ def test_deleting_takes_the_messages_along(chats: ConversationRepository) -> Non
     assert not chats.update(said)
 
 
-def test_what_is_not_there_is_none_or_false(chats: ConversationRepository) -> None:
-    """Unknown ids are no errors."""
+def test_unknown_ids_give_none_or_false(chats: ConversationRepository) -> None:
+    """Unknown ids give None or False, not an error."""
     assert chats.get("x") is None
     assert chats.message("x") is None
     assert not chats.rename("x", "y")
@@ -247,7 +247,7 @@ def test_what_is_not_there_is_none_or_false(chats: ConversationRepository) -> No
 
 
 def test_streaming_messages_become_interrupted(chats: ConversationRepository) -> None:
-    """What a dead process left unfinished is marked, with what came of it; the rest is left alone."""
+    """Messages that a dead process left unfinished are marked, with their text so far; others are unchanged."""
     conversation = begun(chats, "A", 1.0)
     done = message(conversation.id)
     cut = message(conversation.id, "half", state="streaming", finished_at=None)
@@ -260,7 +260,7 @@ def test_streaming_messages_become_interrupted(chats: ConversationRepository) ->
 
 
 def test_loads_come_newest_first_and_by_key(store: Store) -> None:
-    """The latest loads of one model, engine and settings; and of all."""
+    """The latest loads by model, engine and settings; and of all."""
     loads = LoadRepository(store)
     records = [load(1.0), load(2.0), load(3.0, key="other"), load(4.0, model="n")]
     for record in records:
@@ -270,8 +270,8 @@ def test_loads_come_newest_first_and_by_key(store: Store) -> None:
     assert loads.recent_all(3) == [records[3], records[2], records[1]]
 
 
-def test_downloads_come_newest_first_as_they_were(store: Store) -> None:
-    """Every field survives, sizes beyond 32 bits too; saving again replaces, deleting takes one."""
+def test_downloads_come_newest_first_unchanged(store: Store) -> None:
+    """Every field is restored, sizes beyond 32 bits too; saving again replaces, deleting removes one."""
     downloads = DownloadRepository(store)
     old = download(1.0)
     new = download(
@@ -298,8 +298,8 @@ def test_downloads_come_newest_first_as_they_were(store: Store) -> None:
     assert downloads.newest_first() == [changed]
 
 
-def test_an_exchange_is_saved_whole_or_not_at_all(chats: ConversationRepository) -> None:
-    """Two messages at once; what can't be saved leaves none of them."""
+def test_an_exchange_is_saved_atomically(chats: ConversationRepository) -> None:
+    """Two messages at once; if saving fails, neither is stored."""
     conversation = begun(chats, "A", 1.0)
     question, answer = message(conversation.id, "?"), message(conversation.id, "!", role="assistant")
     assert chats.append(question, answer)
@@ -314,7 +314,7 @@ def test_an_exchange_is_saved_whole_or_not_at_all(chats: ConversationRepository)
 
 
 def test_many_writers_at_once(chats: ConversationRepository) -> None:
-    """Eight threads write in one conversation: no message is lost, none fails on a locked database."""
+    """Eight threads write to one conversation: no message is lost, and none fails on a locked database."""
     conversation = begun(chats, "A", 1.0)
     failures: list[Exception] = []
 
@@ -336,7 +336,7 @@ def test_many_writers_at_once(chats: ConversationRepository) -> None:
     assert len({m.content for m in found.messages}) == 160
 
 
-def test_what_fails_is_undone(chats: ConversationRepository, store: Store) -> None:
+def test_a_failed_write_is_rolled_back(chats: ConversationRepository, store: Store) -> None:
     """A write that raises leaves nothing behind."""
     conversation = begun(chats, "A", 1.0)
     delete_then_fail = sa.text("DELETE FROM conversations"), sa.text("DELETE FROM nothing")

@@ -1,4 +1,4 @@
-"""A database that is locked, damaged or can't be written: who waits, what is said, and that nothing is lost."""
+"""A locked, damaged or unwritable database: bounded waits, clear errors, and no lost writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(path: Path) -> Iterator[Store]:
-    """One that waits for a lock only a moment."""
+    """A store that waits for a lock only a moment."""
     store = open_store(path, lock_timeout=PATIENCE)
     yield store
     store.close()
@@ -64,7 +64,7 @@ def titles(path: Path) -> list[str]:
 # Locked by another program.
 
 
-def test_reading_goes_on_while_another_program_writes(path: Path, chats: ConversationRepository) -> None:
+def test_reads_work_while_another_program_writes(path: Path, chats: ConversationRepository) -> None:
     begin(chats, "A")
     with locked_database(path):
         assert [c.title for c in chats.newest_first()] == ["A"]
@@ -86,16 +86,16 @@ def test_a_write_waits_until_the_lock_is_gone(path: Path) -> None:
     assert titles(path) == ["A"]
 
 
-def test_a_lock_that_stays_is_said(path: Path, chats: ConversationRepository) -> None:
-    """Nothing was written, and it works again as soon as the lock is gone."""
+def test_a_lasting_lock_is_an_error(path: Path, chats: ConversationRepository) -> None:
+    """Nothing was written, and writing works again as soon as the lock is gone."""
     with locked_database(path), pytest.raises(StoreLocked, match="locked by another program"):
         begin(chats, "A")
     begin(chats, "B")
     assert [c.title for c in chats.newest_first()] == ["B"]
 
 
-def test_all_who_write_wait_for_a_lock_together(path: Path) -> None:
-    """Twenty of them, one after the other, would else keep the last one waiting twenty times as long."""
+def test_concurrent_writers_share_one_wait_for_a_lock(path: Path) -> None:
+    """Waiting one after another, the last of twenty writers would wait twenty times as long."""
     store = open_store(path, lock_timeout=1.0)
     refused: list[float] = []
 
@@ -117,7 +117,7 @@ def test_all_who_write_wait_for_a_lock_together(path: Path) -> None:
 
 
 def test_waiting_for_a_lock_blocks_no_other_greenlet(path: Path) -> None:
-    """SQLite's own way of waiting stopped the whole app: here, the greenlet that ends the lock could never run."""
+    """SQLite's own waiting blocked the whole app: here the greenlet that releases the lock could never run."""
     program = f"""
 from gevent import monkey; monkey.patch_all()
 import gevent, sqlite3
@@ -138,8 +138,8 @@ print(len(chats.newest_first()), release.ready())
     assert run.stdout.split() == ["1", "True"], run.stderr
 
 
-def test_what_is_written_ahead_stays_short(path: Path, store: Store) -> None:
-    """It is moved into the database beside the greenlets, never within a commit, which would wait for the disk."""
+def test_the_wal_file_stays_small(path: Path, store: Store) -> None:
+    """A thread moves the WAL into the database; within a commit that would wait for the disk."""
     notes = NoteRepository(store)
     wal = path.with_name("switchyard.db-wal")
     with store.reading() as connection:
@@ -155,23 +155,23 @@ def test_what_is_written_ahead_stays_short(path: Path, store: Store) -> None:
     assert path.stat().st_size > 20_000
 
 
-# Nobody waits for these writes, and none may be lost.
+# Background writes: no request waits for them, and none may be lost.
 
 
-def test_deferred_writes_are_kept_until_the_database_takes_them(path: Path, store: Store) -> None:
+def test_deferred_writes_are_kept_until_they_succeed(path: Path, store: Store) -> None:
     """In their order. They were dropped with a line in the log."""
     notes = NoteRepository(store)
     writes = DeferredWrites(pause=0.02)
     with locked_database(path):
         for number in range(3):
             writes.put(lambda value=str(number): notes.put("last", value))
-        time.sleep(2 * PATIENCE)  # they have been refused by now; where not, the test proves less
+        time.sleep(2 * PATIENCE)  # the writes should have been refused by now; if not, the test proves less
     wait_until(lambda: notes.get("last") == "2", "the writes")
     writes.close()
 
 
-def test_deferred_writes_give_up_at_the_end(path: Path, store: Store) -> None:
-    """Who closes does not wait for a lock that stays."""
+def test_deferred_writes_are_given_up_when_closing(path: Path, store: Store) -> None:
+    """Closing does not wait for a lock that stays."""
     writes = DeferredWrites(pause=0.02)
     with locked_database(path):
         writes.put(lambda: NoteRepository(store).put("a", "1"))
@@ -182,8 +182,8 @@ def test_deferred_writes_give_up_at_the_end(path: Path, store: Store) -> None:
 # Damaged.
 
 
-def test_a_damaged_database_is_set_aside_whole(path: Path) -> None:
-    """A new one takes its place; what it was made of is all there, under a name with the date."""
+def test_a_damaged_database_is_set_aside_unchanged(path: Path) -> None:
+    """A new database replaces it; the damaged file is kept unchanged under a name with the date."""
     filled(path)
     corrupt_database(path)
     (wal := path.with_name("switchyard.db-wal")).write_bytes(b"what was written last")
@@ -200,7 +200,7 @@ def test_a_damaged_database_is_set_aside_whole(path: Path) -> None:
     assert aside.stat().st_mode & 0o077 == 0
 
 
-def test_what_is_no_database_at_all_is_set_aside_as_well(path: Path) -> None:
+def test_a_file_that_is_no_database_is_set_aside(path: Path) -> None:
     path.write_bytes(b"this is not a database at all, but it is long enough to look like a file " * 20)
     open_store(path).close()
     aside = damage.latest(path)
@@ -208,7 +208,7 @@ def test_what_is_no_database_at_all_is_set_aside_as_well(path: Path) -> None:
     assert aside.read_bytes().startswith(b"this is not")
 
 
-def test_two_damaged_ones_do_not_get_in_each_others_way(path: Path) -> None:
+def test_two_damaged_databases_get_different_names(path: Path) -> None:
     """Even within a second."""
     for content in (b"first" * 300, b"second" * 300):
         path.write_bytes(content)
@@ -220,22 +220,22 @@ def test_two_damaged_ones_do_not_get_in_each_others_way(path: Path) -> None:
     assert latest.read_bytes() == b"second" * 300
 
 
-def test_a_sound_database_stays_where_it_is(path: Path) -> None:
+def test_an_intact_database_is_kept(path: Path) -> None:
     filled(path, 3)
     assert damage.check(path) is None
     assert len(titles(path)) == 3
     assert damage.latest(path) is None
 
 
-def test_a_database_that_is_locked_at_the_start_is_not_taken_for_damaged(path: Path) -> None:
+def test_a_locked_database_is_not_treated_as_damaged(path: Path) -> None:
     filled(path, 3)
     with locked_database(path, exclusive=True), pytest.raises(StoreLocked, match="locked by another program"):
         damage.check(path, lock_timeout=0.1)
     assert len(titles(path)) == 3
 
 
-def test_damage_that_shows_later_is_explained(path: Path) -> None:
-    """A page that goes bad while the app runs: the words say what helps."""
+def test_damage_found_while_running_is_explained(path: Path) -> None:
+    """A page that becomes corrupt while the app runs: the error says what helps."""
     filled(path)
     store = open_store(path)
     chats = ConversationRepository(store)
@@ -247,8 +247,8 @@ def test_damage_that_shows_later_is_explained(path: Path) -> None:
     store.close()
 
 
-def test_a_migration_that_was_cut_off_is_no_damage(path: Path) -> None:
-    """It is undone when the database is opened, as SQLite does."""
+def test_an_interrupted_migration_is_no_damage(path: Path) -> None:
+    """SQLite rolls it back when the database is opened."""
     program = f"""
 import os, sqlite3
 connection = sqlite3.connect({str(path)!r}, isolation_level=None)

@@ -10,8 +10,8 @@ from services.abort import Abort, Aborted
 from services.switching.traffic import Traffic
 
 
-def test_a_drain_waits_for_those_inside_and_lets_nobody_in():
-    """The drain ends when the last request does; meanwhile a new one is turned away."""
+def test_a_drain_waits_for_requests_in_flight_and_refuses_new_ones():
+    """The drain ends with the last request; new requests are refused meanwhile."""
     traffic = Traffic()
     assert traffic.enter()
     drained: list[bool] = []
@@ -25,16 +25,16 @@ def test_a_drain_waits_for_those_inside_and_lets_nobody_in():
     assert drained == [True]
 
 
-def test_a_drain_that_takes_too_long_says_so():
-    """The bound holds: what is still in flight then is the caller's to cut."""
+def test_a_drain_times_out():
+    """The drain times out; the caller cuts off what is still in flight."""
     traffic = Traffic()
     traffic.enter()
     assert not traffic.wait_idle(0.01, Abort())
     assert traffic.in_flight == 1
 
 
-def test_a_drain_can_be_taken_back():
-    """After a cancelled switch the model goes on serving."""
+def test_a_drain_can_be_undone():
+    """After a cancelled switch the model serves requests again."""
     traffic = Traffic()
     traffic.close()
     assert not traffic.enter()
@@ -42,7 +42,7 @@ def test_a_drain_can_be_taken_back():
     assert traffic.enter()
 
 
-def test_last_used_is_now_while_answering_and_the_end_afterwards():
+def test_last_used_is_now_while_answering_then_the_end_of_the_answer():
     """An instance that is answering is not idle."""
     now = [100.0]
     traffic = Traffic(clock=lambda: now[0])
@@ -56,7 +56,7 @@ def test_last_used_is_now_while_answering_and_the_end_afterwards():
 
 
 def test_a_drain_ends_as_soon_as_it_is_cancelled():
-    """The token wakes whoever waits; the request inside goes on."""
+    """The token wakes the waiting caller; the request in flight continues."""
     traffic, token = Traffic(), Abort()
     traffic.enter()
     threading.Timer(0.01, token).start()
@@ -65,8 +65,8 @@ def test_a_drain_ends_as_soon_as_it_is_cancelled():
     assert traffic.in_flight == 1
 
 
-def test_how_long_answers_take_in_the_mean_is_known_without_timing_each():
-    """Little's law: two answers of 4 and 2 seconds, overlapping, took 3 s in the mean."""
+def test_the_mean_duration_of_answers_is_derived_from_counts():
+    """Little's law: two overlapping answers of 4 and 2 seconds took 3 s on average."""
     now = [100.0]
     traffic = Traffic(clock=lambda: now[0])
     traffic.enter()
@@ -79,7 +79,7 @@ def test_how_long_answers_take_in_the_mean_is_known_without_timing_each():
 
 
 def test_a_drain_can_be_cut_short():
-    """Whoever waits for the last answers goes on at once; the next drain waits again."""
+    """The caller that waits for the last answers continues at once; the next drain waits again."""
     traffic = Traffic()
     traffic.enter()
     traffic.close()

@@ -1,4 +1,4 @@
-"""Why a start of vLLM failed, from its log. The recorded logs are of 0.32 on a CPU, the others follow its sources."""
+"""The cause of a failed vLLM start, from its log. Recorded logs are of 0.32 on a CPU, others follow its sources."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def read(text: bytes | str) -> VllmLog:
         ),
     ],
 )
-def test_a_recorded_failure_is_told_by_its_first_cause(name, code, cause):
-    """Without prefixes, and not by what vLLM says of it afterwards."""
+def test_a_recorded_failure_has_its_first_cause(name, code, cause):
+    """Without prefixes; later errors that vLLM logs are ignored."""
     failure = read((RECORDED / f"{name}.log").read_bytes()).failure
     assert failure is not None
     assert (failure.code, failure.cause) == (code, cause)
 
 
 @pytest.mark.parametrize("name", ["ok-eager", "ok-compile-cold"])
-def test_a_recorded_start_that_worked_has_no_failure(name):
-    """Nor does its end, when it was asked to stop."""
+def test_a_recorded_successful_start_has_no_failure(name):
+    """Its stop on request is no failure either."""
     assert read((RECORDED / f"{name}.log").read_bytes()).failure is None
 
 
@@ -201,8 +201,8 @@ def test_a_recorded_start_that_worked_has_no_failure(name):
         ),
     ],
 )
-def test_a_failure_is_recognised_whatever_vllm_says_of_it_afterwards(text, code, cause, figures):
-    """The cause is vLLM's, the advice has the figures of the log."""
+def test_a_failure_is_recognised_before_later_errors(text, code, cause, figures):
+    """The cause is vLLM's text, the advice has the log's figures."""
     failure = read(text + f"{CORE_ERROR}EngineCore failed to start.\n{ECHO}").failure
     assert failure is not None
     assert failure.code == code
@@ -234,8 +234,8 @@ def test_one_text_has_each_size_in_one_form():
         "huggingface_hub.errors.GatedRepoError",
     ],
 )
-def test_advice_without_figures_is_still_advice(line):
-    """A version that words its figures otherwise costs the figures, not the advice."""
+def test_advice_works_without_figures(line):
+    """If a version words its figures differently, the advice has no figures."""
     failure = read(f"{line}\n").failure
     assert failure is not None
     assert failure.code != "engine_failed"
@@ -243,8 +243,8 @@ def test_advice_without_figures_is_still_advice(line):
     assert "None" not in failure.advice
 
 
-def test_the_first_cause_stays_when_others_follow():
-    """What fails because of it says less."""
+def test_the_first_cause_is_kept():
+    """Later failures are consequences and say less."""
     text = (
         f"{CORE_ERROR}safetensors.SafetensorError: header too large\n{CORE_ERROR}ValueError: No space left on device\n"
     )
@@ -253,32 +253,32 @@ def test_the_first_cause_stays_when_others_follow():
     assert failure.code == "damaged_file"
 
 
-def test_the_same_failure_told_with_figures_is_the_better_cause():
-    """0.9 logs a sentence without any before the exception that has them."""
+def test_the_same_failure_with_figures_is_preferred():
+    """0.9 logs a sentence without figures before the exception that has them."""
     text = f"{CORE_ERROR}Failed to load model - not enough GPU memory.\n{CORE_ERROR}RuntimeError: {OUT_OF_MEMORY}\n"
     failure = read(text).failure
     assert failure is not None
     assert "805 MB" in failure.advice
 
 
-def test_what_vllm_logs_as_its_error_outweighs_an_exception_that_was_printed_before():
-    """Python prints a failure of logging itself as a traceback, and goes on."""
+def test_vllms_logged_error_is_preferred_to_a_printed_exception():
+    """Python prints a failure of logging itself as a traceback, and continues."""
     text = "--- Logging error ---\nTypeError: not all arguments converted\n" + f"{CORE_ERROR}KeyError: 'absmax'\n"
     failure = read(text).failure
     assert failure is not None
     assert failure.cause == "KeyError: 'absmax'"
 
 
-def test_an_echo_alone_is_better_than_nothing():
-    """The lines that told the cause can be missing."""
+def test_a_consequence_is_used_if_there_is_no_cause():
+    """The lines with the real cause can be missing."""
     failure = read(ECHO).failure
     assert failure is not None
     assert failure.code == "engine_failed"
     assert failure.cause.startswith("Engine core initialization failed.")
 
 
-def test_a_failure_behind_a_bar_on_its_line_is_found():
-    """A bar has no end of line of its own."""
+def test_a_failure_after_a_progress_bar_on_its_line_is_found():
+    """A progress bar doesn't end its line."""
     bar = "Loading safetensors checkpoint shards:  25% Completed | 1/4 [00:00<00:01,  2.02it/s]"
     failure = read(f"{bar}{CORE_ERROR}torch.OutOfMemoryError: {OUT_OF_MEMORY}\n").failure
     assert failure is not None
@@ -297,26 +297,26 @@ def test_a_failure_behind_a_bar_on_its_line_is_found():
         "FutureWarning: this raises an error from 3.0 on",
     ],
 )
-def test_what_only_quotes_a_failure_is_none(line):
+def test_a_quoted_failure_is_ignored(line):
     """Prompts, advice and source code."""
     assert read(f"{line}\n").failure is None
 
 
-def test_what_was_survived_is_no_failure():
-    """Once it serves, whatever went wrong before did not matter."""
+def test_errors_before_ready_are_no_failure():
+    """Once the server is ready, earlier errors don't count."""
     assert read("TypeError: not all arguments converted\n" + SERVING).failure is None
 
 
 def test_errors_of_single_requests_are_no_failure():
-    """A server goes on after them."""
+    """The server continues after them."""
     log = read(SERVING)
     log.feed("(APIServer pid=1) ERROR 05-30 07:46:55 [serving_chat.py:195] ValueError: prompt too long\n")
     log.feed("huggingface_hub.errors.RepositoryNotFoundError: 404 Client Error.\n")
     assert log.failure is None
 
 
-def test_the_death_of_a_serving_engine_is_told_by_its_cause():
-    """The engine says that it dies before it says of what."""
+def test_a_crash_of_a_serving_engine_has_its_cause():
+    """The engine logs that it exits before it logs why."""
     log = read(SERVING)
     log.feed(
         f"{CORE_ERROR}EngineCore encountered a fatal error.\n{CORE_ERROR}Traceback (most recent call last):\n"
@@ -359,8 +359,8 @@ def test_the_death_of_a_serving_engine_is_told_by_its_cause():
     ],
     ids=["worker", "engine"],
 )
-def test_a_process_of_it_that_was_killed_is_told_as_that(lines, cause):
-    """What 0.32 wrote when one of its processes got a SIGKILL: nobody could tell why, and there is no trace to see."""
+def test_a_killed_process_of_vllm_is_reported_as_killed(lines, cause):
+    """What 0.32 logs when one of its processes gets a SIGKILL: there is no cause and no traceback in the log."""
     log = read(SERVING)
     log.feed("\n".join([*lines, ""]))
     assert log.failure is not None
@@ -369,7 +369,7 @@ def test_a_process_of_it_that_was_killed_is_told_as_that(lines, cause):
 
 
 def test_many_lines_of_failures_take_no_memory():
-    """Only one cause is kept, cut to a length that can be shown."""
+    """Only one cause is kept, truncated to a length that can be shown."""
     log = VllmLog()
     line = f"{CORE_ERROR}ValueError: {'y' * 5000}\n"
     log.feed(line)

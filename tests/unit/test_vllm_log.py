@@ -1,4 +1,4 @@
-"""What vLLM's output says about a start. The recorded logs are of 0.32 on a CPU, the others follow its sources."""
+"""Following a vLLM start by its log. Recorded logs are of 0.32 on a CPU, others follow its sources."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def read(text: bytes | str) -> VllmLog:
     return log
 
 
-def goes_forward(told: list[Evidence]) -> bool:
-    """Whether no evidence is of an earlier stage, or of a smaller fraction, than the one before."""
-    steps = [(ORDER.index(e.stage), e.fraction if e.fraction is not None else 0.0) for e in told]
+def is_monotonic(evidence: list[Evidence]) -> bool:
+    """Whether no evidence has an earlier stage, or a smaller fraction, than the one before."""
+    steps = [(ORDER.index(e.stage), e.fraction if e.fraction is not None else 0.0) for e in evidence]
     return all(a <= b for a, b in pairwise(steps))
 
 
@@ -135,13 +135,13 @@ def goes_forward(told: list[Evidence]) -> bool:
     ],
 )
 def test_a_recorded_start_ends_in_its_stage(name, stage, ready):
-    """Ready where it became ready; where it failed, the last stage it reached (None: it had not begun to load)."""
+    """Ready if it became ready; otherwise the last stage that it reached (None: loading had not begun)."""
     log = VllmLog()
-    told = log.feed((RECORDED / f"{name}.log").read_bytes())
-    assert (told[-1].stage if told else None, log.ready) == (stage, ready)
+    evidence = log.feed((RECORDED / f"{name}.log").read_bytes())
+    assert (evidence[-1].stage if evidence else None, log.ready) == (stage, ready)
 
 
-def test_a_recorded_start_says_how_far_it_is():
+def test_a_recorded_start_shows_its_progress():
     """Eager mode on a CPU: no compilation, no graphs."""
     assert VllmLog().feed((RECORDED / "ok-eager.log").read_bytes()) == [
         Evidence("loading_weights"),
@@ -153,10 +153,10 @@ def test_a_recorded_start_says_how_far_it_is():
     ]
 
 
-def test_where_the_sizes_of_its_files_are_known_bytes_are_told_beside_shards():
-    """And they say how far it is: the last three of these six are most of it."""
-    told = VllmLog(shard_bytes=[GB, GB, GB, 9 * GB, 9 * GB, 4 * GB]).feed((RECORDED / "ok-eager.log").read_bytes())
-    assert told[1:4] == [
+def test_with_known_file_sizes_bytes_are_reported_beside_shards():
+    """Bytes determine the fraction: the last three of these six shards are most of the weights."""
+    evidence = VllmLog(shard_bytes=[GB, GB, GB, 9 * GB, 9 * GB, 4 * GB]).feed((RECORDED / "ok-eager.log").read_bytes())
+    assert evidence[1:4] == [
         Evidence("loading_weights", 0.0, "0 of 6 shards, 0.0 of 25.0 GB"),
         Evidence("loading_weights", 0.12, "3 of 6 shards, 3.0 of 25.0 GB"),
         Evidence("loading_weights", 1.0, "6 of 6 shards, 25.0 of 25.0 GB"),
@@ -164,17 +164,17 @@ def test_where_the_sizes_of_its_files_are_known_bytes_are_told_beside_shards():
 
 
 @pytest.mark.parametrize("sizes", [(), (GB, GB), (0,) * 6])
-def test_sizes_of_other_files_than_it_counts_say_nothing(sizes):
-    """It may load from another place, or a second model's weights: unknown bytes are left out."""
-    told = VllmLog(shard_bytes=sizes).feed((RECORDED / "ok-eager.log").read_bytes())
-    assert told[2] == Evidence("loading_weights", 0.5, "3 of 6 shards")
+def test_sizes_of_other_files_are_ignored(sizes):
+    """vLLM may load from elsewhere, or a second model's weights: bytes are unknown then."""
+    evidence = VllmLog(shard_bytes=sizes).feed((RECORDED / "ok-eager.log").read_bytes())
+    assert evidence[2] == Evidence("loading_weights", 0.5, "3 of 6 shards")
 
 
-def test_compiling_on_a_cpu_is_initialising_of_unknown_length():
-    """It says nothing for most of a cold start, so that only earlier starts can say how far it is.
+def test_compiling_on_a_cpu_is_initialising_of_unknown_progress():
+    """vLLM logs nothing for most of a cold start, so only earlier starts can tell the progress.
 
-    Its cache comes after that: were it told as the warm-up, a start would have no initialising, and be at 95 % for most
-    of its time.
+    The size of the cache is logged after that. If this stage counted as warm-up, a start would have no initialising
+    stage and be at 95 % for most of its time.
     """
     assert VllmLog().feed((RECORDED / "ok-compile-cold.log").read_bytes())[3:] == [
         Evidence("initializing_gpu", None, "compiling for this CPU"),
@@ -185,8 +185,8 @@ def test_compiling_on_a_cpu_is_initialising_of_unknown_length():
     ]
 
 
-def test_a_recorded_start_tells_what_it_took():
-    """A CPU build says nothing about what the weights take in memory, only how large their files are."""
+def test_a_recorded_start_reports_its_figures():
+    """A CPU build logs no memory of the weights, only the size of their files."""
     assert read((RECORDED / "ok-eager.log").read_bytes()).facts == Facts(
         version="0.32.0",
         max_model_len=512,
@@ -200,7 +200,7 @@ def test_a_recorded_start_tells_what_it_took():
     assert footprint(Facts(kv_cache_bytes=GIB)) is None
 
 
-def test_0_5_is_understood():
+def test_0_5_is_parsed():
     """No square brackets, no count of graphs, no size of the cache."""
     log = VllmLog()
     assert log.feed(LOG_0_5) == [
@@ -219,7 +219,7 @@ def test_0_5_is_understood():
     )
 
 
-def test_0_6_is_understood():
+def test_0_6_is_parsed():
     """One bar for the graphs, drawn on one line."""
     log = VllmLog()
     assert log.feed(LOG_0_6)[2:6] == [
@@ -242,11 +242,11 @@ def test_0_6_is_understood():
     assert footprint(log.facts) == pytest.approx((7.1694 + 26.60 + 0.41 + 1) * GIB, abs=4)
 
 
-def test_0_8_is_understood():
+def test_0_8_is_parsed():
     """A warm compile cache, and no bars at all."""
     log = VllmLog()
-    told = log.feed(LOG_0_8)
-    assert [e.fraction for e in told if e.stage == "initializing_gpu"] == [0.1, 0.2, 0.6, 0.75, 0.95, 1.0]
+    evidence = log.feed(LOG_0_8)
+    assert [e.fraction for e in evidence if e.stage == "initializing_gpu"] == [0.1, 0.2, 0.6, 0.75, 0.95, 1.0]
     assert log.facts == Facts(
         version="0.8.5",
         max_model_len=32768,
@@ -264,23 +264,23 @@ def test_0_8_is_understood():
     )
 
 
-def test_0_11_with_two_devices_in_colour_is_understood():
-    """The sizes of the fuller device count; a second round of graphs goes on where the first ended."""
+def test_0_11_with_two_devices_in_colour_is_parsed():
+    """The figures of the fuller device count; a second round of graphs continues where the first ended."""
     log = VllmLog()
-    told = log.feed(LOG_0_11)
-    assert told[1] == Evidence("loading_weights", 0.5, "120 of 240 parts")
-    assert [e.detail for e in told if e.stage == "warming_up"][:2] == ["51 of 51 graphs", "49 of 51 graphs"]
-    assert goes_forward(told)
+    evidence = log.feed(LOG_0_11)
+    assert evidence[1] == Evidence("loading_weights", 0.5, "120 of 240 parts")
+    assert [e.detail for e in evidence if e.stage == "warming_up"][:2] == ["51 of 51 graphs", "49 of 51 graphs"]
+    assert is_monotonic(evidence)
     assert log.ready
     assert (log.facts.weights_bytes, log.facts.load_seconds) == (round(15.3 * GIB), 6.5)
     assert (log.facts.kv_cache_bytes, log.facts.graph_bytes) == (round(1.25 * GIB), None)
 
 
-def test_0_33_is_understood():
-    """From the banner, which is all that names the version, to the graphs."""
+def test_0_33_is_parsed():
+    """From the banner, the only line with the version, to the graphs."""
     log = VllmLog()
-    told = log.feed(LOG_0_33)
-    assert told[1:] == [
+    evidence = log.feed(LOG_0_33)
+    assert evidence[1:] == [
         Evidence("initializing_gpu", 0.4, "compiling"),
         Evidence("initializing_gpu", 0.6, "compiling"),
         Evidence("initializing_gpu", 0.75, "compiled"),
@@ -298,33 +298,33 @@ def test_0_33_is_understood():
 
 @pytest.mark.parametrize("version", LOGS)
 def test_any_line_can_be_missing(version):
-    """Whichever is left out, the start goes forward and ends where it ended."""
+    """Without any one line, the start still proceeds and ends in the same stage."""
     lines = LOGS[version].splitlines(keepends=True)
     for left_out in range(len(lines) - 3):
         log = VllmLog()
-        told = log.feed("".join(lines[:left_out] + lines[left_out + 1 :]))
-        assert goes_forward(told)
-        assert told[-1] == Evidence("warming_up", 1.0)
+        evidence = log.feed("".join(lines[:left_out] + lines[left_out + 1 :]))
+        assert is_monotonic(evidence)
+        assert evidence[-1] == Evidence("warming_up", 1.0)
         assert log.ready
 
 
-def test_a_bar_is_told_when_it_is_drawn():
-    """The end of its line comes with its next state, which can be a minute later."""
+def test_a_progress_bar_is_reported_when_it_is_drawn():
+    """The end of its line comes with its next state, which may be a minute later."""
     log = VllmLog()
     assert log.feed("\rCapturing CUDA graph shapes:  57%|█████▋    | 2") == []
     assert log.feed("0/35 [00:10") == [Evidence("warming_up", pytest.approx(0.9 * 20 / 35), "20 of 35 graphs")]
     assert log.feed("<00:07,  2.03it/s]\r") == []
 
 
-def test_a_second_bar_does_not_start_over():
+def test_a_second_progress_bar_does_not_restart_the_fraction():
     """Quantised weights and draft models are read in a second round."""
     bar = "\rLoading safetensors checkpoint shards: {}% Completed | {}/2 [00:00<?, ?it/s]\n"
-    told = VllmLog().feed("".join(bar.format(50 * done, done) for done in (0, 1, 2, 0, 1, 2)))
-    assert [e.fraction for e in told] == [0.0, 0.5, 1.0]
+    evidence = VllmLog().feed("".join(bar.format(50 * done, done) for done in (0, 1, 2, 0, 1, 2)))
+    assert [e.fraction for e in evidence] == [0.0, 0.5, 1.0]
 
 
-def test_a_start_that_fetches_the_weights_is_downloading_until_the_first_shard():
-    """vLLM says that it loads the model first, then fetches it without a word."""
+def test_a_download_by_vllm_lasts_until_the_first_shard():
+    """vLLM logs that it loads the model, then downloads it without logging."""
     log = VllmLog(downloads=True)
     assert log.feed(f"{NEW}Starting to load model org/model...\n") == [Evidence("downloading")]
     assert log.feed(f"{NEW}Time spent downloading weights for org/model: 67.5 seconds\n") == [
@@ -345,7 +345,7 @@ streams = st.lists(st.sampled_from(TELLING) | st.text(max_size=40), max_size=30)
 
 @st.composite
 def chunked(draw):
-    """A stream of bytes, and the same cut anywhere."""
+    """A stream of bytes, and the same split at any offsets."""
     stream = draw(streams)
     edges = [0, *sorted(draw(st.lists(st.integers(0, len(stream)), max_size=12))), len(stream)]
     return stream, [stream[a:b] for a, b in pairwise(edges)]
@@ -353,33 +353,33 @@ def chunked(draw):
 
 @settings(deadline=None, max_examples=200)
 @given(chunked(), st.booleans())
-def test_whatever_arrives_it_goes_forward_and_says_the_same_however_it_is_cut(case, downloads):
-    """Nothing raises; characters, lines and bars can be cut anywhere."""
+def test_progress_is_monotonic_and_independent_of_the_split(case, downloads):
+    """Nothing raises; characters, lines and bars can be split anywhere."""
     stream, chunks = case
     whole, pieces = VllmLog(downloads=downloads), VllmLog(downloads=downloads)
-    told = whole.feed(stream + b"\n")
-    assert goes_forward(told)
-    assert all(e.fraction is None or 0 <= e.fraction <= 1 for e in told)
-    assert [e for chunk in [*chunks, b"\n"] for e in pieces.feed(chunk)] == told
+    evidence = whole.feed(stream + b"\n")
+    assert is_monotonic(evidence)
+    assert all(e.fraction is None or 0 <= e.fraction <= 1 for e in evidence)
+    assert [e for chunk in [*chunks, b"\n"] for e in pieces.feed(chunk)] == evidence
     assert (pieces.facts, pieces.failure, pieces.ready) == (whole.facts, whole.failure, whole.ready)
 
 
 @pytest.mark.parametrize("name", ["ok-eager", "ok-compile-cold", "corrupt-shard", "missing-model", "bad-arg"])
-def test_a_recorded_log_says_the_same_byte_by_byte(name):
-    """As a slow pipe gives it."""
+def test_a_recorded_log_gives_the_same_byte_by_byte(name):
+    """As from a slow pipe."""
     recorded = (RECORDED / f"{name}.log").read_bytes()
     whole, pieces = VllmLog(), VllmLog()
     assert [e for at in range(len(recorded)) for e in pieces.feed(recorded[at : at + 1])] == whole.feed(recorded)
     assert (pieces.facts, pieces.failure, pieces.ready) == (whole.facts, whole.failure, whole.ready)
 
 
-def test_text_and_bytes_say_the_same():
-    """A caller may have decoded it already."""
+def test_text_and_bytes_give_the_same():
+    """The caller may have decoded it already."""
     assert VllmLog().feed(LOG_0_6) == VllmLog().feed(LOG_0_6.encode())
 
 
 def test_a_line_without_an_end_takes_no_memory():
-    """A million bytes in pieces, then a stage: the line is cut, what follows it is read."""
+    """A million bytes in pieces, then a stage: the line is truncated, what follows is parsed."""
     log = VllmLog()
     tracemalloc.start()
     for _ in range(1000):
@@ -390,8 +390,8 @@ def test_a_line_without_an_end_takes_no_memory():
     assert log.feed(f"\n{NEW}Starting to load model m...\n") == [Evidence("loading_weights")]
 
 
-def test_a_huge_line_is_read_up_to_its_limit():
-    """The same, whether it comes at once or in two pieces."""
+def test_a_huge_line_is_truncated():
+    """The same, whether it arrives at once or in two pieces."""
     late = "x" * LONGEST_LINE + f"{NEW}Starting to load model m...\n"
     assert VllmLog().feed(late) == []
     log = VllmLog()
@@ -410,7 +410,7 @@ def test_a_huge_line_is_read_up_to_its_limit():
         "",
     ],
 )
-def test_noise_is_recognised_without_searching_it(line):
-    """Nearly every line is noise; the ones that aren't cost a hundred times as much."""
+def test_noise_is_skipped_without_parsing(line):
+    """Nearly every line is noise; parsing a line costs a hundred times as much as skipping it."""
     assert not says_progress(line)
     assert not says_failure(line)
