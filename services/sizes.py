@@ -24,8 +24,10 @@ def format_size(size: float) -> str:
 
 
 def format_part(done: float, total: float) -> str:
-    """Format a part in the unit of the total: "12.4 of 33.1 GB"."""
+    """Format a part in the unit of the total: "12.4 of 33.1 GB"; a very small one in its own: "22 MB of 4.0 GB"."""
     scale, unit, digits = _unit(total)
+    if done < scale / 2 / 10**digits:  # the figure would read 0
+        return f"{format_size(done) if done else 0} of {format_size(total)}"
     return f"{done / scale:,.{digits}f} of {total / scale:,.{digits}f} {unit}"
 
 

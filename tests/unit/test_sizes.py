@@ -43,11 +43,15 @@ def test_sizes_are_decimal_gb_and_mb_below_one(size: int, words: str) -> None:
         (400_000_000, 1_100_000_000, "0.4 of 1.1 GB"),
         (128_000_000, 512_000_000, "128 of 512 MB"),
         (600_000, 1_200_000, "0.6 of 1.2 MB"),
+        (22_000_000, 4_000_000_000, "22 MB of 4.0 GB"),
+        (50_000_000, 4_000_000_000, "0.1 of 4.0 GB"),
+        (3_000, 20_000_000, "3 kB of 20 MB"),
+        (0, 4_000_000_000, "0 of 4.0 GB"),
         (0, 0, "0 of 0 MB"),
     ],
 )
 def test_a_part_is_told_in_the_unit_of_the_whole(done: int, total: int, words: str) -> None:
-    """So that the two can be compared at a glance."""
+    """So that the two can be compared at a glance; but a part that is there never reads as none."""
     assert format_part(done, total) == words
 
 

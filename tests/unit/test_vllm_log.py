@@ -157,7 +157,7 @@ def test_with_known_file_sizes_bytes_are_reported_beside_shards():
     """Bytes determine the fraction: the last three of these six shards are most of the weights."""
     evidence = VllmLog(shard_bytes=[GB, GB, GB, 9 * GB, 9 * GB, 4 * GB]).feed((RECORDED / "ok-eager.log").read_bytes())
     assert evidence[1:4] == [
-        Evidence("loading_weights", 0.0, "0 of 6 shards, 0.0 of 25.0 GB"),
+        Evidence("loading_weights", 0.0, "0 of 6 shards, 0 of 25.0 GB"),
         Evidence("loading_weights", 0.12, "3 of 6 shards, 3.0 of 25.0 GB"),
         Evidence("loading_weights", 1.0, "6 of 6 shards, 25.0 of 25.0 GB"),
     ]
