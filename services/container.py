@@ -18,7 +18,7 @@ from services.downloads.fetcher import Fetcher, Source
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from services.downloads.huggingface.process import HubProcess
 from services.downloads.huggingface.vllm_weights import VllmWeights
-from services.downloads.library import Library, look_for
+from services.downloads.library import Library, refresh_and_find
 from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.registry import Registries
 from services.downloads.ollama.updates import UpdateCheck
@@ -337,7 +337,7 @@ def _downloads(
         DownloadRepository(store),
         at_once=settings.downloads_at_once,
         disk=disk,
-        on_complete=lambda download: look_for(catalog, download.source, download.model),
+        on_complete=lambda download: refresh_and_find(catalog, download.source, download.model),
     )
 
 

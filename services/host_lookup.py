@@ -1,4 +1,4 @@
-"""Look-ups of host names that can be given up: the resolver can't be interrupted, and may take half a minute."""
+"""Resolves host names with abandonable waits: the resolver can't be interrupted, and may take half a minute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Lookup:
-    """One look-up. `over` is set at its end; then there is an `error`, or `addresses` as (family, socket address)."""
+    """One lookup. `over` is set at its end; then there is an `error`, or `addresses` as (family, socket address)."""
 
     def __init__(self, host: str, port: int) -> None:
         self.over = threading.Event()
@@ -37,10 +37,10 @@ _lock = threading.Lock()
 
 
 def look_up(host: str, port: int) -> Lookup:
-    """Begin a look-up, or join the one under way for the same host.
+    """Begin a lookup, or join the one under way for the same host.
 
-    One at most for each: while a resolver hangs, each request that has given up would else leave a thread behind, and
-    gevent has ten for all look-ups together.
+    At most one each: otherwise every request that gave up while a resolver hangs would leave a thread behind, and
+    gevent has ten for all lookups together.
     """
     with _lock:
         if (host, port) not in _under_way:

@@ -1,4 +1,4 @@
-"""Whether what is still to come fits on the disk it goes to."""
+"""Checks whether the rest of a download fits on its disk."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from services.native_threads import NativeThreadPool
 from services.sizes import format_size
 
 CALL_SECONDS = 5.0
-"""How long a disk may take to say how much room it has."""
+"""Time limit for querying a disk's free space."""
 
 log = structlog.get_logger(__name__)
 
 
 class DiskCheck:
-    """`folders` tells where each source's files go; None for what is on another machine, or unknown.
+    """Checks free space. `folders` returns where each source's files go, None if unknown or on another machine.
 
-    `margin_bytes` stay free whatever is downloaded.
+    `margin_bytes` always stay free.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class DiskCheck:
         self._free_bytes = free_bytes
 
     def check(self, source: Source, left_bytes: int | None) -> None:
-        """Raises DownloadError `disk_full` when `left_bytes` more don't fit. What can't be known passes.
+        """Raise DownloadError `disk_full` if `left_bytes` more don't fit. Passes if unknown.
 
-        So does a download with nothing left to come, which needs no room however little there is.
+        A download with nothing left to come always passes.
         """
         find = self._folders.get(source)
         folder = find() if find is not None else None
@@ -48,7 +48,7 @@ class DiskCheck:
         try:
             free = self._threads[source](self._free_on, folder)
         except OSError as error:
-            log.warning("how much room there is can't be told", folder=str(folder), error=str(error))
+            log.warning("free disk space can't be determined", folder=str(folder), error=str(error))
             return
         if left_bytes > free - self._margin_bytes:
             left, room, margin = map(format_size, (left_bytes, free, self._margin_bytes))
@@ -64,5 +64,5 @@ class DiskCheck:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above that is there already."""
+    """Return the folder, or its nearest ancestor that exists."""
     return next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))

@@ -1,4 +1,4 @@
-"""One download as people and scripts see it, and as the store keeps it."""
+"""One download, as shown to clients and as stored."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class DownloadNotFound(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """One download as people and scripts see it.
+    """One download as shown to clients. Sizes are bytes, times Unix seconds, unknown is None.
 
-    Sizes are bytes, times Unix seconds, unknown is None. `message` says what it does, or what went wrong and what to
-    do; `error` is the code of that. `position` counts from 1 among those that wait. `version` grows with each change.
+    `message` says what it does, or what failed and what to do; `error` is the code of a failure. `position` counts from
+    1 among waiting downloads. `version` grows with each change.
     """
 
     id: str
@@ -56,11 +56,11 @@ class Download:
 
 
 def restored(record: DownloadRecord) -> Download:
-    """A stored download as it goes on: what was under way waits for its turn again."""
+    """Return a stored download after a restart: an unfinished one is queued again."""
     view = Download(**asdict(record))
     return replace(view, state="queued", message=WAITING) if view.moving else view
 
 
 def record_of(view: Download) -> DownloadRecord:
-    """What is stored of a download."""
+    """Return a download's database record."""
     return DownloadRecord(**{field.name: getattr(view, field.name) for field in fields(DownloadRecord)})

@@ -1,6 +1,6 @@
 """The port that every source of models implements, and the values that cross it.
 
-A fetcher is straight-line blocking code; the queue runs it in a worker and stops it through an `Abort`.
+A fetcher is blocking code; the queue runs it in a thread and cancels it through an `Abort`.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from services.abort import Abort
 
 Source = Literal["ollama", "huggingface"]
 Phase = Literal["resolving", "downloading", "verifying", "writing"]
-"""What a transfer is doing: asking what there is, moving bytes, checking them, putting them in their place."""
+"""Phase of a transfer: listing files, moving bytes, checking them, moving files to their place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One layer or file of a model: bytes here, bytes in all."""
+class FileProgress:
+    """Progress of one layer or file of a model: bytes done, bytes in total."""
 
     completed: int
     total: int
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class TransferUpdate:
     """One observation of a transfer.
 
-    `parts` holds what this observation says, by digest or file name; parts it doesn't mention stay as they were.
-    `expected_bytes` is the size of the whole model where the source told it ahead, else None.
+    `parts` has the progress of the files or layers observed, by digest or name; others are unchanged. `expected_bytes`
+    is the size of the whole model if the source told it in advance.
     """
 
     phase: Phase
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, FileProgress] = field(default_factory=dict)
     expected_bytes: int | None = None
 
 
 class DownloadError(Exception):
-    """A download can't be done, or broke off. `code` is for programs, the text for people: what, why, what to do.
+    """A download is refused or failed. `code` is for programs; the text is for people: what, why, what to do.
 
-    `may_resume` tells whether trying again goes on with what is here already.
+    `may_resume`: a retry continues from the partial files.
     """
 
     def __init__(self, code: str, message: str, *, may_resume: bool = False) -> None:
@@ -50,24 +50,24 @@ class DownloadError(Exception):
         self.may_resume = may_resume
 
 
-Report = Callable[[Seen], None]
+Report = Callable[[TransferUpdate], None]
 
 
 class Fetcher(Protocol):
-    """A place that models come from."""
+    """A source of models."""
 
     @property
     def source(self) -> Source: ...
 
     def check_name(self, name: str) -> str:
-        """The name as this source writes it. Raises DownloadError `invalid_name`; asks nobody."""
+        """Normalise a name. Raises DownloadError `invalid_name`. No I/O."""
 
     def fetch(self, name: str, report: Report, abort: Abort) -> None:
-        """Block until every file of the model is here, checked and in its place.
+        """Block until every file of the model is here, verified and in place.
 
-        Goes on with what an earlier try left. Raises DownloadError, and Aborted within a second of `abort`; either
-        way what has arrived stays for the next try.
+        Continues from what an earlier try left. Raises DownloadError, and Aborted within a second of `abort`; partial
+        files stay for the next try.
         """
 
     def discard(self, name: str) -> None:
-        """Forget what a download that was cancelled has left, where that can be done."""
+        """Delete the partial files of a cancelled download, if the source supports that."""

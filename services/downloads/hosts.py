@@ -1,7 +1,7 @@
-"""Where downloads may go: hosts that the settings name, and public ones.
+"""Which hosts downloads may reach: those in the settings, and public ones.
 
-A model's name comes from whoever can reach the page, and a redirect from whoever runs a registry: neither may have this
-machine ask its own services, or those of its network, what nobody meant it to ask.
+Model names come from clients and redirects from registries. Neither may make this machine send requests to its own
+services or those of its network.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 PORTS = {"http": 80, "https": 443}
 
 
-def place(netloc: str, scheme: str = "https") -> str:
-    """A host, with its port unless that is the scheme's own, to be compared: `HF.co.:443` is `hf.co`."""
+def host_key(netloc: str, scheme: str = "https") -> str:
+    """Normalise a host for comparison, without the scheme's default port: `HF.co.:443` gives `hf.co`."""
     host, _, port = netloc.rpartition("@")[2].lower().rpartition(":")
     if not port.isdigit():  # no port, or the end of an IPv6 address
         host, port = netloc.rpartition("@")[2].lower(), ""
@@ -22,15 +22,15 @@ def place(netloc: str, scheme: str = "https") -> str:
     return f"{host}:{port}" if port and int(port) != PORTS.get(scheme) else host
 
 
-def place_of(url: str) -> str:
+def host_key_of(url: str) -> str:
     parts = urlsplit(url)
-    return place(parts.netloc, parts.scheme)
+    return host_key(parts.netloc, parts.scheme)
 
 
 def is_public(host: str) -> bool:
-    """Whether all addresses of a host are on the Internet: not this machine's, its network's, or set aside.
+    """Return whether all addresses of a host are public: not loopback, private or reserved.
 
-    Blocks while the name is looked up. One that nobody knows passes: it can't be reached without a proxy either.
+    Blocks during name resolution. An unknown name passes: without a proxy, it can't be reached either.
     """
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""What is on this machine's disk and what is recommended to be: installed models, their updates, their removal."""
+"""Installed and recommended models: their updates, and their deletion."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from services.switching.switcher import Switcher
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """A model that people are pointed to. `installed` is its id in the catalogue once it is here, else None.
+    """A recommended model. `installed` is its id in the catalogue, None if it is not installed.
 
-    `model` is as the settings write it, `name` as its source does, which is how its download is listed.
+    `model` is the name in the settings, `name` the source's, under which its download is listed.
     """
 
     model: str
@@ -36,10 +36,10 @@ class Recommended:
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """What deleting a model does.
+    """The effect of deleting a model.
 
-    `frees_bytes` is None when nobody knows its size. Its files stay as long as others use them, `shared_with`. `files`
-    are their names, where its engine tells. `listed`: the settings go on listing it, so that it is back with its file.
+    `frees_bytes` is None if its size is unknown. Its files stay while other models (`shared_with`) use them. `files`
+    are their names, if the engine reports them. `listed`: the settings list it, so that it reappears with its file.
     """
 
     frees_bytes: int | None
@@ -50,14 +50,14 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """A model that was deleted, and what that did."""
+    """A deleted model, and the effect."""
 
     model: str
     deletion: Deletion
 
 
 class Library:
-    """Reads the catalogue; deletes through the switcher, so that nothing loads a model while its files go."""
+    """Reads the catalogue; deletes through the switcher, so that nothing loads a model meanwhile."""
 
     def __init__(
         self,
@@ -75,17 +75,17 @@ class Library:
 
     @property
     def outdated(self) -> frozenset[str]:
-        """Ids of models with a newer version in their registry, as far as is known."""
+        """Ids of models with a newer version in their registry, as far as known."""
         names = self._updates.available
         return frozenset(m.id for m in self._catalog.models.values() if m.engine == "ollama" and m.source in names)
 
     def check_updates(self) -> frozenset[str]:
-        """Ask the registries now; takes up to some seconds per model. The ids with a newer version."""
+        """Ask the registries now; takes up to some seconds per model. Return the ids of models with a newer version."""
         self._updates.check()
         return self.outdated
 
     def recommendations(self) -> list[Recommended]:
-        """The settings' list, each with whether it is here already."""
+        """Return the recommended models, each with whether it is installed."""
         return [
             Recommended(
                 model=r.model,
@@ -100,7 +100,7 @@ class Library:
         ]
 
     def deletion(self, model: Model) -> Deletion:
-        """What deleting a model would do."""
+        """Return what deleting a model would do."""
         sharers = tuple(sharer.id for sharer in self._catalog.sharers_of(model))
         return Deletion(
             frees_bytes=0 if sharers else model.size_bytes,
@@ -110,7 +110,10 @@ class Library:
         )
 
     def remove(self, model_id: str, requested_by: str) -> Removed:
-        """Unload a model and delete its files, unless others use them. Raises UnknownModel and SwitchError."""
+        """Unload a model and delete its files, except those that other models use.
+
+        Raises UnknownModel and SwitchError.
+        """
         model = self._catalog.get(model_id)
         deletion = self.deletion(model)
         job = self._switcher.remove(model.id, requested_by=requested_by)
@@ -121,19 +124,19 @@ class Library:
         return Removed(model.id, deletion)
 
     def _find(self, wanted: Recommendation) -> str | None:
-        """The id of a recommended model that is here."""
+        """Return the id of a recommended model if it is installed."""
         name = _name_of(wanted)
         return next((m.id for m in self._catalog.models.values() if _is(m, wanted.source, name)), None)
 
 
-def look_for(catalog: Catalog, source: Source, name: str) -> bool:
-    """Look again what there is; whether a model that came from `source` under this name can be switched to."""
+def refresh_and_find(catalog: Catalog, source: Source, name: str) -> bool:
+    """Refresh the catalogue; return whether the model called `name` at `source` can be loaded."""
     catalog.refresh()
     return any(_is(model, source, name) and model.fault is None for model in catalog.models.values())
 
 
 def _name_of(wanted: Recommendation) -> str:
-    """Its name as its source writes it; what can't be one stays as it is, and its download will say so."""
+    """Return a name as its source writes it; an invalid one is returned unchanged, and its download reports that."""
     if wanted.source == "ollama":
         return full_name(wanted.model)
     with suppress(DownloadError):
@@ -142,11 +145,11 @@ def _name_of(wanted: Recommendation) -> str:
 
 
 def _is(model: Model, source: Source, name: str) -> bool:
-    """Whether a model of the catalogue came from `source` under this name."""
+    """Return whether a catalogue model is the one called `name` at `source`."""
     if source == "ollama":
         return (model.engine, model.source) == ("ollama", name)
     with suppress(DownloadError):
         wanted = hub_names.parse(name)
-        _, below, path = model.source.partition(f"/{wanted.repo_id}/")  # where a download from the hub lands
+        _, below, path = model.source.partition(f"/{wanted.repo_id}/")  # the folder of a download from Hugging Face
         return model.engine == "llamacpp" and bool(below) and wanted.covers(path)
     return False

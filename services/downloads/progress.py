@@ -1,6 +1,6 @@
-"""How far a transfer is, how fast it goes and how long it will take. Pure: no I/O and no clock.
+"""Computes percent, speed and time left of a transfer. Pure: no I/O and no clock.
 
-The percentage never falls, however often a new layer makes the whole larger, and 100 is not said before the end.
+The percentage never falls, although new layers increase the total, and reaches 100 only at the end.
 """
 
 from __future__ import annotations
@@ -8,58 +8,58 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from services.downloads.fetcher import Part, Phase, Seen
+from services.downloads.fetcher import FileProgress, Phase, TransferUpdate
 
 WINDOW_SECONDS = 5.0
-"""The speed is that of the bytes that arrived in the last so many seconds."""
-ENOUGH_SECONDS = 0.5
-"""How long bytes have to be watched before there is a speed."""
+"""The speed is averaged over this time."""
+MIN_SPEED_SECONDS = 0.5
+"""Time of observation before a speed is given."""
 SAMPLE_SECONDS = 0.1
-"""Observations that lie closer together share a sample, which bounds the memory."""
-ALMOST = 99
+"""Closer observations share a sample, which bounds memory."""
+MAX_PERCENT = 99
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How a transfer stands. None is what nobody can say honestly."""
+    """State of a transfer; unknown figures are None."""
 
     percent: int
     phase: Phase
     completed_bytes: int
     total_bytes: int | None
     bytes_per_second: int | None
-    """0 when it stands still; None unless bytes are being moved and have been watched for half a second."""
+    """0 when stalled; None unless bytes are being moved and were observed for half a second."""
     eta_seconds: float | None
 
 
 class TransferProgress:
-    """Follows one run of a transfer. Give it what was seen and the seconds of a monotonic clock, in order."""
+    """Progress of one transfer, fed with updates and monotonic seconds, in order."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, FileProgress] = {}
         self._expected = 0
         self._speed = _Speed()
         self._figures = Figures(0, "resolving", 0, None, None, None)
 
-    def advance(self, seen: Seen, now: float) -> Figures:
-        """Take an observation in."""
+    def advance(self, update: TransferUpdate, now: float) -> Figures:
+        """Take in an update; return the new figures."""
         arrived = 0
-        for name, figures in seen.parts.items():
-            part = _sound(figures)
-            before = self._parts.get(name, part)  # what was there when it was first seen came some other time
+        for name, figures in update.parts.items():
+            part = _clamped(figures)
+            before = self._parts.get(name, part)  # bytes of the first update arrived in an earlier run
             arrived += max(0, part.completed - before.completed)
             self._parts[name] = part
-        if seen.expected_bytes is not None:
-            self._expected = max(0, seen.expected_bytes)
+        if update.expected_bytes is not None:
+            self._expected = max(0, update.expected_bytes)
         if self._parts:
             self._speed.add(arrived, now)
         completed = sum(part.completed for part in self._parts.values())
         total = max(self._expected, sum(part.total for part in self._parts.values())) or None
-        percent = min(ALMOST, completed * 100 // total) if total else 0
-        speed = self._speed.figure() if seen.phase == "downloading" else None
+        percent = min(MAX_PERCENT, completed * 100 // total) if total else 0
+        speed = self._speed.figure() if update.phase == "downloading" else None
         self._figures = Figures(
             percent=max(self._figures.percent, percent),
-            phase=seen.phase,
+            phase=update.phase,
             completed_bytes=completed,
             total_bytes=total,
             bytes_per_second=None if speed is None else round(speed),
@@ -68,7 +68,7 @@ class TransferProgress:
         return self._figures
 
     def finish(self) -> Figures:
-        """The transfer has ended well: 100 percent, and everything there was is here."""
+        """Note that the transfer is complete; return the final figures."""
         total = self._figures.total_bytes
         self._figures = replace(
             self._figures, percent=100, completed_bytes=total or 0, bytes_per_second=None, eta_seconds=None
@@ -77,12 +77,12 @@ class TransferProgress:
 
 
 class _Speed:
-    """Bytes over the last seconds."""
+    """Average speed over the last seconds."""
 
     def __init__(self) -> None:
         self._arrived = 0
         self._samples: deque[tuple[float, int]] = deque()
-        """(when, bytes arrived by then); the first is the last one that is older than the window, if there is one."""
+        """(time, bytes by then); the first is the latest sample older than the window, if there is one."""
 
     def add(self, arrived: int, now: float) -> None:
         self._arrived += arrived
@@ -94,14 +94,14 @@ class _Speed:
             samples.popleft()
 
     def figure(self) -> float | None:
-        """Bytes per second; None while there is too little to go by."""
+        """Return bytes per second; None with too few samples."""
         if not self._samples:
             return None
         (since, before), (now, arrived) = self._samples[0], self._samples[-1]
-        return (arrived - before) / (now - since) if now - since >= ENOUGH_SECONDS else None
+        return (arrived - before) / (now - since) if now - since >= MIN_SPEED_SECONDS else None
 
 
-def _sound(part: Part) -> Part:
-    """What can be reckoned with: nothing below zero, no more here than there is."""
+def _clamped(part: FileProgress) -> FileProgress:
+    """Return the progress with impossible values corrected: nothing negative, no more done than in total."""
     completed = max(0, part.completed)
-    return Part(completed, max(completed, part.total))
+    return FileProgress(completed, max(completed, part.total))

@@ -1,9 +1,9 @@
-"""The downloads: who runs, who waits, what is told and what is kept. Owned by the server, whoever watches.
+"""The download queue: which downloads run, wait, and are shown and stored. Independent of any client.
 
-One lock guards every job. A transfer runs in a thread of its own and is stopped through its `Abort`; what a job is to
-be after that is decided by whoever stopped it, before the thread has noticed. So a job may be paused, cancelled or even
-off the list while its thread still winds down, and nothing of the same model is started until it has. The store is
-written without the lock, because it may have to wait for its disk.
+One lock guards all jobs. A transfer runs in a thread of its own and is cancelled through its `Abort`; whoever cancels
+it sets the job's next state before the thread has noticed. So a job may be paused, cancelled or even removed while its
+thread still runs, and no other transfer of the same model starts until that has ended. The store is written without the
+lock, because it may wait for the disk.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ from services.store.records import DownloadRecord, DownloadState, new_id
 
 log = structlog.get_logger(__name__)
 
-WORTH_ANOTHER_TRY = frozenset(
-    {"interrupted", "registry_unreachable", "hub_unreachable", "stalled", "ollama_unreachable"}
-)
+RETRYABLE = frozenset({"interrupted", "registry_unreachable", "hub_unreachable", "stalled", "ollama_unreachable"})
+"""Error codes after which a transfer is retried automatically."""
 RETRY_PAUSES = (2.0, 8.0)
-"""Seconds before the first and the second try that nobody has to ask for."""
+"""Seconds before the first and second automatic retry."""
 STORE_SECONDS = 2.0
-TELL_SECONDS = 0.1
+PUBLISH_SECONDS = 0.1
 CLOSE_SECONDS = 5.0
 FINISHED_KEPT = 50
 LISTING_SECONDS = 5.0
-"""How long a model whose files are all here may take to be listed by its engine."""
+"""How long a complete model may take to be listed by its engine."""
 LISTING_PAUSE = 0.1
 LISTING = "Adding it to the models"
 
@@ -50,7 +49,7 @@ _WORDS: Mapping[Phase, str] = {
 
 
 class DownloadStore(Protocol):
-    """Where downloads are kept over a restart."""
+    """Persistent store of downloads."""
 
     def save(self, record: DownloadRecord) -> None: ...
 
@@ -61,11 +60,11 @@ class DownloadStore(Protocol):
 
 @dataclass(eq=False)
 class _Job:
-    """A download and the thread that carries it out. Touched with the queue's lock held."""
+    """A download and its current transfer. Accessed with the queue's lock held."""
 
     view: Download
     abort: Abort | None = None
-    """Stops the transfer that goes on now."""
+    """Cancels the current transfer."""
     stored_at: float = 0.0
 
     @property
@@ -74,10 +73,10 @@ class _Job:
 
 
 class DownloadQueue:
-    """Runs at most `at_once` transfers side by side. Every public method may be called from any thread.
+    """Runs at most `at_once` transfers in parallel. Thread-safe.
 
-    `on_complete` is told of a download whose files are all here before everyone else is. While it says False the model
-    can't be switched to, so it is asked again, for `listing_seconds` at most.
+    `on_complete` is called with a download whose files are complete, before that is published. While it returns False,
+    the model can't be loaded yet; it is called again for at most `listing_seconds`.
     """
 
     def __init__(
@@ -103,9 +102,9 @@ class DownloadQueue:
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
         self._busy: dict[_Job, threading.Thread] = {}
-        """Jobs whose thread has yet to end, on the list or not any more."""
+        """Jobs whose thread has not ended, also removed ones."""
         self._unsaved: dict[str, Download | None] = {}
-        """What the store doesn't know yet; None for what is to be deleted there."""
+        """Changes not yet stored; None marks a deletion."""
         self._saving = threading.Lock()
         self._version = 0
         self._started = False
@@ -117,7 +116,7 @@ class DownloadQueue:
         return self._version
 
     def start(self) -> None:
-        """Go on with what an earlier run left unfinished, in its old order; what was paused stays so."""
+        """Continue what an earlier run left unfinished, in the same order; paused downloads stay paused."""
         records = self._store.newest_first()
         with self._changed:
             for record in reversed(records):
@@ -127,13 +126,13 @@ class DownloadQueue:
             self._schedule()
 
     def close(self) -> None:
-        """Stop every transfer and return; the next start goes on with them."""
+        """Cancel every transfer; the next start continues them."""
         with self._changed:
             self._closing = True
             busy = dict(self._busy)
             for job in busy:
                 if job.view.moving:
-                    self._unsaved[job.view.id] = job.view  # with its latest figures
+                    self._unsaved[job.view.id] = job.view  # store its latest figures
             self._changed.notify_all()
         for job in busy:
             _stop(job.abort)
@@ -143,9 +142,9 @@ class DownloadQueue:
         self._save()
 
     def request(self, model: str, source: Source, requested_by: str) -> Download:
-        """Have a model downloaded. One that is under way already is returned, a paused or failed one goes on.
+        """Request a download; return the existing one if there is one. A paused or failed one is resumed.
 
-        Raises DownloadError `invalid_name`, and `stopping` like the other commands.
+        Raises DownloadError `invalid_name`, and `stopping` as the other commands.
         """
         name = self._fetchers[source].check_name(model)
         with self._command():
@@ -161,19 +160,19 @@ class DownloadQueue:
             return job.view
 
     def get(self, download_id: str) -> Download:
-        """Raises DownloadNotFound."""
+        """Return a download. Raises DownloadNotFound."""
         with self._changed:
             return self._find(download_id).view
 
     def all(self) -> tuple[Download, ...]:
-        """The unfinished ones in their order, then the finished ones, the last first."""
+        """Return the unfinished downloads in order, then the finished ones, the latest first."""
         with self._changed:
             views = [job.view for job in self._jobs.values()]
         finished = sorted((v for v in views if v.final), key=lambda v: v.finished_at or 0.0, reverse=True)
         return (*(v for v in views if not v.final), *finished)
 
     def pause(self, download_id: str) -> Download:
-        """Stop its transfer and keep what has arrived. Raises DownloadNotFound, and DownloadError `not_possible`."""
+        """Cancel the transfer and keep partial files. Raises DownloadNotFound, and DownloadError `not_possible`."""
         with self._stopping(download_id) as job:
             if job.view.final:
                 raise _not_possible("paused", job.view)
@@ -184,7 +183,7 @@ class DownloadQueue:
             return job.view
 
     def resume(self, download_id: str) -> Download:
-        """Go on from what is here; a failed one is tried again.
+        """Continue from the partial files; also retries a failed download.
 
         Raises DownloadNotFound, and DownloadError `not_possible`.
         """
@@ -197,7 +196,7 @@ class DownloadQueue:
             return job.view
 
     def cancel(self, download_id: str) -> Download:
-        """Call it off: it is cancelled on return; its transfer ends and what has arrived goes in its own time.
+        """Cancel a download. Its transfer ends and its partial files are deleted in the background.
 
         Raises DownloadNotFound, DownloadError `not_possible`.
         """
@@ -207,11 +206,11 @@ class DownloadQueue:
             if job.view.state != "cancelled":
                 self._finish(job, "cancelled", message="Cancelled", error=None)
                 if job.key not in {busy.key for busy in self._busy}:
-                    self._employ(job, self._clear_away)  # else the thread that is at work on the model does that
+                    self._start_thread(job, self._discard)  # otherwise the thread of the model's transfer does it
             return job.view
 
     def remove(self, download_id: str) -> None:
-        """Take one that has ended off the list. Raises DownloadNotFound, DownloadError `not_possible`."""
+        """Remove a finished download from the list. Raises DownloadNotFound, DownloadError `not_possible`."""
         with self._command():
             job = self._find(download_id)
             if not job.view.final:
@@ -219,14 +218,14 @@ class DownloadQueue:
             self._drop(job)
 
     def follow(self, download_id: str, heartbeat: float = 10.0) -> Iterator[Download | None]:
-        """Each newer view of it, at most ten a second, until it ends or pauses; None when nothing happened for a while.
+        """Yield each newer state, at most ten a second, until it ends or pauses.
 
-        Raises DownloadNotFound at once.
+        Yields None after `heartbeat` seconds without a change. Raises DownloadNotFound at once, not when iterated.
         """
         return self._follow(self.get(download_id), heartbeat)
 
     def wait_newer(self, version: int, timeout: float) -> int:
-        """The current version, once it exceeds `version` or `timeout` seconds have passed."""
+        """Return the version once it exceeds `version`, or after `timeout` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._version > version or self._closing, timeout)
             return self._version
@@ -234,7 +233,7 @@ class DownloadQueue:
     def _follow(self, view: Download, heartbeat: float) -> Iterator[Download | None]:
         yield view
         while not view.final and view.state != "paused":
-            time.sleep(TELL_SECONDS)
+            time.sleep(PUBLISH_SECONDS)
             newer = self._await_change(view, heartbeat)
             if newer is None:
                 return
@@ -242,7 +241,7 @@ class DownloadQueue:
             view = newer
 
     def _await_change(self, view: Download, timeout: float) -> Download | None:
-        """Its newer self, or itself when nothing happened; None when nothing more will be told of it."""
+        """Return the newer state, or `view` on timeout; None if the download was removed or the app shuts down."""
 
         def current() -> Download | None:
             job = self._jobs.get(view.id)
@@ -254,16 +253,17 @@ class DownloadQueue:
 
     @contextmanager
     def _command(self) -> Iterator[None]:
-        """The lock for what somebody asks for. Raises DownloadError `stopping` when it is too late for that."""
+        """Hold the lock for a client's command. Raises DownloadError `stopping` during shutdown."""
         with self._changing():
             self._check_open()
             yield
 
     @contextmanager
     def _stopping(self, download_id: str) -> Iterator[_Job]:
-        """The lock for stopping a job: its transfer is stopped on leaving, before a store that may be slow hears of it.
+        """Hold the lock for stopping a job, and cancel its transfer on leaving.
 
-        Raises DownloadNotFound, DownloadError `stopping`.
+        The transfer is cancelled before the store is written, which may be slow. Raises DownloadNotFound, DownloadError
+        `stopping`.
         """
         with self._changed:
             self._check_open()
@@ -280,7 +280,7 @@ class DownloadQueue:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """The lock. What was changed with it held has been stored on leaving."""
+        """Hold the lock; store the changes on leaving."""
         with self._changed:
             yield
         self._save()
@@ -298,7 +298,7 @@ class DownloadQueue:
         self._schedule()
 
     def _schedule(self) -> None:
-        """Start what may run, and number what has to wait."""
+        """Start queued jobs while there is capacity, and number the waiting ones."""
         if not self._started or self._closing:
             return
         taken = {job.key for job in self._busy}
@@ -325,20 +325,20 @@ class DownloadQueue:
             position=None,
             started_at=job.view.started_at or time.time(),
         )
-        self._employ(job, self._carry_out, abort)
+        self._start_thread(job, self._run, abort)
 
-    def _employ(self, job: _Job, work: Callable[..., None], *arguments: object) -> None:
-        """Give a job its thread, which ends by `_release`."""
+    def _start_thread(self, job: _Job, work: Callable[..., None], *arguments: object) -> None:
+        """Start a job's thread, which ends with `_release`."""
         self._busy[job] = thread = threading.Thread(target=work, args=(job, *arguments), name="download", daemon=True)
         thread.start()
 
     def _release(self, job: _Job) -> None:
-        """Its thread is done with the model's files: others may have them."""
+        """Note that a job's thread has ended: other transfers of the model may start."""
         del self._busy[job]
         self._schedule()
 
-    def _carry_out(self, job: _Job, abort: Abort) -> None:
-        """The thread of one transfer, from its start to whatever end."""
+    def _run(self, job: _Job, abort: Abort) -> None:
+        """Run one transfer to its end. The thread's function."""
         error = self._outcome(job, abort)
         if error is None:
             self._await_listing(job, abort)
@@ -354,15 +354,15 @@ class DownloadQueue:
             if not cancelled:
                 self._release(job)
         if cancelled:
-            self._clear_away(job)
+            self._discard(job)
 
     def _await_listing(self, job: _Job, abort: Abort) -> None:
-        """Have the model looked for until it is found: its download is called complete when it can be switched to.
+        """Wait until the model can be loaded; only then its download is complete.
 
-        One that isn't found in time is complete all the same: its files are here, its engine will say what is wrong.
+        After `listing_seconds` it is complete nevertheless: its files are here, and its engine reports what is wrong.
         """
         deadline = time.monotonic() + self._listing_seconds
-        self._note(
+        self._update(
             job,
             abort,
             state="verifying",
@@ -381,12 +381,15 @@ class DownloadQueue:
     def _listed(self, view: Download) -> bool:
         try:
             return self._on_complete(view) is not False
-        except Exception as error:  # a look that fails may succeed the next time
-            log.warning("a downloaded model could not be looked for", model=view.model, error=str(error))
+        except Exception as error:  # retried
+            log.warning("the catalogue can't be refreshed for a download", model=view.model, error=str(error))
             return False
 
     def _outcome(self, job: _Job, abort: Abort) -> DownloadError | None:
-        """Run the transfer; why it failed. None when it is done or was stopped, which whoever did that has noted."""
+        """Run the transfer; return its error.
+
+        None if it succeeded or was cancelled; then the canceller has set the state.
+        """
         try:
             self._transfer(job, abort)
         except DownloadError as error:
@@ -398,39 +401,39 @@ class DownloadQueue:
                 return DownloadError("internal_error", words, may_resume=True)
         return None
 
-    def _clear_away(self, job: _Job) -> None:
-        """Give up what a cancelled download has left. Nothing of the same model runs meanwhile."""
+    def _discard(self, job: _Job) -> None:
+        """Delete the partial files of a cancelled download, while no other transfer of the model runs."""
         try:
             self._fetchers[job.view.source].discard(job.view.model)
         except Exception:
-            log.exception("what a download left could not be removed", model=job.view.model)
+            log.exception("partial files of a download could not be deleted", model=job.view.model)
         with self._changing():
             self._release(job)
 
     def _transfer(self, job: _Job, abort: Abort) -> None:
-        """Fetch it, trying again where that may help. Raises DownloadError and Aborted."""
+        """Fetch the model, with automatic retries. Raises DownloadError and Aborted."""
         fetcher = self._fetchers[job.view.source]
         observer = TransferObserver(
-            self._disk, job.view.source, self._clock, lambda figures: self._tell(job, abort, figures)
+            self._disk, job.view.source, self._clock, lambda figures: self._publish(job, abort, figures)
         )
         pauses = list(self._retry_pauses)
         while True:
             arrived = job.view.completed_bytes
             try:
-                fetcher.fetch(job.view.model, observer.see, abort)
+                fetcher.fetch(job.view.model, observer.observe, abort)
                 return
             except DownloadError as error:
                 if job.view.completed_bytes > arrived:
                     pauses = list(self._retry_pauses)
-                if error.code not in WORTH_ANOTHER_TRY or not error.may_resume or not pauses:
+                if error.code not in RETRYABLE or not error.may_resume or not pauses:
                     raise
                 pause = pauses.pop(0)
                 words = f"{error.message} Trying again in {pause:.0f} s."
-                self._note(job, abort, message=words, bytes_per_second=None, eta_seconds=None)
+                self._update(job, abort, message=words, bytes_per_second=None, eta_seconds=None)
                 abort.wait(pause)
 
-    def _tell(self, job: _Job, abort: Abort, figures: Figures) -> None:
-        self._note(
+    def _publish(self, job: _Job, abort: Abort, figures: Figures) -> None:
+        self._update(
             job,
             abort,
             state="verifying" if figures.phase in ("verifying", "writing") else "downloading",
@@ -442,8 +445,8 @@ class DownloadQueue:
             eta_seconds=figures.eta_seconds,
         )
 
-    def _note(self, job: _Job, abort: Abort, **changes: Any) -> None:
-        """What the transfer has to say, unless it was stopped meanwhile: then the job is something else already."""
+    def _update(self, job: _Job, abort: Abort, **changes: Any) -> None:
+        """Change the job from its transfer, unless the transfer was cancelled: then the job's state is another's."""
         with self._changed:
             if job.abort is not abort or abort.requested or not job.view.moving:
                 return
@@ -480,9 +483,9 @@ class DownloadQueue:
         self._changed.notify_all()
 
     def _save(self) -> None:
-        """Store every change up to now; on return another thread has done it, or this one.
+        """Store every change made so far; on return, this thread or another has done so.
 
-        What can't be stored (a full disk) is tried again with the next change: downloads don't depend on it.
+        What can't be stored (a full disk) is retried with the next change: downloads don't depend on it.
         """
         with self._saving:
             with self._changed:
@@ -500,7 +503,7 @@ class DownloadQueue:
 
 
 def _stop(abort: Abort | None) -> None:
-    """Stop a transfer. That its process or connection is gone already doesn't matter."""
+    """Cancel a transfer. An error, because its process or connection is gone already, is only logged."""
     if abort is None:
         return
     try:

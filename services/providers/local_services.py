@@ -1,9 +1,9 @@
-"""`ollama serve` as a local service: started, stopped, watched, and found again after a restart of the app.
+"""`ollama serve` as a local service: started, stopped, polled, and adopted after a restart of the app.
 
-A server that somebody else started is used and never stopped; one of ours goes on when the app closes. What is relied
-on of Ollama 0.24.0: it logs requests to stdout, everything else to stderr; SIGTERM ends it within 10 ms with exit code
-0; SIGKILL leaves its runner, a child in its process group; where its port is taken it exits with 1 and
-`Error: listen tcp 127.0.0.1:11434: bind: address already in use`.
+A server started by another program is used and never stopped; one of ours goes on when the app ends. Relies on this
+behaviour of Ollama 0.24.0: it logs requests to stdout, everything else to stderr; SIGTERM ends it within 10 ms with
+exit code 0; SIGKILL leaves its runner, a child in its process group; if its port is taken it exits with 1 and `Error:
+listen tcp 127.0.0.1:11434: bind: address already in use`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ NAME = "ollama"
 START_POLL_SECONDS = 0.05
 STOP_GRACE_SECONDS = 10.0
 CAUSE_BYTES = 65_536
-"""How much of a log's end is searched for a cause: Go prints its stacks below it."""
-TELLING = re.compile(r"^(?:Error: |(?=panic: |fatal error: |SIG[A-Z]+: ))(.+)", re.MULTILINE)
-"""What Ollama, and the Go runtime below it, write to stderr when they give up."""
+"""Bytes of a log's end that are searched for a cause, which Go prints above its stacks."""
+CAUSE_LINE = re.compile(r"^(?:Error: |(?=panic: |fatal error: |SIG[A-Z]+: ))(.+)", re.MULTILINE)
+"""What Ollama, and the Go runtime, write to stderr when they exit with an error."""
 
 State = Literal["running", "stopped", "starting", "stopping", "failed", "unreachable"]
 
 
 class ServiceError(Exception):
-    """A service can't be started or stopped. `code` is for programs, the text for people: what, why, what to do.
+    """A service can't be started or stopped. `code` is for programs; the text is for people: what, why, what to do.
 
     Codes: remote_service, ollama_not_found, port_in_use, service_failed, service_timeout, start_cancelled, not_ours,
-    stop_failed. `log_tail` is the end of the service's log, empty where there is none.
+    stop_failed. `log_tail` is the end of the service's log, empty if there is none.
     """
 
     def __init__(self, code: str, message: str, log_tail: str = "") -> None:
@@ -51,11 +51,11 @@ class ServiceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatus:
-    """What is known of a service. `started_at` is seconds since the epoch; unknown is None.
+    """Status of a service. `started_at` is seconds since the epoch; unknown is None.
 
     `ours`: this app started it, now or in an earlier run. `local`: it is on this machine, or would be. `pid` and
-    `started_at` of a server that isn't ours are told where this machine's process list shows them. `binary` is the
-    program that would be started. `error` says in words why it failed, or how it is unreachable.
+    `started_at` of a server that isn't ours are known if this user may see the process. `binary` is the program that
+    would be started. `error` says why it failed, or why it is unreachable.
     """
 
     state: State
@@ -78,23 +78,23 @@ class ServiceStatus:
 
 
 def find_ollama(configured: str | None) -> str | None:
-    """The ollama program: the configured one or the one on PATH. None when that isn't there or can't be executed."""
+    """Return the ollama program: the configured one or the one on PATH; None if it is missing or not executable."""
     return shutil.which(str(Path(configured).expanduser()) if configured else NAME)
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One start in progress, shared by all who ask for it."""
+    """A start in progress, shared by all callers."""
 
     cancelled: threading.Event = field(default_factory=threading.Event)
     outcome: Future[ServiceStatus] = field(default_factory=Future)
 
 
 class OllamaService:
-    """The Ollama that `watch` polls: its status, and where it is on this machine, its start and stop.
+    """The Ollama that `watch` polls: its status and, if it is on this machine, its start and stop.
 
-    `environment` is asked at each start for what to add to our own environment. `on_change` is called from any thread
-    whenever something other than the log's tail has changed. Times are seconds.
+    `environment` returns, at each start, what to add to our environment. `on_change` is called from any thread when
+    anything but the log's tail has changed. Times are seconds.
     """
 
     def __init__(
@@ -122,27 +122,27 @@ class OllamaService:
         self._attempt: _Attempt | None = None
         self._stopping = False
         self._failure: ServiceError | None = None
-        self._seen = NOT_ASKED
+        self._health = NOT_ASKED
         self._changed_at = float("-inf")
-        """When a start, stop or crash was last noted (monotonic seconds): older answers tell nothing any more."""
-        self._foreign: Listener | None = None
+        """Time of the last start, stop or crash (monotonic seconds): older health checks are outdated."""
+        self._listener: Listener | None = None
         self._process: GroupLeader | None = None
         self._service = Service(NAME, self._address.url)
         self._status = self._describe(None)
         if self._address.local:
-            self._process = registry.adopt(self._service, self._ended)
+            self._process = registry.adopt(self._service, self._on_exit)
         self._status = self._describe(find_binary())
-        watch.on_health(self._note)
+        watch.on_health(self._on_health)
 
     @property
     def reachable(self) -> bool:
-        """Whether it answered the last time it was asked."""
+        """Whether it answered the last health check."""
         return self._status.state == "running"
 
     @property
     def log_path(self) -> Path | None:
-        """The log of the server that we started; None while there is none."""
-        process = self._alive()
+        """Log of the server that we started; None without one."""
+        process = self._running_process()
         return None if process is None else process.log_path
 
     def status(self) -> ServiceStatus:
@@ -150,18 +150,18 @@ class OllamaService:
         return self._status
 
     def refresh(self) -> ServiceStatus:
-        """Ask the server now; takes as long as its answer, at most about 2 s."""
+        """Check its health now; takes at most about 2 s."""
         self._watch.check_health()
         return self._status
 
     def close(self) -> None:
-        """Tell of no change any more. A server that we started goes on; the next start of the app finds it again."""
+        """Publish no more changes. A server that we started goes on, and the next run adopts it."""
         self._closing.set()
 
     def start(self) -> ServiceStatus:
-        """Have it running: returns once it answers, whoever started it. Raises ServiceError.
+        """Start the server, or join a start in progress; return once it answers, whoever started it.
 
-        Who asks while a start is in progress gets that one's answer.
+        Raises ServiceError.
         """
         if not self._address.local:
             raise self._remote("started")
@@ -174,17 +174,17 @@ class OllamaService:
             with self._operating:
                 self._bring_up(attempt.cancelled)
         except BaseException as error:
-            self._conclude(error if isinstance(error, ServiceError) else None)
+            self._end_attempt(error if isinstance(error, ServiceError) else None)
             attempt.outcome.set_exception(error)
             raise
-        status = self._conclude(None)
+        status = self._end_attempt(None)
         attempt.outcome.set_result(status)
         return status
 
     def stop(self) -> ServiceStatus:
-        """Stop the server that we started, and its runners; a start in progress is cancelled. Raises ServiceError.
+        """Stop the server that we started, and its runners; cancel a start in progress. Raises ServiceError.
 
-        Nothing happens where nothing runs.
+        Does nothing if nothing runs.
         """
         if not self._address.local:
             raise self._remote("stopped")
@@ -192,27 +192,27 @@ class OllamaService:
             if self._attempt is not None:
                 self._attempt.cancelled.set()
         with self._operating:
-            process = self._alive()
+            process = self._running_process()
             if process is not None:
                 return self._take_down(process)
         status = self.refresh()
-        if self._seen.is_listening:
+        if self._health.is_listening:
             raise ServiceError("not_ours", "This Ollama was started by another program; stop it there.")
         return status
 
     def dismiss(self) -> ServiceStatus:
-        """Forget the last failure: it has been read."""
+        """Clear the last failure, because somebody has read it."""
         with self._lock:
             self._failure = None
         return self._publish()
 
     def _bring_up(self, cancelled: threading.Event) -> None:
-        """Return once the server answers; a process started in vain is stopped again. Raises ServiceError."""
+        """Return once the server answers; stop a process that was started in vain. Raises ServiceError."""
         with self._lock:
             self._failure = None
         if self.refresh().state == "running":
             return
-        running = self._alive()
+        running = self._running_process()
         if running is not None:
             self._await_answer(running, cancelled, "Stop it, then start it again.")
             return
@@ -239,9 +239,9 @@ class OllamaService:
                 [binary, "serve"],
                 self._registry,
                 self._registry.new_log("ollama-serve"),
-                self._ended,
+                self._on_exit,
                 environment,
-                discard_stdout=True,  # one line per request: our own questions would drown what matters
+                discard_stdout=True,  # one line per request: our own polls would drown everything else
                 service=self._service,
             )
         except OSError as error:
@@ -251,7 +251,7 @@ class OllamaService:
             ) from None
         with self._lock:
             self._process = process
-            self._foreign = None
+            self._listener = None
             self._changed_at = time.monotonic()
         self._publish()
         return process
@@ -261,7 +261,7 @@ class OllamaService:
         while True:
             if cancelled.is_set():
                 raise ServiceError("start_cancelled", "The start of Ollama was cancelled: it was told to stop.")
-            if process.wait(START_POLL_SECONDS):  # before the question: what has the port may never answer it
+            if process.wait(START_POLL_SECONDS):  # checked first: another program on the port may never answer
                 raise self._start_failure(process)
             if self.refresh().state == "running":
                 return
@@ -308,35 +308,35 @@ class OllamaService:
             )
         return status
 
-    def _conclude(self, error: ServiceError | None) -> ServiceStatus:
-        """The end of a start, one way or the other."""
+    def _end_attempt(self, error: ServiceError | None) -> ServiceStatus:
+        """Note the end of a start, with its error if it failed."""
         with self._lock:
             self._attempt = None
             if error is not None and error.code not in ("ollama_not_found", "start_cancelled"):
                 self._failure = error
         return self._publish()
 
-    def _ended(self, _code: int | None) -> None:
+    def _on_exit(self, _code: int | None) -> None:
         if not self._closing.is_set():
             self._publish()
 
     def _note_crash(self) -> None:
-        """A process of ours that ended although nobody is starting or stopping it. Called with the lock."""
+        """Note a process of ours that ended unasked. Called with the lock held."""
         process = self._process
         if process is None or not process.exited or self._attempt is not None or self._stopping:
             return
         self._forget()
-        if process.exit_code != 0:  # else somebody told it to stop
+        if process.exit_code != 0:  # 0: it was told to stop
             cause = f"Ollama {process.describe_end()}{_because(tail(process.log_path, CAUSE_BYTES))}"
             self._failure = ServiceError("service_failed", cause, process.log_tail())
 
     def _forget(self) -> None:
-        """Our process is gone, and what was seen of it holds no more. Called with the lock."""
+        """Forget our ended process and its last health. Called with the lock held."""
         self._process = None
-        self._seen = NOT_ASKED
+        self._health = NOT_ASKED
         self._changed_at = time.monotonic()
 
-    def _alive(self) -> GroupLeader | None:
+    def _running_process(self) -> GroupLeader | None:
         process = self._process
         return None if process is None or process.exited else process
 
@@ -347,17 +347,17 @@ class OllamaService:
             f"It has to be {done} where it runs.",
         )
 
-    def _note(self, seen: Health) -> None:
-        """Take in an answer of the server."""
-        foreign = self._foreign
-        if seen.version is None or not self._address.local or self._alive() is not None:
-            foreign = None
-        elif foreign is None:
-            foreign = listener_on(self._address.port)
+    def _on_health(self, health: Health) -> None:
+        """Take in the result of a health check."""
+        listener = self._listener
+        if health.version is None or not self._address.local or self._running_process() is not None:
+            listener = None
+        elif listener is None:
+            listener = listener_on(self._address.port)
         with self._lock:
-            if seen.at > self._changed_at:
-                self._seen, self._foreign = seen, foreign
-                if seen.version is not None:
+            if health.at > self._changed_at:
+                self._health, self._listener = health, listener
+                if health.version is not None:
                     self._failure = None
         self._publish()
 
@@ -373,8 +373,8 @@ class OllamaService:
 
     def _describe(self, binary: str | None) -> ServiceStatus:
         state, error = self._state()
-        process = self._alive()
-        listener = self._foreign or Listener()
+        process = self._running_process()
+        listener = self._listener or Listener()
         failed_log = self._failure.log_tail if self._failure is not None else ""
         local = self._address.local
         return ServiceStatus(
@@ -384,7 +384,7 @@ class OllamaService:
             ours=process is not None,
             pid=listener.pid if process is None else process.pid,
             started_at=listener.started_at if process is None else process.started_at,
-            version=self._seen.version,
+            version=self._health.version,
             binary=binary,
             log_tail=failed_log if process is None else process.log_tail(),
             error=error,
@@ -395,22 +395,22 @@ class OllamaService:
     def _state(self) -> tuple[State, str | None]:
         if self._stopping:
             return "stopping", None
-        if self._seen.version is not None:
+        if self._health.version is not None:
             return "running", None
         if self._attempt is not None:
             return "starting", None
-        if self._alive() is not None:
-            return "unreachable", self._seen.error or f"Ollama runs, but nobody answers at {self._address.url}."
+        if self._running_process() is not None:
+            return "unreachable", self._health.error or f"Ollama runs, but nobody answers at {self._address.url}."
         if self._failure is not None:
             return "failed", self._failure.message
-        if self._seen.error is not None:
-            return "unreachable", self._seen.error
+        if self._health.error is not None:
+            return "unreachable", self._health.error
         if not self._address.local:
             return "unreachable", f"Nobody answers at {self._address.url}. Check that Ollama runs there."
         return "stopped", None
 
 
 def _because(log_text: str) -> str:
-    """The first line of a log that tells a cause, to follow a main clause; ends the sentence either way."""
-    telling = TELLING.search(log_text)
+    """Return the first line of a log that names a cause, to follow a main clause; ends the sentence either way."""
+    telling = CAUSE_LINE.search(log_text)
     return "." if telling is None else f": {telling[1].strip().rstrip('.')}."

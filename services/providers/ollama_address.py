@@ -1,4 +1,4 @@
-"""Where Ollama answers, and which program of this machine listens there."""
+"""Ollama's address, and the program that listens there on this machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from services.native_threads import run_in_thread
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where Ollama answers: its URL, and host:port as `OLLAMA_HOST` takes them.
+    """Where Ollama answers: its URL, and host:port as in `OLLAMA_HOST`.
 
-    `local`: on this machine, and without TLS, which `ollama serve` does not speak.
+    `local`: on this machine and without TLS, which `ollama serve` does not support.
     """
 
     url: str
@@ -26,7 +26,7 @@ class Address:
 
     @classmethod
     def parse(cls, base_url: str) -> Address:
-        """From a URL without a path, such as `http://127.0.0.1:11434`."""
+        """Parse a URL without a path, such as `http://127.0.0.1:11434`."""
         parts = urlsplit(base_url)
         host = parts.hostname or ""
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -36,10 +36,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """The program that listens on a port, as far as this machine's process list shows it.
-
-    `started_at` is seconds since the epoch.
-    """
+    """The program that listens on a port, if this user may see it. `started_at` is seconds since the epoch."""
 
     pid: int | None = None
     name: str | None = None
@@ -50,7 +47,7 @@ class Listener:
 
 
 def listener_on(port: int) -> Listener:
-    """Who listens on a port of this machine. Reads every process's open files: some 10 ms."""
+    """Return what listens on a port of this machine. Reads every process's open files: some 10 ms."""
     with suppress(psutil.Error, OSError):
         for connection in run_in_thread(psutil.net_connections, "tcp"):
             here = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port

@@ -17,12 +17,12 @@ import psutil
 import pytest
 
 from services.abort import Abort, Aborted
-from services.downloads.fetcher import DownloadError, Part
+from services.downloads.fetcher import DownloadError, FileProgress
 from services.downloads.huggingface.errors import explain
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from services.downloads.huggingface.names import parse
 from services.downloads.huggingface.process import HubProcess
-from services.downloads.huggingface.redirects import BLOB, Guard
+from services.downloads.huggingface.redirects import BLOB, RedirectGuard
 from services.engines.processes import ProcessRegistry
 from tests.fakes.hub import COMMIT, FakeHub, Repo
 from tests.support.console import DEMO_MODELS, ROOT, free_port, wait_until
@@ -87,7 +87,7 @@ def test_a_model_lands_whole_where_the_engine_finds_it(hub: FakeHub, fetcher: Hu
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
     assert fetch.phases() == ["resolving", "downloading", "verifying", "writing"]
     assert [seen.expected_bytes for seen in fetch.seen if seen.expected_bytes is not None] == [len(MODEL)]
-    assert fetch.seen[1].parts == {"mini.gguf": Part(0, len(MODEL))}
+    assert fetch.seen[1].parts == {"mini.gguf": FileProgress(0, len(MODEL))}
     assert fetch.arrived("mini.gguf") == len(MODEL)
     assert {request.path.split("/")[1] for request in hub.requests_to("hub")} == {"api", "yard"}
     assert f"/yard/mini/resolve/{COMMIT}/mini.gguf" in [request.path for request in hub.requests_to("hub")]
@@ -97,7 +97,7 @@ def test_all_parts_of_a_split_model_are_brought(hub: FakeHub, fetcher: HuggingFa
     fetch = Fetch(fetcher, "yard/split").result()
 
     assert files_below(models) == {f"yard/split/{path}": content for path, content in PARTS.items()}
-    assert fetch.seen[1].parts == {path: Part(0, 100_000) for path in PARTS}
+    assert fetch.seen[1].parts == {path: FileProgress(0, 100_000) for path in PARTS}
     assert fetch.seen[1].expected_bytes == 300_000
     assert len(hub.requests_to("cdn")) == 3
 
@@ -242,7 +242,7 @@ def test_an_abort_stops_within_a_second_and_the_next_fetch_goes_on(
 
     hub.faults.bytes_per_second = None
     again = Fetch(fetcher, "yard/mini").result()
-    assert again.seen[1].parts == {"mini.gguf": Part(arrived, len(MODEL))}
+    assert again.seen[1].parts == {"mini.gguf": FileProgress(arrived, len(MODEL))}
     assert hub.requests[-1].range == f"bytes={arrived}-"
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
 
@@ -270,7 +270,7 @@ def test_what_is_here_already_is_not_asked_for_again(hub: FakeHub, fetcher: Hugg
     again = Fetch(fetcher, "yard/mini").result()
 
     assert [request.path for request in hub.requests] == ["/api/models/yard/mini"]
-    assert again.seen[-1].parts == {"mini.gguf": Part(len(MODEL), len(MODEL))}
+    assert again.seen[-1].parts == {"mini.gguf": FileProgress(len(MODEL), len(MODEL))}
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
 
 
@@ -350,7 +350,7 @@ def test_a_file_is_not_asked_of_this_machine_or_its_network(
 
 def test_a_file_may_come_from_a_public_host_without_the_token() -> None:
     """The hub's CDN is one, over HTTPS; on plain HTTP, and for anything but a file, it is refused."""
-    guard = Guard("https://huggingface.co", ["registry.lan:5000"])
+    guard = RedirectGuard("https://huggingface.co", ["registry.lan:5000"])
     token = {"Authorization": f"Bearer {TOKEN}"}
 
     def sent(url: str, **extensions: bool) -> bool:

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from services.abort import Abort, Aborted
-from services.downloads.fetcher import DownloadError, Seen
+from services.downloads.fetcher import DownloadError, TransferUpdate
 from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.registry import MAX_BYTES, Registries, fetch_manifest
 from services.downloads.progress import TransferProgress
@@ -120,7 +120,7 @@ class Running:
 
     fetcher: OllamaFetcher
     name: str = "tiny-b"
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[TransferUpdate] = field(default_factory=list)
     ended_by: BaseException | None = None
 
     def __enter__(self) -> Running:
@@ -168,7 +168,7 @@ class Pulls:
             **settings,
         )
 
-    def at(self, seen: Seen) -> int:
+    def at(self, seen: TransferUpdate) -> int:
         return sum(part.completed for part in seen.parts.values())
 
     def kept(self) -> int:
@@ -195,7 +195,7 @@ class TestBothWays:
     def test_a_model_arrives_with_its_size_known_ahead(self, pulls):
         """Phases in order, percent rising to its end, every layer complete, and the exact size from the registry."""
         pulls.ollama.configure(bytes_per_second=80_000_000)
-        seen: list[Seen] = []
+        seen: list[TransferUpdate] = []
         pulls.fetcher().fetch("tiny-b", seen.append, Abort())
         assert pulls.ollama.tags() == ["tiny-b:latest"]
         phases = list(dict.fromkeys(one.phase for one in seen))
@@ -227,7 +227,7 @@ class TestBothWays:
         kept = pulls.kept()
         assert kept < TINY_B["size"]
         pulls.ollama.clear_faults()
-        seen: list[Seen] = []
+        seen: list[TransferUpdate] = []
         pulls.fetcher().fetch("tiny-b", seen.append, Abort())
         first = next(pulls.at(one) for one in seen if one.parts)
         assert kept - 1_000_000 < first  # the command draws whole MB
@@ -275,7 +275,7 @@ class TestBothWays:
 
     def test_a_registry_that_says_nothing_ahead_changes_nothing_else(self, pulls):
         """The sizes then come as Ollama gets to them."""
-        seen: list[Seen] = []
+        seen: list[TransferUpdate] = []
         binary = pulls.ollama.binary if pulls.way == "command" else None
         OllamaFetcher(pulls.ollama.url, find_binary=lambda: binary, registries=Registries(NOBODY)).fetch(
             "tiny-b", seen.append, Abort()
@@ -311,7 +311,7 @@ say("success ")"""
 
     def test_success_counts_whatever_the_exit_code(self, tmp_path):
         """The word is said once the model is complete."""
-        seen: list[Seen] = []
+        seen: list[TransferUpdate] = []
         by_command(tmp_path, "say('success \\x1b[K')\nsys.exit(3)").fetch("tiny-b", seen.append, Abort())
         assert seen
 

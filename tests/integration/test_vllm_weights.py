@@ -243,7 +243,7 @@ def test_a_cache_that_hangs_holds_up_nobody(cache, monkeypatch):
         assert go_on.wait(TIMEOUT)
         return sizes(model)
 
-    monkeypatch.setattr(vllm_weights, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(vllm_weights, "SCAN_SECONDS", 0.05)
     monkeypatch.setattr(CachedModel, "_sizes", hang)
     fill_cache(cache, "org/other", TINY_MODEL)
     for _ in range(3):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.abort import Abort
-from services.downloads.fetcher import DownloadError, Seen
+from services.downloads.fetcher import DownloadError, TransferUpdate
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
 from tests.support.console import TIMEOUT
@@ -56,7 +56,7 @@ class Fetch(threading.Thread):
         self._fetcher = fetcher
         self._model = name
         self.abort = Abort()
-        self.seen: list[Seen] = []
+        self.seen: list[TransferUpdate] = []
         self.error: Exception | None = None
         self.start()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from services.config import ConfigError, load_settings
 from services.downloads.fetcher import DownloadError
-from services.downloads.hosts import is_public, place
+from services.downloads.hosts import host_key, is_public
 from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.registry import Registries
 from services.engines.ollama.names import OllamaName
@@ -90,7 +90,7 @@ def test_accepted_names_lead_to_configured_registries(name: str) -> None:
         checked = FETCHER.check_name(name)
     except DownloadError:
         return
-    assert place(OllamaName.parse(checked).host) in ("registry.ollama.ai", *HOSTS)
+    assert host_key(OllamaName.parse(checked).host) in ("registry.ollama.ai", *HOSTS)
 
 
 def test_local_services_are_not_contacted(client: FlaskClient) -> None:

@@ -9,24 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.downloads.fetcher import Part, Seen
+from services.downloads.fetcher import FileProgress, TransferUpdate
 from services.downloads.progress import TransferProgress
 
 MB = 1_000_000
 
 parts = st.dictionaries(
-    st.sampled_from("abcd"), st.builds(Part, st.integers(-5, 10**9), st.integers(-5, 10**9)), max_size=4
+    st.sampled_from("abcd"), st.builds(FileProgress, st.integers(-5, 10**9), st.integers(-5, 10**9)), max_size=4
 )
 seen = st.builds(
-    Seen,
+    TransferUpdate,
     st.sampled_from(["resolving", "downloading", "verifying", "writing"]),
     parts,
     st.none() | st.integers(-5, 10**10),
 )
 
 
-def downloading(completed: int, total: int, *, expected: int | None = None, name: str = "a") -> Seen:
-    return Seen("downloading", {name: Part(completed, total)}, expected)
+def downloading(completed: int, total: int, *, expected: int | None = None, name: str = "a") -> TransferUpdate:
+    return TransferUpdate("downloading", {name: FileProgress(completed, total)}, expected)
 
 
 @settings(deadline=None)
@@ -47,15 +47,19 @@ def test_figures_are_valid_for_any_observations(observations):
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from("abcdef"), st.builds(Part, st.integers(0, 10**6), st.integers(10**6, 10**7))))
+@given(
+    st.dictionaries(
+        st.sampled_from("abcdef"), st.builds(FileProgress, st.integers(0, 10**6), st.integers(10**6, 10**7))
+    )
+)
 def test_the_order_of_layers_does_not_matter(layers):
     """All at once, one by one, or in reverse: the sums are the same."""
-    at_once = TransferProgress().advance(Seen("downloading", layers), 0.0)
+    at_once = TransferProgress().advance(TransferUpdate("downloading", layers), 0.0)
     for order in (list(layers), list(reversed(layers))):
         progress = TransferProgress()
-        last = progress.advance(Seen("downloading"), 0.0)
+        last = progress.advance(TransferUpdate("downloading"), 0.0)
         for name in order:
-            last = progress.advance(Seen("downloading", {name: layers[name]}), 0.0)
+            last = progress.advance(TransferUpdate("downloading", {name: layers[name]}), 0.0)
         assert (last.completed_bytes, last.total_bytes) == (at_once.completed_bytes, at_once.total_bytes)
 
 
@@ -78,14 +82,14 @@ def test_a_new_layer_makes_the_whole_larger_but_the_percentage_does_not_fall():
 def test_a_size_known_in_advance_is_the_total():
     """The first layer is then not taken for the whole; if more arrives than expected, the total grows."""
     progress = TransferProgress()
-    assert progress.advance(Seen("resolving", expected_bytes=1000), 0.0).total_bytes == 1000
+    assert progress.advance(TransferUpdate("resolving", expected_bytes=1000), 0.0).total_bytes == 1000
     assert progress.advance(downloading(100, 200), 1.0).percent == 10
     assert progress.advance(downloading(1500, 1500), 2.0).total_bytes == 1500
 
 
 def test_without_any_size_the_total_is_unknown():
     """The total is None, and the percentage 0."""
-    figures = TransferProgress().advance(Seen("resolving"), 0.0)
+    figures = TransferProgress().advance(TransferUpdate("resolving"), 0.0)
     assert (figures.percent, figures.total_bytes, figures.bytes_per_second, figures.eta_seconds) == (
         0,
         None,
@@ -109,7 +113,7 @@ def test_speed_comes_from_the_last_seconds_and_gives_the_time_left():
 def test_there_is_no_speed_before_half_a_second():
     """0.4 s between two observations are too short, 0.5 s are enough; waiting for the first layer doesn't count."""
     progress = TransferProgress()
-    progress.advance(Seen("resolving"), 0.0)
+    progress.advance(TransferUpdate("resolving"), 0.0)
     assert progress.advance(downloading(0, 100 * MB), 9.0).bytes_per_second is None
     assert progress.advance(downloading(4 * MB, 100 * MB), 9.4).bytes_per_second is None
     assert progress.advance(downloading(5 * MB, 100 * MB), 9.5).bytes_per_second == 10 * MB
@@ -129,7 +133,7 @@ def test_a_stalled_transfer_has_speed_0_and_no_time_left():
     for second in range(4):
         progress.advance(downloading(second * MB, 10 * MB), float(second))
     for second in range(4, 10):
-        figures = progress.advance(Seen("downloading"), float(second))
+        figures = progress.advance(TransferUpdate("downloading"), float(second))
     assert (figures.bytes_per_second, figures.eta_seconds) == (0, None)
 
 
@@ -138,7 +142,7 @@ def test_verifying_has_no_speed():
     progress = TransferProgress()
     progress.advance(downloading(0, 10 * MB), 0.0)
     progress.advance(downloading(10 * MB, 10 * MB), 1.0)
-    figures = progress.advance(Seen("verifying"), 1.1)
+    figures = progress.advance(TransferUpdate("verifying"), 1.1)
     assert (figures.percent, figures.bytes_per_second, figures.eta_seconds) == (99, None, None)
 
 

@@ -16,7 +16,7 @@ import pytest
 from services.abort import Abort, Aborted
 from services.downloads.disk import DiskCheck
 from services.downloads.download import Download, DownloadNotFound
-from services.downloads.fetcher import DownloadError, Fetcher, Part, Report, Seen, Source
+from services.downloads.fetcher import DownloadError, Fetcher, FileProgress, Report, Source, TransferUpdate
 from services.downloads.queue import FINISHED_KEPT, DownloadQueue
 from services.store.records import DownloadRecord
 from services.store.repository import DownloadRepository, open_store
@@ -42,7 +42,7 @@ class Call:
 
         def report() -> None:
             try:
-                self._report(Seen(phase, {"layer": Part(completed, total)}))
+                self._report(TransferUpdate(phase, {"layer": FileProgress(completed, total)}))
             finally:
                 done.set()
 
@@ -643,7 +643,7 @@ class RandomSource:
             fate = self._chance.random()
         try:
             for n in range(3):
-                report(Seen("downloading", {"layer": Part(n, 3)}))
+                report(TransferUpdate("downloading", {"layer": FileProgress(n, 3)}))
                 abort.wait(0.001)
             if fate < 0.2:
                 raise DownloadError("unknown_model", "There is no such model.")

@@ -6,7 +6,7 @@ import pytest
 
 from services.downloads.fetcher import DownloadError
 from services.downloads.huggingface.names import parse
-from services.downloads.huggingface.weight_files import choose, lacking, weights_of
+from services.downloads.huggingface.weight_files import choose, missing_files, weights_of
 
 NAME = parse("org/model")
 
@@ -71,4 +71,4 @@ def test_a_repository_that_can_not_be_loaded_is_refused(listed, code):
 )
 def test_missing_files_are_named(sizes, indexed, lack):
     """From the index if there is one, otherwise from the shards' file names."""
-    assert lacking(sizes, indexed) == lack
+    assert missing_files(sizes, indexed) == lack

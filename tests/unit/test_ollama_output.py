@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.downloads.fetcher import Part
+from services.downloads.fetcher import FileProgress
 from services.downloads.ollama.output import (
     MAX_ROW,
     DrawnLayer,
-    Failed,
     FrameParser,
-    Layer,
     PullEvent,
+    PullFailed,
+    PullLayer,
     PullStatus,
+    PullSucceeded,
     Rounded,
-    Succeeded,
     explain,
     parse_line,
 )
@@ -66,8 +66,8 @@ def test_a_complete_pull_is_parsed_up_to_success(name):
     """Phases in order, success once at the end, and every layer complete by then."""
     events = drawn(recorded(name))
     assert events[0] == PullStatus("resolving")
-    assert events[-1] == Succeeded()
-    assert events.count(Succeeded()) == 1
+    assert events[-1] == PullSucceeded()
+    assert events.count(PullSucceeded()) == 1
     assert {event.phase for event in events if isinstance(event, PullStatus)} == {"resolving", "verifying", "writing"}
     last = {event.digest: event for event in events if isinstance(event, DrawnLayer)}
     assert all((layer.percent, layer.completed) == (100, None) for layer in last.values())
@@ -89,15 +89,15 @@ def test_an_interrupted_pull_ends_without_success_or_error(name):
     """Interrupted, killed, or its server ended (the command then exits with 0): the last row is a layer's."""
     events = drawn(recorded(name))
     assert isinstance(events[-1], DrawnLayer)
-    assert not any(isinstance(event, Succeeded | Failed) for event in events)
+    assert not any(isinstance(event, PullSucceeded | PullFailed) for event in events)
 
 
 @pytest.mark.parametrize(("name", "code"), FAILED.items())
 def test_a_failed_pull_ends_with_its_error(name, code):
     """Its text leads to the right error code."""
     *before, last = drawn(recorded(name))
-    assert isinstance(last, Failed)
-    assert not any(isinstance(event, Succeeded | Failed) for event in before)
+    assert isinstance(last, PullFailed)
+    assert not any(isinstance(event, PullSucceeded | PullFailed) for event in before)
     assert explain(last.text, "tiny-b").code == code
 
 
@@ -138,7 +138,7 @@ def test_a_million_bytes_of_garbage_are_dropped(noise):
     for _ in range(100):
         assert parser.feed(piece) == []
     events = parser.feed(b"\nsuccess \x1b[K") + parser.close()
-    assert events == [Succeeded()]
+    assert events == [PullSucceeded()]
 
 
 def test_an_error_of_several_lines_is_kept_together():
@@ -148,7 +148,7 @@ def test_an_error_of_several_lines_is_kept_together():
         b" newer version of Ollama.\n\nPlease download the latest version at:\n\n\thttps://ollama.com/download\n\n"
     )
     (failed,) = drawn(said)
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, PullFailed)
     assert failed.text.startswith("pull model manifest: 412:")
     assert failed.text.endswith("https://ollama.com/download")
     assert explain(failed.text, "x").code == "needs_newer_ollama"
@@ -157,7 +157,7 @@ def test_an_error_of_several_lines_is_kept_together():
 def test_an_endless_error_is_truncated():
     """Its beginning says what happened."""
     (failed,) = drawn(b"Error: beginning\n" + b"and so on\n" * 100_000)
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, PullFailed)
     assert failed.text.startswith("beginning")
     assert len(failed.text) <= MAX_ROW
 
@@ -234,9 +234,9 @@ def test_a_complete_stream_is_parsed_up_to_success():
     """Exact bytes, layers with the same short digests as the command's."""
     events = lines("stream")
     assert events[0] == PullStatus("resolving")
-    assert events[-3:] == [PullStatus("verifying"), PullStatus("writing"), Succeeded()]
-    last = {event.digest: event for event in events if isinstance(event, Layer)}
-    assert last["2a8270a5fd3e"] == Layer("2a8270a5fd3e", 46_236_384, 46_236_384)
+    assert events[-3:] == [PullStatus("verifying"), PullStatus("writing"), PullSucceeded()]
+    last = {event.digest: event for event in events if isinstance(event, PullLayer)}
+    assert last["2a8270a5fd3e"] == PullLayer("2a8270a5fd3e", 46_236_384, 46_236_384)
     assert sum(layer.total for layer in last.values()) == 46_236_961
     assert list(last) == ["2a8270a5fd3e", "e3b2721cec51", "f02dd72bb242", "2b3ec63a04e7"]
 
@@ -246,7 +246,7 @@ def test_no_layer_of_a_stream_decreases(name):
     """Nor exceeds its size."""
     seen = defaultdict(list)
     for event in lines(name):
-        if isinstance(event, Layer):
+        if isinstance(event, PullLayer):
             seen[event.digest].append(event.completed)
             assert event.completed <= event.total
     assert all(before <= after for figures in seen.values() for before, after in pairwise(figures))
@@ -254,27 +254,27 @@ def test_no_layer_of_a_stream_decreases(name):
 
 def test_a_resumed_stream_continues_where_it_was():
     """The first figure is what an earlier attempt has completed."""
-    first = next(event for event in lines("stream-resume") if isinstance(event, Layer))
+    first = next(event for event in lines("stream-resume") if isinstance(event, PullLayer))
     assert first.completed == 143_593_088
 
 
 def test_the_stream_of_a_killed_server_ends_without_a_result():
     """Without an error and without success."""
-    assert not any(isinstance(event, Succeeded | Failed) for event in lines("stream-server-killed"))
+    assert not any(isinstance(event, PullSucceeded | PullFailed) for event in lines("stream-server-killed"))
 
 
 @pytest.mark.parametrize(("name", "code"), STREAM_FAILED.items())
 def test_an_error_in_a_stream_is_its_last_line(name, code):
     """For a response that began with status 200."""
     last = lines(name)[-1]
-    assert isinstance(last, Failed)
+    assert isinstance(last, PullFailed)
     assert explain(last.text, "tiny-b").code == code
 
 
 def test_a_layer_without_a_completed_figure_has_0():
     """Ollama omits a figure that is 0."""
     line = '{"status":"pulling 2a8270a5fd3e","digest":"sha256:2a8270a5fd3e4003","total":46236384}'
-    assert parse_line(line) == Layer("2a8270a5fd3e", 0, 46_236_384)
+    assert parse_line(line) == PullLayer("2a8270a5fd3e", 0, 46_236_384)
 
 
 @settings(deadline=None)
@@ -333,8 +333,8 @@ class TestUnrounding:
     def test_the_registrys_size_replaces_the_rounded_one(self):
         """A finished layer has all of it; a size that contradicts the row is ignored."""
         done = DrawnLayer("2a8270a5fd3e", 100, None, Rounded(46 * MB, 46 * MB, 47 * MB), None)
-        assert Unrounding({"2a8270a5fd3e": 46_236_384}).part(done, 0.0) == Part(46_236_384, 46_236_384)
-        assert Unrounding({"2a8270a5fd3e": 7}).part(done, 0.0) == Part(46 * MB, 46 * MB)
+        assert Unrounding({"2a8270a5fd3e": 46_236_384}).part(done, 0.0) == FileProgress(46_236_384, 46_236_384)
+        assert Unrounding({"2a8270a5fd3e": 7}).part(done, 0.0) == FileProgress(46 * MB, 46 * MB)
 
     def test_between_two_steps_the_speed_advances_the_estimate(self):
         """1 GB stands for 0.95 to 1.05, and 25 % of 4 GB for 0.98 to 1.02: the estimate moves within that range."""
@@ -348,7 +348,7 @@ class TestUnrounding:
         """Without a speed the estimate doesn't move."""
         unrounding = Unrounding({})
         row = self.row(25, 950 * MB, 1050 * MB, None)
-        assert unrounding.part(row, 0.0) == unrounding.part(row, 5.0) == Part(980 * MB, 4 * GB)
+        assert unrounding.part(row, 0.0) == unrounding.part(row, 5.0) == FileProgress(980 * MB, 4 * GB)
 
     @settings(deadline=None)
     @given(st.integers(1, 10**12), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 10)), max_size=20))

@@ -1,13 +1,13 @@
-"""The Hugging Face cache: where huggingface_hub 0.8 to 2.4 keeps what it downloads, and looks for it.
+"""The Hugging Face cache, in the layout of huggingface_hub 0.8 to 2.4.
 
     <cache>/models--OWNER--NAME/blobs/DIGEST                the bytes; DIGEST is LFS' SHA-256, else git's id
     <cache>/models--OWNER--NAME/snapshots/COMMIT/PATH       a relative link to a blob
     <cache>/models--OWNER--NAME/refs/REVISION               the commit of a branch or tag
 
-Other programs read and write it at the same time, huggingface_hub in vLLM's containers among them, so each file gets
-its name in one step, when it is whole. Unfinished bytes are in `DIGEST.START_OF_DIGEST.incomplete` beside the blob, a
-name that huggingface_hub never gives: where both fetch the same file, its bytes come twice and either is right. The
-links are made after the last blob and the commit is written last, so that nobody is led to half a model.
+Other programs use it concurrently, such as huggingface_hub in vLLM's containers, so each file is renamed into place
+when complete. Partial files are `DIGEST.START_OF_DIGEST.incomplete` beside the blob, a name that huggingface_hub never
+uses: if both fetch the same file, it is transferred twice, and either result is valid. Links are created after the last
+blob and the ref is written last, so that no reader finds half a model.
 """
 
 from __future__ import annotations
@@ -21,40 +21,42 @@ from contextlib import suppress
 from pathlib import Path
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.huggingface.files import DIGEST_CHARACTERS, SUFFIX
+from services.downloads.huggingface.files import DIGEST_CHARACTERS, PARTIAL_SUFFIX
 from services.downloads.huggingface.names import HubName
-from services.downloads.huggingface.weight_files import choose, in_load_order, index_of, lacking, weights_of
+from services.downloads.huggingface.weight_files import choose, in_load_order, index_of, missing_files, weights_of
 
-USUAL_REVISION = "main"
+DEFAULT_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_OURS = re.compile(rf"(?P<start>[0-9a-f]{{{DIGEST_CHARACTERS}}})[0-9a-f]+\.(?P=start){re.escape(SUFFIX)}")
-"""Our unfinished files; huggingface_hub puts eight random characters before `.incomplete`, or none."""
+_OWN_UNFINISHED = re.compile(
+    rf"(?P<start>[0-9a-f]{{{DIGEST_CHARACTERS}}})[0-9a-f]+\.(?P=start){re.escape(PARTIAL_SUFFIX)}"
+)
+"""Our partial files; huggingface_hub puts eight random characters, or none, before `.incomplete`."""
 
 
 class CachedModel:
-    """One revision of one model in a cache. Reads only, and takes what can't be read for missing."""
+    """One revision of a model in a cache. Read-only; what can't be read counts as missing."""
 
     def __init__(self, cache: Path, name: HubName) -> None:
         self.folder = cache / f"models--{name.owner}--{name.repo}"
-        self.revision = name.revision or USUAL_REVISION
+        self.revision = name.revision or DEFAULT_REVISION
 
-    def lacking(self) -> tuple[str, ...]:
-        """What vLLM would miss, in words or as paths; empty when it finds all that it loads."""
+    def missing_files(self) -> tuple[str, ...]:
+        """Return what vLLM would lack, as descriptions or paths; empty if everything is there."""
         sizes = self._sizes()
-        return lacking(sizes, self._indexed(sizes)) if sizes else ("all of its files",)
+        return missing_files(sizes, self._indexed(sizes)) if sizes else ("all of its files",)
 
     def shard_bytes(self) -> tuple[int, ...]:
-        """The sizes of its weights' files, in the order in which vLLM loads them; empty when they are not all here.
+        """Return the sizes of the weights' files in vLLM's loading order; empty if they are incomplete.
 
-        Opens one short file and looks at the others.
+        Reads one short file, and the metadata of the others.
         """
         sizes = self._sizes()
-        if lacking(sizes):
+        if missing_files(sizes):
             return ()
         return tuple(sizes[path] or 0 for path in in_load_order(weights_of(sizes)))
 
     def _sizes(self) -> dict[str, int | None]:
-        """Every file of the snapshot with its size, None where its blob is missing."""
+        """Return every file of the snapshot with its size, None if its blob is missing."""
         snapshot = self._snapshot()
         if snapshot is None:
             return {}
@@ -73,7 +75,7 @@ class CachedModel:
         return self.folder / "snapshots" / commit if _COMMIT.fullmatch(commit) else None
 
     def _indexed(self, sizes: Mapping[str, int | None]) -> Collection[str]:
-        """The weights that the model's index lists; empty where there is none, or it can't be read."""
+        """Return the weights that the model's index lists; empty if there is none, or it can't be read."""
         snapshot, index = self._snapshot(), index_of(weights_of(sizes))
         if snapshot is None or index is None or sizes.get(index) is None:
             return ()
@@ -85,13 +87,13 @@ class CachedModel:
 
 
 class CacheLayout:
-    """A cache as a place for what vLLM loads of one model."""
+    """The cache as a `Layout` for the files that vLLM loads."""
 
     together = False
 
     def __init__(self, cache: Path, name: HubName) -> None:
         self.place = f"the Hugging Face cache {cache}"
-        give = f"sudo chown -R {os.geteuid()} {shlex.quote(str(_there(cache)))}"
+        give = f"sudo chown -R {os.geteuid()} {shlex.quote(str(_nearest_existing(cache)))}"
         self.advice = (
             f"vLLM's containers write there as root: give it to the user that Switchyard runs as ({give}), or let "
             "hub_cache_dir name another folder."
@@ -107,7 +109,7 @@ class CacheLayout:
 
     def leftovers(self, _destinations: Collection[Path]) -> Iterable[Path]:
         blobs = self._model.folder / "blobs"
-        return [path for path in blobs.glob(f"*{SUFFIX}") if _OURS.fullmatch(path.name)]
+        return [path for path in blobs.glob(f"*{PARTIAL_SUFFIX}") if _OWN_UNFINISHED.fullmatch(path.name)]
 
     def finish(self, commit: str | None, digests: Mapping[str, str]) -> None:
         if commit is None or not _COMMIT.fullmatch(commit):
@@ -148,12 +150,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _draft(path: Path) -> Path:
-    """What a file is called until it is whole; one that was left behind is gone."""
+    """Return the temporary name for a file being written, after deleting a leftover."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     draft.unlink(missing_ok=True)
     return draft
 
 
-def _there(path: Path) -> Path:
-    """A folder, or where it would have to be made: the nearest one above it that exists."""
+def _nearest_existing(path: Path) -> Path:
+    """Return a folder, or its nearest ancestor that exists."""
     return next((folder for folder in (path, *path.parents) if folder.is_dir()), path)

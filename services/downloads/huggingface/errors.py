@@ -1,4 +1,4 @@
-"""What goes wrong with the Hugging Face hub, in words (huggingface_hub 2.4). Imported by the child process alone."""
+"""Translates errors of huggingface_hub 2.4 to DownloadErrors. Imported by the child process only."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def explain(
     error: Exception, name: HubName, place: str = "the models folder", advice: str = "Check it and try again."
 ) -> DownloadError | None:
-    """`error` as a DownloadError; None for what nobody foresaw.
+    """Convert `error` to a DownloadError; None if it is unexpected.
 
-    `place` is where the files go, `advice` what to do when it can't be written.
+    `place` is where the files go, `advice` what to do if it can't be written.
     """
     hub = urlsplit(constants.ENDPOINT).hostname or "the hub"
     match error:

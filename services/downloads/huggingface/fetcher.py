@@ -1,21 +1,21 @@
-"""Models from the Hugging Face hub: GGUF files below the models folder, where the embedded engine finds them."""
+"""Fetches GGUF models from Hugging Face into the models folder, where the embedded engine finds them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from services.abort import Abort
-from services.downloads.fetcher import Report, Seen, Source
+from services.downloads.fetcher import Report, Source, TransferUpdate
 from services.downloads.huggingface import files, names
 from services.downloads.huggingface.process import HubProcess
 from services.native_threads import NativeThreadPool
 
 DISCARD_SECONDS = 30.0
-"""How long removing an unfinished file may take: a disk takes a while for many gigabytes."""
+"""Time limit for deleting partial files, which may be large."""
 
 
 class HuggingFaceFetcher:
-    """Brings GGUF files through `process`."""
+    """Fetches GGUF files in a child process."""
 
     source: Source = "huggingface"
 
@@ -28,12 +28,12 @@ class HuggingFaceFetcher:
         return str(names.parse(name))
 
     def fetch(self, name: str, report: Report, abort: Abort) -> None:
-        """See `Fetcher`; the codes of its DownloadError are those of `HubProcess.fetch`, and `invalid_name`."""
+        """Fetch a model; see `Fetcher.fetch`. The error codes are those of `HubProcess.fetch`, and `invalid_name`."""
         checked = self.check_name(name)
         abort.check()
-        report(Seen("resolving"))
+        report(TransferUpdate("resolving"))
         self._process.fetch("models", self._models_dir, checked, report, abort)
 
     def discard(self, name: str) -> None:
-        """Removes unfinished files that `name` covers, but for those another download is fetching."""
+        """Delete the partial files that `name` covers, except those that another download is fetching."""
         self._disk(files.discard, self._models_dir, names.parse(name))

@@ -1,8 +1,8 @@
-"""Where a repository's files lie below the models folder, finished and unfinished.
+"""Where a repository's files are in the models folder, complete and partial.
 
-A finished file is `<models_dir>/<owner>/<repo>/<path in the repository>`. Until then it is beside that place as
-`<file>.<start of its digest>.incomplete`: on the same file system, so that the last step is one rename; never named
-`*.gguf`, which the embedded engine takes for a model; and never gone on with when the hub has other bytes by now.
+A complete file is `<models_dir>/<owner>/<repo>/<path in the repository>`. A partial one is beside it, named
+`<file>.<start of its digest>.incomplete`: on the same file system, so that completing it is a rename; never `*.gguf`,
+which the embedded engine takes for a model; and never resumed if the repository has other content by now.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import BinaryIO
 from services.downloads.fetcher import DownloadError
 from services.downloads.huggingface.names import HubName, choose
 
-SUFFIX = ".incomplete"
+PARTIAL_SUFFIX = ".incomplete"
 DIGEST_CHARACTERS = 16
 
 
 class ModelsLayout:
-    """The models folder as a place for one model's files; the engine never sees half of a split one."""
+    """The models folder as a `Layout`; the engine never sees half of a split model."""
 
     place = "the models folder"
     advice = "Check it and try again."
@@ -42,28 +42,28 @@ class ModelsLayout:
         return [
             other
             for destination in destinations
-            for other in destination.parent.glob(f"*{SUFFIX}")
+            for other in destination.parent.glob(f"*{PARTIAL_SUFFIX}")
             if other.name.startswith(f"{destination.name}.")
         ]
 
     def finish(self, commit: str | None, digests: Mapping[str, str]) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 def folder_of(models_dir: Path, name: HubName) -> Path:
     return models_dir / name.owner / name.repo
 
 
-def unfinished(destination: Path, digest: str) -> Path:
-    return destination.with_name(f"{destination.name}.{digest[:DIGEST_CHARACTERS]}{SUFFIX}")
+def partial_path(destination: Path, digest: str) -> Path:
+    return destination.with_name(f"{destination.name}.{digest[:DIGEST_CHARACTERS]}{PARTIAL_SUFFIX}")
 
 
 @contextmanager
-def held(path: Path, what: str) -> Iterator[BinaryIO]:
-    """An unfinished file, open at its end and locked: two downloads may name the same file (by tag and by path).
+def locked(path: Path, what: str) -> Iterator[BinaryIO]:
+    """Context manager: open a partial file at its end and lock it.
 
-    Created where there is none, and not left behind empty. Raises DownloadError `busy` when another download has it:
-    `what` is being fetched, in words.
+    Two downloads may name the same file (by tag and by path). Created if missing, and not left behind empty. Raises
+    DownloadError `busy` if another download has locked it; `what` is the file's name for people.
     """
     with path.open("ab") as file:
         try:
@@ -82,10 +82,10 @@ def held(path: Path, what: str) -> Iterator[BinaryIO]:
 
 
 def discard(models_dir: Path, name: HubName) -> None:
-    """Remove the unfinished files that `name` covers, but for those being fetched, and folders left empty."""
+    """Delete the partial files that `name` covers, except locked ones, and folders left empty."""
     folder = folder_of(models_dir, name)
-    for path in list(folder.rglob(f"*{SUFFIX}")):
-        in_repo = path.relative_to(folder).as_posix().removesuffix(SUFFIX).rpartition(".")[0]
+    for path in list(folder.rglob(f"*{PARTIAL_SUFFIX}")):
+        in_repo = path.relative_to(folder).as_posix().removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
         if name.covers(in_repo):
             remove(path)
     below = sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True)
@@ -94,7 +94,7 @@ def discard(models_dir: Path, name: HubName) -> None:
             empty.rmdir()
 
 
-def remove(unfinished_file: Path) -> None:
-    """Remove it, unless a download has it."""
-    with suppress(DownloadError, FileNotFoundError), held(unfinished_file, unfinished_file.name):
-        unfinished_file.unlink()
+def remove(partial_file: Path) -> None:
+    """Delete a partial file unless a download has locked it."""
+    with suppress(DownloadError, FileNotFoundError), locked(partial_file, partial_file.name):
+        partial_file.unlink()

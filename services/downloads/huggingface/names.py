@@ -1,4 +1,4 @@
-"""How models on the Hugging Face hub are named, and which files of a repository a name means."""
+"""Names of models on Hugging Face, and which files of a repository a name stands for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from services.downloads.fetcher import DownloadError
 
 MAX_NAME_LENGTH = 300
-USUAL_TAG = "Q4_K_M"
-"""What most people run: taken when a name leaves the choice open and the repository has it."""
+DEFAULT_TAG = "Q4_K_M"
+"""The most common quantisation, chosen if a name has no tag and the repository has it."""
 MAX_LISTED = 30
 
-_WORD = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"  # the hub's own rule for owners and repositories
+_WORD = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"  # Hugging Face's rule for owners and repositories
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._+=-]*"
 _NAME = re.compile(
     rf"(?P<owner>{_WORD})/(?P<repo>{_WORD})"
@@ -42,30 +42,30 @@ class HubName:
         return f"{self.repo_id}{which}" + (f"@{self.revision}" if self.revision else "")
 
     def covers(self, path: str) -> bool:
-        """Whether this name can mean the file `path` of its repository."""
+        """Return whether this name can stand for the file `path` of its repository."""
         if self.path is not None:
             return _first_part(path) == _first_part(self.path)
         return self.tag is None or self.tag.lower() in path.lower()
 
 
 def parse(text: str) -> HubName:
-    """Raises DownloadError `invalid_name`."""
+    """Parse a name. Raises DownloadError `invalid_name`."""
     text = text.strip()
     match = _NAME.fullmatch(text) if len(text) <= MAX_NAME_LENGTH and ".." not in text else None
     if match is None or "--" in match["owner"] + "/" + match["repo"] or match["repo"].endswith(".git"):
         raise DownloadError(
             "invalid_name",
-            f"{text[:100]!r} can't name a model on the Hugging Face hub. Write owner/repo, owner/repo:{USUAL_TAG} or "
+            f"{text[:100]!r} can't name a model on the Hugging Face hub. Write owner/repo, owner/repo:{DEFAULT_TAG} or "
             "owner/repo/path/file.gguf, each with @revision behind it where one is meant.",
         )
     return HubName(**match.groupdict())
 
 
 def choose(name: HubName, listed: Iterable[str]) -> tuple[str, ...]:
-    """The paths of the files that `name` means, out of all that the repository lists.
+    """Return the paths of the files that `name` stands for, out of those that the repository lists.
 
-    A split model (`x-00001-of-00003.gguf`) is all of its parts. Projectors (`mmproj*`) are taken only by their path.
-    Raises DownloadError: `unsafe_path`, `no_gguf`, `unknown_model` (no such file), `choose_file`, `incomplete_set`.
+    A split model (`x-00001-of-00003.gguf`) has all its parts. Projectors (`mmproj*`) are only chosen by path. Raises
+    DownloadError: `unsafe_path`, `no_gguf`, `unknown_model` (no such file), `choose_file`, `incomplete_set`.
     """
     models = _models(name, listed)
     if name.path is not None:
@@ -81,7 +81,7 @@ def choose(name: HubName, listed: Iterable[str]) -> tuple[str, ...]:
 
 
 def _models(name: HubName, listed: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The files of every GGUF model listed, in order, by the path of its first."""
+    """Return the files of every listed GGUF model in order, by the path of its first file."""
     models: dict[str, tuple[str, ...]] = {}
     for path in sorted(path for path in listed if path.endswith(".gguf")):
         if not stays_below(path):
@@ -107,7 +107,7 @@ def _pick(name: HubName, choices: Sequence[str]) -> str:
         )
     hits = list(choices) if name.tag is None else _tagged(choices, name.tag)
     if len(hits) > 1 and name.tag is None:
-        hits = _tagged(choices, USUAL_TAG)
+        hits = _tagged(choices, DEFAULT_TAG)
     if len(hits) == 1:
         return hits[0]
     what = f"no file for {name.tag}" if name.tag and not hits else "more than one model"
@@ -115,7 +115,7 @@ def _pick(name: HubName, choices: Sequence[str]) -> str:
 
 
 def _tagged(choices: Sequence[str], tag: str) -> list[str]:
-    """Those with `tag` in their path; where that is several, those that have it as a whole word (F16, not BF16)."""
+    """Return the paths with `tag` in them; of several, those with it as a whole word (F16, not BF16)."""
     hits = [path for path in choices if tag.lower() in path.lower()]
     whole = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(tag)}(?![A-Za-z0-9_])", re.IGNORECASE)
     exact = [path for path in hits if whole.search(path)]
@@ -138,7 +138,7 @@ def _first_part(path: str) -> str:
 
 
 def stays_below(path: str) -> bool:
-    """Whether a path that a repository lists stays below the folder it is put into."""
+    """Return whether a path listed by a repository stays below the folder it is put into."""
     return "\\" not in path and path.isprintable() and not {"", ".", ".."} & set(path.split("/"))
 
 

@@ -1,4 +1,4 @@
-"""Runs the program that fetches from the Hugging Face hub, and passes on what it says."""
+"""Runs the child process that fetches from Hugging Face, and forwards its progress."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Literal
 
 from services.abort import Abort
-from services.downloads.fetcher import DownloadError, Part, Report, Seen
+from services.downloads.fetcher import DownloadError, FileProgress, Report, TransferUpdate
 from services.engines.child_logs import open_log
 from services.engines.processes import ProcessRegistry, describe_exit_code, signal_group
 
 ROOT = Path(__file__).parents[3]
 TERM_SECONDS = 0.5
 KILL_SECONDS = 5.0
-"""How long a child may take to end after SIGTERM, and after SIGKILL."""
-QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-"""Without it huggingface_hub 2.4 asks the hub for a list of programs that may have called it, and tells which did."""
+"""Time limits for the child's end after SIGTERM, and after SIGKILL."""
+NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+"""Keeps huggingface_hub 2.4 from requesting a list of client programs, and from reporting which one this is."""
 
 Lines = queue.Queue[str | None]
-"""What a child says, line by line; None wakes the reader: the child is gone, or somebody aborts."""
+"""Lines of a child's output; None wakes the reader, because the child has ended or the fetch is cancelled."""
 
 
 class HubProcess:
-    """Runs one `child.py` per transfer. The token goes to it as it came: HF_TOKEN in the environment.
+    """Runs one `child.py` per transfer. It inherits HF_TOKEN through the environment.
 
-    `hosts` are those that the hub may send a download on to besides its CDN, `stall_seconds` is how long a child may
-    say nothing, `retry_pause` its first pause when a connection fails.
+    `hosts` are those that Hugging Face may redirect to besides its CDN, `stall_seconds` is the longest silence of a
+    child, `retry_pause` its first pause after a connection error.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class HubProcess:
         report: Report,
         abort: Abort,
         *,
-        asks: int | None = None,
+        max_list_tries: int | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Block until every file of `name` is in its place in `folder`; see `child.py` for the layouts.
+        """Block until every file of `name` is in place in `folder`; see `child.py` for the layouts.
 
-        The hub is asked at most `asks` times what there is (None: as often as for a file); `environment` is added to
-        this process's. Raises DownloadError, and Aborted within a second of `abort`; codes: `unknown_model`,
+        The repository is listed with at most `max_list_tries` tries (None: as many as for a file); `environment` is
+        added to this process's. Raises DownloadError, and Aborted within a second of `abort`; codes: `unknown_model`,
         `no_gguf`, `choose_file`, `incomplete_set`, `no_weights`, `unsafe_path`, `access_denied`, `hub_unreachable`,
         `hub_error`, `redirect_refused`, `disk_full`, `disk_error`, `busy`, `digest_mismatch`, `stalled`, `interrupted`.
         """
         abort.check()
         argv = [sys.executable, "-m", "services.downloads.huggingface.child", f"--pause={self._retry_pause}"]
-        argv += [] if asks is None else [f"--asks={asks}"]
+        argv += [] if max_list_tries is None else [f"--max-list-tries={max_list_tries}"]
         argv += [f"--host={host}" for host in self._hosts]
         try:
             child = _Child([*argv, layout, str(folder), name], environment or {}, self._registry)
@@ -87,7 +87,7 @@ class HubProcess:
             child.stop()
 
     def _follow(self, child: _Child, name: str, report: Report, abort: Abort) -> None:
-        """Pass on what the child says until it is done. Raises what `fetch` raises."""
+        """Forward the child's progress until it is done. Raises as `fetch`."""
         while True:
             try:
                 line = child.lines.get(timeout=self._stall_seconds)
@@ -110,12 +110,12 @@ class HubProcess:
                 raise DownloadError(said["error"], said["message"], may_resume=said["may_resume"])
             if "done" in said:
                 return
-            parts = {path: Part(here, total) for path, (here, total) in said["parts"].items()}
-            report(Seen(said["phase"], parts, said["expected_bytes"]))
+            parts = {path: FileProgress(here, total) for path, (here, total) in said["parts"].items()}
+            report(TransferUpdate(said["phase"], parts, said["expected_bytes"]))
 
 
 class _Child:
-    """A running `child.py`, in a process group of its own and recorded, so that it can't be lost."""
+    """A running `child.py`, in its own process group and recorded, so that it can't get lost."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], registry: ProcessRegistry | None) -> None:
         self.lines: Lines = queue.Queue()
@@ -125,10 +125,10 @@ class _Child:
             self._process = subprocess.Popen(
                 list(argv),
                 cwd=ROOT,
-                stdin=subprocess.PIPE,  # never written: its end tells the child that this process is gone
+                stdin=subprocess.PIPE,  # never written; its end tells the child that this process has ended
                 stdout=subprocess.PIPE,
                 stderr=log_file,
-                env={**os.environ, **environment, **QUIET},
+                env={**os.environ, **environment, **NO_TELEMETRY},
                 start_new_session=True,
                 text=True,
             )
@@ -151,9 +151,9 @@ class _Child:
             return "says nothing more"
 
     def stop(self) -> None:
-        """Returns when it is gone: SIGTERM, which it doesn't catch, then SIGKILL.
+        """End the child, by SIGTERM, which it doesn't catch, then SIGKILL, and return when it is gone.
 
-        One that hangs in the kernel (a dead network disk) can't be ended; its record stays for the next start.
+        A process hanging in the kernel (a dead network disk) can't be ended; its record stays for the next start.
         """
         for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
             if self._process.poll() is None:
@@ -172,6 +172,6 @@ class _Child:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.endswith("\n"):  # a child that is killed may leave half a line
+            if line.endswith("\n"):  # a killed child may leave a partial line
                 self.lines.put(line)
         self.wake()

@@ -1,7 +1,7 @@
-"""Where the Hugging Face hub may send a download on. Imported by the child process alone.
+"""Restricts where Hugging Face may redirect downloads to. Imported by the child process only.
 
-The hub answers for a file with a redirect to its CDN, a public host over HTTPS whose address carries a signature of its
-own, and for a renamed repository with one to itself. Everything else is refused before it is asked.
+Hugging Face answers a request for a file with a redirect to its CDN, a public host over HTTPS with a signed URL, and
+for a renamed repository with a redirect to itself. All other redirects are refused before a request is sent.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 from services.downloads.fetcher import DownloadError
-from services.downloads.hosts import is_public, place, place_of
+from services.downloads.hosts import host_key, host_key_of, is_public
 
 BLOB = {"blob": True}
-"""The `extensions` of a request for a file, which may end at the CDN; redirects inherit them."""
+"""`extensions` of a request for a file, which may end at the CDN; redirects inherit them."""
 
 
-def watch_redirects(hosts: Iterable[str]) -> None:
-    """Have huggingface_hub send nothing to other places than its endpoint, `hosts` and, for files, its CDN."""
-    guard = Guard(constants.ENDPOINT, hosts)
+def guard_redirects(hosts: Iterable[str]) -> None:
+    """Let huggingface_hub send requests only to its endpoint, to `hosts` and, for files, to its CDN."""
+    guard = RedirectGuard(constants.ENDPOINT, hosts)
 
     def make() -> httpx2.Client:
         client = default_client_factory()
@@ -31,18 +31,18 @@ def watch_redirects(hosts: Iterable[str]) -> None:
     set_client_factory(make)
 
 
-class Guard:
-    """Told of each request before it goes out, redirected ones included."""
+class RedirectGuard:
+    """Hook called before each request, redirected ones included."""
 
     def __init__(self, endpoint: str, hosts: Iterable[str]) -> None:
-        self._hub = place_of(endpoint)
+        self._hub = host_key_of(endpoint)
         self._secure = endpoint.startswith("https:")
-        self._hosts = frozenset(place(host) for host in hosts)
+        self._hosts = frozenset(host_key(host) for host in hosts)
 
     def __call__(self, request: httpx2.Request) -> None:
-        """Raises DownloadError `redirect_refused`."""
+        """Check a request. Raises DownloadError `redirect_refused`."""
         url = request.url
-        where = place(url.netloc.decode("ascii"), url.scheme)
+        where = host_key(url.netloc.decode("ascii"), url.scheme)
         if where == self._hub and (url.scheme == "https" or not self._secure):
             return
         request.headers.pop("Authorization", None)

@@ -1,8 +1,8 @@
-"""How a repository's files come from the Hugging Face hub, wherever they go. Run by the child process alone.
+"""Transfers a repository's files from Hugging Face, for any layout. Run in the child process only.
 
-huggingface_hub 2.4 lists the repository, carries the token and follows the redirects that `redirects.py` lets pass.
-The bytes are written here: its `hf_hub_download` starts over each time (it writes to a file with a random name and
-deletes that when it fails), and hands on bytes in steps of 10 MiB.
+huggingface_hub 2.4 lists the repository, sends the token and follows the redirects that `redirects.py` permits. The
+bytes are written here, because its `hf_hub_download` can't resume (it writes to a file with a random name, deleted on
+failure) and delivers bytes in steps of 10 MiB.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # loaded by name, unseen by mypy
 
 from services.downloads.fetcher import DownloadError, Phase
-from services.downloads.huggingface.files import held, remove, unfinished
+from services.downloads.huggingface.files import locked, partial_path, remove
 from services.downloads.huggingface.names import HubName
 from services.downloads.huggingface.redirects import BLOB
 from services.sizes import format_size
 
-TRIES = 5
-"""In a row, without a byte between them."""
-PASSING = (408, 429, 500, 502, 503, 504)
-"""HTTP statuses that may be gone at the next try."""
-SAY_SECONDS = 0.2
+MAX_TRIES = 5
+"""Limit of failures in a row, without a byte received in between."""
+TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
+"""HTTP statuses after which a retry may succeed."""
+REPORT_SECONDS = 0.2
 SYNC_BYTES = 64 * 2**20
-"""Bytes between two syncs to the disk: one at the end could take minutes, in which nothing would be said."""
+"""Bytes between syncs to the disk: a single one at the end could block without progress for minutes."""
 HASH_BYTES = 4 * 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file to bring. `sha256` is None for a file outside of LFS, whose `digest` is git's id of its content."""
+    """A file to fetch. `sha256` is None for a file not in LFS, whose `digest` is git's id of its content."""
 
     path: str
     size: int
@@ -57,22 +57,22 @@ class HubFile:
         return self.destination.is_file() and self.destination.stat().st_size == self.size
 
     @property
-    def unfinished(self) -> Path:
-        return unfinished(self.destination, self.digest)
+    def partial_path(self) -> Path:
+        return partial_path(self.destination, self.digest)
 
     @property
     def arrived(self) -> int:
-        """Bytes that are here."""
+        """Bytes present so far."""
         if self.is_here:
             return self.size
-        return min(self.size, self.unfinished.stat().st_size) if self.unfinished.exists() else 0
+        return min(self.size, self.partial_path.stat().st_size) if self.partial_path.exists() else 0
 
 
 class Layout(Protocol):
-    """Which of a repository's files are wanted, and where they go.
+    """Selects the files to fetch, and where they go.
 
-    `place` and `advice` are for people: what the folder is called, and what to do when it can't be written.
-    `together`: no file is put in its place before all have arrived and been checked.
+    `place` and `advice` are for people: the folder's name, and what to do if it can't be written. `together`: no file
+    is moved into place before all have been verified.
     """
 
     place: str
@@ -80,33 +80,33 @@ class Layout(Protocol):
     together: bool
 
     def choose(self, listed: Iterable[str]) -> Sequence[str]:
-        """The paths that are wanted out of all that the repository lists. Raises DownloadError."""
+        """Return the paths to fetch out of those that the repository lists. Raises DownloadError."""
 
     def destination(self, path: str, digest: str) -> Path:
-        """Where a file goes; files that share a place are the same bytes."""
+        """Return where a file goes; files with the same destination have the same content."""
 
     def leftovers(self, destinations: Collection[Path]) -> Iterable[Path]:
-        """Unfinished files, of these destinations or of what the repository had there before."""
+        """Return partial files, of these destinations or of earlier versions of the repository."""
 
     def finish(self, commit: str | None, digests: Mapping[str, str]) -> None:
-        """Every file is in its place, by its path and digest: what is left to do. Writes nothing that is there."""
+        """Complete the layout after every file is in place. Files are given by path and digest. Idempotent."""
 
 
-class CutOff(httpx2.TransportError):
-    """An answer ended early, or did not fit what is here already."""
+class TruncatedReply(httpx2.TransportError):
+    """A response ended early, or does not match the partial file."""
 
 
-class Patience:
-    """Counts failures of the connection or the hub in a row: longer and longer pauses, then the error itself."""
+class RetryPolicy:
+    """Counts failures in a row, with exponential backoff, up to a number of tries."""
 
-    def __init__(self, pause: float, tries: int = TRIES) -> None:
+    def __init__(self, pause: float, tries: int = MAX_TRIES) -> None:
         self._pause = pause
         self._tries = tries
         self._failures = 0
 
-    def after(self, error: httpx2.TransportError | HfHubHTTPError, got_further: bool = False) -> None:
-        """Sleep before the next try. Raises `error` when there were enough, or trying again can't help."""
-        if isinstance(error, HfHubHTTPError) and error.response.status_code not in PASSING:
+    def pause_or_raise(self, error: httpx2.TransportError | HfHubHTTPError, got_further: bool = False) -> None:
+        """Sleep before the next try. Raises `error` after the last try, or if a retry can't help."""
+        if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT_STATUSES:
             raise error
         self._failures = 1 if got_further else self._failures + 1
         print(f"try {self._failures} of {self._tries} failed: {error!r}", file=sys.stderr)
@@ -115,47 +115,49 @@ class Patience:
         time.sleep(self._pause * 2 ** (self._failures - 1))
 
 
-class Speaker:
-    """Says what the transfer does on stdout."""
+class LineWriter:
+    """Writes progress as JSON lines to stdout."""
 
     def __init__(self) -> None:
         self._out = sys.stdout
-        sys.stdout = sys.stderr  # what a library prints must not come between
-        self._said_at = 0.0
+        sys.stdout = sys.stderr  # libraries must not print between the lines
+        self._written_at = 0.0
 
-    def say(self, line: Mapping[str, object]) -> None:
-        self._said_at = time.monotonic()
+    def write(self, line: Mapping[str, object]) -> None:
+        self._written_at = time.monotonic()
         self._out.write(json.dumps(line) + "\n")
         self._out.flush()
 
-    def seen(self, phase: Phase, files: Sequence[HubFile] = (), expected_bytes: int | None = None) -> None:
+    def report_files(self, phase: Phase, files: Sequence[HubFile] = (), expected_bytes: int | None = None) -> None:
         parts = {file.path: [file.arrived, file.size] for file in files}
-        self.say({"phase": phase, "parts": parts, "expected_bytes": expected_bytes})
+        self.write({"phase": phase, "parts": parts, "expected_bytes": expected_bytes})
 
-    def going_on(self, phase: Phase, file: HubFile) -> None:
-        """Say how far it is, not more often than every `SAY_SECONDS`."""
-        if time.monotonic() - self._said_at >= SAY_SECONDS:
-            self.seen(phase, [file])
+    def report_progress(self, phase: Phase, file: HubFile) -> None:
+        """Report a file's progress, at most every REPORT_SECONDS."""
+        if time.monotonic() - self._written_at >= REPORT_SECONDS:
+            self.report_files(phase, [file])
 
 
 class Transfer:
-    """From a name to its files in their place. `asks` is how often the hub is asked at most what there is."""
+    """Fetches a model. `max_list_tries` limits the tries to list the repository."""
 
-    def __init__(self, layout: Layout, name: HubName, speaker: Speaker, *, pause: float, asks: int = TRIES) -> None:
+    def __init__(
+        self, layout: Layout, name: HubName, writer: LineWriter, *, pause: float, max_list_tries: int = MAX_TRIES
+    ) -> None:
         self._layout = layout
         self._name = name
-        self._speaker = speaker
+        self._writer = writer
         self._pause = pause
-        self._asks = asks
+        self._max_list_tries = max_list_tries
 
     def run(self) -> None:
         commit, listed = self._list()
         files = list({file.destination: file for file in listed}.values())
-        self._speaker.seen("downloading", files, expected_bytes=sum(file.size for file in files))
+        self._writer.report_files("downloading", files, expected_bytes=sum(file.size for file in files))
         missing = [file for file in files if not file.is_here]
-        with ExitStack() as locks:  # held to the end: nobody else writes to or moves what is being checked
+        with ExitStack() as locks:  # held to the end, so that no other process changes the files
             outs = {file: locks.enter_context(self._open(file)) for file in missing}
-            self._clear(files)
+            self._remove_outdated(files)
             self._check_room(missing)
             for batch in [missing] if self._layout.together else [[file] for file in missing]:
                 for file in batch:
@@ -167,8 +169,8 @@ class Transfer:
         self._layout.finish(commit, {file.path: file.digest for file in listed})
 
     def _list(self) -> tuple[str | None, list[HubFile]]:
-        """The commit that is fetched, whatever happens to its branch meanwhile, and its files."""
-        info = self._ask()
+        """Return the commit to fetch, fixed from here on, and its files."""
+        info = self._list_files()
         listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         files = []
         for path in self._layout.choose(listed):
@@ -181,8 +183,8 @@ class Transfer:
             files.append(HubFile(path, sibling.size, str(digest), sha256, destination))
         return info.sha or self._name.revision, files
 
-    def _ask(self) -> ModelInfo:
-        patience = Patience(self._pause, self._asks)
+    def _list_files(self) -> ModelInfo:
+        retry = RetryPolicy(self._pause, self._max_list_tries)
         while True:
             try:
                 return HfApi().model_info(
@@ -192,7 +194,7 @@ class Transfer:
                     timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
                 )
             except (httpx2.TransportError, HfHubHTTPError) as error:
-                patience.after(error)
+                retry.pause_or_raise(error)
             except (ValueError, TypeError, KeyError) as error:
                 raise DownloadError(
                     "hub_error",
@@ -202,11 +204,11 @@ class Transfer:
 
     def _open(self, file: HubFile) -> AbstractContextManager[BinaryIO]:
         file.destination.parent.mkdir(parents=True, exist_ok=True)
-        return held(file.unfinished, file.path)
+        return locked(file.partial_path, file.path)
 
-    def _clear(self, files: Sequence[HubFile]) -> None:
-        """Remove what unfinished files were left of what the repository had there before."""
-        wanted = {file.unfinished for file in files}
+    def _remove_outdated(self, files: Sequence[HubFile]) -> None:
+        """Delete partial files of earlier versions of the repository."""
+        wanted = {file.partial_path for file in files}
         for other in self._layout.leftovers({file.destination for file in files}):
             if other not in wanted:
                 remove(other)
@@ -224,16 +226,16 @@ class Transfer:
 
     def _download(self, file: HubFile, out: BinaryIO, commit: str | None) -> None:
         url = hf_hub_url(self._name.repo_id, file.path, revision=commit)
-        patience = Patience(self._pause)
+        retry = RetryPolicy(self._pause)
         while (before := file.arrived) < file.size:
             try:
                 self._receive(url, out, file)
             except (httpx2.TransportError, HfHubHTTPError) as error:
-                patience.after(error, got_further=file.arrived > before)
-        self._speaker.seen("downloading", [file])
+                retry.pause_or_raise(error, got_further=file.arrived > before)
+        self._writer.report_files("downloading", [file])
 
     def _receive(self, url: str, out: BinaryIO, file: HubFile) -> None:
-        """Ask for what is missing and write it as it comes. Raises CutOff when not all of it came."""
+        """Request the missing bytes and append them. Raises TruncatedReply if the response ends early."""
         here = file.arrived
         headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
         if here:
@@ -243,9 +245,9 @@ class Transfer:
         ) as answer:
             if answer.status_code == 416:
                 out.truncate(0)
-                raise CutOff("it does not have the range that is missing")
+                raise TruncatedReply("it does not have the range that is missing")
             hf_raise_for_status(answer)
-            if here and not _goes_on(answer, here):
+            if here and not _is_range_from(answer, here):
                 out.truncate(0)
                 here = 0
             synced = here
@@ -258,28 +260,29 @@ class Transfer:
                 if here - synced >= SYNC_BYTES:
                     os.fdatasync(out.fileno())
                     synced = here
-                self._speaker.going_on("downloading", file)
+                self._writer.report_progress("downloading", file)
         if here < file.size:
-            raise CutOff(f"the answer ended after {here} of {file.size} bytes")
+            raise TruncatedReply(f"the answer ended after {here} of {file.size} bytes")
 
     def _verify(self, file: HubFile) -> None:
-        """Compare with what the hub tells: LFS' SHA-256, else git's id (SHA-1 over a head and the content).
+        """Compare a file's digest with the listed one.
 
-        Not where another program has put the same file there meanwhile: it did that itself.
+        That is LFS' SHA-256, else git's id (SHA-1 over a header and the content). Skipped if another program has put
+        the same file there meanwhile and so verified it.
         """
         if file.is_here:
             return
         digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-        self._speaker.seen("verifying")
-        with file.unfinished.open("rb") as content:
+        self._writer.report_files("verifying")
+        with file.partial_path.open("rb") as content:
             while piece := content.read(HASH_BYTES):
                 digest.update(piece)
-                self._speaker.going_on("verifying", file)
+                self._writer.report_progress("verifying", file)
         if digest.hexdigest() != file.digest:
             raise self._mismatch(file, "its digest is another one than the hub tells")
 
     def _mismatch(self, file: HubFile, why: str) -> DownloadError:
-        file.unfinished.unlink(missing_ok=True)
+        file.partial_path.unlink(missing_ok=True)
         return DownloadError(
             "digest_mismatch",
             f"{file.path} arrived damaged: {why}. It was removed; try again. If that happens again, something between "
@@ -287,14 +290,14 @@ class Transfer:
         )
 
     def _put_in_place(self, file: HubFile, out: BinaryIO) -> None:
-        self._speaker.seen("writing")
+        self._writer.report_files("writing")
         if file.is_here:
-            file.unfinished.unlink(missing_ok=True)
+            file.partial_path.unlink(missing_ok=True)
             return
         os.fsync(out.fileno())
-        file.unfinished.replace(file.destination)
+        file.partial_path.replace(file.destination)
 
 
-def _goes_on(answer: httpx2.Response, here: int) -> bool:
-    """Whether the answer is the range from `here`; a server may ignore the wish and send everything."""
+def _is_range_from(answer: httpx2.Response, here: int) -> bool:
+    """Return whether a response is the range from `here`; a server may ignore the request for a range."""
     return answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {here}-")

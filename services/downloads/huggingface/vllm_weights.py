@@ -1,7 +1,7 @@
-"""The weights of a model from the hub, brought into the Hugging Face cache before its container looks for them.
+"""Fetches a vLLM model's weights into the Hugging Face cache before its container starts.
 
-vLLM downloads by itself, but without a word about how far it is. What is left to it: sources that are paths, and
-models whose arguments or environment have it load from somewhere else, or something else.
+vLLM would download them itself, but without reporting progress. It still loads by itself sources that are paths, and
+models whose arguments or environment make it load from another place, or other files.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ log = structlog.get_logger(__name__)
 
 OTHER_ARGUMENTS = ("--download-dir", "--load-format", "--revision")
 OTHER_ENVIRONMENT = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "VLLM_USE_MODELSCOPE")
-"""With one of these, vLLM looks for its files in another place, or for others."""
+"""Each of these makes vLLM look in another place, or for other files."""
 PASSED_ON = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 TRUE = ("1", "ON", "YES", "TRUE")
-"""What huggingface_hub takes for a yes."""
-NAMED = 3
-"""How many of the missing files are named."""
-LOOK_SECONDS = 2.0
-"""How long a look at a model's files in the cache is waited for."""
-FETCH_LOOK_SECONDS = 10.0
-"""The same before they are fetched, when something depends on it."""
+"""Values that huggingface_hub takes as true."""
+MAX_NAMED = 3
+"""Limit of missing files named in a message."""
+SCAN_SECONDS = 2.0
+"""Time limit of a scan of a model's files in the cache."""
+FETCH_SCAN_SECONDS = 10.0
+"""The same before a fetch, which depends on its result."""
 FATAL = ("disk_full", "digest_mismatch")
-"""What would be no better if vLLM tried: a load doesn't go on with an older version then."""
+"""Errors that vLLM's own download would meet too: then the load fails instead of using an older version."""
 
 
 class VllmWeights:
-    """`hub_cache` is what containers have as their ~/.cache/huggingface; `margin_bytes` of its disk stay free."""
+    """Weights in `hub_cache`, mounted as ~/.cache/huggingface in containers; `margin_bytes` of its disk stay free."""
 
     def __init__(self, hub_cache: Path, process: HubProcess, *, margin_bytes: int = 0) -> None:
         self._cache = hub_cache.absolute() / "hub"
         self._process = process
         self._disk = DiskCheck({"huggingface": lambda: self._cache}, margin_bytes=margin_bytes)
-        self._threads = NativeThreadPool(1, FETCH_LOOK_SECONDS)
-        self._looks: dict[HubName, SharedCall[tuple[int, ...]]] = {}
+        self._threads = NativeThreadPool(1, FETCH_SCAN_SECONDS)
+        self._scans: dict[HubName, SharedCall[tuple[int, ...]]] = {}
         self._shards: dict[HubName, tuple[int, ...]] = {}
 
     def size_bytes(self, model: Model) -> int | None:
-        """How large its weights are, as they lie in the cache; None when they don't. Never raises.
+        """Return the size of a model's weights in the cache, None if incomplete. Never raises.
 
-        As they were last seen, while the cache's disk (a network share) hangs.
+        While the cache's disk (a network share) hangs, it is the size last seen.
         """
         try:
             name = _name_of(model, {})
@@ -65,15 +65,15 @@ class VllmWeights:
             return None
         if name is None:
             return None
-        look = self._looks.setdefault(name, SharedCall(CachedModel(self._cache, name).shard_bytes))
+        scan = self._scans.setdefault(name, SharedCall(CachedModel(self._cache, name).shard_bytes))
         with suppress(TimeoutError):
-            self._shards[name] = look(LOOK_SECONDS)
+            self._shards[name] = scan(SCAN_SECONDS)
         return sum(self._shards.get(name, ())) or None
 
     def shard_bytes(self, model: Model) -> tuple[int, ...]:
-        """The sizes of its weights' files in the order in which vLLM loads them, as `size_bytes` last saw them.
+        """Return the sizes of the weights' files in vLLM's loading order, as `size_bytes` last saw them.
 
-        Empty where it did not. No I/O, never raises.
+        Empty if unknown. No I/O, never raises.
         """
         try:
             name = _name_of(model, {})
@@ -82,65 +82,65 @@ class VllmWeights:
         return self._shards.get(name, ()) if name is not None else ()
 
     def fetches(self, model: Model) -> bool:
-        """Whether its weights come from the hub through here. No I/O, never raises."""
+        """Return whether this model's weights are fetched here. No I/O, never raises."""
         try:
             return _name_of(model, {}) is not None
         except LoadFailed:
             return False
 
     def fetch(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
-        """Block until all that vLLM loads of a model is in the cache.
+        """Block until everything that vLLM loads of a model is in the cache.
 
-        `environment` is its container's. Files that are there are not asked for again, and where all are, a hub that
-        can't be asked is no reason to fail. Raises LoadFailed, and Aborted within a second of `abort`.
+        `environment` is the container's. Existing files are not requested again; if none is missing, an unreachable
+        Hugging Face is no error. Raises LoadFailed, and Aborted within a second of `abort`.
         """
         name = _name_of(model, environment)
         if name is None:
             return
         try:
-            lacking = self._threads(CachedModel(self._cache, name).lacking)
+            missing_files = self._threads(CachedModel(self._cache, name).missing_files)
         except TimeoutError:
             raise LoadFailed(f"The Hugging Face cache {self._cache} does not answer. Check its disk.") from None
         if environment.get("HF_HUB_OFFLINE", "").upper() in TRUE:
-            if lacking:
-                raise LoadFailed(self._say_offline(name, lacking))
+            if missing_files:
+                raise LoadFailed(self._offline_message(name, missing_files))
             return
-        if lacking:
+        if missing_files:
             report(Evidence("downloading", None, "asking what there is to download"))
         progress = _Progress(report)
-        observer = TransferObserver(self._disk, "huggingface", time.monotonic, progress.tell)
+        observer = TransferObserver(self._disk, "huggingface", time.monotonic, progress.report)
         try:
             self._process.fetch(
                 "cache",
                 self._cache,
                 str(name),
-                observer.see,
+                observer.observe,
                 abort,
-                asks=None if lacking else 1,
+                max_list_tries=None if missing_files else 1,
                 environment={key: environment[key] for key in PASSED_ON if key in environment},
             )
         except DownloadError as error:
-            if lacking or error.code in FATAL:
+            if missing_files or error.code in FATAL:
                 raise LoadFailed(error.message) from None
-            log.warning("a model is loaded as the cache has it", model=model.id, reason=error.message)
+            log.warning("loading the cached version of a model", model=model.id, reason=error.message)
 
-    def _say_offline(self, name: HubName, lacking: tuple[str, ...]) -> str:
-        more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+    def _offline_message(self, name: HubName, missing_files: tuple[str, ...]) -> str:
+        more = f" and {len(missing_files) - MAX_NAMED} more" if len(missing_files) > MAX_NAMED else ""
         return (
             f"HF_HUB_OFFLINE is set, and the Hugging Face cache {self._cache} lacks of {name}: "
-            f"{', '.join(lacking[:NAMED])}{more}. Unset it to download them, or copy them there."
+            f"{', '.join(missing_files[:MAX_NAMED])}{more}. Unset it to download them, or copy them there."
         )
 
 
 class _Progress:
-    """Tells a load how far its download is. Silent as long as nothing has to come, and never goes back."""
+    """Reports the download as evidence of the load. Silent while nothing has to be fetched; never goes back."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
         self._fraction = 0.0
         self._downloads = False
 
-    def tell(self, figures: Figures) -> None:
+    def report(self, figures: Figures) -> None:
         done, total = figures.completed_bytes, figures.total_bytes
         if not total:
             return
@@ -156,7 +156,7 @@ def _words(phase: Phase, done: int, total: int) -> str:
 
 
 def _name_of(model: Model, environment: Mapping[str, str]) -> HubName | None:
-    """What to bring from the hub; None for what is left to vLLM. Raises LoadFailed for an impossible revision."""
+    """Return what to fetch from Hugging Face, None for what vLLM loads itself. Raises LoadFailed for a bad revision."""
     arguments = model.options.get("arguments")
     given = [str(a).partition("=")[0] for a in arguments] if isinstance(arguments, (list, tuple)) else []
     if {name.replace("_", "-") for name in given} & {*OTHER_ARGUMENTS} or {*OTHER_ENVIRONMENT} & environment.keys():

@@ -1,10 +1,10 @@
-"""Which files of a repository vLLM loads, and what of them is missing. Pure.
+"""Determines which files of a repository vLLM loads, and which of them are missing. Pure.
 
-The rule is vLLM 0.32's own. Weights (`DefaultModelLoader._prepare_weights`, `download_weights_from_hf`): of the files
-that lie in no folder `consolidated*.safetensors`, which a Mistral model loads from, else `*.safetensors`, else `*.bin`,
-else `*.pt`, without what only a training needs (`filter_files_not_needed_for_inference`). Beside them every file that
-is none of `_WEIGHT_FILE_PATTERNS` (`repo_utils._snapshot_non_weight_files`): configuration, tokenizer, templates, code.
-An index may name weights in folders; where none lie outside of one, those of `original/` and hidden ones are left out.
+The rules are vLLM 0.32's. Weights (`DefaultModelLoader._prepare_weights`, `download_weights_from_hf`): of the files in
+no folder, `consolidated*.safetensors`, which a Mistral model loads from, else `*.safetensors`, else `*.bin`, else
+`*.pt`, without files only needed for training (`filter_files_not_needed_for_inference`). And every file that matches
+none of `_WEIGHT_FILE_PATTERNS` (`repo_utils._snapshot_non_weight_files`): configuration, tokenizer, templates, code. An
+index may name weights in folders; if all weights are in folders, those in `original/` and hidden ones are ignored.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from services.downloads.fetcher import DownloadError
 from services.downloads.huggingface.names import HubName, stays_below
 
 FORMATS = ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt")
-"""What weights are called, the kind that vLLM prefers first."""
+"""Patterns of weights, the format that vLLM prefers first."""
 INDEXES = {
     "consolidated*.safetensors": "consolidated.safetensors.index.json",
     "*.safetensors": "model.safetensors.index.json",
     "*.bin": "pytorch_model.bin.index.json",
 }
-"""The file that lists the weights of a format, where there are several."""
+"""The file that lists the weights of a format, if there are several."""
 FOR_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 NOT_BESIDE_WEIGHTS = tuple(
     f".{ending}"
@@ -33,9 +33,9 @@ NOT_BESIDE_WEIGHTS = tuple(
     )
 )
 CONFIGURATIONS = {"config.json", "params.json"}
-"""Without one of these vLLM knows nothing about a model; the second is Mistral's."""
+"""vLLM needs one of these; the second is Mistral's."""
 LEFT_OUT = ("original", "onnx", "metal")
-"""Folders that hold the same weights once more."""
+"""Folders that contain the same weights in other formats."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.\w+")
 _NUMBER = re.compile(r"([0-9]+)")
@@ -43,7 +43,7 @@ _ARCHIVE = re.compile(r"\.tar[^/]*$")
 
 
 def choose(name: HubName, listed: Iterable[str]) -> tuple[str, ...]:
-    """The paths of the files that vLLM loads, out of all that the repository lists; weights come last.
+    """Return the paths of the files that vLLM loads, out of those that the repository lists; weights last.
 
     Raises DownloadError: `unsafe_path`, `no_weights`.
     """
@@ -67,7 +67,7 @@ def choose(name: HubName, listed: Iterable[str]) -> tuple[str, ...]:
 
 
 def weights_of(listed: Iterable[str]) -> tuple[str, ...]:
-    """The weights among the files of a repository, in one format; empty when there are none."""
+    """Return the weights among a repository's files, in one format; empty if there are none."""
     paths = sorted(path for path in listed if not path.endswith(FOR_TRAINING))
     outside = [path for path in paths if "/" not in path]
     inside = [path for path in paths if not path.startswith(".") and path.split("/")[0] not in LEFT_OUT]
@@ -80,30 +80,31 @@ def weights_of(listed: Iterable[str]) -> tuple[str, ...]:
 
 
 def in_load_order(weights: Iterable[str]) -> list[str]:
-    """These weights as vLLM 0.32 loads them: by their names, with numbers counted as such.
+    """Sort weights as vLLM 0.32 loads them: by name, with numbers compared as numbers.
 
-    Older versions take them as their directory lists them.
+    Older versions load them in the order of their directory.
     """
     return sorted(weights, key=lambda path: [int(part) if part.isdecimal() else part for part in _NUMBER.split(path)])
 
 
 def index_of(weights: Collection[str]) -> str | None:
-    """The file that would list these weights."""
+    """Return the name of the index file for these weights."""
     for pattern, index in INDEXES.items():
         if any(fnmatchcase(path.rpartition("/")[2], pattern) for path in weights):
             return index
     return None
 
 
-def lacking(sizes: Mapping[str, int | None], indexed: Collection[str] = ()) -> tuple[str, ...]:
-    """What vLLM would miss, in words or as paths, where these files are (None: only its name is); empty for nothing.
+def missing_files(sizes: Mapping[str, int | None], indexed: Collection[str] = ()) -> tuple[str, ...]:
+    """Return what vLLM would lack, as descriptions or paths; empty for nothing.
 
-    `indexed` are the weights that the index lists. Without it shards are counted: their names tell how many there are.
+    `sizes` has None for a file whose blob is missing. `indexed` are the weights that the index lists. Without it,
+    shards are counted: their names contain their number.
     """
     weights = weights_of([*sizes, *indexed])
     wanted = {*(path for path in sizes if _beside_weights(path)), *weights, *indexed}
     lack = sorted(path for path in wanted if sizes.get(path) is None)
-    lack += [] if indexed else _shards_short(weights)
+    lack += [] if indexed else _incomplete_sets(weights)
     lack += [] if CONFIGURATIONS & sizes.keys() else ["config.json"]
     return (*lack, *([] if weights else ["weights"]))
 
@@ -112,8 +113,8 @@ def _beside_weights(path: str) -> bool:
     return not path.endswith(NOT_BESIDE_WEIGHTS) and _ARCHIVE.search(path) is None
 
 
-def _shards_short(weights: Iterable[str]) -> list[str]:
-    """Which sets of shards have fewer than their names tell. Some count from 0 and have one more."""
+def _incomplete_sets(weights: Iterable[str]) -> list[str]:
+    """Return the sets of shards with fewer than their names say. Some count from 0 and have one more."""
     here: dict[tuple[str, int], int] = {}
     for path in weights:
         match = _SHARD.fullmatch(path)

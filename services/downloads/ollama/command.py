@@ -1,4 +1,4 @@
-"""A pull through the command `ollama pull`: what it draws, and its end, whoever ends first."""
+"""Pulls a model by running `ollama pull` and parsing its output."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from contextlib import contextmanager, suppress
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError
-from services.downloads.ollama.output import Failed, FrameParser, PullEvent, Succeeded
+from services.downloads.ollama.output import FrameParser, PullEvent, PullFailed, PullSucceeded
 from services.engines.ollama.names import OllamaName
 from services.engines.processes import ProcessRegistry, describe_exit_code, signal_group
 
 TICK_SECONDS = 0.2
-"""How often an abort and the end of the process are looked for while nothing is drawn; it draws every 0.1 s."""
+"""Interval of checks for a cancellation and the process's end; `ollama pull` draws every 0.1 s."""
 GRACE_SECONDS = 0.5
 KILL_SECONDS = 5.0
-"""How long it may take to end after SIGINT, and after SIGKILL."""
+"""Time limits for its end after SIGINT, and after SIGKILL."""
 CHUNK_BYTES = 65_536
 
 
 def pull_by_command(
     binary: str, name: OllamaName, base_url: str, *, insecure: bool, abort: Abort, registry: ProcessRegistry | None
 ) -> Generator[list[PullEvent], None, None]:
-    """Run `ollama pull` and yield what it says as it comes, an empty list when it says nothing for a moment.
+    """Run `ollama pull`; yield events as they come, an empty list when there are none for a moment.
 
-    Closing the iterator ends the process; Ollama keeps what has arrived. Raises Aborted, DownloadError `interrupted`
-    when the command ends with neither success nor an error, and OSError when it can't be started.
+    Closing the iterator ends the process; Ollama keeps partial files. Raises Aborted, DownloadError `interrupted` if
+    the command ends with neither success nor an error, and OSError if it can't be started.
     """
     argv = [binary, "pull", *(["--insecure"] if insecure else []), name.full]
-    told = False
+    finished = False
     with _running(argv, {"OLLAMA_HOST": base_url, "TERM": "dumb", "NO_COLOR": "1"}, registry) as (process, stderr):
         for events in _drawn(process, stderr, abort):
             yield events
-            told = any(isinstance(event, Failed | Succeeded) for event in events)
-            if told:
+            finished = any(isinstance(event, PullFailed | PullSucceeded) for event in events)
+            if finished:
                 break
-        with suppress(subprocess.TimeoutExpired):  # one that hangs after its last words is ended on leaving
+        with suppress(subprocess.TimeoutExpired):  # one that hangs after its result is killed on leaving
             process.wait(GRACE_SECONDS)
-    if not told and process.returncode:
+    if not finished and process.returncode:
         raise DownloadError(
             "interrupted",
             f"The command `ollama pull` {describe_exit_code(process.returncode)} before {name.short} was complete "
@@ -63,7 +63,7 @@ def _drawn(process: subprocess.Popen[bytes], stderr: io.FileIO, abort: Abort) ->
                 break
             yield parser.feed(data)
         elif process.poll() is not None:
-            break  # somebody else still holds the pipe
+            break  # another process still holds the pipe open
         else:
             yield []
     yield parser.close()
@@ -73,7 +73,7 @@ def _drawn(process: subprocess.Popen[bytes], stderr: io.FileIO, abort: Abort) ->
 def _running(
     argv: Sequence[str], environment: dict[str, str], registry: ProcessRegistry | None
 ) -> Iterator[tuple[subprocess.Popen[bytes], io.FileIO]]:
-    """The process and its stderr; leaving it ends both."""
+    """Context manager: the process and its stderr; both are closed on leaving."""
     read_end, write_end = os.pipe()
     with open(read_end, "rb", buffering=0) as stderr:
         try:
@@ -98,9 +98,9 @@ def _running(
 
 
 def _end(process: subprocess.Popen[bytes]) -> bool:
-    """Interrupt the whole group, as Ctrl-C would, then kill what is left of it. Whether it is gone.
+    """Send SIGINT to the whole group, as Ctrl-C would, then SIGKILL; return whether the process is gone.
 
-    One that hangs in the kernel (a dead network disk) can't be ended; its record stays for the next start.
+    A process hanging in the kernel (a dead network disk) can't be ended; its record stays for the next start.
     """
     if process.poll() is None:
         signal_group(process.pid, signal.SIGINT)

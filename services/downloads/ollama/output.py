@@ -1,6 +1,6 @@
-"""What Ollama says while it pulls a model: lines of `/api/pull`, frames of `ollama pull`, error texts.
+"""Parses what Ollama says during a pull: lines of `/api/pull`, frames of `ollama pull`, error messages.
 
-Pure: bytes in, events out. The formats are those of Ollama 0.24.0.
+Pure. Formats of Ollama 0.24.0.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from services.downloads.fetcher import DownloadError, Phase
 
 DIGEST_DIGITS = 12
-"""The command shows so many hex digits of a layer's digest, so both ways name layers by these."""
+"""The command prints this many hex digits of a layer's digest, so all events use these."""
 MAX_ROW = 16_384
-"""Characters; longer rows are garbage."""
+"""Characters; longer rows are ignored."""
 MAX_DETAIL = 400
-"""Characters of Ollama's own words that are quoted to people."""
+"""Limit of Ollama's own message quoted to people, in characters."""
 
 _PHASES: dict[str, Phase] = {
     "pulling manifest": "resolving",
@@ -39,8 +39,8 @@ _ERROR = "Error: "
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer, in exact bytes. `digest` is the first 12 hex digits."""
+class PullLayer:
+    """Progress of a layer in exact bytes. `digest` is the first 12 hex digits."""
 
     digest: str
     completed: int
@@ -49,9 +49,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A number of bytes as it was shown, and what it may be: at least `low`, less than `high`.
+    """A printed number of bytes, and its bounds: at least `low`, less than `high`.
 
-    Ollama cuts figures from 10 on (`28 MB`) and rounds smaller ones to the nearest tenth (`2.6 MB`).
+    Ollama truncates figures from 10 on (`28 MB`) and rounds smaller ones to tenths (`2.6 MB`).
     """
 
     shown: int
@@ -61,10 +61,10 @@ class Rounded:
 
 @dataclass(frozen=True, slots=True)
 class DrawnLayer:
-    """One layer as the command draws it: everything rounded.
+    """Progress of a layer as printed by the command, all figures rounded.
 
-    `completed` is None on the row of a finished layer, which shows its size alone. `percent` is rounded to the
-    nearest. `bytes_per_second` is None while the command shows none: in the first second, and when nothing moves.
+    `completed` is None in the row of a finished layer, which has its size only. `bytes_per_second` is None while the
+    command prints none: in the first second, and when stalled.
     """
 
     digest: str
@@ -76,28 +76,28 @@ class DrawnLayer:
 
 @dataclass(frozen=True, slots=True)
 class PullStatus:
-    """What Ollama is doing now."""
+    """The current phase."""
 
     phase: Phase
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """Ollama gave up; its own words."""
+class PullFailed:
+    """Ollama gave up; its own message."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Succeeded:
-    """The model is complete. Nothing but this says so: neither exit code 0 nor the end of a stream does."""
+class PullSucceeded:
+    """The model is complete. Only this says so: neither exit code 0 nor the end of the stream does."""
 
 
-PullEvent = Layer | DrawnLayer | PullStatus | Failed | Succeeded
+PullEvent = PullLayer | DrawnLayer | PullStatus | PullFailed | PullSucceeded
 
 
 def parse_line(json_line: bytes | str) -> PullEvent | None:
-    """One line of `/api/pull`; None when it says nothing that is known here."""
+    """Parse a line of `/api/pull`; None if it has nothing of interest."""
     try:
         said = json.loads(json_line)
     except (ValueError, RecursionError):
@@ -105,23 +105,23 @@ def parse_line(json_line: bytes | str) -> PullEvent | None:
     if not isinstance(said, dict):
         return None
     if said.get("error"):
-        return Failed(str(said["error"]))
+        return PullFailed(str(said["error"]))
     digest, total, completed = said.get("digest"), said.get("total"), said.get("completed", 0)  # left out when 0
     if isinstance(digest, str) and isinstance(total, int) and isinstance(completed, int):
-        return Layer(short_digest(digest), completed, total)
+        return PullLayer(short_digest(digest), completed, total)
     return _parse_status(str(said.get("status", "")))
 
 
 def short_digest(digest: str) -> str:
-    """The name of a layer in events: `sha256:2a8270a5fd3e4003…` gives `2a8270a5fd3e`."""
+    """Return a layer's key in events: `sha256:2a8270a5fd3e4003…` gives `2a8270a5fd3e`."""
     return digest.removeprefix("sha256:")[:DIGEST_DIGITS]
 
 
 class FrameParser:
-    """Reads what `ollama pull` draws on stderr, in whatever pieces it arrives.
+    """Incremental parser of what `ollama pull` draws on stderr, fed with pieces split anywhere.
 
-    A frame draws every row anew, without a line end behind its last row; control sequences and line ends alike end
-    a row. An error comes last and may go over several lines, so it is complete only at the end (`close`).
+    A frame redraws every row, without a line end after the last; control sequences and line ends both end a row. An
+    error message comes last and may have several lines, so it is complete only at `close`.
     """
 
     def __init__(self) -> None:
@@ -131,14 +131,14 @@ class FrameParser:
         self._error: str | None = None
 
     def feed(self, data: bytes) -> list[PullEvent]:
-        """The events of every row that these bytes complete."""
+        """Return the events of every row that these bytes complete."""
         return [event for row in self._rows(self._decoder.decode(data)) for event in self._parse(row)]
 
     def close(self) -> list[PullEvent]:
-        """The events of what is left when nothing more will come."""
+        """Return the events of what remains at the end."""
         events = self.feed(b"\n")
         if self._error is not None:
-            events.append(Failed(self._error.strip()))
+            events.append(PullFailed(self._error.strip()))
             self._error = None
         return events
 
@@ -154,7 +154,7 @@ class FrameParser:
         self._pending = self._pending[start:]
         if len(self._pending) > MAX_ROW + _LONGEST_ROW_END:
             self._overlong = True
-            self._pending = self._pending[-_LONGEST_ROW_END:]  # may be the beginning of what ends the row
+            self._pending = self._pending[-_LONGEST_ROW_END:]  # may contain the beginning of the row's end
 
     def _parse(self, row: str) -> Iterator[PullEvent]:
         if self._error is not None:
@@ -166,11 +166,11 @@ class FrameParser:
 
 
 def explain(error_text: str, name: str) -> DownloadError:
-    """What went wrong with the pull of `name`, from Ollama's own words, for people."""
+    """Convert Ollama's error message about the pull of `name` to a DownloadError."""
     text = error_text.strip()
-    for marks, tell in _EXPLANATIONS:
+    for marks, make_error in _EXPLANATIONS:
         if marks.search(text):
-            return tell(name, _quotable(text))
+            return make_error(name, _quotable(text))
     return DownloadError(
         "download_failed",
         f"Ollama could not download {name}. It said: {_quotable(text) or 'nothing'}. Resume to try again.",
@@ -178,11 +178,14 @@ def explain(error_text: str, name: str) -> DownloadError:
     )
 
 
-_Tell = Callable[[str, str], DownloadError]
+_MakeError = Callable[[str, str], DownloadError]
 
 
-def _error(code: str, words: str, may_resume: bool = False) -> _Tell:
-    """`words` may hold {name} and {text}, Ollama's own words without a full stop."""
+def _error(code: str, words: str, may_resume: bool = False) -> _MakeError:
+    """Return a factory of DownloadErrors.
+
+    `words` may contain {name} and {text}, Ollama's message without a full stop.
+    """
     return lambda name, text: DownloadError(code, words.format(name=name, text=text), may_resume=may_resume)
 
 
@@ -190,7 +193,7 @@ def _marks(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-_EXPLANATIONS: tuple[tuple[re.Pattern[str], _Tell], ...] = (
+_EXPLANATIONS: tuple[tuple[re.Pattern[str], _MakeError], ...] = (
     (
         _marks("could not connect to ollama|ollama server not responding|connect to ollama app"),
         _error(
@@ -299,7 +302,7 @@ def _rounded(figure: str, unit: str) -> Rounded:
 def _parse_status(text: str) -> PullEvent | None:
     words = text.strip(_SPINNER)
     if words == "success":
-        return Succeeded()
+        return PullSucceeded()
     for beginning, phase in _PHASES.items():
         if words.startswith(beginning):
             return PullStatus(phase)
@@ -307,7 +310,7 @@ def _parse_status(text: str) -> PullEvent | None:
 
 
 def _quotable(text: str) -> str:
-    """One line of bounded length, without the signatures that addresses of registries carry."""
+    """Return the text as one line of limited length, without the signatures in registry URLs."""
     unsigned = re.sub(r'(https?://[^\s"?]+)\?[^\s"]*', r"\1", text)
     line = " ".join(unsigned.split()).rstrip(".")
     return line if len(line) <= MAX_DETAIL else f"{line[: MAX_DETAIL - 1]}…"

@@ -1,4 +1,4 @@
-"""Downloads of Ollama's models. Ollama moves the bytes itself: it is told to, and watched."""
+"""Fetches Ollama models. Ollama transfers the bytes; its progress is observed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 import structlog
 
 from services.abort import Abort
-from services.downloads.fetcher import DownloadError, Part, Phase, Report, Seen, Source
+from services.downloads.fetcher import DownloadError, FileProgress, Phase, Report, Source, TransferUpdate
 from services.downloads.ollama.command import pull_by_command
 from services.downloads.ollama.output import (
     DrawnLayer,
-    Failed,
-    Layer,
     PullEvent,
+    PullFailed,
+    PullLayer,
     PullStatus,
-    Succeeded,
+    PullSucceeded,
     explain,
     short_digest,
 )
@@ -33,16 +33,15 @@ log = structlog.get_logger(__name__)
 
 MANIFEST_SECONDS = 5.0
 CHECKED_PER_SECOND = 50e6
-"""Bytes that even a slow disk lets Ollama check in a second; it says nothing meanwhile."""
+"""Bytes per second that Ollama verifies even on a slow disk, while it reports nothing."""
 PHASES: tuple[Phase, ...] = ("resolving", "downloading", "verifying", "writing")
 
 
 class OllamaFetcher:
-    """Has Ollama pull models: through its command where that is here as well, else through its HTTP API.
+    """Has Ollama pull models: by its command if that is installed here, else through its HTTP API.
 
-    `find_binary` gives the path of the `ollama` program or None; it is asked for each download. Only models of
-    `registries` are pulled, which are asked for sizes ahead of time, no more: Ollama moves the bytes. After
-    `stall_seconds` without anything new a download is given up.
+    `find_binary` returns the path of `ollama` or None, at each download. Only models of `registries` are pulled;
+    registries are asked for sizes only. A download without news for `stall_seconds` fails.
     """
 
     def __init__(
@@ -65,18 +64,18 @@ class OllamaFetcher:
         return "ollama"
 
     def check_name(self, name: str) -> str:
-        """As `/api/tags` will list it. Raises DownloadError `invalid_name`, `registry_not_allowed`."""
+        """Return the name as `/api/tags` lists it. Raises DownloadError `invalid_name`, `registry_not_allowed`."""
         return self._parse(name).full
 
     def fetch(self, name: str, report: Report, abort: Abort) -> None:
-        """Block until Ollama has the model; see the port."""
+        """Block until Ollama has the model; see `Fetcher.fetch`."""
         model = self._parse(name)
         abort.check()
-        report(Seen("resolving"))
-        pull = _Pull(model, self._manifest(model, abort), report, self._stall_seconds)
+        report(TransferUpdate("resolving"))
+        pull = _PullProgress(model, self._manifest(model, abort), report, self._stall_seconds)
         with closing(self._events(model, pull, abort)) as said:
             for events in said:
-                pull.take(events)
+                pull.update(events)
         if pull.complete:
             return
         raise DownloadError(
@@ -87,10 +86,10 @@ class OllamaFetcher:
         )
 
     def discard(self, name: str) -> None:
-        """Nothing: Ollama offers no way to ask for it, and prunes partial files itself (at a start an hour later)."""
+        """Do nothing: Ollama has no request for it, and deletes partial files itself (at a start an hour later)."""
 
     def _parse(self, name: str) -> OllamaName:
-        """Ollama asks whatever host a name begins with, so only registries that the settings allow get to it."""
+        """Parse a name. Only registries allowed by the settings pass, because Ollama contacts any host in a name."""
         try:
             model = OllamaName.parse(name)
         except ValueError as error:
@@ -98,7 +97,7 @@ class OllamaFetcher:
         self._registries.origin(model)
         return model
 
-    def _events(self, model: OllamaName, pull: _Pull, abort: Abort) -> Generator[list[PullEvent], None, None]:
+    def _events(self, model: OllamaName, pull: _PullProgress, abort: Abort) -> Generator[list[PullEvent], None, None]:
         binary = self._find_binary() if is_loopback(urlsplit(self._base_url).hostname or "") else None
         if binary is not None:
             try:
@@ -112,22 +111,22 @@ class OllamaFetcher:
                 )
                 return
             except OSError as error:
-                log.warning("the ollama program can't be started, its API is used", program=binary, error=str(error))
+                log.warning("ollama can't be started; pulling through its API", program=binary, error=str(error))
         yield from pull_by_stream(
-            model, self._base_url, insecure=self._registries.insecure, abort=abort, patience=pull.seconds_left
+            model, self._base_url, insecure=self._registries.insecure, abort=abort, timeout=pull.seconds_left
         )
 
     def _manifest(self, model: OllamaName, abort: Abort) -> Manifest | None:
-        """What the registry says ahead, or None: without it the sizes come as Ollama gets to them."""
+        """Return the registry's manifest; None on an error: then sizes become known layer by layer."""
         try:
             return fetch_manifest(model, self._registries, timeout=MANIFEST_SECONDS, abort=abort)
         except DownloadError as error:
-            log.info("sizes are unknown ahead", model=model.full, reason=error.message)
+            log.info("a model's sizes are unknown", model=model.full, reason=error.message)
             return None
 
 
-class _Pull:
-    """One pull: adds up what Ollama says, tells it on, and loses patience when nothing new comes."""
+class _PullProgress:
+    """Adds up the events of one pull, reports them, and detects a stall."""
 
     def __init__(self, model: OllamaName, manifest: Manifest | None, report: Report, stall_seconds: float) -> None:
         self.complete = False
@@ -138,45 +137,45 @@ class _Pull:
         sizes = {short_digest(digest): size for digest, size in manifest.layers.items()} if manifest else {}
         self._unrounding = Unrounding(sizes)
         self._phase: Phase = "resolving"
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, FileProgress] = {}
         self._news_at = time.monotonic()
 
-    def take(self, events: list[PullEvent]) -> None:
-        """Raises DownloadError when Ollama gave up, or has said nothing new for too long."""
+    def update(self, events: list[PullEvent]) -> None:
+        """Take in events. Raises DownloadError if Ollama failed, or nothing new has come for too long."""
         now = time.monotonic()
-        parts: dict[str, Part] = {}
+        parts: dict[str, FileProgress] = {}
         for event in events:
             match event:
-                case Layer(digest, completed, total):
-                    parts[digest] = Part(completed, total)
+                case PullLayer(digest, completed, total):
+                    parts[digest] = FileProgress(completed, total)
                     self._reach("downloading", now)
                 case DrawnLayer(digest):
                     parts[digest] = self._unrounding.part(event, now)
                     self._reach("downloading", now)
                     if event.bytes_per_second:
-                        self._news_at = now  # of a large layer the figures show a change only now and then
+                        self._news_at = now  # the rounded figures of a large layer change rarely
                 case PullStatus(phase):
                     self._reach(phase, now)
-                case Failed(text):
+                case PullFailed(text):
                     raise explain(text, self._model.short)
-                case Succeeded():
+                case PullSucceeded():
                     self.complete = True
         if any(self._parts.get(digest) != part for digest, part in parts.items()):
             self._news_at = now
         self._parts.update(parts)
-        self._report(Seen(self._phase, parts, self._expected))
+        self._report(TransferUpdate(self._phase, parts, self._expected))
         if not self.complete and self.seconds_left() <= 0:
             raise self._stalled()
 
     def seconds_left(self) -> float:
-        """How long it may go on without anything new; never below 0."""
+        """Return the seconds until the pull counts as stalled, at least 0."""
         patience = self._stall_seconds
         if self._phase in ("verifying", "writing"):
             patience += sum(part.total for part in self._parts.values()) / CHECKED_PER_SECOND
         return max(0.0, self._news_at + patience - time.monotonic())
 
     def _reach(self, phase: Phase, now: float) -> None:
-        """Every frame draws the earlier phases again; it never goes back to one."""
+        """Advance to a phase. Every frame repeats the earlier phases, which are ignored."""
         if PHASES.index(phase) > PHASES.index(self._phase):
             self._phase = phase
             self._news_at = now

@@ -1,4 +1,4 @@
-"""What a model consists of, asked of the registry that its name leads to (the manifests of the OCI registry API v2)."""
+"""Fetches a model's manifest from its registry (OCI registry API v2)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from urllib.parse import urlsplit
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError
-from services.downloads.hosts import place, place_of
+from services.downloads.hosts import host_key, host_key_of
 from services.engines.ollama.names import DEFAULT_HOST, OllamaName
 from services.http import FetchError, Redirects, TooLarge, fetch, is_loopback
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 MAX_BYTES = 4_000_000
-"""A manifest has some hundred bytes a layer; what is larger is none."""
+"""Limit of a manifest, which has some hundred bytes per layer."""
 TIMEOUT = 5.0
-MOST_REDIRECTS = 3
+MAX_REDIRECTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The layers of one model in one version.
+    """The layers of one version of a model.
 
-    `digest` is the SHA-256 of the manifest in hex: the id that `/api/tags` lists for the model. `size_bytes` is the
-    sum of all layers and the configuration; `layers` holds their bytes by digest (`sha256:…`).
+    `digest` is the manifest's SHA-256 in hex, the id in `/api/tags`. `size_bytes` is the sum of all layers and the
+    configuration; `layers` maps digests (`sha256:…`) to bytes.
     """
 
     digest: str
@@ -36,10 +36,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Registries:
-    """The registries that models may come from, and how they are reached.
+    """The registries that models may come from.
 
-    `default_url` answers for names without a host, `hosts` (`hf.co`, `registry.lan:5000`) for names with theirs;
-    `insecure` reaches these without TLS.
+    `default_url` is for names without a host, `hosts` (`hf.co`, `registry.lan:5000`) are allowed in names; `insecure`
+    connects to these without TLS.
     """
 
     default_url: str
@@ -47,11 +47,11 @@ class Registries:
     insecure: bool = False
 
     def origin(self, name: OllamaName) -> str:
-        """Where a model is asked for. No I/O. Raises DownloadError `registry_not_allowed`."""
-        host = place(name.host)
-        if host in (DEFAULT_HOST, place_of(self.default_url)):
+        """Return the origin of a model's registry. No I/O. Raises DownloadError `registry_not_allowed`."""
+        host = host_key(name.host)
+        if host in (DEFAULT_HOST, host_key_of(self.default_url)):
             return self.default_url
-        if host not in map(place, self.hosts):
+        if host not in map(host_key, self.hosts):
             allowed = ", ".join((DEFAULT_HOST, *self.hosts))
             raise DownloadError(
                 "registry_not_allowed",
@@ -62,14 +62,14 @@ class Registries:
         return f"{'http' if plain else 'https'}://{name.host}"
 
     def may_send_to(self, url: str) -> bool:
-        """Whether a registry may answer with a redirect to this address."""
-        return url.startswith("https:") and place_of(url) in map(place, self.hosts)
+        """Return whether a registry may redirect to this URL."""
+        return url.startswith("https:") and host_key_of(url) in map(host_key, self.hosts)
 
 
 def fetch_manifest(
     name: OllamaName, registries: Registries, *, timeout: float = TIMEOUT, abort: Abort | None = None
 ) -> Manifest:
-    """Ask for a model's manifest.
+    """Fetch a model's manifest.
 
     Raises DownloadError `registry_not_allowed`, `unknown_model`, `access_denied` or `registry_unreachable`, and Aborted
     on `abort`.
@@ -83,7 +83,7 @@ def fetch_manifest(
             timeout=timeout,
             headers={"Accept": MANIFEST_TYPE},
             most_bytes=MAX_BYTES,
-            redirects=Redirects(MOST_REDIRECTS, registries.may_send_to),
+            redirects=Redirects(MAX_REDIRECTS, registries.may_send_to),
             abort=abort,
         )
     except TooLarge:

@@ -1,38 +1,37 @@
-"""The bytes behind the rounded figures that `ollama pull` draws.
+"""Estimates exact bytes from the rounded figures that `ollama pull` prints.
 
-The command says `1.2 GB/4.1 GB` and `28%`: steps of 41 MB, and of gigabytes from 10 GB on. Taken as they are, a
-transfer would stand still for seconds and then leap. Between the bounds that the figures set, the drawn speed says how
-it goes.
+It prints `1.2 GB/4.1 GB` and `28%`: steps of 41 MB, and of whole gigabytes from 10 GB on. Taken literally, a transfer
+would stand still for seconds and then jump. Within the bounds of the figures, the printed speed is integrated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from services.downloads.fetcher import Part
+from services.downloads.fetcher import FileProgress
 from services.downloads.ollama.output import DrawnLayer, Rounded
 
 
 class Unrounding:
-    """Follows the layers of one pull. `sizes` holds their exact bytes by short digest, where the registry told them."""
+    """Follows the layers of one pull. `sizes` maps short digests to exact bytes, if the registry told them."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self._sizes = sizes
         self._last: dict[str, tuple[float, float]] = {}
-        """(bytes, when) by short digest."""
+        """(bytes, time) by short digest."""
 
-    def part(self, row: DrawnLayer, now: float) -> Part:
-        """The likely figures of a layer; never outside what the row allows. `now` is seconds of a monotonic clock."""
+    def part(self, row: DrawnLayer, now: float) -> FileProgress:
+        """Estimate a layer's progress, within the bounds of its row. `now` is monotonic seconds."""
         total = self._total(row.digest, row.total)
         if row.completed is None:
-            return Part(total, total)
+            return FileProgress(total, total)
         low = min(max(row.completed.low, (row.percent - 0.5) / 100 * total), total)
         high = min(row.completed.high, (row.percent + 0.5) / 100 * total, total)
         before, then = self._last.get(row.digest, (low, now))
         likely = before + (row.bytes_per_second or 0) * (now - then)
         completed = max(low, min(likely, high))
         self._last[row.digest] = (completed, now)
-        return Part(max(0, int(completed)), total)
+        return FileProgress(max(0, int(completed)), total)
 
     def _total(self, digest: str, drawn: Rounded) -> int:
         exact = self._sizes.get(digest)

@@ -1,4 +1,4 @@
-"""A pull through Ollama's HTTP API: the lines of `POST /api/pull`."""
+"""Pulls a model through Ollama's HTTP API: `POST /api/pull`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from services.abort import Abort
 from services.downloads.fetcher import DownloadError
-from services.downloads.ollama.output import PullEvent, Succeeded, explain, parse_line
+from services.downloads.ollama.output import PullEvent, PullSucceeded, explain, parse_line
 from services.engines.ollama.names import OllamaName
 from services.http import FetchError, HttpRequest, HttpStream, TooSlow, Unreachable
 
@@ -18,13 +18,13 @@ MARGIN_SECONDS = 0.1
 
 
 def pull_by_stream(
-    name: OllamaName, base_url: str, *, insecure: bool, abort: Abort, patience: Callable[[], float]
+    name: OllamaName, base_url: str, *, insecure: bool, abort: Abort, timeout: Callable[[], float]
 ) -> Generator[list[PullEvent], None, None]:
-    """Ask Ollama to pull and yield what it says as it comes; ends with the answer, however that ends.
+    """Request a pull and yield events as they come, until the response ends, however it ends.
 
-    `patience()` is how many seconds of silence are bearable from now on; after as many it yields an empty list and
-    ends. Closing the iterator closes the connection, on which Ollama stops and keeps what has arrived. Raises Aborted,
-    and DownloadError when Ollama can't be reached or refuses.
+    `timeout()` returns the seconds of silence permitted from now on; after these it yields an empty list and ends.
+    Closing the iterator closes the connection, on which Ollama stops and keeps partial files. Raises Aborted, and
+    DownloadError if Ollama can't be reached or refuses.
     """
     request = HttpRequest(
         "POST",
@@ -35,13 +35,13 @@ def pull_by_stream(
     )
     with abort.acting(request.cancel):
         try:
-            with request.stream(lambda: patience() + MARGIN_SECONDS) as answer:
+            with request.stream(lambda: timeout() + MARGIN_SECONDS) as answer:
                 if answer.status != 200:
                     raise explain(_refusal(answer), name.short)
                 while line := answer.line():
                     event = parse_line(line)
                     yield [] if event is None else [event]
-                    if isinstance(event, Succeeded):
+                    if isinstance(event, PullSucceeded):
                         return
         except TooSlow:
             yield []
@@ -54,12 +54,12 @@ def pull_by_stream(
                 may_resume=True,
             ) from None
         except FetchError:
-            pass  # broken off; whoever reads knows whether that was before the end
+            pass  # the caller knows whether the pull was complete
     abort.check()
 
 
 def _refusal(answer: HttpStream) -> str:
-    """Ollama's error text: JSON for what its API refuses, plain text for what isn't its API."""
+    """Return Ollama's error message: JSON from its API, plain text from anything else."""
     body = answer.read().decode("utf-8", "replace")
     with suppress(ValueError, KeyError, TypeError):
         return str(json.loads(body)["error"])

@@ -1,4 +1,4 @@
-"""Which installed Ollama models have a newer version in their registry: its manifest has another digest."""
+"""Checks which installed Ollama models have a newer version: their manifest in the registry has another digest."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from services.periodic import Periodic
 log = structlog.get_logger(__name__)
 
 FIRST_CHECK_SECONDS = 60.0
-"""After the start, when whoever started it has other things to wait for."""
+"""Delay of the first check after the start."""
 
 
 class UpdateCheck:
-    """Asks the registries now and then. `installed` gives what is on Ollama's disk; `every_seconds` 0 means never."""
+    """Checks the registries periodically. `installed` returns the installed models; `every_seconds` 0 means never."""
 
     def __init__(
         self,
@@ -39,12 +39,12 @@ class UpdateCheck:
 
     @property
     def available(self) -> frozenset[str]:
-        """Names of installed models with a newer version, as far as is known. Asks nobody outside this machine."""
+        """Names of installed models with a newer version, as last checked. No I/O."""
         newest = self._newest
         return frozenset(m.name for m in self._installed() if newest.get(m.name, m.digest) != m.digest)
 
     def check(self) -> frozenset[str]:
-        """Ask for every installed model now. One whose registry doesn't answer keeps what was known of it."""
+        """Check every installed model now. Without an answer from its registry, a model keeps its last result."""
         with self._checking:
             newest = dict(self._newest)
             for model in self._installed():
@@ -52,7 +52,7 @@ class UpdateCheck:
                     name = OllamaName.parse(model.name)
                     newest[model.name] = fetch_manifest(name, self._registries).digest
                 except (ValueError, DownloadError) as error:
-                    log.info("can't tell whether there is a newer version", model=model.name, reason=str(error))
+                    log.info("a model can't be checked for updates", model=model.name, reason=str(error))
             self._newest = newest
         return self.available
 
