@@ -1,7 +1,7 @@
 """Fixtures shared by all suites. `tests/README.md` says which one to use.
 
 From cheapest to most expensive: `client` (Flask's test client, no process), `console` (the module's console, reset),
-`start_shared` (for modules that need a different one), `start_console` (one per test: 1.5 s of a core).
+`start_shared` (for modules that need a different one), `start_console` (one per test: a second of a core).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Console:
 
     `settings` become environment variables, `toml` its settings file; `environment` is added as it is. `descriptors`
     is the number of files and sockets that each of its processes may have open, as set by `ulimit -n`. A package that
-    only the tests install is hidden from it (`tests/support/production`).
+    only tests install, and that a library would import, is hidden from it (`tests/support/production`).
     """
 
     def __init__(
