@@ -1,4 +1,4 @@
-"""`/openapi.json` against the app: every documented endpoint keeps what it promises, whatever is thrown at it."""
+"""`/openapi.json` compared with the app: every documented endpoint behaves as described, under fuzzing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.support.console import DEMO_MODELS, Console
 
 SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LEFT_OUT = {"/v1/events", "/api/restart-api"}
-"""One never ends, one would take the app away from under the others; both have tests of their own."""
+"""The first never ends, the second would restart the app under the others; both have their own tests."""
 ENGINE_TROUBLE = {502, 503, 504}
-"""Statuses that say truthfully that an engine failed; none of them is a failure of the app itself."""
+"""Statuses that report an engine's failure; they are not failures of the app."""
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def operations(console: Console) -> list[tuple[str, str]]:
     return [(method.upper(), path) for path, methods in paths.items() for method in methods]
 
 
-def test_every_endpoint_keeps_its_description_under_fuzzing(described):
-    """Schemathesis: no 500, no undocumented status, no undeclared content type, for valid and for broken requests."""
+def test_every_endpoint_matches_its_description_under_fuzzing(described):
+    """Schemathesis: no 500, no undocumented status or content type, for valid and invalid requests."""
     schema = schemathesis.openapi.from_url(f"{described.url}/openapi.json")
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -95,15 +95,15 @@ def test_the_description_names_every_route_of_the_contract(described):
     assert expected <= documented
 
 
-def test_the_description_is_shown_to_people_too(described):
+def test_the_docs_page_lists_every_endpoint(described):
     """`/docs` lists every documented endpoint."""
     page = described.get("/docs").text
     for method, path in operations(described):
         assert f"{method} {path}" in page
 
 
-def test_events_tell_every_change(described):
-    """`/v1/events` gives the whole status at once, and again when a model changes."""
+def test_events_report_every_change(described):
+    """`/v1/events` sends the whole status at once, and again when a model changes."""
     with described.get("/v1/events", stream=True) as answer:
         told = (json.loads(line[6:]) for line in answer.iter_lines(decode_unicode=True) if line.startswith("data: "))
         assert "version" in next(told)
@@ -111,7 +111,7 @@ def test_events_tell_every_change(described):
         assert any(status["models"]["switchyard-mini"]["status"] == "running" for status in told)
 
 
-def test_alive_and_ready(described):
-    """What a supervisor asks."""
+def test_healthz_and_readyz(described):
+    """The endpoints for supervisors."""
     assert described.get("/healthz").json()["status"] == "ok"
     assert described.get("/readyz").json() == {"status": "ready"}

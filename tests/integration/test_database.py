@@ -1,4 +1,4 @@
-"""The database under a running console: locked by another program, damaged, backed up and put back."""
+"""The database under a running console: locked by another program, damaged, backed up and restored."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def database(console: Console) -> Path:
     return console.state / "switchyard.db"
 
 
-def begin_a_chat(console: Console, text: str) -> requests.Response:
+def start_a_chat(console: Console, text: str) -> requests.Response:
     return requests.post(f"{console.url}/chats", data={"text": text}, allow_redirects=False, timeout=TIMEOUT)
 
 
 def back_up(console: Console, copy: Path) -> subprocess.CompletedProcess[str]:
-    """The command of docs/operations.md, by whoever has the console's settings."""
+    """Run the backup command of docs/operations.md with the console's settings."""
     return subprocess.run(
         [sys.executable, "-m", "services.store.backup", str(copy)],
         cwd=ROOT,
@@ -45,12 +45,12 @@ def back_up(console: Console, copy: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_locked_database_delays_nobody_who_needs_none(console: Console) -> None:
-    """It froze everyone for as long as the lock was there, 10 s. Models load and answer; who has to write is told."""
+def test_a_locked_database_delays_only_writes(console: Console) -> None:
+    """A lock froze everything for its duration, 10 s. Now models load and answer; only requests that write fail."""
     console.switch(MINI)
     refused: list[requests.Response] = []
     with locked_database(database(console)):
-        writer = threading.Thread(target=lambda: refused.append(begin_a_chat(console, "Hello")), daemon=True)
+        writer = threading.Thread(target=lambda: refused.append(start_a_chat(console, "Hello")), daemon=True)
         writer.start()
         answered = 0
         while writer.is_alive():
@@ -61,18 +61,18 @@ def test_a_locked_database_delays_nobody_who_needs_none(console: Console) -> Non
         assert console.ask("Hello").status_code == 200
         assert console.get("/models").status_code == 200
         assert console.get("/").status_code == 200
-    assert begin_a_chat(console, "Hello again").status_code == 303
+    assert start_a_chat(console, "Hello again").status_code == 303
 
 
-def test_a_copy_is_made_while_the_console_writes_and_put_back_after_a_loss(console: Console, tmp_path: Path) -> None:
-    """As docs/operations.md says: one command, then stop, put back, start. The copy is whole, and private."""
-    begin_a_chat(console, "Before the copy")
+def test_a_backup_is_made_while_the_console_writes_and_restored(console: Console, tmp_path: Path) -> None:
+    """As in docs/operations.md: one command; then stop, restore, start. The copy is complete and private."""
+    start_a_chat(console, "Before the copy")
     copy = tmp_path / "switchyard-backup.db"
     over = threading.Event()
 
     def write() -> None:
         while not over.wait(0.05):
-            begin_a_chat(console, "Meanwhile")
+            start_a_chat(console, "Meanwhile")
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
@@ -84,7 +84,7 @@ def test_a_copy_is_made_while_the_console_writes_and_put_back_after_a_loss(conso
     assert modes(copy) == {".": 0o600}
     with closing(sqlite3.connect(copy)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    begin_a_chat(console, "After the copy")
+    start_a_chat(console, "After the copy")
     console.stop()
     for lost in database(console).parent.glob("switchyard.db*"):
         lost.unlink()
@@ -96,8 +96,8 @@ def test_a_copy_is_made_while_the_console_writes_and_put_back_after_a_loss(conso
     assert modes(database(console)) == {".": 0o600}
 
 
-def test_a_copy_is_never_written_over_anything(console: Console, tmp_path: Path) -> None:
-    """A backup of yesterday is not lost to a slip; and what can't be copied leaves nothing behind."""
+def test_a_backup_overwrites_no_file(console: Console, tmp_path: Path) -> None:
+    """Yesterday's backup can't be overwritten by mistake; a failed backup leaves no file."""
     there = tmp_path / "there.db"
     there.write_text("yesterday's")
     made = back_up(console, there)
@@ -111,8 +111,8 @@ def test_a_copy_is_never_written_over_anything(console: Console, tmp_path: Path)
     assert not (tmp_path / "none.db").exists()
 
 
-def test_a_damaged_database_does_not_keep_the_app_from_starting(start_console, tmp_path: Path) -> None:
-    """It is set aside before there is a worker; the log and the page say where it is."""
+def test_the_app_starts_with_a_damaged_database(start_console, tmp_path: Path) -> None:
+    """It is set aside before the worker starts; the log and the page say where it is."""
     state = tmp_path / "state"
     state.mkdir()
     (state / "switchyard.db").write_bytes(b"no database" * 1000)

@@ -1,4 +1,4 @@
-"""How downloads end, as a client sees it: complete when the model can be switched to, cancelled at once."""
+"""The end of a download as a client sees it: complete once the model can be switched to, cancelled at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
 
 @pytest.fixture
 def console(start_console: Callable[..., Console], ollama: FakeOllama, tmp_path: Path) -> Iterator[Console]:
-    """A console with both sources at hand and no model."""
+    """A console with both download sources and no model."""
     models = tmp_path / "models"
     models.mkdir()
     with FakeHub({"owner/tiny": Repo({"tiny-Q4_K_M.gguf": GGUF})}) as hub:
@@ -43,8 +43,8 @@ def console(start_console: Callable[..., Console], ollama: FakeOllama, tmp_path:
         )
 
 
-def test_a_model_can_be_switched_to_when_its_download_says_complete(console: Console) -> None:
-    """Not two seconds later: whoever hears of the end finds the model. Ollama's list was up to a second old."""
+def test_a_model_can_be_switched_to_when_its_download_completes(console: Console) -> None:
+    """It took up to a second, because Ollama's list of models is cached."""
     downloads = [(name, "ollama", name) for name in OLLAMA]
     for name, source, model_id in [*downloads, ("owner/tiny", "huggingface", "owner/tiny/tiny-Q4_K_M")]:
         with downloading(console, name, source) as events:
@@ -55,8 +55,8 @@ def test_a_model_can_be_switched_to_when_its_download_says_complete(console: Con
     console.switch(model_id)
 
 
-def test_a_cancelled_download_is_cancelled_when_the_answer_comes(console: Console, ollama: FakeOllama) -> None:
-    """In the answer, the list and the stream; the pull ends behind it, and the same model can be asked for again."""
+def test_a_cancelled_download_is_cancelled_in_the_response(console: Console, ollama: FakeOllama) -> None:
+    """In the response, the list and the stream; the pull ends afterwards, and the same model can be requested again."""
     ollama.set_fault("pull_slow", 200_000)
     with downloading(console, "llama3.2", "ollama") as events:
         first = next(event for event in events if event["completed_bytes"])

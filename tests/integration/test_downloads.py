@@ -1,4 +1,4 @@
-"""Downloads over HTTP: seed 004's stream, the queue, and what is done with installed models."""
+"""Downloads over HTTP: seed 004's stream, the queue, and actions on installed models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shared_ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOlla
 
 @pytest.fixture
 def ollama(shared_ollama: FakeOllama) -> FakeOllama:
-    """A server that somebody else started, with a registry behind it."""
+    """A server that was started elsewhere, with a registry."""
     return shared_ollama.reset()
 
 
@@ -50,7 +50,7 @@ def shared(request: pytest.FixtureRequest, start_shared: StartConsole, shared_ol
 
 @pytest.fixture
 def console(shared: Console, ollama: FakeOllama) -> Iterator[Console]:
-    """A console that downloads through the command, and one that has none and asks the API."""
+    """A console that downloads with Ollama's command, and one without the command that uses the API."""
     yield shared.reset()
     ollama.clear_faults()
     shared.cancel_downloads()
@@ -59,7 +59,7 @@ def console(shared: Console, ollama: FakeOllama) -> Iterator[Console]:
 
 
 def test_a_download_streams_its_progress_to_the_end(console, ollama):
-    """Seed 004's events: never falling, with bytes, until complete; then the model is there to be switched to."""
+    """Seed 004's events: never falling, with bytes, until complete; then the model can be switched to."""
     ollama.set_fault("pull_slow", 20_000_000)
     with closing(download(console, "llama3.2")) as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -70,12 +70,12 @@ def test_a_download_streams_its_progress_to_the_end(console, ollama):
     assert all(0 < h["completed_bytes"] <= h["total_bytes"] for h in moving)
     assert (heard[-1]["status"], heard[-1]["progress"]) == ("complete", 100)
     assert "llama3.2:latest" in ollama.tags()
-    console.wait_for(lambda s: "llama3.2:latest" in s["models"], "the model in the catalogue")
+    console.wait_for(lambda s: "llama3.2:latest" in s["models"], "the model to be listed")
     console.switch("llama3.2")
 
 
-def test_leaving_the_stream_stops_nothing_and_all_who_watch_see_the_same(console, ollama):
-    """The job is the server's: it is further on for whoever comes back."""
+def test_closing_the_stream_stops_nothing_and_all_clients_see_the_same(console, ollama):
+    """The job runs on the server: a client that reconnects finds it further on."""
     ollama.set_fault("pull_slow", 10_000_000)
     with closing(download(console, "llama3.2")) as answer:
         first = next(h for h in unnamed(answer) if h["completed_bytes"])
@@ -86,22 +86,24 @@ def test_leaving_the_stream_stops_nothing_and_all_who_watch_see_the_same(console
     wait_until(lambda: one(console, first["id"])["state"] == "complete", "the end")
 
 
-def test_cancelling_stops_the_bytes_within_a_second(console, ollama):
-    """Nothing arrives any more, and nothing is installed."""
+def test_cancelling_stops_the_transfer_within_a_second(console, ollama):
+    """No more bytes arrive, and nothing is installed."""
     job = start(console, ollama, "llama3.2")
     watch = Stopwatch()
     assert console.delete(f"{BASE}/downloads/{job['id']}").json()["status"] == "cancelled"
-    wait_until(lambda: not ollama.pulls() and kept(ollama) > 1_000_000, "the transfer to stop and say where")
+    wait_until(
+        lambda: not ollama.pulls() and bytes_on_disk(ollama) > 1_000_000, "the transfer to stop and write its state"
+    )
     assert watch.waited < 1
     arrived = ollama.pulled_bytes("llama3.2")
     assert arrived < SIZE
-    time.sleep(0.5)  # ten times the pause between two steps of a transfer
+    time.sleep(0.5)  # ten times the interval between two steps of a transfer
     assert ollama.pulled_bytes("llama3.2") == arrived
     assert "llama3.2:latest" not in ollama.tags()
 
 
-def test_pausing_keeps_what_arrived_and_resuming_goes_on_from_there(console, ollama):
-    """By Ollama's own partial files."""
+def test_a_resumed_download_continues_where_it_was(console, ollama):
+    """From Ollama's own partial files."""
     job = start(console, ollama, "llama3.2")
     paused = console.post(f"{BASE}/downloads/{job['id']}/pause").json()
     assert paused["state"] == "paused"
@@ -116,20 +118,20 @@ def test_pausing_keeps_what_arrived_and_resuming_goes_on_from_there(console, oll
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_restart_of_the_app_goes_on_with_the_download(console, ollama, end):
-    """Nobody has to ask again; what has arrived counts."""
+def test_a_restart_of_the_app_continues_the_download(console, ollama, end):
+    """Without a new request; what has arrived is used."""
     job = start(console, ollama, "llama3.2")
     console.stop() if end == "stop" else console.kill()
     wait_until(lambda: not ollama.pulls() or end == "kill", "the pull to end")
     console.start()
-    wait_until(lambda: one(console, job["id"])["state"] == "downloading", "the download to go on")
+    wait_until(lambda: one(console, job["id"])["state"] == "downloading", "the download to continue")
     ollama.clear_faults()
     wait_until(lambda: one(console, job["id"])["state"] == "complete", "the end")
-    wait_until(lambda: not ollama.pulls(), "no pull to be left over")
+    wait_until(lambda: not ollama.pulls(), "all pulls to end")
 
 
-def test_the_queue_runs_two_and_keeps_the_others_waiting(console, ollama):
-    """Default two at once; the third knows that it is next."""
+def test_the_queue_runs_two_downloads_at_once(console, ollama):
+    """Two at once by default; the third has position 1."""
     ollama.set_fault("pull_slow", 3_000_000)
     jobs = [download(console, name, accept="application/json").json() for name in ("llama3.2", "mistral", "phi")]
     assert [one(console, j["id"])["state"] for j in jobs] == ["downloading", "downloading", "queued"]
@@ -148,8 +150,8 @@ def test_the_queue_runs_two_and_keeps_the_others_waiting(console, ollama):
         ("digest_mismatch", True, "digest_mismatch", "again"),
     ],
 )  # fmt: skip
-def test_what_goes_wrong_is_told_in_words_and_can_be_tried_again(console, ollama, fault, value, code, words):
-    """The last event says what happened and what to do; without the fault another try succeeds."""
+def test_a_failure_is_explained_and_can_be_retried(console, ollama, fault, value, code, words):
+    """The last event says what happened and what to do; without the fault a retry succeeds."""
     ollama.set_fault(fault, value)
     with closing(download(console, "llama3.2")) as answer:
         heard = list(unnamed(answer))
@@ -157,11 +159,11 @@ def test_what_goes_wrong_is_told_in_words_and_can_be_tried_again(console, ollama
     assert words in heard[-1]["message"].lower()
     ollama.clear_faults()
     console.post(f"{BASE}/downloads/{heard[-1]['id']}/resume")
-    wait_until(lambda: one(console, heard[-1]["id"])["state"] == "complete", "the second try")
+    wait_until(lambda: one(console, heard[-1]["id"])["state"] == "complete", "the retry")
 
 
-def test_an_unknown_name_is_told_by_the_registry_a_wrong_one_at_once(console):
-    """Nothing is spawned for what can't be a name."""
+def test_an_unknown_name_fails_at_the_registry_an_invalid_one_at_once(console):
+    """For an invalid name no process is started."""
     with closing(download(console, "nosuch")) as answer:
         last = list(unnamed(answer))[-1]
     assert (last["status"], last["error"]) == ("error", "unknown_model")
@@ -171,8 +173,8 @@ def test_an_unknown_name_is_told_by_the_registry_a_wrong_one_at_once(console):
         assert refused.json()["error"] in ("invalid_name", "invalid_value")
 
 
-def test_a_download_that_is_not_there(console):
-    """404 in the contract's shape, for every verb."""
+def test_an_unknown_download_is_404(console):
+    """404 in the contract's shape, for every method."""
     for answer in (
         console.post(f"{BASE}/downloads/nope/pause"),
         console.post(f"{BASE}/downloads/nope/resume"),
@@ -181,8 +183,8 @@ def test_a_download_that_is_not_there(console):
         assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
 
 
-def test_a_disk_without_room_is_noticed_before_the_bytes(start_console, ollama):
-    """The margin of the settings stays free."""
+def test_a_full_disk_is_detected_before_the_transfer(start_console, ollama):
+    """The configured margin stays free."""
     console = start_console(ollama_base_url=ollama.url, ollama_binary=ollama.binary, disk_margin_gb=10_000_000)
     with closing(download(console, "llama3.2")) as answer:
         last = list(unnamed(answer))[-1]
@@ -190,8 +192,8 @@ def test_a_disk_without_room_is_noticed_before_the_bytes(start_console, ollama):
     assert "disk_margin_gb" in last["message"]
 
 
-def test_installed_recommended_and_deleted(start_console, ollama):
-    """The lists tell what is here; deleting unloads first, frees what it says, and the model is gone everywhere."""
+def test_installed_recommended_and_deleted_models(start_console, ollama):
+    """The lists show what is installed; deleting unloads first, frees the reported bytes, and removes the model."""
     console = start_console(ollama_base_url=ollama.url, ollama_binary=ollama.binary, disk_margin_gb=0)
     listed = console.get(f"{BASE}/recommendations").json()["recommendations"]
     assert [(r["model"], r["recommended"], r["installed"]) for r in listed] == [
@@ -217,8 +219,8 @@ def test_installed_recommended_and_deleted(start_console, ollama):
     assert console.delete(f"{BASE}/llama3.2").status_code == 404
 
 
-def test_a_newer_version_in_the_registry_is_told_and_fetched(start_console, tmp_path):
-    """Another digest in the registry: "update available"; downloading it again brings the digests together."""
+def test_a_newer_version_in_the_registry_is_shown_and_downloaded(start_console, tmp_path):
+    """Another digest in the registry means "update available"; downloading the model again updates it."""
     with FakeRegistry({"llama3.2:latest": {"size": SIZE}}) as registry, FakeOllama(tmp_path / "o") as fake:
         fake.configure(registry_url=registry.url)
         console = start_console(
@@ -239,8 +241,8 @@ def test_a_newer_version_in_the_registry_is_told_and_fetched(start_console, tmp_
         )
 
 
-def test_a_gguf_from_the_hub_appears_by_itself_and_answers(start_console, tmp_path):
-    """Into the models folder, found by the embedded engine, switched to like any other; deleting removes the file."""
+def test_a_gguf_file_from_the_hub_is_listed_and_answers(start_console, tmp_path):
+    """Saved in the models folder, it is listed and can be switched to; deleting the model removes the file."""
     models = tmp_path / "models"
     models.mkdir()
     gguf = (DEMO_MODELS / "switchyard-mini.gguf").read_bytes()
@@ -265,7 +267,7 @@ def download(console: Console, model: str, source: str = "ollama", accept: str =
 
 
 def start(console: Console, ollama: FakeOllama, model: str) -> dict[str, Any]:
-    """A slow download with some bytes here."""
+    """Start a slow download, and wait for its first bytes."""
     ollama.set_fault("pull_slow", 4_000_000)
     job = download(console, model, accept="application/json").json()
     wait_until(lambda: one(console, job["id"])["completed_bytes"] > 1_000_000, "the first bytes")
@@ -276,8 +278,8 @@ def one(console: Console, download_id: str) -> dict[str, Any]:
     return next(d for d in console.get(f"{BASE}/downloads").json()["downloads"] if d["id"] == download_id)
 
 
-def kept(ollama: FakeOllama) -> int:
-    """Bytes on Ollama's disk; 0 while it runs on, or is just writing down how many there are."""
+def bytes_on_disk(ollama: FakeOllama) -> int:
+    """Bytes on Ollama's disk; 0 while a pull runs, or is just writing its state."""
     try:
         return ollama.pulled_bytes("llama3.2")
     except json.JSONDecodeError:
@@ -285,7 +287,7 @@ def kept(ollama: FakeOllama) -> int:
 
 
 def unnamed(answer: requests.Response) -> Iterator[dict[str, Any]]:
-    """Seed 004's events: data without a name."""
+    """Seed 004's events: data without an event name."""
     for line in answer.iter_lines(decode_unicode=True):
         assert not line.startswith("event:")
         if line.startswith("data: "):

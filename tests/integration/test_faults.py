@@ -1,4 +1,4 @@
-"""Engines that are slow, crash, hang or don't obey: what the switch makes of them. On the fake llama-server."""
+"""Switches with engines that are slow, crash, hang or ignore signals, on the fake llama-server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, TIMEOUT, Console, fake_model, wait_until
 
 TIGHT_GB = 0.65
-"""A budget in which a model that needs 0.6 GB has to displace one that holds 80 MB."""
+"""A budget in which a model that needs 0.6 GB displaces one that holds 80 MB."""
 ROOMY = (
     fake_model("good")
     + fake_model("soon", "slow_load:2")
@@ -46,7 +46,7 @@ def start_shared_with_fakes(start_shared: StartConsole) -> StartConsole:
 
 @pytest.fixture(scope="module")
 def shared(start_shared_with_fakes: StartConsole) -> Console:
-    """Room for every model but `huge`."""
+    """A console with memory for every model except `huge`."""
     return start_shared_with_fakes(ROOMY)
 
 
@@ -57,14 +57,14 @@ def shared_tight(start_shared_with_fakes: StartConsole) -> Console:
 
 @pytest.fixture
 def tight(shared_tight: Console) -> Console:
-    """A console at rest with room for one model of 0.6 GB, which is what each of them declares."""
+    """A console at rest with memory for one model: each of them declares 0.6 GB."""
     return shared_tight.reset()
 
 
 def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_with_fakes, tmp_path):
-    """Measured progress that never falls, with what was read, what there is to read, and the time left."""
+    """Measured progress that never falls, with bytes read, total bytes and the time left."""
     large = shutil.copy(DEMO_MODELS / "switchyard-small.gguf", tmp_path / "large.gguf")
-    os.truncate(large, 90_000_000)  # large beside the libraries, which a native server reads as well
+    os.truncate(large, 90_000_000)  # much larger than the libraries, which a native server reads too
     console = start_with_fakes(fake_model("slow", "slow_load:1.5", source=str(large)))
     seen = [data for name, data in console.switch_stream("slow") if name == "progress"]
     measured = [data for data in seen if data.get("basis") == "measured"]
@@ -75,8 +75,8 @@ def test_a_slow_load_shows_bytes_read_of_bytes_to_read(start_with_fakes, tmp_pat
     assert progress == sorted(progress)
 
 
-def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(tight):
-    """The first cause is said with what is running now, and the log tail is kept."""
+def test_a_crashing_load_restores_what_was_unloaded(tight):
+    """The error has the first cause and what is running now; the log tail is kept."""
     tight.switch("good")
     seen = list(tight.switch_stream("bad"))
     name, error = seen[-1]
@@ -95,11 +95,11 @@ def test_a_load_that_crashes_brings_back_what_was_unloaded_for_it(tight):
     ("fault", "words"),
     [("crash_loading", "told to crash"), ("refuse_first", "first answer"), ("never_ready", "not ready after 1 s")],
 )
-def test_every_way_to_fail_a_load_has_its_own_words(request, start_with_fakes, fault, words):
-    """502 with the cause; the model is shown as failed with it; no process stays."""
+def test_every_load_failure_has_its_own_message(request, start_with_fakes, fault, words):
+    """502 with the cause; the model is shown as failed with it; no process is left."""
     if fault == "never_ready":
         console = start_with_fakes(fake_model(fault, fault), load_timeout_seconds=1)
-    else:  # with all the time that a busy machine takes to start it
+    else:  # long enough for its start on a busy machine
         console = request.getfixturevalue("console")
     answer = console.post("/v1/models/switch", {"target_model": fault, "wait": True})
     assert (answer.status_code, answer.json()["error"]) == (502, "load_failed")
@@ -109,16 +109,16 @@ def test_every_way_to_fail_a_load_has_its_own_words(request, start_with_fakes, f
     assert console.engines() == []
 
 
-def test_a_failed_model_can_be_tried_again(console):
-    """The failure is forgotten when the next load begins, and shown again when that fails too."""
+def test_a_failed_model_can_be_loaded_again(console):
+    """The failure is cleared when the next load begins, and shown again if that fails too."""
     console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
     console.post("/v1/models/switch", {"target_model": "bad"})
     assert console.model("bad")["status"] == "loading"
     console.wait_for(lambda s: s["models"]["bad"]["status"] == "failed", "the second failure")
 
 
-def test_a_missing_server_says_which_setting_names_it(start_console):
-    """The native server that isn't there: what can't be started, why, and where to change it."""
+def test_a_missing_native_server_names_its_setting(start_console):
+    """The error says that the native server is missing, and which setting to change."""
     console = start_console(llamacpp_server="/no/such/llama-server")
     answer = console.post("/v1/models/switch", {"target_model": "switchyard-mini"})
     assert answer.status_code == 502
@@ -126,10 +126,10 @@ def test_a_missing_server_says_which_setting_names_it(start_console):
     assert "No such file" in answer.json()["message"]
 
 
-def test_a_model_that_dies_when_ready_is_noticed_and_shown(console):
-    """At once, with the last words of its log; the app serves on and the memory is given back."""
+def test_a_crash_of_a_ready_model_is_noticed_and_shown(console):
+    """At once, with the tail of its log; the app keeps serving and the memory is freed."""
     console.switch("dies")
-    status = console.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the death to be noticed")
+    status = console.wait_for(lambda s: s["models"]["dies"]["status"] == "failed", "the crash to be noticed")
     assert "exit code 3" in status["models"]["dies"]["error"]
     assert status["active_model"] is None
     assert status["gpu"]["devices"][-1]["models"] == {}
@@ -137,7 +137,7 @@ def test_a_model_that_dies_when_ready_is_noticed_and_shown(console):
     assert console.ask("Hello").status_code == 200
 
 
-def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(start_with_fakes):
+def test_an_engine_that_ignores_sigterm_is_killed_after_the_grace_period(start_with_fakes):
     """Unloading it takes the grace period and no longer, and the process is gone."""
     console = start_with_fakes(fake_model("stubborn", "ignore_sigterm"), unload_timeout_seconds=0.5)
     console.switch("stubborn")
@@ -146,7 +146,7 @@ def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(start_with_fak
     assert not psutil.pid_exists(engine.pid)
 
 
-def test_a_load_can_be_cancelled_and_what_was_unloaded_comes_back(tight):
+def test_a_cancelled_load_restores_what_was_unloaded(tight):
     """Cancel in the middle: the half-loaded process is gone and the earlier model answers again."""
     tight.switch("good")
     tight.post("/v1/models/switch", {"target_model": "slow"})
@@ -159,16 +159,16 @@ def test_a_load_can_be_cancelled_and_what_was_unloaded_comes_back(tight):
     assert len(tight.engines()) == 1
 
 
-def test_leaving_the_stream_does_not_cancel_the_switch(console):
-    """001: the client's going away stops nothing."""
+def test_closing_the_stream_does_not_cancel_the_switch(console):
+    """Seed 001: a client that disconnects stops nothing."""
     stream = console.switch_stream("soon")
     next(stream)
     stream.close()
-    console.wait_for(lambda s: s["models"]["soon"]["status"] == "running", "the switch to go on")
+    console.wait_for(lambda s: s["models"]["soon"]["status"] == "running", "the switch to finish")
 
 
 def test_a_new_switch_cancels_the_running_one_by_default(console):
-    """The first one's follower is told that it was replaced, and by what."""
+    """The event stream of the first switch says that it was superseded, and by which."""
     ended: list[tuple[str, dict]] = []
     follower = threading.Thread(target=lambda: ended.extend(console.switch_stream("slow")), daemon=True)
     follower.start()
@@ -183,7 +183,7 @@ def test_a_new_switch_cancels_the_running_one_by_default(console):
 
 
 def test_a_new_switch_can_be_refused_or_queued_instead(console):
-    """`replace` says what happens to the one under way; the queue is visible."""
+    """`replace` decides what happens to the switch under way; the queue is visible."""
     console.post("/v1/models/switch", {"target_model": "soon"})
     refused = console.post("/v1/models/switch", {"target_model": "good", "replace": "refuse"})
     assert (refused.status_code, refused.json()["error"]) == (409, "switch_in_progress")
@@ -199,32 +199,32 @@ def test_a_new_switch_can_be_refused_or_queued_instead(console):
 
 
 def test_a_refused_target_does_not_cancel_the_switch_under_way(console):
-    """Asking for what can't fit must not cost the load that can."""
+    """A target that can't fit must not cancel a load that can."""
     console.post("/v1/models/switch", {"target_model": "soon"})
     assert console.post("/v1/models/switch", {"target_model": "huge"}).status_code == 409
     console.wait_for(lambda s: s["models"]["soon"]["status"] == "running", "the first switch to finish")
 
 
 def test_a_busy_model_finishes_its_answer_before_it_is_unloaded(tight):
-    """Drain: the answer under way is complete, though the switch wants the memory."""
+    """The answer under way is complete, although the switch needs the memory."""
     tight.switch("talker")
     answers: list[str] = []
     asking = threading.Thread(
         target=lambda: answers.append(_second_client(tight).ask("Hello", model="talker").text), daemon=True
     )
     asking.start()
-    tight.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the question to arrive")
+    tight.wait_for(lambda s: s["models"]["talker"]["in_flight"] == 1, "the request to arrive")
     assert tight.switch("good")["unloaded_models"] == ["talker"]
     asking.join(TIMEOUT)
     assert "ten short words" in answers[0]
 
 
-def test_a_cancel_while_draining_leaves_the_model_serving(tight):
-    """Nothing was unloaded yet, so nothing is lost: it takes requests again."""
+def test_a_cancel_while_draining_keeps_the_model_loaded(tight):
+    """Nothing was unloaded yet: the model accepts requests again."""
     tight.switch("slow-talker")
     asking = threading.Thread(target=lambda: _second_client(tight).ask("Hello", model="slow-talker"), daemon=True)
     asking.start()
-    tight.wait_for(lambda s: s["models"]["slow-talker"]["in_flight"] == 1, "the question to arrive")
+    tight.wait_for(lambda s: s["models"]["slow-talker"]["in_flight"] == 1, "the request to arrive")
     switching = threading.Thread(
         target=lambda: _second_client(tight).post("/v1/models/switch", {"target_model": "good"}), daemon=True
     )
@@ -238,7 +238,7 @@ def test_a_cancel_while_draining_leaves_the_model_serving(tight):
 
 
 def _second_client(console: Console) -> Console:
-    """The same console over a connection of its own, for another thread."""
+    """The same console with a connection of its own, for another thread."""
     import copy
 
     import requests
@@ -263,11 +263,11 @@ STUCK = {
         },
     },
 }
-"""10 KB that llama.cpp makes a grammar of which then holds it for minutes, while its `/health` says 200."""
+"""10 KB from which llama.cpp makes a grammar that blocks it for minutes, while `/health` returns 200."""
 
 
-def test_a_request_that_holds_the_engine_does_not_hold_the_model(start_console: StartConsole) -> None:
-    """On the real embedded engine: ended and loaded again, its request told, and the others answered."""
+def test_a_request_that_blocks_the_engine_does_not_block_the_model(start_console: StartConsole) -> None:
+    """With the real embedded engine: it is restarted, the request gets an error, and later ones are answered."""
     console = start_console(unresponsive_seconds=3)
     console.switch("switchyard-mini")
     before = console.engines()[0].pid

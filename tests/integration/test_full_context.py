@@ -1,4 +1,4 @@
-"""A conversation that has outgrown its model's context, on the real llama.cpp with a demo model."""
+"""A conversation that exceeds its model's context, with the real llama.cpp and a demo model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QUESTION = "What is the capital of France, and what else do you know about it? "
 
 
 def last_answer(console: Console, page: str) -> str:
-    """The last message of a conversation's page, once nothing is written any more."""
+    """The last message on a conversation's page, once it is complete."""
     pages: list[str] = []
 
     def done() -> bool:
@@ -22,8 +22,8 @@ def last_answer(console: Console, page: str) -> str:
     return pages[-1]
 
 
-def test_the_conversation_goes_on_and_the_page_says_what_is_left_out(start_console) -> None:
-    """What no longer fits is not told, and a line shows from where on; a message too long by itself is explained."""
+def test_the_conversation_continues_and_the_page_shows_what_is_dropped(start_console) -> None:
+    """Dropped turns are not sent, and a line marks them; a single message that is too long is explained."""
     console = start_console(context_length=256, parallel_requests=1)
     console.switch(MINI)
     page = console.post("/chats", data={"text": QUESTION * 4}).url.removeprefix(console.url)

@@ -1,4 +1,4 @@
-"""Clients that close only their sending side, as RFC 9112 allows, and clients that have really left."""
+"""Clients that close only their sending side, as RFC 9112 allows, and clients that have disconnected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def shared(start_shared) -> Console:
-    """Models that answer at once, after a while, token by token and never, and one that takes its time to load."""
+    """Models that answer at once, after a while, token by token and never, and one that is slow to load."""
     return start_shared(
         toml=fake_model("quick")
         + fake_model("talker", "slow_tokens:0.1")
@@ -27,8 +27,8 @@ def shared(start_shared) -> Console:
     )
 
 
-def asked(console: Console, model: str, version: str = "1.1", **body: object) -> Raw:
-    """A client that has asked a model for an answer."""
+def send_chat(console: Console, model: str, version: str = "1.1", **body: object) -> Raw:
+    """A client that has sent a chat request."""
     wish = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], **body})
     raw = Raw(console.port)
     raw.send_head(f"POST {CHAT} HTTP/{version}", "Host: localhost", f"Content-Length: {len(wish)}")
@@ -38,10 +38,10 @@ def asked(console: Console, model: str, version: str = "1.1", **body: object) ->
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_sends_nothing_more_gets_its_answer(console, stream, version):
-    """Streamed or not, to the end. What tells it from one that left is sent to no client that couldn't read it."""
+def test_a_half_closed_client_gets_its_answer(console, stream, version):
+    """Streamed or not, completely. Interim responses, which probe it, are sent only if it accepts them."""
     console.switch("talker")
-    with asked(console, "talker", version, stream=stream) as raw:
+    with send_chat(console, "talker", version, stream=stream) as raw:
         raw.half_close()
         answer = raw.response()
     assert answer.status == 200
@@ -50,8 +50,8 @@ def test_a_client_that_sends_nothing_more_gets_its_answer(console, stream, versi
     assert version == "1.1" or not answer.interim
 
 
-def test_a_usual_client_skips_what_it_is_sent_meanwhile(console):
-    """Python's own, which knows of no interim answer but that one."""
+def test_pythons_client_skips_interim_responses(console):
+    """Python's own client, which knows only the interim response 100."""
     console.switch("talker")
     link = http.client.HTTPConnection("127.0.0.1", console.port, timeout=TIMEOUT)
     with closing(link):
@@ -62,17 +62,17 @@ def test_a_usual_client_skips_what_it_is_sent_meanwhile(console):
         assert b"words." in answer.read()
 
 
-def test_it_gets_its_answer_from_a_model_that_has_to_be_loaded_first(console):
-    """Waiting for its place it counts as there."""
-    with asked(console, "coming") as raw:
+def test_a_half_closed_client_waits_for_its_model(console):
+    """While it waits in the queue it counts as connected."""
+    with send_chat(console, "coming") as raw:
         raw.half_close()
         answer = raw.response()
     assert answer.status == 200
     assert b"words." in answer.body
 
 
-def test_it_gets_any_other_page_as_well(console):
-    """Nobody watches those."""
+def test_a_half_closed_client_gets_any_other_page(console):
+    """Only gateway requests are probed."""
     with Raw(console.port) as raw:
         raw.send_head("GET /v1/models/status HTTP/1.1", "Host: localhost")
         raw.half_close()
@@ -80,38 +80,38 @@ def test_it_gets_any_other_page_as_well(console):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_that_left_is_noticed_before_the_engine_has_said_anything(console, stream):
-    """The generation is broken off, though nothing can be written to it yet."""
+def test_a_disconnect_is_noticed_before_the_first_token(console, stream):
+    """The generation stops, although nothing can be written to the client yet."""
     console.switch("ponderer")
-    with asked(console, "ponderer", stream=stream):
+    with send_chat(console, "ponderer", stream=stream):
         in_flight(console, "ponderer", 1)
     in_flight(console, "ponderer", 0)
 
 
-def test_one_that_left_is_noticed_though_it_had_closed_its_sending_side_before(console):
-    """First the one side, later the other: nothing arrives that would tell of the second."""
+def test_a_disconnect_after_a_half_close_is_noticed(console):
+    """Closing the second side sends nothing that could be noticed directly."""
     console.switch("ponderer")
-    with asked(console, "ponderer") as raw:
+    with send_chat(console, "ponderer") as raw:
         raw.half_close()
         in_flight(console, "ponderer", 1)
     in_flight(console, "ponderer", 0)
 
 
-def test_one_that_left_in_the_middle_of_a_stream_is_noticed(console):
+def test_a_disconnect_during_a_stream_is_noticed(console):
     """At the next token."""
     console.switch("talker")
-    with asked(console, "talker", stream=True) as raw:
+    with send_chat(console, "talker", stream=True) as raw:
         raw.half_close()
         assert raw.receive()
     in_flight(console, "talker", 0)
 
 
-def test_one_that_left_the_queue_gives_up_its_place(console):
-    """Before the model has come."""
-    with asked(console, "coming"):
-        wait_until(lambda: waiting(console) == 1, "it to wait")
+def test_a_disconnect_frees_the_place_in_the_queue(console):
+    """Before the model is loaded."""
+    with send_chat(console, "coming"):
+        wait_until(lambda: waiting(console) == 1, "the request to wait")
     wait_until(lambda: waiting(console) == 0, "its place to be free")
-    assert console.model("coming")["status"] == "loading", "it was noticed before the load was over"
+    assert console.model("coming")["status"] == "loading", "it was noticed before the load ended"
 
 
 def in_flight(console: Console, model: str, count: int) -> None:

@@ -71,7 +71,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def children_of_this_process() -> list[str]:
-    """The command lines of the transfers that run."""
+    """The command lines of running transfers."""
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
@@ -81,7 +81,9 @@ def children_of_this_process() -> list[str]:
     return [line for line in found if "huggingface.child" in line]
 
 
-def test_a_model_lands_whole_where_the_engine_finds_it(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
+def test_a_model_is_downloaded_to_where_the_engine_finds_it(
+    hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path
+) -> None:
     fetch = Fetch(fetcher, "yard/mini").result()
 
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
@@ -93,7 +95,7 @@ def test_a_model_lands_whole_where_the_engine_finds_it(hub: FakeHub, fetcher: Hu
     assert f"/yard/mini/resolve/{COMMIT}/mini.gguf" in [request.path for request in hub.requests_to("hub")]
 
 
-def test_all_parts_of_a_split_model_are_brought(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
+def test_all_parts_of_a_split_model_are_downloaded(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     fetch = Fetch(fetcher, "yard/split").result()
 
     assert files_below(models) == {f"yard/split/{path}": content for path, content in PARTS.items()}
@@ -111,9 +113,7 @@ def test_all_parts_of_a_split_model_are_brought(hub: FakeHub, fetcher: HuggingFa
         ("yard/plain", "small.gguf"),
     ],
 )
-def test_names_bring_the_file_they_mean(
-    hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path, name: str, file: str
-) -> None:
+def test_names_select_their_file(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path, name: str, file: str) -> None:
     Fetch(fetcher, name).result()
 
     repo = name.partition(":")[0].removesuffix(f"/{file}")
@@ -132,7 +132,7 @@ def test_names_bring_the_file_they_mean(
         ("yard/gated", "access_denied", "Accept the licence on the model's page and set HF_TOKEN"),
     ],
 )
-def test_what_cant_be_fetched_is_said_and_leaves_nothing(
+def test_a_failed_download_is_explained_and_leaves_nothing(
     hub: FakeHub, fetcher: HuggingFaceFetcher, tmp_path: Path, name: str, code: str, words: str
 ) -> None:
     failure = Fetch(fetcher, name).failure()
@@ -152,7 +152,7 @@ def test_an_unknown_repository_is_unknown_with_a_token_too(
     assert hub.requests[-1].authorization == f"Bearer {TOKEN}"
 
 
-def test_a_gated_model_comes_with_the_token_which_stays_with_the_hub(
+def test_the_token_is_sent_to_the_hub_only(
     hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is in no argument, log or other file, and the CDN doesn't get it."""
@@ -175,7 +175,7 @@ def test_a_gated_model_comes_with_the_token_which_stays_with_the_hub(
     assert {request.authorization for request in hub.requests_to("cdn")} == {None}
 
 
-def test_a_connection_cut_half_way_goes_on_from_there(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
+def test_an_interrupted_transfer_continues(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     hub.faults.cut_after, hub.faults.cuts = 400_000, 2
     Fetch(fetcher, "yard/mini").result()
 
@@ -184,12 +184,10 @@ def test_a_connection_cut_half_way_goes_on_from_there(hub: FakeHub, fetcher: Hug
     assert starts[0] == 0
     assert starts == sorted(starts)
     assert 0 < starts[1] < starts[2]
-    assert hub.sent <= len(MODEL) + 2 * 65_536  # nothing but what was under way came twice
+    assert hub.sent <= len(MODEL) + 2 * 65_536  # only the bytes in transit were sent twice
 
 
-def test_a_server_that_knows_no_ranges_sends_it_all_again(
-    hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path
-) -> None:
+def test_a_server_without_ranges_sends_the_file_again(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     hub.faults.cut_after, hub.faults.cuts, hub.faults.refuse_ranges = 400_000, 1, True
     Fetch(fetcher, "yard/mini").result()
 
@@ -197,7 +195,7 @@ def test_a_server_that_knows_no_ranges_sends_it_all_again(
     assert hub.requests_to("cdn")[1].range is not None
 
 
-def test_a_line_that_stays_dead_is_given_up_and_taken_up_by_the_next_try(
+def test_a_lasting_interruption_fails_and_a_retry_continues(
     hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path
 ) -> None:
     hub.faults.bytes_per_second = 2_000_000
@@ -218,13 +216,13 @@ def test_a_line_that_stays_dead_is_given_up_and_taken_up_by_the_next_try(
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
 
 
-def test_a_hub_that_stumbles_once_is_asked_again(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
+def test_a_single_server_error_is_retried(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     hub.faults.statuses = [503]
     Fetch(fetcher, "yard/mini").result()
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
 
 
-def test_an_abort_stops_within_a_second_and_the_next_fetch_goes_on(
+def test_an_abort_stops_within_a_second_and_the_next_fetch_continues(
     hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path
 ) -> None:
     hub.faults.bytes_per_second = 400_000
@@ -256,7 +254,7 @@ def test_bytes_are_reported_at_least_four_times_a_second(hub: FakeHub, fetcher: 
     assert len(set(amounts)) >= 4 * int(len(MODEL) / 900_000)
 
 
-def test_an_abort_that_came_first_starts_nothing(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
+def test_an_aborted_fetch_starts_nothing(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
     abort = Abort()
     abort()
     with pytest.raises(Aborted):
@@ -264,7 +262,7 @@ def test_an_abort_that_came_first_starts_nothing(hub: FakeHub, fetcher: HuggingF
     assert hub.requests == []
 
 
-def test_what_is_here_already_is_not_asked_for_again(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
+def test_complete_files_are_not_downloaded_again(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     Fetch(fetcher, "yard/mini").result()
     hub.requests.clear()
     again = Fetch(fetcher, "yard/mini").result()
@@ -281,9 +279,7 @@ def test_a_file_of_another_size_is_replaced(hub: FakeHub, fetcher: HuggingFaceFe
     assert files_below(models) == {"yard/mini/mini.gguf": b"a new version"}
 
 
-def test_bytes_of_an_earlier_version_are_not_gone_on_with(
-    hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path
-) -> None:
+def test_partial_data_of_another_version_is_not_used(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     hub.faults.bytes_per_second = 400_000
     fetch = Fetch(fetcher, "yard/mini")
     wait_until(lambda: fetch.arrived("mini.gguf") > 0, "some bytes")
@@ -297,7 +293,7 @@ def test_bytes_of_an_earlier_version_are_not_gone_on_with(
 
 
 @pytest.mark.parametrize("repo", ["yard/mini", "yard/plain"])
-def test_damaged_bytes_are_found_and_removed(
+def test_corrupt_files_are_detected_and_deleted(
     hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path, repo: str
 ) -> None:
     """By LFS' SHA-256, and by git's id for a file outside of LFS."""
@@ -310,7 +306,7 @@ def test_damaged_bytes_are_found_and_removed(
     assert list(files_below(models).values()) == [list(REPOS[repo].files.values())[-1]]
 
 
-def test_more_bytes_than_told_are_refused(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
+def test_more_bytes_than_announced_are_refused(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     hub.repos["yard/liar"] = Repo({"liar.gguf": MODEL}, sizes={"liar.gguf": 1_000})
     assert Fetch(fetcher, "yard/liar").failure().code == "digest_mismatch"
     assert files_below(models) == {}
@@ -326,7 +322,7 @@ def test_a_hub_that_is_down_is_named(
     assert hub.requests == []
 
 
-def test_a_page_that_is_no_hub_is_said(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
+def test_a_web_page_instead_of_the_hub_is_an_error(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
     hub.faults.login_page = True
     failure = Fetch(fetcher, "yard/mini").failure()
     assert failure.code == "hub_error"
@@ -334,10 +330,10 @@ def test_a_page_that_is_no_hub_is_said(hub: FakeHub, fetcher: HuggingFaceFetcher
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_file_is_not_asked_of_this_machine_or_its_network(
+def test_a_file_is_not_requested_from_this_machine_or_its_network(
     hub: FakeHub, models: Path, registry: ProcessRegistry, scheme: str
 ) -> None:
-    """A redirect of a file to loopback by a name, a number or an address is refused before anything is sent."""
+    """Redirects of a file to loopback, by name, number or address, are refused before anything is sent."""
     fetcher = HuggingFaceFetcher(models, HubProcess(registry, retry_pause=RETRY_PAUSE))
     port = hub.cdn_host.rpartition(":")[2]
     for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254"):
@@ -349,12 +345,12 @@ def test_a_file_is_not_asked_of_this_machine_or_its_network(
 
 
 def test_a_file_may_come_from_a_public_host_without_the_token() -> None:
-    """The hub's CDN is one, over HTTPS; on plain HTTP, and for anything but a file, it is refused."""
+    """For example the hub's CDN, over HTTPS; plain HTTP, and requests other than for files, are refused."""
     guard = RedirectGuard("https://huggingface.co", ["registry.lan:5000"])
     token = {"Authorization": f"Bearer {TOKEN}"}
 
     def sent(url: str, **extensions: bool) -> bool:
-        """Whether the token goes along. Raises DownloadError."""
+        """Whether the token is sent. Raises DownloadError."""
         request = httpx2.Request("GET", url, headers=token, extensions=extensions)
         guard(request)
         return "Authorization" in request.headers
@@ -372,16 +368,16 @@ def test_a_file_may_come_from_a_public_host_without_the_token() -> None:
             sent(url, **extensions)
 
 
-def test_a_repository_is_listed_by_the_hub_alone(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
-    """Only files may lie elsewhere: what there is isn't asked of another host, not even over HTTPS."""
+def test_a_repository_is_listed_by_the_hub_only(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
+    """Only files may be elsewhere: listing a repository follows no redirect to another host, not even over HTTPS."""
     for place in ("https://example.com/api/models/yard/mini", "http://127.0.0.1:9/"):
         hub.faults.moved = place
         assert Fetch(fetcher, "yard/mini").failure().code == "redirect_refused"
-    hub.faults.moved = "/yard/mini"  # a renamed repository: the hub itself, which then has no such page here
+    hub.faults.moved = "/yard/mini"  # a renamed repository, on the hub itself, which has no such page here
     assert Fetch(fetcher, "yard/mini").failure().code == "unknown_model"
 
 
-def test_silence_for_too_long_is_a_stall(hub: FakeHub, models: Path, registry: ProcessRegistry) -> None:
+def test_a_silent_transfer_is_stalled(hub: FakeHub, models: Path, registry: ProcessRegistry) -> None:
     hub.faults.hang_after = 100_000
     fetcher = HuggingFaceFetcher(models, HubProcess(registry, hosts=[hub.cdn_host], stall_seconds=1.5))
     failure = Fetch(fetcher, "yard/mini").failure()
@@ -390,7 +386,7 @@ def test_silence_for_too_long_is_a_stall(hub: FakeHub, models: Path, registry: P
     assert sum(len(content) for content in files_below(models).values()) > 0
 
 
-def test_a_child_that_dies_is_told_and_the_next_fetch_goes_on(
+def test_a_crash_of_the_child_is_an_error_and_the_next_fetch_continues(
     hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path, tmp_path: Path
 ) -> None:
     hub.faults.bytes_per_second = 400_000
@@ -409,7 +405,7 @@ def test_a_child_that_dies_is_told_and_the_next_fetch_goes_on(
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
 
 
-def test_a_second_download_of_the_same_file_is_told_so(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
+def test_a_second_download_of_the_same_file_is_refused(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     hub.faults.bytes_per_second = 400_000
     first = Fetch(fetcher, "yard/mini")
     wait_until(lambda: first.arrived("mini.gguf") > 0, "some bytes")
@@ -420,9 +416,7 @@ def test_a_second_download_of_the_same_file_is_told_so(hub: FakeHub, fetcher: Hu
     assert files_below(models) == {"yard/mini/mini.gguf": MODEL}
 
 
-def test_discarding_removes_what_was_left_and_nothing_else(
-    hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path
-) -> None:
+def test_discarding_deletes_only_partial_data(hub: FakeHub, fetcher: HuggingFaceFetcher, models: Path) -> None:
     Fetch(fetcher, "yard/many:Q2_K").result()
     hub.faults.bytes_per_second, hub.faults.hang_after = 20_000, 4_096
     for tag in ("Q4_K_M", "Q8_0"):
@@ -453,7 +447,7 @@ def test_a_bad_name_is_refused_before_anything_runs(fetcher: HuggingFaceFetcher,
     assert not models.exists()
 
 
-def test_a_models_folder_that_cant_be_written_is_said(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_unwritable_models_folder_is_an_error(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     fetcher = HuggingFaceFetcher(tmp_path / "file" / "models", HubProcess())
     failure = Fetch(fetcher, "yard/mini").failure()
@@ -464,8 +458,8 @@ def test_a_models_folder_that_cant_be_written_is_said(hub: FakeHub, tmp_path: Pa
 @pytest.mark.parametrize(
     ("number", "code"), [(errno.ENOSPC, "disk_full"), (errno.EDQUOT, "disk_full"), (5, "disk_error")]
 )
-def test_a_disk_that_fails_in_the_middle_is_told(number: int, code: str) -> None:
-    """On the child's words directly: a full disk can't be had here."""
+def test_a_disk_failure_during_a_transfer_is_an_error(number: int, code: str) -> None:
+    """Directly with the child's error messages: the test can't fill a disk."""
     failure = explain(OSError(number, os.strerror(number)), parse("a/b"))
     assert failure is not None
     assert (failure.code, failure.may_resume) == (code, True)
@@ -496,7 +490,7 @@ except Aborted:
 
 
 def start_parent(hub: FakeHub, folder: Path, patch: str = "", stop: bool = False) -> subprocess.Popen[str]:
-    """A program that fetches as the app does, in a process that can be killed."""
+    """A program that downloads like the app, in a process that can be killed."""
     return subprocess.Popen(
         [sys.executable, "-c", PARENT.format(patch=patch, stop=stop), str(folder)],
         cwd=ROOT,

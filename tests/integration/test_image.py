@@ -1,4 +1,4 @@
-"""The app in Docker: the image is built here and run as compose.yaml has it, on the tests' own engine."""
+"""The app's Docker image, built here and run as in compose.yaml on the tests' own Docker engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.docker import FAKE_VLLM_IMAGE, DockerEngine
 from tests.support.hub import TINY_MODEL, fill_cache
 from tests.support.stopwatch import Stopwatch
 
-pytestmark = pytest.mark.timeout(600)  # the first test to come waits for the build
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the build
 
 BASE, GPU, SOCKET = (ROOT / name for name in ("compose.yaml", "compose.gpu.yaml", "compose.docker.yaml"))
 DEMO_MODELS = {"switchyard-mini", "switchyard-small"}
@@ -27,8 +27,8 @@ USER = "10001:10001"
 MEGABYTE = 1_000_000
 
 
-class Boxed(Console):
-    """A console in a container; spoken to like any other."""
+class ContainerConsole(Console):
+    """A console in a container, used like any other."""
 
     def __init__(self, docker: DockerEngine, image: str, folder: Path) -> None:
         super().__init__(folder)
@@ -37,7 +37,7 @@ class Boxed(Console):
         self.id = ""
 
     def start_by_hand(self, *binds: str, user: str | None = None, **environment: str) -> None:
-        """As `docker run --network host` does."""
+        """Start it as `docker run --network host` does."""
         client = self._docker.client
         host = client.create_host_config(network_mode="host", binds=list(binds))
         self.id = client.create_container(self._image, user=user, environment=environment, host_config=host)["Id"]
@@ -45,7 +45,7 @@ class Boxed(Console):
 
     @property
     def process_tree(self) -> list[psutil.Process]:
-        """Every process in it, the first one first. Their pids are this machine's."""
+        """All processes in the container, the first one first, with this machine's pids."""
         first = psutil.Process(self.inspect()["State"]["Pid"])
         return [first, *first.children(recursive=True)]
 
@@ -55,7 +55,7 @@ class Boxed(Console):
 
     @property
     def states(self) -> dict[str, str]:
-        """Names of the processes in it, and their states."""
+        """Names and states of the processes in the container."""
         found = {}
         for process in self.process_tree:
             with suppress(psutil.NoSuchProcess):
@@ -69,7 +69,7 @@ class Boxed(Console):
         return self._docker.client.logs(self.id).decode(errors="replace") if self.id else ""
 
     def run(self, *argv: str, **environment: str) -> tuple[int, str]:
-        """A command in the container: its exit code and what it said."""
+        """Run a command in the container; return its exit code and output."""
         made = self._docker.client.exec_create(self.id, list(argv), environment=environment)
         said = self._docker.client.exec_start(made["Id"]).decode(errors="replace")
         return self._docker.client.exec_inspect(made["Id"])["ExitCode"], said
@@ -78,7 +78,7 @@ class Boxed(Console):
         wait_until(self._ready, "the container to answer")
 
     def end(self, grace: int = 30) -> int:
-        """`docker stop`; the exit code."""
+        """`docker stop`; return the exit code."""
         self._docker.client.stop(self.id, timeout=grace)
         return int(str(self.inspect()["State"]["ExitCode"]))
 
@@ -102,17 +102,17 @@ def image(docker: DockerEngine) -> AppImage:
 
 
 @pytest.fixture
-def boxed(docker: DockerEngine, image: AppImage, tmp_path: Path) -> Iterator[Boxed]:
-    """Not started yet; whatever ran in the end is removed."""
-    console = Boxed(docker, image.name, tmp_path)
+def boxed(docker: DockerEngine, image: AppImage, tmp_path: Path) -> Iterator[ContainerConsole]:
+    """A console that isn't started yet; its container is removed at the end."""
+    console = ContainerConsole(docker, image.name, tmp_path)
     yield console
     console.http.close()
     docker.remove_containers()
 
 
 @pytest.fixture
-def compose(docker: DockerEngine, boxed: Boxed, tmp_path: Path) -> Iterator[Callable[..., Compose]]:
-    """Makes a project of compose.yaml and further files; asked for its health each second, so that tests are quick."""
+def compose(docker: DockerEngine, boxed: ContainerConsole, tmp_path: Path) -> Iterator[Callable[..., Compose]]:
+    """Create a project of compose.yaml and further files, with a health check every second to keep tests short."""
     made: list[Compose] = []
     sooner = tmp_path / "sooner.yaml"
     sooner.write_text("services: {switchyard: {healthcheck: {interval: 1s}}}")
@@ -127,8 +127,8 @@ def compose(docker: DockerEngine, boxed: Boxed, tmp_path: Path) -> Iterator[Call
         project.close()
 
 
-def test_the_image_is_small_and_holds_the_app_alone(docker, image):
-    """At most 250 MB on top of its base, a user without rights, no tests, tools, settings, keys or build arguments."""
+def test_the_image_is_small_and_holds_only_the_app(docker, image):
+    """At most 250 MB on top of its base; an unprivileged user; no tests, tools, settings, keys or build arguments."""
     added = (image.size - image.base_size) / MEGABYTE
     print(f"the image adds {added:.0f} MB to its base of {image.base_size / MEGABYTE:.0f} MB")
     assert added < 250
@@ -149,14 +149,14 @@ def test_the_image_is_small_and_holds_the_app_alone(docker, image):
     }
 
 
-def test_a_fresh_one_is_healthy_switches_and_answers_and_what_was_said_is_kept(compose, boxed):
-    """As compose.yaml has it: root folder read-only, no capabilities. The next container knows what was said."""
+def test_a_new_container_is_healthy_answers_and_keeps_conversations(compose, boxed):
+    """As in compose.yaml: read-only root folder, no capabilities. The next container has the conversation."""
     project = compose()
     begun = time.monotonic()
     boxed.id = project.up()
     boxed.await_ready()
     print(f"answers {time.monotonic() - begun:.1f} s after `docker-compose up`")
-    wait_until(lambda: boxed.inspect()["State"]["Health"]["Status"] == "healthy", "Docker to call it healthy")
+    wait_until(lambda: boxed.inspect()["State"]["Health"]["Status"] == "healthy", "the container to be healthy")
     assert "switchyard-mini" in boxed.get("/").text
     assert set(boxed.status()["models"]) == DEMO_MODELS
     boxed.switch("switchyard-mini")
@@ -179,8 +179,8 @@ def test_a_fresh_one_is_healthy_switches_and_answers_and_what_was_said_is_kept(c
     assert "Remember the quokka" in boxed.get("/").text
 
 
-def test_docker_stop_ends_every_process_in_good_order(compose, boxed):
-    """Exit code 0, long before the 30 seconds that it has, with a model loaded."""
+def test_docker_stop_ends_every_process_in_an_orderly_way(compose, boxed):
+    """Exit code 0, with a model loaded, long before the grace period of 30 seconds ends."""
     boxed.id = compose().up()
     boxed.await_ready()
     boxed.switch("switchyard-mini")
@@ -193,35 +193,35 @@ def test_docker_stop_ends_every_process_in_good_order(compose, boxed):
     assert not [p for p in processes if p.is_running()]
 
 
-def test_a_stop_that_comes_while_it_starts_is_obeyed(boxed):
-    """PID 1 hands on SIGTERM before gunicorn has set up its handlers; it would else be killed after its grace."""
+def test_a_stop_during_the_start_works(boxed):
+    """PID 1 forwards SIGTERM before gunicorn has its handlers; otherwise it would be killed after the grace period."""
     boxed.start_by_hand(SWITCHYARD_PORT=str(boxed.port))
     watch = Stopwatch()
     boxed.end(grace=20)
     assert watch.waited < 10
 
 
-def test_what_a_killed_worker_leaves_behind_is_taken_over_or_reaped(compose, boxed):
-    """The loaded engine goes on; the one that stood by ends as no zombie, and so does an orphan that nobody knows."""
+def test_processes_of_a_killed_worker_are_adopted_or_reaped(compose, boxed):
+    """The loaded engine is adopted; the standby process and an unknown orphan are reaped."""
     boxed.id = compose().up()
     boxed.await_ready()
     boxed.switch("switchyard-mini")
     worker = boxed.worker
-    wait_until(lambda: len(worker.children()) == 2, "the next engine to stand by")
+    wait_until(lambda: len(worker.children()) == 2, "the next standby process")
     engines = worker.children()
     assert boxed.run("sh", "-c", "sleep 0.1 &")[0] == 0
     worker.kill()
     wait_until(lambda: not worker.is_running(), "the worker to be gone")
     boxed.await_ready()
-    boxed.wait_for(lambda s: s["models"]["switchyard-mini"]["status"] == "running", "the model to be found")
-    wait_until(lambda: len([p for p in engines if p.is_running()]) == 1, "the engine that stood by to be gone")
+    boxed.wait_for(lambda s: s["models"]["switchyard-mini"]["status"] == "running", "the model to be adopted")
+    wait_until(lambda: len([p for p in engines if p.is_running()]) == 1, "the standby process to end")
     wait_until(lambda: psutil.STATUS_ZOMBIE not in boxed.states.values(), "zombies to be reaped")
     assert "sleep" not in boxed.states
     assert boxed.ask("Hello", model="switchyard-mini").status_code == 200
 
 
-def test_empty_folders_of_the_host_get_the_demo_models_and_a_settings_file_there_is_read(boxed, tmp_path):
-    """A plain `docker run` as the folder's owner. The health check asks where the settings say."""
+def test_mounted_folders_get_the_demo_models_and_their_settings_are_read(boxed, tmp_path):
+    """A plain `docker run` as the folders' owner. The health check uses the settings' address."""
     data = tmp_path / "data"
     (data / "models").mkdir(parents=True)
     (data / "switchyard.toml").write_text(f'port = {boxed.port}\nollama_base_url = "{NO_OLLAMA}"\n')
@@ -235,8 +235,8 @@ def test_empty_folders_of_the_host_get_the_demo_models_and_a_settings_file_there
     assert (code, "127.0.0.1:9 does not answer" in said) == (1, True)
 
 
-def test_a_folder_that_it_may_not_write_to_is_named_with_the_remedy(docker, boxed, tmp_path):
-    """Docker makes missing folders as root's, so this is what most people meet first."""
+def test_an_unwritable_folder_is_named_with_the_remedy(docker, boxed, tmp_path):
+    """Docker creates missing folders as root, so this is a common first error."""
     boxed.start_by_hand(f"{tmp_path / 'missing'}:/data")
     assert docker.client.wait(boxed.id)["StatusCode"] == 1
     assert "User 10001 can't write to /data/state" in boxed.output()
@@ -244,7 +244,7 @@ def test_a_folder_that_it_may_not_write_to_is_named_with_the_remedy(docker, boxe
 
 
 def test_with_the_docker_socket_vllm_models_run_and_are_measured(docker, compose, boxed, tmp_path):
-    """compose.docker.yaml: the group opens the socket, folders are the same in here, pids are the host's."""
+    """compose.docker.yaml: the group may use the socket, folders have the same paths, pids are the host's."""
     hub, compiled = tmp_path / "hub", tmp_path / "compiled"
     fill_cache(hub, "org/model", TINY_MODEL)
     (tmp_path / "models.toml").write_text(
@@ -276,7 +276,7 @@ def test_with_the_docker_socket_vllm_models_run_and_are_measured(docker, compose
 
 
 @pytest.mark.parametrize("files", [(), (GPU,), (SOCKET,), (GPU, SOCKET)], ids=["alone", "gpu", "docker", "both"])
-def test_compose_takes_the_files_in_every_combination(docker, tmp_path, files):
-    """With the optional Ollama."""
+def test_compose_accepts_every_combination_of_the_files(docker, tmp_path, files):
+    """Together with the optional Ollama."""
     project = Compose(docker, tmp_path, [BASE, *files], {"DOCKER_GID": "999"})
     assert "ollama" in project.run("--profile", "ollama", "config")

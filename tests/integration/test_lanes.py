@@ -1,4 +1,4 @@
-"""Both ways to an engine, the hot lane and the app: whatever is asked and answered, they can't be told apart."""
+"""The hot lane and the Flask app relay identically: clients and engines can't tell them apart."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.support.raw import Raw, Response, chunked
 
 MODEL = "mirror"
 APP_ONLY = "TE: trailers"
-"""Nothing but a reason for the hot lane to leave a request to the app; it is not passed on."""
+"""A header that makes the hot lane leave the request to the app, without another effect."""
 CHANGING = ("date", "connection", "transfer-encoding")
-"""What may differ: the time, and how an answer of unknown length is framed."""
+"""Headers that may differ: the time, and the framing of an answer of unknown length."""
 
 NAMES = st.sampled_from(["X-Title", "Accept", "User-Agent", "Authorization", "Cookie", "Origin", "X-Forwarded-Proto"])
 VALUES = st.text("abc ,;=\"'()\t", max_size=10)
@@ -56,7 +56,7 @@ def shared(start_shared) -> Console:
 
 
 def reply(status: str, headers: list[str], parts: list[bytes], framing: str, interim: bool) -> str:
-    """The bytes of an engine's answer that tells in a header what the engine was asked."""
+    """The bytes of an engine's answer; a header in it repeats the request as the engine received it."""
     body = b"".join(parts)
     framed = {
         "sized": ([f"Content-Length: {len(body)}"], body),
@@ -75,7 +75,7 @@ def ask(raw: Raw, path: str, headers: dict[str, str], body: bytes, *more: str) -
     return raw.response()
 
 
-def told(answer: Response) -> tuple[int, dict[str, str], bytes]:
+def comparable(answer: Response) -> tuple[int, dict[str, str], bytes]:
     kept = {name: value for name, value in answer.headers.items() if name not in CHANGING}
     if "x-request-id" in kept:
         kept["x-request-id"] = bytes.fromhex(kept["x-request-id"]).decode("latin-1")
@@ -92,9 +92,9 @@ def told(answer: Response) -> tuple[int, dict[str, str], bytes]:
     answer=st.tuples(STATUSES, ANSWER_HEADERS, PARTS, FRAMING, st.booleans()),
     cut=st.none() | st.integers(0, 400),
 )
-def test_both_lanes_ask_and_answer_alike(shared, path, headers, odd, model, content, answer, cut):
-    """Status, headers and body for the client; method, path, headers and body for the engine; also where the engine
-    breaks off anywhere in its answer."""
+def test_both_lanes_relay_identically(shared, path, headers, odd, model, content, answer, cut):
+    """Status, headers and body for the client, and method, path, headers and body for the engine; also if the engine
+    closes the connection anywhere in its answer."""
     said = reply(*answer)[:cut]
     wish = {"model": model, "content": content, "reply": said, "hang_up": cut is not None or answer[3] == "until_close"}
     body = json.dumps(wish if model is not None else {**wish, "model": MODEL}).encode()
@@ -102,7 +102,7 @@ def test_both_lanes_ask_and_answer_alike(shared, path, headers, odd, model, cont
     for more in ((), (APP_ONLY,)):
         with Raw(shared.port) as raw:
             try:
-                outcomes.append(told(ask(raw, path, {**headers, **odd}, body, *more)))
+                outcomes.append(comparable(ask(raw, path, {**headers, **odd}, body, *more)))
             except AssertionError as broken_off:
                 outcomes.append(str(broken_off).partition(" ended ")[0])
     assert outcomes[0] == outcomes[1]

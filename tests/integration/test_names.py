@@ -1,4 +1,4 @@
-"""Models whose names are in other scripts: listed by them, switched to, answering, managed."""
+"""Models with names in other scripts are listed, switched to, answer, and can be managed."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def shared(start_shared, tmp_path_factory: pytest.TempPathFactory) -> Console:
 
 
 def test_a_model_has_its_name_in_its_own_script(console: Console) -> None:
-    """It is listed by it, and so it is on the pages."""
+    """In the API and on the pages."""
     assert sorted(console.status()["models"]) == sorted(NAMES)
     for path in ("/models", "/chats/new"):
         page = html.unescape(console.get(path).text)
         assert all(name in page for name in NAMES)
 
 
-def test_such_a_model_answers_and_is_managed_by_its_name(console: Console) -> None:
-    """Switching, answering, restarting and unloading take the name in a body and in a path."""
+def test_a_model_can_be_used_by_its_name_in_another_script(console: Console) -> None:
+    """Switching, answering, restarting and unloading accept the name in a body and in a path."""
     for name in NAMES:
         console.switch(name)
         answer = console.ask("Hello", model=name, max_tokens=4)

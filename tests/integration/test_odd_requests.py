@@ -1,4 +1,4 @@
-"""Requests that no well-behaved client sends, refused in the contract's shape, and never half executed."""
+"""Malformed requests are refused in the contract's shape, and never partly executed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WISHES = {
     "/v1/chat/completions": {"model": "plain", "messages": []},
     "/api/switch-model": {"model_id": "plain"},
 }
-"""What each of these would load."""
+"""The model that each of these requests would load."""
 
 
 @pytest.fixture(scope="module")
 def shared(start_shared) -> Console:
-    """One whose models answer at once."""
+    """A console whose models answer at once."""
     return start_shared(toml=fake_model("plain"), llamacpp_server=FAKE_LLAMA_SERVER, max_body_mb=0.1)
 
 
@@ -36,7 +36,7 @@ def send(console: Console, path: str, framing: str, *pieces: bytes) -> Response:
 
 
 def check_refused(console: Console, answer: Response, path: str, status: int) -> None:
-    """It is an error of the contract, in its shape, the last thing on its connection, and nothing was done."""
+    """Assert an error in the contract's shape, a closed connection, and that nothing was executed."""
     assert answer.status == status, answer
     document = json.loads(answer.body)
     if path.startswith("/v1/"):
@@ -68,7 +68,7 @@ BROKEN = {
 @pytest.mark.parametrize("path", WISHES)
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_malformed_body_is_refused_and_not_executed(console, path, what):
-    """Its beginning is a valid request each time."""
+    """The beginning of each body is a valid request."""
     wish = json.dumps(WISHES[path]).encode()
     answer = send(console, path, "Transfer-Encoding: chunked", *BROKEN[what](wish))
     check_refused(console, answer, path, 400)
@@ -76,14 +76,14 @@ def test_a_malformed_body_is_refused_and_not_executed(console, path, what):
 
 @pytest.mark.parametrize("path", WISHES)
 def test_a_body_that_ends_early_is_refused_and_not_executed(console, path):
-    """A part of what it announces is missing, be it white space."""
+    """A part of the announced body is missing, even if only white space."""
     wish = json.dumps(WISHES[path]).encode()
     answer = send(console, path, f"Content-Length: {len(wish) + 1}", wish)
     check_refused(console, answer, path, 400)
 
 
 def test_a_form_that_ends_early_is_refused_and_not_executed(console):
-    """A switch by the page's own button."""
+    """A switch by the page's own form."""
     form = b"target_model=plain&confirm=yes"
     with Raw(console.port) as raw:
         raw.send_head(
@@ -99,14 +99,14 @@ def test_a_form_that_ends_early_is_refused_and_not_executed(console):
 
 @pytest.mark.parametrize("path", WISHES)
 def test_a_chunked_body_is_limited_like_any_other(console, path):
-    """It announces no length, so that it has to be counted."""
+    """It announces no length, so its bytes are counted."""
     wish = json.dumps(WISHES[path]).encode()
     pieces = [chunked(wish), *[chunked(b" " * 50_000)] * 3, b"0\r\n\r\n"]
     check_refused(console, send(console, path, "Transfer-Encoding: chunked", *pieces), path, 413)
 
 
 def test_a_chunked_body_without_end_is_refused_before_it_ends(shared):
-    """Whoever sends it need not stop for that."""
+    """The client need not finish sending."""
     with Raw(shared.port) as raw:
         raw.send_head("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked")
         for _ in range(8):
@@ -114,8 +114,8 @@ def test_a_chunked_body_without_end_is_refused_before_it_ends(shared):
         assert raw.response().status == 413
 
 
-def test_a_whole_chunked_body_is_executed(console):
-    """With extensions, trailers and odd pieces: all that is allowed."""
+def test_a_complete_chunked_body_is_executed(console):
+    """With extensions, trailers and odd chunk sizes, all of which are allowed."""
     wish = json.dumps(WISHES["/v1/models/switch"]).encode()
     pieces = [
         b"1;name=value\r\n" + wish[:1] + b"\r\n",
@@ -128,7 +128,7 @@ def test_a_whole_chunked_body_is_executed(console):
 
 
 DEEP = [900, 950, *range(960, 1000, 2), 1_000, 3_000, 40_000]
-"""Around the depth at which Python's own parser gives up, which differs by how deep the stack is already."""
+"""Around the depth at which Python's parser gives up, which depends on the current depth of the stack."""
 
 
 DEEP_PATHS = [
@@ -142,8 +142,8 @@ DEEP_PATHS = [
 
 
 @pytest.mark.parametrize("path", DEEP_PATHS)
-def test_deep_json_is_an_answer_of_the_contract(shared, path):
-    """Refused or executed, never a problem of ours."""
+def test_deep_json_is_answered_within_the_contract(shared, path):
+    """Refused or executed, never an internal error."""
     for depth in DEEP:
         for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
             inside = opening * depth + (b"1" if closing == b"}" else b"") + closing * depth
@@ -154,8 +154,8 @@ def test_deep_json_is_an_answer_of_the_contract(shared, path):
             assert answer.status in (400, 404, 422, 503), (depth, answer)
 
 
-def test_deep_json_for_a_model_that_runs_is_an_answer_too(console):
-    """It goes to the engine, which may know what to do with it, or is refused."""
+def test_deep_json_for_a_running_model_is_answered(console):
+    """It is relayed to the engine, which may accept it, or refused."""
     console.switch("plain")
     for depth in DEEP:
         body = b'{"model":"plain","messages":%s}' % (b"[" * depth + b"]" * depth)
@@ -170,7 +170,7 @@ ODD_NUMBERS = ["-1", "abc", "²", "٣", "1.5", "9" * 5_000, "9999999999999999999
 
 @pytest.mark.parametrize("number", ODD_NUMBERS)
 def test_an_odd_last_event_id_starts_from_the_beginning(console, number):
-    """It is what a browser kept of a stream, or what somebody typed."""
+    """A value that a browser kept of another stream, or that a person typed."""
     console.switch("plain")
     with socket.create_connection(("127.0.0.1", console.port), 30) as link:
         link.sendall(

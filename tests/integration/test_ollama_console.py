@@ -1,4 +1,4 @@
-"""A console in front of an Ollama: its models switched, served and watched like any other."""
+"""A console with an Ollama: its models are switched, served and watched like any other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared_ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOlla
 
 @pytest.fixture
 def ollama(shared_ollama: FakeOllama) -> FakeOllama:
-    """A server that somebody else started, with nothing loaded, said or asked."""
+    """A server that was started elsewhere, with nothing loaded, logged or requested."""
     return shared_ollama.reset()
 
 
@@ -48,12 +48,12 @@ def shared(start_shared: StartConsole, shared_ollama: FakeOllama) -> Console:
 
 @pytest.fixture
 def console(shared: Console, ollama: FakeOllama) -> Console:  # noqa: ARG001 — at rest first
-    """A console in front of that server, which has seen its models."""
-    return seeing(shared.reset())
+    """A console with that server, whose models are listed."""
+    return wait_for_ollama(shared.reset())
 
 
-def seeing(console: Console) -> Console:
-    """The console, once Ollama's models are listed and the service is known to run."""
+def wait_for_ollama(console: Console) -> Console:
+    """The console, once Ollama's models are listed and the service is shown as running."""
     console.wait_for(lambda s: A in s["models"], "Ollama's models to be listed")
     wait_until(lambda: _service(console)["state"] == "running", "Ollama to be seen")
     return console
@@ -61,7 +61,7 @@ def seeing(console: Console) -> Console:
 
 @pytest.mark.usefixtures("console")
 def test_one_loop_polls_the_server(ollama):
-    """Whether it answers, what is loaded and what is installed: one after the other, and by nobody else."""
+    """Service state, loaded and installed models are polled one after the other by one loop only."""
 
     def polled() -> list[str]:
         paths = [request["path"] for request in ollama.requests() if request["path"] in POLLED]
@@ -71,15 +71,15 @@ def test_one_loop_polls_the_server(ollama):
     assert polled()[:9] == POLLED * 3
 
 
-def test_models_of_both_engines_stand_side_by_side(console, ollama):
-    """One list, one switch, one address; the one that was active is unloaded only when room is needed."""
+def test_models_of_both_engines_are_used_side_by_side(console, ollama):
+    """One list, one switch, one address; the active model is unloaded only if memory is needed."""
     assert {A, B, MINI, SMALL} <= set(console.states())
     assert console.model(A)["engine"] == "ollama"
     console.switch(MINI)
     console.switch("tiny-a")  # without its tag
     assert console.status()["active_model"] == A
     assert ollama.ps() == [A]
-    answer = console.ask("Hello").json()  # names no model: the active one, by the name that Ollama knows
+    answer = console.ask("Hello").json()  # without a model: the active one, by the name that Ollama knows
     assert answer["choices"][0]["message"]["content"]
     assert console.ask("Hello", model="auto").status_code == 200
     assert console.ask("Hello", model="tiny-a", stream=True).text.rstrip().endswith("data: [DONE]")
@@ -87,7 +87,7 @@ def test_models_of_both_engines_stand_side_by_side(console, ollama):
 
 
 def test_seed_002_unloads_the_old_model_and_loads_the_new_one(console, ollama):
-    """Physically: Ollama holds the new model alone, warm, and chats go there at once."""
+    """Ollama really holds only the new model, warmed up, and chats go there at once."""
     first = console.post("/ollama/models/switch", {"model": "tiny-a"}).json()
     assert (first["status"], first["old_model"], first["new_model"]) == ("success", None, A)
     second = console.post("/ollama/models/switch", {"model": B}).json()
@@ -96,11 +96,11 @@ def test_seed_002_unloads_the_old_model_and_loads_the_new_one(console, ollama):
     assert second["note"] == "Model physically unloaded and reloaded in Ollama. No server restart needed."
     assert ollama.ps() == [B]
     assert console.post("/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}).status_code == 200
-    assert ollama.output().count("runner started in") == 2  # the chat asked for nothing that loads it again
+    assert ollama.output().count("runner started in") == 2  # the chat's options caused no second load
 
 
 def test_seed_002_keeps_the_old_model_when_the_new_one_fails(console, ollama):
-    """The error says why, the old one is back and in use."""
+    """The error says why; the old model is restored and in use."""
     console.post("/ollama/models/switch", {"model": A})
     answer = console.post("/ollama/models/switch", {"model": BROKEN})
     assert answer.status_code == 502
@@ -114,26 +114,26 @@ def test_seed_002_keeps_the_old_model_when_the_new_one_fails(console, ollama):
     ("model", "status", "code"),
     [("nope", 404, "model_not_found"), (MINI, 409, "not_ollama"), ("", 422, "invalid_value")],
 )
-def test_seed_002_says_what_is_wrong_with_a_name(console, model, status, code):
-    """Nothing is unloaded for it."""
+def test_seed_002_rejects_invalid_names(console, model, status, code):
+    """Nothing is unloaded."""
     answer = console.post("/ollama/models/switch", {"model": model})
     assert (answer.status_code, answer.json()["error"]) == (status, code)
 
 
-def test_what_another_client_does_is_noticed_and_not_fought(console, ollama):
-    """Loaded by somebody else: shown, answering. Unloaded by somebody else: said, and no failure."""
+def test_changes_by_another_client_are_shown_and_kept(console, ollama):
+    """Loaded by another client: shown and answering. Unloaded by another client: reported, not as a failure."""
     ollama.load("tiny-a")
     console.wait_for(lambda s: s["models"][A]["status"] == "running", "the adoption")
     assert console.status()["active_model"] == A
     ollama.unload("tiny-a")
-    gone = console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "the loss")
+    gone = console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "the unload to be noticed")
     assert "another program" in gone["models"][A]["warning"]
     assert gone["models"][A]["error"] is None
     assert ollama.ps() == []
 
 
-def test_what_ollama_evicted_for_a_failed_load_comes_back(console, ollama):
-    """With room for one model only, Ollama unloads the working one before it finds the other broken."""
+def test_a_model_evicted_for_a_failed_load_is_restored(console, ollama):
+    """With memory for one model only, Ollama evicts the working one before it finds the other broken."""
     ollama.set_fault("max_loaded", 1)
     console.switch(A)
     answer = console.post("/v1/models/switch", {"target_model": BROKEN, "wait": True})
@@ -145,7 +145,7 @@ def test_what_ollama_evicted_for_a_failed_load_comes_back(console, ollama):
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_restart_of_the_app_unloads_nothing(console, ollama, end):
-    """The next start finds what is loaded, by Ollama's word, and goes on with it."""
+    """The next run adopts what Ollama reports as loaded."""
     console.switch(A)
     console.stop() if end == "stop" else console.kill()
     assert ollama.ps() == [A]
@@ -155,8 +155,8 @@ def test_a_restart_of_the_app_unloads_nothing(console, ollama, end):
     assert ollama.output().count("runner started in") == 1
 
 
-def test_a_server_killed_during_a_switch_ends_it_with_the_truth(console, ollama):
-    """Within 5 s: the switch has failed and says why, nothing is shown as loaded that is not."""
+def test_a_server_killed_during_a_switch_fails_the_switch(console, ollama):
+    """Within 5 s the switch has failed with the reason, and nothing is shown as loaded that isn't."""
     console.switch(A)
     ollama.set_fault("stuck_load", True)
     console.post("/v1/models/switch", {"target_model": B})
@@ -173,7 +173,7 @@ def test_a_server_killed_during_a_switch_ends_it_with_the_truth(console, ollama)
 
 
 def test_cancelling_a_stuck_load_leaves_nothing(console, ollama):
-    """The request is dropped, Ollama gives the load up."""
+    """The request is cancelled, and Ollama aborts the load."""
     ollama.set_fault("stuck_load", True)
     console.post("/v1/models/switch", {"target_model": A})
     console.wait_for(lambda s: s["models"][A]["status"] == "loading", "the load")
@@ -183,9 +183,9 @@ def test_cancelling_a_stuck_load_leaves_nothing(console, ollama):
     assert console.states()[A] == "stopped"
 
 
-def test_a_model_that_will_not_go_fails_the_switch_and_serves_on(start_console, ollama):
-    """Another program may be using it: nothing is forced on a server that isn't ours."""
-    console = seeing(start_console(ollama_base_url=ollama.url, unload_timeout_seconds=0.5))
+def test_a_model_that_can_not_be_unloaded_fails_the_switch(start_console, ollama):
+    """Another program may be using it: a server that was started elsewhere is not forced."""
+    console = wait_for_ollama(start_console(ollama_base_url=ollama.url, unload_timeout_seconds=0.5))
     console.switch(A)
     ollama.set_fault("never_unload", True)
     answer = console.post(f"/v1/models/{A}/stop")
@@ -195,8 +195,8 @@ def test_a_model_that_will_not_go_fails_the_switch_and_serves_on(start_console, 
     assert console.ask("Hello", model=A).status_code == 200
 
 
-def test_an_ollama_that_hangs_freezes_nothing(console, ollama):
-    """Status and pages answer while every question to Ollama goes unanswered."""
+def test_a_hanging_ollama_blocks_nothing(console, ollama):
+    """Status and pages answer while every request to Ollama hangs."""
     ollama.set_fault("hang", True)
     wait_until(
         lambda: console.get("/api/providers/services/status").json()["services"]["ollama"]["state"] != "running",
@@ -209,7 +209,7 @@ def test_an_ollama_that_hangs_freezes_nothing(console, ollama):
 
 
 def test_random_switches_never_over_commit(start_console, ollama):
-    """Four Ollama and two embedded models under a budget for about two: the books hold and agree with `/api/ps`."""
+    """Four Ollama and two embedded models with memory for about two: the ledger holds and agrees with `/api/ps`."""
     budget_gb = 0.4
     toml = "".join(
         f'[[models]]\nid = "{m}"\nengine = "ollama"\nsource = "{m}"\nrequired_gb = 0.15\n' for m in list(MODELS)[:4]
@@ -245,7 +245,7 @@ def test_random_switches_never_over_commit(start_console, ollama):
 
 
 def test_ollama_is_started_and_stopped_over_http(start_console, tmp_path):
-    """Pid, uptime and log while it runs; a restart of the app finds it again; stopping leaves no process."""
+    """Pid, uptime and log while it runs; adopted after a restart of the app; stopping leaves no process."""
     with closing(FakeOllama(tmp_path / "ollama", models=MODELS)) as fake:
         console = start_console(ollama_base_url=fake.url, ollama_binary=fake.binary, environment=fake.environment)
         assert _service(console)["state"] == "stopped"
@@ -265,12 +265,12 @@ def test_ollama_is_started_and_stopped_over_http(start_console, tmp_path):
         assert "Listening on" in found["log_tail"]
         stopped = console.post("/api/providers/services/stop", {"service": "ollama"}).json()
         assert (stopped["status"], stopped["pid"]) == ("stopped", None)
-        gone = console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "its models to go")
+        gone = console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "its models to be unloaded")
         assert gone["models"][A]["error"] is None
         assert fake.processes() == []
 
 
-def test_a_server_started_beside_an_unfinished_download_keeps_its_pieces(start_console, tmp_path):
+def test_a_server_started_with_an_unfinished_download_keeps_its_data(start_console, tmp_path):
     """Ollama would delete partial files that are older than an hour."""
     with closing(FakeOllama(tmp_path / "ollama", registry={"big:latest": {"size": 10**9}})) as fake:
         console = start_console(ollama_base_url=fake.url, ollama_binary=fake.binary, environment=fake.environment)
@@ -282,30 +282,30 @@ def test_a_server_started_beside_an_unfinished_download_keeps_its_pieces(start_c
 
 
 def test_the_configured_model_answers_when_nothing_is_loaded(start_console, ollama):
-    """Seed 004's OLLAMA_MODEL: a request that names no model gets it, switched to on the way."""
+    """Seed 004's OLLAMA_MODEL: a request without a model switches to it."""
     console = start_console(ollama_base_url=ollama.url, environment={"OLLAMA_MODEL": "tiny-b"})
     console.wait_for(lambda s: B in s["models"], "the models")
     assert console.ask("Hello").json()["choices"][0]["message"]["content"]
     assert ollama.ps() == [B]
 
 
-def test_a_foreign_ollama_is_never_stopped(console, ollama):
-    """It is used; who started it has to stop it."""
+def test_an_ollama_started_elsewhere_is_never_stopped(console, ollama):
+    """It is used, but only its owner can stop it."""
     answer = console.post("/api/providers/services/stop", {"service": "ollama"})
     assert (answer.status_code, answer.json()["error"]) == (409, "not_ours")
     assert ollama.tags()
 
 
-def test_without_ollama_the_service_says_how_to_get_it(start_console):
-    """A missing program has its own message with the next step."""
+def test_without_ollama_the_service_explains_its_installation(start_console):
+    """A missing program has its own message, with what to do."""
     console = start_console(ollama_binary="/nowhere/ollama")
     answer = console.post("/api/providers/services/start", {"service": "ollama"})
     assert (answer.status_code, answer.json()["error"]) == (503, "ollama_not_found")
     assert "https://ollama.com/download" in answer.json()["message"]
 
 
-def test_the_app_stops_at_once_beside_a_hanging_ollama(console, ollama):
-    """SIGTERM is not held up by somebody who doesn't answer."""
+def test_the_app_stops_at_once_with_a_hanging_ollama(console, ollama):
+    """A server that doesn't answer must not delay SIGTERM."""
     ollama.set_fault("hang", True)
     watch = Stopwatch()
     console.stop(signal.SIGTERM)

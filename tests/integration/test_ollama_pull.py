@@ -1,4 +1,4 @@
-"""Ollama's downloads through both ways, the command and the API; what either does when the other side misbehaves."""
+"""Ollama's downloads by its command and by its API, and how each handles a misbehaving server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @contextmanager
 def serving(answer: Answer) -> Iterator[str]:
-    """An HTTP server on a free loopback port that answers everything by `answer`."""
+    """An HTTP server on a free loopback port that answers every request with `answer`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -50,7 +50,7 @@ def serving(answer: Answer) -> Iterator[str]:
             answer(self)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -76,7 +76,7 @@ def answering(status: int, body: bytes, **headers: str) -> Answer:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """After each test: no child, no thread, no file descriptor more than before."""
+    """After each test: no more children, threads and file descriptors than before."""
     children, threads, files = len(psutil.Process().children()), threading.active_count(), _open_files()
     yield
     wait_until(lambda: threading.active_count() <= threads, "threads to end")
@@ -89,7 +89,7 @@ def _open_files() -> int:
 
 
 def program(folder: Path, code: str) -> str:
-    """A fake command, of a few lines of Python; `say` draws on stderr."""
+    """A fake command of a few lines of Python; `say` writes to stderr."""
     path = folder / "ollama"
     prelude = "import os, signal, subprocess, sys, time\ndef say(text): os.write(2, text.encode())\n"
     path.write_text(f"#!{sys.executable} -S\n{prelude}{code}\n", encoding="utf-8")
@@ -115,7 +115,7 @@ def failure(fetcher: OllamaFetcher, name: str = "tiny-b") -> DownloadError:
 
 
 @dataclass
-class Running:
+class RunningFetch:
     """A fetch in a thread of its own, as the queue runs it."""
 
     fetcher: OllamaFetcher
@@ -123,7 +123,7 @@ class Running:
     seen: list[TransferUpdate] = field(default_factory=list)
     ended_by: BaseException | None = None
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> RunningFetch:
         self.abort = Abort()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -138,7 +138,7 @@ class Running:
         wait_until(lambda: any(seen.phase == phase for seen in self.seen), f"the phase {phase}")
 
     def stop(self) -> float:
-        """Abort it; how many seconds it let pass until it ended."""
+        """Abort it; return how many seconds it took to end."""
         watch = Stopwatch()
         self.abort()
         self._thread.join(TIMEOUT)
@@ -153,7 +153,7 @@ class Running:
 
 @dataclass
 class Pulls:
-    """A fake Ollama with a registry, and the two ways to have it pull."""
+    """A fake Ollama with a registry, and a fetcher by command or API."""
 
     ollama: FakeOllama
     registry: FakeRegistry
@@ -171,8 +171,8 @@ class Pulls:
     def at(self, seen: TransferUpdate) -> int:
         return sum(part.completed for part in seen.parts.values())
 
-    def kept(self) -> int:
-        """Bytes on Ollama's disk; 0 while it is still moving them, or just writing down how many there are."""
+    def bytes_on_disk(self) -> int:
+        """Bytes on Ollama's disk; 0 while a pull runs, or is just writing its state."""
         try:
             return self.ollama.pulled_bytes("tiny-b")
         except json.JSONDecodeError:
@@ -181,19 +181,19 @@ class Pulls:
 
 @pytest.fixture(params=["command", "stream"])
 def pulls(request, tmp_path, monkeypatch) -> Iterator[Pulls]:
-    """Ollama runs and offers tiny-b, of 46 MB."""
+    """A running Ollama whose registry offers tiny-b, of 46 MB."""
     offered = {"tiny-b:latest": TINY_B}
     with FakeRegistry(offered) as registry, FakeOllama(tmp_path / "ollama", registry=offered) as ollama:
         ollama.configure(registry_url=registry.url, bytes_per_second=400_000_000, blob_seconds=0.01)
-        monkeypatch.setenv("FAKE_OLLAMA", ollama.environment["FAKE_OLLAMA"])  # for the command that we start
+        monkeypatch.setenv("FAKE_OLLAMA", ollama.environment["FAKE_OLLAMA"])  # for the command that the test starts
         yield Pulls(ollama, registry, request.param)
 
 
-class TestBothWays:
-    """Whole pulls, by the command and by the API: the same promises."""
+class TestBothFetchers:
+    """Complete pulls, by the command and by the API, with the same expectations."""
 
-    def test_a_model_arrives_with_its_size_known_ahead(self, pulls):
-        """Phases in order, percent rising to its end, every layer complete, and the exact size from the registry."""
+    def test_a_model_is_downloaded_with_its_size_known_in_advance(self, pulls):
+        """Phases in order, percent rising to the end, every layer complete, and the exact size from the registry."""
         pulls.ollama.configure(bytes_per_second=80_000_000)
         seen: list[TransferUpdate] = []
         pulls.fetcher().fetch("tiny-b", seen.append, Abort())
@@ -209,38 +209,38 @@ class TestBothWays:
         assert figures[-1].completed_bytes == figures[-1].total_bytes == TINY_B["size"]
         assert {one.expected_bytes for one in seen[1:]} == {TINY_B["size"]}
 
-    def test_a_model_that_is_here_already_is_done_at_once(self, pulls):
-        """Its layers are only looked at."""
+    def test_an_installed_model_is_done_at_once(self, pulls):
+        """Its layers are only verified."""
         pulls.fetcher().fetch("tiny-b", lambda _: None, Abort())
         watch = Stopwatch()
         pulls.fetcher().fetch("tiny-b:latest", lambda _: None, Abort())
         assert watch.waited < 2
 
-    def test_an_abort_stops_the_transfer_within_a_second_and_the_next_try_goes_on(self, pulls):
-        """What has arrived is kept, and is where the next one begins."""
+    def test_an_abort_stops_within_a_second_and_the_next_attempt_continues(self, pulls):
+        """What has arrived is kept, and the next attempt continues from there."""
         pulls.ollama.set_fault("pull_slow", 10_000_000)
-        with Running(pulls.fetcher()) as running:
+        with RunningFetch(pulls.fetcher()) as running:
             wait_until(lambda: any(pulls.at(seen) > 3_000_000 for seen in running.seen[:]), "some of it to arrive")
             assert running.stop() < 1
             assert isinstance(running.ended_by, Aborted)
-        wait_until(lambda: pulls.kept() > 0, "Ollama to have stopped")
-        kept = pulls.kept()
+        wait_until(lambda: pulls.bytes_on_disk() > 0, "Ollama to have stopped")
+        kept = pulls.bytes_on_disk()
         assert kept < TINY_B["size"]
         pulls.ollama.clear_faults()
         seen: list[TransferUpdate] = []
         pulls.fetcher().fetch("tiny-b", seen.append, Abort())
         first = next(pulls.at(one) for one in seen if one.parts)
-        assert kept - 1_000_000 < first  # the command draws whole MB
+        assert kept - 1_000_000 < first  # the command shows whole MB
         assert pulls.ollama.tags() == ["tiny-b:latest"]
 
     def test_an_unknown_name(self, pulls):
-        """The registry doesn't have it; Ollama says so itself."""
+        """The registry doesn't have it; Ollama reports that."""
         error = failure(pulls.fetcher(), "nosuch")
         assert (error.code, error.may_resume) == ("unknown_model", False)
         assert "nosuch" in error.message
 
     def test_ollama_killed_in_the_middle(self, pulls):
-        """Neither way says an error then, and the command even exits with 0."""
+        """In both cases no error is reported, and the command even exits with 0."""
         pulls.ollama.set_fault("pull_kill_server_at", 30)
         error = failure(pulls.fetcher())
         assert (error.code, error.may_resume) == ("interrupted", True)
@@ -255,26 +255,26 @@ class TestBothWays:
         ],
     )
     def test_an_error_in_the_middle(self, pulls, fault, value, code):
-        """Ollama's answer began well."""
+        """The response began normally."""
         pulls.ollama.set_fault(fault, value)
         error = failure(pulls.fetcher())
         assert (error.code, error.may_resume) == (code, True)
 
-    def test_a_transfer_that_stands_still_is_given_up(self, pulls):
-        """Ollama goes on saying the same; stalled, and what is here is kept."""
+    def test_a_stalled_transfer_fails(self, pulls):
+        """Ollama repeats the same figures: the transfer is stalled, and what has arrived is kept."""
         pulls.ollama.set_fault("pull_stuck_at", 20)
         error = failure(pulls.fetcher(stall_seconds=0.4))
         assert (error.code, error.may_resume) == ("stalled", True)
 
     def test_ollama_is_not_running(self, pulls):
-        """The same code from both ways, and what to do."""
+        """The same code by command and API, and what to do."""
         pulls.ollama.kill()
         error = failure(pulls.fetcher())
         assert (error.code, error.may_resume) == ("ollama_unreachable", True)
         assert "ollama serve" in error.message
 
-    def test_a_registry_that_says_nothing_ahead_changes_nothing_else(self, pulls):
-        """The sizes then come as Ollama gets to them."""
+    def test_without_a_manifest_the_download_works(self, pulls):
+        """Sizes are then known as Ollama reaches each layer."""
         seen: list[TransferUpdate] = []
         binary = pulls.ollama.binary if pulls.way == "command" else None
         OllamaFetcher(pulls.ollama.url, find_binary=lambda: binary, registries=Registries(NOBODY)).fetch(
@@ -285,10 +285,10 @@ class TestBothWays:
 
 
 class TestCommand:
-    """The command, as it may behave on a bad day."""
+    """The command, misbehaving in various ways."""
 
-    def test_it_is_told_where_ollama_is_and_that_nobody_watches(self, tmp_path):
-        """Arguments, environment, a process group of its own, and neither stdin nor stdout of ours."""
+    def test_how_the_command_is_started(self, tmp_path):
+        """Arguments, environment, a process group of its own, and none of our stdin and stdout."""
         notes = tmp_path / "notes"
         keys = "('OLLAMA_HOST', 'TERM', 'NO_COLOR')"
         code = f"""
@@ -304,62 +304,64 @@ say("success ")"""
             "/dev/null /dev/null",
         ]
 
-    def test_an_exit_with_0_is_no_success(self, tmp_path):
-        """Ollama's server ended in the middle: the command says nothing about it."""
+    def test_exit_code_0_alone_is_no_success(self, tmp_path):
+        """If Ollama's server ends meanwhile, the command exits with 0 and no error."""
         error = failure(by_command(tmp_path, "say('pulling manifest \\x1b[K')"))
         assert (error.code, error.may_resume) == ("interrupted", True)
 
-    def test_success_counts_whatever_the_exit_code(self, tmp_path):
-        """The word is said once the model is complete."""
+    def test_success_counts_with_any_exit_code(self, tmp_path):
+        """`success` is printed only once the model is complete."""
         seen: list[TransferUpdate] = []
         by_command(tmp_path, "say('success \\x1b[K')\nsys.exit(3)").fetch("tiny-b", seen.append, Abort())
         assert seen
 
-    def test_a_command_that_dies_without_a_word_is_told_by_its_end(self, tmp_path):
-        """Somebody killed it."""
+    def test_a_killed_command_is_reported_by_its_exit(self, tmp_path):
+        """It was killed."""
         error = failure(by_command(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"))
         assert error.code == "interrupted"
         assert "SIGKILL" in error.message
 
     def test_its_error_is_explained(self, tmp_path):
-        """An error that a real one drew, with exit code 1."""
+        """A recorded error, with exit code 1."""
         error = failure(
             by_command(tmp_path, "say('\\nError: pull model manifest: file does not exist\\n')\nsys.exit(1)")
         )
         assert error.code == "unknown_model"
 
-    def test_one_that_hangs_after_success_is_ended(self, tmp_path):
-        """The model is there; nobody has to wait."""
+    def test_a_command_that_hangs_after_success_is_ended(self, tmp_path):
+        """The model is complete, so nothing waits for the command."""
         by_command(tmp_path, "say('success \\n')\ntime.sleep(60)").fetch("tiny-b", lambda _: None, Abort())
 
-    def test_one_that_leaves_somebody_with_its_stderr_ends_all_the_same(self, tmp_path):
-        """The end of the process counts, not the end of the pipe alone."""
+    def test_a_command_whose_child_keeps_stderr_open_ends(self, tmp_path):
+        """The end of the process counts, even if another process keeps the pipe open."""
         code = "subprocess.Popen(['sleep', '5'])\nsay('pulling manifest \\n')"
         assert failure(by_command(tmp_path, code)).code == "interrupted"
 
     @pytest.mark.parametrize("ending", ["", "signal.signal(signal.SIGINT, signal.SIG_IGN)"])
     def test_an_abort_ends_it_within_a_second_even_if_it_ignores_signals(self, tmp_path, ending):
-        """SIGINT, then SIGKILL."""
-        with Running(by_command(tmp_path, f"{ending}\nsay('verifying sha256 digest \\n')\ntime.sleep(60)")) as running:
+        """By SIGINT, then SIGKILL."""
+        with RunningFetch(
+            by_command(tmp_path, f"{ending}\nsay('verifying sha256 digest \\n')\ntime.sleep(60)")
+        ) as running:
             running.wait_for("verifying")
             assert running.stop() < 1
             assert isinstance(running.ended_by, Aborted)
 
-    def test_one_that_draws_the_same_for_too_long_is_stalled(self, tmp_path):
-        """Frames keep coming, but nothing new in them."""
+    def test_a_command_that_repeats_itself_is_stalled(self, tmp_path):
+        """Frames keep coming, but without any change."""
         code = "while True:\n    say('pulling 2a8270a5fd3e:  62% ▕█ ▏  28 MB/ 46 MB\\n')\n    time.sleep(0.05)"
         error = failure(by_command(tmp_path, code, stall_seconds=0.5))
         assert (error.code, error.may_resume) == ("stalled", True)
 
-    def test_one_that_says_nothing_for_too_long_is_stalled(self, tmp_path):
-        """Not even a frame."""
+    def test_a_silent_command_is_stalled(self, tmp_path):
+        """Not even a frame comes."""
         assert failure(by_command(tmp_path, "time.sleep(60)", stall_seconds=0.3)).code == "stalled"
 
-    def test_it_is_written_down_while_it_runs(self, tmp_path):
-        """So that the next start of the app ends what a killed one left; removed at its end."""
+    def test_a_running_command_is_recorded(self, tmp_path):
+        """So that the next run of the app ends it if this one is killed; the record is deleted at its end."""
         registry = ProcessRegistry(tmp_path / "state")
         code = "say('verifying sha256 digest \\n')\ntime.sleep(60)"
-        with Running(by_command(tmp_path, code, registry=registry)) as running:
+        with RunningFetch(by_command(tmp_path, code, registry=registry)) as running:
             running.wait_for("verifying")
             (record,) = (tmp_path / "state" / "processes").glob("*.json")
             assert json.loads(record.read_text(encoding="utf-8"))["pid"] in [
@@ -368,14 +370,14 @@ say("success ")"""
             running.stop()
             assert not record.exists()
 
-    def test_a_command_that_cannot_be_started_leaves_it_to_the_api(self):
-        """Its path may be stale."""
+    def test_the_api_is_used_if_the_command_can_not_be_started(self):
+        """Its path may be outdated."""
         with serving(answering(200, SUCCESS)) as url:
             fetcher = OllamaFetcher(url, find_binary=lambda: "/nowhere/ollama", registries=Registries(NOBODY))
             fetcher.fetch("tiny-b", lambda _: None, Abort())
 
-    def test_an_ollama_elsewhere_is_not_asked_through_the_command(self):
-        """The one on this machine need not fit it: it isn't even looked for."""
+    def test_a_remote_ollama_is_used_by_its_api(self):
+        """The command on this machine may not fit the other server: it isn't even searched for."""
         looked = []
         fetcher = OllamaFetcher(
             "http://ollama.invalid:11434", find_binary=lambda: looked.append(1) or "/x", registries=Registries(NOBODY)
@@ -385,10 +387,10 @@ say("success ")"""
 
 
 class TestStream:
-    """The API, as it may behave on a bad day."""
+    """The API, misbehaving in various ways."""
 
-    def test_what_is_ordered(self):
-        """A stream of the model by its full name."""
+    def test_the_request_body(self):
+        """The request asks for a stream of the model by its full name."""
         orders = []
 
         def answer(request: BaseHTTPRequestHandler) -> None:
@@ -399,8 +401,8 @@ class TestStream:
             by_stream(url).fetch("tiny-b", lambda _: None, Abort())
         assert orders == [("/api/pull", "application/json")]
 
-    def test_nobody_listens(self):
-        """Ollama is not running, and how to start it."""
+    def test_a_server_that_does_not_run(self):
+        """Ollama is not running; the message says how to start it."""
         error = failure(by_stream(NOBODY))
         assert (error.code, error.may_resume) == ("ollama_unreachable", True)
         assert "not running" in error.message
@@ -410,16 +412,16 @@ class TestStream:
         with serving(answering(400, b'{"error":"invalid model name"}')) as url:
             assert failure(by_stream(url)).code == "invalid_name"
 
-    def test_something_else_than_ollama_is_told_in_its_words(self):
-        """Plain text, as of a path that isn't there."""
+    def test_a_server_other_than_ollama_is_quoted(self):
+        """Plain text, as for an unknown path."""
         with serving(answering(405, b"405 method not allowed")) as url:
             error = failure(by_stream(url))
         assert error.code == "download_failed"
         assert "405 method not allowed" in error.message
 
     @pytest.mark.parametrize("length", ["1000", None])
-    def test_a_stream_that_breaks_off_is_no_success(self, length):
-        """With or without the promise of more."""
+    def test_an_interrupted_stream_is_no_success(self, length):
+        """With or without an announced length."""
 
         def answer(request: BaseHTTPRequestHandler) -> None:
             request.send_response(200)
@@ -432,8 +434,8 @@ class TestStream:
             error = failure(by_stream(url))
         assert (error.code, error.may_resume) == ("interrupted", True)
 
-    def test_an_answer_that_never_begins_is_interrupted(self):
-        """The server closed the connection without a word."""
+    def test_a_closed_connection_without_a_response_is_interrupted(self):
+        """The server closed the connection without a response."""
         with serving(lambda _: None) as url:
             assert failure(by_stream(url)).code == "interrupted"
 
@@ -441,22 +443,22 @@ class TestStream:
         "said", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b'HTTP/1.1 200 OK\r\n\r\n{"status":"pulling manifest"}\n']
     )
     def test_an_abort_ends_the_wait_at_once(self, said):
-        """Wherever it waits: for the answer to begin, or for a line; the connection is closed on the other side."""
-        with _silent_server(said) as (url, accepted), Running(by_stream(url)) as running:
-            wait_until(lambda: bool(accepted), "the order")
+        """While waiting for the response or for a line; the server sees the connection close."""
+        with _silent_server(said) as (url, accepted), RunningFetch(by_stream(url)) as running:
+            wait_until(lambda: bool(accepted), "the request")
             assert running.stop() < 1
             assert isinstance(running.ended_by, Aborted)
             accepted[0].settimeout(5)
             while accepted[0].recv(65_536):
-                pass  # the order itself, then the end
+                pass  # first the request itself, then the end
 
     @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\n\r\n"])
-    def test_a_server_that_says_nothing_for_too_long_is_stalled(self, said):
-        """Before the answer, or in it."""
+    def test_a_silent_server_is_stalled(self, said):
+        """Before the response or in it."""
         with _silent_server(said) as (url, _):
             assert failure(by_stream(url, stall_seconds=0.3)).code == "stalled"
 
-    def test_a_stream_that_repeats_itself_for_too_long_is_stalled(self):
+    def test_a_stream_that_repeats_itself_is_stalled(self):
         """Ollama repeats the last figures while its own connection is dead."""
 
         def answer(request: BaseHTTPRequestHandler) -> None:
@@ -472,7 +474,7 @@ class TestStream:
         with serving(answer) as url:
             assert failure(by_stream(url, stall_seconds=0.4)).code == "stalled"
 
-    def test_an_abort_before_the_start_asks_nobody(self):
+    def test_an_abort_before_the_start_sends_no_request(self):
         """Not even for sizes."""
         abort = Abort()
         abort()
@@ -482,7 +484,7 @@ class TestStream:
 
 @contextmanager
 def _silent_server(said: bytes) -> Iterator[tuple[str, list[socket.socket]]]:
-    """Accepts one connection, says that, and nothing more; the connection appears in the list once it has."""
+    """Accepts one connection, sends these bytes and nothing more; the list then holds the connection."""
     accepted: list[socket.socket] = []
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
 
@@ -502,7 +504,7 @@ def _silent_server(said: bytes) -> Iterator[tuple[str, list[socket.socket]]]:
 
 
 class TestRegistry:
-    """Sizes ahead of time."""
+    """Total sizes from the registry's manifest."""
 
     MANIFEST = json.dumps(
         {
@@ -513,7 +515,7 @@ class TestRegistry:
     ).encode()
 
     def test_a_manifest_gives_the_id_the_size_and_the_layers(self):
-        """The id that Ollama lists is the checksum of the manifest itself; the configuration counts."""
+        """The id that Ollama lists is the manifest's checksum; the configuration counts towards the size."""
         asked = []
 
         def answer(request: BaseHTTPRequestHandler) -> None:
@@ -529,7 +531,7 @@ class TestRegistry:
         assert manifest.size_bytes == 46_236_384 + 416 + 59
         assert manifest.layers["sha256:2a8270a5fd3e"] == 46_236_384
 
-    def test_a_host_in_the_name_is_asked_itself(self):
+    def test_a_host_in_the_name_is_contacted(self):
         """On this machine without TLS."""
         with serving(answering(200, self.MANIFEST)) as url:
             host = url.removeprefix("http://")
@@ -540,7 +542,7 @@ class TestRegistry:
         ("status", "code"), [(404, "unknown_model"), (401, "access_denied"), (500, "registry_unreachable")]
     )
     def test_a_refusal_has_a_code(self, status, code):
-        """Not there, not for everybody, or out of order."""
+        """Not found, not allowed, or out of order."""
         with serving(answering(status, b"{}")) as url, pytest.raises(DownloadError) as caught:
             fetch_manifest(OllamaName.parse("tiny-b"), Registries(url))
         assert caught.value.code == code
@@ -557,14 +559,14 @@ class TestRegistry:
         ],
         ids=["html", "list", "negative", "too large", "to a file", "to ftp"],
     )
-    def test_what_is_no_manifest_is_not_taken_for_one(self, answer):
-        """Nor is a redirection out of HTTP followed."""
+    def test_an_invalid_manifest_is_refused(self, answer):
+        """A redirect to another scheme than HTTP isn't followed either."""
         with serving(answer) as url, pytest.raises(DownloadError) as caught:
             fetch_manifest(OllamaName.parse("tiny-b"), Registries(url))
         assert caught.value.code == "registry_unreachable"
 
-    def test_a_registry_can_not_send_us_to_another_host(self):
-        """Not to this machine's own services: those aren't asked."""
+    def test_a_registry_can_not_redirect_to_another_host(self):
+        """For example to a service of this machine: that is not contacted."""
         asked = []
 
         def elsewhere(request: BaseHTTPRequestHandler) -> None:
@@ -580,24 +582,24 @@ class TestRegistry:
         assert caught.value.code == "registry_unreachable"
         assert asked == []
 
-    def test_nobody_there(self):
-        """Refused at once."""
+    def test_an_unreachable_registry(self):
+        """The connection is refused at once."""
         with pytest.raises(DownloadError) as caught:
             fetch_manifest(OllamaName.parse("tiny-b"), Registries(NOBODY))
         assert (caught.value.code, caught.value.may_resume) == ("registry_unreachable", True)
 
-    def test_an_abort_is_noticed_while_a_registry_says_nothing(self):
-        """Its question is left to itself."""
+    def test_an_abort_works_while_the_registry_hangs(self):
+        """The request to the registry is abandoned."""
         with _silent_server(b"") as (url, accepted):
             fetcher = OllamaFetcher(NOBODY, find_binary=lambda: None, registries=Registries(url))
-            with Running(fetcher) as running:
-                wait_until(lambda: bool(accepted), "the question")
+            with RunningFetch(fetcher) as running:
+                wait_until(lambda: bool(accepted), "the request")
                 assert running.stop() < 1
                 assert isinstance(running.ended_by, Aborted)
 
 
-def test_a_name_that_is_none_is_refused_before_anybody_is_asked():
-    """By the same code from both doors."""
+def test_an_invalid_name_is_refused_without_a_request():
+    """With the same error code by command and API."""
     fetcher = by_stream(NOBODY)
     for call in (lambda: fetcher.check_name("-x"), lambda: fetcher.fetch("-x", lambda _: None, Abort())):
         with pytest.raises(DownloadError) as caught:
@@ -638,19 +640,19 @@ print(turns, ended[0] < 1)
 
 
 def _under_gevent(url: str, binary: str) -> None:
-    """Run the worker; it tells how often others had their turn, and whether the abort took less than a second."""
+    """Run the worker; its output says how often other greenlets ran, and whether the abort took less than a second."""
     worker = subprocess.run(
         [sys.executable, "-c", WORKER, url, binary], capture_output=True, text=True, timeout=TIMEOUT, check=True
     )
     assert worker.stdout.splitlines()[-1] == "50 True", worker.stdout + worker.stderr
 
 
-def test_under_gevent_others_go_on_while_the_command_says_nothing(tmp_path):
-    """Waiting for it doesn't block the one thread that all share; an abort from another greenlet is noticed."""
+def test_under_gevent_a_silent_command_blocks_nothing(tmp_path):
+    """Waiting for it doesn't block the thread that all greenlets share; an abort from another greenlet works."""
     _under_gevent(NOBODY, program(tmp_path, "time.sleep(60)"))
 
 
-def test_under_gevent_others_go_on_while_the_api_says_nothing():
-    """The same of the other way."""
+def test_under_gevent_a_silent_api_blocks_nothing():
+    """The same for the API."""
     with _silent_server(b"HTTP/1.1 200 OK\r\n\r\n") as (url, _):
         _under_gevent(url, "")

@@ -1,4 +1,4 @@
-"""`ollama serve` started, stopped, watched and found again, on the fake Ollama run as a process of its own."""
+"""`ollama serve` as a local service: start, stop, watch and adopt, with the fake Ollama in a process of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MakeService = Callable[..., OllamaService]
 
 @pytest.fixture
 def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
-    """The fake as it is installed: not running."""
+    """The fake as installed: not running."""
     fake = FakeOllama(tmp_path / "ollama", models={MODEL: TINY_A})
     yield fake
     fake.close()
@@ -44,7 +44,7 @@ def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
 
 @pytest.fixture
 def make_service(tmp_path: Path, ollama: FakeOllama) -> Iterator[MakeService]:
-    """Makes services on one state folder, each as one run of the app does; their servers end with the test."""
+    """Create services on one state folder, each like one run of the app; their servers end with the test."""
     made: list[OllamaService] = []
     watches: list[OllamaWatch] = []
 
@@ -86,7 +86,7 @@ def load_model(ollama: FakeOllama) -> None:
 
 
 def wait_for_no_process(ollama: FakeOllama) -> None:
-    wait_until(lambda: not ollama.processes(), "server and runner to be gone", TIMEOUT)
+    wait_until(lambda: not ollama.processes(), "server and runner to end", TIMEOUT)
 
 
 def wait_for(service: OllamaService, state: str) -> ServiceStatus:
@@ -95,15 +95,15 @@ def wait_for(service: OllamaService, state: str) -> ServiceStatus:
 
 
 class OtherProgram(BaseHTTPRequestHandler):
-    """Knows no path, and says so with 501."""
+    """A server that answers every path with 501."""
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def web_server(port: int) -> Iterator[None]:
-    """A program that has nothing to do with Ollama."""
+    """A web server other than Ollama on a port."""
     with ThreadingHTTPServer(("127.0.0.1", port), OtherProgram) as server:
         serving = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         serving.start()
@@ -120,8 +120,8 @@ def test_before_anything_was_started_it_is_stopped_and_can_be_started(service: O
     assert (status.can_start, status.can_stop, service.reachable) == (True, False, False)
 
 
-def test_it_starts_tells_what_it_is_and_stops(service: OllamaService, ollama: FakeOllama) -> None:
-    """Process, start, version and the log of the server that we started; nothing of it is left after the stop."""
+def test_it_starts_shows_its_data_and_stops(service: OllamaService, ollama: FakeOllama) -> None:
+    """Process, start time, version and log of the server that we started; nothing is left after the stop."""
     status = service.start()
     assert (status.state, status.ours, status.port, status.can_start) == ("running", True, ollama.port, False)
     assert status.can_stop
@@ -139,8 +139,8 @@ def test_it_starts_tells_what_it_is_and_stops(service: OllamaService, ollama: Fa
     wait_for_no_process(ollama)
 
 
-def test_questions_do_not_fill_the_log(service: OllamaService) -> None:
-    """Ollama logs every request to stdout: asked once a second, that alone would be 9 MB a day."""
+def test_polling_does_not_fill_the_log(service: OllamaService) -> None:
+    """Ollama logs every request to stdout: polled once a second, that would be 9 MB a day."""
     service.start()
     for _ in range(5):
         status = service.refresh()
@@ -148,7 +148,7 @@ def test_questions_do_not_fill_the_log(service: OllamaService) -> None:
     service.stop()
 
 
-def test_starting_and_stopping_twice_is_the_same_as_once(service: OllamaService) -> None:
+def test_starting_and_stopping_are_idempotent(service: OllamaService) -> None:
     first = service.start()
     assert service.start().pid == first.pid
     service.stop()
@@ -172,7 +172,7 @@ def test_it_starts_again_after_a_stop(service: OllamaService) -> None:
     service.stop()
 
 
-def test_without_the_program_it_says_where_to_get_it(make_service: MakeService) -> None:
+def test_without_the_program_its_installation_is_explained(make_service: MakeService) -> None:
     service = make_service(find_binary=lambda: None)
     error = refused(service.start)
     assert error.code == "ollama_not_found"
@@ -192,7 +192,7 @@ def test_a_program_that_can_not_be_run_is_named(make_service: MakeService, tmp_p
 
 
 def test_a_port_that_another_program_uses_is_explained(service: OllamaService, ollama: FakeOllama) -> None:
-    """The fake fails to bind as the real one does; the program that holds the port is named: this very test."""
+    """The fake fails to bind like the real one; the message names the program on the port, which is this test."""
     with web_server(ollama.port):
         error = refused(service.start)
         assert error.code == "port_in_use"
@@ -209,7 +209,7 @@ def test_a_port_that_another_program_uses_is_explained(service: OllamaService, o
     service.stop()
 
 
-def test_a_crash_at_the_start_tells_its_cause(service: OllamaService, ollama: FakeOllama) -> None:
+def test_a_crash_at_the_start_has_its_cause(service: OllamaService, ollama: FakeOllama) -> None:
     ollama.set_fault("crash_on_start", "Error: could not create directory /models: permission denied")
     error = refused(service.start)
     assert error.code == "service_failed"
@@ -219,8 +219,8 @@ def test_a_crash_at_the_start_tells_its_cause(service: OllamaService, ollama: Fa
     assert service.status().can_start
 
 
-def test_a_later_crash_is_noticed_and_kept_until_it_is_dismissed(make_service: MakeService, ollama: FakeOllama) -> None:
-    """SIGKILL from outside: noticed within a second, said in words, its runner ended."""
+def test_a_later_crash_is_shown_until_dismissed(make_service: MakeService, ollama: FakeOllama) -> None:
+    """Killed from outside: noticed within a second, explained, and its runner ended."""
     service = make_service(polled=True)
     started = service.start()
     assert started.pid is not None
@@ -237,18 +237,18 @@ def test_a_later_crash_is_noticed_and_kept_until_it_is_dismissed(make_service: M
     assert service.dismiss().state == "stopped"
 
 
-def test_a_server_that_somebody_tells_to_stop_has_not_failed(service: OllamaService) -> None:
-    """Exit code 0 after a SIGTERM that wasn't ours."""
+def test_a_server_stopped_from_outside_has_not_failed(service: OllamaService) -> None:
+    """Exit code 0 after another program's SIGTERM is not a failure."""
     started = service.start()
     assert started.pid is not None
     os.kill(started.pid, signal.SIGTERM)
     assert wait_for(service, "stopped").error is None
 
 
-def test_the_next_run_finds_the_server_and_stops_it_with_its_runner(
+def test_the_next_run_adopts_the_server_and_stops_it_with_its_runner(
     make_service: MakeService, ollama: FakeOllama
 ) -> None:
-    """Closing the app leaves the server; the next start of the app knows it as its own."""
+    """Closing the app leaves the server running; the next run adopts it."""
     first = make_service(polled=True)
     before = first.start()
     first.close()
@@ -266,11 +266,11 @@ def test_the_next_run_finds_the_server_and_stops_it_with_its_runner(
     assert second.stop().state == "stopped"
     pid = before.pid
     assert pid is not None
-    wait_until(lambda: not psutil.pid_exists(pid), "the server to be reaped by its parent, which here lives on")
+    wait_until(lambda: not psutil.pid_exists(pid), "the server to be reaped by its parent, this process")
     wait_for_no_process(ollama)
 
 
-def test_the_crash_of_a_server_found_again_is_noticed(make_service: MakeService) -> None:
+def test_a_crash_of_an_adopted_server_is_noticed(make_service: MakeService) -> None:
     make_service().start()
     second = make_service()
     pid = second.refresh().pid
@@ -290,11 +290,11 @@ def test_a_server_that_ignores_sigterm_is_killed(service: OllamaService, ollama:
     assert not psutil.pid_exists(started.pid)
 
 
-def test_a_server_of_somebody_else_is_used_and_never_stopped(service: OllamaService, ollama: FakeOllama) -> None:
+def test_a_server_started_elsewhere_is_used_and_never_stopped(service: OllamaService, ollama: FakeOllama) -> None:
     ollama.start()
     status = service.start()
     assert (status.state, status.ours, status.can_start, status.can_stop) == ("running", False, False, False)
-    assert status.pid is not None, "this machine's process list shows who listens"
+    assert status.pid is not None, "the process list of this machine shows which program listens"
     error = refused(service.stop)
     assert error.code == "not_ours"
     assert service.refresh().state == "running"
@@ -302,8 +302,8 @@ def test_a_server_of_somebody_else_is_used_and_never_stopped(service: OllamaServ
     assert service.refresh().state == "stopped"
 
 
-def test_a_server_elsewhere_is_neither_started_nor_stopped(make_service: MakeService) -> None:
-    """`.invalid` never resolves: nobody is asked anything."""
+def test_a_remote_server_is_neither_started_nor_stopped(make_service: MakeService) -> None:
+    """`.invalid` never resolves, so no request reaches another server."""
     service = make_service("http://ollama.invalid:11434")
     assert refused(service.start).code == "remote_service"
     assert refused(service.stop).code == "remote_service"
@@ -311,8 +311,8 @@ def test_a_server_elsewhere_is_neither_started_nor_stopped(make_service: MakeSer
     assert (status.local, status.state, status.can_start, status.can_stop) == (False, "unreachable", False, False)
 
 
-def test_a_hanging_server_is_unreachable_and_holds_nobody_up(make_service: MakeService, ollama: FakeOllama) -> None:
-    """It takes connections and says nothing; asking for the status takes no time meanwhile."""
+def test_a_hanging_server_is_unreachable_and_delays_nothing(make_service: MakeService, ollama: FakeOllama) -> None:
+    """It accepts connections and never answers; reading the status doesn't wait for it."""
     service = make_service(polled=True)
     service.start()
     ollama.set_fault("hang", True)
@@ -330,7 +330,7 @@ def test_a_hanging_server_is_unreachable_and_holds_nobody_up(make_service: MakeS
     assert service.stop().state == "stopped"
 
 
-def test_a_server_that_never_answers_is_stopped_again(make_service: MakeService, ollama: FakeOllama) -> None:
+def test_a_server_that_never_answers_is_stopped(make_service: MakeService, ollama: FakeOllama) -> None:
     ollama.set_fault("hang", True)
     service = make_service(start_timeout=0.2)
     error = refused(service.start)
@@ -345,7 +345,7 @@ def test_stopping_cancels_a_start(make_service: MakeService, ollama: FakeOllama)
     service = make_service()
     with ThreadPoolExecutor(1) as clicks:
         start = clicks.submit(service.start)
-        wait_until(lambda: service.status().ours, "the server to be there")
+        wait_until(lambda: service.status().ours, "the server process")
         assert service.status().state == "starting"
         assert service.status().can_stop
         assert service.stop().state == "stopped"
@@ -353,8 +353,8 @@ def test_stopping_cancels_a_start(make_service: MakeService, ollama: FakeOllama)
     assert service.refresh().error is None
 
 
-def test_every_change_is_told(make_service: MakeService) -> None:
-    """A page that shows the service is drawn again at each step, and not once a second."""
+def test_every_change_is_reported(make_service: MakeService) -> None:
+    """A page that shows the service is updated at each change, not once a second."""
     told: list[str] = []
     service = make_service(on_change=lambda: told.append(service.status().state))
     service.start()
@@ -377,7 +377,7 @@ def test_every_change_is_told(make_service: MakeService) -> None:
         (b"", "was cut"),
     ],
 )
-def test_something_else_at_the_address_is_told_from_ollama(answer: bytes, words: str) -> None:
+def test_another_server_at_the_address_is_recognised(answer: bytes, words: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -406,8 +406,8 @@ def test_something_else_at_the_address_is_told_from_ollama(answer: bytes, words:
         ("https://ollama.example.com", "ollama.example.com:443", False),
     ],
 )
-def test_an_address_tells_whether_it_is_here(url: str, authority: str, local: bool) -> None:
-    """A TLS address isn't: `ollama serve` does not speak it, so somebody else's proxy stands there."""
+def test_local_addresses_are_recognised(url: str, authority: str, local: bool) -> None:
+    """A TLS address isn't local: `ollama serve` has no TLS, so a proxy answers there."""
     address = Address.parse(url)
     assert (address.authority, address.local) == (authority, local)
 
@@ -418,7 +418,7 @@ def test_the_program_is_the_configured_one_or_the_one_on_path(tmp_path: Path, mo
     assert find_ollama(None) is None
     assert find_ollama(str(program)) is None
     program.write_text("#!/bin/sh\n")
-    assert find_ollama(str(program)) is None, "it can't be executed"
+    assert find_ollama(str(program)) is None, "it isn't executable"
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     assert find_ollama(None) == str(program)
     assert find_ollama(str(program)) == str(program)

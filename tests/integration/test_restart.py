@@ -1,4 +1,4 @@
-"""Requests that come while the app restarts: each gets its real answer, from the next worker if need be."""
+"""Requests during a restart of the app: each gets its real answer, if necessary from the next worker."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ StartConsole = Callable[..., Console]
 
 
 def chat(console: Console, model: str, **options: object) -> requests.Response:
-    """A question on a connection of its own."""
+    """A chat request over a connection of its own."""
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], **options}
     return requests.post(f"{console.url}/v1/chat/completions", json=body, timeout=60)
 
 
-def test_requests_that_come_with_a_restart_are_answered_after_it(start_with_fakes: StartConsole) -> None:
-    """For what is loaded and what is not, streamed and not, on new connections and kept ones; the old worker is gone.
+def test_requests_during_a_restart_are_answered_after_it(start_with_fakes: StartConsole) -> None:
+    """For loaded and unloaded models, streamed or not, on new and kept-alive connections; the old worker ends.
 
-    They got a 499, or a switch that the restart then broke off.
+    Such requests got a 499, or a switch that the restart then aborted.
     """
     console = start_with_fakes(fake_model("a") + fake_model("b", "slow_load:1"), memory_budget_gb=0.5)
     console.switch("a")
     before = {child.pid for child in console.children()} - {engine.pid for engine in console.engines()}
     assert console.post("/api/restart-api").status_code == 200
-    with ThreadPoolExecutor(9) as askers:
-        asked = [askers.submit(chat, console, model) for model in ("a", "b", "auto", "b")]
-        asked += [askers.submit(chat, console, model, stream=True) for model in ("a", "b")]
-        asked.append(askers.submit(console.ask, "Hello", model="b"))  # on the connection that asked for the restart
-        status = askers.submit(requests.get, f"{console.url}/v1/models/status", timeout=60)
-        answers = [future.result() for future in asked]
+    with ThreadPoolExecutor(9) as pool:
+        pending = [pool.submit(chat, console, model) for model in ("a", "b", "auto", "b")]
+        pending += [pool.submit(chat, console, model, stream=True) for model in ("a", "b")]
+        pending.append(pool.submit(console.ask, "Hello", model="b"))  # on the connection of the restart request
+        status = pool.submit(requests.get, f"{console.url}/v1/models/status", timeout=60)
+        answers = [future.result() for future in pending]
     assert [answer.status_code for answer in answers] == [200] * 7, [answer.text for answer in answers]
     assert all("fake" in answer.text for answer in answers)
     assert status.result().status_code == 200
-    wait_until(lambda: not before & {child.pid for child in console.children()}, "the old worker to be gone")
+    wait_until(lambda: not before & {child.pid for child in console.children()}, "the old worker to end")
     states = console.states()
     assert (states["a"], states["b"]) == ("running", "running")
 
 
-def test_the_first_answer_after_a_start_knows_what_is_loaded(start_with_fakes: StartConsole) -> None:
-    """What a crash left loaded was called stopped until the first look at its engine was over."""
+def test_the_first_status_after_a_start_includes_loaded_models(start_with_fakes: StartConsole) -> None:
+    """After a crash, loaded models were shown as stopped until their engines had been polled."""
     console = start_with_fakes(fake_model("a", "slow_health:0.4"))
     console.switch("a")
     console.kill()
@@ -55,19 +55,19 @@ def test_the_first_answer_after_a_start_knows_what_is_loaded(start_with_fakes: S
         return bool(answers)
 
     with ThreadPoolExecutor(1) as starter:
-        started = starter.submit(console.start)  # waits for /readyz, which comes later
+        started = starter.submit(console.start)  # waits for /readyz, which is later
         wait_until(answered, "the first answer")
         started.result()
     assert answers[0].json()["models"]["a"]["status"] == "running"
 
 
-def test_an_answer_that_a_restart_breaks_off_says_so(start_with_fakes: StartConsole) -> None:
-    """It had reached an engine, so nobody asks twice; but it was the app that hung up, not the client that left."""
+def test_an_answer_aborted_by_a_restart_gets_its_own_error(start_with_fakes: StartConsole) -> None:
+    """It had reached an engine, so it isn't sent again; its error is `stopping`, not that of a disconnect."""
     console = start_with_fakes(fake_model("slow", "slow_tokens:3"))
     console.switch("slow")
     with ThreadPoolExecutor(1) as asker:
         answer = asker.submit(chat, console, "slow")
-        console.wait_for(lambda s: s["models"]["slow"]["in_flight"] == 1, "it to be under way")
+        console.wait_for(lambda s: s["models"]["slow"]["in_flight"] == 1, "the request to be in flight")
         assert console.post("/api/restart-api").status_code == 200
     assert answer.result().status_code == 503
     assert answer.result().json()["error"]["code"] == "stopping"

@@ -1,4 +1,4 @@
-"""The short endpoints of seeds 000 and 002, and what keeps strangers out."""
+"""The short script endpoints of seeds 000 and 002, and the checks against other sites."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def console_with_fakes(shared_with_fakes: Console) -> Console:
 
 
 def test_switch_model_answers_at_once_and_the_loading_status_follows(console_with_fakes):
-    """Seed 000's workflow: switch, poll until ready, and its shapes."""
+    """Seed 000's workflow: switch, poll until ready; with the response shapes."""
     console = console_with_fakes
     assert console.get("/api/model-loading-status").json()["status"] == "idle"
     answer = console.post("/api/switch-model?model_id=slow").json()
@@ -44,7 +44,7 @@ def test_switch_model_answers_at_once_and_the_loading_status_follows(console_wit
 
 
 def test_a_failed_switch_is_an_error_in_the_loading_status(console_with_fakes):
-    """The poller learns the cause and can stop polling."""
+    """The polling script learns the cause and can stop."""
     console = console_with_fakes
     console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
     status = console.get("/api/model-loading-status").json()
@@ -53,7 +53,7 @@ def test_a_failed_switch_is_an_error_in_the_loading_status(console_with_fakes):
 
 
 @pytest.mark.parametrize(("query", "code"), [("", "invalid_value"), ("?model_id=nope", "model_not_found")])
-def test_switch_model_says_what_is_wrong(client, query, code):
+def test_switch_model_reports_errors(client, query, code):
     """Outside /v1 errors have the flat shape."""
     answer = client.post(f"/api/switch-model{query}")
     assert answer.json["status"] == "error"
@@ -63,7 +63,7 @@ def test_switch_model_says_what_is_wrong(client, query, code):
 
 @pytest.mark.parametrize("host", ["evil.example", "[", "127.0.0.1.evil.example:8787"])
 def test_a_foreign_host_name_is_refused(console, host):
-    """DNS rebinding: a name that isn't ours, pointed at this address, gets nothing, on no path."""
+    """DNS rebinding: a host name that isn't ours gets nothing, on any path."""
     assert console.get("/v1/models/status", headers={"Host": host}).status_code in (400, 403)
     asked = console.post("/v1/chat/completions", {"messages": []}, headers={"Host": host})
     assert asked.status_code in (400, 403)
@@ -79,19 +79,19 @@ def test_a_foreign_host_name_is_refused(console, host):
     ],
 )
 def test_a_page_of_another_site_can_not_act(console, headers):
-    """Unsafe methods from elsewhere are refused; reading stays possible, as browsers keep the answer from the page."""
+    """Unsafe methods from other sites are refused; reading isn't: browsers hide the response from such a page."""
     assert console.post(f"/v1/models/switch?target_model={MINI}", headers=headers).status_code == 403
     assert console.states()[MINI] == "stopped"
 
 
 def test_the_own_page_and_plain_scripts_can_act(console):
-    """Same origin, typed by hand, or no browser at all."""
+    """Same origin, a typed address, or a client other than a browser."""
     for headers in ({"Sec-Fetch-Site": "same-origin"}, {"Origin": console.url}, {}):
         assert console.post(f"/v1/models/switch?target_model={MINI}", headers=headers).status_code == 200
 
 
 def test_switching_is_rate_limited_with_retry_after(make_app):
-    """Seed 001: at most N switches a minute; the refusal says when to try again."""
+    """Seed 001: at most N switches a minute, then 429 with Retry-After."""
     client = make_app(switch_rate_limit="2/minute").test_client()
     codes = [client.post("/v1/models/switch", json={"target_model": "nope"}).status_code for _ in range(3)]
     assert codes == [404, 404, 429]
@@ -110,8 +110,8 @@ def test_every_page_and_answer_carries_the_security_headers(client):
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_switch_model_writes_the_choice_into_the_env_file_of_a_compose_project(start_with_fakes, tmp_path):
-    """Seed 000: at once, other lines untouched; a switch that fails leaves what was there before."""
+def test_switch_model_writes_the_choice_to_the_env_file(start_with_fakes, tmp_path):
+    """Seed 000: at once, other lines unchanged; a failed switch restores the old value."""
     path = tmp_path / ".env"
     path.write_text("# ours\nHF_TOKEN='secret'\nVLLM_MODEL=old\nX=1\n")
     console = start_with_fakes(
@@ -119,16 +119,16 @@ def test_switch_model_writes_the_choice_into_the_env_file_of_a_compose_project(s
     )
     assert console.post("/api/switch-model?model_id=good").status_code == 200
     assert path.read_text() == "# ours\nHF_TOKEN='secret'\nVLLM_MODEL=good\nX=1\n"
-    console.wait_for(lambda s: s["models"]["good"]["status"] == "running", "the model")
+    console.wait_for(lambda s: s["models"]["good"]["status"] == "running", "the model to run")
     assert console.post("/api/switch-model?model_id=nope").status_code == 404
     console.post("/api/switch-model?model_id=bad")
     console.wait_for(lambda s: s["models"]["bad"]["status"] == "failed" and not s["switch"], "the failure")
-    wait_until(lambda: "VLLM_MODEL=good" in path.read_text(), "the file to follow")
+    wait_until(lambda: "VLLM_MODEL=good" in path.read_text(), "the file to be restored")
     assert console.states()["good"] == "running"
 
 
 def test_nothing_is_switched_when_the_env_file_can_not_be_written(start_with_fakes, tmp_path):
-    """The answer says so; the file and the models stay as they are."""
+    """The response says so; the file and the models stay unchanged."""
     console = start_with_fakes(fake_model("good"), env_file=tmp_path)
     answer = console.post("/api/switch-model?model_id=good")
     assert (answer.status_code, answer.json()["error"]) == (409, "env_file_unusable")
@@ -137,7 +137,7 @@ def test_nothing_is_switched_when_the_env_file_can_not_be_written(start_with_fak
 
 
 def restart(console: Console) -> None:
-    """Ask for a restart and wait until another process answers."""
+    """Request a restart and wait until another worker answers."""
     worker = {child.pid for child in console.children()}
     answer = console.post("/api/restart-api")
     assert answer.status_code == 200, answer.text
@@ -145,8 +145,8 @@ def restart(console: Console) -> None:
     wait_until(lambda: not worker & {child.pid for child in console.children()}, "the old worker to end")
 
 
-def test_restart_api_restarts_the_app_and_the_models_answer_on(start_console):
-    """Seed 000: the same engine processes, the same active model, the settings read anew, no request refused."""
+def test_restart_api_restarts_the_app_and_keeps_its_models(start_console):
+    """Seed 000: the same engine processes and active model, settings read again, no request refused."""
     console = start_console(standby="false")
     console.switch("switchyard-small")
     console.switch(MINI)
@@ -155,7 +155,7 @@ def test_restart_api_restarts_the_app_and_the_models_answer_on(start_console):
     config = Path(console.environment["SWITCHYARD_CONFIG"])
     config.write_text(config.read_text() + 'strategy = "oldest_first"\n')
     restart(console)
-    assert console.get("/healthz").status_code == 200  # the address stays open: this waits for the new worker
+    assert console.get("/healthz").status_code == 200  # the socket stays open, so this waits for the new worker
     states = console.wait_for(
         lambda s: [m["status"] for m in s["models"].values()] == ["running", "running"], "both to be found"
     )
@@ -166,33 +166,33 @@ def test_restart_api_restarts_the_app_and_the_models_answer_on(start_console):
     console.post(f"/v1/models/{MINI}/stop")
     assert len(console.engines()) == 1
     restart(console)
-    console.wait_for(lambda s: s["active_model"] == "switchyard-small", "it to be found again")
+    console.wait_for(lambda s: s["active_model"] == "switchyard-small", "it to be adopted")
     assert console.stop() == 0
     assert all(map(ended, before))
 
 
 def ended(pid: int) -> bool:
-    """Whether a process has: one that was taken over is reaped by whoever is its parent by then."""
+    """Whether a process has ended. An adopted one is reaped by its current parent."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
 
-def test_what_is_loaded_is_not_displaced_by_the_preload_of_a_restart(start_console):
-    """The preload is for an app that finds nothing."""
+def test_preload_does_not_displace_a_loaded_model(start_console):
+    """`preload` applies only if nothing is loaded."""
     console = start_console(standby="false", preload=MINI, memory_budget_gb=0.11)
     console.wait_for(lambda s: s["active_model"] == MINI, "the preload")
     console.switch("switchyard-small")
     assert console.states()[MINI] == "stopped"
     restart(console)
-    assert console.ask("Hello").status_code == 200  # at once, by whoever was active
+    assert console.ask("Hello").status_code == 200  # at once, by the model that was active
     assert console.status()["active_model"] == "switchyard-small"
     assert console.states()[MINI] == "stopped"
 
 
-def test_a_stop_that_comes_with_a_restart_leaves_no_engine_behind(start_console):
-    """The app goes for good after all, and nobody could unload it any more."""
+def test_a_stop_during_a_restart_leaves_no_engine(start_console):
+    """The app ends for good, after which nothing could unload the engine."""
     console = start_console(standby="false")
     console.switch(MINI)
     (engine,) = console.engines()
@@ -201,8 +201,8 @@ def test_a_stop_that_comes_with_a_restart_leaves_no_engine_behind(start_console)
     wait_until(lambda: ended(engine.pid), "the engine to end")
 
 
-def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wrong(console_with_fakes):
-    """In both cases the app goes on as it is."""
+def test_restart_api_refuses_during_a_switch_or_with_invalid_settings(console_with_fakes):
+    """In both cases the app continues unchanged."""
     console = console_with_fakes
     console.post("/v1/models/switch", {"target_model": "endless"})
     answer = console.post("/api/restart-api")
@@ -219,31 +219,31 @@ def test_restart_api_refuses_while_a_switch_would_be_lost_or_the_settings_are_wr
     assert console.get("/healthz").status_code == 200
 
 
-def test_after_a_crash_of_the_app_a_loaded_model_is_taken_over(start_console):
-    """Nothing is loaded again; a model whose settings have changed meanwhile is not the same any more."""
+def test_after_a_crash_of_the_app_a_loaded_model_is_adopted(start_console):
+    """It isn't loaded again; a model whose settings have changed meanwhile is not adopted."""
     console = start_console(standby="false")
     console.switch(MINI)
     console.switch("switchyard-small")
     before = {process.pid for process in console.engines()}
     console.kill()
     console.start()
-    found = console.wait_for(lambda s: s["models"]["switchyard-small"]["status"] == "running", "it to be found")
+    found = console.wait_for(lambda s: s["models"]["switchyard-small"]["status"] == "running", "it to be adopted")
     assert found["active_model"] == "switchyard-small"
     assert {process.pid for process in console.engines()} == before
     console.kill()
     console.environment["SWITCHYARD_CONTEXT_LENGTH"] = "1024"
     console.start()
-    wait_until(lambda: all(map(ended, before)), "the old engines to be ended")
+    wait_until(lambda: all(map(ended, before)), "the old engines to end")
     assert set(console.states().values()) == {"stopped"}
 
 
-def test_the_end_of_an_engine_that_was_taken_over_is_noticed(start_console):
-    """Nobody tells us of it, as it is no child of ours any more."""
+def test_the_exit_of_an_adopted_engine_is_noticed(start_console):
+    """It is no longer our child process, so its end isn't reported by the system."""
     console = start_console(standby="false")
     console.switch(MINI)
     console.kill()
     console.start()
-    console.wait_for(lambda s: s["models"][MINI]["status"] == "running", "it to be found")
+    console.wait_for(lambda s: s["models"][MINI]["status"] == "running", "it to be adopted")
     (engine,) = console.engines()
     engine.kill()
     failed = console.wait_for(lambda s: s["models"][MINI]["status"] == "failed", "its end to be noticed")

@@ -1,4 +1,4 @@
-"""What signals do to a real gunicorn: one worker, one owner of the state folder, and no model lost by accident."""
+"""Signals to a real gunicorn: always one worker and one owner of the state folder, and no model lost by accident."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ StartConsole = Callable[..., Console]
 
 
 def test_signals_for_more_workers_or_another_master_are_refused(start_console: StartConsole) -> None:
-    """SIGTTIN started a second worker with a state of its own, SIGUSR2 a second master: now each says why not."""
+    """SIGTTIN started a second worker with its own state, SIGUSR2 a second master. Now both are refused and logged."""
     console = start_console(standby="false")
     before = processes(console)
     for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2):
@@ -35,31 +35,31 @@ def test_signals_for_more_workers_or_another_master_are_refused(start_console: S
 
 
 def test_sighup_restarts_the_app_and_keeps_its_models(start_console: StartConsole) -> None:
-    """As `/api/restart-api`: it unloaded everything. The same engine answers the new worker."""
+    """Like `/api/restart-api`. (SIGHUP unloaded everything.) The same engine answers through the new worker."""
     console = start_console(standby="false")
     console.switch(MINI)
     (engine,) = console.engines()
     old = worker(console)
     master(console).send_signal(signal.SIGHUP)
     wait_until(lambda: gone(old.pid), "the old worker to end")
-    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be found again")
+    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be adopted")
     assert [e.pid for e in console.engines()] == [engine.pid]
     assert console.ask("Hello").status_code == 200
 
 
-def test_sighup_is_refused_while_a_switch_would_be_lost(start_with_fakes: StartConsole) -> None:
-    """As `/api/restart-api`; the log says so, and the switch ends as if nothing had happened."""
+def test_sighup_is_refused_during_a_switch(start_with_fakes: StartConsole) -> None:
+    """Like `/api/restart-api`; the log says so, and the switch continues."""
     console = start_with_fakes(fake_model("slow", "slow_load:3"))
     old = worker(console)
     console.post("/v1/models/switch", {"target_model": "slow"})
     master(console).send_signal(signal.SIGHUP)
-    wait_until(lambda: "The switch to slow would be lost" in console.output(), "the refusal")
-    console.wait_for(lambda s: s["active_model"] == "slow", "the switch")
+    wait_until(lambda: "The switch to slow would be lost" in console.output(), "the refusal to be logged")
+    console.wait_for(lambda s: s["active_model"] == "slow", "the switch to end")
     assert worker(console) == old
 
 
-def test_sighup_means_nothing_to_who_was_told_to_ignore_it(start_console: StartConsole) -> None:
-    """`nohup` says so by a signal that is ignored from the start."""
+def test_sighup_is_ignored_under_nohup(start_console: StartConsole) -> None:
+    """`nohup` starts a program with SIGHUP ignored."""
     ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         console = start_console(standby="false")
@@ -68,56 +68,56 @@ def test_sighup_means_nothing_to_who_was_told_to_ignore_it(start_console: StartC
     before = processes(console)
     for process in (master(console), worker(console)):
         process.send_signal(signal.SIGHUP)
-    master(console).send_signal(signal.SIGUSR2)  # served after it
-    wait_until(lambda: "SIGUSR2 is refused" in console.output(), "the signals to be served")
+    master(console).send_signal(signal.SIGUSR2)  # handled after the SIGHUP
+    wait_until(lambda: "SIGUSR2 is refused" in console.output(), "the signals to be handled")
     assert console.get("/readyz").status_code == 200
     assert processes(console) == before
 
 
-def test_closing_its_terminal_stops_the_app(start_console: StartConsole) -> None:
-    """It went on deaf, with port and lock held. Now everything ends in order, models as well: nobody is there."""
+def test_closing_the_terminal_stops_the_app(start_console: StartConsole) -> None:
+    """It kept running with port and lock held. Now everything ends in an orderly way, models included."""
     console = start_console(standby="false")
     console.stop()
     with terminal(console) as close:
-        wait_until(lambda: answers(console), "the console on its terminal")
+        wait_until(lambda: answers(console), "the console in its terminal to answer")
         console.switch(MINI)
         (engine,) = console.engines()
         everything = [master(console), *console.children()]
         close()
         wait_until(lambda: all(gone(process.pid) for process in everything), "every process to end")
     assert gone(engine.pid)
-    wait_until(lambda: free(console), "port and lock")
+    wait_until(lambda: free(console), "port and lock to be free")
 
 
-def test_killing_the_master_alone_frees_the_lock_and_loses_no_model(start_console: StartConsole) -> None:
-    """The worker notices and ends as for a restart; the next start goes on with the same engine."""
+def test_killing_only_the_master_frees_the_lock_and_loses_no_model(start_console: StartConsole) -> None:
+    """The worker notices and ends as for a restart; the next run adopts the same engine."""
     console = start_console(standby="false")
     console.switch(MINI)
     (engine,) = console.engines()
     left = worker(console)
     assert console.stop(signal.SIGKILL) == -signal.SIGKILL
-    wait_until(lambda: gone(left.pid) and free(console), "the worker to end, and to let go of port and lock")
+    wait_until(lambda: gone(left.pid) and free(console), "the worker to end, and port and lock to be free")
     assert engine.is_running()
     console.start()
-    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be found again")
+    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be adopted")
     assert [e.pid for e in console.engines()] == [engine.pid]
 
 
-def test_a_worker_that_its_master_gives_up_leaves_its_models(start_console: StartConsole) -> None:
-    """gunicorn ends one that hangs by SIGABRT and starts another: that goes on with the same engine."""
+def test_a_worker_aborted_by_its_master_keeps_its_models_loaded(start_console: StartConsole) -> None:
+    """gunicorn aborts a hanging worker by SIGABRT and starts another, which adopts the same engine."""
     console = start_console(standby="false")
     console.switch(MINI)
     (engine,) = console.engines()
     old = worker(console)
     old.send_signal(signal.SIGABRT)
     wait_until(lambda: gone(old.pid), "the worker to end")
-    wait_until(lambda: answers(console), "the next worker")  # what was kept open to the old one is broken
-    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be found again")
+    wait_until(lambda: answers(console), "the next worker to answer")  # connections to the old one are closed
+    console.wait_for(lambda s: s["active_model"] == MINI, "the model to be adopted")
     assert [e.pid for e in console.engines()] == [engine.pid]
 
 
 def test_it_does_not_start_with_two_workers(tmp_path: Path) -> None:
-    """Two would fight over the same models; the message says so."""
+    """Two would compete for the same models; the message says so."""
     environment = {"SWITCHYARD_STATE_DIR": str(tmp_path / "state"), "SWITCHYARD_PORT": str(free_port())}
     command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "--workers", "2"]
     run = subprocess.run(
@@ -133,7 +133,7 @@ def master(console: Console) -> psutil.Process:
 
 
 def worker(console: Console) -> psutil.Process:
-    """The one process below the master that is no engine."""
+    """The master's child process that isn't an engine."""
     engines = {engine.pid for engine in console.engines()}
     (found,) = (child for child in master(console).children() if child.pid not in engines)
     return found
@@ -144,7 +144,7 @@ def processes(console: Console) -> set[int]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended: one whose parent has as well is reaped by somebody else."""
+    """Whether a process has ended. If its parent has ended too, another process reaps it."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -152,7 +152,7 @@ def gone(pid: int) -> bool:
 
 
 def free(console: Console) -> bool:
-    """Whether another copy could start: nobody has the port or the lock on the state folder."""
+    """Whether another copy could start: port and state folder lock are free."""
     with closing(socket.socket()) as probe, (console.folder / "state" / "lock").open("a") as lock:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -172,7 +172,7 @@ def answers(console: Console) -> bool:
 
 @contextmanager
 def terminal(console: Console) -> Iterator[Callable[[], None]]:
-    """Runs the console as `make run` in a terminal does: a job of a shell that leads the session. Yields its end."""
+    """Run the console as a shell's job in a terminal, like `make run`; yield a function that closes the terminal."""
     ours, theirs = pty.openpty()
     shell = "import fcntl, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); subprocess.call(sys.argv[1:])"
     command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"]

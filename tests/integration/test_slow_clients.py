@@ -1,4 +1,4 @@
-"""Clients that are slow, idle, or too many, beside others that want their answer."""
+"""Slow, idle and too many clients, beside others that must be served."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPEN_FILES = 5_000
 
 @pytest.fixture(scope="module")
 def shared(start_shared) -> Iterator[Console]:
-    """One whose model answers at once. This process needs a socket for each client."""
+    """A console whose model answers at once. This process needs a socket for each client."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before[1] != resource.RLIM_INFINITY and before[1] < OPEN_FILES:
         pytest.skip(f"{OPEN_FILES} open files are needed")
@@ -32,7 +32,7 @@ def shared(start_shared) -> Iterator[Console]:
 
 @pytest.fixture
 def crowd() -> Iterator[list[socket.socket]]:
-    """Clients that hold connections to the console until the test ends."""
+    """Clients that keep connections to the console open until the test ends."""
     clients: list[socket.socket] = []
     yield clients
     for client in clients:
@@ -40,7 +40,7 @@ def crowd() -> Iterator[list[socket.socket]]:
 
 
 def test_thousands_of_slow_and_idle_clients_leave_others_served(console, crowd):
-    """From the same address as those, and from another one; in the middle of it and once they are all there."""
+    """Others at the same address and at another one, both while the slow clients connect and afterwards."""
     console.switch("plain")
     kept = requests.Session()
     with kept:
@@ -64,8 +64,8 @@ def test_thousands_of_slow_and_idle_clients_leave_others_served(console, crowd):
     assert "Traceback" not in console.output()
 
 
-def test_a_body_that_dribbles_is_told_and_a_head_that_dribbles_is_not_waited_for(console):
-    """Ten seconds are enough for a head, and a body has to come at 1 kB a second; faster ones may take longer."""
+def test_a_slow_body_gets_408_and_a_slow_head_is_disconnected(console):
+    """A head must arrive within ten seconds, a body at 1 kB a second; a faster body may take longer."""
     body = b'{"messages": []' + b" " * 30_000 + b"}"
     with Raw(console.port) as slow_head, Raw(console.port) as slow_body, Raw(console.port) as steady:
         slow_head.send(b"POST /v1/chat/completions HTTP/1.1\r\n")
@@ -89,7 +89,7 @@ def test_a_body_that_dribbles_is_told_and_a_head_that_dribbles_is_not_waited_for
             assert (refused.status, b'"code":"request_timeout"' in refused.body) == (408, True)
             assert slow_head.receive() == b""
             sender.join()
-            assert steady.response().status == 409, "all of it was taken: no model is loaded"
+            assert steady.response().status == 409, "the whole body was read: no model is loaded"
         finally:
             over.set()
             sender.join()
@@ -110,5 +110,5 @@ def _say(client: socket.socket, *lines: str | bytes) -> None:
 
 
 def _send(client: socket.socket, data: bytes) -> None:
-    with suppress(OSError):  # it may have been sent away by now
+    with suppress(OSError):  # it may be disconnected already
         client.sendall(data)

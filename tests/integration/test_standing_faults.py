@@ -1,4 +1,4 @@
-"""One fault after the other at a running console: whoever doesn't need what has failed goes on, and all comes back."""
+"""Faults of the environment at a running console: what doesn't need the failed part works, and everything recovers."""
 
 from __future__ import annotations
 
@@ -65,53 +65,53 @@ def gpu_of(console: Console) -> dict[str, Any]:
     return next(device for device in console.status()["gpu"]["devices"] if device["kind"] == "gpu")
 
 
-def begin_a_chat(console: Console) -> requests.Response:
+def start_a_chat(console: Console) -> requests.Response:
     return requests.post(f"{console.url}/chats", data={"text": "Hello"}, allow_redirects=False, timeout=TIMEOUT)
 
 
 def assert_it_serves(console: Console) -> None:
-    """What needs neither disk nor driver nor Docker: status, pages, and a model that runs."""
+    """Assert that status, pages and a running model work, which need neither disk nor driver nor Docker."""
     assert console.status()["active_model"] == "good"
     assert console.get("/models").status_code == 200
     assert console.ask("Hello").status_code == 200
 
 
 def test_a_full_disk(console: Console, faults: Faults) -> None:
-    """Nothing is unloaded for a load that could not be recorded; what can't be kept is said."""
+    """Nothing is unloaded for a load that could not be recorded; requests that must write fail with a clear error."""
     console.switch("good")
     with faults.full_disk():
         assert_it_serves(console)
         refused = console.post("/v1/models/switch", {"target_model": "other"})
         assert (refused.status_code, refused.json()["error"]) == (503, "state_unwritable")
-        chat = begin_a_chat(console)
+        chat = start_a_chat(console)
         assert (chat.status_code, chat.headers["Retry-After"]) == (503, "5")
         assert console.states()["good"] == "running"
     console.switch("other")
-    assert begin_a_chat(console).status_code == 303
+    assert start_a_chat(console).status_code == 303
 
 
-def test_a_driver_that_hangs(console: Console, faults: Faults) -> None:
-    """The last figures stand, models are switched to and answer, and the driver is heard again."""
+def test_a_hanging_driver(console: Console, faults: Faults) -> None:
+    """The last figures stay, models can be switched to and answer, and the driver recovers."""
     gpu = gpu_of(console)
     with faults.hanging_driver():
-        wait_until(lambda: "driver hangs" in console.output(), "the hang to be noticed")
+        wait_until(lambda: "driver hangs" in console.output(), "the hang to be logged")
         watch = Stopwatch()
         assert [gpu_of(console) for _ in range(20)] == [gpu] * 20
-        assert watch.waited < 1, "nobody waits for the driver"
+        assert watch.waited < 1, "nothing waits for the driver"
         console.switch("good")
         assert_it_serves(console)
-    wait_until(lambda: "answers again" in console.output(), "the driver to be heard again")
+    wait_until(lambda: "answers again" in console.output(), "the driver to answer again")
 
 
-def test_the_app_stops_though_the_driver_hangs(console: Console, faults: Faults) -> None:
+def test_the_app_stops_with_a_hanging_driver(console: Console, faults: Faults) -> None:
     before = console.output().count("driver hangs")
     with faults.hanging_driver():
-        wait_until(lambda: console.output().count("driver hangs") > before, "it to hang")
+        wait_until(lambda: console.output().count("driver hangs") > before, "the hang to be logged")
         assert console.stop() == 0
 
 
-def test_a_docker_that_hangs(console: Console, faults: Faults) -> None:
-    """A load there fails in words, in its time; meanwhile everything else goes on."""
+def test_a_hanging_docker(console: Console, faults: Faults) -> None:
+    """A load there fails in time with a clear error; everything else works meanwhile."""
     console.switch("good")
     answers: list[requests.Response] = []
 
@@ -129,12 +129,12 @@ def test_a_docker_that_hangs(console: Console, faults: Faults) -> None:
     assert "Docker" in answers[0].json()["message"]
 
 
-def test_a_models_folder_that_is_slow(console: Console, faults: Faults) -> None:
-    """It froze everybody at each look for new files."""
+def test_a_slow_models_folder(console: Console, faults: Faults) -> None:
+    """Each scan for new files blocked the whole app."""
     console.switch("good")
     waits = []
     with faults.slow_models(1.0):
-        for _ in range(30):  # over more than one look, of which there is one every two seconds
+        for _ in range(30):  # longer than one scan; there is one every two seconds
             watch = Stopwatch()
             assert_it_serves(console)
             waits.append(watch.waited)
@@ -143,7 +143,7 @@ def test_a_models_folder_that_is_slow(console: Console, faults: Faults) -> None:
 
 
 def test_too_few_descriptors(console: Console) -> None:
-    """Nobody is taken on, who is there goes on; once there is room those who waited are answered."""
+    """New connections wait, existing ones are served; once there are descriptors the waiting ones are answered."""
     console.switch("good")
     with ExitStack() as opened:
         with few_descriptors(worker(console), spare=3):

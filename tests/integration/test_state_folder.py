@@ -1,4 +1,4 @@
-"""The folder that holds everything: for nobody else's eyes, and what a start says that can't use it."""
+"""The state folder: private to its user, and clear errors if it can't be used."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MINI = "switchyard-mini"
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user of this machine can look into: pytest's own are closed to others."""
+    """A folder that every user of this machine can read; pytest's own folders are private."""
     with tempfile.TemporaryDirectory(prefix="switchyard-state-") as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
 
 
 def test_another_user_can_read_nothing(open_folder: Path) -> None:
-    """Chats lay open to every local user. What an earlier version left is closed too; a lax umask changes nothing."""
+    """Chats were readable by every local user. Old files are corrected too; a lax umask changes nothing."""
     state = open_folder / "state"
     (state / "logs").mkdir(parents=True)
     (state / "logs" / "left-by-an-earlier-version.log").write_text("a secret")
@@ -51,8 +51,8 @@ def test_another_user_can_read_nothing(open_folder: Path) -> None:
         console.close()
 
 
-def refusal(folder: Path, **settings: object) -> str:
-    """What a start says that comes to nothing."""
+def error_of_start(folder: Path, **settings: object) -> str:
+    """The message of a start that fails."""
     console = Console(folder, **settings)  # type: ignore[arg-type]
     try:
         assert console.launch().wait(TIMEOUT) != 0
@@ -68,44 +68,44 @@ def assert_one_sentence(said: str, *parts: str) -> None:
         assert part in said
 
 
-def test_a_file_in_its_place_is_said(tmp_path: Path) -> None:
+def test_a_file_in_its_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("I was here first")
-    said = refusal(tmp_path)
+    said = error_of_start(tmp_path)
     assert_one_sentence(said, str(tmp_path / "state"), "is a file", "SWITCHYARD_STATE_DIR")
 
 
-def test_a_folder_that_all_users_share_is_not_taken(tmp_path: Path) -> None:
-    """To close `/tmp` to everybody else would break the machine."""
+def test_a_folder_shared_by_all_users_is_refused(tmp_path: Path) -> None:
+    """Making `/tmp` private would break the machine."""
     (tmp_path / "state").mkdir()
     (tmp_path / "state").chmod(0o1777)
     (tmp_path / "state" / "of-somebody-else").touch()
-    said = refusal(tmp_path)
+    said = error_of_start(tmp_path)
     assert_one_sentence(said, str(tmp_path / "state"), "shared by all")
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o1777
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of the test's own, with an empty state folder on it."""
+    """A file system of the test's own with an empty state folder."""
     with small_disk(tmp_path / "disk", 4_000_000) as mounted:
         (mounted / "state").mkdir()
         yield mounted
 
 
-def test_a_read_only_disk_is_said(disk: Path, tmp_path: Path) -> None:
+def test_a_read_only_disk_is_an_error(disk: Path, tmp_path: Path) -> None:
     with read_only_disk(disk):
-        said = refusal(tmp_path, state_dir=disk / "state")
+        said = error_of_start(tmp_path, state_dir=disk / "state")
     assert_one_sentence(said, str(disk / "state"), "can't be written", "Read-only file system")
 
 
-def test_a_full_disk_is_said(disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error(disk: Path, tmp_path: Path) -> None:
     with full_disk(disk):
-        said = refusal(tmp_path, state_dir=disk / "state")
+        said = error_of_start(tmp_path, state_dir=disk / "state")
     assert_one_sentence(said, str(disk / "state"), "can't be written", "No space left")
 
 
-def test_no_restart_begins_that_could_not_end(disk: Path, make_app: Callable[..., Flask]) -> None:
-    """The next run would not start on a full disk, and the models that are loaded would be lost with the app."""
+def test_a_restart_is_refused_on_a_full_disk(disk: Path, make_app: Callable[..., Flask]) -> None:
+    """The next run could not start on a full disk, and the loaded models would be lost with the app."""
     app = make_app(state_dir=disk / "state")
     app.extensions["switchyard"].restart.possible = True
     with full_disk(disk):
@@ -117,30 +117,30 @@ def test_no_restart_begins_that_could_not_end(disk: Path, make_app: Callable[...
     assert "goes on as it is" in answer.json["message"]
 
 
-def test_a_database_that_can_not_be_opened_is_said(tmp_path: Path) -> None:
-    """Not taken for a damaged one: it may be whole."""
+def test_a_database_that_can_not_be_opened_is_an_error(tmp_path: Path) -> None:
+    """It isn't treated as damaged: it may be intact."""
     (tmp_path / "state" / "switchyard.db").mkdir(parents=True)
-    said = refusal(tmp_path)
+    said = error_of_start(tmp_path)
     assert_one_sentence(said, str(tmp_path / "state" / "switchyard.db"), "can't be used")
     assert [path.name for path in (tmp_path / "state").glob("*damaged*")] == []
 
 
-def test_a_disk_that_was_just_mounted_can_be_used(tmp_path: Path) -> None:
-    """It lets everybody in, as `/tmp` does, but nobody else has anything there."""
+def test_a_new_file_system_can_be_used(tmp_path: Path) -> None:
+    """Its root folder is open to all users like `/tmp`, but holds no other user's files."""
     with small_disk(tmp_path / "state", 4_000_000) as state:
         prepare(state)
         assert modes(state) == {".": 0o700}
 
 
-def test_what_tells_our_containers_outlives_the_database(tmp_path: Path) -> None:
-    """With a new database they would have been somebody else's, and their memory lost until somebody removes them."""
+def test_the_owner_id_outlives_the_database(tmp_path: Path) -> None:
+    """With a new owner id the containers would belong to another Switchyard, and keep their memory for ever."""
     assert owner(tmp_path, lambda: "abc123") == "abc123"
     assert owner(tmp_path, lambda: pytest.fail("it has a name")) == "abc123"
     assert modes(tmp_path)["owner"] == 0o600
 
 
-def test_a_folder_of_another_user_is_said() -> None:
-    """Who may not close it to others doesn't use it; the words name both users."""
+def test_a_folder_of_another_user_is_an_error() -> None:
+    """A folder that can't be made private isn't used; the message names both users."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         words = as_nobody(lambda: prepare(Path(folder)))
@@ -148,7 +148,7 @@ def test_a_folder_of_another_user_is_said() -> None:
     assert f"{folder} belongs to user 0, and Switchyard runs as user {NOBODY}" in words
 
 
-def test_a_folder_that_can_not_be_made_is_said(open_folder: Path) -> None:
-    """Its parent is somebody else's."""
+def test_a_folder_that_can_not_be_created_is_an_error(open_folder: Path) -> None:
+    """Its parent folder belongs to another user."""
     words = as_nobody(lambda: prepare(open_folder / "state"))
     assert f"The state folder {open_folder / 'state'} can't be written: Permission denied" in words

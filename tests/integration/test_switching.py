@@ -1,4 +1,4 @@
-"""Switching between the embedded demo models, over HTTP, on real processes."""
+"""Switching between the embedded demo models over HTTP, with real processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MINI, SMALL = "switchyard-mini", "switchyard-small"
 
 
 def budget_for_one(console: Console) -> float:
-    """A memory budget, in GB, that holds either demo model but not both."""
+    """A memory budget, in GB, for either demo model but not both."""
     console.switch(MINI)
     console.switch(SMALL)
     needs = [m["gpu_memory_required_gb"] for m in console.status()["models"].values()]
@@ -30,12 +30,12 @@ def shared_tight(shared: Console, start_shared: Callable[..., Console]) -> Conso
 
 @pytest.fixture
 def tight(shared_tight: Console) -> Console:
-    """A console at rest whose budget holds one of the two models."""
+    """A console at rest whose budget is enough for one of the two models."""
     return shared_tight.reset()
 
 
 def test_a_switch_streams_its_stages_in_order_and_the_model_then_answers(console):
-    """Seed 001's stream: checking first, complete last, progress never falling; the gateway then answers from it."""
+    """Seed 001's stream: checking first, complete last, progress never falling; then the model answers."""
     seen = list(console.switch_stream(MINI))
     names = [(name, data.get("stage")) for name, data in seen]
     assert names[0] == ("stage", "checking_memory")
@@ -50,7 +50,7 @@ def test_a_switch_streams_its_stages_in_order_and_the_model_then_answers(console
 
 
 def test_a_switch_answers_json_in_seed_003s_shape(console):
-    """Started, ready and already loaded each have their answer."""
+    """A started switch, a ready model and an already loaded one each have their response."""
     answer = console.post(f"/v1/models/switch?target_model={MINI}")
     assert answer.status_code == 200
     body = answer.json()
@@ -61,8 +61,8 @@ def test_a_switch_answers_json_in_seed_003s_shape(console):
     assert (again["status"], again["model"]) == ("already_loaded", MINI)
 
 
-def test_where_only_one_fits_the_other_is_unloaded_and_the_status_says_so_at_every_moment(tight):
-    """The ledger never over-commits, and no moment shows both models running."""
+def test_if_only_one_fits_the_other_is_unloaded_and_the_status_is_always_consistent(tight):
+    """The ledger never over-commits, and no status shows both models running."""
     tight.switch(MINI)
     moments: list[dict] = []
     done = threading.Event()
@@ -89,8 +89,8 @@ def test_where_only_one_fits_the_other_is_unloaded_and_the_status_says_so_at_eve
     assert tight.model(MINI)["status"] == "stopped"
 
 
-def test_a_plan_says_what_would_be_unloaded_and_changes_nothing(tight):
-    """The plan before the switch, with what it frees and what stays."""
+def test_a_plan_shows_what_would_be_unloaded_and_changes_nothing(tight):
+    """What it would unload, what that frees and what stays free."""
     tight.switch(MINI)
     version = tight.status()["version"]
     plan = tight.post("/v1/models/switch/plan", {"target_model": SMALL}).json()
@@ -102,8 +102,8 @@ def test_a_plan_says_what_would_be_unloaded_and_changes_nothing(tight):
     assert tight.model(MINI)["status"] == "running"
 
 
-def test_a_target_that_does_not_fit_is_refused_before_anything_is_touched(start_console):
-    """409 with the figures; the running model goes on running in the same process."""
+def test_a_target_that_does_not_fit_is_refused_before_anything_is_unloaded(start_console):
+    """409 with the figures; the running model keeps running in the same process."""
     toml = f'[[models]]\nid = "huge"\nsource = "{SMALL}.gguf"\nrequired_gb = 900.0\n'
     console = start_console(toml=toml)
     console.switch(MINI)
@@ -116,7 +116,7 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_is_touched(start_
     assert body["total_available_gb"] < 900
     assert "huge needs 900.0 GB" in body["message"]
     assert [limit["limit"] for limit in body["limits"]] == ["device_size"]
-    assert MINI not in body["message"].replace(f"{MINI} is still running", ""), "it answers already"
+    assert MINI not in body["message"].replace(f"{MINI} is still running", ""), "a loaded model is no alternative"
     asked = console.ask("Hello", model="huge")
     assert (asked.status_code, asked.json()["error"]["code"]) == (409, "insufficient_memory")
     assert "System memory has" in asked.json()["error"]["message"]
@@ -137,7 +137,7 @@ def test_both_stay_loaded_when_both_fit_and_each_answers_by_name(console):
 
 
 def test_unloading_ends_the_process_and_frees_the_memory(console):
-    """After stop the process is gone, the model shows no state, and another running one is active."""
+    """After `stop` the process is gone, the model has no state, and another running one is active."""
     console.switch(MINI)
     console.switch(SMALL)
     engines = {p.pid for p in console.engines()}
@@ -150,7 +150,7 @@ def test_unloading_ends_the_process_and_frees_the_memory(console):
 
 
 def test_restarting_loads_the_model_into_a_new_process(console):
-    """Same model, active as before, other process."""
+    """The same model, active as before, in another process."""
     console.switch(MINI)
     before = {p.pid for p in console.engines()}
     assert console.post(f"/v1/models/{MINI}/restart").status_code == 200
@@ -161,7 +161,7 @@ def test_restarting_loads_the_model_into_a_new_process(console):
 
 
 def test_ten_switches_in_one_second_end_in_one_clear_state(console):
-    """Each request gets its own clear answer, and the last model asked for runs; nothing is left half done."""
+    """Each request gets a clear response, the last requested model runs, and nothing is half done."""
     answers: dict[int, tuple[int, dict]] = {}
 
     def ask(number: int) -> None:
@@ -184,8 +184,8 @@ def test_ten_switches_in_one_second_end_in_one_clear_state(console):
     assert console.ask("Hello").status_code == 200
 
 
-def test_a_gguf_file_joins_by_itself_and_leaves_again(start_console, tmp_path):
-    """Dropped into the models folder while running; a broken one is listed as failed with the reason."""
+def test_gguf_files_are_listed_and_unlisted_automatically(start_console, tmp_path):
+    """A file put into the models folder is listed; a broken one is listed as failed with the reason."""
     folder = tmp_path / "models"
     folder.mkdir()
     console = start_console(models_dir=folder)
@@ -198,11 +198,11 @@ def test_a_gguf_file_joins_by_itself_and_leaves_again(start_console, tmp_path):
     assert console.post("/v1/models/switch", {"target_model": "broken"}).status_code == 409
     console.switch("dropped-in")
     (folder / "broken.gguf").unlink()
-    console.wait_for(lambda s: set(s["models"]) == {"dropped-in"}, "the deleted file to leave")
+    console.wait_for(lambda s: set(s["models"]) == {"dropped-in"}, "the deleted file to be unlisted")
 
 
 def test_the_time_of_a_load_is_learned_and_kept_across_a_restart(start_console):
-    """Unknown before the first load, then what it took; the database remembers."""
+    """Unknown before the first load, then the measured time, also after a restart."""
     console = start_console()
     assert console.model(MINI)["estimated_load_time_seconds"] is None
     console.switch(MINI)
@@ -214,7 +214,7 @@ def test_the_time_of_a_load_is_learned_and_kept_across_a_restart(start_console):
 
 
 def test_sigterm_ends_every_process(own_console):
-    """No engine is left behind, the one that stands by included, and the exit is clean and soon."""
+    """No engine is left, including the standby process, and the exit is clean and quick."""
     own_console.switch(MINI)
     children = own_console.children()
     assert own_console.stop() == 0
@@ -222,24 +222,24 @@ def test_sigterm_ends_every_process(own_console):
     assert not alive
 
 
-def test_what_a_crash_leaves_half_loaded_is_ended_at_the_next_start(start_with_fakes):
-    """SIGKILL to the app leaves the engine running; the next start finds it by its record, and nobody followed it."""
+def test_half_loaded_engines_of_a_crashed_run_are_ended(start_with_fakes):
+    """After SIGKILL to the app the engine keeps running; the next run finds its record and ends it."""
     console = start_with_fakes(fake_model("slow", "slow_load:60"))
     console.post("/v1/models/switch", {"target_model": "slow"})
     engines = console.engines()
     console.kill()
     assert any(p.is_running() for p in engines)
     console.start()
-    wait_until(lambda: not any(_alive(p) for p in engines), "the engines of the earlier run to be gone")
+    wait_until(lambda: not any(_alive(p) for p in engines), "the engines of the earlier run to end")
     assert console.states()["slow"] == "stopped"
 
 
-def test_a_second_copy_on_the_same_state_folder_says_why_it_does_not_start(console, start_console):
-    """One worker, one state folder: the message names the folder, the running process and what to do."""
+def test_a_second_copy_on_the_same_state_folder_is_refused(console, start_console):
+    """The message names the folder, the running process and what to do."""
     console.switch(MINI)
     with pytest.raises(AssertionError, match=r"already running on the state folder[\s\S]*SWITCHYARD_STATE_DIR"):
         start_console(state_dir=console.environment["SWITCHYARD_STATE_DIR"])
-    assert console.ask("Hello").status_code == 200  # the first one's engine is left alone
+    assert console.ask("Hello").status_code == 200  # the first copy's engine is left alone
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -250,7 +250,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def test_sigint_stops_as_cleanly_as_sigterm(own_console):
-    """Ctrl-C in the terminal that runs `make run`."""
+    """Ctrl-C in the terminal of `make run`."""
     own_console.switch(MINI)
     children = own_console.children()
     assert own_console.stop(signal.SIGINT) == 0

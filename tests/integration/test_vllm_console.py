@@ -1,4 +1,4 @@
-"""A console whose settings list vLLM models: switched like any other, in real containers of the fake."""
+"""A console with vLLM models: switched like any other, in real containers of the fake vLLM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def entry(model: str, *, required_gb: float = 0.1, **faults: object) -> str:
 
 
 def big(model: str, **faults: object) -> str:
-    """One that takes what it declares: 300 MB."""
+    """A model that holds what it declares: 300 MB."""
     return entry(model, required_gb=0.3, hold_mb=280, **faults)
 
 
@@ -47,7 +47,7 @@ MODELS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that has the files of every model already."""
+    """A Hugging Face cache that holds the files of every model."""
     folder = tmp_path_factory.mktemp("vllm")
     for model in (A, B, BAD, STUCK, LONE):
         fill_cache(folder / "hub", model, TINY_MODEL)
@@ -56,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start_here(docker: DockerEngine, start_shared: StartConsole, folder: Path) -> Iterator[StartConsole]:
-    """Starts consoles on that cache."""
+def start_with_cache(docker: DockerEngine, start_shared: StartConsole, folder: Path) -> Iterator[StartConsole]:
+    """Start consoles with that cache."""
 
     def start(toml: str, **settings: object) -> Console:
         return start_shared(
@@ -75,19 +75,19 @@ def start_here(docker: DockerEngine, start_shared: StartConsole, folder: Path) -
 
 
 @pytest.fixture(scope="module")
-def shared(start_here: StartConsole) -> Console:
-    """With the demo models beside those of vLLM."""
-    return start_here(MODELS)
+def shared(start_with_cache: StartConsole) -> Console:
+    """A console with the demo models beside those of vLLM."""
+    return start_with_cache(MODELS)
 
 
 @pytest.fixture(scope="module")
-def shared_tight(start_here: StartConsole) -> Console:
-    return start_here(big(A) + big(B) + big(BAD, out_of_memory=True), memory_budget_gb=0.4, standby="false")
+def shared_tight(start_with_cache: StartConsole) -> Console:
+    return start_with_cache(big(A) + big(B) + big(BAD, out_of_memory=True), memory_budget_gb=0.4, standby="false")
 
 
 @pytest.fixture
 def console(docker: DockerEngine, console: Console) -> Iterator[Console]:
-    """The module's console, and no container, stopped ones included."""
+    """The module's console, with all containers removed."""
     docker.remove_containers()
     yield console.reset()
     console.reset()
@@ -95,7 +95,7 @@ def console(docker: DockerEngine, console: Console) -> Iterator[Console]:
 
 @pytest.fixture
 def tight(docker: DockerEngine, shared_tight: Console) -> Iterator[Console]:
-    """A console at rest with memory for one model; no container."""
+    """A console at rest with memory for one model, with all containers removed."""
     docker.remove_containers()
     yield shared_tight.reset()
     shared_tight.reset()
@@ -104,7 +104,7 @@ def tight(docker: DockerEngine, shared_tight: Console) -> Iterator[Console]:
 @pytest.fixture
 def start(docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> Iterator[Callable[..., Console]]:
     def start(toml: str, hub: FakeHub, **settings: object) -> Console:
-        """A console of the test's own, with the models of a hub."""
+        """A console for this test only, with the models of a fake hub."""
         return start_console(
             toml=toml,
             environment=hub_environment(hub, tmp_path / "home"),
@@ -126,8 +126,8 @@ def running(docker: DockerEngine) -> list[str]:
     return sorted(c["Labels"]["switchyard.model"] for c in docker.client.containers())
 
 
-def test_a_switch_makes_a_container_and_a_chat_reaches_it(console, docker):
-    """Stages from its log, the first token before it is ready, requests by the name that vLLM knows."""
+def test_a_switch_creates_a_container_that_answers_chats(console, docker):
+    """Stages from its log, the first token before `ready`, requests with the name that vLLM knows."""
     events = list(console.switch_stream(SLOW))
     assert events[-1][0] == "complete"
     phases = [data["phase"] for name, data in events if name == "progress" and "phase" in data]
@@ -142,17 +142,17 @@ def test_a_switch_makes_a_container_and_a_chat_reaches_it(console, docker):
         assert answer.text.rstrip().endswith("data: [DONE]")
 
 
-def test_where_only_one_fits_the_old_container_is_stopped_first(tight, docker):
-    """By the ledger: a budget for one."""
+def test_if_only_one_fits_the_old_container_is_stopped_first(tight, docker):
+    """With a memory budget for one."""
     tight.switch(A)
     tight.switch(B)
     assert running(docker) == [B]
     tight.switch(A)
     assert running(docker) == [A]
-    assert len(docker.client.containers(all=True)) == 2  # the stopped one waits for its next turn
+    assert len(docker.client.containers(all=True)) == 2  # the stopped one is kept for its next load
 
 
-def test_a_failed_load_says_the_first_cause_and_brings_the_old_model_back(tight, docker):
+def test_a_failed_load_reports_the_cause_and_restores_the_old_model(tight, docker):
     """Out of memory, with the figures from the log and what to change."""
     tight.switch(A)
     answer = tight.post("/v1/models/switch", {"target_model": BAD, "wait": True})
@@ -164,7 +164,7 @@ def test_a_failed_load_says_the_first_cause_and_brings_the_old_model_back(tight,
 
 
 def test_containers_and_embedded_models_share_one_list_and_one_ledger(console):
-    """One of each, both loaded, both in the books."""
+    """One of each is loaded, and the ledger counts both."""
     console.switch(A)
     console.switch("switchyard-mini")
     found = console.wait_for(lambda s: (s["models"][A]["gpu_memory_used_gb"] or 0) > 0, "the container's memory")
@@ -172,42 +172,42 @@ def test_containers_and_embedded_models_share_one_list_and_one_ledger(console):
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_restart_of_the_app_goes_on_with_its_containers(console, docker, end):
-    """Two of them, found by label, neither loaded again."""
+def test_a_restart_of_the_app_adopts_its_containers(console, docker, end):
+    """Two containers, found by label; neither is loaded again."""
     console.switch(A)
     console.switch(B)
     before = {c["Id"] for c in docker.client.containers()}
     console.stop() if end == "stop" else console.kill()
     console.start()
-    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, B)} == {"running"}, "both to be found")
+    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, B)} == {"running"}, "both to be adopted")
     assert {c["Id"] for c in docker.client.containers()} == before
     assert console.ask("Hello", model=A).status_code == 200
 
 
-def test_two_entries_of_one_model_are_found_again_both(console, docker):
-    """The same weights under two ids are two containers: after a restart neither is lost to the books."""
+def test_two_entries_of_one_model_are_both_adopted(console, docker):
+    """The same weights under two ids are two containers; after a restart the ledger counts both."""
     console.switch(A)
     console.switch(TWIN)
     console.kill()
     console.start()
-    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, TWIN)} == {"running"}, "both to be found")
+    console.wait_for(lambda s: {s["models"][m]["status"] for m in (A, TWIN)} == {"running"}, "both to be adopted")
     console.post(f"/v1/models/{TWIN}/stop")
     assert running(docker) == [A]
 
 
-def test_killed_during_a_load_nothing_is_left_over(console, docker):
-    """The half loaded container is removed by the next start, and the status is true."""
+def test_a_kill_during_a_load_leaves_nothing(console, docker):
+    """The next start removes the half-loaded container, and the status is correct."""
     console.post("/v1/models/switch", {"target_model": STUCK})
     wait_until(lambda: running(docker) == [STUCK], "the container to start")
     console.kill()
     console.start()
-    wait_until(lambda: running(docker) == [], "the half loaded container to go")
+    wait_until(lambda: running(docker) == [], "the half-loaded container to be removed")
     assert console.states()[STUCK] == "stopped"
     console.switch(B)
 
 
 def test_status_answers_while_docker_hangs(console, docker):
-    """A stuck daemon freezes no page: under 100 ms each, by the best of a few."""
+    """A hanging daemon blocks no page: under 100 ms each, by the best of a few."""
     console.switch(A)
     with docker.hanging():
         took = []
@@ -219,33 +219,33 @@ def test_status_answers_while_docker_hangs(console, docker):
         assert console.get("/models").status_code == 200
 
 
-def test_a_daemon_restarted_during_a_load_ends_it_with_the_truth_and_the_next_one_works(console, docker):
-    """All its containers end with it: the load fails in words, no model is said to run that doesn't."""
+def test_a_restart_of_docker_during_a_load_fails_it_and_the_next_load_works(console, docker):
+    """All its containers end with it: the load fails with a clear error, and the other model isn't shown as running."""
     console.switch(A)
     console.post("/v1/models/switch", {"target_model": STUCK})
     wait_until(lambda: running(docker) == [A, STUCK], "the container to start")
     with docker.stopped():
         found = console.wait_for(lambda s: s["switch"] is None, "the switch to end")
         assert found["models"][STUCK]["status"] == "failed"
-        found = console.wait_for(lambda s: s["models"][A]["status"] != "running", "the loss of the other to be noticed")
+        found = console.wait_for(lambda s: s["models"][A]["status"] != "running", "the other's end to be noticed")
         assert found["active_model"] is None
     console.switch(A)
     assert console.ask("Hello", model=A).status_code == 200
 
 
-def test_a_container_removed_behind_our_back_is_a_failure_and_is_made_again(console, docker):
-    """Its model is said to have failed, and why; the next switch makes another."""
+def test_a_container_removed_from_outside_is_a_failure_and_is_created_again(console, docker):
+    """The model is shown as failed with the reason; the next switch creates another container."""
     console.switch(LONE)
     (container,) = docker.client.containers()
     docker.client.remove_container(container["Id"], force=True)
-    found = console.wait_for(lambda s: s["models"][LONE]["status"] == "failed", "the loss to be noticed")
+    found = console.wait_for(lambda s: s["models"][LONE]["status"] == "failed", "the removal to be noticed")
     assert "removed" in found["models"][LONE]["error"]
     console.switch(LONE)
     assert running(docker) == [LONE]
 
 
 def test_without_docker_the_switch_says_what_to_do(start_console):
-    """Its own message with the next step; the other models are not concerned."""
+    """The error says what to do; other engines' models are not affected."""
     console = start_console(toml=entry(A), docker_host="unix:///nowhere/docker.sock")
     answer = console.post("/v1/models/switch", {"target_model": A, "wait": True})
     assert answer.status_code == 502
@@ -254,10 +254,10 @@ def test_without_docker_the_switch_says_what_to_do(start_console):
 
 
 def fetching(console: Console) -> list[int]:
-    """The pids of the programs that fetch from the hub and still run."""
+    """The pids of running programs that download from the hub."""
     found = []
     for child in console.children():
-        with suppress(psutil.Error):  # one that has ended meanwhile has no command line
+        with suppress(psutil.Error):  # a process that has just ended has no command line
             if "services.downloads.huggingface.child" in child.cmdline():
                 found.append(child.pid)
     return found
@@ -266,7 +266,7 @@ def fetching(console: Console) -> list[int]:
 WEIGHTS = {**TINY_MODEL, "model.safetensors": bytes(range(256)) * 12_000}
 
 
-def test_weights_that_are_missing_come_first_with_their_bytes(start, tmp_path):
+def test_missing_weights_are_downloaded_first_with_progress_by_bytes(start, tmp_path):
     """The stage is `downloading`, from 0 to 20 %; then it loads. The next load downloads nothing."""
     with FakeHub({A: Repo(WEIGHTS)}) as hub:
         hub.faults.bytes_per_second = 2_000_000
@@ -288,14 +288,14 @@ def test_weights_that_are_missing_come_first_with_their_bytes(start, tmp_path):
         assert [request.path for request in hub.requests] == [f"/api/models/{A}"]
 
 
-def test_while_weights_come_the_model_in_use_answers_on(start, docker):
-    """Nobody makes room for a model that isn't here yet; its row says that it is on its way."""
+def test_during_a_download_the_model_in_use_keeps_answering(start, docker):
+    """Nothing is unloaded for a model whose files are missing; its row shows the download."""
     with FakeHub({A: Repo(TINY_MODEL), B: Repo(WEIGHTS)}) as hub:
         hub.faults.bytes_per_second = 1_000_000
         console = start(big(A) + big(B), hub, memory_budget_gb=0.4)
         console.switch(A)
         console.post("/v1/models/switch", {"target_model": B})
-        found = console.wait_for(lambda s: (s["models"][B]["load_progress"] or 0) >= 5, "the download to come along")
+        found = console.wait_for(lambda s: (s["models"][B]["load_progress"] or 0) >= 5, "some download progress")
         assert (found["models"][B]["status"], found["models"][B]["stage"]) == ("loading", "downloading")
         assert (found["models"][A]["status"], found["active_model"]) == ("running", A)
         assert console.ask("Hello", model=A).status_code == 200
@@ -303,8 +303,8 @@ def test_while_weights_come_the_model_in_use_answers_on(start, docker):
         assert running(docker) == [B]
 
 
-def test_while_weights_come_another_model_can_be_unloaded(start, docker):
-    """At once, and not when the download is over."""
+def test_during_a_download_another_model_can_be_unloaded(start, docker):
+    """At once, not after the download."""
     with FakeHub({A: Repo(TINY_MODEL), B: Repo(WEIGHTS)}) as hub:
         console = start(entry(A) + entry(B), hub)
         console.switch(A)
@@ -318,8 +318,8 @@ def test_while_weights_come_another_model_can_be_unloaded(start, docker):
         console.wait_for(lambda s: s["active_model"] == B, "the switch to end")
 
 
-def test_a_download_that_fails_costs_nobody_a_model(start, docker):
-    """The one in use was not touched; the words are those of the hub's answer."""
+def test_a_failed_download_unloads_nothing(start, docker):
+    """The model in use is not unloaded; the message quotes the hub's error."""
     with FakeHub({A: Repo(TINY_MODEL), B: Repo(TINY_MODEL, gated="hf_secret")}) as hub:
         console = start(big(A) + big(B), hub, memory_budget_gb=0.4)
         console.switch(A)
@@ -333,7 +333,7 @@ def test_a_download_that_fails_costs_nobody_a_model(start, docker):
 
 
 def test_a_download_under_way_is_cancelled_with_its_load(start, docker):
-    """Within a second no more bytes come, and no container is made."""
+    """Within a second no more bytes arrive, and no container is created."""
     with FakeHub({A: Repo(WEIGHTS)}) as hub:
         hub.faults.bytes_per_second = 400_000
         console = start(entry(A), hub)
@@ -344,6 +344,6 @@ def test_a_download_under_way_is_cancelled_with_its_load(start, docker):
         console.post(f"/v1/models/{A}/stop")
         console.wait_for(lambda s: s["models"][A]["status"] == "stopped", "the load to be cancelled")
         assert watch.waited < 1.5
-        wait_until(lambda: fetching(console) == [], "the one who fetches to end")
+        wait_until(lambda: fetching(console) == [], "the downloading process to end")
         assert watch.waited < 2.5
         assert docker.client.containers(all=True) == []

@@ -1,4 +1,4 @@
-"""vLLM models on a GPU that sleep instead of being stopped: a console over real containers and a fake GPU."""
+"""vLLM models on a GPU sleep instead of being stopped: a console with real containers and a fake GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.vllm import on_gpu
 
 A, B, C = "org/model-a", "org/model-b", "org/model-c"
 NEW, NEWER = "org/new", "org/newer"
-"""Two that one test alone knows: what is learned of them is learned there."""
+"""Models used by one test only, so that what is learned about them starts there."""
 REFUSING, DYING, DEAF, ENDING, STUCK = (f"org/{name}" for name in ("refusing", "dying", "deaf", "ending", "stuck"))
 MODELS = "".join(
     [
@@ -45,14 +45,14 @@ def shared(
 
 @pytest.fixture
 def console(console: Console) -> Iterator[Console]:
-    """The module's console at rest, before and after: others need the GPU as well."""
+    """The module's console, reset before and after, because other tests need the GPU as well."""
     yield console
     console.reset()
 
 
 @pytest.fixture
 def start(gpu_docker: DockerEngine, start_console: StartConsole, tmp_path: Path) -> Iterator[StartConsole]:
-    """Starts a console of the test's own, for settings of its own."""
+    """Start a console for this test only, with its own settings."""
 
     def start(toml: str = entry(A) + entry(B), **settings: object) -> Console:
         return start_console(toml=toml, standby="false", **on_gpu(gpu_docker, tmp_path, A, B), **settings)
@@ -70,14 +70,14 @@ def gpu_held(console: Console, model: str) -> float:
     return float(device["models"].get(model, 0))
 
 
-def test_the_model_that_makes_room_sleeps_and_is_woken_by_the_next_switch(console, gpu_docker):
-    """Announced by the plan, its own state in the status, the same container woken, requests answered after it."""
+def test_a_displaced_model_sleeps_and_the_next_switch_wakes_it(console, gpu_docker):
+    """The plan announces sleep; the status shows it; the same container wakes, and requests are answered."""
     console.switch(NEW)
     assert 59 < gpu_held(console, NEW) <= 61
     (unload,) = plan(console, NEWER)["unload"]
     assert unload["model"] == NEW
     assert unload["sleeps"] is True
-    assert unload["reload_seconds"] is None  # nobody has seen it wake
+    assert unload["reload_seconds"] is None  # it has never been woken
 
     console.switch(NEWER)
     assert console.states() == {**console.states(), NEW: "asleep", NEWER: "running"}
@@ -96,19 +96,19 @@ def test_the_model_that_makes_room_sleeps_and_is_woken_by_the_next_switch(consol
     assert console.status()["active_model"] == NEW
 
     (unload,) = plan(console, NEWER)["unload"]
-    assert unload["reload_seconds"] < 10  # learned from this waking, apart from the load
+    assert unload["reload_seconds"] < 10  # learned from this wake, separately from the load
 
 
-def test_one_that_refuses_to_sleep_is_stopped(console, gpu_docker):
-    """The switch goes on as if there were no sleep."""
+def test_a_model_that_refuses_to_sleep_is_stopped(console, gpu_docker):
+    """The switch continues as without sleep."""
     console.switch(REFUSING)
     console.switch(B)
     assert console.states()[REFUSING] == "stopped"
     assert running(gpu_docker) == [B]
 
 
-def test_one_that_keeps_too_much_in_its_sleep_is_stopped_after_all(start, gpu_docker):
-    """What was estimated turns out wrong, as the device measures; next time the plan knows."""
+def test_a_sleeping_model_that_keeps_too_much_memory_is_stopped(start, gpu_docker):
+    """The measurement contradicts the estimate; the next plan uses the measurement."""
     console = start(entry(A, asleep_bytes=30_000_000_000) + entry(B), memory_timeout_seconds=1)
     console.switch(A)
     assert plan(console, B)["unload"][0]["sleeps"] is True
@@ -119,8 +119,8 @@ def test_one_that_keeps_too_much_in_its_sleep_is_stopped_after_all(start, gpu_do
     assert plan(console, B)["unload"][0]["sleeps"] is False
 
 
-def test_one_that_goes_on_answering_is_stopped_and_not_put_to_sleep(start, gpu_docker):
-    """vLLM breaks when it is put to sleep while it generates; its patience is over, so it is stopped."""
+def test_a_model_still_answering_is_stopped_instead_of_put_to_sleep(start, gpu_docker):
+    """vLLM crashes when put to sleep while it generates, so a model still busy after the drain time is stopped."""
     console = start(entry(A, slow_tokens=1.5) + entry(B), drain_timeout_seconds=1)
     console.switch(A)
     question = {"model": A, "messages": [{"role": "user", "content": "Hello"}]}
@@ -128,7 +128,7 @@ def test_one_that_goes_on_answering_is_stopped_and_not_put_to_sleep(start, gpu_d
         target=lambda: requests.post(f"{console.url}/v1/chat/completions", json=question, timeout=60), daemon=True
     )
     asking.start()
-    console.wait_for(lambda s: s["models"][A]["in_flight"] == 1, "the question to be under way")
+    console.wait_for(lambda s: s["models"][A]["in_flight"] == 1, "the request to be in flight")
     console.switch(B)
     assert console.states()[A] == "stopped"
     assert running(gpu_docker) == [B]
@@ -136,16 +136,16 @@ def test_one_that_goes_on_answering_is_stopped_and_not_put_to_sleep(start, gpu_d
     assert not asking.is_alive()
 
 
-def test_one_that_dies_while_it_falls_asleep_is_not_said_to_sleep(console, gpu_docker):
-    """Its end comes while it is being unloaded, which asks for no exit; nothing stays in the books."""
+def test_a_model_that_exits_while_falling_asleep_is_not_shown_asleep(console, gpu_docker):
+    """It exits while it is being unloaded; it must not be shown as asleep, nor be counted in the ledger."""
     console.switch(DYING)
     console.switch(B)
-    console.wait_for(lambda s: s["models"][DYING]["status"] in ("failed", "stopped"), "the truth")
+    console.wait_for(lambda s: s["models"][DYING]["status"] in ("failed", "stopped"), "its exit to be noticed")
     assert running(gpu_docker) == [B]
     assert gpu_held(console, DYING) == 0
 
 
-def test_one_that_does_not_wake_is_loaded_anew(console):
+def test_a_model_that_does_not_wake_is_loaded_again(console):
     """In the same switch, which succeeds."""
     console.switch(DEAF)
     console.switch(B)
@@ -154,8 +154,8 @@ def test_one_that_does_not_wake_is_loaded_anew(console):
     assert console.ask("Hello", model=DEAF).status_code == 200
 
 
-def test_without_room_in_this_machines_memory_nobody_sleeps(start, gpu_docker):
-    """Their weights would go there."""
+def test_without_enough_host_memory_no_model_sleeps(start, gpu_docker):
+    """Sleeping models' weights would be stored there."""
     console = start(memory_budget_gb=0.01)
     console.switch(A)
     assert plan(console, B)["unload"][0]["sleeps"] is False
@@ -163,7 +163,7 @@ def test_without_room_in_this_machines_memory_nobody_sleeps(start, gpu_docker):
     assert running(gpu_docker) == [B]
 
 
-def test_sleep_can_be_switched_off(start, gpu_docker):
+def test_sleep_can_be_turned_off(start, gpu_docker):
     """For all models by the setting, for one by its option."""
     console = start(vllm_sleep=False)
     console.switch(A)
@@ -171,8 +171,8 @@ def test_sleep_can_be_switched_off(start, gpu_docker):
     assert running(gpu_docker) == [B]
 
 
-def test_a_sleeper_is_stopped_by_request_and_where_its_rest_is_needed(console, gpu_docker):
-    """Unload ends a sleep; so does a model that needs nearly the whole GPU."""
+def test_a_sleeping_model_is_stopped_on_request_and_for_its_memory(console, gpu_docker):
+    """Unload stops a sleeping model; so does a switch to a model that needs nearly the whole GPU."""
     console.switch(A)
     console.switch(B)
     assert console.post(f"/v1/models/{A}/stop").status_code == 200
@@ -184,17 +184,17 @@ def test_a_sleeper_is_stopped_by_request_and_where_its_rest_is_needed(console, g
     assert running(gpu_docker) == [C]
 
 
-def test_the_end_of_a_sleeper_is_noticed(console):
-    """It can't be woken any more, so it isn't said to sleep."""
+def test_the_exit_of_a_sleeping_model_is_noticed(console):
+    """It can't be woken any more, so it isn't shown as asleep."""
     console.switch(ENDING)
     console.switch(B)
-    console.wait_for(lambda s: s["models"][ENDING]["status"] in ("failed", "stopped"), "the end to be noticed")
+    console.wait_for(lambda s: s["models"][ENDING]["status"] in ("failed", "stopped"), "its exit to be noticed")
     console.switch(ENDING)
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_restart_of_the_app_finds_who_sleeps(console, gpu_docker, end):
-    """And wakes them like any other."""
+def test_a_restart_of_the_app_adopts_sleeping_models(console, gpu_docker, end):
+    """It can then be woken as before."""
     console.switch(A)
     console.switch(B)
     console.stop() if end == "stop" else console.kill()
@@ -205,12 +205,12 @@ def test_a_restart_of_the_app_finds_who_sleeps(console, gpu_docker, end):
     assert running(gpu_docker) == [A, B]
 
 
-def test_a_switch_cancelled_wakes_what_had_made_way(console, gpu_docker):
-    """Back as it was, without a load."""
+def test_a_cancelled_switch_wakes_the_sleeping_model(console, gpu_docker):
+    """It runs as before, without a load."""
     console.switch(A)
     console.post("/v1/models/switch", {"target_model": STUCK})
     wait_until(lambda: running(gpu_docker) == [A, STUCK], "the container to start")
     console.delete("/v1/models/switch")
-    console.wait_for(lambda s: s["models"][A]["status"] == "running" and not s["switch"], "the old model to be back")
+    console.wait_for(lambda s: s["models"][A]["status"] == "running" and not s["switch"], "the old model to run")
     assert console.status()["active_model"] == A
     assert console.ask("Hello", model=A).status_code == 200

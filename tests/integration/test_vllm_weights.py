@@ -1,4 +1,4 @@
-"""Weights for vLLM: the real child process, a fake hub, and the cache read back by the real huggingface_hub."""
+"""Downloading weights for vLLM: the real child process, a fake hub, and the cache read by the real huggingface_hub."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def listed(source: str = "org/model", **options: object) -> Model:
     return Model("m", "vllm", source, options=options)
 
 
-class Fetching(threading.Thread):
-    """One `fetch` in a thread of its own, and all that it reports."""
+class FetchThread(threading.Thread):
+    """One `fetch` in a thread of its own, with everything that it reports."""
 
     def __init__(self, weights: VllmWeights, model: Model | None = None, **environment: str) -> None:
         super().__init__(daemon=True)
@@ -82,8 +82,8 @@ class Fetching(threading.Thread):
         except Exception as error:
             self.error = error
 
-    def result(self) -> Fetching:
-        """Wait for its end; raises what it raised."""
+    def result(self) -> FetchThread:
+        """Wait for its end; raise what it raised."""
         self.join(TIMEOUT)
         assert not self.is_alive(), "it did not end"
         if self.error is not None:
@@ -96,16 +96,16 @@ def repo(cache: Path, name: str = "model") -> Path:
 
 
 def snapshot(cache: Path, source: str = "org/model") -> dict[str, bytes]:
-    """What huggingface_hub finds without asking anybody."""
+    """The files that huggingface_hub finds offline."""
     folder = Path(snapshot_download(source, cache_dir=cache / "hub", local_files_only=True))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("source", ["org/model", "org/plain"])
-def test_a_model_lies_in_the_cache_as_huggingface_hub_has_it(weights, cache, source):
-    """Blobs by their etag, relative links, the commit of the branch; read back by the real library."""
-    Fetching(weights, listed(source)).result()
+def test_a_downloaded_model_has_huggingface_hubs_layout(weights, cache, source):
+    """Blobs named by their etag, relative links, the branch's commit; read by the real library."""
+    FetchThread(weights, listed(source)).result()
     assert snapshot(cache, source) == FILES
     folder = repo(cache, source.removeprefix("org/"))
     name = git_id if source == "org/plain" else lambda content: hashlib.sha256(content).hexdigest()
@@ -116,11 +116,11 @@ def test_a_model_lies_in_the_cache_as_huggingface_hub_has_it(weights, cache, sou
     assert weights.size_bytes(listed(source)) == 800_000
 
 
-def test_progress_goes_by_bytes_and_reaches_the_end(hub, weights):
-    """Never back, from nothing to all, in words with both amounts."""
+def test_progress_counts_bytes_up_to_the_end(hub, weights):
+    """It never decreases, goes from 0 to 1, and the text has both amounts."""
     hub.faults.bytes_per_second = 800_000
     hub.faults.cut_after, hub.faults.cuts, hub.faults.refuse_ranges = 200_000, 1, True
-    seen = Fetching(weights).result().seen
+    seen = FetchThread(weights).result().seen
     assert {evidence.stage for evidence in seen} == {"downloading"}
     fractions = [evidence.fraction for evidence in seen if evidence.fraction is not None]
     assert fractions == sorted(fractions)
@@ -130,19 +130,19 @@ def test_progress_goes_by_bytes_and_reaches_the_end(hub, weights):
     assert any(re.fullmatch(r"0\.[1-7] of 0\.8 MB of the weights", evidence.detail or "") for evidence in seen)
 
 
-def test_a_cut_connection_goes_on_where_it_was(hub, weights, cache):
-    """By a range; what has arrived does not come again."""
+def test_an_interrupted_transfer_continues(hub, weights, cache):
+    """With a range request; what has arrived is not sent again."""
     hub.faults.cut_after, hub.faults.cuts = 300_000, 1
-    Fetching(weights).result()
+    FetchThread(weights).result()
     assert snapshot(cache) == FILES
     assert [request.range for request in hub.requests_to("cdn") if request.range] != []
     assert hub.sent <= TOTAL + 65_536
 
 
-def test_stopping_ends_the_bytes_within_a_second_and_the_next_load_goes_on(hub, weights, cache):
-    """Half a model is in nobody's way: no revision leads to it."""
+def test_an_abort_stops_within_a_second_and_the_next_load_continues(hub, weights, cache):
+    """An incomplete model doesn't disturb other programs: no revision leads to it."""
     hub.faults.bytes_per_second = 200_000
-    fetching = Fetching(weights)
+    fetching = FetchThread(weights)
     wait_until(lambda: any((e.fraction or 0) > 0.1 for e in fetching.seen), "some bytes")
     watch = Stopwatch()
     fetching.abort()
@@ -155,42 +155,42 @@ def test_stopping_ends_the_bytes_within_a_second_and_the_next_load_goes_on(hub, 
 
     hub.faults.bytes_per_second = None
     sent = hub.sent
-    again = Fetching(weights).result()
-    assert hub.sent - sent <= TOTAL - kept + 8_192  # what was under way
+    again = FetchThread(weights).result()
+    assert hub.sent - sent <= TOTAL - kept + 8_192  # the bytes in transit
     assert next(e.fraction for e in again.seen if e.fraction is not None) == pytest.approx(kept / TOTAL)
     assert snapshot(cache) == FILES
 
 
-def test_what_is_there_is_not_asked_for_again(hub, weights):
-    """One listing, no evidence of a download."""
-    Fetching(weights).result()
+def test_complete_files_are_not_downloaded_again(hub, weights):
+    """One listing, and no download is reported."""
+    FetchThread(weights).result()
     hub.requests.clear()
-    again = Fetching(weights).result()
+    again = FetchThread(weights).result()
     assert [request.path for request in hub.requests] == ["/api/models/org/model"]
     assert again.seen == []
 
 
-def test_offline_takes_what_is_there_and_asks_nobody(hub, weights, cache):
-    """HF_HUB_OFFLINE of its container; without the files it says which are missing."""
+def test_offline_only_the_cache_is_used(hub, weights, cache):
+    """HF_HUB_OFFLINE in its container's environment; if files are missing, the error names them."""
     with pytest.raises(LoadFailed, match=r"HF_HUB_OFFLINE is set.*lacks of org/model: all of its files"):
-        Fetching(weights, HF_HUB_OFFLINE="1").result()
+        FetchThread(weights, HF_HUB_OFFLINE="1").result()
     fill_cache(cache, "org/model", TINY_MODEL)
-    Fetching(weights, HF_HUB_OFFLINE="1").result()
+    FetchThread(weights, HF_HUB_OFFLINE="1").result()
     next((repo(cache) / "snapshots").rglob("model.safetensors")).resolve().unlink()
     with pytest.raises(LoadFailed, match=r"lacks of org/model: model\.safetensors\. Unset it"):
-        Fetching(weights, HF_HUB_OFFLINE="true").result()
+        FetchThread(weights, HF_HUB_OFFLINE="true").result()
     assert hub.requests == []
     assert weights.size_bytes(listed()) is None
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_hub_that_is_down_stops_no_model_that_is_there(weights, cache):
-    """Whole in the cache: it loads, soon. Not there: it says what to check."""
+def test_a_complete_model_loads_without_the_hub(weights, cache):
+    """A complete model loads, soon; for a missing one the error says what to check."""
     gone = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(LoadFailed, match=r"can't be reached.*Check the network"):
-        Fetching(weights, HF_ENDPOINT=gone).result()
+        FetchThread(weights, HF_ENDPOINT=gone).result()
     fill_cache(cache, "org/model", TINY_MODEL)
-    assert Fetching(weights, HF_ENDPOINT=gone).result().seen == []
+    assert FetchThread(weights, HF_ENDPOINT=gone).result().seen == []
 
 
 @pytest.mark.parametrize(
@@ -204,25 +204,25 @@ def test_a_hub_that_is_down_stops_no_model_that_is_there(weights, cache):
         (listed(revision="../x"), "The option revision is wrong"),
     ],
 )
-def test_what_cant_be_brought_is_said(hub, weights, model, words):
-    """In words, with what to do, before a byte of it has come."""
+def test_a_failed_download_is_explained(hub, weights, model, words):
+    """The error says what to do, and nothing is downloaded."""
     with pytest.raises(LoadFailed, match=words):
-        Fetching(weights, model).result()
+        FetchThread(weights, model).result()
     assert hub.sent <= sum(map(len, TINY_MODEL.values()))
 
 
 @pytest.mark.usefixtures("hub")
-def test_the_token_and_the_revision_are_those_of_the_model(weights, cache):
+def test_the_models_token_and_revision_are_used(weights, cache):
     """From its container's environment and its option."""
-    Fetching(weights, listed("org/gated", revision=COMMIT), HF_TOKEN="hf_secret").result()
+    FetchThread(weights, listed("org/gated", revision=COMMIT), HF_TOKEN="hf_secret").result()
     assert list((repo(cache, "gated") / "snapshots").iterdir()) == [repo(cache, "gated") / "snapshots" / COMMIT]
     assert weights.size_bytes(listed("org/gated", revision=COMMIT)) == 800_000
     assert weights.size_bytes(listed("org/gated")) is None
 
 
 @pytest.mark.usefixtures("hub")
-def test_the_sizes_of_its_files_are_told_in_the_order_in_which_they_are_loaded(cache):
-    """By their names, with numbers counted as such; none as long as they are not here."""
+def test_file_sizes_are_in_the_order_of_loading(cache):
+    """By file name, with numbers in numeric order; unknown until the files are there."""
     weights = VllmWeights(cache, HubProcess())
     files = {f"model-{n}.safetensors": bytes(n * 1000) for n in (1, 2, 10)}
     fill_cache(cache, "org/many", {**TINY_MODEL, "model.safetensors": bytes(500), **files})
@@ -233,8 +233,8 @@ def test_the_sizes_of_its_files_are_told_in_the_order_in_which_they_are_loaded(c
     assert weights.shard_bytes(listed("org/model")) == ()
 
 
-def test_a_cache_that_hangs_holds_up_nobody(cache, monkeypatch):
-    """The catalogue asks every two seconds: what was last seen stands until its disk answers."""
+def test_a_hanging_cache_delays_nothing(cache, monkeypatch):
+    """The catalogue asks every two seconds: the last result is used until the disk answers."""
     weights, go_on, sizes = VllmWeights(cache, HubProcess()), threading.Event(), CachedModel._sizes
     fill_cache(cache, "org/model", TINY_MODEL)
     assert weights.size_bytes(listed("org/model")) == 700
@@ -254,11 +254,11 @@ def test_a_cache_that_hangs_holds_up_nobody(cache, monkeypatch):
 
 
 @pytest.mark.usefixtures("hub")
-def test_room_that_has_to_stay_free_is_respected(cache):
-    """disk_margin_gb counts here too."""
+def test_the_disk_margin_stays_free(cache):
+    """disk_margin_gb applies here too."""
     weights = VllmWeights(cache, HubProcess(), margin_bytes=10**18)
     with pytest.raises(LoadFailed, match="stay free"):
-        Fetching(weights).result()
+        FetchThread(weights).result()
 
 
 @pytest.mark.parametrize(
@@ -271,37 +271,37 @@ def test_room_that_has_to_stay_free_is_respected(cache):
         listed(arguments=["--download-dir=/elsewhere"]),
     ],
 )
-def test_what_is_no_matter_of_the_hub_is_left_to_vllm(hub, weights, model):
-    """Paths, and what is to be loaded from elsewhere."""
-    assert Fetching(weights, model).result().seen == []
+def test_models_not_from_the_hub_are_left_to_vllm(hub, weights, model):
+    """Paths, and models that load from elsewhere."""
+    assert FetchThread(weights, model).result().seen == []
     assert hub.requests == []
     assert weights.size_bytes(model) is None
 
 
-def test_another_place_in_the_container_is_left_to_vllm(hub, weights):
-    """A model's own HF_HOME is not the cache that is mounted."""
-    Fetching(weights, HF_HOME="/data").result()
+def test_a_models_own_cache_folder_is_left_to_vllm(hub, weights):
+    """A model's own HF_HOME is not the mounted cache."""
+    FetchThread(weights, HF_HOME="/data").result()
     assert hub.requests == []
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_cache_that_cant_be_written_says_what_to_do_and_a_whole_model_loads(weights, cache):
-    """Other things stand where its files should be: root, who runs the tests, may write everywhere else."""
+def test_an_unwritable_cache_is_explained_and_a_complete_model_loads(weights, cache):
+    """A file is in the way of a folder, because the tests run as root, which may write everywhere else."""
     repo(cache).mkdir(parents=True)
     (repo(cache) / "blobs").write_text("in the way")
     with pytest.raises(LoadFailed, match=r"The Hugging Face cache .* can't be written.*sudo chown -R .*hub_cache_dir"):
-        Fetching(weights).result()
+        FetchThread(weights).result()
     (repo(cache) / "blobs").unlink()
     fill_cache(cache, "org/model", TINY_MODEL)
     digest = hashlib.sha256(FILES["config.json"]).hexdigest()
     (repo(cache) / "blobs" / f"{digest}.{digest[:16]}.incomplete").mkdir()
-    Fetching(weights).result()
+    FetchThread(weights).result()
     assert snapshot(cache) == TINY_MODEL
 
 
 @pytest.mark.usefixtures("hub")
-def test_unfinished_files_of_others_are_left_alone(weights, cache):
-    """Of an older version ours goes; huggingface_hub's, which may be in use, stays."""
+def test_partial_files_of_other_programs_are_left_alone(weights, cache):
+    """Our own of an older version are deleted; huggingface_hub's, which may be in use, stay."""
     blobs = repo(cache) / "blobs"
     blobs.mkdir(parents=True)
     digest = "ab" * 32
@@ -309,16 +309,16 @@ def test_unfinished_files_of_others_are_left_alone(weights, cache):
     ours = blobs / f"{digest}.{digest[:16]}.incomplete"
     for path in (*theirs, ours):
         path.write_bytes(b"part")
-    Fetching(weights).result()
+    FetchThread(weights).result()
     assert all(path.exists() for path in theirs)
     assert not ours.exists()
     assert snapshot(cache) == FILES
 
 
-def test_a_blob_that_another_program_finishes_meanwhile_is_taken(hub, weights, cache):
-    """Its own name for what is under way, one step to the last name: both end well."""
+def test_a_blob_completed_by_another_program_is_used(hub, weights, cache):
+    """Each program has its own temporary name, and one rename to the final name: both succeed."""
     hub.faults.bytes_per_second = 400_000
-    fetching = Fetching(weights)
+    fetching = FetchThread(weights)
     wait_until(lambda: any((e.fraction or 0) > 0.05 for e in fetching.seen), "some bytes")
     first = SHARDS["model-00001-of-00002.safetensors"]
     whole = repo(cache) / "blobs" / hashlib.sha256(first).hexdigest()
@@ -332,13 +332,13 @@ def test_a_blob_that_another_program_finishes_meanwhile_is_taken(hub, weights, c
     assert list((repo(cache) / "blobs").glob("*.incomplete")) == []
 
 
-def test_damaged_bytes_are_not_loaded(hub, weights, cache):
-    """By their digest; the next try brings them whole."""
+def test_corrupt_files_are_not_loaded(hub, weights, cache):
+    """Detected by their digest; the next attempt downloads them again."""
     hub.faults.flip = True
     hub.repos["org/one"] = Repo({**TINY_MODEL})
     with pytest.raises(LoadFailed, match="arrived damaged"):
-        Fetching(weights, listed("org/one")).result()
+        FetchThread(weights, listed("org/one")).result()
     assert not (repo(cache, "one") / "refs").exists()
     hub.faults.flip = False
-    Fetching(weights, listed("org/one")).result()
+    FetchThread(weights, listed("org/one")).result()
     assert snapshot(cache, "org/one") == TINY_MODEL
