@@ -11,7 +11,7 @@ from typing import Protocol
 
 import structlog
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.store.records import Message, MessageState
 from services.text import fix_surrogates
 from services.yielding import Yielder
@@ -68,10 +68,11 @@ class ChatStream(Protocol):
 class Generator(Protocol):
     """Generates answers."""
 
-    def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> AbstractContextManager[ChatStream]:
+    def stream_chat(self, model: str | None, prompt: Prompt, token: CancelToken) -> AbstractContextManager[ChatStream]:
         """Request an answer from `model` (None: the active one).
 
-        Leaving the context stops the generation, and so does `abort`, at any time. Raises GenerationError and Aborted.
+        Leaving the context stops the generation, and so does cancelling `token`, at any time. Raises GenerationError
+        and Cancelled.
         """
 
 
@@ -87,7 +88,7 @@ class Answer:
         self._message = message
         self._save = save
         self._clock = clock
-        self._abort = Abort()
+        self._token = CancelToken()
         self._deltas: list[tuple[float, Delta]] = []
         """Deltas not yet merged into the message, with seconds since the first delta. Merging each one at once would
         take time quadratic in the length."""
@@ -106,13 +107,13 @@ class Answer:
     def write(self, generator: Generator, model: str | None, prompt: Prompt) -> None:
         """Generate the whole answer. Errors end up in the message; nothing is raised except by `save`."""
         try:
-            with generator.stream_chat(model, prompt, self._abort) as stream:
+            with generator.stream_chat(model, prompt, self._token) as stream:
                 first = prompt.messages[stream.told_from].id if stream.told_from else None
                 if self._update(model=stream.model, told_from=first):
                     self._consume(stream)
                 self._update(context_full=stream.context_full)
                 self.finish("complete")
-        except Aborted:
+        except Cancelled:
             self.finish("stopped")
         except GenerationError as error:
             self.finish("failed", str(error))
@@ -124,7 +125,7 @@ class Answer:
     def stop(self) -> Message:
         """End the answer with what has arrived, and stop the generation. Does not wait for the engine."""
         message = self.finish("stopped")
-        self._abort()
+        self._token.cancel()
         return message
 
     def finish(self, state: MessageState, error: str | None = None) -> Message:

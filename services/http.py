@@ -25,7 +25,7 @@ from urllib.parse import urljoin, urlsplit
 
 import certifi
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.host_lookup import look_up
 from services.sizes import format_size
 
@@ -281,13 +281,13 @@ def fetch(
     headers: Mapping[str, str] | None = None,
     most_bytes: int = MOST_BYTES,
     redirects: Redirects = NO_REDIRECTS,
-    abort: Abort | None = None,
+    token: CancelToken | None = None,
 ) -> Reply:
-    """Send one request and return the whole reply. Raises FetchError, and Aborted as soon as `abort` is called.
+    """Send one request and return the whole reply. Raises FetchError, and Cancelled as soon as `token` is cancelled.
 
     `timeout` is seconds for everything together, redirects included.
     """
-    abort = abort or Abort()
+    token = token or CancelToken()
     deadline = _Deadline(timeout)
     followed = 0
     while True:
@@ -295,10 +295,10 @@ def fetch(
             left = deadline.left()
         request = HttpRequest(method, url, timeout=left, body=body, headers=headers, most_bytes=most_bytes)
         try:
-            with abort.acting(request.cancel):
+            with token.cancelling(request.cancel):
                 reply = request.reply()
         except ConnectionBroken:
-            abort.check()
+            token.check()
             raise
         if request.redirect is None or followed == redirects.most:
             return reply

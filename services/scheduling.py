@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 
 
 class Condition(AbstractContextManager[object], Protocol):
@@ -54,22 +54,22 @@ class ThreadScheduler:
         threading.Thread(target=function, name=name, daemon=True).start()
 
 
-def pause(scheduler: Scheduler, seconds: float, token: Abort) -> None:
-    """Sleep `seconds`. Raises Aborted as soon as `token` is cancelled."""
+def pause(scheduler: Scheduler, seconds: float, token: CancelToken) -> None:
+    """Sleep `seconds`. Raises Cancelled as soon as `token` is cancelled."""
     wait_for(scheduler.condition(), lambda: False, seconds, token)
 
 
-def wait_for(changed: Condition, predicate: Callable[[], bool], timeout: float, token: Abort) -> bool:
+def wait_for(changed: Condition, predicate: Callable[[], bool], timeout: float, token: CancelToken) -> bool:
     """Wait on `changed` until `predicate` holds, at most `timeout` seconds; return whether it does.
 
-    Raises Aborted as soon as `token` is cancelled.
+    Raises Cancelled as soon as `token` is cancelled.
     """
 
     def wake() -> None:
         with changed:
             changed.notify_all()
 
-    with token.acting(wake), changed:
-        changed.wait_for(lambda: token.requested or predicate(), timeout)
+    with token.cancelling(wake), changed:
+        changed.wait_for(lambda: token.cancelled or predicate(), timeout)
         token.check()
         return predicate()

@@ -1,6 +1,6 @@
 """The port that every source of models implements, and the values that cross it.
 
-A fetcher is blocking code; the queue runs it in a thread and cancels it through an `Abort`.
+A fetcher is blocking code; the queue runs it in a thread and cancels it through a `CancelToken`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 
 Source = Literal["ollama", "huggingface"]
 Phase = Literal["resolving", "downloading", "verifying", "writing"]
@@ -62,11 +62,11 @@ class Fetcher(Protocol):
     def check_name(self, name: str) -> str:
         """Normalise a name. Raises DownloadError `invalid_name`. No I/O."""
 
-    def fetch(self, name: str, report: Report, abort: Abort) -> None:
+    def fetch(self, name: str, report: Report, token: CancelToken) -> None:
         """Block until every file of the model is here, verified and in place.
 
-        Continues from what an earlier try left. Raises DownloadError, and Aborted within a second of `abort`; partial
-        files stay for the next try.
+        Continues from what an earlier try left. Raises DownloadError, and Cancelled within a second of the
+        cancellation; partial files stay for the next try.
         """
 
     def discard(self, name: str) -> None:

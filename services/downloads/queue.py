@@ -1,9 +1,9 @@
 """The download queue: which downloads run, wait, and are shown and stored. Independent of any client.
 
-One lock guards all jobs. A transfer runs in a thread of its own and is cancelled through its `Abort`; whoever cancels
-it sets the job's next state before the thread has noticed. So a job may be paused, cancelled or even removed while its
-thread still runs, and no other transfer of the same model starts until that has ended. The store is written without the
-lock, because it may wait for the disk.
+One lock guards all jobs. A transfer runs in a thread of its own and is cancelled through its `CancelToken`; whoever
+cancels it sets the job's next state before the thread has noticed. So a job may be paused, cancelled or even removed
+while its thread still runs, and no other transfer of the same model starts until that has ended. The store is written
+without the lock, because it may wait for the disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import structlog
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.downloads.disk import DiskCheck
 from services.downloads.download import WAITING, Download, DownloadNotFound, record_of, restored
 from services.downloads.fetcher import DownloadError, Fetcher, Phase, Source
@@ -63,7 +63,7 @@ class _Job:
     """A download and its current transfer. Accessed with the queue's lock held."""
 
     view: Download
-    abort: Abort | None = None
+    token: CancelToken | None = None
     """Cancels the current transfer."""
     stored_at: float = 0.0
 
@@ -135,7 +135,7 @@ class DownloadQueue:
                     self._unsaved[job.view.id] = job.view  # store its latest figures
             self._changed.notify_all()
         for job in busy:
-            _stop(job.abort)
+            _stop(job.token)
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in busy.values():
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -269,9 +269,9 @@ class DownloadQueue:
             self._check_open()
             job = self._find(download_id)
             yield job
-            abort = job.abort
+            token = job.token
             self._schedule()
-        _stop(abort)
+        _stop(token)
         self._save()
 
     def _check_open(self) -> None:
@@ -317,7 +317,7 @@ class DownloadQueue:
                 self._change(job, store=False, position=position)
 
     def _launch(self, job: _Job) -> None:
-        job.abort = abort = Abort()
+        job.token = token = CancelToken()
         self._change(
             job,
             state="downloading",
@@ -325,7 +325,7 @@ class DownloadQueue:
             position=None,
             started_at=job.view.started_at or time.time(),
         )
-        self._start_thread(job, self._run, abort)
+        self._start_thread(job, self._run, token)
 
     def _start_thread(self, job: _Job, work: Callable[..., None], *arguments: object) -> None:
         """Start a job's thread, which ends with `_release`."""
@@ -337,15 +337,15 @@ class DownloadQueue:
         del self._busy[job]
         self._schedule()
 
-    def _run(self, job: _Job, abort: Abort) -> None:
+    def _run(self, job: _Job, token: CancelToken) -> None:
         """Run one transfer to its end. The thread's function."""
-        error = self._outcome(job, abort)
+        error = self._outcome(job, token)
         if error is None:
-            self._await_listing(job, abort)
+            self._await_listing(job, token)
         with self._changing():
-            job.abort = None
+            job.token = None
             cancelled = job.view.state == "cancelled"
-            if error is None and job.view.moving and not abort.requested:
+            if error is None and job.view.moving and not token.cancelled:
                 total = job.view.total_bytes or job.view.completed_bytes
                 self._finish(job, "complete", message="Complete", percent=100, completed_bytes=total)
             elif error is not None and job.view.moving and not self._closing:
@@ -356,7 +356,7 @@ class DownloadQueue:
         if cancelled:
             self._discard(job)
 
-    def _await_listing(self, job: _Job, abort: Abort) -> None:
+    def _await_listing(self, job: _Job, token: CancelToken) -> None:
         """Wait until the model can be loaded; only then its download is complete.
 
         After `listing_seconds` it is complete nevertheless: its files are here, and its engine reports what is wrong.
@@ -364,19 +364,19 @@ class DownloadQueue:
         deadline = time.monotonic() + self._listing_seconds
         self._update(
             job,
-            abort,
+            token,
             state="verifying",
             message="Looking for it in its place",
             bytes_per_second=None,
             eta_seconds=None,
         )
-        with suppress(Aborted):
-            abort.check()
+        with suppress(Cancelled):
+            token.check()
             while not self._listed(job.view):
                 if time.monotonic() >= deadline:
                     log.warning("a downloaded model is not in the catalogue", model=job.view.model)
                     return
-                abort.wait(LISTING_PAUSE)
+                token.wait(LISTING_PAUSE)
 
     def _listed(self, view: Download) -> bool:
         try:
@@ -385,17 +385,17 @@ class DownloadQueue:
             log.warning("the catalogue can't be refreshed for a download", model=view.model, error=str(error))
             return False
 
-    def _outcome(self, job: _Job, abort: Abort) -> DownloadError | None:
+    def _outcome(self, job: _Job, token: CancelToken) -> DownloadError | None:
         """Run the transfer; return its error.
 
         None if it succeeded or was cancelled; then the canceller has set the state.
         """
         try:
-            self._transfer(job, abort)
+            self._transfer(job, token)
         except DownloadError as error:
             return error
         except Exception as error:
-            if not (isinstance(error, Aborted) and abort.requested):
+            if not (isinstance(error, Cancelled) and token.cancelled):
                 log.exception("a download failed with an unexpected error", model=job.view.model)
                 words = "Switchyard failed to carry this out; its log has the details. Try again."
                 return DownloadError("internal_error", words, may_resume=True)
@@ -410,17 +410,17 @@ class DownloadQueue:
         with self._changing():
             self._release(job)
 
-    def _transfer(self, job: _Job, abort: Abort) -> None:
-        """Fetch the model, with automatic retries. Raises DownloadError and Aborted."""
+    def _transfer(self, job: _Job, token: CancelToken) -> None:
+        """Fetch the model, with automatic retries. Raises DownloadError and Cancelled."""
         fetcher = self._fetchers[job.view.source]
         observer = TransferObserver(
-            self._disk, job.view.source, self._clock, lambda figures: self._publish(job, abort, figures)
+            self._disk, job.view.source, self._clock, lambda figures: self._publish(job, token, figures)
         )
         pauses = list(self._retry_pauses)
         while True:
             arrived = job.view.completed_bytes
             try:
-                fetcher.fetch(job.view.model, observer.observe, abort)
+                fetcher.fetch(job.view.model, observer.observe, token)
                 return
             except DownloadError as error:
                 if job.view.completed_bytes > arrived:
@@ -429,13 +429,13 @@ class DownloadQueue:
                     raise
                 pause = pauses.pop(0)
                 words = f"{error.message} Trying again in {pause:.0f} s."
-                self._update(job, abort, message=words, bytes_per_second=None, eta_seconds=None)
-                abort.wait(pause)
+                self._update(job, token, message=words, bytes_per_second=None, eta_seconds=None)
+                token.wait(pause)
 
-    def _publish(self, job: _Job, abort: Abort, figures: Figures) -> None:
+    def _publish(self, job: _Job, token: CancelToken, figures: Figures) -> None:
         self._update(
             job,
-            abort,
+            token,
             state="verifying" if figures.phase in ("verifying", "writing") else "downloading",
             message=_WORDS[figures.phase],
             percent=max(job.view.percent, figures.percent),
@@ -445,10 +445,10 @@ class DownloadQueue:
             eta_seconds=figures.eta_seconds,
         )
 
-    def _update(self, job: _Job, abort: Abort, **changes: Any) -> None:
+    def _update(self, job: _Job, token: CancelToken, **changes: Any) -> None:
         """Change the job from its transfer, unless the transfer was cancelled: then the job's state is another's."""
         with self._changed:
-            if job.abort is not abort or abort.requested or not job.view.moving:
+            if job.token is not token or token.cancelled or not job.view.moving:
                 return
             same = job.view.state == changes.get("state", job.view.state)
             store = not same or self._clock() - job.stored_at >= STORE_SECONDS
@@ -502,12 +502,12 @@ class DownloadQueue:
                         self._unsaved.setdefault(download_id, view)
 
 
-def _stop(abort: Abort | None) -> None:
+def _stop(token: CancelToken | None) -> None:
     """Cancel a transfer. An error, because its process or connection is gone already, is only logged."""
-    if abort is None:
+    if token is None:
         return
     try:
-        abort()
+        token.cancel()
     except Exception:
         log.exception("a transfer could not be stopped at once")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 
 Basis = Literal["measured", "learned", "declared", "estimated"]
 """Where a figure comes from, the most reliable first."""
@@ -240,11 +240,11 @@ class Engine(Protocol):
     def settings_key(self, model: Model) -> str:
         """Return a short string of everything that changes a model's load time or memory."""
 
-    def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
+    def fetch(self, model: Model, report: Report, token: CancelToken, /) -> None:
         """Block until all files that loading takes are on this machine. Runs before memory is freed for the model.
 
-        Reports the stage `downloading` if anything is missing, else nothing. Raises EngineError, and Aborted within a
-        second of `abort`.
+        Reports the stage `downloading` if anything is missing, else nothing. Raises EngineError, and Cancelled within a
+        second of the cancellation.
         """
 
     def launch(self, model: Model, on_exit: OnExit) -> Instance:

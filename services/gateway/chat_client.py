@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from services.abort import Abort, Aborted
 from services.answers import Delta, GenerationError, Prompt
+from services.cancellation import Cancelled, CancelToken
 from services.catalog import UnknownModel
 from services.gateway.context import ContextOverflow, drop_oldest, first_included, parse_overflow
 from services.gateway.deltas import finish_reason, join_surrogates, parse_chunk, split_thoughts
@@ -31,14 +31,14 @@ class ChatStream:
     """
 
     def __init__(
-        self, model: str, answer: EngineResponse, abort: Abort, told_from: int, on_chunk: Callable[[], object]
+        self, model: str, answer: EngineResponse, token: CancelToken, told_from: int, on_chunk: Callable[[], object]
     ) -> None:
         self.model = model
         self.told_from = told_from
         self.context_full = False
         self._on_chunk = on_chunk
         self._answer = answer
-        self._abort = abort
+        self._token = token
 
     def __iter__(self) -> Iterator[Delta]:
         return split_thoughts(join_surrogates(self._deltas()))
@@ -68,7 +68,7 @@ class ChatStream:
             self._on_chunk()
             return chunk
         except (OSError, BrokenResponse) as error:
-            self._abort.check()
+            self._token.check()
             why = "the engine closed the connection" if isinstance(error, BrokenResponse) else str(error).rstrip(".")
             raise GenerationError(f"The answer broke off: {why}. What came so far is kept; try again.") from None
 
@@ -81,20 +81,21 @@ class ChatClient:
         self._relay = relay
 
     @contextmanager
-    def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> Iterator[ChatStream]:
-        """Open one streamed answer. Leaving the context stops the generation, and so does `abort`, at any time.
+    def stream_chat(self, model: str | None, prompt: Prompt, token: CancelToken) -> Iterator[ChatStream]:
+        """Open one streamed answer. Leaving the context, or cancelling `token` at any time, stops the generation.
 
-        The oldest turns are left out while the prompt exceeds the model's context. Raises GenerationError and Aborted.
+        The oldest turns are left out while the prompt exceeds the model's context. Raises GenerationError and
+        Cancelled.
         """
-        admission = self._admit(model, abort)
+        admission = self._admit(model, token)
         try:
             instance = admission.instance
             told_from: int | None = first_included(prompt, instance.model)
             while told_from is not None:
-                answer = self._ask(instance, prompt.messages[told_from:], abort)
+                answer = self._ask(instance, prompt.messages[told_from:], token)
                 try:
                     if answer.status_code == 200:
-                        yield ChatStream(instance.model, answer, abort, told_from, instance.traffic.note_activity)
+                        yield ChatStream(instance.model, answer, token, told_from, instance.traffic.note_activity)
                         return
                     refusal = _read_overflow(answer)
                 finally:
@@ -104,31 +105,31 @@ class ChatClient:
         finally:
             admission.release()
 
-    def _admit(self, model: str | None, abort: Abort) -> Admission:
+    def _admit(self, model: str | None, token: CancelToken) -> Admission:
         try:
-            return self._router.admit(model, lambda: abort.requested)
+            return self._router.admit(model, lambda: token.cancelled)
         except ClientGone:
-            raise Aborted from None
+            raise Cancelled from None
         except (GatewayError, UnknownModel) as error:
             raise GenerationError(str(error)) from None
 
-    def _ask(self, instance: InstanceView, messages: Iterable[Message], abort: Abort) -> EngineResponse:
+    def _ask(self, instance: InstanceView, messages: Iterable[Message], token: CancelToken) -> EngineResponse:
         """Send the prompt and return the response once its headers are here.
 
-        `abort` closes the connection at any time.
+        Cancelling `token` closes the connection at any time.
         """
         assert instance.endpoint is not None, "a running instance has an endpoint"
         told = [{"role": message.role, "content": message.content} for message in messages]
         body = {"model": instance.endpoint.model or instance.model, "messages": told, "stream": True}
         hangup = Hangup()
-        abort.applies_to(hangup)
+        token.on_cancel(hangup)
         try:
             with _as_generation_error():
                 return self._relay.send(
                     instance.endpoint, "POST", "/v1/chat/completions", JSON_HEADERS, json.dumps(body).encode(), hangup
                 )
         except ClientGone:
-            raise Aborted from None
+            raise Cancelled from None
 
 
 @contextmanager

@@ -239,16 +239,16 @@ class Hangup:
 
     def __init__(self) -> None:
         self.called = False
-        self._act: Callable[[], None] | None = None
+        self._callback: Callable[[], None] | None = None
 
     def __call__(self) -> None:
         self.called = True
-        if self._act is not None:
-            self._act()
+        if self._callback is not None:
+            self._callback()
 
-    def applies_to(self, act: Callable[[], None]) -> None:
+    def on_cancel(self, act: Callable[[], None]) -> None:
         """Set the callback that cancels the request from now on. Raises ClientGone if it was cancelled already."""
-        self._act = act
+        self._callback = act
         if self.called:
             raise ClientGone
 
@@ -342,14 +342,14 @@ class Relay:
 def _exchange(pool: Pool, connection: Connection, request: bytes, method: str, hangup: Hangup) -> EngineResponse:
     """Send a request over a connection and read the head of its response. Raises Unanswered."""
     try:
-        hangup.applies_to(connection.abort)
+        hangup.on_cancel(connection.abort)
         _send(connection, request)
     except BaseException:
         pool.discard(connection)
         raise
     answer = EngineResponse(connection, pool, method)
     try:
-        hangup.applies_to(answer.abort)
+        hangup.on_cancel(answer.abort)
     except BaseException:
         answer.close()
         raise

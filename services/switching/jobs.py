@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from services.abort import Abort, Aborted
+from services.cancellation import CancelToken
 from services.config import Strategy
 from services.scheduling import Condition, Scheduler, ThreadScheduler
 from services.switching.events import SwitchView
@@ -140,7 +140,7 @@ class Job:
     error: SwitchError | None = None
     unloaded: list[str] = field(default_factory=list)
     load_seconds: float | None = None
-    token: Abort = field(default_factory=Abort, repr=False)
+    token: CancelToken = field(default_factory=CancelToken, repr=False)
     cancel_reason: str | None = None
     superseded: bool = False
     restoring: bool = False
@@ -185,7 +185,7 @@ class Job:
             return
         if self.cancel_reason is None:
             self.cancel_reason = reason
-        self.token()
+        self.token.cancel()
 
     def join(self, request: Request) -> bool:
         """Merge `request` into this job. Return False if it asks for something else, or comes too late."""
@@ -210,16 +210,16 @@ class Job:
             return True
 
     def begin_changes(self) -> None:
-        """Mark that it begins to change what is loaded. Raises Aborted if it was cancelled before."""
+        """Mark that it begins to change what is loaded. Raises Cancelled if it was cancelled before."""
         self.token.check()
         self.has_changes = True
 
-    def begin_restoring(self) -> Abort:
+    def begin_restoring(self) -> CancelToken:
         """Begin the rollback; return its token, which only a superseding switch cancels."""
         self.restoring = True
-        self.token = Abort()
+        self.token = CancelToken()
         if self.superseded:
-            self.token()
+            self.token.cancel()
         return self.token
 
     def publish(self, event: str, **data: object) -> None:
@@ -271,4 +271,4 @@ class Job:
             return self._events[seen:], self.done
 
 
-__all__ = ["Aborted", "Chain", "Job", "JobEvent", "JobResult", "Outcome", "Replace", "Request", "SwitchError"]
+__all__ = ["Chain", "Job", "JobEvent", "JobResult", "Outcome", "Replace", "Request", "SwitchError"]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.engines.port import Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model, Need
 from services.scheduling import Scheduler
 from services.store.records import LoadRecord
@@ -67,7 +67,7 @@ class Lifecycle:
     def fetch(self, job: Job, model: Model, reporter: JobReporter, slot: Slot) -> bool:
         """Fetch the files that the load needs; return whether any were missing.
 
-        The job gives up its slot meanwhile. Raises EngineError and Aborted.
+        The job gives up its slot meanwhile. Raises EngineError and Cancelled.
         """
         engine = self._engines[model.engine]
         progress = Progress(self._planner.history(model))
@@ -99,11 +99,11 @@ class Lifecycle:
         return fetched
 
     def load(
-        self, model: Model, reporter: JobReporter, token: Abort, on_started: Callable[[], None] = lambda: None
+        self, model: Model, reporter: JobReporter, token: CancelToken, on_started: Callable[[], None] = lambda: None
     ) -> None:
         """Load a model, or wake it if it sleeps, and route requests to it once it has generated a token.
 
-        A sleeping instance that can't be woken is stopped and loaded anew. Raises EngineError and Aborted; nothing of
+        A sleeping instance that can't be woken is stopped and loaded anew. Raises EngineError and Cancelled; nothing of
         the load remains then.
         """
         token.check()
@@ -120,8 +120,8 @@ class Lifecycle:
             self._wait_until_ready(member, monitor, token, waking=waking)
         except LoadFailed as error:
             self._abandon(member)
-            if token.requested:
-                raise Aborted from None
+            if token.cancelled:
+                raise Cancelled from None
             if waking:
                 log.warning("a model did not wake; loading it anew", model=model.id, cause=error.cause)
                 self.load(model, reporter, token)
@@ -134,10 +134,13 @@ class Lifecycle:
             raise
         self._record_load(member, load_key(model, engine, waking=waking), monitor)
 
-    def unload(self, model_id: str, token: Abort, *, sleeps: bool = False, on_drained: Callable[[], None]) -> bool:
+    def unload(
+        self, model_id: str, token: CancelToken, *, sleeps: bool = False, on_drained: Callable[[], None]
+    ) -> bool:
         """Drain a model, then stop it or put it to sleep. Return False if it ended by itself.
 
-        Raises Aborted during the drain and EngineError if the engine refuses; the model goes on serving in both cases.
+        Raises Cancelled during the drain and EngineError if the engine refuses; the model goes on serving in both
+        cases.
         """
         longest = self._settings.drain_timeout_seconds
         member = self._mailbox.call(self._fleet.begin_drain, model_id, longest)
@@ -145,7 +148,7 @@ class Lifecycle:
             return False
         try:
             drained = member.traffic.wait_idle(longest, token)
-        except Aborted:
+        except Cancelled:
             self._mailbox.call(self._fleet.cancel_drain, member)
             raise
         if self._mailbox.call(self._fleet.loaded_member, model_id) is not member:
@@ -189,9 +192,9 @@ class Lifecycle:
             instance.stop(self._settings.unload_timeout_seconds)
             raise
 
-    def _wait_until_ready(self, member: Member, monitor: _LoadMonitor, token: Abort, *, waking: bool) -> None:
+    def _wait_until_ready(self, member: Member, monitor: _LoadMonitor, token: CancelToken, *, waking: bool) -> None:
         instance = member.instance
-        with monitor, token.acting(lambda: self._stop_in_background(instance)):
+        with monitor, token.cancelling(lambda: self._stop_in_background(instance)):
             wait = instance.wake if waking else instance.wait_ready
             endpoint = wait(monitor.report, self._settings.load_timeout_seconds)
             monitor.report(Evidence("warming_up"))

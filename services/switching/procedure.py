@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import structlog
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.catalog import UnknownModel
 from services.engines.port import EngineError, LoadFailed, Model
 from services.scheduling import pause
@@ -101,7 +101,7 @@ class Procedure:
 
     def _stop_last(self, member: Member) -> None:
         member.traffic.close()
-        member.traffic.wait_idle(FINAL_DRAIN_SECONDS, Abort())
+        member.traffic.wait_idle(FINAL_DRAIN_SECONDS, CancelToken())
         try:
             self._lifecycle.stop(member)
         except Exception as error:
@@ -340,7 +340,7 @@ class Procedure:
                 self._restore_one(model_id, reporter, token)
                 restored.append(model_id)
                 job.chain.discard(model_id)
-            except Aborted:
+            except Cancelled:
                 break
             except Exception as error:
                 reason = as_switch_error(job, error)
@@ -353,7 +353,7 @@ class Procedure:
             job.chain.discard(model_id)
         return restored, missing
 
-    def _restore_one(self, model_id: str, reporter: JobReporter, token: Abort) -> None:
+    def _restore_one(self, model_id: str, reporter: JobReporter, token: CancelToken) -> None:
         model = self._catalog.get(model_id)
         if self._current_state(model) == "running":
             return
@@ -376,7 +376,7 @@ def as_switch_error(job: Job, error: Exception) -> SwitchError:
     """
     if isinstance(error, SwitchError):
         return error
-    if isinstance(error, Aborted):
+    if isinstance(error, Cancelled):
         return SwitchError("cancelled", job.cancel_reason or "It was cancelled.")
     if isinstance(error, LoadFailed):
         return SwitchError("load_failed", str(error), log_tail=error.log_tail)

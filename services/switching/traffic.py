@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.scheduling import Condition, wait_for
 
 
@@ -77,10 +77,10 @@ class Traffic:
         with self._changed:
             self._open = False
 
-    def wait_idle(self, timeout: float, token: Abort) -> bool:
+    def wait_idle(self, timeout: float, token: CancelToken) -> bool:
         """Wait until no request is in flight. Return False after `timeout` seconds or `cut_drain_short`.
 
-        Raises Aborted as soon as `token` is cancelled.
+        Raises Cancelled as soon as `token` is cancelled.
         """
         wait_for(self._changed, lambda: self._in_flight == 0 or self._cut_short, timeout, token)
         return self._in_flight == 0

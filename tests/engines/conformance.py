@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 import requests
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.engines.port import Endpoint, Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
 from services.switching.progress import ORDER
 from tests.support.console import wait_until
@@ -43,7 +43,7 @@ class EngineCase:
 
     def launch(self, model: Model | None = None) -> Instance:
         described = self.engine.describe(model or self.good)
-        self.engine.fetch(described, lambda _: None, Abort())
+        self.engine.fetch(described, lambda _: None, CancelToken())
         return self.engine.launch(described, self.exits.append)
 
     @contextmanager

@@ -17,7 +17,7 @@ import gevent  # noqa: E402
 from gevent.event import Event  # noqa: E402
 from gevent.server import StreamServer  # noqa: E402
 
-from services.abort import Abort, Aborted  # noqa: E402
+from services.cancellation import Cancelled, CancelToken  # noqa: E402
 from services.engines.containers.docker_runtime import DockerRuntime  # noqa: E402
 from services.engines.containers.port import ContainerSpec, RuntimeHangs, Stream  # noqa: E402
 from tests.support.stopwatch import Stopwatch  # noqa: E402
@@ -60,7 +60,7 @@ def main(host: str, image: str, daemon: int) -> None:
 
 def cancel_a_pull() -> None:
     """From a Docker that has begun to answer and says nothing more: its connection is closed, and nobody reads on."""
-    closed, abort = Event(), Abort()
+    closed, token = Event(), CancelToken()
 
     def answer(link: socket.socket, _address: object) -> None:
         if link.recv(10_000).startswith(b"GET /version"):
@@ -76,8 +76,8 @@ def cancel_a_pull() -> None:
         server.start()
         runtime = DockerRuntime(f"tcp://127.0.0.1:{server.server_port}", timeout=TIMEOUT)
         try:
-            runtime.pull("image", lambda *_: abort(), abort)
-        except Aborted:
+            runtime.pull("image", lambda *_: token.cancel(), token)
+        except Cancelled:
             assert closed.wait(TIMEOUT), "the connection to Docker is still open"
         else:
             raise AssertionError("a pull that was cancelled went well")

@@ -20,7 +20,7 @@ import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.engines import out_of_memory
 from services.engines.containers.docker_pull import Layers
 from services.engines.containers.docker_runtime import DockerRuntime
@@ -471,7 +471,7 @@ def test_a_pull_tells_how_far_it_is(docker: DockerEngine, runtime: DockerRuntime
     """Bytes never become fewer, the total is unknown until all sizes are, and both end as the size of the layers."""
     seen: list[tuple[int, int | None]] = []
     with image_registry() as registry:
-        runtime.pull(registry.image, lambda done, total: seen.append((done, total)), Abort())
+        runtime.pull(registry.image, lambda done, total: seen.append((done, total)), CancelToken())
         assert runtime.image_present(registry.image)
         docker.client.remove_image(registry.image)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -480,26 +480,26 @@ def test_a_pull_tells_how_far_it_is(docker: DockerEngine, runtime: DockerRuntime
 
 
 def test_a_pull_ends_at_once_when_it_is_cancelled(runtime: DockerRuntime):
-    abort = Abort()
+    token = CancelToken()
     with image_registry() as registry:
         registry.flow.clear()
-        threading.Thread(target=lambda: (registry.begun.wait(20), abort()), daemon=True).start()
-        with pytest.raises(Aborted):
-            runtime.pull(registry.image, lambda *_: None, abort)
+        threading.Thread(target=lambda: (registry.begun.wait(20), token.cancel()), daemon=True).start()
+        with pytest.raises(Cancelled):
+            runtime.pull(registry.image, lambda *_: None, token)
         assert not runtime.image_present(registry.image)
     wait_until(lambda: not any(t.name.startswith("pull-") for t in threading.enumerate()), "nobody to read on")
 
 
 def test_a_pull_of_what_no_registry_has_says_so(runtime: DockerRuntime):
     with image_registry() as registry, pytest.raises(ImageMissing, match="tiny:2 to pull"):
-        runtime.pull(registry.image.replace(":1", ":2"), lambda *_: None, Abort())
+        runtime.pull(registry.image.replace(":1", ":2"), lambda *_: None, CancelToken())
     with pytest.raises(ContainerError, match="network"):
-        runtime.pull(f"127.0.0.1:{free_port()}/tiny:1", lambda *_: None, Abort())
+        runtime.pull(f"127.0.0.1:{free_port()}/tiny:1", lambda *_: None, CancelToken())
 
 
 def test_an_image_that_can_t_be_a_name_is_refused(runtime: DockerRuntime):
     with pytest.raises(ContainerError, match=r"-bad\.example/x can't be pulled"):
-        runtime.pull("-bad.example/x", lambda *_: None, Abort())
+        runtime.pull("-bad.example/x", lambda *_: None, CancelToken())
 
 
 def test_a_pull_ends_with_the_daemon(docker: DockerEngine, runtime: DockerRuntime):
@@ -510,7 +510,7 @@ def test_a_pull_ends_with_the_daemon(docker: DockerEngine, runtime: DockerRuntim
         stopper.start()
         try:
             with pytest.raises(RuntimeDown, match="went away"):
-                runtime.pull(registry.image, lambda *_: None, Abort())
+                runtime.pull(registry.image, lambda *_: None, CancelToken())
         finally:
             stopper.join()
             docker.start()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.huggingface.process import HubProcess
 from services.downloads.huggingface.vllm_weights import VllmWeights
 from services.engines.containers.docker_runtime import DockerRuntime
@@ -187,7 +187,7 @@ class TestVllm(EngineConformance):
         options = {**case.good.options, "image": "127.0.0.1:9/nowhere/vllm:1"}
         seen: list[Evidence] = []
         with pytest.raises(EngineError) as caught:
-            case.engine.fetch(replace(case.good, options=options), seen.append, Abort())
+            case.engine.fetch(replace(case.good, options=options), seen.append, CancelToken())
         assert "nowhere/vllm" in str(caught.value)
         assert [evidence.stage for evidence in seen] == ["downloading"]
 
@@ -260,7 +260,7 @@ class TestVllm(EngineConformance):
         instance = case.launch()
         with docker.stopped():
             with pytest.raises(EngineError, match="Docker"):
-                case.engine.fetch(case.good, lambda _: None, Abort())
+                case.engine.fetch(case.good, lambda _: None, CancelToken())
             with pytest.raises(EngineError, match="Docker"):
                 instance.wait_ready(lambda _: None, LOAD_SECONDS)
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.engines.port import (
     HOST_DEVICE,
     Endpoint,
@@ -326,12 +326,12 @@ class StubEngine:
     def settings_key(self, _model: Model) -> str:
         return ""
 
-    def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
+    def fetch(self, model: Model, report: Report, token: CancelToken, /) -> None:
         faults = self.faults(model)
         if faults.fetch_seconds:
             for part in range(1, 5):
                 report(Evidence("downloading", part / 4))
-                pause(self.scheduler, faults.fetch_seconds / 4, abort)
+                pause(self.scheduler, faults.fetch_seconds / 4, token)
             if faults.refuse_fetch:
                 raise EngineError("The download failed.")
             faults.fetch_seconds = 0.0

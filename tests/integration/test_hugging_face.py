@@ -16,7 +16,7 @@ import httpx2
 import psutil
 import pytest
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.downloads.fetcher import DownloadError, FileProgress
 from services.downloads.huggingface.errors import explain
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
@@ -229,8 +229,8 @@ def test_an_abort_stops_within_a_second_and_the_next_fetch_continues(
     fetch = Fetch(fetcher, "yard/mini")
     wait_until(lambda: fetch.arrived("mini.gguf") > 100_000, "some bytes")
     watch = Stopwatch()
-    fetch.abort()
-    with pytest.raises(Aborted):
+    fetch.token.cancel()
+    with pytest.raises(Cancelled):
         fetch.result()
     assert watch.waited < 1.0
     assert children_of_this_process() == []
@@ -255,10 +255,10 @@ def test_bytes_are_reported_at_least_four_times_a_second(hub: FakeHub, fetcher: 
 
 
 def test_an_aborted_fetch_starts_nothing(hub: FakeHub, fetcher: HuggingFaceFetcher) -> None:
-    abort = Abort()
-    abort()
-    with pytest.raises(Aborted):
-        fetcher.fetch("yard/mini", lambda _: None, abort)
+    token = CancelToken()
+    token.cancel()
+    with pytest.raises(Cancelled):
+        fetcher.fetch("yard/mini", lambda _: None, token)
     assert hub.requests == []
 
 
@@ -283,8 +283,8 @@ def test_partial_data_of_another_version_is_not_used(hub: FakeHub, fetcher: Hugg
     hub.faults.bytes_per_second = 400_000
     fetch = Fetch(fetcher, "yard/mini")
     wait_until(lambda: fetch.arrived("mini.gguf") > 0, "some bytes")
-    fetch.abort()
-    with pytest.raises(Aborted):
+    fetch.token.cancel()
+    with pytest.raises(Cancelled):
         fetch.result()
     hub.faults.bytes_per_second = None
     hub.repos["yard/mini"] = Repo({"mini.gguf": MODEL[::-1]})
@@ -423,8 +423,8 @@ def test_discarding_deletes_only_partial_data(hub: FakeHub, fetcher: HuggingFace
         before = sum(map(len, files_below(models).values()))
         fetch = Fetch(fetcher, f"yard/many:{tag}")
         wait_until(lambda: sum(map(len, files_below(models).values())) > before, "some bytes")  # noqa: B023
-        fetch.abort()
-        with pytest.raises(Aborted):
+        fetch.token.cancel()
+        with pytest.raises(Cancelled):
             fetch.result()
     fetcher.discard("yard/many:Q4_K_M")
     left = [path.name for path in models.rglob("*") if path.is_file()]
@@ -440,7 +440,7 @@ def test_discarding_deletes_only_partial_data(hub: FakeHub, fetcher: HuggingFace
 
 @pytest.mark.parametrize("name", ["../x", "a/b/../c.gguf", "--help"])
 def test_a_bad_name_is_refused_before_anything_runs(fetcher: HuggingFaceFetcher, models: Path, name: str) -> None:
-    for act in (fetcher.check_name, fetcher.discard, lambda name: fetcher.fetch(name, lambda _: None, Abort())):
+    for act in (fetcher.check_name, fetcher.discard, lambda name: fetcher.fetch(name, lambda _: None, CancelToken())):
         with pytest.raises(DownloadError) as caught:
             act(name)
         assert caught.value.code == "invalid_name"
@@ -469,21 +469,21 @@ PARENT = """
 import os, sys
 from pathlib import Path
 {patch}
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.downloads.huggingface.process import HubProcess
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from services.engines.processes import ProcessRegistry
 folder = Path(sys.argv[1])
-abort = Abort()
+token = CancelToken()
 def report(seen):
     for path, part in seen.parts.items():
         print(part.completed, flush=True)
         if {stop} and part.completed > 100_000:
-            abort()
+            token.cancel()
 try:
     process = HubProcess(ProcessRegistry(folder / "state"), hosts=[os.environ["SWITCHYARD_DOWNLOAD_HOSTS"]])
-    HuggingFaceFetcher(folder / "models", process).fetch("yard/mini", report, abort)
-except Aborted:
+    HuggingFaceFetcher(folder / "models", process).fetch("yard/mini", report, token)
+except Cancelled:
     print("aborted", flush=True)
     sys.exit("huggingface_hub" in sys.modules)
 """

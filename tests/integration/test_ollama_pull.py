@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.downloads.fetcher import DownloadError, TransferUpdate
 from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.registry import MAX_BYTES, Registries, fetch_manifest
@@ -110,7 +110,7 @@ def by_stream(url: str, **settings: object) -> OllamaFetcher:
 
 def failure(fetcher: OllamaFetcher, name: str = "tiny-b") -> DownloadError:
     with pytest.raises(DownloadError) as caught:
-        fetcher.fetch(name, lambda _: None, Abort())
+        fetcher.fetch(name, lambda _: None, CancelToken())
     return caught.value
 
 
@@ -124,13 +124,13 @@ class RunningFetch:
     ended_by: BaseException | None = None
 
     def __enter__(self) -> RunningFetch:
-        self.abort = Abort()
+        self.token = CancelToken()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.abort()
+        self.token.cancel()
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
@@ -140,14 +140,14 @@ class RunningFetch:
     def stop(self) -> float:
         """Abort it; return how many seconds it took to end."""
         watch = Stopwatch()
-        self.abort()
+        self.token.cancel()
         self._thread.join(TIMEOUT)
         return watch.waited
 
     def _run(self) -> None:
         try:
-            self.fetcher.fetch(self.name, self.seen.append, self.abort)
-        except (Aborted, DownloadError) as error:
+            self.fetcher.fetch(self.name, self.seen.append, self.token)
+        except (Cancelled, DownloadError) as error:
             self.ended_by = error
 
 
@@ -196,7 +196,7 @@ class TestBothFetchers:
         """Phases in order, percent rising to the end, every layer complete, and the exact size from the registry."""
         pulls.ollama.configure(bytes_per_second=80_000_000)
         seen: list[TransferUpdate] = []
-        pulls.fetcher().fetch("tiny-b", seen.append, Abort())
+        pulls.fetcher().fetch("tiny-b", seen.append, CancelToken())
         assert pulls.ollama.tags() == ["tiny-b:latest"]
         phases = list(dict.fromkeys(one.phase for one in seen))
         assert phases == [phase for phase in ("resolving", "downloading", "verifying", "writing") if phase in phases]
@@ -211,9 +211,9 @@ class TestBothFetchers:
 
     def test_an_installed_model_is_done_at_once(self, pulls):
         """Its layers are only verified."""
-        pulls.fetcher().fetch("tiny-b", lambda _: None, Abort())
+        pulls.fetcher().fetch("tiny-b", lambda _: None, CancelToken())
         watch = Stopwatch()
-        pulls.fetcher().fetch("tiny-b:latest", lambda _: None, Abort())
+        pulls.fetcher().fetch("tiny-b:latest", lambda _: None, CancelToken())
         assert watch.waited < 2
 
     def test_an_abort_stops_within_a_second_and_the_next_attempt_continues(self, pulls):
@@ -222,13 +222,13 @@ class TestBothFetchers:
         with RunningFetch(pulls.fetcher()) as running:
             wait_until(lambda: any(pulls.at(seen) > 3_000_000 for seen in running.seen[:]), "some of it to arrive")
             assert running.stop() < 1
-            assert isinstance(running.ended_by, Aborted)
+            assert isinstance(running.ended_by, Cancelled)
         wait_until(lambda: pulls.bytes_on_disk() > 0, "Ollama to have stopped")
         kept = pulls.bytes_on_disk()
         assert kept < TINY_B["size"]
         pulls.ollama.clear_faults()
         seen: list[TransferUpdate] = []
-        pulls.fetcher().fetch("tiny-b", seen.append, Abort())
+        pulls.fetcher().fetch("tiny-b", seen.append, CancelToken())
         first = next(pulls.at(one) for one in seen if one.parts)
         assert kept - 1_000_000 < first  # the command shows whole MB
         assert pulls.ollama.tags() == ["tiny-b:latest"]
@@ -278,7 +278,7 @@ class TestBothFetchers:
         seen: list[TransferUpdate] = []
         binary = pulls.ollama.binary if pulls.way == "command" else None
         OllamaFetcher(pulls.ollama.url, find_binary=lambda: binary, registries=Registries(NOBODY)).fetch(
-            "tiny-b", seen.append, Abort()
+            "tiny-b", seen.append, CancelToken()
         )
         assert {one.expected_bytes for one in seen} == {None}
         assert pulls.ollama.tags() == ["tiny-b:latest"]
@@ -297,7 +297,7 @@ with open({str(notes)!r}, "w") as file:
     print(os.readlink("/proc/self/fd/0"), os.readlink("/proc/self/fd/1"), file=file)
 say("success ")"""
         by_command(tmp_path, code, registries=Registries(NOBODY, insecure=True)).fetch(
-            "user/x:7b", lambda _: None, Abort()
+            "user/x:7b", lambda _: None, CancelToken()
         )
         assert notes.read_text(encoding="utf-8").splitlines() == [
             f"['pull', '--insecure', 'user/x:7b'] ['{NOBODY}', 'dumb', '1'] True",
@@ -312,7 +312,7 @@ say("success ")"""
     def test_success_counts_with_any_exit_code(self, tmp_path):
         """`success` is printed only once the model is complete."""
         seen: list[TransferUpdate] = []
-        by_command(tmp_path, "say('success \\x1b[K')\nsys.exit(3)").fetch("tiny-b", seen.append, Abort())
+        by_command(tmp_path, "say('success \\x1b[K')\nsys.exit(3)").fetch("tiny-b", seen.append, CancelToken())
         assert seen
 
     def test_a_killed_command_is_reported_by_its_exit(self, tmp_path):
@@ -330,7 +330,7 @@ say("success ")"""
 
     def test_a_command_that_hangs_after_success_is_ended(self, tmp_path):
         """The model is complete, so nothing waits for the command."""
-        by_command(tmp_path, "say('success \\n')\ntime.sleep(60)").fetch("tiny-b", lambda _: None, Abort())
+        by_command(tmp_path, "say('success \\n')\ntime.sleep(60)").fetch("tiny-b", lambda _: None, CancelToken())
 
     def test_a_command_whose_child_keeps_stderr_open_ends(self, tmp_path):
         """The end of the process counts, even if another process keeps the pipe open."""
@@ -345,7 +345,7 @@ say("success ")"""
         ) as running:
             running.wait_for("verifying")
             assert running.stop() < 1
-            assert isinstance(running.ended_by, Aborted)
+            assert isinstance(running.ended_by, Cancelled)
 
     def test_a_command_that_repeats_itself_is_stalled(self, tmp_path):
         """Frames keep coming, but without any change."""
@@ -374,7 +374,7 @@ say("success ")"""
         """Its path may be outdated."""
         with serving(answering(200, SUCCESS)) as url:
             fetcher = OllamaFetcher(url, find_binary=lambda: "/nowhere/ollama", registries=Registries(NOBODY))
-            fetcher.fetch("tiny-b", lambda _: None, Abort())
+            fetcher.fetch("tiny-b", lambda _: None, CancelToken())
 
     def test_a_remote_ollama_is_used_by_its_api(self):
         """The command on this machine may not fit the other server: it isn't even searched for."""
@@ -398,7 +398,7 @@ class TestStream:
             answering(200, SUCCESS)(request)
 
         with serving(answer) as url:
-            by_stream(url).fetch("tiny-b", lambda _: None, Abort())
+            by_stream(url).fetch("tiny-b", lambda _: None, CancelToken())
         assert orders == [("/api/pull", "application/json")]
 
     def test_a_server_that_does_not_run(self):
@@ -447,7 +447,7 @@ class TestStream:
         with _silent_server(said) as (url, accepted), RunningFetch(by_stream(url)) as running:
             wait_until(lambda: bool(accepted), "the request")
             assert running.stop() < 1
-            assert isinstance(running.ended_by, Aborted)
+            assert isinstance(running.ended_by, Cancelled)
             accepted[0].settimeout(5)
             while accepted[0].recv(65_536):
                 pass  # first the request itself, then the end
@@ -476,10 +476,10 @@ class TestStream:
 
     def test_an_abort_before_the_start_sends_no_request(self):
         """Not even for sizes."""
-        abort = Abort()
-        abort()
-        with pytest.raises(Aborted):
-            by_stream(NOBODY).fetch("tiny-b", lambda _: None, abort)
+        token = CancelToken()
+        token.cancel()
+        with pytest.raises(Cancelled):
+            by_stream(NOBODY).fetch("tiny-b", lambda _: None, token)
 
 
 @contextmanager
@@ -595,13 +595,13 @@ class TestRegistry:
             with RunningFetch(fetcher) as running:
                 wait_until(lambda: bool(accepted), "the request")
                 assert running.stop() < 1
-                assert isinstance(running.ended_by, Aborted)
+                assert isinstance(running.ended_by, Cancelled)
 
 
 def test_an_invalid_name_is_refused_without_a_request():
     """With the same error code by command and API."""
     fetcher = by_stream(NOBODY)
-    for call in (lambda: fetcher.check_name("-x"), lambda: fetcher.fetch("-x", lambda _: None, Abort())):
+    for call in (lambda: fetcher.check_name("-x"), lambda: fetcher.fetch("-x", lambda _: None, CancelToken())):
         with pytest.raises(DownloadError) as caught:
             call()
         assert caught.value.code == "invalid_name"
@@ -613,18 +613,18 @@ from gevent import monkey
 monkey.patch_all()
 import sys, threading
 import gevent
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.downloads.ollama.pull import OllamaFetcher
 from services.downloads.ollama.registry import Registries
 from tests.support.stopwatch import Stopwatch
 
 binary = sys.argv[2] or None
 fetcher = OllamaFetcher(sys.argv[1], find_binary=lambda: binary, registries=Registries("http://127.0.0.1:9"))
-abort, ended = Abort(), []
+token, ended = CancelToken(), []
 def run():
     try:
-        fetcher.fetch("tiny-b", lambda seen: None, abort)
-    except Aborted:
+        fetcher.fetch("tiny-b", lambda seen: None, token)
+    except Cancelled:
         ended.append(watch.waited)
 thread = threading.Thread(target=run)
 thread.start()
@@ -633,7 +633,7 @@ for _ in range(50):
     gevent.sleep(0.01)
     turns += 1
 watch = Stopwatch()
-abort()
+token.cancel()
 thread.join(60)
 print(turns, ended[0] < 1)
 """

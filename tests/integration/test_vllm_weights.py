@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.downloads.huggingface import vllm_weights
 from services.downloads.huggingface.cache import CachedModel
 from services.downloads.huggingface.process import HubProcess
@@ -70,8 +70,8 @@ class FetchThread(threading.Thread):
 
     def __init__(self, weights: VllmWeights, model: Model | None = None, **environment: str) -> None:
         super().__init__(daemon=True)
-        self._act = lambda: weights.fetch(model or listed(), environment, self.seen.append, self.abort)
-        self.abort = Abort()
+        self._act = lambda: weights.fetch(model or listed(), environment, self.seen.append, self.token)
+        self.token = CancelToken()
         self.seen: list[Evidence] = []
         self.error: Exception | None = None
         self.start()
@@ -145,8 +145,8 @@ def test_an_abort_stops_within_a_second_and_the_next_load_continues(hub, weights
     fetching = FetchThread(weights)
     wait_until(lambda: any((e.fraction or 0) > 0.1 for e in fetching.seen), "some bytes")
     watch = Stopwatch()
-    fetching.abort()
-    with pytest.raises(Aborted):
+    fetching.token.cancel()
+    with pytest.raises(Cancelled):
         fetching.result()
     assert watch.waited < 1.0
     kept = sum(path.stat().st_size for path in (repo(cache) / "blobs").iterdir())

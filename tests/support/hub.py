@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.fetcher import DownloadError, TransferUpdate
 from services.downloads.huggingface.fetcher import HuggingFaceFetcher
 from tests.fakes.hub import COMMIT, FakeHub, Repo, git_id
@@ -55,14 +55,14 @@ class Fetch(threading.Thread):
         super().__init__(daemon=True)
         self._fetcher = fetcher
         self._model = name
-        self.abort = Abort()
+        self.token = CancelToken()
         self.seen: list[TransferUpdate] = []
         self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._fetcher.fetch(self._model, self.seen.append, self.abort)
+            self._fetcher.fetch(self._model, self.seen.append, self.token)
         except Exception as error:
             self.error = error
 

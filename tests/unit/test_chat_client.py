@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.abort import Abort, Aborted
 from services.answers import Delta, GenerationError, Prompt
+from services.cancellation import Cancelled, CancelToken
 from services.engines.port import Endpoint, Model
 from services.gateway.chat_client import ChatClient
 from services.gateway.relay import Relay
@@ -50,7 +50,7 @@ def refusal(relay: Relay, act: Reply) -> str:
     engine = ScriptedEngine(act)
     router = OneModel(engine)
     client = ChatClient(router, relay)  # type: ignore[arg-type]
-    with pytest.raises(GenerationError) as caught, client.stream_chat(None, Prompt(()), Abort()):
+    with pytest.raises(GenerationError) as caught, client.stream_chat(None, Prompt(()), CancelToken()):
         pass
     assert engine.disconnected.wait(2)
     engine.close()
@@ -88,15 +88,15 @@ def test_a_truncated_refusal_is_still_a_refusal(relay):
 def test_stopping_before_the_first_token_closes_the_connection(relay):
     """An engine that still processes a long prompt has sent nothing, not even headers; it notices the stop at once."""
     engine = ScriptedEngine(Reply())
-    router, abort = OneModel(engine), Abort()
+    router, token = OneModel(engine), CancelToken()
 
     def stop() -> None:
         while not engine.requests:
             gevent.sleep(0.001)
-        abort()
+        token.cancel()
 
     stopping = gevent.spawn(stop)
-    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, Prompt(()), abort):  # type: ignore[arg-type]
+    with pytest.raises(Cancelled), ChatClient(router, relay).stream_chat(None, Prompt(()), token):  # type: ignore[arg-type]
         pass
     assert engine.disconnected.wait(2)
     stopping.join()
@@ -107,9 +107,9 @@ def test_stopping_before_the_first_token_closes_the_connection(relay):
 def test_stopping_before_the_request_sends_nothing(relay):
     """As when the model becomes ready at the moment of the click."""
     engine = ScriptedEngine()
-    router, abort = OneModel(engine), Abort()
-    abort()
-    with pytest.raises(Aborted), ChatClient(router, relay).stream_chat(None, Prompt(()), abort):  # type: ignore[arg-type]
+    router, token = OneModel(engine), CancelToken()
+    token.cancel()
+    with pytest.raises(Cancelled), ChatClient(router, relay).stream_chat(None, Prompt(()), token):  # type: ignore[arg-type]
         pass
     engine.close()
     assert engine.requests == []
@@ -127,7 +127,7 @@ def streamed(relay: Relay, *events: object) -> list[Delta]:
     engine = ScriptedEngine(Reply(answer(body=body)))
     with (
         suppress(GenerationError),
-        ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), Abort()) as stream,
+        ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), CancelToken()) as stream,
     ):  # type: ignore[arg-type]
         pieces = list(stream)
     engine.close()
@@ -187,7 +187,7 @@ def test_an_endless_event_is_not_read_to_its_end(relay):
     engine = ScriptedEngine(Reply(answer(body=b"data: " + b"x" * 2_000_000)))
     with (
         pytest.raises(GenerationError, match="no answer"),
-        ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), Abort()) as stream,  # type: ignore[arg-type]
+        ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(()), CancelToken()) as stream,  # type: ignore[arg-type]
     ):
         list(stream)
     engine.close()
@@ -217,7 +217,7 @@ def first_sent_and_attempts(relay: Relay, prompt: Prompt, *replies: Reply) -> tu
     engine = ScriptedEngine(*replies)
     router = OneModel(engine)
     try:
-        with ChatClient(router, relay).stream_chat(None, prompt, Abort()) as stream:  # type: ignore[arg-type]
+        with ChatClient(router, relay).stream_chat(None, prompt, CancelToken()) as stream:  # type: ignore[arg-type]
             assert [piece.text for piece in stream] == ["ok"]
             return stream.told_from, sent_numbers(engine)
     finally:
@@ -268,7 +268,7 @@ def test_an_answer_that_fills_the_context_says_so(relay):
     body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
     for said, full in ((body, True), (body.replace(b"length", b"stop"), False)):
         engine = ScriptedEngine(Reply(answer(body=said)))
-        with ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(turns(1)), Abort()) as stream:  # type: ignore[arg-type]
+        with ChatClient(OneModel(engine), relay).stream_chat(None, Prompt(turns(1)), CancelToken()) as stream:  # type: ignore[arg-type]
             assert list(stream) == []
             assert stream.context_full == full
         engine.close()

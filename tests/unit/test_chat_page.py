@@ -13,8 +13,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from services.abort import Abort
 from services.answers import Prompt
+from services.cancellation import CancelToken
 from services.chats import Chats
 from services.store.errors import StoreLocked
 from services.store.records import Conversation, new_id
@@ -35,9 +35,9 @@ class Waiting:
     context_full = False
 
     @contextmanager
-    def stream_chat(self, _model: str | None, _prompt: Prompt, abort: Abort) -> Iterator[Waiting]:
+    def stream_chat(self, _model: str | None, _prompt: Prompt, token: CancelToken) -> Iterator[Waiting]:
         self._over = threading.Event()
-        abort.applies_to(self._over.set)
+        token.on_cancel(self._over.set)
         yield self
 
     def __iter__(self) -> Iterator[str]:

@@ -16,8 +16,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from services import answers
-from services.abort import Abort
 from services.answers import Delta, Prompt
+from services.cancellation import CancelToken
 from services.chats import (
     ChatBusy,
     Chats,
@@ -48,14 +48,14 @@ class FakeStream:
     told_from = 0
     context_full = False
 
-    def __init__(self, model: str, prompt: Prompt, abort: Abort) -> None:
+    def __init__(self, model: str, prompt: Prompt, token: CancelToken) -> None:
         self.model = model
         self.prompt = prompt
         self.messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         self.left = threading.Event()
         self.cancelled = False
         self._pieces: queue.Queue[str | Delta | Exception | None] = queue.Queue()
-        abort.applies_to(self._cancel)
+        token.on_cancel(self._cancel)
 
     def say(self, *pieces: str | Delta) -> FakeStream:
         for piece in pieces:
@@ -91,13 +91,13 @@ class FakeGenerator:
         self._streams: queue.Queue[FakeStream] = queue.Queue()
 
     @contextmanager
-    def stream_chat(self, model: str | None, prompt: Prompt, abort: Abort) -> Iterator[FakeStream]:
-        with abort.acting(self.admit.set):
+    def stream_chat(self, model: str | None, prompt: Prompt, token: CancelToken) -> Iterator[FakeStream]:
+        with token.cancelling(self.admit.set):
             self.asked.set()
             assert self.admit.wait(WAIT)
         if self.refusal:
             raise self.refusal
-        stream = FakeStream(model or "active-model", prompt, abort)
+        stream = FakeStream(model or "active-model", prompt, token)
         stream.told_from = self.told_from
         self._streams.put(stream)
         try:

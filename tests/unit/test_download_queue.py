@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.downloads.disk import DiskCheck
 from services.downloads.download import Download, DownloadNotFound
 from services.downloads.fetcher import DownloadError, Fetcher, FileProgress, Report, Source, TransferUpdate
@@ -29,11 +29,11 @@ BROKEN = DownloadError("interrupted", "The connection broke.", may_resume=True)
 class Call:
     """One `fetch` call, controlled by the test."""
 
-    def __init__(self, model: str, report: Report, abort: Abort) -> None:
+    def __init__(self, model: str, report: Report, token: CancelToken) -> None:
         self.model = model
         self.over = threading.Event()
         self._report = report
-        self._abort = abort
+        self._token = token
         self._orders: queue.Queue[Callable[[], None] | Exception | None] = queue.Queue()
 
     def report(self, completed: int, total: int, phase: Any = "downloading") -> None:
@@ -54,7 +54,7 @@ class Call:
         self._orders.put(error)
 
     def run(self) -> None:
-        self._abort.applies_to(lambda: self._orders.put(Aborted()))
+        self._token.on_cancel(lambda: self._orders.put(Cancelled()))
         while (order := self._orders.get(timeout=TIMEOUT)) is not None:
             if isinstance(order, Exception):
                 raise order
@@ -77,8 +77,8 @@ class ScriptedSource:
             raise DownloadError("invalid_name", f"{name!r} is not the name of a model.")
         return name.lower()
 
-    def fetch(self, name: str, report: Report, abort: Abort) -> None:
-        call = Call(name, report, abort)
+    def fetch(self, name: str, report: Report, token: CancelToken) -> None:
+        call = Call(name, report, token)
         self._calls.put(call)
         try:
             call.run()
@@ -419,7 +419,7 @@ def test_the_wait_before_a_retry_can_be_ended(rig: Rig, command: str) -> None:
     rig.fetcher.next("b")
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), Aborted()])
+@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), Cancelled()])
 def test_an_unexpected_exception_fails_only_its_own_download(rig: Rig, error: Exception) -> None:
     """Even if it ends without a reason: no job stays running without a transfer."""
     downloads = rig.queue(at_once=1)
@@ -635,7 +635,7 @@ class RandomSource:
     def check_name(self, name: str) -> str:
         return name
 
-    def fetch(self, name: str, report: Report, abort: Abort) -> None:
+    def fetch(self, name: str, report: Report, token: CancelToken) -> None:
         with self._lock:
             self._working[name] += 1
             self.most_at_once = max(self.most_at_once, self._working.total())
@@ -644,7 +644,7 @@ class RandomSource:
         try:
             for n in range(3):
                 report(TransferUpdate("downloading", {"layer": FileProgress(n, 3)}))
-                abort.wait(0.001)
+                token.wait(0.001)
             if fate < 0.2:
                 raise DownloadError("unknown_model", "There is no such model.")
             if fate < 0.4:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, suppress
 import psutil
 import pytest
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.http import (
     ConnectionBroken,
     ConnectionRefused,
@@ -366,11 +366,11 @@ def test_a_resolver_that_hangs_holds_nobody_up(monkeypatch):
     for _ in range(2):
         with pytest.raises(TooSlow):
             fetch("GET", "http://slow.example/", timeout=LIMIT)
-    abort = Abort()
-    waiting, raised = run(lambda: fetch("GET", "http://slow.example/", timeout=10 * TIMEOUT, abort=abort))
-    abort()
+    token = CancelToken()
+    waiting, raised = run(lambda: fetch("GET", "http://slow.example/", timeout=10 * TIMEOUT, token=token))
+    token.cancel()
     waiting.join(TIMEOUT)
-    assert isinstance(raised[0], Aborted)
+    assert isinstance(raised[0], Cancelled)
     assert len(asked) == 1
     answered.set()
     with pytest.raises(Unreachable, match=r"slow\.example is not known"):

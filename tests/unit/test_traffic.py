@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.switching.traffic import Traffic
 
 
@@ -16,7 +16,7 @@ def test_a_drain_waits_for_requests_in_flight_and_refuses_new_ones():
     assert traffic.enter()
     drained: list[bool] = []
     traffic.close()
-    drain = threading.Thread(target=lambda: drained.append(traffic.wait_idle(5, Abort())), daemon=True)
+    drain = threading.Thread(target=lambda: drained.append(traffic.wait_idle(5, CancelToken())), daemon=True)
     drain.start()
     assert not traffic.enter()
     assert drained == []
@@ -29,7 +29,7 @@ def test_a_drain_times_out():
     """The drain times out; the caller cuts off what is still in flight."""
     traffic = Traffic()
     traffic.enter()
-    assert not traffic.wait_idle(0.01, Abort())
+    assert not traffic.wait_idle(0.01, CancelToken())
     assert traffic.in_flight == 1
 
 
@@ -57,10 +57,10 @@ def test_last_used_is_now_while_answering_then_the_end_of_the_answer():
 
 def test_a_drain_ends_as_soon_as_it_is_cancelled():
     """The token wakes the waiting caller; the request in flight continues."""
-    traffic, token = Traffic(), Abort()
+    traffic, token = Traffic(), CancelToken()
     traffic.enter()
-    threading.Timer(0.01, token).start()
-    with pytest.raises(Aborted):
+    threading.Timer(0.01, token.cancel).start()
+    with pytest.raises(Cancelled):
         traffic.wait_idle(60, token)
     assert traffic.in_flight == 1
 
@@ -84,8 +84,8 @@ def test_a_drain_can_be_cut_short():
     traffic.enter()
     traffic.close()
     threading.Timer(0.01, traffic.cut_drain_short).start()
-    assert not traffic.wait_idle(60, Abort())
+    assert not traffic.wait_idle(60, CancelToken())
     traffic.reopen()
     traffic.close()
     threading.Timer(0.01, traffic.leave).start()
-    assert traffic.wait_idle(60, Abort())
+    assert traffic.wait_idle(60, CancelToken())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.fetcher import Report, Source, TransferUpdate
 from services.downloads.huggingface import files, names
 from services.downloads.huggingface.process import HubProcess
@@ -27,12 +27,12 @@ class HuggingFaceFetcher:
     def check_name(self, name: str) -> str:
         return str(names.parse(name))
 
-    def fetch(self, name: str, report: Report, abort: Abort) -> None:
+    def fetch(self, name: str, report: Report, token: CancelToken) -> None:
         """Fetch a model; see `Fetcher.fetch`. The error codes are those of `HubProcess.fetch`, and `invalid_name`."""
         checked = self.check_name(name)
-        abort.check()
+        token.check()
         report(TransferUpdate("resolving"))
-        self._process.fetch("models", self._models_dir, checked, report, abort)
+        self._process.fetch("models", self._models_dir, checked, report, token)
 
     def discard(self, name: str) -> None:
         """Delete the partial files that `name` covers, except those that another download is fetching."""

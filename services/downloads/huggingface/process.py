@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.fetcher import DownloadError, FileProgress, Report, TransferUpdate
 from services.engines.child_logs import open_log
 from services.engines.processes import ProcessRegistry, describe_exit_code, signal_group
@@ -56,7 +56,7 @@ class HubProcess:
         folder: Path,
         name: str,
         report: Report,
-        abort: Abort,
+        token: CancelToken,
         *,
         max_list_tries: int | None = None,
         environment: Mapping[str, str] | None = None,
@@ -64,11 +64,12 @@ class HubProcess:
         """Block until every file of `name` is in place in `folder`; see `child.py` for the layouts.
 
         The repository is listed with at most `max_list_tries` tries (None: as many as for a file); `environment` is
-        added to this process's. Raises DownloadError, and Aborted within a second of `abort`; codes: `unknown_model`,
-        `no_gguf`, `choose_file`, `incomplete_set`, `no_weights`, `unsafe_path`, `access_denied`, `hub_unreachable`,
-        `hub_error`, `redirect_refused`, `disk_full`, `disk_error`, `busy`, `digest_mismatch`, `stalled`, `interrupted`.
+        added to this process's. Raises DownloadError, and Cancelled within a second of the cancellation; codes:
+        `unknown_model`, `no_gguf`, `choose_file`, `incomplete_set`, `no_weights`, `unsafe_path`, `access_denied`,
+        `hub_unreachable`, `hub_error`, `redirect_refused`, `disk_full`, `disk_error`, `busy`, `digest_mismatch`,
+        `stalled`, `interrupted`.
         """
-        abort.check()
+        token.check()
         argv = [sys.executable, "-m", "services.downloads.huggingface.child", f"--pause={self._retry_pause}"]
         argv += [] if max_list_tries is None else [f"--max-list-tries={max_list_tries}"]
         argv += [f"--host={host}" for host in self._hosts]
@@ -81,12 +82,12 @@ class HubProcess:
                 may_resume=True,
             ) from None
         try:
-            abort.applies_to(child.wake)
-            self._follow(child, name, report, abort)
+            token.on_cancel(child.wake)
+            self._follow(child, name, report, token)
         finally:
             child.stop()
 
-    def _follow(self, child: _Child, name: str, report: Report, abort: Abort) -> None:
+    def _follow(self, child: _Child, name: str, report: Report, token: CancelToken) -> None:
         """Forward the child's progress until it is done. Raises as `fetch`."""
         while True:
             try:
@@ -98,7 +99,7 @@ class HubProcess:
                     "has arrived is kept.",
                     may_resume=True,
                 ) from None
-            abort.check()
+            token.check()
             if line is None:
                 raise DownloadError(
                     "interrupted",

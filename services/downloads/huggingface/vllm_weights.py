@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.disk import DiskCheck
 from services.downloads.fetcher import DownloadError, Phase
 from services.downloads.huggingface.cache import CachedModel
@@ -88,11 +88,11 @@ class VllmWeights:
         except LoadFailed:
             return False
 
-    def fetch(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
+    def fetch(self, model: Model, environment: Mapping[str, str], report: Report, token: CancelToken) -> None:
         """Block until everything that vLLM loads of a model is in the cache.
 
         `environment` is the container's. Existing files are not requested again; if none is missing, an unreachable
-        Hugging Face is no error. Raises LoadFailed, and Aborted within a second of `abort`.
+        Hugging Face is no error. Raises LoadFailed, and Cancelled within a second of the cancellation.
         """
         name = _name_of(model, environment)
         if name is None:
@@ -115,7 +115,7 @@ class VllmWeights:
                 self._cache,
                 str(name),
                 observer.observe,
-                abort,
+                token,
                 max_list_tries=None if missing_files else 1,
                 environment={key: environment[key] for key in PASSED_ON if key in environment},
             )

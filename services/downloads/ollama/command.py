@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.fetcher import DownloadError
 from services.downloads.ollama.output import FrameParser, PullEvent, PullFailed, PullSucceeded
 from services.engines.ollama.names import OllamaName
@@ -25,17 +25,23 @@ CHUNK_BYTES = 65_536
 
 
 def pull_by_command(
-    binary: str, name: OllamaName, base_url: str, *, insecure: bool, abort: Abort, registry: ProcessRegistry | None
+    binary: str,
+    name: OllamaName,
+    base_url: str,
+    *,
+    insecure: bool,
+    token: CancelToken,
+    registry: ProcessRegistry | None,
 ) -> Generator[list[PullEvent], None, None]:
     """Run `ollama pull`; yield events as they come, an empty list when there are none for a moment.
 
-    Closing the iterator ends the process; Ollama keeps partial files. Raises Aborted, DownloadError `interrupted` if
+    Closing the iterator ends the process; Ollama keeps partial files. Raises Cancelled, DownloadError `interrupted` if
     the command ends with neither success nor an error, and OSError if it can't be started.
     """
     argv = [binary, "pull", *(["--insecure"] if insecure else []), name.full]
     finished = False
     with _running(argv, {"OLLAMA_HOST": base_url, "TERM": "dumb", "NO_COLOR": "1"}, registry) as (process, stderr):
-        for events in _drawn(process, stderr, abort):
+        for events in _drawn(process, stderr, token):
             yield events
             finished = any(isinstance(event, PullFailed | PullSucceeded) for event in events)
             if finished:
@@ -51,12 +57,12 @@ def pull_by_command(
         )
 
 
-def _drawn(process: subprocess.Popen[bytes], stderr: io.FileIO, abort: Abort) -> Iterator[list[PullEvent]]:
+def _drawn(process: subprocess.Popen[bytes], stderr: io.FileIO, token: CancelToken) -> Iterator[list[PullEvent]]:
     parser = FrameParser()
     poll = select.poll()
     poll.register(stderr, select.POLLIN)
     while True:
-        abort.check()
+        token.check()
         if poll.poll(TICK_SECONDS * 1000):
             data = stderr.read(CHUNK_BYTES)
             if not data:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.fetcher import DownloadError, FileProgress, Phase, Report, Source, TransferUpdate
 from services.downloads.ollama.command import pull_by_command
 from services.downloads.ollama.output import (
@@ -67,13 +67,13 @@ class OllamaFetcher:
         """Return the name as `/api/tags` lists it. Raises DownloadError `invalid_name`, `registry_not_allowed`."""
         return self._parse(name).full
 
-    def fetch(self, name: str, report: Report, abort: Abort) -> None:
+    def fetch(self, name: str, report: Report, token: CancelToken) -> None:
         """Block until Ollama has the model; see `Fetcher.fetch`."""
         model = self._parse(name)
-        abort.check()
+        token.check()
         report(TransferUpdate("resolving"))
-        pull = _PullProgress(model, self._manifest(model, abort), report, self._stall_seconds)
-        with closing(self._events(model, pull, abort)) as said:
+        pull = _PullProgress(model, self._manifest(model, token), report, self._stall_seconds)
+        with closing(self._events(model, pull, token)) as said:
             for events in said:
                 pull.update(events)
         if pull.complete:
@@ -97,7 +97,9 @@ class OllamaFetcher:
         self._registries.origin(model)
         return model
 
-    def _events(self, model: OllamaName, pull: _PullProgress, abort: Abort) -> Generator[list[PullEvent], None, None]:
+    def _events(
+        self, model: OllamaName, pull: _PullProgress, token: CancelToken
+    ) -> Generator[list[PullEvent], None, None]:
         binary = self._find_binary() if is_loopback(urlsplit(self._base_url).hostname or "") else None
         if binary is not None:
             try:
@@ -106,20 +108,20 @@ class OllamaFetcher:
                     model,
                     self._base_url,
                     insecure=self._registries.insecure,
-                    abort=abort,
+                    token=token,
                     registry=self._processes,
                 )
                 return
             except OSError as error:
                 log.warning("ollama can't be started; pulling through its API", program=binary, error=str(error))
         yield from pull_by_stream(
-            model, self._base_url, insecure=self._registries.insecure, abort=abort, timeout=pull.seconds_left
+            model, self._base_url, insecure=self._registries.insecure, token=token, timeout=pull.seconds_left
         )
 
-    def _manifest(self, model: OllamaName, abort: Abort) -> Manifest | None:
+    def _manifest(self, model: OllamaName, token: CancelToken) -> Manifest | None:
         """Return the registry's manifest; None on an error: then sizes become known layer by layer."""
         try:
-            return fetch_manifest(model, self._registries, timeout=MANIFEST_SECONDS, abort=abort)
+            return fetch_manifest(model, self._registries, timeout=MANIFEST_SECONDS, token=token)
         except DownloadError as error:
             log.info("a model's sizes are unknown", model=model.full, reason=error.message)
             return None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.fetcher import DownloadError
 from services.downloads.hosts import host_key, host_key_of
 from services.engines.ollama.names import DEFAULT_HOST, OllamaName
@@ -67,12 +67,12 @@ class Registries:
 
 
 def fetch_manifest(
-    name: OllamaName, registries: Registries, *, timeout: float = TIMEOUT, abort: Abort | None = None
+    name: OllamaName, registries: Registries, *, timeout: float = TIMEOUT, token: CancelToken | None = None
 ) -> Manifest:
     """Fetch a model's manifest.
 
-    Raises DownloadError `registry_not_allowed`, `unknown_model`, `access_denied` or `registry_unreachable`, and Aborted
-    on `abort`.
+    Raises DownloadError `registry_not_allowed`, `unknown_model`, `access_denied` or `registry_unreachable`, and
+    Cancelled when `token` is cancelled.
     """
     origin = registries.origin(name)
     address = f"{origin}/v2/{name.namespace}/{name.model}/manifests/{name.tag}"
@@ -84,7 +84,7 @@ def fetch_manifest(
             headers={"Accept": MANIFEST_TYPE},
             most_bytes=MAX_BYTES,
             redirects=Redirects(MAX_REDIRECTS, registries.may_send_to),
-            abort=abort,
+            token=token,
         )
     except TooLarge:
         raise _unreachable(name, f"{_host(origin)} answered, but with more than a manifest can hold") from None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import suppress
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.downloads.fetcher import DownloadError
 from services.downloads.ollama.output import PullEvent, PullSucceeded, explain, parse_line
 from services.engines.ollama.names import OllamaName
@@ -18,12 +18,12 @@ MARGIN_SECONDS = 0.1
 
 
 def pull_by_stream(
-    name: OllamaName, base_url: str, *, insecure: bool, abort: Abort, timeout: Callable[[], float]
+    name: OllamaName, base_url: str, *, insecure: bool, token: CancelToken, timeout: Callable[[], float]
 ) -> Generator[list[PullEvent], None, None]:
     """Request a pull and yield events as they come, until the response ends, however it ends.
 
     `timeout()` returns the seconds of silence permitted from now on; after these it yields an empty list and ends.
-    Closing the iterator closes the connection, on which Ollama stops and keeps partial files. Raises Aborted, and
+    Closing the iterator closes the connection, on which Ollama stops and keeps partial files. Raises Cancelled, and
     DownloadError if Ollama can't be reached or refuses.
     """
     request = HttpRequest(
@@ -33,7 +33,7 @@ def pull_by_stream(
         body={"model": name.full, "insecure": insecure, "stream": True},
         most_bytes=MAX_LINE,
     )
-    with abort.acting(request.cancel):
+    with token.cancelling(request.cancel):
         try:
             with request.stream(lambda: timeout() + MARGIN_SECONDS) as answer:
                 if answer.status != 200:
@@ -46,7 +46,7 @@ def pull_by_stream(
         except TooSlow:
             yield []
         except Unreachable as error:
-            abort.check()
+            token.check()
             raise DownloadError(
                 "ollama_unreachable",
                 f"Ollama is not running at {base_url} ({error}), and downloads its models itself. Start it with"
@@ -55,7 +55,7 @@ def pull_by_stream(
             ) from None
         except FetchError:
             pass  # the caller knows whether the pull was complete
-    abort.check()
+    token.check()
 
 
 def _refusal(answer: HttpStream) -> str:

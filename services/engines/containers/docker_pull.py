@@ -10,7 +10,7 @@ from typing import Any
 
 from docker.errors import APIError  # type: ignore[import-untyped]
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.engines.containers.docker_errors import FAILURES, words_of
 from services.engines.containers.docker_stream import DockerStream
 from services.engines.containers.port import ContainerError, ImageMissing, PullReport
@@ -77,9 +77,9 @@ class Pull:
         self._lines: DockerStream[Line] | None = None
         self._over = False
 
-    def run(self, report: PullReport, abort: Abort) -> None:
-        """Block until the image is complete. Raises Aborted, ImageMissing and other ContainerErrors."""
-        abort.applies_to(lambda: self._messages.put(Aborted()))
+    def run(self, report: PullReport, token: CancelToken) -> None:
+        """Block until the image is complete. Raises Cancelled, ImageMissing and other ContainerErrors."""
+        token.on_cancel(lambda: self._messages.put(Cancelled()))
         layers = Layers()
         threading.Thread(target=self._read, name=f"pull-{self._image}", daemon=True).start()
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound  # type: ignore[import-untyped]
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.engines.containers.docker_client import Client, connect, creation
 from services.engines.containers.docker_errors import (
     FAILURES,
@@ -177,12 +177,12 @@ class DockerRuntime:
                 return False
         return True
 
-    def pull(self, image: str, report: PullReport, abort: Abort) -> None:
+    def pull(self, image: str, report: PullReport, token: CancelToken) -> None:
         Pull(
             image,
             lambda: self._pulling(image),
             lambda error: self._explain(error, f"pull {image}", PULL_SILENCE_SECONDS),
-        ).run(report, abort)
+        ).run(report, token)
 
     def close(self) -> None:
         """Close the connections to the daemon; the next call opens new ones. Streams go on."""

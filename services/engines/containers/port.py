@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, TypeVar
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.engines.port import EngineError
 
 MANAGED_LABEL = "switchyard.managed"
@@ -239,10 +239,11 @@ class ContainerRuntime(Protocol):
 
     def image_present(self, image: str) -> bool: ...
 
-    def pull(self, image: str, report: PullReport, abort: Abort) -> None:
-        """Block until the image is complete. Raises ImageMissing, ContainerError, and Aborted at once on `abort`.
+    def pull(self, image: str, report: PullReport, token: CancelToken) -> None:
+        """Block until the image is complete.
 
-        Complete layers are kept for the next try.
+        Raises ImageMissing, ContainerError, and Cancelled as soon as `token` is cancelled. Complete layers are kept for
+        the next try.
         """
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.engines.llamacpp.folder import ModelFolder, all_paths_of
 from services.engines.llamacpp.gguf import (
     GGUFHeader,
@@ -138,7 +138,7 @@ class LlamaCpp:
     def settings_key(self, model: Model) -> str:
         return self._key(model, self._header(model))
 
-    def fetch(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
+    def fetch(self, _model: Model, _report: Report, _abort: CancelToken, /) -> None:
         """Do nothing: files are downloaded by jobs of their own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> LlamaCppInstance:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.engines.llamacpp.gguf import GGUFError, estimate_bytes, read_header
 from services.engines.ollama.api import Installed, OllamaError, Running, unreachable
 from services.engines.ollama.instance import OllamaInstance, Server, ServerProcess
@@ -94,7 +94,7 @@ class Ollama:
         place = "here" if self._server.local else self._api.base_url
         return f"{place} ctx={self._context(model)} device={self._device(model)} {model.digest}"
 
-    def fetch(self, _model: Model, _report: Report, _abort: Abort, /) -> None:
+    def fetch(self, _model: Model, _report: Report, _abort: CancelToken, /) -> None:
         """Do nothing: models are downloaded by jobs of their own."""
 
     def launch(self, model: Model, on_exit: OnExit) -> OllamaInstance:

@@ -277,7 +277,7 @@ class OllamaInstance(NoSleepMixin):
             raise failure[0]
 
     def _ask(self, request: HttpRequest, trouble: str) -> None:
-        """Send a long request that `stop` can abort. Raises LoadFailed with the first cause."""
+        """Send a long request that `stop` can cancel. Raises LoadFailed with the first cause."""
         kills = out_of_memory.oom_kills()
         with self._lock:
             self._load = request

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import structlog
 
-from services.abort import Abort
+from services.cancellation import CancelToken
 from services.engines.containers.port import Container, ContainerError, ContainerRuntime, ContainerSpec
 from services.engines.port import (
     ADOPT_TIMEOUT,
@@ -83,10 +83,10 @@ class Weights(Protocol):
     def fetches(self, model: Model) -> bool:
         """Return whether `fetch` would fetch anything. No network; never raises."""
 
-    def fetch(self, model: Model, environment: Mapping[str, str], report: Report, abort: Abort) -> None:
+    def fetch(self, model: Model, environment: Mapping[str, str], report: Report, token: CancelToken) -> None:
         """Block until they are on this disk.
 
-        `environment` is the container's. Raises LoadFailed, and Aborted on `abort`.
+        `environment` is the container's. Raises LoadFailed, and Cancelled when `token` is cancelled.
         """
 
 
@@ -150,14 +150,14 @@ class Vllm:
             f"{model.options.get('image') or self._settings.image} {self._device(model)} {options} {model.size_bytes}"
         )
 
-    def fetch(self, model: Model, report: Report, abort: Abort, /) -> None:
+    def fetch(self, model: Model, report: Report, token: CancelToken, /) -> None:
         """Pull the image, then fetch the weights."""
         spec = self._spec(model)
         if not self._runtime.image_present(spec.image):
             report(Evidence("downloading", None, f"pulling the image {spec.image}"))
-            self._runtime.pull(spec.image, partial(_report_image, report), abort)
+            self._runtime.pull(spec.image, partial(_report_image, report), token)
             report = partial(_report_second_half, report)
-        self._weights.fetch(model, spec.environment, report, abort)
+        self._weights.fetch(model, spec.environment, report, token)
 
     def launch(self, model: Model, on_exit: OnExit) -> VllmInstance:
         if model.fault:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import structlog
 
-from services.abort import Abort, Aborted
+from services.cancellation import Cancelled, CancelToken
 from services.engines import out_of_memory
 from services.engines.containers.port import (
     Container,
@@ -104,7 +104,7 @@ class VllmInstance:
         self._gpu_bytes = context.gpu_bytes
         self._settle = context.settle
         self._on_end = context.on_end
-        self._abort = Abort()
+        self._token = CancelToken()
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._oom_kills = out_of_memory.oom_kills()
@@ -137,7 +137,7 @@ class VllmInstance:
             return self._server.endpoint
         try:
             return self._follow(self._bring_up(), report, deadline)
-        except Aborted:
+        except Cancelled:
             raise LoadFailed("It was stopped while loading.", self.log_tail()) from None
         except ContainerError as error:
             self._fail_if_stopped()
@@ -162,7 +162,7 @@ class VllmInstance:
 
     def stop(self, grace: float) -> None:
         self._stopping.set()
-        self._abort()
+        self._token.cancel()
         with self._starting:  # wait for a concurrent start, then stop the container
             container_id, stream = self.container_id, self._stream
         if container_id is None:
@@ -223,9 +223,9 @@ class VllmInstance:
     def _bring_up(self) -> str:
         """Create the container, or reuse the existing one, attach to its output, and start it; return its id.
 
-        A container of an older spec is replaced. Raises ContainerError and Aborted, and removes what it created.
+        A container of an older spec is replaced. Raises ContainerError and Cancelled, and removes what it created.
         """
-        self._abort.check()
+        self._token.check()
         there = self._existing()
         container_id = there or self._create()
         stream: Stream[bytes] | None = None
@@ -248,7 +248,7 @@ class VllmInstance:
     def _start(self, container_id: str, stream: Stream[bytes]) -> None:
         """Start the container unless `stop` was called. A concurrent `stop` waits, and then finds it to stop it."""
         with self._starting:
-            self._abort.check()
+            self._token.check()
             self._runtime.start(container_id)
             self._stream = stream
             threading.Thread(target=self._read_log, args=(stream,), name="vllm-log", daemon=True).start()
