@@ -248,9 +248,9 @@ def test_only_local_hosts_and_origins_may_ask(ollama: Ollama) -> None:
     def asked(**headers: str) -> int:
         return ollama.http.get(f"{ollama.url}/api/version", headers=headers, timeout=10).status_code
 
-    assert asked(InstanceContext="example.com") == 403
+    assert asked(Host="example.com") == 403
     assert asked(Origin="https://example.com") == 403
-    assert asked(InstanceContext="localhost:1", Origin="http://localhost:5000") == 200
+    assert asked(Host="localhost:1", Origin="http://localhost:5000") == 200
 
 
 def test_other_options_load_the_model_anew(ollama: Ollama) -> None:
