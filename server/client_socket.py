@@ -6,10 +6,12 @@ machine, kept everybody else out.
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 from gevent.socket import socket as GeventSocket
@@ -28,18 +30,21 @@ REFUSED_SECONDS = 1.0
 """For which a client that is refused may go on sending."""
 BLOCK = 65_536
 
-_WORDS = b'{"status": "error", "error": "too_many_connections", "message": "Too many connections. Try again later."}\n'
-FULL = b"\r\n".join(
-    [
-        b"HTTP/1.1 503 Service Unavailable",
-        b"Content-Type: application/json",
-        b"Content-Length: %d" % len(_WORDS),
-        b"Retry-After: 5",
-        b"Connection: close",
-        b"",
-        _WORDS,
+
+def refusal(status: int, code: str, message: str, *headers: str) -> bytes:
+    """A whole answer in the contract's shape that ends its connection, for requests that never reach the app."""
+    body = json.dumps({"status": "error", "error": code, "message": message}).encode() + b"\n"
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        *headers,
+        "Connection: close",
     ]
-)
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+FULL = refusal(503, "too_many_connections", "Too many connections. Try again later.", "Retry-After: 5")
 
 
 class ClientSocket(GeventSocket):  # type: ignore[misc]

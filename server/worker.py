@@ -21,6 +21,7 @@ from typing import Any
 
 import gevent
 import gunicorn.http
+import gunicorn.util
 from gevent.socket import wait_read
 from gunicorn.http import wsgi
 from gunicorn.http.parser import RequestParser
@@ -28,7 +29,7 @@ from gunicorn.workers.base_async import ALREADY_HANDLED
 from gunicorn.workers.ggevent import GeventWorker
 from werkzeug.exceptions import HTTPException
 
-from server.client_socket import ClientSocket
+from server.client_socket import ClientSocket, refusal
 from server.connection_limits import ConnectionLimits
 from server.handover import Handover, request_bytes
 from server.request_body import RequestBody
@@ -266,5 +267,12 @@ class Requests(RequestParser):  # type: ignore[misc]
     next = __next__
 
 
-wsgi.Response = Response  # gunicorn makes the answers and parsers of every worker by these names
+def write_error(client: socket.socket, status: int, _reason: str, message: str) -> None:
+    """Refuse a request whose head can't be read, in the contract's shape: gunicorn answers with a page of its own."""
+    code = "bad_request" if status < 500 else "internal_error"
+    gunicorn.util.write_nonblock(client, refusal(status, code, message or "Switchyard hit a problem of its own."))
+
+
+gunicorn.util.write_error = write_error  # gunicorn does these things by these names
+wsgi.Response = Response
 gunicorn.http.get_parser = Requests

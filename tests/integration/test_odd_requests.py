@@ -181,3 +181,31 @@ def test_an_odd_last_event_id_starts_from_the_beginning(console, number):
         while piece := link.recv(65_536):
             said += piece
     assert said.startswith((b"HTTP/1.1 200", b"HTTP/1.1 404")), said[:200]
+
+
+BROKEN_HEADS = {
+    "no request line": (400, ["hello"]),
+    "a method in lower case": (400, ["get / HTTP/1.1", "Host: localhost"]),
+    "another protocol": (400, ["GET / HTTPS/2", "Host: localhost"]),
+    "a header without a colon": (400, ["GET / HTTP/1.1", "Host: localhost", "Broken"]),
+    "a folded header": (400, ["GET / HTTP/1.1", "Host: localhost", "X-Folded: a", " b"]),
+    "two lengths": (
+        400,
+        ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Length: 1", "Content-Length: 2"],
+    ),
+    "an unknown transfer coding": (501, ["POST / HTTP/1.1", "Host: localhost", "Transfer-Encoding: zip"]),
+    "a long request line": (414, [f"GET /{'x' * 9000} HTTP/1.1", "Host: localhost"]),
+    "a long header": (431, ["GET / HTTP/1.1", "Host: localhost", f"X-Long: {'x' * 9000}"]),
+}
+
+
+@pytest.mark.parametrize(("status", "head"), BROKEN_HEADS.values(), ids=BROKEN_HEADS)
+def test_a_malformed_head_is_refused_in_the_contract_s_shape(shared, status, head):
+    """The web server has a page of its own for these, which no script understands."""
+    with Raw(shared.port) as raw:
+        raw.send_head(*head)
+        answer = raw.response()
+    assert (answer.status, answer.headers["content-type"]) == (status, "application/json")
+    document = json.loads(answer.body)
+    assert (document["status"], document["error"]) == ("error", "bad_request" if status < 500 else "internal_error")
+    assert document["message"]
