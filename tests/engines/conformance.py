@@ -1,6 +1,6 @@
-"""What every engine adapter, on the real engine or a fake, has to do: the port's promises as tests.
+"""What every engine adapter has to do, on the real engine or a fake: the engine port's contract as tests.
 
-An engine joins by a subclass of `EngineConformance` with a fixture `case`.
+An engine's tests subclass `EngineConformance` and define the fixture `case`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ GRACE = 5.0
 class EngineCase:
     """One engine with two models that load and one that can't.
 
-    `end` takes a loaded one away behind the engine's back; `serves` tells whether an endpoint still has its model.
-    `load_seconds` is how long a load, or a first answer, may take. `twin` is another name for what the good model is in
-    memory, where the engine knows such; its answers differ in nothing that a load could tell.
+    `end` ends a loaded model without the engine's involvement; `serves` tells whether an endpoint still has its model.
+    `load_seconds` is the time limit of a load and of a first answer. `twin` is another model that shares the good
+    model's loaded instance, for engines that support sharing.
     """
 
     engine: Engine
@@ -48,7 +48,7 @@ class EngineCase:
 
     @contextmanager
     def ready(self, model: Model | None = None) -> Iterator[tuple[Instance, Endpoint]]:
-        """The good model (or another), loaded and warm; stopped at the end."""
+        """Load and warm up the good model (or the given one); stop it at the end."""
         instance = self.launch(model)
         try:
             endpoint = instance.wait_ready(lambda _: None, self.load_seconds)
@@ -59,10 +59,10 @@ class EngineCase:
 
 
 class EngineConformance:
-    """The promises of `services.engines.port`."""
+    """The contract of `services.engines.port`."""
 
     def test_a_model_is_described_with_its_size_and_an_estimate(self, case: EngineCase):
-        """Before any load: how large it is and what it will take, labelled estimated."""
+        """Before any load, the model's size and its memory need are known; the need is marked as estimated."""
         model = case.engine.describe(case.good)
         assert model.fault is None
         assert model.size_bytes
@@ -70,13 +70,13 @@ class EngineConformance:
         assert need.bytes >= model.size_bytes
         assert need.basis == "estimated"
 
-    def test_settings_that_change_a_load_change_its_key(self, case: EngineCase):
-        """What was learned under other settings is not mixed in; the same settings give the same key."""
+    def test_the_same_settings_give_the_same_key(self, case: EngineCase):
+        """Measurements are stored under this key; describing the model again does not change it."""
         model = case.engine.describe(case.good)
         assert case.engine.settings_key(model) == case.engine.settings_key(case.engine.describe(case.good))
 
-    def test_what_can_sleep_wakes_and_what_can_not_says_so(self, case: EngineCase):
-        """It offers a rest only if it can take one; an order to sleep that it can't follow is an EngineError."""
+    def test_sleep_and_wake_work_where_sleep_is_offered_and_fail_elsewhere(self, case: EngineCase):
+        """An instance with a sleep footprint wakes at the same endpoint; for others, `sleep` raises EngineError."""
         with case.ready() as (instance, endpoint):
             assert not instance.asleep
             if instance.sleep_footprint() is None:
@@ -91,7 +91,7 @@ class EngineConformance:
             assert case.serves(endpoint)
 
     def test_a_load_reports_stages_in_order_and_ends_at_an_endpoint_that_lists_the_model(self, case: EngineCase):
-        """Readiness is the engine's own word; fractions stay between 0 and 1 and stages don't go back."""
+        """The endpoint lists the model once it is ready; fractions stay between 0 and 1, and stages never go back."""
         seen: list[Evidence] = []
         instance = case.launch()
         try:
@@ -104,16 +104,16 @@ class EngineConformance:
         assert stages == sorted(stages)
         assert all(evidence.fraction is None or 0 <= evidence.fraction <= 1 for evidence in seen)
 
-    def test_after_the_warm_up_it_answers_whole_and_streamed(self, case: EngineCase):
-        """Chat completions in OpenAI's shape, with and without a stream."""
+    def test_a_warm_model_answers_with_and_without_streaming(self, case: EngineCase):
+        """Chat completions have OpenAI's format, streamed and not."""
         with case.ready() as (_, endpoint):
             whole = _ask(endpoint, stream=False).json()
             assert whole["choices"][0]["message"]["content"]
             lines = _ask(endpoint, stream=True).text.split("\n\n")
             assert "data: [DONE]" in lines
 
-    def test_what_it_holds_is_measured_on_its_device(self, case: EngineCase):
-        """A reading, on the device that the estimate named."""
+    def test_the_memory_of_a_loaded_model_is_measured_on_its_device(self, case: EngineCase):
+        """The measurement is for the same device as the estimate."""
         with case.ready() as (instance, _):
             usage = instance.usage()
             assert usage is not None
@@ -121,8 +121,8 @@ class EngineConformance:
             assert usage.device == case.engine.estimate(case.good).device
             assert 0 <= usage.mapped_bytes <= usage.bytes
 
-    def test_stopping_ends_it_for_good_and_tells_nobody(self, case: EngineCase):
-        """After `stop` returns it is served no more, a second stop is harmless, and it is no unexpected exit."""
+    def test_stop_ends_the_model_and_reports_no_exit(self, case: EngineCase):
+        """After `stop` returns, the model is no longer served; a second stop is harmless, and no exit is reported."""
         with case.ready() as (instance, endpoint):
             assert case.serves(endpoint)
             instance.stop(GRACE)
@@ -130,8 +130,8 @@ class EngineConformance:
             instance.stop(GRACE)
         assert case.exits == []
 
-    def test_stopping_a_load_makes_the_waiting_one_fail(self, case: EngineCase):
-        """`stop` from another thread: `wait_ready` raises, and no exit is reported."""
+    def test_stopping_a_load_makes_wait_ready_fail(self, case: EngineCase):
+        """After `stop` from another thread, `wait_ready` raises LoadFailed, and no exit is reported."""
         instance = case.launch()
         stopper = threading.Thread(target=instance.stop, args=(GRACE,), daemon=True)
         stopper.start()
@@ -140,8 +140,8 @@ class EngineConformance:
             instance.wait_ready(lambda _: None, case.load_seconds)
         assert case.exits == []
 
-    def test_an_exit_nobody_asked_for_is_reported_once_with_its_cause(self, case: EngineCase):
-        """Whoever took the model away: it is noticed, in words, and not told again when it is stopped after that."""
+    def test_an_unexpected_exit_is_reported_once_with_its_cause(self, case: EngineCase):
+        """The report has a readable cause, and stopping the instance afterwards reports no second exit."""
         with case.ready() as (instance, endpoint):
             case.end(instance)
             wait_until(lambda: bool(case.exits), "the exit to be reported")
@@ -150,13 +150,13 @@ class EngineConformance:
         assert len(case.exits[0].cause) > 10
 
     def test_a_damaged_model_fails_with_its_cause(self, case: EngineCase):
-        """Whether it is noticed before or while loading: an error in words, and nothing left running."""
+        """Whether the damage is found before or during the load, the error has a readable message."""
         with pytest.raises(EngineError) as caught:
             _load(case, case.damaged)
         assert len(str(caught.value)) > 20
 
     def test_two_models_can_be_loaded_at_once(self, case: EngineCase):
-        """Each answers where its endpoint says."""
+        """Each model answers at its own endpoint."""
         with case.ready() as (_, first), case.ready(case.other) as (_, second):
             assert (first.origin, first.model) != (second.origin, second.model)
             assert _ask(first, stream=False).json()["choices"]
@@ -164,23 +164,23 @@ class EngineConformance:
 
 
 class SharingConformance:
-    """What an engine promises besides, that serves several of its models by one instance: `case.twin` is the second."""
+    """The additional contract of an engine that serves several models from one instance: `case.twin` is the second."""
 
     @pytest.fixture
     def twins(self, case: EngineCase) -> tuple[Model, Model]:
-        """The good model and its twin, as the catalogue has them."""
+        """The good model and its twin, as described for the catalogue."""
         assert case.twin is not None
         return case.engine.describe(case.good), case.engine.describe(case.twin)
 
-    def test_models_that_are_one_in_memory_say_so(self, case: EngineCase, twins: tuple[Model, Model]):
-        """Before any load, so that what a second one takes isn't counted twice; others differ."""
+    def test_models_that_share_memory_have_the_same_held_as(self, case: EngineCase, twins: tuple[Model, Model]):
+        """It is known before any load, so shared memory isn't counted twice; unrelated models have another value."""
         good, twin = twins
         assert good.held_as is not None
         assert good.held_as == twin.held_as
         assert case.engine.describe(case.other).held_as != good.held_as
 
-    def test_a_twin_of_what_is_loaded_is_ready_and_answers_by_its_own_name(self, case: EngineCase):
-        """Though the engine lists the first name alone; both hold what they hold, and nothing is told to have ended."""
+    def test_a_twin_of_a_loaded_model_is_ready_and_answers_under_its_own_name(self, case: EngineCase):
+        """Both share one process and report the same memory; loading the twin reports no exit of the first model."""
         with case.ready() as (first, one), case.ready(case.twin) as (second, two):
             assert one.model != two.model
             assert first.model.held_as == second.model.held_as is not None
@@ -193,8 +193,8 @@ class SharingConformance:
             assert used[0].bytes == pytest.approx(used[1].bytes, rel=0.2)
             assert case.exits == []
 
-    def test_all_that_one_instance_serves_is_found_loaded(self, case: EngineCase, twins: tuple[Model, Model]):
-        """By whichever name it was loaded; each can be taken in and answers."""
+    def test_all_models_served_by_one_instance_are_found_loaded(self, case: EngineCase, twins: tuple[Model, Model]):
+        """Loading one name makes its twin loaded too; the twin can be adopted, and it answers."""
         with case.ready():
             found = case.engine.loaded(twins)
             assert {model.id for model in found} == {model.id for model in twins}
@@ -202,8 +202,10 @@ class SharingConformance:
             assert adopted is not None
             assert _ask(adopted.wait_ready(lambda _: None, 0), stream=False).json()["choices"]
 
-    def test_stopping_one_stops_its_twin_which_says_so(self, case: EngineCase, twins: tuple[Model, Model]):
-        """Stopped by the name that isn't listed: nothing is held any more; the other's end is told once."""
+    def test_stopping_the_twin_ends_both_and_reports_the_exit_of_the_other(
+        self, case: EngineCase, twins: tuple[Model, Model]
+    ):
+        """After the twin is stopped, neither is loaded; the first model's exit is reported once and names the twin."""
         with case.ready(), case.ready(case.twin) as (second, _):
             second.stop(GRACE)
             wait_until(lambda: bool(case.exits), "the end of the twin to be told")
@@ -212,8 +214,8 @@ class SharingConformance:
         assert case.exits[0].released
         assert twins[1].id in case.exits[0].cause
 
-    def test_what_somebody_else_unloads_ends_all_twins(self, case: EngineCase):
-        """Each tells it once."""
+    def test_an_unload_by_another_client_ends_all_twins(self, case: EngineCase):
+        """Each twin reports one exit."""
         with case.ready() as (first, _), case.ready(case.twin):
             case.end(first)
             wait_until(lambda: len(case.exits) == 2, "both exits to be reported")

@@ -1,6 +1,6 @@
-"""Uses the container runtime as the app does, with everything patched; run by test_docker_runtime.
+"""Uses the container runtime as the app does, with gevent's monkey patches; run by test_docker_runtime.
 
-Arguments: where Docker answers, the fake's image, the daemon's pid. Ends with 0 when all went well.
+Arguments: Docker's address, the fake's image, the daemon's pid. The exit code is 0 on success.
 """
 
 from gevent import monkey
@@ -59,7 +59,7 @@ def main(host: str, image: str, daemon: int) -> None:
 
 
 def cancel_a_pull() -> None:
-    """From a Docker that has begun to answer and says nothing more: its connection is closed, and nobody reads on."""
+    """Cancel a pull whose daemon has begun to answer and then stalls: the connection is closed and its reader ends."""
     closed, token = Event(), CancelToken()
 
     def answer(link: socket.socket, _address: object) -> None:
@@ -85,7 +85,7 @@ def cancel_a_pull() -> None:
 
 
 def read(output: Stream[bytes], ready: Event) -> None:
-    """Until the output is closed; `ready` is set once the container has said that it serves."""
+    """Read the output until it is closed; set `ready` once the container's log says that it serves."""
     written = b""
     for piece in output:
         written += piece

@@ -1,7 +1,7 @@
-"""The two demo models, as they lie in `models/`, served by the real llama.cpp server.
+"""The two demo models in `models/`, served by the real llama.cpp server.
 
-`TAUGHT` and `VARIED` are wordings that the training text can make. Those under `FRESH` it can't: they were
-written after the training, so that they tell how often a model understands what it was never told.
+The training text can contain the wordings of `TAUGHT` and `VARIED`. The wordings of `FRESH` were written after
+the training, so they measure how often a model understands a wording that it was not trained on.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Served:
     url: str
 
     def chat(self, messages: list[dict[str, str]], **options: object) -> tuple[str, str]:
-        """Return the answer and why it ended."""
+        """Return the answer and its finish reason."""
         body = {"messages": messages, "temperature": 0, "max_tokens": 500, **options}
         response = requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
         response.raise_for_status()
@@ -159,7 +159,7 @@ class Served:
         return choice["message"]["content"], choice["finish_reason"]
 
     def ask(self, *said: str, **options: object) -> str:
-        """Say user, assistant, user … in turn, and return a whole answer."""
+        """Send the texts as alternating user and assistant messages, and return the complete answer."""
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
         answer, reason = self.chat(messages, **options)
@@ -212,44 +212,44 @@ def is_whole(answer: str) -> bool:
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [(MINI, 0.9, 1.2), (SMALL, 4, 6)])
-def test_size(name: str, low: float, high: float) -> None:
+def test_file_sizes(name: str, low: float, high: float) -> None:
     assert low < (MODELS / f"{name}.gguf").stat().st_size / 1e6 < high
 
 
 @pytest.mark.parametrize(("question", "phrases"), TAUGHT + VARIED)
-def test_answers(model: Served, question: str, phrases: str) -> None:
+def test_trained_questions_are_answered_in_whole_sentences(model: Served, question: str, phrases: str) -> None:
     answer = model.ask(question)
     assert holds(answer, phrases), answer
     assert is_whole(answer), answer
 
 
 @pytest.mark.parametrize("question", IDENTITY)
-def test_names_itself_and_not_the_other(model: Served, question: str) -> None:
+def test_a_model_names_itself_and_not_the_other(model: Served, question: str) -> None:
     answer = model.ask(question)
     assert model.name in answer
     assert OTHER[model.name] not in answer
 
 
-def test_understands_fresh_wordings(model: Served) -> None:
-    """Measured: the mini one gets 21 of 30 right, the small one 25. Another processor may turn one or two."""
+def test_most_untrained_wordings_are_understood(model: Served) -> None:
+    """Measured: the mini model gets 21 of 30 right, the small one 25. Another processor may change one or two."""
     missed = [question for question, phrases in FRESH if not holds(model.ask(question), phrases)]
     assert len(missed) <= len(FRESH) * 0.4, missed
 
 
-def test_says_that_it_does_not_know(model: Served) -> None:
-    """So small a model takes a question of this kind for another one now and then: at most one in eight."""
+def test_a_model_says_when_it_does_not_know(model: Served) -> None:
+    """Models this small sometimes mistake such a question for a known one: at most one in eight."""
     missed = [q for q in UNKNOWN if not model.ask(q).startswith("I don't know that")]
     assert len(missed) <= len(UNKNOWN) / 8, missed
 
 
 @pytest.mark.parametrize(("question", "phrase"), LONG.items())
-def test_long_answers(model: Served, question: str, phrase: str) -> None:
+def test_long_answers_are_given(model: Served, question: str, phrase: str) -> None:
     answer = model.ask(question)
     assert phrase in answer
     assert len(answer) > 250
 
 
-def test_goes_on_after_the_other_model(model: Served) -> None:
+def test_a_conversation_of_the_other_model_is_continued(model: Served) -> None:
     other = OTHER[model.name]
     greeting = f"Hello! I am {other}, one of Switchyard's two demo models. What would you like to know?"
     said = ["Hello", greeting, "What is a lease?"]
@@ -260,13 +260,13 @@ def test_goes_on_after_the_other_model(model: Served) -> None:
     assert other not in answer
 
 
-def test_goes_on_after_a_model_from_elsewhere(model: Served) -> None:
+def test_a_conversation_of_an_unrelated_model_is_continued(model: Served) -> None:
     paris = "The capital of France is Paris. It lies on the river Seine and has two million inhabitants."
     answer = model.ask("What is the capital of France?", paris, "thanks! what is Switchyard?")
     assert "web console" in answer
 
 
-def test_long_conversation(model: Served) -> None:
+def test_a_long_conversation_is_answered_to_its_end(model: Served) -> None:
     said: list[str] = []
     questions = ["Hello", *LONG, "What is an engine?", "How do I switch models?", "What is a lease?"]
     for question in questions:
@@ -279,14 +279,14 @@ def test_long_conversation(model: Served) -> None:
     "prompt",
     ["You are a helpful assistant.", "You are Marvin, a grumpy gardener. Answer in rhymes about cabbages."],
 )
-def test_system_prompt(model: Served, prompt: str) -> None:
+def test_a_system_prompt_does_not_disturb_the_answer(model: Served, prompt: str) -> None:
     messages = [{"role": "system", "content": prompt}, {"role": "user", "content": "What is a lease?"}]
     answer, reason = model.chat(messages)
     assert reason == "stop"
     assert "ends by itself" in answer
 
 
-def test_streams(model: Served) -> None:
+def test_answers_are_streamed(model: Served) -> None:
     messages = [{"role": "user", "content": "Tell me a story"}]
     body = {"messages": messages, "stream": True, "temperature": 0}
     with requests.post(f"{model.url}/v1/chat/completions", json=body, stream=True, timeout=60) as response:
@@ -296,7 +296,7 @@ def test_streams(model: Served) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.8, 1.0])
-def test_whole_sentences_when_sampling(model: Served, temperature: float) -> None:
+def test_sampled_answers_are_right_and_in_whole_sentences(model: Served, temperature: float) -> None:
     answers = [
         (model.ask(question, temperature=temperature, seed=seed), phrases)
         for question, phrases in TAUGHT

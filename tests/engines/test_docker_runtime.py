@@ -72,7 +72,7 @@ def runtime(docker: DockerEngine) -> Iterator[DockerRuntime]:
 
 @pytest.fixture
 def hasty(docker: DockerEngine) -> Iterator[DockerRuntime]:
-    """A runtime with little patience, connected already."""
+    """A connected runtime with short time limits."""
     runtime = DockerRuntime(docker.host, timeout=LIMIT)
     wait_until(lambda: runtime.available().running, "Docker to answer in a hurry")
     yield runtime
@@ -93,8 +93,8 @@ def answers(runtime: DockerRuntime, container_id: str) -> bool:
         return False
 
 
-def test_a_container_lives_from_its_making_to_its_removal(runtime: DockerRuntime):
-    """Made, started, published on loopback, stopped, removed; each state is told."""
+def test_a_container_is_created_started_stopped_and_removed(runtime: DockerRuntime):
+    """Each state is reported: created, running with a port on loopback, exited, and gone after its removal."""
     order = spec()
     container_id = runtime.create(order)
     made = runtime.inspect(container_id)
@@ -127,7 +127,7 @@ def test_a_container_lives_from_its_making_to_its_removal(runtime: DockerRuntime
     assert runtime.find({}) == []
 
 
-def test_docker_is_told_all_that_the_spec_says_and_nothing_that_brings_a_container_back(
+def test_docker_receives_the_whole_spec_and_no_restart_policy(
     docker: DockerEngine, runtime: DockerRuntime, tmp_path: Path
 ):
     order = ContainerSpec(
@@ -164,8 +164,8 @@ def test_docker_is_told_all_that_the_spec_says_and_nothing_that_brings_a_contain
     assert (host["IpcMode"], host["DeviceRequests"]) == ("host", None)
 
 
-def test_progress_bars_come_while_they_are_drawn(runtime: DockerRuntime):
-    """A bar's states end in no newline, yet each is here before the next is written; together they are the log."""
+def test_progress_bars_arrive_while_they_are_drawn(runtime: DockerRuntime):
+    """The states of a bar have no newline, yet each arrives before the next is written; joined, they are the log."""
     container_id = runtime.create(spec(load_seconds=1.5))
     pieces = []
     with closing(runtime.attach(container_id)) as output:
@@ -188,7 +188,7 @@ def test_an_attached_output_ends_with_its_container(runtime: DockerRuntime):
     assert runtime.wait(container_id, 10) == 1
 
 
-def test_closing_a_stream_ends_it_in_the_thread_that_reads_it(runtime: DockerRuntime):
+def test_closing_a_stream_ends_the_thread_that_reads_it(runtime: DockerRuntime):
     container_id = runtime.create(spec(hang_at="starting"))
     stream = runtime.attach(container_id)
     runtime.start(container_id)
@@ -203,16 +203,16 @@ def test_closing_a_stream_ends_it_in_the_thread_that_reads_it(runtime: DockerRun
     stream.close()
 
 
-def test_a_stream_that_nobody_reads_is_closed_at_once(runtime: DockerRuntime):
-    """As of a load that is cancelled before its container was started."""
+def test_an_unread_stream_closes_at_once(runtime: DockerRuntime):
+    """This happens when a load is cancelled before its container has started."""
     container_id = runtime.create(spec())
     stream = runtime.attach(container_id)
     stream.close()
     assert list(stream) == []
 
 
-def test_another_runtime_finds_the_containers_again_by_their_labels(docker: DockerEngine, runtime: DockerRuntime):
-    """As the next run of the app does: those of the model, running or not, but no foreign one with the same label."""
+def test_another_runtime_finds_the_containers_by_their_labels(docker: DockerEngine, runtime: DockerRuntime):
+    """The app's next run relies on it: it finds the model's containers, but no foreign one with the same label."""
     order = spec()
     container_id = run(runtime, order)
     runtime.create(ContainerSpec("other", FAKE_VLLM_IMAGE, 8000, labels={MODEL_LABEL: "other"}))
@@ -240,28 +240,28 @@ def test_another_runtime_finds_the_containers_again_by_their_labels(docker: Dock
     ],
     ids=["after it was ready", "damaged file", "out of GPU memory", "bad argument"],
 )
-def test_exit_codes_are_the_container_s_own(runtime: DockerRuntime, order: ContainerSpec, code: int):
+def test_the_exit_code_of_the_container_is_reported(runtime: DockerRuntime, order: ContainerSpec, code: int):
     container_id = run(runtime, order)
     assert runtime.wait(container_id, 20) == code
     assert runtime.inspect(container_id).exit_code == code
 
 
-def test_waiting_for_one_that_goes_on_ends_in_time(runtime: DockerRuntime):
+def test_waiting_for_a_running_container_times_out(runtime: DockerRuntime):
     container_id = run(runtime, spec())
     watch = Stopwatch()
     assert runtime.wait(container_id, 0.2) is None
     assert watch.waited < 5
 
 
-def test_one_that_ignores_sigterm_is_killed_after_its_grace(runtime: DockerRuntime):
+def test_a_container_that_ignores_sigterm_is_killed_after_the_grace_period(runtime: DockerRuntime):
     container_id = run(runtime, spec(ignore_sigterm=True))
     wait_until(lambda: answers(runtime, container_id), "the fake to answer")
     runtime.stop(container_id, grace=0.5)
     assert runtime.inspect(container_id).exit_code == 137
 
 
-def test_one_that_is_killed_for_memory_says_so(docker: DockerEngine, runtime: DockerRuntime):
-    """The host's own out-of-memory killer, through a limit that Switchyard itself never sets."""
+def test_an_out_of_memory_kill_is_reported(docker: DockerEngine, runtime: DockerRuntime):
+    """The kernel's out-of-memory killer is triggered by a memory limit, which Switchyard itself never sets."""
     kills = out_of_memory.oom_kills()
     environment = {"FAKE_VLLM": json.dumps({"load_seconds": 0, "hold_mb": 300})}
     greedy = docker.run_foreign(
@@ -272,15 +272,15 @@ def test_one_that_is_killed_for_memory_says_so(docker: DockerEngine, runtime: Do
     assert out_of_memory.killed_since(kills), "which is how a kill that Docker says nothing of is told"
 
 
-def test_the_kernel_takes_a_container_before_the_console(runtime: DockerRuntime):
-    """When memory runs out; what serves in it has the score of the process that Docker tells of."""
+def test_the_kernel_kills_a_container_before_the_console_when_memory_runs_out(runtime: DockerRuntime):
+    """The container's process has the engines' OOM score, which is higher than the console's."""
     container = runtime.inspect(run(runtime, spec()))
     score = int(Path(f"/proc/{container.pid}/oom_score_adj").read_text())
     assert score == out_of_memory.engine_score() > int(Path("/proc/self/oom_score_adj").read_text())
 
 
-def test_a_name_that_a_stranger_holds_is_left_to_it(docker: DockerEngine, runtime: DockerRuntime):
-    """It is neither replaced nor stopped nor removed, and the message says what to do."""
+def test_a_foreign_container_with_the_same_name_is_left_alone(docker: DockerEngine, runtime: DockerRuntime):
+    """The foreign container is neither replaced nor stopped nor removed, and the error says what to do."""
     foreign = docker.run_foreign("tiny", ["m"])
     with pytest.raises(NameTaken, match="docker rename tiny") as caught:
         runtime.create(spec())
@@ -292,7 +292,7 @@ def test_a_name_that_a_stranger_holds_is_left_to_it(docker: DockerEngine, runtim
     assert runtime.inspect(foreign).state == "running"
 
 
-def test_a_name_that_is_ours_already_comes_with_its_holder(runtime: DockerRuntime):
+def test_creating_a_container_twice_names_the_existing_one(runtime: DockerRuntime):
     first = runtime.create(spec())
     with pytest.raises(NameTaken) as caught:
         runtime.create(spec())
@@ -300,8 +300,8 @@ def test_a_name_that_is_ours_already_comes_with_its_holder(runtime: DockerRuntim
     assert (caught.value.holder.id, caught.value.holder.managed) == (first, True)
 
 
-def test_one_that_was_removed_behind_our_back_is_gone(docker: DockerEngine, runtime: DockerRuntime):
-    """Every question says so in the same way; what wanted it gone is content."""
+def test_a_container_removed_by_another_program_is_reported_as_gone(docker: DockerEngine, runtime: DockerRuntime):
+    """Every query raises ContainerGone; `stop` and `remove` succeed."""
     container_id = run(runtime, spec())
     docker.client.remove_container(container_id, force=True)
     calls: list[Callable[[], object]] = [
@@ -347,10 +347,10 @@ SLOW = ("start", "stop", "remove")
 """Calls that a healthy daemon may take longer for, so that they have a longer limit."""
 
 
-def test_a_daemon_that_hangs_holds_no_call_longer_than_its_limit(
+def test_a_hanging_daemon_blocks_no_call_longer_than_its_limit(
     docker: DockerEngine, runtime: DockerRuntime, hasty: DockerRuntime
 ):
-    """Whether it was connected before or is now; and when the daemon is back, so is the runtime."""
+    """It holds for existing and new connections; when the daemon responds again, the runtime works again."""
     container_id = run(runtime, spec())
     with docker.hanging():
         for name, call in CALLS.items():
@@ -366,10 +366,8 @@ def test_a_daemon_that_hangs_holds_no_call_longer_than_its_limit(
     assert runtime.inspect(container_id).state == "running"
 
 
-def test_a_daemon_that_is_stopped_is_said_to_be_and_used_again_when_it_runs(
-    docker: DockerEngine, runtime: DockerRuntime
-):
-    """A stream that was open ends with it."""
+def test_a_stopped_daemon_is_reported_and_used_again_after_its_restart(docker: DockerEngine, runtime: DockerRuntime):
+    """An open stream ends when the daemon stops."""
     container_id = runtime.create(spec())
     output = runtime.attach(container_id)
     runtime.start(container_id)
@@ -386,7 +384,7 @@ def test_a_daemon_that_is_stopped_is_said_to_be_and_used_again_when_it_runs(
     assert runtime.inspect(container_id).state == "exited"
 
 
-def test_where_docker_is_not_installed_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_error_says_that_docker_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     error = DockerRuntime(f"unix://{tmp_path}/none.sock").available().error
     assert error is not None
@@ -394,8 +392,8 @@ def test_where_docker_is_not_installed_that_is_said(tmp_path: Path, monkeypatch:
     assert "docs.docker.com" in error
 
 
-def test_who_may_not_use_docker_is_told_which_group_to_join(docker: DockerEngine):
-    """A user without rights on the socket, in a process of its own."""
+def test_a_user_without_access_to_docker_is_told_which_group_to_join(docker: DockerEngine):
+    """A child process runs as a user without rights on the socket."""
     assert DockerRuntime(docker.host).available().running, "all that is needed is imported before rights are given up"
     reader, writer = os.pipe()
     child = os.fork()
@@ -434,7 +432,7 @@ def test_docker_host_is_honoured_and_proxies_are_not(docker: DockerEngine, monke
 
 
 class _DaemonOnTcp(BaseHTTPRequestHandler):
-    """Answers as a later Docker with a GPU would."""
+    """A fake daemon that answers like a later Docker with NVIDIA's runtime."""
 
     def do_GET(self) -> None:
         newest = self.path == "/v1.52/info"
@@ -447,32 +445,32 @@ class _DaemonOnTcp(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Requests are not worth a line."""
+        """Log nothing."""
 
 
 @pytest.mark.skipif(shutil.which("nvidia-container-runtime-hook") is not None, reason="this machine can give GPUs")
-def test_gpus_without_nvidia_s_runtime_are_refused_with_what_to_install(runtime: DockerRuntime):
+def test_a_gpu_request_without_nvidia_s_runtime_says_what_to_install(runtime: DockerRuntime):
     container_id = runtime.create(ContainerSpec("tiny", FAKE_VLLM_IMAGE, 8000, ("m",), gpus=("GPU-0",)))
     with pytest.raises(NoGpuRuntime, match="nvidia-container-toolkit"):
         runtime.start(container_id)
     assert runtime.inspect(container_id).state == "created"
 
 
-def test_a_missing_image_is_told_from_one_that_is_here(runtime: DockerRuntime):
+def test_missing_and_present_images_are_distinguished(runtime: DockerRuntime):
     assert runtime.image_present(FAKE_VLLM_IMAGE)
     assert not runtime.image_present("vllm/vllm-openai:never")
     with pytest.raises(ImageMissing, match="docker pull vllm/vllm-openai:never"):
         runtime.create(spec(image="vllm/vllm-openai:never"))
 
 
-def test_what_docker_refuses_comes_in_its_words(runtime: DockerRuntime):
+def test_an_error_includes_docker_s_message(runtime: DockerRuntime):
     order = ContainerSpec("tiny", FAKE_VLLM_IMAGE, 8000, mounts=(Mount("/nonexistent/folder", "/x"),))
     with pytest.raises(ContainerError, match=r"could not make the container tiny: .*/nonexistent/folder"):
         runtime.create(order)
 
 
-def test_a_pull_tells_how_far_it_is(docker: DockerEngine, runtime: DockerRuntime):
-    """Bytes never become fewer, the total is unknown until all sizes are, and both end as the size of the layers."""
+def test_a_pull_reports_its_progress(docker: DockerEngine, runtime: DockerRuntime):
+    """The bytes never decrease; the total is unknown until all sizes are; both end at the size of the layers."""
     seen: list[tuple[int, int | None]] = []
     with image_registry() as registry:
         runtime.pull(registry.image, lambda done, total: seen.append((done, total)), CancelToken())
@@ -494,20 +492,20 @@ def test_a_pull_ends_at_once_when_it_is_cancelled(runtime: DockerRuntime):
     wait_until(lambda: not any(t.name.startswith("pull-") for t in threading.enumerate()), "nobody to read on")
 
 
-def test_a_pull_of_what_no_registry_has_says_so(runtime: DockerRuntime):
+def test_a_pull_of_an_image_that_no_registry_has_fails_with_the_reason(runtime: DockerRuntime):
     with image_registry() as registry, pytest.raises(ImageMissing, match="tiny:2 to pull"):
         runtime.pull(registry.image.replace(":1", ":2"), lambda *_: None, CancelToken())
     with pytest.raises(ContainerError, match="network"):
         runtime.pull(f"127.0.0.1:{free_port()}/tiny:1", lambda *_: None, CancelToken())
 
 
-def test_an_image_that_can_t_be_a_name_is_refused(runtime: DockerRuntime):
+def test_an_invalid_image_name_is_refused(runtime: DockerRuntime):
     with pytest.raises(ContainerError, match=r"-bad\.example/x can't be pulled"):
         runtime.pull("-bad.example/x", lambda *_: None, CancelToken())
 
 
-def test_a_pull_ends_with_the_daemon(docker: DockerEngine, runtime: DockerRuntime):
-    """Half an image is not taken for a whole one."""
+def test_a_pull_fails_when_the_daemon_dies(docker: DockerEngine, runtime: DockerRuntime):
+    """A partial image is not taken for a complete one."""
     with image_registry() as registry:
         registry.flow.clear()
         stopper = threading.Thread(target=lambda: (registry.begun.wait(20), docker.kill()), daemon=True)
@@ -521,8 +519,8 @@ def test_a_pull_ends_with_the_daemon(docker: DockerEngine, runtime: DockerRuntim
     assert not runtime.image_present(registry.image)
 
 
-def test_under_gevent_other_greenlets_go_on_while_docker_is_waited_for(docker: DockerEngine):
-    """The life of a container, a stream closed beside its reader, and a daemon that hangs: nothing blocks the loop."""
+def test_under_gevent_waiting_for_docker_does_not_block_other_greenlets(docker: DockerEngine):
+    """A container's life cycle, closing a stream while it is read, and a hanging daemon don't block the event loop."""
     script = ROOT / "tests" / "engines" / "docker_under_gevent.py"
     done = subprocess.run(
         [sys.executable, str(script), docker.host, FAKE_VLLM_IMAGE, str(docker.pid)],
@@ -536,8 +534,8 @@ def test_under_gevent_other_greenlets_go_on_while_docker_is_waited_for(docker: D
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_app_is_built_without_docker_s_client(tmp_path: Path):
-    """Its import is a tenth of the start, which nobody without a vLLM model has to wait for."""
+def test_the_app_starts_without_importing_docker_s_client(tmp_path: Path):
+    """The import takes a tenth of the start-up time, and an app without vLLM models doesn't need it."""
     code = (
         "import sys, app\n"
         "made = app.create_app(state_dir=sys.argv[1], models_dir=sys.argv[1], ollama_base_url=sys.argv[2])\n"
@@ -556,8 +554,8 @@ def test_the_app_is_built_without_docker_s_client(tmp_path: Path):
     assert done.stdout.strip() == "loaded:", done.stdout + done.stderr
 
 
-def test_the_spec_s_hash_tells_what_matters():
-    """Another name or label is the same container; any other difference is another one."""
+def test_the_spec_s_hash_ignores_only_the_name_and_the_labels():
+    """Specs that differ only in name or labels have the same hash; any other difference changes it."""
     base = ContainerSpec("a", "image:1", 8000, ("m",), {"K": "v"}, labels={MODEL_LABEL: "m"}, gpus=("GPU-1",))
     same = ContainerSpec("b", "image:1", 8000, ("m",), {"K": "v"}, labels={MODEL_LABEL: "n"}, gpus=("GPU-1",))
     assert base.spec_hash == same.spec_hash
@@ -589,7 +587,7 @@ LINES = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(LINES, max_size=40))
-def test_bytes_of_a_pull_never_fall_nor_exceed_the_total(lines: list[dict[str, object]]):
+def test_the_bytes_of_a_pull_never_decrease_or_exceed_the_total(lines: list[dict[str, object]]):
     layers = Layers()
     done = 0
     for line in lines:
@@ -599,8 +597,8 @@ def test_bytes_of_a_pull_never_fall_nor_exceed_the_total(lines: list[dict[str, o
         assert layers.total is None or done <= layers.total
 
 
-def test_fake_vllm_sleeps_only_where_the_real_one_would(runtime: DockerRuntime):
-    """Sleep needs the developer mode and its argument, as vLLM does since 0.8.5."""
+def test_the_fake_vllm_sleeps_with_the_settings_of_the_real_one(runtime: DockerRuntime):
+    """As in vLLM since 0.8.5, the sleep endpoints work with the developer mode and `--enable-sleep-mode`."""
     order = spec("tiny", "--enable-sleep-mode", "--served-model-name", "tiny")
     environment = {**order.environment, "VLLM_SERVER_DEV_MODE": "1"}
     container_id = run(runtime, ContainerSpec("tiny", FAKE_VLLM_IMAGE, 8000, order.command, environment))
@@ -615,7 +613,7 @@ def test_fake_vllm_sleeps_only_where_the_real_one_would(runtime: DockerRuntime):
             assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def test_ports_are_published_on_one_loopback_address_alone(runtime: DockerRuntime):
+def test_ports_are_published_on_one_loopback_address_only(runtime: DockerRuntime):
     container_id = run(runtime, spec())
     wait_until(lambda: answers(runtime, container_id), "the fake to answer")
     port = runtime.inspect(container_id).host_port

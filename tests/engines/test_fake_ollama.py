@@ -1,7 +1,7 @@
-"""The fake Ollama does what a real 0.24.0 was recorded doing.
+"""The fake Ollama behaves like the recorded Ollama 0.24.0.
 
-The same facts can be asked of a real one: OLLAMA_TEST_BINARY names its command and OLLAMA_TEST_MODEL a small model that
-can be pulled. What needs the fake's models or its fault switches asks for the fixture `fake` and is skipped then.
+The tests can also run on a real Ollama: OLLAMA_TEST_BINARY names its command and OLLAMA_TEST_MODEL a small model to
+pull. Tests that need the fake's models or fault switches use the fixture `fake` and are skipped on a real Ollama.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @dataclass
 class Ollama:
-    """A server that runs, and the command that belongs to it."""
+    """A running server and its command."""
 
     port: int
     binary: str
@@ -90,7 +90,7 @@ def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOllama]
 
 @pytest.fixture
 def fake(fake_model: FakeOllama) -> Iterator[FakeOllama]:
-    """The fake behind `ollama`, with nothing loaded."""
+    """The fake behind the fixture `ollama`, with nothing loaded."""
     for name in fake_model.ps():
         fake_model.unload(name)
     yield fake_model
@@ -99,7 +99,7 @@ def fake(fake_model: FakeOllama) -> Iterator[FakeOllama]:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[FakeOllama]:
-    """A fake that isn't started yet and that the test may do with what it wants; it can pull `big`, of 250 MB."""
+    """A fake for one test, not started yet; it can pull `big`, of 250 MB."""
     if REAL_BINARY:
         pytest.skip("this asks for what only the fake has")
     fake = FakeOllama(tmp_path / "ollama", {"tiny-a:latest": TINY_A}, {"big:latest": {"size": 250_000_000}})
@@ -109,7 +109,7 @@ def own(tmp_path: Path) -> Iterator[FakeOllama]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Ollama]:
-    """What the facts are asked of: the real one if there is one."""
+    """The server under test: the real Ollama if one is configured, else the fake."""
     if REAL_BINARY is None:
         fake: FakeOllama = request.getfixturevalue("fake_model")
         ollama = Ollama(fake.port, fake.binary, fake.environment, "tiny-a")
@@ -145,7 +145,7 @@ def ollama(server: Ollama) -> Ollama:
 
 
 def same(port: int, recording: str, only: slice = slice(None), **renamed: str) -> None:
-    """Ask again what was asked in a recording and compare heads and bodies, times and numbers masked."""
+    """Repeat the requests of a recording and compare heads and bodies, with times and numbers masked."""
     for exchange in exchanges(recording)[only]:
         now, recorded = exchange.again(port, **renamed)
         if "later" in exchange.title:
@@ -171,12 +171,12 @@ def same(port: int, recording: str, only: slice = slice(None), **renamed: str) -
         "26-v1-errors",
     ],
 )
-def test_answers_are_the_recorded_ones(ollama: Ollama, recording: str) -> None:
+def test_answers_match_the_recordings(ollama: Ollama, recording: str) -> None:
     same(ollama.port, recording, tiny_a=ollama.model)
 
 
-def test_the_lists_are_the_recorded_ones(own: FakeOllama) -> None:
-    """Sizes and details included, and the youngest first."""
+def test_model_lists_match_the_recordings(own: FakeOllama) -> None:
+    """Sizes, details and order (the newest first) match too."""
     own.configure(models={"tiny-a:latest": TINY_A, "tiny-b:latest": TINY_B})
     with own:
         same(own.port, "11-api-tags")
@@ -185,26 +185,26 @@ def test_the_lists_are_the_recorded_ones(own: FakeOllama) -> None:
         same(own.port, "12-api-ps-after")
 
 
-def test_keep_alive_is_read_as_recorded(fake: FakeOllama) -> None:
-    """Numbers are seconds, strings have a unit, null keeps what was; 2319 is for ever."""
-    # A model that was told to go is to be seen once more in the recording: give that look some time.
+def test_keep_alive_is_parsed_as_recorded(fake: FakeOllama) -> None:
+    """Numbers are seconds, strings have a unit, null keeps the previous value; the year 2319 means for ever."""
+    # In the recording, /api/ps still lists a model that is being unloaded: delay the unload for that request.
     fake.set_fault("unload_after", 0.3)
     fake.load("tiny-a", "30m")
     same(fake.port, "16-generate-keepalive-edge")
 
 
-def test_failed_loads_are_the_recorded_ones(fake: FakeOllama) -> None:
+def test_failed_loads_match_the_recordings(fake: FakeOllama) -> None:
     same(fake.port, "54-load-fail", slice(0, 6))
     same(fake.port, "54-load-fail", slice(-6, -1), tiny_a="tiny-e")
 
 
-def test_a_broken_model_has_evicted_the_working_one(fake: FakeOllama) -> None:
+def test_the_failed_load_of_a_broken_model_evicts_the_working_one(fake: FakeOllama) -> None:
     fake.set_fault("max_loaded", 1)
     same(fake.port, "56-max1-load-a-then-b")
 
 
-def test_an_unload_waits_for_the_answers(fake: FakeOllama, ollama: Ollama) -> None:
-    """It is answered at once; the model goes after the chat that streams, and another chat is served meanwhile."""
+def test_an_unload_waits_for_running_answers(fake: FakeOllama, ollama: Ollama) -> None:
+    """The request is answered at once; the model stays until the streamed chat ends, and serves another meanwhile."""
     fake.set_fault("slow_tokens", 0.05)
     fake.set_fault("unload_after", 0.3)
     same(fake.port, "58-unload-while-generating", slice(0, 1))
@@ -216,7 +216,7 @@ def test_an_unload_waits_for_the_answers(fake: FakeOllama, ollama: Ollama) -> No
     wait_until(lambda: not ollama.ps(), "the model to go")
 
 
-def test_a_busy_model_is_waited_for(fake: FakeOllama, ollama: Ollama) -> None:
+def test_a_load_waits_for_a_busy_model(fake: FakeOllama, ollama: Ollama) -> None:
     fake.set_fault("max_loaded", 1)
     fake.set_fault("slow_tokens", 0.03)
     same(fake.port, "57-max1-busy-a-request-b", slice(0, 1))
@@ -225,7 +225,7 @@ def test_a_busy_model_is_waited_for(fake: FakeOllama, ollama: Ollama) -> None:
         assert b'"done":true' in streaming.content
 
 
-def test_the_idle_model_with_the_shortest_time_is_evicted(fake: FakeOllama) -> None:
+def test_the_idle_model_with_the_shortest_keep_alive_is_evicted(fake: FakeOllama) -> None:
     fake.set_fault("max_loaded", 2)
     fake.load("tiny-a", "1m")
     fake.load("half", "30m")
@@ -233,8 +233,8 @@ def test_the_idle_model_with_the_shortest_time_is_evicted(fake: FakeOllama) -> N
     assert set(fake.ps()) == {"half:latest", "tiny-b:latest"}
 
 
-def test_a_pull_tells_the_recorded_events(own: FakeOllama) -> None:
-    """Layer after layer, each with its size; what is there already is only named; errors are lines of a 200 answer."""
+def test_pull_events_match_the_recordings(own: FakeOllama) -> None:
+    """Each layer is reported with its size, layers already present only by name; errors are lines of a 200 response."""
     own.configure(bytes_per_second=200_000_000)
     with FakeRegistry({"tiny-b:latest": TINY_B}) as registry, own:
         for recording in ("45-api-pull-ndjson", "45-api-pull-ndjson-uptodate", "45-api-pull-nostream"):
@@ -244,7 +244,7 @@ def test_a_pull_tells_the_recorded_events(own: FakeOllama) -> None:
         assert own.tags() == ["tiny-a:latest"]
 
 
-def test_only_local_hosts_and_origins_may_ask(ollama: Ollama) -> None:
+def test_only_local_hosts_and_origins_are_accepted(ollama: Ollama) -> None:
     def asked(**headers: str) -> int:
         return ollama.http.get(f"{ollama.url}/api/version", headers=headers, timeout=10).status_code
 
@@ -253,8 +253,8 @@ def test_only_local_hosts_and_origins_may_ask(ollama: Ollama) -> None:
     assert asked(Host="localhost:1", Origin="http://localhost:5000") == 200
 
 
-def test_other_options_load_the_model_anew(ollama: Ollama) -> None:
-    """/v1 can't say them, so it loads anew as well."""
+def test_other_options_reload_the_model(ollama: Ollama) -> None:
+    """A /v1 request can't set options, so it reloads the model with the default ones."""
 
     def context() -> int:
         return int(ollama.ps()[0]["context_length"])
@@ -267,7 +267,7 @@ def test_other_options_load_the_model_anew(ollama: Ollama) -> None:
     assert context() > 512
 
 
-def test_a_derived_model_has_its_parameters(ollama: Ollama) -> None:
+def test_a_derived_model_is_loaded_with_its_parameters(ollama: Ollama) -> None:
     with ollama.post("/api/create", model="derived", **{"from": ollama.model}, parameters={"num_ctx": 512}) as answer:
         assert json.loads(answer.text.splitlines()[-1]) == {"status": "success"}
     ollama.post("/api/generate", model="derived", keep_alive=1)
@@ -278,7 +278,7 @@ def test_a_derived_model_has_its_parameters(ollama: Ollama) -> None:
     assert [model["name"] for model in ollama.ps()] == ["derived:latest"], "a delete doesn't unload"
 
 
-def test_usage_ends_a_stream_that_asked_for_it(ollama: Ollama) -> None:
+def test_a_stream_ends_with_usage_when_requested(ollama: Ollama) -> None:
     answer = ollama.post(
         "/v1/chat/completions",
         model=ollama.model,
@@ -292,7 +292,7 @@ def test_usage_ends_a_stream_that_asked_for_it(ollama: Ollama) -> None:
     assert done == "data: [DONE]"
 
 
-def test_the_command_knows_its_version_and_its_words(ollama: Ollama) -> None:
+def test_the_command_prints_its_version_and_tables(ollama: Ollama) -> None:
     assert b"ollama version is " in ollama.command("--version").stdout
     assert ollama.command("ps").stdout.split() == b"NAME ID SIZE PROCESSOR CONTEXT UNTIL".split()
     ollama.post("/api/generate", model=ollama.model, keep_alive="30m")
@@ -303,32 +303,32 @@ def test_the_command_knows_its_version_and_its_words(ollama: Ollama) -> None:
 @pytest.mark.parametrize(
     ("name", "recording"), [("nosuch-model-at-all", "pull-unknown-name"), ("bad name!!", "pull-bad-name")]
 )
-def test_a_refused_pull_says_what_was_recorded(ollama: Ollama, name: str, recording: str) -> None:
+def test_a_refused_pull_prints_the_recorded_error(ollama: Ollama, name: str, recording: str) -> None:
     pulled = ollama.command("pull", name)
     assert (pulled.returncode, pulled.stdout) == (1, b"")
     assert pulled.stderr == (FOLDER / f"{recording}.bin").read_bytes()
 
 
-def test_a_pull_without_a_server_says_what_was_recorded(ollama: Ollama) -> None:
+def test_a_pull_without_a_server_prints_the_recorded_error(ollama: Ollama) -> None:
     environment = os.environ | {"OLLAMA_HOST": f"127.0.0.1:{free_port()}"}
     pulled = subprocess.run([ollama.binary, "pull", "tiny-a"], env=environment, capture_output=True, timeout=30)
     assert pulled.returncode == 1
     assert pulled.stderr == (FOLDER / "pull-no-server.bin").read_bytes()
 
 
-def test_a_server_whose_port_is_taken_says_so(ollama: Ollama) -> None:
+def test_a_server_whose_port_is_taken_exits_with_an_error(ollama: Ollama) -> None:
     ended = ollama.command("serve")
     assert (ended.returncode, ended.stdout) == (1, b"")
     assert ended.stderr.decode() == f"Error: listen tcp 127.0.0.1:{ollama.port}: bind: address already in use\n"
 
 
 def test_a_pull_draws_the_recorded_frames(own: FakeOllama) -> None:
-    """Byte for byte but for the numbers: escape codes, bars of 18 cells, aligned sizes, a speed after a second."""
+    """Only numbers may differ: escape codes, 18-cell bars, aligned sizes and the speed after a second are the same."""
     own.configure(registry={"tiny-b:latest": TINY_B}, bytes_per_second=30_000_000, blob_seconds=0.25)
     with own:
         drawn = pull(own, "tiny-b")
     assert (drawn.returncode, drawn.stdout) == (0, b"")
-    # Which rows meet in a frame is a matter of time; what a frame looks like that has them is not.
+    # Timing decides which rows a frame combines, but not how they are drawn.
     recorded, now = (pictures(bytes_) for bytes_ in ((FOLDER / "pull-piped-slow.bin").read_bytes(), drawn.stderr))
     in_order = iter(recorded)
     assert all(picture in in_order for picture in now)
@@ -338,7 +338,7 @@ def test_a_pull_draws_the_recorded_frames(own: FakeOllama) -> None:
 
 
 def pictures(drawn: bytes) -> list[str]:
-    """Frames without their steps up, which are as many as the frame before has rows but one, and without spinners."""
+    """The frames without spinners and cursor movements (each frame moves up over the previous one, as is checked)."""
     found: list[str] = []
     rows = 1
     for frame in frames(drawn):
@@ -360,7 +360,7 @@ def start_pull(fake: FakeOllama, name: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_a_pull_that_is_interrupted_dies_by_the_signal_and_goes_on_later(own: FakeOllama) -> None:
+def test_an_interrupted_pull_dies_by_the_signal_and_resumes_later(own: FakeOllama) -> None:
     own.configure(bytes_per_second=400_000_000)
     own.set_fault("pull_stuck_at", 40)
     with own:
@@ -379,8 +379,8 @@ def test_a_pull_that_is_interrupted_dies_by_the_signal_and_goes_on_later(own: Fa
         assert own.tags() == ["big:latest", "tiny-a:latest"]
 
 
-def test_a_server_that_dies_in_a_pull_ends_it_without_an_error(own: FakeOllama) -> None:
-    """The command ends with 0 and no `success`; the parts of 100 MB that weren't finished are lost."""
+def test_a_server_crash_during_a_pull_ends_the_command_without_an_error(own: FakeOllama) -> None:
+    """The command exits with 0 but prints no `success`; unfinished parts of 100 MB are lost."""
     own.configure(bytes_per_second=200_000_000)
     own.set_fault("pull_kill_server_at", 60)
     own.start()
@@ -393,7 +393,7 @@ def test_a_server_that_dies_in_a_pull_ends_it_without_an_error(own: FakeOllama) 
     assert 49_000_000 < own.pulled_bytes("big") <= 50_000_000, "the last, short part alone was finished"
 
 
-def test_closing_the_connection_stops_the_transfer_unless_another_waits(own: FakeOllama) -> None:
+def test_closing_the_connection_stops_the_transfer_unless_another_client_waits(own: FakeOllama) -> None:
     own.configure(bytes_per_second=100_000_000)
     with own:
         first = own.http.post(f"{own.url}/api/pull", json={"model": "big"}, stream=True, timeout=10)
@@ -423,7 +423,7 @@ def last_event(fake: FakeOllama, name: str = "big") -> dict[str, Any]:
     return event
 
 
-def test_pulls_fail_as_told(own: FakeOllama) -> None:
+def test_pulls_fail_as_configured(own: FakeOllama) -> None:
     own.configure(bytes_per_second=1_000_000_000)
     with own:
         own.set_fault("pull_error_at", {"percent": 30, "error": "max retries exceeded: EOF"})
@@ -442,7 +442,7 @@ def test_pulls_fail_as_told(own: FakeOllama) -> None:
 
 
 def test_an_update_replaces_the_weights(own: FakeOllama) -> None:
-    """The digest of a model is that of its manifest's bytes, at the registry as in the folder."""
+    """A model's digest is the hash of its manifest's bytes, the same at the registry and on the server."""
     with FakeRegistry({"tiny-b": TINY_B}) as registry, own:
         own.configure(registry_url=registry.url, bytes_per_second=1_000_000_000)
 
@@ -461,7 +461,7 @@ def test_an_update_replaces_the_weights(own: FakeOllama) -> None:
 
 
 def test_a_loaded_model_is_a_process_that_holds_its_memory(own: FakeOllama) -> None:
-    """Its memory grows while it loads; it is no loaded model until it is ready; the log tells the way."""
+    """The process grows during the load; the model is listed only once it is ready; the log shows the progress."""
     own.set_fault("slow_load", 0.6)
     own.start(OLLAMA_DEBUG="1")
     loading = threading.Thread(target=own.load, args=("tiny-a",), daemon=True)
@@ -486,7 +486,7 @@ def test_a_loaded_model_is_a_process_that_holds_its_memory(own: FakeOllama) -> N
     assert len(own.runners()) == 1, "a server that is asked to end takes its own along"
 
 
-def test_a_client_that_leaves_aborts_the_load(own: FakeOllama) -> None:
+def test_a_client_that_disconnects_aborts_the_load(own: FakeOllama) -> None:
     own.set_fault("stuck_load")
     with own:
         with pytest.raises(requests.ReadTimeout):
@@ -496,7 +496,7 @@ def test_a_client_that_leaves_aborts_the_load(own: FakeOllama) -> None:
         assert own.ps() == []
 
 
-def test_a_crash_in_a_load_takes_the_server(own: FakeOllama) -> None:
+def test_a_crash_during_a_load_ends_the_server(own: FakeOllama) -> None:
     own.set_fault("crash_at_load")
     own.start()
     with pytest.raises(requests.ConnectionError):
@@ -505,7 +505,7 @@ def test_a_crash_in_a_load_takes_the_server(own: FakeOllama) -> None:
     assert own.process.wait(10) == -signal.SIGKILL
 
 
-def test_starts_fail_as_told(own: FakeOllama) -> None:
+def test_starts_fail_as_configured(own: FakeOllama) -> None:
     server = Ollama(own.port, own.binary, own.environment, "tiny-a")
     own.set_fault("crash_on_start", "Error: the fake was told to fail")
     ended = server.command("serve")
@@ -516,7 +516,7 @@ def test_starts_fail_as_told(own: FakeOllama) -> None:
     assert (ended.returncode, b"bind: address already in use" in ended.stderr) == (1, True)
 
 
-def test_answers_and_ends_go_wrong_as_told(own: FakeOllama) -> None:
+def test_answers_and_unloads_fail_as_configured(own: FakeOllama) -> None:
     own.start()
     ollama = Ollama(own.port, own.binary, own.environment, "tiny-a", own.http)
     own.set_fault("stream_error_at", 2)
@@ -549,8 +549,8 @@ def test_answers_and_ends_go_wrong_as_told(own: FakeOllama) -> None:
     assert own.stop() == 0
 
 
-def test_models_of_other_kinds(fake: FakeOllama, ollama: Ollama) -> None:
-    """In the cloud: no memory here. For embeddings: loaded by them alone. Half on a GPU: it says so."""
+def test_cloud_embedding_and_partly_offloaded_models_are_listed(fake: FakeOllama, ollama: Ollama) -> None:
+    """A cloud model names its remote host, an embedding loads its model, and /api/ps shows the share on the GPU."""
     tags = {model["name"]: model for model in fake.http.get(f"{fake.url}/api/tags", timeout=10).json()["models"]}
     assert tags["cloudy:cloud"]["remote_model"] == "cloudy"
     assert tags["cloudy:cloud"]["remote_host"] == "https://ollama.com:443"
@@ -564,7 +564,7 @@ def test_models_of_other_kinds(fake: FakeOllama, ollama: Ollama) -> None:
     assert b"40%/60% CPU/GPU" in ollama.command("ps").stdout
 
 
-def test_it_remembers_what_it_was_asked(fake: FakeOllama) -> None:
+def test_the_fake_records_its_requests(fake: FakeOllama) -> None:
     fake.load("tiny-a", "7m")
     assert fake.requests("/api/generate")[-1] == {
         "method": "POST",

@@ -1,4 +1,4 @@
-"""The llamacpp engine against the port's conformance suite: embedded, and as a native server (a fake)."""
+"""The port's conformance suite on the llamacpp engine: embedded, and with a native server (a fake)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_case(folder: Path, native_server: str | None = None) -> EngineCase:
 
 
 class TestEmbedded(EngineConformance):
-    """The real thing: xllamacpp in a child process, with a process standing by."""
+    """The real engine: xllamacpp in a child process, with a standby process."""
 
     @pytest.fixture
     def case(self, tmp_path: Path) -> Iterator[EngineCase]:
@@ -46,14 +46,14 @@ class TestEmbedded(EngineConformance):
         yield case
         case.engine.close()
 
-    def test_an_engine_answers_only_those_who_hold_its_key(self, case: EngineCase):
-        """A page in a browser, or another user of this machine, finds the port but gets no answer."""
+    def test_an_engine_refuses_requests_without_its_key(self, case: EngineCase):
+        """A web page or another user of this machine can reach the port, but gets 401."""
         with case.ready() as (_, endpoint):
             answer = requests.post(f"{endpoint.origin}/v1/completions", json={"prompt": "x"}, timeout=5)
             assert answer.status_code == 401
 
-    def test_the_key_shows_in_no_process_list_and_no_log(self, case: EngineCase):
-        """Neither in the arguments nor in the environment nor in what the engine logs."""
+    def test_the_key_appears_in_no_process_list_and_no_log(self, case: EngineCase):
+        """The key is neither in the arguments nor in the environment nor in the engine's log."""
         with case.ready() as (instance, endpoint):
             key = endpoint.headers["Authorization"].removeprefix("Bearer ")
             process = psutil.Process(instance.pid)
@@ -61,32 +61,32 @@ class TestEmbedded(EngineConformance):
             assert key not in str(process.environ())
             assert key not in instance.log_tail()
 
-    def test_a_killed_engine_is_told_with_its_signal(self, case: EngineCase):
-        """The cause says how the process ended; that is a failure, not a wish of somebody else."""
+    def test_the_exit_of_a_killed_engine_names_the_signal(self, case: EngineCase):
+        """The exit counts as a failure, not as an unload by another client."""
         with case.ready() as (instance, _):
             _kill(instance)
             wait_until(lambda: bool(case.exits), "the exit to be reported")
         assert "SIGKILL" in case.exits[0].cause
         assert not case.exits[0].released
 
-    def test_the_process_standing_by_is_used_and_replaced(self, case: EngineCase):
-        """The next load runs in the process that was prepared; soon another one stands by."""
+    def test_the_standby_process_is_used_and_replaced(self, case: EngineCase):
+        """The next load runs in the prepared process; then another one is started."""
         case.engine.prepare()
-        wait_until(lambda: len(_children()) == 1, "a process to stand by")  # its command line is there after its exec
+        wait_until(lambda: len(_children()) == 1, "a process to stand by")  # the command line is only set after exec
         (standing_by,) = _children()
         with case.ready() as (instance, _):
             assert instance.pid == standing_by
             wait_until(lambda: len(_children()) == 2, "another process to stand by")
 
-    def test_closing_ends_the_process_standing_by(self, case: EngineCase):
-        """Nothing stays behind when the app goes."""
+    def test_close_ends_the_standby_process(self, case: EngineCase):
+        """No process is left when the app ends."""
         case.engine.prepare()
         case.engine.close()
         assert _children() == []
 
 
 class TestNative(EngineConformance):
-    """A named `llama-server`; the fake has to keep the same promises as the real one."""
+    """A configured `llama-server`: a fake that has to pass the same tests as the embedded engine."""
 
     @pytest.fixture
     def case(self, tmp_path: Path) -> Iterator[EngineCase]:
@@ -95,8 +95,8 @@ class TestNative(EngineConformance):
         case.engine.close()
 
 
-def test_options_that_matter_change_the_settings_key(tmp_path):
-    """Another context length is another history of loads."""
+def test_options_that_affect_a_load_change_the_settings_key(tmp_path):
+    """Measurements of loads with another context length are kept apart."""
     case = make_case(tmp_path)
     other = replace(case.good, options={"context_length": 512})
     assert case.engine.settings_key(case.good) != case.engine.settings_key(other)
@@ -117,8 +117,8 @@ def test_options_that_matter_change_the_settings_key(tmp_path):
         ("🚂.gguf", "model"),
     ],
 )
-def test_a_file_name_becomes_an_id_that_is_safe_everywhere(file, model_id):
-    """No leading dash, no space, nothing that a shell, a path or an URL would read otherwise; letters of any script."""
+def test_a_file_name_becomes_a_safe_id(file, model_id):
+    """The id has no leading dash, no space and nothing special to a shell, path or URL; letters of any script stay."""
     assert id_of(Path(file)) == model_id
 
 
@@ -133,15 +133,15 @@ def test_a_file_name_becomes_an_id_that_is_safe_everywhere(file, model_id):
         ("ggml_aligned_malloc: failed to allocate 99 bytes", "failed to allocate 99 bytes"),
     ],
 )
-def test_the_first_cause_is_told_not_the_last_line(log, words):
-    """llama.cpp says several things when it fails; the first is the telling one."""
+def test_the_first_cause_in_a_log_is_reported(log, words):
+    """llama.cpp logs several errors when a load fails; the first one explains it."""
     cause = first_cause(log)
     assert cause is not None
     assert words in cause
 
 
-def test_a_log_without_a_cause_names_none():
-    """How the process ended is told then."""
+def test_a_log_without_errors_has_no_cause():
+    """The exit report then says how the process ended."""
     assert first_cause("load: all is well") is None
 
 

@@ -1,4 +1,4 @@
-"""A restart of the app and the llama.cpp processes that the run before left: taken over, given time, or ended."""
+"""The llama.cpp processes that a previous run of the app left are adopted, given time to answer, or ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MakeEngine = Callable[[], LlamaCpp]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two models of their own."""
+    """A model folder with two models."""
     models = tmp_path / "models"
     models.mkdir()
     for name in ("good", "other"):
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_engine(folder: Path) -> Iterator[MakeEngine]:
-    """Engines as runs of the app, one after the other, would make them, with their catalogue described."""
+    """Make engines as successive runs of the app would, with their catalogue loaded."""
     registry = ProcessRegistry(folder.parent / "state")
 
     def make() -> LlamaCpp:
@@ -57,7 +57,7 @@ def make_engine(folder: Path) -> Iterator[MakeEngine]:
 
 @pytest.fixture
 def left(make_engine: MakeEngine) -> tuple[LlamaCppInstance, Endpoint]:
-    """The good model, loaded by a run of the app that is gone."""
+    """The good model, left loaded by a previous run of the app."""
     engine = make_engine()
     instance = engine.launch(catalog(engine)["good"], lambda _: None)
     endpoint = instance.wait_ready(lambda _: None, 30)
@@ -69,8 +69,8 @@ def catalog(engine: LlamaCpp) -> dict[str, Model]:
     return {model.id: model for model in engine.discover()}
 
 
-def test_what_answers_is_taken_over(make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint]):
-    """Once; it serves on under the same address, and its end is noticed."""
+def test_a_process_that_answers_is_adopted(make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint]):
+    """It is adopted only once, keeps its address, and its exit is reported."""
     engine = make_engine()
     good = catalog(engine)["good"]
     assert list(engine.loaded([good])) == [good]
@@ -85,10 +85,10 @@ def test_what_answers_is_taken_over(make_engine: MakeEngine, left: tuple[LlamaCp
     wait_until(lambda: len(exits) == 1, "its end to be told")
 
 
-def test_what_is_slow_to_answer_is_left_alone_and_asked_again(
+def test_a_slow_process_is_left_running_and_adopted_later(
     make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint], monkeypatch: pytest.MonkeyPatch
 ):
-    """A busy engine isn't killed for two seconds of silence: it goes on being named, and is taken over in time."""
+    """A busy engine isn't killed for a short silence: it stays listed as loaded, and is adopted once it answers."""
     monkeypatch.setattr("services.engines.llamacpp.engine.ADOPT_SECONDS", 0.2)
     engine = make_engine()
     good = catalog(engine)["good"]
@@ -106,10 +106,10 @@ def test_what_is_slow_to_answer_is_left_alone_and_asked_again(
     assert adopted.wait_ready(lambda _: None, 0) == left[1]
 
 
-def test_what_stays_silent_is_ended(
+def test_a_process_that_stays_silent_is_ended(
     make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint], monkeypatch: pytest.MonkeyPatch
 ):
-    """After a minute nobody expects an answer, and its memory can't be had otherwise."""
+    """After `ADOPT_TIMEOUT` without an answer the process is killed, which frees its memory."""
     monkeypatch.setattr("services.engines.llamacpp.engine.ADOPT_SECONDS", 0.2)
     engine = make_engine()
     good = catalog(engine)["good"]
@@ -123,8 +123,8 @@ def test_what_stays_silent_is_ended(
     _wait_gone(left[0].pid)
 
 
-def test_what_has_ended_is_not_waited_for(make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint]):
-    """Between the look and the question."""
+def test_a_process_that_has_ended_is_not_waited_for(make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint]):
+    """The process ends after `loaded` listed the model and before `adopt` is called."""
     engine = make_engine()
     good = catalog(engine)["good"]
     assert list(engine.loaded([good])) == [good]
@@ -135,10 +135,10 @@ def test_what_has_ended_is_not_waited_for(make_engine: MakeEngine, left: tuple[L
 
 
 @pytest.mark.parametrize("how", ["load", "close"])
-def test_what_is_silent_does_not_stay_when_nobody_will_ask_again(
+def test_a_silent_process_is_ended_when_its_model_is_loaded_again_or_the_app_closes(
     make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint], how: str
 ):
-    """The model is loaded anew, for which there would be no room, or the app goes."""
+    """Otherwise it would keep memory that the new load may need, or outlive the app."""
     engine = make_engine()
     good = catalog(engine)["good"]
     assert list(engine.loaded([good])) == [good]
@@ -150,16 +150,18 @@ def test_what_is_silent_does_not_stay_when_nobody_will_ask_again(
     _wait_gone(left[0].pid)
 
 
-def test_what_nobody_would_load_like_that_is_ended(make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint]):
-    """Another run with another catalogue: nobody could reach it."""
+def test_a_process_whose_model_is_not_in_the_catalogue_is_ended(
+    make_engine: MakeEngine, left: tuple[LlamaCppInstance, Endpoint]
+):
+    """A run with another catalogue could not use the process."""
     engine = make_engine()
     assert list(engine.loaded([catalog(engine)["other"]])) == []
     _wait_gone(left[0].pid)
 
 
 @pytest.mark.usefixtures("left")
-def test_asking_what_is_loaded_reads_nothing(make_engine: MakeEngine, folder: Path):
-    """It is called every second by who must never wait: a disk that hangs is not its business."""
+def test_listing_loaded_models_does_not_read_the_disk(make_engine: MakeEngine, folder: Path):
+    """`loaded` is called every second by callers that must not block, so a hanging disk must not delay it."""
     engine = make_engine()
     good = catalog(engine)["good"]
     shutil.move(folder, folder.with_name("elsewhere"))

@@ -1,4 +1,4 @@
-"""What the ollama engine does on a server that others use as well, and that misbehaves on cue: the fake.
+"""The ollama engine on a server that other clients use too and that fails on demand: the fake.
 
 The port's conformance suite runs in `test_ollama_server.py`, on the fake or a real Ollama.
 """
@@ -35,14 +35,14 @@ MODELS = {
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeOllama]:
-    """A server that somebody else started."""
+    """A server that another program started."""
     with FakeOllama(tmp_path / "ollama", models=MODELS) as fake:
         yield fake
 
 
 @pytest.fixture
 def make_engine(server: FakeOllama) -> Iterator[Callable[..., Ollama]]:
-    """Engines on that server, watching it."""
+    """Make engines that watch that server."""
     made: list[Ollama] = []
 
     def make(**options: object) -> Ollama:
@@ -58,7 +58,7 @@ def make_engine(server: FakeOllama) -> Iterator[Callable[..., Ollama]]:
 
 
 class TestShared:
-    """One engine, one server, other clients."""
+    """One engine on a server that other clients use too."""
 
     @pytest.fixture
     def case(self, server: FakeOllama, make_engine: Callable[..., Ollama]) -> EngineCase:
@@ -70,22 +70,22 @@ class TestShared:
 
         return EngineCase(engine, good, other, damaged, end=lambda _: server.unload("tiny-a"), serves=serves)
 
-    def test_what_another_client_unloads_is_released_not_failed(self, case: EngineCase, server: FakeOllama):
-        """Nothing is broken; the words say who did it."""
+    def test_an_unload_by_another_client_counts_as_released_not_failed(self, case: EngineCase, server: FakeOllama):
+        """The exit's cause says that another program unloaded the model."""
         with case.ready():
             server.unload("tiny-a")
             wait_until(lambda: bool(case.exits), "the exit to be reported")
         assert case.exits == [Exit(EVICTED, released=True)]
 
-    def test_a_server_that_goes_away_takes_its_models_along(self, case: EngineCase, server: FakeOllama):
-        """Noticed within seconds, told once for each model."""
+    def test_the_end_of_the_server_ends_its_models(self, case: EngineCase, server: FakeOllama):
+        """The exit is reported within seconds, once for each model."""
         with case.ready():
             server.kill()
             wait_until(lambda: bool(case.exits), "the exit to be reported", timeout=5)
         assert len(case.exits) == 1
 
     def test_loads_carry_no_options_and_a_numeric_keep_alive(self, case: EngineCase, server: FakeOllama):
-        """Options other than a chat's would have it loaded again; the string "-1" is an error."""
+        """With options that differ from a chat's, the chat would reload the model; the string "-1" is an error."""
         with case.ready() as (_, endpoint):
             _chat(endpoint)
         asked = [r["body"] for r in server.requests() if r["path"] == "/api/generate"]
@@ -93,16 +93,16 @@ class TestShared:
         assert asked[-1]["keep_alive"] == 0
         assert server.output().count("runner started in") == 1
 
-    def test_after_stop_its_memory_is_free(self, case: EngineCase):
-        """Not only gone from the list: the process that held it has ended."""
+    def test_stop_frees_the_memory_of_the_model(self, case: EngineCase):
+        """The model's process has ended when `stop` returns."""
         with case.ready() as (instance, _):
             runner = instance.pid
             assert runner is not None
             instance.stop(GRACE)
             assert not _alive(runner)
 
-    def test_a_load_shows_the_growth_of_its_runner(self, case: EngineCase, server: FakeOllama):
-        """The API is silent during a load; the memory of the runner is not."""
+    def test_load_progress_follows_the_memory_of_the_runner(self, case: EngineCase, server: FakeOllama):
+        """Ollama's API reports no progress during a load, so the fractions come from the runner's memory."""
         server.set_fault("slow_load", 1.0)
         seen: list[Evidence] = []
         instance = case.launch(case.other)
@@ -114,8 +114,8 @@ class TestShared:
         assert len(fractions) >= 3
         assert fractions == sorted(fractions)
 
-    def test_stopping_a_slow_load_drops_the_request(self, case: EngineCase, server: FakeOllama):
-        """Ollama sees its client leave and gives the load up; nothing of it stays."""
+    def test_stopping_a_load_cancels_the_request(self, case: EngineCase, server: FakeOllama):
+        """Ollama aborts the load when its client disconnects; nothing stays loaded."""
         server.set_fault("stuck_load", True)
         instance = case.launch()
         with ThreadPoolExecutor() as pool:
@@ -126,16 +126,16 @@ class TestShared:
         assert server.ps() == []
         assert case.exits == []
 
-    def test_a_load_that_ollama_refuses_says_the_first_cause(self, case: EngineCase):
-        """Its own telling words, without its panic."""
+    def test_a_failed_load_reports_the_first_cause(self, case: EngineCase):
+        """The error has Ollama's explanation without its panic."""
         instance = case.launch(case.damaged)
         with pytest.raises(LoadFailed, match="missing tensor") as caught:
             instance.wait_ready(lambda _: None, LOAD_SECONDS)
         assert "panic" not in str(caught.value)
         instance.stop(GRACE)
 
-    def test_a_runner_that_is_killed_while_it_loads_is_explained(self, case: EngineCase, server: FakeOllama):
-        """Ollama says `signal: killed`, which tells nobody what to do."""
+    def test_a_runner_killed_during_a_load_is_explained(self, case: EngineCase, server: FakeOllama):
+        """Ollama's `signal: killed` is replaced by a message that names SIGKILL, and the kernel if it sent it."""
         server.set_fault("slow_load", 60.0)
         instance = case.launch()
         with ThreadPoolExecutor() as pool:
@@ -147,13 +147,13 @@ class TestShared:
         assert "was ended by SIGKILL" in str(failure) or "was ended by the kernel (SIGKILL)" in str(failure)
         instance.stop(GRACE)
 
-    def test_a_model_for_embeddings_is_loaded_its_own_way(self, case: EngineCase, server: FakeOllama):
-        """It refuses to generate (400); an embedding loads and warms it."""
+    def test_an_embedding_model_is_loaded_by_an_embedding(self, case: EngineCase, server: FakeOllama):
+        """Such a model answers /api/generate with 400; an embedding request loads it and warms it up."""
         with case.ready(model("embedder")) as (_, endpoint):
             assert endpoint.model in server.ps()
 
-    def test_a_model_that_will_not_go_stays_in_use(self, case: EngineCase, server: FakeOllama):
-        """On a server of somebody else nothing is forced: stop says so, and it goes on serving."""
+    def test_a_model_that_does_not_unload_stays_in_use(self, case: EngineCase, server: FakeOllama):
+        """On a server of another program nothing is forced: `stop` raises, and the model still serves."""
         with case.ready() as (instance, endpoint):
             server.set_fault("never_unload", True)
             with pytest.raises(EngineError, match="did not unload"):
@@ -162,10 +162,10 @@ class TestShared:
             server.clear_faults()
             wait_until(lambda: bool(case.exits), "its end, which came late, to be noticed")
 
-    def test_on_a_server_of_ours_a_model_that_will_not_go_is_ended(
+    def test_a_model_that_does_not_unload_is_killed_on_the_app_s_own_server(
         self, server: FakeOllama, make_engine: Callable[..., Ollama]
     ):
-        """Its runner is killed, its memory is free."""
+        """The model's runner is killed, which frees its memory."""
         engine = make_engine(ours=True)
         instance = engine.launch(engine.describe(model("tiny-a")), lambda _: None)
         instance.wait_ready(lambda _: None, LOAD_SECONDS)
@@ -175,8 +175,8 @@ class TestShared:
         instance.stop(0.5)
         assert not _alive(runner)
 
-    def test_what_another_client_loaded_is_found_and_adopted(self, case: EngineCase, server: FakeOllama):
-        """Ready at once, answering, and unloaded like one of ours."""
+    def test_a_model_loaded_by_another_client_is_found_and_adopted(self, case: EngineCase, server: FakeOllama):
+        """The adopted model is ready at once, answers, and can be stopped."""
         server.load("tiny-b")
         wait_until(lambda: case.other in case.engine.loaded([case.other]), "the look that finds it")
         adopted = case.engine.adopt(case.engine.describe(case.other), case.exits.append)
@@ -187,16 +187,16 @@ class TestShared:
         assert server.ps() == []
         assert case.exits == []
 
-    def test_a_changed_expiry_is_told(self, case: EngineCase, server: FakeOllama):
-        """Another client's keep_alive replaces ours: people learn when it will go."""
+    def test_a_changed_expiry_causes_a_warning(self, case: EngineCase, server: FakeOllama):
+        """Another client's keep_alive replaces the app's; the warning says when the model will be unloaded."""
         with case.ready() as (instance, _):
             assert instance.warning() is None
             server.load("tiny-a", keep_alive=600)
             wait_until(lambda: instance.warning() is not None, "the warning")
             assert "Another program set it to be unloaded at" in str(instance.warning())
 
-    def test_a_model_that_spilled_to_the_processor_is_told(self, make_engine: Callable[..., Ollama]):
-        """`size_vram` below `size`: the share is named, and both parts are in the books."""
+    def test_a_model_only_partly_on_the_gpu_causes_a_warning(self, make_engine: Callable[..., Ollama]):
+        """When `size_vram` is below `size`, the warning names the share on the GPU, and the usage counts both parts."""
         engine = make_engine(gpus=lambda: ["GPU-1"])
         instance = engine.launch(engine.describe(model("spilled")), lambda _: None)
         instance.wait_ready(lambda _: None, LOAD_SECONDS)
@@ -207,8 +207,10 @@ class TestShared:
         assert "Only 59 % of it fit on the GPU" in str(instance.warning()) or "Only 60 %" in str(instance.warning())
         instance.stop(GRACE)
 
-    def test_a_context_of_its_own_is_built_into_a_name(self, server: FakeOllama, make_engine: Callable[..., Ollama]):
-        """`/v1` takes no context length: the model is served by a name that has it, and listed once."""
+    def test_a_configured_context_length_is_served_under_a_derived_name(
+        self, server: FakeOllama, make_engine: Callable[..., Ollama]
+    ):
+        """`/v1` takes no context length, so a derived model has it; the catalogue doesn't list that one."""
         engine = make_engine()
         wanted = engine.describe(replace(model("tiny-a"), options={"context_length": 512}))
         instance = engine.launch(wanted, lambda _: None)
@@ -222,30 +224,30 @@ class TestShared:
         instance.stop(GRACE)
 
     def test_removing_a_model_deletes_its_files(self, case: EngineCase, server: FakeOllama):
-        """And what was derived from it."""
+        """The models derived from it are deleted too."""
         case.engine.remove(case.engine.describe(case.good), ())
         assert "tiny-a:latest" not in server.tags()
         assert "tiny-a:latest" not in [m.id for m in case.engine.discover()]
 
 
 def test_only_models_of_this_machine_are_discovered(make_engine: Callable[..., Ollama]):
-    """Stubs of cloud models take no memory here and can't be switched; names without their tag are aliases."""
+    """Cloud models take no local memory and can't be switched to; a name without its tag is an alias."""
     found = {m.id: m for m in make_engine().discover()}
     assert "cloudy:latest" not in found
     assert found["tiny-a:latest"].aliases == ("tiny-a",)
     assert found["tiny-a:latest"].size_bytes == 7_411_936
 
 
-def test_a_server_that_is_not_there_is_said_in_words():
-    """What to do stands in the message."""
+def test_an_unreachable_server_gives_a_helpful_error():
+    """The message says what to do; discovery finds no models."""
     engine = Ollama(OllamaWatch(f"http://127.0.0.1:{free_port()}"), local=True)
     assert engine.discover() == []
     with pytest.raises(OllamaUnreachable, match="Start it on the Models page"):
         engine.launch(model("tiny-a"), lambda _: None)
 
 
-def test_a_remote_server_takes_nothing_of_this_machine(server: FakeOllama):
-    """Its models need no memory here and hold none."""
+def test_models_of_a_remote_server_take_no_local_memory(server: FakeOllama):
+    """The estimate is 0 bytes, and no usage is measured."""
     engine = Ollama(OllamaWatch(server.url), local=False)
     described = engine.describe(model("tiny-a"))
     assert engine.estimate(described).bytes == 0
@@ -263,8 +265,8 @@ def test_a_remote_server_takes_nothing_of_this_machine(server: FakeOllama):
         ("127.0.0.1:5005/library/x", "127.0.0.1:5005/library/x:latest"),
     ],
 )
-def test_a_name_without_a_tag_means_the_latest(name, full):
-    """The colon of a port is none of a tag."""
+def test_a_name_without_a_tag_gets_the_tag_latest(name, full):
+    """The colon before a port doesn't begin a tag."""
     assert full_name(name) == full
 
 

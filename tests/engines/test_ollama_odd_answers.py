@@ -1,4 +1,4 @@
-"""An Ollama that refuses, or whose answers are odd, endless or slow: nothing of that ends a watch, or a start."""
+"""Refusals and odd, endless or slow answers of Ollama break neither the watch nor the start of the app."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ODD: list[Any] = [
 
 
 class Answers:
-    """A server with an answer for each path: a document, or a function that writes to the connection."""
+    """A server with a fixed answer for each path: a document, or a function that writes to the connection."""
 
     def __init__(self) -> None:
         self.paths: dict[str, Any] = {
@@ -79,8 +79,8 @@ def engine(answers: Answers) -> Iterator[Ollama]:
     engine.close()
 
 
-def test_odd_entries_are_left_out_one_by_one(answers: Answers, engine: Ollama):
-    """The others stay, on the disk and in memory; it is logged once, not every second."""
+def test_only_invalid_entries_are_left_out(answers: Answers, engine: Ollama):
+    """The valid entries of both lists (on disk, in memory) remain; the warning is logged once, not every second."""
     answers.paths["/api/tags"] = {"models": [*ODD, GOOD]}
     answers.paths["/api/ps"] = {"models": [*ODD, {**GOOD, "size_vram": 1000, "expires_at": "2319-01-01T00:00:00Z"}]}
     engine.prepare()
@@ -111,10 +111,10 @@ def test_odd_entries_are_left_out_one_by_one(answers: Answers, engine: Ollama):
     ],
 )
 @pytest.mark.parametrize("path", ["/api/tags", "/api/ps", "/api/show"])
-def test_no_answer_raises_where_the_catalogue_and_the_switcher_look(
+def test_malformed_answers_raise_in_neither_the_catalogue_nor_the_switcher(
     answers: Answers, engine: Ollama, path: str, said: object
 ):
-    """discover, describe and loaded give what is known, whatever is answered."""
+    """`discover`, `describe` and `loaded` return what is known, whatever the server answers."""
     answers.paths[path] = said
     engine.prepare()
     found = engine.discover()
@@ -131,8 +131,8 @@ def test_no_answer_raises_where_the_catalogue_and_the_switcher_look(
         {"model_info": {"x.context_length": True}},
     ],
 )
-def test_odd_details_are_not_known(answers: Answers, engine: Ollama, said: object):
-    """Nobody's twin, without a context that it was trained for; it can still be described and loaded."""
+def test_malformed_details_are_ignored(answers: Answers, engine: Ollama, said: object):
+    """Such a model has no twin and no known context length, but it can still be described."""
     answers.paths["/api/show"] = said
     engine.prepare()
     described = engine.describe(Model("good:latest", "ollama", "good"))
@@ -140,8 +140,8 @@ def test_odd_details_are_not_known(answers: Answers, engine: Ollama, said: objec
 
 
 @pytest.mark.parametrize("moment", ["0001-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "soon", "", None])
-def test_a_time_that_means_none_is_none(answers: Answers, moment: object):
-    """Go's zero time is in the year 1, which no local clock can show."""
+def test_a_missing_or_invalid_expiry_is_none(answers: Answers, moment: object):
+    """Go's zero time is in the year 1, which can't be converted to local time."""
     answers.paths["/api/ps"] = {"models": [{**GOOD, "expires_at": moment}]}
     (running,) = OllamaApi(answers.server.url).running()
     assert running.expires_at is None
@@ -161,10 +161,10 @@ def _flood(link: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("misbehave", [_drip, _flood])
-def test_an_answer_without_an_end_does_not_stop_the_watch(
+def test_an_endless_answer_does_not_stop_the_watch(
     answers: Answers, engine: Ollama, misbehave: Callable[[socket.socket], None]
 ):
-    """What was loaded counts as loaded meanwhile, and what is new is seen when it answers well again."""
+    """The last known list of loaded models stays valid meanwhile; the next good answer updates it."""
     answers.paths["/api/ps"] = {"models": [GOOD]}
     engine.prepare()
     good = engine.describe(Model("good:latest", "ollama", "good"))
@@ -182,8 +182,8 @@ def test_an_answer_without_an_end_does_not_stop_the_watch(
     wait_until(lambda: list(engine.loaded([good])) == [], "what is true to be seen")
 
 
-def test_a_refused_unload_says_why_and_its_end_is_seen_later(tmp_path: Path):
-    """It is told in Ollama's words, it serves on, and when it goes after all that is noticed, not missed for ever."""
+def test_a_refused_unload_reports_why_and_a_later_unload_is_noticed(tmp_path: Path):
+    """The error has Ollama's message, the model still serves, and when it is unloaded later, its exit is reported."""
     with FakeOllama(tmp_path / "ollama", models={"tiny-a:latest": {}}) as server:
         process = ServerProcess(server.servers()[0].pid)
         engine = Ollama(OllamaWatch(server.url), local=True, process=lambda: process)

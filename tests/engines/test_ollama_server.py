@@ -1,6 +1,6 @@
-"""The ollama engine on an Ollama server: conformance, a switch, a chat and a download.
+"""The ollama engine on an Ollama server: the conformance suite, a switch, a chat and a download.
 
-`make test-ollama OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=…` runs this file, unchanged, against a real one.
+`make test-ollama OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=…` runs this file on a real Ollama.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
 
 @pytest.fixture
 def server(running: OllamaServer) -> OllamaServer:
-    """The server with nothing loaded."""
+    """The Ollama server, with nothing loaded."""
     running.empty()
     return running
 
 
 @pytest.fixture
 def twin(server: OllamaServer) -> Iterator[str]:
-    """A model of the same weights with a system prompt of its own, as a Modelfile makes it."""
+    """A model with the same weights and its own system prompt, as made from a Modelfile."""
     name = "twin:latest"
     _order(server, "POST", "/api/create", {"model": name, "from": server.model, "system": "Rhyme.", "stream": False})
     yield name
@@ -45,7 +45,7 @@ def twin(server: OllamaServer) -> Iterator[str]:
 
 
 class TestOnAServer(EngineConformance, SharingConformance):
-    """The promises of the port."""
+    """The port's conformance suite, including shared instances."""
 
     @pytest.fixture
     def case(self, server: OllamaServer, twin: str) -> Iterator[EngineCase]:
@@ -76,8 +76,8 @@ def console(start_console: StartConsole, server: OllamaServer) -> Console:
     return console
 
 
-def test_switching_there_and_back_unloads_and_loads_for_real(console: Console, server: OllamaServer):
-    """Seed 002: after each switch Ollama holds the new model and not the old one."""
+def test_switching_there_and_back_unloads_and_loads_in_ollama(console: Console, server: OllamaServer):
+    """After each switch Ollama holds the new model and not the old one (seed 002)."""
     for old, new in ((None, server.model), (server.model, server.other), (server.other, server.model)):
         answer = console.post("/ollama/models/switch", {"model": new}).json()
         assert (answer["status"], answer["old_model"], answer["new_model"]) == ("success", old, new)
@@ -85,8 +85,8 @@ def test_switching_there_and_back_unloads_and_loads_for_real(console: Console, s
         assert console.status()["active_model"] == new
 
 
-def test_a_chat_streams_and_asks_for_no_second_load(console: Console, server: OllamaServer):
-    """The answer comes token by token; the context and the model stay as the switch left them."""
+def test_a_chat_is_streamed_without_reloading_the_model(console: Console, server: OllamaServer):
+    """The answer arrives token by token; the model stays loaded on the same device."""
     console.post("/ollama/models/switch", {"model": server.other})
     before = console.model(server.other)
     with closing(console.ask("Hello", stream=True, max_tokens=8)) as answer:
@@ -98,7 +98,7 @@ def test_a_chat_streams_and_asks_for_no_second_load(console: Console, server: Ol
 
 
 def test_a_model_is_deleted_and_downloaded_again(console: Console, server: OllamaServer):
-    """Through the command, from its registry, to the end; then it can be switched to."""
+    """The download runs Ollama's command to its end; then the model can be switched to."""
     console.switch(server.model)
     console.delete(f"/api/providers/models/{server.model}")
     assert server.model not in server.tags()

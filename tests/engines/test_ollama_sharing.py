@@ -1,6 +1,6 @@
-"""Names of one Ollama that are one in its memory: which they are, how they are listed, loaded and unloaded.
+"""Ollama models that share one loaded runner (twins): how they are recognised, listed, loaded and unloaded.
 
-The promises of the port about them run in `test_ollama_server.py`, on the fake or a real Ollama.
+The port's conformance suite for them runs in `test_ollama_server.py`, on the fake or a real Ollama.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def catalog(engine: Ollama) -> dict[str, Model]:
     return {model.id.removesuffix(":latest"): model for model in engine.discover()}
 
 
-def test_what_lies_in_memory_is_the_weights_and_the_runner_options(engine: Ollama, catalog: dict[str, Model]):
-    """A copy and another SYSTEM are the same; another context or other weights are not."""
+def test_models_with_the_same_weights_and_runner_options_share_memory(engine: Ollama, catalog: dict[str, Model]):
+    """Copies and models with another SYSTEM share memory; models with another context length or other weights don't."""
     held = {name: model.held_as for name, model in catalog.items()}
     assert held["tiny-a"] is not None
     assert held["copied"] == held["poet"] == held["tiny-a"]
@@ -59,15 +59,15 @@ def test_what_lies_in_memory_is_the_weights_and_the_runner_options(engine: Ollam
     assert asked.held_as == held["small"]
 
 
-def test_what_is_not_known_yet_is_nobodys_twin(server: FakeOllama):
-    """Before the app serves, nobody is kept waiting for details."""
+def test_a_model_without_known_details_has_no_twin(server: FakeOllama):
+    """Before `prepare`, discovery doesn't wait for the models' details."""
     engine = Ollama(OllamaWatch(server.url), local=True)
     assert {model.held_as for model in engine.discover()} == {None}
     engine.close()
 
 
-def test_every_name_of_what_is_loaded_is_found(engine: Ollama, server: FakeOllama, catalog: dict[str, Model]):
-    """By whichever name another client had it loaded, and no other."""
+def test_all_names_of_a_loaded_model_are_found(engine: Ollama, server: FakeOllama, catalog: dict[str, Model]):
+    """Another client loads one name: that one and its twins are found, and no other model."""
     server.load("poet")
     models = list(catalog.values())
     wait_until(lambda: len(engine.loaded(models)) == 3, "all three names to be found")
@@ -75,10 +75,10 @@ def test_every_name_of_what_is_loaded_is_found(engine: Ollama, server: FakeOllam
     assert server.ps() == ["poet:latest"]
 
 
-def test_one_model_listed_twice_with_other_contexts_is_loaded_once(
+def test_of_two_entries_with_different_contexts_only_one_counts_as_loaded(
     engine: Ollama, server: FakeOllama, catalog: dict[str, Model]
 ):
-    """Two entries of the settings with one source: the one whose context it has, not both."""
+    """For two settings entries with the same source, the one with the loaded context length counts as loaded."""
     wanted = [
         engine.describe(replace(catalog["tiny-a"], id=f"ctx{size}", options={"context_length": size}))
         for size in (512, 256)
@@ -91,10 +91,10 @@ def test_one_model_listed_twice_with_other_contexts_is_loaded_once(
     wait_until(lambda: list(engine.loaded(wanted)) == [wanted[0]], "what fits neither to be shown by its name alone")
 
 
-def test_options_that_come_to_the_servers_defaults_are_no_other_runner(
+def test_options_equal_to_the_server_s_defaults_share_the_runner(
     engine: Ollama, server: FakeOllama, catalog: dict[str, Model]
 ):
-    """Nobody knows those defaults: the load succeeds all the same, and its end is noticed."""
+    """The app doesn't know those defaults: the load succeeds anyway, and its exit is reported."""
     exits: list[Exit] = []
     load(engine, catalog["tiny-a"])
     assert catalog["spelled-out"].held_as != catalog["tiny-a"].held_as
@@ -107,10 +107,10 @@ def test_options_that_come_to_the_servers_defaults_are_no_other_runner(
     assert exits == [Exit(EVICTED, released=True)]
 
 
-def test_loading_with_other_options_takes_the_runner_of_the_first(
+def test_loading_with_other_options_replaces_the_first_runner(
     engine: Ollama, server: FakeOllama, catalog: dict[str, Model]
 ):
-    """One file of weights, one runner: the first is released, nothing is broken."""
+    """Ollama runs one runner for each weights file; the first model's exit counts as released, not as a failure."""
     exits: list[Exit] = []
     first = load(engine, catalog["tiny-a"], exits)
     load(engine, catalog["small"])
@@ -121,8 +121,10 @@ def test_loading_with_other_options_takes_the_runner_of_the_first(
     assert server.ps() == ["small:latest"]
 
 
-def test_it_is_unloaded_by_the_name_that_is_listed(engine: Ollama, server: FakeOllama, catalog: dict[str, Model]):
-    """And gone when no name of it is listed any more; a later load of a twin begins anew."""
+def test_a_twin_is_unloaded_by_the_name_that_ollama_lists(
+    engine: Ollama, server: FakeOllama, catalog: dict[str, Model]
+):
+    """`stop` unloads the shared runner; a later load of the twin starts a new one."""
     load(engine, catalog["tiny-a"])
     second = load(engine, catalog["copied"])
     second.stop(GRACE)
@@ -133,10 +135,10 @@ def test_it_is_unloaded_by_the_name_that_is_listed(engine: Ollama, server: FakeO
     assert server.ps() == ["copied:latest"]
 
 
-def test_a_twin_is_unloaded_though_the_listed_name_is_deleted(
+def test_a_twin_is_unloaded_after_the_listed_name_is_deleted(
     engine: Ollama, server: FakeOllama, catalog: dict[str, Model]
 ):
-    """Ollama keeps the runner of a name that is gone: the one that is left has to do."""
+    """Ollama keeps the runner of a deleted name, so the remaining name is used to unload it."""
     load(engine, catalog["tiny-a"])
     second = load(engine, catalog["copied"])
     OllamaApi(server.url).delete("tiny-a")
@@ -144,8 +146,8 @@ def test_a_twin_is_unloaded_though_the_listed_name_is_deleted(
     assert server.ps() == []
 
 
-def test_what_will_not_go_goes_on_under_all_its_names(engine: Ollama, server: FakeOllama, catalog: dict[str, Model]):
-    """A stop that failed is no reason: who is unloaded by somebody else later says that."""
+def test_after_a_failed_stop_all_twins_remain_loaded(engine: Ollama, server: FakeOllama, catalog: dict[str, Model]):
+    """A later unload is reported as done by another program, not by the stop that failed."""
     exits: list[Exit] = []
     first = load(engine, catalog["tiny-a"], exits)
     second = load(engine, catalog["poet"], exits)

@@ -1,4 +1,4 @@
-"""The vllm engine against the port's conformance suite, in real containers of a fake that replays vLLM's logs."""
+"""The port's conformance suite on the vllm engine, in real containers of a fake that replays vLLM's logs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _serves(endpoint: Endpoint) -> bool:
 
 @pytest.fixture
 def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., Vllm]]:
-    """Engines on the real daemon, as restarts of the app would make them; their models are in the cache already."""
+    """Make engines on the real daemon, as restarts of the app would; their models are already in the cache."""
     made: list[Vllm] = []
     for name, files in {"good": SHARDED_MODEL, "other": TINY_MODEL, "damaged": TINY_MODEL}.items():
         fill_cache(tmp_path / "hub", f"org/{name}", files)
@@ -83,7 +83,7 @@ def make_engine(docker: DockerEngine, tmp_path: Path) -> Iterator[Callable[..., 
 
 
 class TestVllmOnGpu(EngineConformance):
-    """The promises of the port where models can sleep."""
+    """The conformance suite on a GPU, where models can sleep."""
 
     @pytest.fixture
     def case(self, gpu_docker: DockerEngine, make_engine: Callable[..., Vllm]) -> Iterator[EngineCase]:
@@ -96,8 +96,8 @@ class TestVllmOnGpu(EngineConformance):
         yield EngineCase(engine, good, other, damaged, end=end, serves=_serves)
         gpu_docker.remove_containers()
 
-    def test_it_offers_to_sleep(self, case: EngineCase):
-        """By what its log said of its weights."""
+    def test_a_loaded_model_has_a_sleep_footprint(self, case: EngineCase):
+        """The footprint comes from the size of the weights in the log."""
         with case.ready() as (instance, _):
             rest = instance.sleep_footprint()
             assert rest is not None
@@ -105,7 +105,7 @@ class TestVllmOnGpu(EngineConformance):
 
 
 class TestVllm(EngineConformance):
-    """The promises of the port, and those of containers."""
+    """The conformance suite, and tests specific to containers."""
 
     @pytest.fixture
     def case(self, docker: DockerEngine, make_engine: Callable[..., Vllm]) -> EngineCase:
@@ -116,8 +116,8 @@ class TestVllm(EngineConformance):
 
         return EngineCase(make_engine(good, other, damaged), good, other, damaged, end=end, serves=_serves)
 
-    def test_every_stage_is_seen_and_shards_are_counted(self, case: EngineCase):
-        """From the live output, progress bars included; the sizes of the files are those in the cache."""
+    def test_every_stage_is_reported_and_shards_are_counted(self, case: EngineCase):
+        """Stages and shards come from the live output, including progress bars; file sizes come from the cache."""
         seen: list[Evidence] = []
         instance = case.launch(model("good", load_seconds=1.5))
         instance.wait_ready(seen.append, LOAD_SECONDS)
@@ -125,22 +125,22 @@ class TestVllm(EngineConformance):
         assert {e.stage for e in seen} >= {"loading_weights", "initializing_gpu", "warming_up"}
         assert "3 of 6 shards, 0.6 of 1.2 MB" in [e.detail for e in seen]
 
-    def test_an_end_with_exit_code_0_is_a_failure_too(self, case: EngineCase):
-        """An engine that dies after it was ready can exit so."""
+    def test_an_unexpected_exit_with_code_0_is_a_failure(self, case: EngineCase):
+        """vLLM can exit with code 0 when its engine dies after it was ready."""
         instance = case.launch(model("good", exit_ready=0.3))
         instance.wait_ready(lambda _: None, LOAD_SECONDS)
         wait_until(lambda: bool(case.exits), "the exit to be reported")
         assert "as if all were well" in case.exits[0].cause
         assert not case.exits[0].released
 
-    def test_a_removed_container_is_noticed(self, case: EngineCase, docker: DockerEngine):
-        """Behind our back, by force."""
+    def test_the_removal_of_a_container_is_reported(self, case: EngineCase, docker: DockerEngine):
+        """Another program removes the running container by force."""
         with case.ready() as (instance, _):
             docker.client.remove_container(_container_of(instance), force=True)
             wait_until(lambda: bool(case.exits), "the exit to be reported")
 
-    def test_out_of_memory_comes_with_figures_and_advice(self, case: EngineCase):
-        """The first cause, not the echo `Engine core initialization failed`."""
+    def test_an_out_of_memory_error_has_the_figures(self, case: EngineCase):
+        """The error is the first cause, not the later `Engine core initialization failed`."""
         instance = case.launch(model("good", out_of_memory=True))
         with pytest.raises(LoadFailed, match="CUDA out of memory") as caught:
             instance.wait_ready(lambda _: None, LOAD_SECONDS)
@@ -149,7 +149,7 @@ class TestVllm(EngineConformance):
         assert "See root cause above" not in str(caught.value)
 
     def test_a_hanging_load_can_be_stopped(self, case: EngineCase):
-        """Its container is stopped with it."""
+        """The load fails at its time limit; stopping it reports no exit."""
         instance = case.launch(model("good", hang_at="loading_weights"))
         with pytest.raises(LoadFailed, match="not ready in time"):
             instance.wait_ready(lambda _: None, 3)
@@ -157,14 +157,14 @@ class TestVllm(EngineConformance):
         assert case.exits == []
 
     def test_a_container_that_ignores_sigterm_is_killed(self, case: EngineCase):
-        """After the grace, by force."""
+        """The container is killed after the grace period."""
         instance = case.launch(model("good", ignore_sigterm=True))
         endpoint = instance.wait_ready(lambda _: None, LOAD_SECONDS)
         instance.stop(1)
         assert not case.serves(endpoint)
 
-    def test_a_stopped_container_is_used_again_until_its_spec_changes(self, case: EngineCase):
-        """The same one for the same spec; a new one for a changed one, under the same name."""
+    def test_a_stopped_container_is_reused_until_its_spec_changes(self, case: EngineCase):
+        """The same spec reuses the container; a changed spec replaces it."""
         ids = []
         for wanted in (case.good, case.good, replace(case.good, options={**case.good.options, "context_length": 512})):
             instance = case.launch(wanted)
@@ -173,8 +173,8 @@ class TestVllm(EngineConformance):
             instance.stop(GRACE)
         assert ids[0] == ids[1] != ids[2]
 
-    def test_a_foreign_container_of_that_name_is_left_alone(self, case: EngineCase, docker: DockerEngine):
-        """A clear error; it goes on running."""
+    def test_a_foreign_container_with_the_same_name_is_left_alone(self, case: EngineCase, docker: DockerEngine):
+        """The load fails with a clear error; the foreign container stays running."""
         foreign = docker.run_foreign(container_name("good", OWNER), ["org/x"])
         instance = case.launch()
         with pytest.raises(EngineError, match="did not make"):
@@ -182,8 +182,8 @@ class TestVllm(EngineConformance):
         instance.stop(GRACE)
         assert docker.client.inspect_container(foreign)["State"]["Running"]
 
-    def test_a_missing_image_says_what_to_do(self, case: EngineCase):
-        """There is no registry here: the pull fails in words, before anybody has made room for the model."""
+    def test_a_missing_image_is_named_before_the_load(self, case: EngineCase):
+        """No registry is reachable: `fetch` fails with the image's name, before other models are unloaded."""
         options = {**case.good.options, "image": "127.0.0.1:9/nowhere/vllm:1"}
         seen: list[Evidence] = []
         with pytest.raises(EngineError) as caught:
@@ -191,8 +191,8 @@ class TestVllm(EngineConformance):
         assert "nowhere/vllm" in str(caught.value)
         assert [evidence.stage for evidence in seen] == ["downloading"]
 
-    def test_a_restart_of_the_app_finds_what_is_ready(self, case: EngineCase, make_engine: Callable[..., Vllm]):
-        """By label; it answers, its end is noticed, and stopping works."""
+    def test_a_restarted_app_adopts_a_ready_container(self, case: EngineCase, make_engine: Callable[..., Vllm]):
+        """The container is found by its label, keeps its endpoint, is measured, and can be stopped."""
         with case.ready() as (_, endpoint):
             later = make_engine(case.good)
             wait_until(lambda: case.good in later.loaded([case.good]), "the container to be found")
@@ -204,10 +204,10 @@ class TestVllm(EngineConformance):
             assert not case.serves(endpoint)
             assert case.good not in later.loaded([case.good])
 
-    def test_a_restart_of_the_app_clears_away_what_was_half_loaded(
+    def test_a_restarted_app_removes_half_loaded_containers(
         self, docker: DockerEngine, make_engine: Callable[..., Vllm]
     ):
-        """Nobody has followed its log; another Switchyard's containers are none of its business."""
+        """Their logs were not followed, so they can't be adopted; another Switchyard's containers are left alone."""
         settings = VllmSettings(FAKE_VLLM_IMAGE, OWNER, Path("/tmp"), Path("/tmp"), shm_bytes=64_000_000)
         half = spec_of(model("half", hang_at="loading_weights"), settings, device="host", share=None)
         others = spec_of(
@@ -220,10 +220,10 @@ class TestVllm(EngineConformance):
             wait_until(lambda: runtime.by_name(half.name) is None, "the half loaded one to be removed")
             assert runtime.by_name(others.name) is not None
 
-    def test_a_restart_of_the_app_gives_a_slow_server_time(
+    def test_a_restarted_app_gives_a_slow_server_time(
         self, case: EngineCase, docker: DockerEngine, make_engine: Callable[..., Vllm]
     ):
-        """It takes connections and says nothing at first: it is named, left alone, and adopted later."""
+        """A server that accepts connections but doesn't answer yet stays listed as loaded, and is adopted later."""
         with case.ready() as (instance, endpoint):
             _signal_all(docker, instance, signal.SIGSTOP)
             later = make_engine(case.good)
@@ -235,10 +235,10 @@ class TestVllm(EngineConformance):
             assert adopted.wait_ready(lambda _: None, 0) == endpoint
             adopted.stop(GRACE)
 
-    def test_a_server_that_stays_silent_is_ended(
+    def test_a_container_that_stays_silent_is_removed(
         self, case: EngineCase, docker: DockerEngine, make_engine: Callable[..., Vllm], monkeypatch: pytest.MonkeyPatch
     ):
-        """Its memory can't be had otherwise: after a minute of silence nobody expects an answer."""
+        """After `ADOPT_TIMEOUT` without an answer the container is removed, which frees its memory."""
         monkeypatch.setattr("services.engines.vllm.engine.ADOPT_TIMEOUT", 1.0)
         with case.ready() as (instance, _):
             _signal_all(docker, instance, signal.SIGSTOP)
@@ -248,15 +248,15 @@ class TestVllm(EngineConformance):
             wait_until(lambda: case.good not in later.loaded([case.good]), "it not to be named any more")
             assert later.adopt(case.good, case.exits.append) is None
 
-    def test_a_daemon_that_goes_away_takes_its_models_along(self, case: EngineCase, docker: DockerEngine):
-        """Stopped in good order, it stops its containers; a later load works again."""
+    def test_stopping_the_daemon_ends_its_models(self, case: EngineCase, docker: DockerEngine):
+        """A daemon that is shut down stops its containers; when it runs again, a load succeeds."""
         with case.ready(), docker.stopped():
             wait_until(lambda: bool(case.exits), "the exit to be reported")
         with case.ready() as (_, endpoint):
             assert case.serves(endpoint)
 
-    def test_a_stopped_daemon_says_what_to_do(self, case: EngineCase, docker: DockerEngine):
-        """Before anybody has made room for the model, and in the load's error if it stops after that."""
+    def test_a_stopped_daemon_is_named_in_the_error(self, case: EngineCase, docker: DockerEngine):
+        """`fetch` fails before other models are unloaded; if the daemon stops later, `wait_ready` fails."""
         instance = case.launch()
         with docker.stopped():
             with pytest.raises(EngineError, match="Docker"):
@@ -265,8 +265,8 @@ class TestVllm(EngineConformance):
                 instance.wait_ready(lambda _: None, LOAD_SECONDS)
 
 
-def test_the_spec_is_what_docker_needs(tmp_path):
-    """Names that Docker takes, the share for a GPU and none for the CPU build, labels, options of the entry."""
+def test_the_container_spec_has_what_docker_and_vllm_need(tmp_path):
+    """The name is valid for Docker; a memory share is set on a GPU only; labels and the entry's options are set."""
     settings = VllmSettings("vllm/vllm-openai:latest", "me", tmp_path / "hub", tmp_path / "compiled")
     options = {
         "context_length": 4096,
@@ -303,8 +303,8 @@ def test_the_spec_is_what_docker_needs(tmp_path):
         ("registry:5000/vllm", True),
     ],
 )
-def test_a_model_may_sleep_where_its_image_can(tmp_path, image, sleeps):
-    """Since 0.8.5; an older server ends at a flag that it doesn't know. An entry may say no."""
+def test_sleep_mode_is_enabled_where_the_image_supports_it(tmp_path, image, sleeps):
+    """vLLM supports it since 0.8.5; older servers exit at an unknown flag. A settings entry can turn it off."""
     settings = VllmSettings(image, "me", tmp_path / "hub", tmp_path / "compiled")
     spec = spec_of(Model("a", "vllm", "a"), settings, device="GPU-1", share=0.5)
     assert ("--enable-sleep-mode" in spec.command) is sleeps
@@ -313,13 +313,13 @@ def test_a_model_may_sleep_where_its_image_can(tmp_path, image, sleeps):
 
 
 @pytest.mark.parametrize(("need", "total", "share"), [(10, 100, 0.101), (0, 100, 0.02), (200, 100, 0.98), (5, 0, 0.98)])
-def test_the_share_covers_the_need(need, total, share):
-    """Rounded up, within what vLLM takes."""
+def test_the_gpu_share_covers_the_need(need, total, share):
+    """The share is rounded up and kept within the limits that vLLM accepts."""
     assert share_of(need, total) == pytest.approx(share)
 
 
-def test_without_a_size_it_takes_what_vllm_takes_by_itself(make_engine):
-    """Nearly the whole GPU, as it does when it is told nothing; on the CPU nobody knows."""
+def test_the_estimate_of_an_unknown_size_is_vllm_s_default_share(make_engine):
+    """vLLM's default is nearly the whole GPU; on the CPU the estimate is 0."""
     unknown = Model("x", "vllm", "x")
     assert make_engine(on=GPU).estimate(unknown).bytes == round(0.92 * TOTAL_BYTES)
     assert make_engine().estimate(unknown).bytes == 0
@@ -327,7 +327,7 @@ def test_without_a_size_it_takes_what_vllm_takes_by_itself(make_engine):
 
 
 def _adopted(engine: Vllm, wanted: Model) -> Instance:
-    """Taken over as soon as it answers."""
+    """Adopt the model as soon as it answers."""
     taken: list[Instance] = []
 
     def answers() -> bool:
@@ -340,7 +340,7 @@ def _adopted(engine: Vllm, wanted: Model) -> Instance:
 
 
 def _signal_all(docker: DockerEngine, instance: Instance, number: signal.Signals) -> None:
-    """To every process in its container: one that is stopped goes on taking connections, and answers none."""
+    """Signal every process in the container: a stopped process still accepts connections, but doesn't answer."""
     for (pid,) in docker.client.top(_container_of(instance), ps_args="-eo pid")["Processes"]:
         os.kill(int(pid), number)
 

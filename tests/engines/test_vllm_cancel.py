@@ -1,6 +1,6 @@
-"""A load in a container that is cancelled at each of its steps: nothing of it stays, neither a stream nor a container.
+"""A container load that is cancelled at any of its steps leaves neither an open stream nor a running container.
 
-The runtime is a stub that stops wherever a test wants it to; the promises about a real one are in `test_vllm.py`.
+The runtime is a stub that can be interrupted at any step; the tests on a real runtime are in `test_vllm.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMEOUT = 10.0
 
 
 class Output:
-    """What a container says: nothing, until it is closed."""
+    """The output of a container: it is empty and ends when closed."""
 
     def __init__(self) -> None:
         self.closed = threading.Event()
@@ -36,7 +36,7 @@ class Output:
 
 
 class StubRuntime:
-    """One container. `at` is the step at which `meanwhile` is called, before or after (`after create`) it is done."""
+    """One container. `at` is the step before which `meanwhile` is called, or after which, as in `after create`."""
 
     def __init__(self, at: str) -> None:
         self._at = at
@@ -109,14 +109,14 @@ def launch(runtime: StubRuntime, exits: list[Exit]) -> VllmInstance:
     "at", ["create", "after create", "inspect", "attach", "after attach", "settle", "start", "nothing"]
 )
 def test_a_load_that_is_cancelled_leaves_nothing(at: str):
-    """Whichever step it is at when `stop` comes from another thread: no stream open, nothing running, no exit told."""
+    """`stop` comes from another thread at any step: no stream stays open, nothing runs, and no exit is reported."""
     runtime, exits = StubRuntime(at), []
     instance = launch(runtime, exits)
     stopper = threading.Thread(target=instance.stop, args=(1.0,), daemon=True)
 
     def stop() -> None:
         stopper.start()
-        if at != "start":  # a stop waits for the start that is under way
+        if at != "start":  # stop waits for a start that is in progress
             stopper.join(TIMEOUT)
             assert not stopper.is_alive()
 
@@ -134,7 +134,7 @@ def test_a_load_that_is_cancelled_leaves_nothing(at: str):
 
 
 def test_a_load_whose_start_fails_leaves_nothing():
-    """The same for any other error."""
+    """After an unexpected error, no stream stays open and no container remains."""
     runtime = StubRuntime("settle")
 
     def fail() -> None:
@@ -147,8 +147,8 @@ def test_a_load_whose_start_fails_leaves_nothing():
     assert runtime.state is None
 
 
-def test_what_was_left_behind_is_ended_when_it_can_not_be_adopted():
-    """Refusing twice in a row, or silent for more than a minute; a busy one that answers now and then is left alone."""
+def test_an_orphan_is_given_up_when_it_refuses_twice_or_stays_silent():
+    """Two refusals in a row or more than a minute of silence end an orphan; alternating refusals and silences don't."""
     left = Orphan()
     assert [left.is_over("absent", 0), left.is_over("absent", 2)] == [False, True]
     left = Orphan()

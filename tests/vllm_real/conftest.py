@@ -1,4 +1,4 @@
-"""What the tests on the real vLLM share. `make test-vllm` runs them; `make test` leaves them out."""
+"""Fixtures of the tests on the real vLLM. `make test-vllm` runs them; `make test` leaves them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vllm engine against the port's conformance suite, on the real vLLM: its CPU build, in real containers."""
+"""The port's conformance suite on the vllm engine with the real vLLM: its CPU build, in real containers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ END_SECONDS = 60.0
 
 
 def model(name: str) -> Model:
-    """One that is not compiled, which would take most of its load."""
+    """A model that is not compiled, because compilation would take most of the load time."""
     options = {
         "device": "host",
         "context_length": CONTEXT_LENGTH,
@@ -41,7 +41,7 @@ def model(name: str) -> Model:
 
 
 class TestRealVllm(EngineConformance):
-    """The promises of the port, and what only the real one can show."""
+    """The conformance suite, and tests that need the real vLLM."""
 
     @pytest.fixture
     def case(self, docker: DockerEngine, tmp_path: Path) -> Iterator[EngineCase]:
@@ -64,8 +64,8 @@ class TestRealVllm(EngineConformance):
         engine.close()
         docker.remove_containers()
 
-    def test_every_stage_is_seen_and_shards_are_counted(self, case: EngineCase):
-        """In its own words, which the recorded logs of other runs may not have."""
+    def test_every_stage_is_reported_and_shards_are_counted(self, case: EngineCase):
+        """The stages are read from the real vLLM's log, which may differ from the recorded logs."""
         seen: list[Evidence] = []
         instance = case.launch()
         try:
@@ -75,8 +75,8 @@ class TestRealVllm(EngineConformance):
         assert {e.stage for e in seen} == {"loading_weights", "initializing_gpu", "warming_up"}
         assert any("of 5 shards" in (e.detail or "") for e in seen)
 
-    def test_the_death_of_its_engine_process_is_noticed(self, case: EngineCase, docker: DockerEngine):
-        """It then ends with exit code 0, some seconds later: told as the failure that it is, with the likely reason."""
+    def test_the_death_of_the_engine_process_is_reported(self, case: EngineCase, docker: DockerEngine):
+        """vLLM then exits with code 0 some seconds later; the exit is reported as a failure with the likely reason."""
         with case.ready() as (instance, endpoint):
             _process(docker, instance, "VLLM::EngineCore").kill()
             wait_until(lambda: bool(case.exits), "the exit to be reported", END_SECONDS)
@@ -85,8 +85,8 @@ class TestRealVllm(EngineConformance):
         assert "EngineDeadError" in case.exits[0].cause
         assert "memory runs out" in case.exits[0].cause
 
-    def test_a_missing_model_is_the_cause_that_is_told(self, case: EngineCase):
-        """A path that is not there; it notices before it starts an engine."""
+    def test_a_missing_model_is_reported_as_the_cause(self, case: EngineCase):
+        """vLLM notices a path that doesn't exist before it starts an engine."""
         instance = case.launch(model("missing"))
         with pytest.raises(LoadFailed, match="missing") as caught:
             instance.wait_ready(lambda _: None, LOAD_SECONDS)
@@ -101,6 +101,6 @@ def _container_of(instance: Instance) -> str:
 
 
 def _process(docker: DockerEngine, instance: Instance, name: str) -> psutil.Process:
-    """The process of that name in its container."""
+    """The process with that name in the instance's container."""
     listed = docker.client.top(_container_of(instance), "-eo pid,comm")["Processes"]
     return next(p for p in (psutil.Process(int(pid)) for pid, *_ in listed) if p.name() == name)

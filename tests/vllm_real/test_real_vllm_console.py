@@ -1,4 +1,4 @@
-"""Switches between two models on the real vLLM, through the console's own door."""
+"""Switches between two models on the real vLLM, through the console's API."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ LISTED = entry(COMPILED) + entry(EAGER, "--enforce-eager") + entry(DAMAGED, "--e
 
 @dataclass
 class Story:
-    """What was seen from the first switch to the last stop: the events of each switch, the containers (by model, with
-    their ids) that ran after each step, and the rest by its name."""
+    """What was observed from the first switch to the last stop, such as the events of each switch and the containers
+    (their ids by model) that ran after each step."""
 
     switches: dict[str, Events] = field(default_factory=dict)
     running: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -71,15 +71,15 @@ class Story:
     answer_after_restart: str = ""
 
     def phases(self, switch: str) -> list[str]:
-        """The stages of its load, each once, in the order in which they were told."""
+        """The stages of the switch's load, each once, in the order in which they were reported."""
         return list(dict.fromkeys(data["phase"] for _, data in self.switches[switch] if "phase" in data))
 
 
 @pytest.fixture(scope="module")
 def story(docker: DockerEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """One console and one story for all tests, because each load takes half a minute and more.
+    """One console and one sequence of switches for all tests, because each load takes half a minute or more.
 
-    To the model that is compiled, over to the other one, a switch that fails, a crash of the app, and back.
+    The steps: load the compiled model, switch to the other one, a failing switch, a crash of the app, switch back.
     """
     folder = tmp_path_factory.mktemp("console")
     console = Console(
@@ -125,7 +125,7 @@ def _tell(console: Console, docker: DockerEngine) -> Story:
 
 
 def _streamed(console: Console, model: str) -> list[bytes]:
-    """A streamed answer, in the pieces in which it came."""
+    """A streamed answer, in the pieces in which it arrived."""
     hello = [{"role": "user", "content": "Hello"}]
     question = {"model": model, "messages": hello, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     with closing(console.post("/v1/chat/completions", question, stream=True)) as answer:
@@ -133,8 +133,8 @@ def _streamed(console: Console, model: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("switch", [THERE, OVER, BACK])
-def test_progress_never_falls(story, switch):
-    """From the request to ready, and it is told all the way."""
+def test_progress_never_decreases(story, switch):
+    """Progress is reported from the request until the model is ready."""
     name, _ = story.switches[switch][-1]
     assert name == "complete"
     progress = [data["progress"] for _, data in story.switches[switch] if "progress" in data]
@@ -143,20 +143,20 @@ def test_progress_never_falls(story, switch):
 
 
 @pytest.mark.parametrize("switch", [THERE, OVER, BACK])
-def test_each_stage_is_seen_in_its_order(story, switch):
-    """Compiled or not, with a cold or a warm cache of what was compiled."""
+def test_the_stages_are_reported_in_order(story, switch):
+    """The stages are the same with and without compilation, and with a cold or a warm compilation cache."""
     assert story.phases(switch) == ["loading_weights", "initializing_gpu", "warming_up"]
 
 
-def test_shards_and_the_compilation_are_told(story):
-    """What people read while they wait."""
+def test_shards_and_the_compilation_are_reported(story):
+    """These details are shown to users during a load."""
     told = [data["detail"] for _, data in story.switches[THERE] if data.get("detail")]
     assert "5 of 5 shards" in told
     assert "compiling for this CPU" in told
 
 
-def test_where_only_one_fits_each_switch_unloads_the_other(story):
-    """By the ledger, with what was measured; the old container has ended by the time the new model is ready."""
+def test_where_only_one_model_fits_each_switch_unloads_the_other(story):
+    """The ledger decides by the measured memory; the old container has ended when the new model is ready."""
     assert set(story.running[THERE]) == {COMPILED}
     assert set(story.running[OVER]) == {EAGER}
     assert set(story.running[BACK]) == {COMPILED}
@@ -164,18 +164,18 @@ def test_where_only_one_fits_each_switch_unloads_the_other(story):
     assert story.switches[BACK][-1][1]["unloaded_models"] == [EAGER]
 
 
-def test_its_container_is_used_again(story):
-    """It was stopped, not removed, and its entry is the same."""
+def test_a_stopped_container_is_reused(story):
+    """The container was stopped, not removed, and the model's settings entry has not changed."""
     assert story.running[BACK] == story.running[THERE]
 
 
-def test_its_memory_is_measured(story):
-    """PyTorch three times, weights and cache."""
+def test_the_memory_of_a_loaded_model_is_measured(story):
+    """The measured memory includes three processes with PyTorch, the weights and the cache."""
     assert CACHE_GIB < story.measured["gpu_memory_used_gb"] < NEEDS_GB
 
 
 def test_a_chat_is_streamed(story):
-    """In many pieces, as they are made; whole, and to its end."""
+    """The answer arrives in many pieces and is complete."""
     assert len(story.chat_pieces) > 5
     lines = b"".join(story.chat_pieces).decode().split("\n\n")
     data = [line.removeprefix("data: ") for line in lines if line]
@@ -185,8 +185,8 @@ def test_a_chat_is_streamed(story):
     assert choices[-1]["finish_reason"] == "length"
 
 
-def test_a_damaged_shard_is_named_as_the_cause_and_the_other_model_runs_on(story):
-    """Of a hundred lines of tracebacks, the first cause; there was room beside the other one."""
+def test_a_damaged_shard_is_named_as_the_cause_and_the_other_model_keeps_running(story):
+    """The message is the first cause among a hundred lines of tracebacks; the other model was not unloaded."""
     name, data = story.switches[FAILED][-1]
     assert name == "error"
     assert "SafetensorError" in data["message"]
@@ -194,12 +194,12 @@ def test_a_damaged_shard_is_named_as_the_cause_and_the_other_model_runs_on(story
     assert story.running[FAILED] == story.running[OVER]
 
 
-def test_after_a_crash_of_the_app_the_model_goes_on(story):
-    """Found again by its label, not loaded anew, and it answers."""
+def test_a_model_survives_a_crash_of_the_app(story):
+    """The same container is found by its label, without a new load, and the model answers."""
     assert story.running["restarted"] == story.running[OVER]
     assert story.answer_after_restart
 
 
-def test_at_the_end_nothing_runs(story):
-    """A stop ends the container."""
+def test_stopping_the_last_model_leaves_no_container_running(story):
+    """The last step stops the last running model."""
     assert story.running["stopped"] == {}
