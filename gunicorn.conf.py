@@ -1,4 +1,4 @@
-"""One gevent worker: jobs, limits and the relay's connections live in its memory.
+"""Configures gunicorn: one gevent worker, because jobs, limits and the relay's connections live in its memory.
 
 Nothing imported here may open a socket or import ssl before gevent has patched it (no preload for the same reason).
 """
@@ -9,7 +9,7 @@ import signal
 import sys
 from contextlib import suppress
 
-gc.disable()  # until all is imported, none of which is garbage: looking for it took a tenth of the start
+gc.disable()  # until the imports are done: collections that find no garbage took a tenth of the start
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
@@ -25,7 +25,7 @@ except ConfigError as error:
     sys.exit(str(error))
 
 CONNECTIONS = 2000
-"""From clients at a time, idle ones included (`server/connection_limits.py`)."""
+"""Limit of client connections at a time, idle ones included (`server/connection_limits.py`)."""
 
 bind = f"{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
 workers = 1
@@ -41,17 +41,17 @@ loglevel = "warning"
 proc_name = "switchyard"
 
 ANSWERS_SECONDS = 1.0
-"""How long a restart waits for answers under way."""
+"""How long a restart waits for unfinished answers."""
 ORPHAN_SECONDS = 20
-"""How long a worker without a master may take to end: nobody is left to kill it, so the kernel does."""
+"""How long a worker without a master may take to end; then SIGALRM ends it, since no master is left to do so."""
 
 _lock = None
 
 
 def on_starting(server):
-    """Hold the state directory for as long as we run: two copies would fight over the same models.
+    """Lock the state directory while the app runs, because two copies would manage the same models.
 
-    The worker holds it as well, so it is free when both are gone, however they went.
+    The worker inherits the lock, so it is released once both processes have ended, in whatever way.
     """
     global _lock
     if server.num_workers != 1:
@@ -73,21 +73,21 @@ def on_starting(server):
 
 
 def when_ready(_server):
-    """Look for garbage from now on, but not in what is imported: that would unshare its pages from the worker's."""
+    """Enable garbage collection, without imported objects: visiting them would unshare pages from the worker."""
     gc.freeze()
     gc.enable()
 
 
 def post_fork(_server, _worker):
-    """Look for none until the worker has imported the app: that took a sixth of the start."""
+    """Disable garbage collection until the worker has imported the app: it took a sixth of the start."""
     gc.disable()
 
 
 def post_worker_init(worker):
-    """Start the services, and let them go when the worker is told to stop: streams must not hold it up."""
+    """Start the services, and close them as soon as the worker is told to stop, so that streams don't delay it."""
     import gevent
 
-    gc.freeze()  # modules stay: no collection has to look at them again
+    gc.freeze()  # modules are never freed: collections need not visit them
     gc.enable()
     services = worker.app.callable.extensions["switchyard"]
     services.start()
@@ -101,7 +101,7 @@ def post_worker_init(worker):
                 worker.alive = False
             elif services.restart.due:
                 worker.await_answers(ANSWERS_SECONDS)
-                worker.alive = False  # the arbiter starts another one in its place
+                worker.alive = False  # the arbiter starts a new worker
             gevent.sleep(0.1)
         services.close()
         worker.hang_up()
@@ -113,16 +113,16 @@ def post_worker_init(worker):
 
 
 def worker_exit(_server, worker):
-    """The last chance to stop every model."""
+    """Stop every model that is still running when the worker exits."""
     app = getattr(worker.app, "callable", None)
     if app is not None:
         app.extensions["switchyard"].close()
 
 
 def on_exit(_server):
-    """The app goes for good: no engine stays that nobody could unload, such as when a worker could not start again."""
+    """End engines left over when the app ends, such as after a worker that failed to restart."""
     if _lock is None:
-        return  # the engines there are another copy's
+        return  # the running engines belong to another copy of the app
     from services.engines.processes import ProcessRegistry
 
     registry = ProcessRegistry(settings.state_dir)

@@ -1,1 +1,1 @@
-"""The web server: gunicorn's gevent worker, and what it does differently from gunicorn's own."""
+"""The web server: a subclass of gunicorn's gevent worker, and the modules that it needs."""

@@ -1,4 +1,4 @@
-"""Who may hold a connection: room for the next client, and for every address."""
+"""Limits client connections, in all and per address."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import Counter
 from typing import Any
 
 SHARE = 0.75
-"""The part of all connections that one address may have: a proxy, or the browsers of this machine, have them all."""
+"""Part of all connections that one address may have. High, because all clients of a proxy share its address."""
 
 
 class ConnectionLimits:
-    """At most `most` connections, and of those a share per address. Clients are anything with `hang_up`.
+    """Allows `most` connections, and a share of them per address. A client is any object with `hang_up`.
 
-    Where there is no room for a new client, the one is closed that has been idle, or in the middle of sending its
-    request, for longest. One that is being answered is never closed.
+    Without room for a new client, the one that has been idle or sending its request for longest is closed. A client
+    that is being answered is never closed.
     """
 
     def __init__(self, most: int) -> None:
@@ -22,10 +22,10 @@ class ConnectionLimits:
         self._addresses: dict[Any, str] = {}
         self._count: Counter[str] = Counter()
         self._waited_for: dict[str, dict[Any, None]] = {}
-        """By address, the clients whose request is being waited for, the one waited for longest first."""
+        """Clients whose request is awaited, by address, the longest wait first."""
 
     def admit(self, client: Any, address: str) -> bool:
-        """Count a new client in, and wait for its request; False when there is no room for it."""
+        """Add a client and await its request; return False if there is no room for it."""
         if self._count[address] >= self._share:
             room = self._close_one(address)
         else:
@@ -37,7 +37,7 @@ class ConnectionLimits:
         return room
 
     def remove(self, client: Any) -> None:
-        """A client has gone. May be called twice."""
+        """Remove a client whose connection has ended. May be called twice."""
         address = self._addresses.pop(client, None)
         if address is not None:
             self._count[address] -= 1
@@ -46,12 +46,12 @@ class ConnectionLimits:
                 del self._count[address]
 
     def wait_for(self, client: Any) -> None:
-        """It is the client's turn to send a request."""
+        """Record that the client's next request is awaited, so that it may be closed."""
         if client in self._addresses:
             self._waited_for.setdefault(self._addresses[client], {}).setdefault(client)
 
     def answer(self, client: Any) -> None:
-        """The client's whole request has arrived."""
+        """Record that the client's whole request has arrived, so that it may not be closed."""
         if client in self._addresses:
             self._stop_waiting(client, self._addresses[client])
 
@@ -62,11 +62,11 @@ class ConnectionLimits:
             self._waited_for.pop(address, None)
 
     def _crowded(self) -> str:
-        """The address with the most connections, of those with a client whose request is being waited for."""
+        """Return the address with the most connections among those with a client that may be closed; "" if none."""
         return max(self._waited_for, key=self._count.__getitem__, default="")
 
     def _close_one(self, address: str) -> bool:
-        """Close one of an address's clients. Whether that was possible."""
+        """Close the client of an address that has waited longest; return whether there was one."""
         client = next(iter(self._waited_for.get(address, ())), None)
         if client is None:
             return False

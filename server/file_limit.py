@@ -1,20 +1,20 @@
-"""How many files and sockets the app may have open at once, which is what the connections it takes are limited by."""
+"""Raises the limit on open files (RLIMIT_NOFILE), which bounds the number of client connections."""
 
 from __future__ import annotations
 
 import resource
 
 OTHERS = 500
-"""What is open besides clients and the connections to engines for them: pipes, logs, the database, idle connections."""
+"""Descriptors for everything else than clients and their engines: pipes, logs, database, idle connections."""
 LEAST = 100
-"""Connections without which it would serve nobody; it tries its luck then."""
+"""Minimum of connections to accept, even where the limit on open files is too low for them."""
 
 
 def raise_for(connections: int) -> int:
-    """Raise this process's limit so that it can answer on so many connections; how many it can take.
+    """Raise this process's limit for so many client connections; return how many it can accept.
 
-    Each may need a second descriptor, for the engine that answers on it. The limit is raised as far as the system lets
-    us (the hard limit): the usual 1024 ends at 500 streams, and whoever comes then is not even refused.
+    Each client may need a second descriptor, for its connection to an engine. The limit is raised up to the hard limit
+    at most. The usual limit of 1024 allows about 500 streams, and a client beyond it does not even get a refusal.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * connections + OTHERS

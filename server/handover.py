@@ -1,7 +1,7 @@
-"""What a worker leaves to the one that takes its place: connections, each with the request that nobody has begun.
+"""Passes connections with unanswered requests from a worker that ends to the worker that replaces it.
 
-The channel is gunicorn's master's, so it is there while there is no worker. A connection is passed on as it is (its
-file descriptor), with what was read from it in an unnamed file in memory; the client notices nothing but the wait.
+gunicorn's master owns the channel, so it exists even while there is no worker. A connection is passed as its file
+descriptor, and the bytes read from it in an unnamed file in memory (memfd). The client notices only the wait.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 NOT_REPEATED = frozenset({"HTTP_EXPECT", "HTTP_TRANSFER_ENCODING", "HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"})
-"""The body is here, so there is nothing to wait for, and its length is known."""
+"""Headers not passed on: the body has been read, so its length is known and the client need not be told to send it."""
 
 
 class Handover:
-    """A channel to the next worker. Bounded by the kernel: what doesn't fit is not taken."""
+    """A channel to the next worker. The kernel limits its size: `give` returns False once it is full."""
 
     def __init__(self) -> None:
         self._giving, self._taking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -25,16 +25,16 @@ class Handover:
             end.setblocking(False)  # Python 3.11's send_fds and recv_fds forget their flags
 
     def close(self) -> None:
-        """Give up what was given and not taken: its clients see a closed connection."""
+        """Close the channel, and with it the connections given and not taken."""
         self._giving.close()
         self._taking.close()
 
     def fileno(self) -> int:
-        """Readable when there is something to `take`."""
+        """Return the file descriptor that is readable when there is a connection to `take`."""
         return self._taking.fileno()
 
     def give(self, client: socket.socket, request: bytes) -> bool:
-        """Leave a connection and the request on it to the next worker. Whether that was possible; never blocks."""
+        """Pass a connection and its request to the next worker; return whether that was possible. Never blocks."""
         memory = os.memfd_create("request")
         try:
             with os.fdopen(os.dup(memory), "wb") as file:
@@ -47,7 +47,7 @@ class Handover:
         return True
 
     def take(self) -> tuple[int, bytes] | None:
-        """A connection's file descriptor, the caller's to close, and its request; None when nothing is there."""
+        """Return a connection's file descriptor, which the caller closes, and its request; None if there is none."""
         with suppress(BlockingIOError):
             _, descriptors, _, _ = socket.recv_fds(self._taking, 1, 2)
             if len(descriptors) == 2:
@@ -61,7 +61,7 @@ class Handover:
 
 
 def request_bytes(environ: Mapping[str, Any], body: bytes) -> bytes:
-    """A request as it would come from its client, from what a WSGI server made of it."""
+    """Rebuild the bytes of a request, as a client would send them, from its WSGI environment and body."""
     lines = [f"{environ['REQUEST_METHOD']} {environ['RAW_URI']} {environ['SERVER_PROTOCOL']}", *_headers(environ)]
     if body or "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
         lines.append(f"Content-Length: {len(body)}")

@@ -1,9 +1,9 @@
-"""The gateway's common case at the socket: a plain request to a model that is running, before gunicorn parses it.
+"""Fast path of the gateway: answers plain requests to running models at the socket, before gunicorn parses them.
 
-Of the processor time of a relayed request, nearly all went into gunicorn's parsing, the WSGI environment and its
-response object. The lane takes only what needs none of them, and leaves everything else, errors included, to gunicorn
-and the app, with every byte that was read: each rule stays in one place. It asks only models that are running, so
-nothing that it takes can cause a switch. `docs/decisions/0024-hot-lane.md` says which requests it takes.
+Nearly all processor time of a relayed request went into gunicorn's parser, the WSGI environment and the response
+object. The lane answers only requests that need none of these. All others, errors included, go to gunicorn and the
+app with every byte already read, so that each rule is implemented once. The lane relays only to running models, so it
+never causes a switch. `docs/decisions/0024-hot-lane.md` says which requests it takes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from services.gateway.router import ClientGone, GatewayError
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 REQUEST_LINES = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in PATHS)
 LONGEST_HEAD = 8190
-"""Bytes: gunicorn's limit on one line, so that a head within it keeps all of gunicorn's limits but the number of
-headers."""
+"""Limit of a head in bytes. It is gunicorn's limit of one line, so only the number of headers needs a check as well."""
 MOST_HEADERS = 100
-"""gunicorn's `limit_request_fields`."""
+"""Limit of headers per request: the default of gunicorn's `limit_request_fields`."""
 LEFT_TO_GUNICORN = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"te", b"trailer"})
-"""Headers that change how a request is read."""
+"""Headers that change how a request is read; requests with one of them go to gunicorn."""
 SCHEME_HEADERS = frozenset({b"x-forwarded-protocol", b"x-forwarded-proto", b"x-forwarded-ssl"})
 """gunicorn refuses requests in which these contradict each other."""
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
@@ -52,10 +51,10 @@ class Request(NamedTuple):
 
 
 class HotLane:
-    """Answers requests on a connection as long as they need nothing but the relay.
+    """Answers the requests of a connection as long as they need only the relay.
 
-    `is_open` says whether requests may be taken; `on_request` is told of each client whose request is answered, and
-    `on_answered` when that is over.
+    `is_open` returns whether requests may be taken. `on_request` is called with the client before the lane answers a
+    request, `on_answered` with the client afterwards.
     """
 
     def __init__(
@@ -74,10 +73,10 @@ class HotLane:
         self._longest = services.settings.max_body_bytes
 
     def serve(self, client: ClientSocket, address: str, received: bytes) -> bytes:
-        """Answer requests until one comes that gunicorn has to answer; what was read of that one.
+        """Answer requests until one needs gunicorn; return the bytes already read of that request.
 
-        `received` is what was read of the next request already. Empty bytes mean that the connection has ended, or has
-        to. An error of the relay that the app has to tell is left in `client.failed`.
+        `received` holds the bytes already read of the first request. Returns empty bytes if the connection has ended or
+        must be closed. An error of the relay that the app has to report is stored in `client.failed`.
         """
         while True:
             received = received or client.recv(BLOCK)
@@ -102,7 +101,7 @@ class HotLane:
             received = received[end:]
 
     def _answer(self, client: ClientSocket, request: Request, environ: Mapping[str, str], body: bytes) -> bool | None:
-        """Whether the connection goes on after the answer; None when the app has to answer."""
+        """Relay a request; return whether the connection stays open afterwards, or None if the app has to answer."""
         named, model = _named_model(body)
         admission = self._services.router.try_admit(model) if named else None
         if admission is None:
@@ -115,16 +114,16 @@ class HotLane:
         except ClientGone:
             return False
         except (GatewayError, HTTPException) as error:
-            client.failed = error  # told by the app, which must not ask the engine again
+            client.failed = error  # the app reports it and must not send the request to the engine again
             return None
         finally:
             self._on_answered(client)
 
 
 def read_head(received: bytes) -> Request | None:
-    """The head of a request that `received` begins with; None unless all of it is here and nothing in it is unusual.
+    """Parse the head that `received` begins with; None if it is incomplete or unusual.
 
-    What is refused or changed by gunicorn is unusual: see RFC 9112 for what a proxy in front may read differently.
+    Unusual is a head that gunicorn would refuse or change, because a proxy in front may read it differently (RFC 9112).
     """
     body_at = received.find(b"\r\n\r\n", 0, LONGEST_HEAD) + 4
     head = received[:body_at]
@@ -153,7 +152,7 @@ def read_head(received: bytes) -> Request | None:
 
 
 class _Fields:
-    """What the parser calls."""
+    """Collects headers: the object whose methods the parser calls."""
 
     def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
         self._fields = fields
@@ -163,7 +162,7 @@ class _Fields:
 
 
 def _environ(request: Request, address: str) -> dict[str, str]:
-    """As much of a WSGI environment as says who asks."""
+    """Return the part of a WSGI environment that the guard reads and the relay's headers come from."""
     environ = {"REQUEST_METHOD": "POST", "PATH_INFO": request.path, "QUERY_STRING": "", "REMOTE_ADDR": address}
     for name, value in request.headers.items():
         environ[_key(name)] = value.decode("ascii")
@@ -172,7 +171,7 @@ def _environ(request: Request, address: str) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def _key(name: bytes) -> str:
-    """A header's key in a WSGI environment. Remembered: clients send the same few."""
+    """Return a header's key in a WSGI environment. Cached, because clients send the same few headers."""
     key = name.decode("ascii").upper().replace("-", "_")
     return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
 
@@ -191,13 +190,13 @@ def _header_name(key: str) -> str:
 
 
 def _with_body(client: ClientSocket, received: bytes, end: int) -> bytes:
-    """What was received with the rest of the body; less than `end` bytes when it ends early, or comes too slowly."""
+    """Read the rest of a body; return all bytes received, fewer than `end` if it ends early or comes too slowly."""
     pieces, missing = [received], end - len(received)
     client.expect_body()
     while missing > 0:
         try:
             piece = client.recv(max(BLOCK, min(missing, 1_048_576)))
-        except OSError:  # TimeoutError as well: gunicorn reads on, and meets it again
+        except OSError:  # includes TimeoutError: gunicorn reads on and gets the same error
             break
         if not piece:
             break
@@ -207,7 +206,7 @@ def _with_body(client: ClientSocket, received: bytes, end: int) -> bytes:
 
 
 def _named_model(body: bytes) -> tuple[bool, str | None]:
-    """Whether the body is what it should be, and the model it names."""
+    """Return whether the body is a valid JSON object, and the model that it names, if any."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
@@ -219,10 +218,10 @@ def _named_model(body: bytes) -> tuple[bool, str | None]:
 
 
 def _send(client: ClientSocket, passed: RelayedResponse, goes_on: bool) -> bool:
-    """Send an answer, its head together with the first piece. Whether the connection can be used again.
+    """Send an answer, its head with the first piece of the body; return whether the connection can be used again.
 
-    A chunked body is chunked anew, one chunk for all that has arrived: where the engine breaks off in the middle of a
-    chunk, an error can still be told.
+    A chunked body is divided into new chunks, one per piece that arrives, so that an error can still be reported if the
+    engine breaks off inside a chunk.
     """
     body = passed.body
     try:
@@ -235,14 +234,14 @@ def _send(client: ClientSocket, passed: RelayedResponse, goes_on: bool) -> bool:
         if unsent:
             client.sendall(unsent)
         return goes_on
-    except OSError:  # the client has left or takes nothing; or the engine's answer broke off
+    except OSError:  # the client has left or does not read, or the engine's answer broke off
         return False
     finally:
         body.close()
 
 
 def _head(passed: RelayedResponse, goes_on: bool) -> tuple[bytes, bool]:
-    """An answer's head, and whether its body is chunked."""
+    """Return an answer's head, and whether its body is chunked."""
     status, fields = passed.status, passed.fields
     chunked = status not in (204, 304) and not any(name.lower() == b"content-length" for name, _ in fields)
     lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status]

@@ -1,4 +1,4 @@
-"""What comes from clients, taken whole or not at all."""
+"""Reads request bodies, and refuses those that are incomplete, malformed, too long or too slow."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 
 class RequestBody(io.RawIOBase):
-    """The body of one request, for `wsgi.input`: read whole at the first read, or refused at every one.
+    """The body of one request, for `wsgi.input`. The first read reads all of it; if that fails, each read raises.
 
     Raises RequestEntityTooLarge beyond `most` bytes, RequestTimeout when it comes too slowly, and OSError when it is
-    malformed or ends early. `on_whole` is called once it is here. gunicorn calls a
-    body complete that ends early, and gives what came before when it is asked again for a malformed one; werkzeug cuts
-    one that is too long. What was executed then was a valid prefix of the request.
+    malformed or ends early. `on_whole` is called once the whole body has arrived. Without this class, a request cut to
+    a valid prefix could be executed: gunicorn treats a body that ends early as complete, and returns the part before
+    the error at the second read of a malformed one; werkzeug cuts a body that is too long.
     """
 
     def __init__(self, environ: Mapping[str, Any], most: int, on_whole: Callable[[], None] = lambda: None) -> None:

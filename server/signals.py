@@ -1,6 +1,6 @@
-"""What the app does on signals, where that is not what gunicorn does: see docs/decisions/0016-signals.md.
+"""Signal handling that differs from gunicorn's: see docs/decisions/0016-signals.md.
 
-Imported by the master before it takes signals over, and so before any worker is there.
+The master imports this module before it installs its signal handlers, and so before it starts a worker.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import suppress
 from typing import Any
 
 GONE_SECONDS = 0.2
-"""How long after its SIGHUP a terminal may still look as if it were there: the kernel signals first, then lets go."""
+"""How long a closed terminal may still seem present after SIGHUP: the kernel detaches it after the signal."""
 LOOK_SECONDS = 0.02
 
-_poll = select.poll  # as it is before gevent puts its own there, which a signal's handler can't call
+_poll = select.poll  # the original: gevent replaces it with one that a signal handler can't call
 
 
 def _is_there() -> bool:
-    """Whether this process has a controlling terminal."""
+    """Return whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
     except OSError:
@@ -30,14 +30,14 @@ def _is_there() -> bool:
 
 
 class Terminal:
-    """The terminal that this process was started on, if it was."""
+    """The terminal that this process was started on, if any."""
 
     def __init__(self) -> None:
         self._had_one = _is_there()
         self._hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
 
     def says(self, sleep: Callable[[float], object] = time.sleep) -> str:
-        """What a SIGHUP means: `stop` when the terminal is gone, else `restart`; `nothing` for who asked for that."""
+        """Return what a SIGHUP means: `stop` if the terminal is gone, `nothing` under nohup, else `restart`."""
         if self._hangup_ignored:
             return "nothing"
         return "stop" if self._had_one and self._is_gone(sleep) else "restart"
@@ -55,7 +55,7 @@ terminal = Terminal()
 
 
 def arrange(server: Any) -> None:
-    """Have gunicorn's master (an Arbiter) do the right thing on SIGHUP, and refuse what would run two workers."""
+    """Replace the SIGHUP handler of gunicorn's master (an Arbiter), and refuse signals that would add a worker."""
 
     def hang_up() -> None:
         match terminal.says():
@@ -63,7 +63,7 @@ def arrange(server: Any) -> None:
                 drop_dead_streams()
                 server.handle_term()
             case "restart":
-                server.kill_workers(signal.SIGHUP)  # the worker knows whether this is a good moment
+                server.kill_workers(signal.SIGHUP)  # the worker decides when it restarts
 
     def refuse(name: str) -> Callable[[], None]:
         return lambda: server.log.warning(
@@ -76,7 +76,7 @@ def arrange(server: Any) -> None:
 
 
 def drop_dead_streams() -> None:
-    """Let output that nobody can read any more go nowhere: a log line must not break what is being ended in order."""
+    """Redirect standard streams without a reader to /dev/null, so that a log line can't break an orderly stop."""
     poll = _poll()
     for stream in (0, 1, 2):
         poll.register(stream, 0)

@@ -1,9 +1,9 @@
-"""Control-plane HTTP: requests to other programs, whose reply is fetched whole or followed line by line.
+"""HTTP client of the control plane: requests whose reply is fetched whole or read line by line.
 
 Clients' requests go through the relay instead (`gateway/`).
 
-Whatever the other program does, a request ends within its time, takes no more memory than its limit, and can be
-cancelled: a reply that drips, or never ends, must not hold up whoever polls every second. Proxies are not used.
+Every request has a time limit and a memory limit and can be cancelled, so that a slow or endless reply does not block
+callers that poll every second. Proxies are not used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CANCEL_LOOK_SECONDS = 0.1
 
 
 class FetchError(Exception):
-    """No whole reply came. The text says why, without a full stop."""
+    """The request got no whole reply. The text says why, without a full stop."""
 
 
 class Unreachable(FetchError):
@@ -57,7 +57,7 @@ class TooLarge(FetchError):
 
 
 class ConnectionBroken(FetchError):
-    """The connection ended before the reply did, the request was cancelled, or what came is not HTTP."""
+    """The connection ended before the reply did, the request was cancelled, or the reply is not HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Reply:
         return self.content.decode("utf-8", "replace")
 
     def document(self) -> dict[str, Any]:
-        """Return the body's JSON object. Raises ValueError when it is none."""
+        """Return the body's JSON object. Raises ValueError if the body is not a JSON object."""
         try:
             said = json.loads(self.content)
         except RecursionError:
@@ -109,7 +109,7 @@ class HttpRequest:
         self._link: socket.socket | None = None
         self._cancelled = False
         self.redirect: str | None = None
-        """The address that the reply redirects to, once it is here. It isn't followed."""
+        """Address that the reply redirects to; None before the reply. It is not followed."""
 
     def reply(self) -> Reply:
         """Send it and block until the reply is whole. Raises FetchError."""
@@ -142,11 +142,11 @@ class HttpRequest:
             self._close()
 
     def cancel(self) -> None:
-        """Close the connection. Whoever waits for the reply gets ConnectionBroken at once."""
+        """Close the connection. A thread that waits for the reply gets ConnectionBroken at once."""
         with self._lock:
             self._cancelled = True
             if self._link is not None:
-                with suppress(OSError):  # not TLS's own: another thread is reading through that
+                with suppress(OSError):  # not the TLS socket's shutdown: another thread reads through that socket
                     socket.socket.shutdown(self._link, socket.SHUT_RDWR)
 
     def _connect(self, deadline: _Deadline) -> None:
@@ -191,7 +191,7 @@ class HttpRequest:
         return lookup.addresses
 
     def _hold(self, link: socket.socket) -> None:
-        """Keep the connection that `cancel` has to close, in place of one that failed."""
+        """Keep the connection for `cancel` to close, and close the previous one, which failed."""
         with self._lock:
             before, self._link = self._link, link
         if before is not None:
@@ -327,7 +327,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address, without its port, is this machine."""
+    """Return whether a host name or address, without its port, is this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -336,7 +336,7 @@ def is_loopback(host: str) -> bool:
 
 class _Limit(Protocol):
     def left(self) -> float:
-        """Seconds that the next step may take, always some. Raises TimeoutError when there are none."""
+        """Return the seconds that the next step may take, always positive. Raises TimeoutError if none are left."""
 
 
 class _Patience:
@@ -368,7 +368,7 @@ class _Deadline:
 class _Link:
     """A socket for http.client, with a time limit on each read and write.
 
-    The request closes the socket itself: http.client would while the body still has to be read.
+    Its `close` does nothing, because http.client would call it before the body is read; the request closes the socket.
     """
 
     def __init__(self, link: socket.socket, limit: _Limit) -> None:
@@ -401,7 +401,7 @@ class _Reader(io.RawIOBase):
 
 @contextmanager
 def _errors(too_slow: str) -> Iterator[None]:
-    """Turn what the libraries raise into what this module raises. `too_slow` says what a time-out means."""
+    """Convert exceptions of the libraries to FetchError. `too_slow` is the text of a time-out."""
     try:
         yield
     except TimeoutError:

@@ -6,7 +6,7 @@ KB = 1_000
 MB = 1_000_000
 GB = 1_000_000_000
 KIB, MIB, GIB, TIB = (1024**power for power in (1, 2, 3, 4))
-"""What drivers and engines count in; never shown."""
+"""Binary units, in which drivers and engines count; never shown."""
 _ROUNDS_TO_GB = 999_500_000
 """Bytes from which a rounded MB figure would be 1000."""
 _ONE_DIGIT = 9_950_000

@@ -93,9 +93,9 @@ class DeviceMonitor:
         return None if reading.stale else reading.free_bytes
 
     def programs(self, device: str, ours: Collection[int]) -> tuple[Program, ...]:
-        """The programs that hold most of a device, by its latest reading, but for this app and the processes `ours`.
+        """Return the programs that hold most of a device, without this app and the processes `ours`.
 
-        Empty where nobody can tell, or not within a few seconds.
+        Empty if they can't be determined within PROGRAMS_SECONDS.
         """
         reading = next((r for r in self.readings if r.id == device), None)
         if reading is None:

@@ -82,7 +82,7 @@ class Account:
 
     @property
     def all_other_bytes(self) -> int:
-        """What other programs hold of all that is installed; `other_bytes` is only what they take of the budget."""
+        """Memory of other programs in the installed memory; `other_bytes` is only their part of the budget."""
         ours = sum(size for _, size in self.ours)
         return max(0, self.installed_bytes - ours - self.reserved_bytes - self.free_bytes)
 
@@ -95,7 +95,7 @@ def account(reading: Reading, holdings: Sequence[Holding]) -> Account:
     # The kernel counts mapped pages of our weights as available, but reclaiming them would evict a loaded model to
     # disk. So they count as ours. A GPU has no such pages.
     mapped_bytes = sum(h.usage.mapped_bytes for h in mine if h.usage) if reading.kind == "host" else 0
-    # Memory of ours must not count as free too: readings from different moments overlap, and a budget caps the total.
+    # Our memory must not count as free too: readings from different moments overlap, and a budget caps the total.
     unclaimed = max(0, reading.total_bytes - ours_bytes)
     free = max(0, min(reading.free_bytes - mapped_bytes, unclaimed))
     pending = sum(max(0, h.reserved_bytes - size) for h, (_, size) in zip(mine, ours, strict=True))
