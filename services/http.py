@@ -175,7 +175,7 @@ class HttpRequest:
         if isinstance(reason, TimeoutError):
             raise reason
         if isinstance(reason, ConnectionRefusedError):
-            raise ConnectionRefused("nobody listens there")
+            raise ConnectionRefused("nothing listens there")
         raise Unreachable(f"{host} can't be reached: {reason}")
 
     def _addresses(self, host: str, port: int, deadline: _Deadline) -> list[tuple[int, Any]]:

@@ -57,7 +57,7 @@ def describe_sigkill(kills_before: int | None) -> str:
         return f"was ended by SIGKILL, as the kernel does when memory runs out: {WHAT_HELPS}"
     if killed_since(kills_before):
         return BY_KERNEL
-    return "was ended by SIGKILL, though the kernel did not run out of memory: somebody or some program killed it"
+    return "was ended by SIGKILL, though the kernel did not run out of memory: a user or another program killed it"
 
 
 def is_killed(exit_code: int | None) -> bool:

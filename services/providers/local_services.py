@@ -400,13 +400,13 @@ class OllamaService:
         if self._attempt is not None:
             return "starting", None
         if self._running_process() is not None:
-            return "unreachable", self._health.error or f"Ollama runs, but nobody answers at {self._address.url}."
+            return "unreachable", self._health.error or f"Ollama runs, but nothing answers at {self._address.url}."
         if self._failure is not None:
             return "failed", self._failure.message
         if self._health.error is not None:
             return "unreachable", self._health.error
         if not self._address.local:
-            return "unreachable", f"Nobody answers at {self._address.url}. Check that Ollama runs there."
+            return "unreachable", f"Nothing answers at {self._address.url}. Check that Ollama runs there."
         return "stopped", None
 
 

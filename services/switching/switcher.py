@@ -263,7 +263,7 @@ class Switcher:
     def _withdraw(self, job: Job) -> None:
         job.waiters -= 1
         if job.waiters <= 0 and not job.request.options.lasting and not job.done and not job.has_changes:
-            self._cancel_job(job, "Nobody waits for it any more.")
+            self._cancel_job(job, "No request waits for it any more.")
 
     def _advance(self) -> None:
         """Give the slot to the next job, if it is free."""

@@ -313,7 +313,7 @@ def test_a_container_removed_by_another_program_is_reported_as_gone(docker: Dock
         lambda: runtime.pids(container_id),
     ]
     for call in calls:
-        with pytest.raises(ContainerGone, match="removed by somebody else"):
+        with pytest.raises(ContainerGone, match="something else removed it"):
             call()
     runtime.stop(container_id, 1)
     runtime.remove(container_id)

@@ -69,7 +69,7 @@ def test_the_score_stays_within_the_kernels_range(tmp_path: Path, monkeypatch: p
     ("before", "after", "words"),
     [
         (4, 5, "was ended by the kernel (SIGKILL), because memory ran out: unload another model"),
-        (4, 4, "the kernel did not run out of memory: somebody or some program killed it"),
+        (4, 4, "the kernel did not run out of memory: a user or another program killed it"),
         (None, None, "as the kernel does when memory runs out"),
     ],
 )

@@ -104,7 +104,7 @@ def lost(host: str) -> RuntimeDown:
 def _explain_refusal(error: APIError, action: str) -> ContainerError:
     words = words_of(error)
     if error.status_code == 404 and "no such container" in words.lower():
-        return ContainerGone(f"Docker could not {action}: it was removed by somebody else. Load the model again.")
+        return ContainerGone(f"Docker could not {action}: something else removed it. Load the model again.")
     if "could not select device driver" in words:
         return NoGpuRuntime(
             "Docker can't give GPUs to containers: NVIDIA's container runtime is missing. Install the package "

@@ -102,7 +102,7 @@ class Ollama:
             raise EngineError(model.fault)
         installed = self._inventory.list(fresh=True).get(model.source)
         if not self._inventory.known or self._watch.refresh().reachable is False:
-            raise unreachable(self._api.base_url, ConnectionRefused("nobody listens there"))
+            raise unreachable(self._api.base_url, ConnectionRefused("nothing listens there"))
         if installed is None:
             raise EngineError(f"Ollama has no model {model.source} any more. Download it again.")
         self._inventory.show(installed.name, installed.digest)

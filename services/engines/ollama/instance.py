@@ -221,7 +221,7 @@ class OllamaInstance(NoSleepMixin):
             words.append("Ollama is slow to answer.")
         elif seen.expires_at is not None:
             at = datetime.fromtimestamp(seen.expires_at).strftime("%H:%M")
-            words.append(f"Another program set it to be unloaded at {at} when nobody asks it anything.")
+            words.append(f"Another program set it to be unloaded at {at} once it has had no request.")
         return " ".join(words) or None
 
     def note(self, look: Listing) -> None:

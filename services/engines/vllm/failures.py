@@ -58,7 +58,7 @@ class Diagnosis:
 
     @property
     def words(self) -> str:
-        """Both in one text. Its sizes are written in one way: vLLM's are in GiB, which nobody could compare."""
+        """Both in one text. Its sizes are written in one way: vLLM's are in GiB, which can't be compared with ours."""
         cause = _SIZES.sub(lambda found: "/".join(_size(n + found[2]) for n in found[1].split("/")), self.cause)
         return f"{cause.rstrip('.')}. {self.advice}"
 
