@@ -171,7 +171,7 @@ def _tabs(job: TabsJob) -> TabsResult:
         for number, answer in connections.answers(max(0.0, due[0][0] - time.perf_counter())):
             step, sent = asked.pop(number)
             result[step].append(time.perf_counter() - sent)
-            errors += not answer.startswith(b"HTTP/1.1 200")
+            errors += not answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 204"))  # 204: nothing has changed
             if step + 1 < len(requests):
                 asked[number] = (step + 1, time.perf_counter())
                 connections.sockets[number].sendall(requests[step + 1])

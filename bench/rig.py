@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -77,7 +78,7 @@ class Rig:
         """The file with the number of seconds that the next load of the slow model takes."""
         return self.folder / "load-plan"
 
-    def console(self, *, models_dir: Path | None = None, toml: str = "", **settings: object) -> Console:
+    def console(self, *, models_dir: Path | None = None, toml: str = "", **settings: Any) -> Console:
         """A console that isn't started yet, with a state folder of its own; ended with the run."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         console = Console(folder, models_dir=models_dir or self.models_dir, toml=toml, log_level="warning", **settings)

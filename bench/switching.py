@@ -25,7 +25,7 @@ from bench.figures import Row, spread
 from bench.rig import ROOT, Rig, end, wait_until, worker
 from services.config import Settings
 from services.engines.llamacpp.gguf import read_header
-from services.engines.llamacpp.launch import PROGRAM, Order
+from services.engines.llamacpp.launch import PROGRAM, LoadRequest
 from services.engines.port import HOST_DEVICE
 from tests.support.console import Console
 
@@ -66,7 +66,7 @@ def _alternate(rig: Rig, console: Console, standby: bool) -> tuple[list[float], 
         if standby:
             wait_until(lambda: _stands_by(console), "the standby process")
         by_app.append(_by_app(console, rig.model_file.stem))
-        by_hand.append(_by_hand(_order(rig)))
+        by_hand.append(_by_hand(_load_request(rig)))
     return by_app[1:], by_hand[1:]
 
 
@@ -80,29 +80,29 @@ def _by_app(console: Console, model_id: str) -> float:
     return took
 
 
-def _by_hand(order: Order) -> float:
-    """Start, send the order, wait for `ready`, ask: what a shell script around the same program would do."""
+def _by_hand(request: LoadRequest) -> float:
+    """Start, send the load request, wait for `ready`, ask: what a shell script around the same program would do."""
     argv = [sys.executable, "-I", "-S", str(PROGRAM), sysconfig.get_paths()["platlib"]]
     said = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     began = time.perf_counter()
     with subprocess.Popen(argv, cwd=ROOT, text=True, **said) as engine:  # type: ignore[call-overload]
         try:
-            engine.stdin.write(json.dumps({**asdict(order), "key": KEY}) + "\n")
+            engine.stdin.write(json.dumps({**asdict(request), "key": KEY}) + "\n")
             engine.stdin.flush()
             events = (json.loads(line) for line in engine.stdout)
             origin = next(event["origin"] for event in events if event["event"] == "ready")
             with wire.Wire(int(origin.rpartition(":")[2])) as connection:
-                question = {"model": order.alias, **QUESTION}
+                question = {"model": request.alias, **QUESTION}
                 connection.ask_well(wire.post("/v1/chat/completions", question, Authorization=f"Bearer {KEY}"))
             return time.perf_counter() - began
         finally:
             engine.kill()
 
 
-def _order(rig: Rig) -> Order:
+def _load_request(rig: Rig) -> LoadRequest:
     """The app's instructions to the engine for this model, with default settings."""
     settings, header = Settings(), read_header(rig.model_file)
-    return Order(
+    return LoadRequest(
         path=str(rig.model_file),
         mapped=not header.repacked_bytes,
         alias=rig.model_file.stem,

@@ -70,10 +70,12 @@ class Wire:
 
 
 def is_whole(data: bytes | bytearray) -> bool:
-    """Whether `data` holds one complete response, by its length or its last chunk."""
+    """Whether `data` holds one complete response, by its length or its last chunk; a 204 has no body."""
     end = data.find(b"\r\n\r\n")
     if end < 0:
         return False
+    if data.startswith(b"HTTP/1.1 204"):
+        return True
     length = _LENGTH.search(data, 0, end + 2)
     if length is not None:
         return len(data) >= end + 4 + int(length[1])

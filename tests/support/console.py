@@ -196,10 +196,12 @@ class Console:
     def status(self) -> dict[str, Any]:
         answer = self.get("/v1/models/status")
         assert answer.status_code == 200, answer.text
-        return answer.json()
+        document: dict[str, Any] = answer.json()
+        return document
 
     def model(self, model_id: str) -> dict[str, Any]:
-        return self.status()["models"][model_id]
+        document: dict[str, Any] = self.status()["models"][model_id]
+        return document
 
     def states(self) -> dict[str, str]:
         return {model_id: model["status"] for model_id, model in self.status()["models"].items()}
@@ -208,7 +210,8 @@ class Console:
         """Switch to a model and wait until it is ready."""
         answer = self.post("/v1/models/switch", {"target_model": model_id, "wait": True, **options})
         assert answer.status_code == 200, answer.text
-        return answer.json()
+        document: dict[str, Any] = answer.json()
+        return document
 
     def switch_stream(self, model_id: str, **options: object) -> Iterator[tuple[str, dict[str, Any]]]:
         """Switch, and yield the stream's events as (name, data)."""
