@@ -1,4 +1,4 @@
-"""A real Chromium in front of real consoles. A page that complains about anything fails its test."""
+"""Fixtures: Chromium and consoles. A test fails if its page logs an error or a request of it fails."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ StartShared = Callable[..., Console]
 
 
 class Complaints:
-    """What a context's pages complained about: the console, uncaught errors, requests to elsewhere or in vain."""
+    """Errors of a context's pages: console messages, uncaught errors, failed requests and requests to other hosts."""
 
     def __init__(self, context: BrowserContext, tolerated: tuple[str, ...]) -> None:
         self.heard: list[str] = []
@@ -81,7 +81,7 @@ class Complaints:
             self._hear(f"asked another host: {request.url}")
 
     def _failed(self, request: Request) -> None:
-        if request.failure != "net::ERR_ABORTED":  # a stream that ends because its page was left
+        if request.failure != "net::ERR_ABORTED":  # the page was left while its stream was open
             self._hear(f"in vain: {request.url} {request.failure}")
 
 

@@ -1,4 +1,4 @@
-"""Consoles beside a fake Ollama, and where people look for what it does."""
+"""Consoles with a fake Ollama, and locators for what they show of it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Workbench:
         return console
 
     def await_ollama(self, console: Console, *states: str) -> None:
-        """Wait until a console says so of Ollama, and lists the models of one that runs."""
+        """Wait until a console reports this state of Ollama, and lists its models if it runs."""
 
         def seen() -> bool:
             service = console.get("/api/providers/services/status").json()["services"]["ollama"]
@@ -114,7 +114,7 @@ def card(page: Page) -> Locator:
 
 
 def listed(console: Console) -> dict[str, dict[str, Any]]:
-    """What the API says about downloads, by model."""
+    """Downloads as the API reports them, by model."""
     answer = console.get("/api/providers/models/downloads")
     assert answer.status_code == 200, answer.text
     return {job["model"]: job for job in answer.json()["downloads"]}

@@ -1,4 +1,4 @@
-"""What people do on the pages, and where they look."""
+"""User actions and locators shared by the browser tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every page in every state, for everyone: axe finds nothing, narrow windows hold it, the keyboard reaches it."""
+"""Accessibility of every page and state: axe rules, narrow windows and the keyboard."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def _request(console: Console, model: str) -> None:
 
 @dataclass
 class Windows:
-    """The same page wide and narrow, each in light and dark."""
+    """One page in wide and narrow windows, each in light and dark."""
 
     pages: list[Page]
 
     def check(self, prepare: Callable[[Page], object]) -> None:
-        """Bring every window into a state, and hold it against what everyone needs."""
+        """Bring every window into a state, and check it for accessibility."""
         for page in self.pages:
             page.emulate_media(color_scheme="light")
             prepare(page)
@@ -126,7 +126,7 @@ class Windows:
 
 @pytest.fixture(scope="module")
 def windows(chromium: Browser) -> Iterator[Windows]:
-    """Reduced motion, because axe must not meet a colour on its way to another."""
+    """Windows with reduced motion, so that axe sees no colour in transition."""
     contexts: list[BrowserContext] = [
         chromium.new_context(
             viewport={"width": width, "height": 800},
@@ -139,13 +139,13 @@ def windows(chromium: Browser) -> Iterator[Windows]:
         context.close()
 
 
-def test_an_empty_chat(windows: Windows, console: Console) -> None:
-    """Nothing loaded, nothing said."""
+def test_an_empty_chat_is_accessible(windows: Windows, console: Console) -> None:
+    """Check the chat page with no model loaded and no message."""
     windows.check(lambda page: visit(page, console))
 
 
-def test_a_conversation(windows: Windows, console: Console, page: Page) -> None:
-    """Code, a table, a list and a long model name; then with the menu open."""
+def test_a_conversation_is_accessible(windows: Windows, console: Console, page: Page) -> None:
+    """Check a conversation with code, a table, a list and a long model name, and its open model menu."""
     console.switch(LONG)
     visit(page, console)
     say(page, "Show me everything, in a question that is long enough to be cut in the list of conversations")
@@ -189,8 +189,8 @@ $${WIDE}$$
 """
 
 
-def test_a_conversation_of_what_needs_room(windows: Windows, shared: Console) -> None:
-    """Words, names and addresses of 300 letters, formulas, a table, and scripts from right to left, in all places."""
+def test_wide_content_does_not_overflow(windows: Windows, shared: Console) -> None:
+    """Words, names and addresses of 300 letters, formulas, tables and right-to-left scripts fit the window."""
     with closing(open_store(shared.folder / "state" / "switchyard.db")) as store:
         talk = put_conversations(store, 1, [WIDE, EVERYTHING, "שלום", EVERYTHING] * 12, title=WIDE, model=WIDE)[-1]
 
@@ -204,8 +204,8 @@ def test_a_conversation_of_what_needs_room(windows: Windows, shared: Console) ->
     windows.check(look)
 
 
-def test_thoughts_versions_and_what_no_longer_fits(windows: Windows, console: Console) -> None:
-    """Unfolded, with the line below what is not told any more, and a message that was refused in the composer."""
+def test_thoughts_versions_and_a_cut_context_are_accessible(windows: Windows, console: Console) -> None:
+    """Check unfolded thoughts, the line about left-out messages, and a refused message in the composer."""
     console.switch(LONG)
     with closing(open_store(console.folder / "state" / "switchyard.db")) as store:
         talk, chats = new_id(), ConversationRepository(store)
@@ -227,8 +227,8 @@ def test_thoughts_versions_and_what_no_longer_fits(windows: Windows, console: Co
     windows.check(look)
 
 
-def test_an_answer_under_way(windows: Windows, console: Console, page: Page) -> None:
-    """While words still come."""
+def test_a_streaming_answer_is_accessible(windows: Windows, console: Console, page: Page) -> None:
+    """Check the page while an answer streams in."""
     console.switch("talkative")
     visit(page, console)
     say(page, "Hello")
@@ -242,8 +242,8 @@ def test_an_answer_under_way(windows: Windows, console: Console, page: Page) -> 
     page.keyboard.press("Escape")
 
 
-def test_a_switch_under_way(windows: Windows, console: Console) -> None:
-    """The banner and the locked composer; the hatched memory and the row that loads."""
+def test_a_switch_in_progress_is_accessible(windows: Windows, console: Console) -> None:
+    """Check the banner, the locked composer, the hatched memory segment and the row of the loading model."""
     console.post("/v1/models/switch", {"target_model": "slow"})
     console.wait_for(lambda s: (s["switch"] or {}).get("stage") == "loading", "the load to begin")
     for path in ("/chats/new", "/models"):
@@ -255,8 +255,8 @@ def test_a_switch_under_way(windows: Windows, console: Console) -> None:
         windows.check(look)
 
 
-def test_a_failed_switch(windows: Windows, console: Console) -> None:
-    """The failure with its log unfolded, on both pages."""
+def test_a_failed_switch_is_accessible(windows: Windows, console: Console) -> None:
+    """Check the failure with its log unfolded, on both pages."""
     console.post("/v1/models/switch", {"target_model": "bad", "wait": True})
     for path in ("/chats/new", "/models"):
 
@@ -268,15 +268,15 @@ def test_a_failed_switch(windows: Windows, console: Console) -> None:
         windows.check(look)
 
 
-def test_models(windows: Windows, console: Console) -> None:
-    """Forty rows, or cards."""
+def test_the_models_page_is_accessible(windows: Windows, console: Console) -> None:
+    """Check the Models page with forty models, as table rows and as cards."""
     console.switch(LONG)
     console.post("/models/dismiss")
     windows.check(lambda page: visit(page, console, "/models"))
 
 
-def test_plans(windows: Windows, console: Console) -> None:
-    """As a page and as a dialog."""
+def test_plans_are_accessible(windows: Windows, console: Console) -> None:
+    """Check a plan as a page and as a dialog."""
 
     def ask(window: Page) -> None:
         visit(window, console, "/models")
@@ -288,8 +288,8 @@ def test_plans(windows: Windows, console: Console) -> None:
     windows.check(ask)
 
 
-def test_downloads_and_ollama(windows: Windows, busy: Console) -> None:
-    """A download in each state, a caution, an update, and the log of Ollama unfolded where there is one."""
+def test_downloads_and_ollama_are_accessible(windows: Windows, busy: Console) -> None:
+    """Check a download in each state, a caution, an update and Ollama's unfolded log."""
 
     def look(window: Page) -> None:
         visit(window, busy, "/models")
@@ -308,8 +308,8 @@ def test_downloads_and_ollama(windows: Windows, busy: Console) -> None:
     windows.check(look)
 
 
-def test_the_question_before_a_model_is_deleted(windows: Windows, busy: Console) -> None:
-    """As a dialog and as a page."""
+def test_the_confirmation_of_a_deletion_is_accessible(windows: Windows, busy: Console) -> None:
+    """Check the confirmation as a dialog and as a page."""
 
     def ask(window: Page) -> None:
         visit(window, busy, "/models")
@@ -320,8 +320,8 @@ def test_the_question_before_a_model_is_deleted(windows: Windows, busy: Console)
     windows.check(lambda page: visit(page, busy, "/models/delete?model=tiny-a:latest"))
 
 
-def test_a_name_that_has_to_be_corrected(windows: Windows, busy: Console) -> None:
-    """The field with its error."""
+def test_an_invalid_download_name_is_accessible(windows: Windows, busy: Console) -> None:
+    """Check the download field with its error."""
 
     def look(window: Page) -> None:
         visit(window, busy, "/models")
@@ -332,8 +332,8 @@ def test_a_name_that_has_to_be_corrected(windows: Windows, busy: Console) -> Non
 
 
 @pytest.mark.parametrize("path", ["/no-such-page", "/chats/no-such-conversation", "/docs"])
-def test_other_pages(windows: Windows, console: Console, path: str) -> None:
-    """Pages for people where there is nothing, and the description of the API."""
+def test_other_pages_are_accessible(windows: Windows, console: Console, path: str) -> None:
+    """Check the error pages and the description of the API."""
 
     def look(window: Page) -> None:
         visit(window, console, path)
@@ -343,7 +343,7 @@ def test_other_pages(windows: Windows, console: Console, path: str) -> None:
 
 
 def test_the_keyboard_reaches_everything_in_order(page: Page, console: Console) -> None:
-    """Tab goes from the pages over the conversations and the menu to the composer; what has focus is always seen."""
+    """Tab goes from the header over the conversations and the menu to the composer; the focus is always visible."""
     console.switch(LONG)
     visit(page, console)
     composer(page).press_sequentially("Hello")
@@ -369,8 +369,8 @@ def test_the_keyboard_reaches_everything_in_order(page: Page, console: Console) 
     assert [name for name in passed if name in order] == order
 
 
-def test_a_switch_without_a_mouse_is_read_out(page: Page, console: Console) -> None:
-    """Enter opens the menu, arrows move in it, Enter chooses; steps and ends are announced, percents are not."""
+def test_a_switch_by_keyboard_is_announced(page: Page, console: Console) -> None:
+    """Enter opens the menu, arrows move, Enter chooses; steps and results are announced, percentages are not."""
     visit(page, console)
     said = page.locator("#announcer")
     page.locator("#model-button").focus()
@@ -388,8 +388,8 @@ def test_a_switch_without_a_mouse_is_read_out(page: Page, console: Console) -> N
     console.reset()
 
 
-def test_forty_models_can_be_narrowed_down(page: Page, console: Console) -> None:
-    """Typing leaves the matching models, arrows move, Enter chooses; looks that arrive meanwhile disturb none of it."""
+def test_typing_filters_the_model_menu(page: Page, console: Console) -> None:
+    """Typing leaves the matching models, arrows move and Enter chooses; polls meanwhile change none of it."""
     visit(page, console)
     page.locator("#model-button").press("Enter")
     expect(page.get_by_label("Find a model")).to_be_focused()
@@ -405,8 +405,8 @@ def test_forty_models_can_be_narrowed_down(page: Page, console: Console) -> None
     expect_active(page, "family-2/model-27-plain")
 
 
-def test_nothing_moves_for_those_who_asked_for_it(windows: Windows, console: Console) -> None:
-    """prefers-reduced-motion leaves no animation and no transition."""
+def test_reduced_motion_disables_animations(windows: Windows, console: Console) -> None:
+    """With prefers-reduced-motion, no element has an animation or a transition."""
     page = windows.pages[0]
     visit(page, console)
     moving = page.evaluate(
@@ -419,7 +419,7 @@ def test_nothing_moves_for_those_who_asked_for_it(windows: Windows, console: Con
 
 
 def test_forced_colours_show_the_current_page(open_page: OpenPage, console: Console) -> None:
-    """Of the links in the header only the current one has a border that can be told from the ground."""
+    """With forced colours, only the current page's link in the header has a visible border."""
     page = open_page(forced_colors="active")
     for path, current in (("/chats/new", "Chat"), ("/models", "Models")):
         visit(page, console, path)

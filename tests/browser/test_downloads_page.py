@@ -1,4 +1,4 @@
-"""Downloads on the Models page: asked for, watched, held, cancelled; and models updated and deleted."""
+"""Downloads on the Models page: start, watch, pause, cancel; and updating and deleting models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.console import Console, wait_until
 
 REGISTRY = {"llama3.2:latest": {"size": SIZE}, "mistral:latest": {"size": SIZE}}
 UNKNOWN_NAME = ("status of 422",)
-"""What the browser's console says about an answer that refuses what was typed."""
+"""Console message of the browser for a response that refuses the input."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def own_bench(tmp_path: Path) -> Iterator[Workbench]:
 def test_a_download_shows_the_same_in_two_tabs_and_goes_on_without_them(
     bench: Workbench, console: Console, open_page: OpenPage
 ) -> None:
-    """Bytes, speed and time left while it runs; "stalled" when nothing comes; complete although nobody looked."""
+    """Both tabs show bytes, speed, time left and "stalled"; the download completes with no page open."""
     bench.ollama.set_fault("pull_slow", SIZE / 20)
     first, second = open_page(), open_page()
     for page in (first, second):
@@ -87,7 +87,7 @@ def test_a_download_shows_the_same_in_two_tabs_and_goes_on_without_them(
 
 
 def test_a_download_is_paused_resumed_and_cancelled(bench: Workbench, console: Console, page: Page) -> None:
-    """The focus stays on the button that holds and goes on; what was cancelled leaves the list."""
+    """The focus stays on the pause and resume button; a cancelled download leaves the list."""
     bench.ollama.set_fault("pull_stuck_at", 50)
     visit(page, console, "/models")
     download(page, "llama3.2")
@@ -105,8 +105,8 @@ def test_a_download_is_paused_resumed_and_cancelled(bench: Workbench, console: C
     expect(page.locator("#announcer")).to_contain_text("The download of llama3.2:latest was cancelled.")
 
 
-def test_a_transfer_that_breaks_off_is_tried_again_by_itself(bench: Workbench, console: Console, page: Page) -> None:
-    """The pause before the next try is told in the place of speed and time left."""
+def test_an_interrupted_transfer_is_retried_automatically(bench: Workbench, console: Console, page: Page) -> None:
+    """The wait before the next try is shown in place of the speed and the time left."""
     bench.ollama.set_fault("pull_error_at", {"percent": 40, "error": "unexpected EOF"})
     visit(page, console, "/models")
     download(page, "llama3.2")
@@ -116,8 +116,8 @@ def test_a_transfer_that_breaks_off_is_tried_again_by_itself(bench: Workbench, c
     expect(it.locator(".word")).to_have_text("Complete")
 
 
-def test_a_download_that_fails_says_why_and_can_be_tried_again(bench: Workbench, console: Console, page: Page) -> None:
-    """The cause stands in the list and is read out once; the second try goes through; Remove leaves the model."""
+def test_a_failed_download_says_why_and_can_be_retried(bench: Workbench, console: Console, page: Page) -> None:
+    """The list shows the cause, announced once; the retry succeeds; Remove keeps the model."""
     bench.ollama.set_fault("disk_full_at", 40)
     visit(page, console, "/models")
     download(page, "llama3.2")
@@ -142,10 +142,10 @@ def test_a_download_that_fails_says_why_and_can_be_tried_again(bench: Workbench,
         ("Hugging Face", "llama3.2", "Write owner/repo"),
     ],
 )
-def test_a_wrong_name_is_corrected_at_its_field(
+def test_an_invalid_name_shows_its_error_at_the_field(
     console: Console, open_page: OpenPage, source: str, name: str, words: str
 ) -> None:
-    """What is wrong stands at the field, which keeps what was typed and has the focus; a right name clears it."""
+    """The field keeps its text and the focus and shows the error; a valid name clears the error."""
     page = open_page(tolerate=UNKNOWN_NAME)
     visit(page, console, "/models")
     page.get_by_label("From").select_option(source)
@@ -164,8 +164,8 @@ def test_a_wrong_name_is_corrected_at_its_field(
     expect(field(page)).to_have_value("")
 
 
-def test_what_is_typed_and_chosen_outlives_every_look(console: Console, page: Page) -> None:
-    """Looks that arrive while somebody types change neither the name nor the source."""
+def test_polls_keep_the_typed_name_and_the_source(console: Console, page: Page) -> None:
+    """Polls that arrive while a user types change neither the name nor the source."""
     visit(page, console, "/models")
     page.get_by_label("From").select_option("Hugging Face")
     field(page).press_sequentially("owner/rep")
@@ -177,8 +177,8 @@ def test_what_is_typed_and_chosen_outlives_every_look(console: Console, page: Pa
     expect(page.get_by_label("From")).to_have_value("huggingface")
 
 
-def test_a_recommended_model_is_one_click_away(bench: Workbench, console: Console, page: Page) -> None:
-    """Its size and description, its progress while it comes, and that it is installed."""
+def test_a_recommended_model_downloads_with_one_click(bench: Workbench, console: Console, page: Page) -> None:
+    """Its entry shows the size and description, then the progress, then that it is installed."""
     bench.ollama.set_fault("pull_stuck_at", 50)
     visit(page, console, "/models")
     it = offer(page, "llama3.2")
@@ -194,7 +194,7 @@ def test_a_recommended_model_is_one_click_away(bench: Workbench, console: Consol
 
 
 def test_a_newer_version_is_found_and_downloaded(own_bench: Workbench, page: Page) -> None:
-    """Check for updates says what it found; Update downloads under the same name, and the mark goes."""
+    """Check for updates reports its result; Update downloads under the same name and removes the mark."""
     console = own_bench.start()
     own_bench.registry.publish("tiny-a:latest")
     visit(page, console, "/models")
@@ -216,8 +216,8 @@ def test_a_newer_version_is_found_and_downloaded(own_bench: Workbench, page: Pag
     expect(it.get_by_role("button", name="Update tiny-a:latest")).to_have_count(0)
 
 
-def test_deleting_a_model_says_what_it_frees_first(bench: Workbench, console: Console, page: Page) -> None:
-    """The dialog gives the figure; Cancel changes nothing, Delete unloads it, deletes it and says what is free."""
+def test_deleting_a_model_first_says_what_it_frees(bench: Workbench, console: Console, page: Page) -> None:
+    """The dialog shows the size; Cancel changes nothing; Delete unloads and deletes it and reports the freed space."""
     console.switch("tiny-a:latest")
     visit(page, console, "/models")
     opener = row(page, "tiny-a:latest").get_by_role("button", name="Delete tiny-a:latest")
@@ -239,8 +239,8 @@ def test_deleting_a_model_says_what_it_frees_first(bench: Workbench, console: Co
     assert bench.ollama.ps() == []
 
 
-def test_a_model_that_cannot_be_deleted_says_why(bench: Workbench, open_page: OpenPage) -> None:
-    """The reason stands above the page wherever it was scrolled to, and goes when it is put away."""
+def test_a_failed_deletion_says_why(bench: Workbench, open_page: OpenPage) -> None:
+    """The reason is visible at any scroll position until it is dismissed."""
     elsewhere = bench.ollama.folder / "elsewhere.gguf"
     elsewhere.write_bytes(MINI.read_bytes())
     console = bench.start(toml=f'[[models]]\nid = "elsewhere"\nsource = "{elsewhere}"\n')
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_deleted_says_why(bench: Workbench, open_page: Op
 
 
 def test_a_long_name_fits_a_narrow_window(bench: Workbench, console: Console, open_page: OpenPage) -> None:
-    """Sixty characters as a model and as a download, without scrolling sideways."""
+    """A name of sixty characters, as a model and as a download, causes no horizontal scrolling."""
     name = "a-model-whose-name-has-as-many-as-sixty-letters-in-it-all:7b"
     assert len(name) == 60
     bench.registry.publish(name, size=SIZE)
@@ -276,7 +276,7 @@ def test_a_long_name_fits_a_narrow_window(bench: Workbench, console: Console, op
 
 
 def test_without_script_everything_is_a_form(bench: Workbench, console: Console, open_page: OpenPage) -> None:
-    """A wrong name, a download asked for, paused and cancelled, an update check, and a model deleted."""
+    """Forms refuse an invalid name, start, pause and cancel a download, check for updates and delete a model."""
     page = open_page(java_script_enabled=False, tolerate=UNKNOWN_NAME)
     bench.ollama.set_fault("pull_stuck_at", 50)
     visit(page, console, "/models")
@@ -304,10 +304,10 @@ def test_without_script_everything_is_a_form(bench: Workbench, console: Console,
     assert bench.ollama.tags() == []
 
 
-def test_the_focus_stays_in_a_page_that_shows_a_deletion_before_it_is_answered(
+def test_the_focus_stays_in_the_page_if_a_poll_shows_a_deletion_first(
     bench: Workbench, console: Console, page: Page
 ) -> None:
-    """A look may come in between: the button that opened the dialog is gone by then, so the page has the focus."""
+    """A poll that arrives before the deletion's answer removes the button that had the focus; the page gets it."""
     held: list[tuple[Route, APIResponse]] = []
     page.route(re.compile("/models/.+/delete$"), lambda route: held.append((route, route.fetch())))
     visit(page, console, "/models")

@@ -1,4 +1,4 @@
-"""Whoever works with the keyboard never has to begin at the top of the page again: the focus is never lost to it."""
+"""Keyboard focus: changes to the page never lose it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOST = """() => {
     };
     look();
 }"""
-"""Notes it when the focus, once it was somewhere, is nowhere in a frame that is drawn."""
+"""Script that records each drawn frame in which an earlier focus is lost."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def shared(start_shared: StartShared, big_model: Path) -> Console:
 
 @pytest.fixture
 def models(page: Page, console: Console) -> Iterator[Page]:
-    """The Models page, on which the focus was never lost in the end."""
+    """The Models page; checks at the end that the focus was never lost."""
     page.add_init_script(f"({LOST})()")
     visit(page, console, "/models")
     yield page
@@ -52,8 +52,8 @@ def press(button: Locator) -> None:
     button.press("Enter")
 
 
-def test_a_row_whose_buttons_change_keeps_it(models: Page) -> None:
-    """Load, cancel and unload replace the very button that was pressed."""
+def test_a_row_whose_buttons_change_keeps_the_focus(models: Page) -> None:
+    """Load, cancel and unload each replace the button that was pressed."""
     slow, first = row(models, "slow"), row(models, "first-plain")
     press(slow.get_by_role("button", name="Use slow"))
     press(slow.get_by_role("button", name="Cancel slow"))
@@ -67,8 +67,8 @@ def test_a_row_whose_buttons_change_keeps_it(models: Page) -> None:
     assert within(first)
 
 
-def test_a_banner_that_goes_gives_it_to_the_page(models: Page) -> None:
-    """After Cancel the banner says so for a moment and goes; after Dismiss it goes at once."""
+def test_a_banner_that_disappears_gives_the_focus_to_the_page(models: Page) -> None:
+    """The banner disappears shortly after Cancel, and at once after Dismiss."""
     row(models, "slow").get_by_role("button", name="Use slow").click()
     press(banner(models).get_by_role("button", name="Cancel"))
     expect(banner(models)).to_contain_text("The switch to slow was cancelled")
@@ -81,7 +81,7 @@ def test_a_banner_that_goes_gives_it_to_the_page(models: Page) -> None:
     expect(models.locator("#main")).to_be_focused()
 
 
-def test_after_a_deletion_it_is_in_the_next_row(models: Page, console: Console) -> None:
+def test_after_a_deletion_the_focus_is_in_the_next_row(models: Page, console: Console) -> None:
     folder = Path(console.environment["SWITCHYARD_MODELS_DIR"])
     for name in ("alpha", "beta"):
         (folder / f"{name}.gguf").write_bytes(MINI.read_bytes())
@@ -96,8 +96,8 @@ def test_after_a_deletion_it_is_in_the_next_row(models: Page, console: Console) 
     (folder / "beta.gguf").unlink()
 
 
-def test_a_dialog_that_shows_something_else_keeps_it(models: Page, console: Console) -> None:
-    """From what doesn't fit to what would: the link that was followed is gone, the dialog has the focus."""
+def test_a_dialog_whose_content_changes_keeps_the_focus(models: Page, console: Console) -> None:
+    """A link from a plan that doesn't fit to one that does disappears when followed; the dialog then has the focus."""
     console.switch("first-plain")
     opener = row(models, "huge").get_by_role("button", name="Use huge")
     press(opener)
@@ -108,7 +108,7 @@ def test_a_dialog_that_shows_something_else_keeps_it(models: Page, console: Cons
     expect(opener).to_be_focused()
 
 
-def test_the_menu_gives_it_back(page: Page, console: Console) -> None:
+def test_the_menu_returns_the_focus(page: Page, console: Console) -> None:
     page.add_init_script(f"({LOST})()")
     visit(page, console)
     press(page.locator("#model-button"))
@@ -119,5 +119,5 @@ def test_the_menu_gives_it_back(page: Page, console: Console) -> None:
 
 
 def within(part: Locator) -> bool:
-    """Whether the focus is in a part of the page."""
+    """Return whether the focus is in a part of the page."""
     return bool(part.evaluate("(it) => it.contains(document.activeElement)"))

@@ -30,8 +30,8 @@ def console(own_console: Console) -> Console:
     return own_console
 
 
-def test_both_models_are_there_and_one_click_begins(page: Page, console: Console) -> None:
-    """Every model with its size and no word of state; one click switches, and a whole conversation fits in between.
+def test_both_models_are_listed_and_one_click_loads(page: Page, console: Console) -> None:
+    """Each model is listed with its size and without a state; one click switches, also between two answers.
 
     The composer says why it is locked, the answer streams in, and each answer names the model that gave it.
     """
@@ -65,7 +65,7 @@ def test_both_models_are_there_and_one_click_begins(page: Page, console: Console
 
 
 def test_the_first_model_can_be_chosen_from_the_locked_composer(page: Page, console: Console) -> None:
-    """What locks the composer is a button that leads to the menu; the end of the switch is told."""
+    """The locked composer has a button that opens the menu; the end of the switch is announced."""
     visit(page, console, "/")
     note(page).get_by_role("button", name="Choose a model to start").click()
     choice(page, SMALL).click()
@@ -73,8 +73,8 @@ def test_the_first_model_can_be_chosen_from_the_locked_composer(page: Page, cons
     expect_active(page, SMALL)
 
 
-def test_a_model_that_is_dropped_in_the_folder_appears_by_itself(page: Page, start_console, tmp_path) -> None:
-    """An empty page says what to do; doing it is enough."""
+def test_a_model_put_in_the_folder_appears_by_itself(page: Page, start_console, tmp_path) -> None:
+    """The empty page says where to put a model file; the file then appears without another step."""
     from tests.browser.steps import MINI as FILE
 
     console = start_console(models_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""Hundreds of conversations, and long ones: more comes by scrolling and by a link, and nothing that is read moves."""
+"""Many and long conversations: more load by scrolling and by a link, without moving the view."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def talk(shared: Console) -> str:
     return f"{shared.url}/chats/{ids[-1]}"
 
 
-def test_earlier_messages_come_in_above_what_is_read(page: Page, talk: str) -> None:
-    """They are asked for by a link; the message that was on top stays where it was; the link keeps the focus."""
+def test_earlier_messages_load_above_without_moving_the_view(page: Page, talk: str) -> None:
+    """A link loads them and keeps the focus; the message at the top of the view stays in place."""
     page.goto(talk)
     expect(messages(page)).to_have_count(PAGE_MESSAGES)
     earlier = page.get_by_role("link", name="Earlier messages")
@@ -55,7 +55,7 @@ def test_earlier_messages_come_in_above_what_is_read(page: Page, talk: str) -> N
 
 
 def test_print_prints_the_conversation(page: Page, talk: str) -> None:
-    """On paper are the title and all messages that the page holds, over several pages, and nothing to click."""
+    """The printout has the title and all loaded messages, over several pages, and no controls."""
     page.goto(f"{talk}?from=0")
     page.emulate_media(media="print", color_scheme="dark")
     for shown in (page.locator("#chat-title"), messages(page).first, messages(page).last):
@@ -67,16 +67,16 @@ def test_print_prints_the_conversation(page: Page, talk: str) -> None:
     assert len(re.findall(rb"/Type /Page\b", page.pdf())) > 1
 
 
-def test_what_a_page_leaves_out_is_said_on_paper(page: Page, talk: str) -> None:
-    """Whoever prints the latest messages is told how many are missing, and what brings them."""
+def test_the_printout_says_how_many_messages_are_missing(page: Page, talk: str) -> None:
+    """The printout of the latest messages says how many are missing and how to load them."""
     page.goto(talk)
     expect(page.locator("#earlier")).to_contain_text(f"Show all {MESSAGES}")
     page.emulate_media(media="print")
     expect(page.locator("#earlier")).to_contain_text(f"{MESSAGES - PAGE_MESSAGES} earlier messages are left out")
 
 
-def test_forced_colours_show_where_one_is(page: Page, talk: str) -> None:
-    """The current page and the current conversation are told from the others by a line, not by a background."""
+def test_forced_colours_show_the_current_page_and_conversation(page: Page, talk: str) -> None:
+    """A line, not a background, marks the current page and the current conversation."""
     page.emulate_media(forced_colors="active")
     page.goto(talk)
 
@@ -90,8 +90,8 @@ def test_forced_colours_show_where_one_is(page: Page, talk: str) -> None:
         assert line(f"{places}[aria-current]", side) != line(f"{places}:not([aria-current])", side)
 
 
-def test_without_script_links_lead_to_all_of_it(open_page: OpenPage, talk: str) -> None:
-    """Older conversations are a page of the list, earlier messages a longer page."""
+def test_without_script_links_lead_to_older_content(open_page: OpenPage, talk: str) -> None:
+    """A link to another page of the list shows older conversations, one to a longer page earlier messages."""
     page = open_page(java_script_enabled=False)
     page.goto(talk)
     expect(messages(page)).to_have_count(PAGE_MESSAGES)
@@ -102,8 +102,8 @@ def test_without_script_links_lead_to_all_of_it(open_page: OpenPage, talk: str) 
     expect(page.locator("#conversation-list .title").first).to_have_text(f"Talk {CONVERSATIONS - LISTED - 1}")
 
 
-def test_what_was_unfolded_stays_when_something_changes(page: Page, console: Console, talk: str) -> None:
-    """After a new answer the earlier messages are still there, and so is the list as far as it was scrolled."""
+def test_loaded_messages_and_conversations_stay_after_an_answer(page: Page, console: Console, talk: str) -> None:
+    """After a new answer, the earlier messages and the loaded part of the conversation list are still there."""
     console.switch("quick-plain")
     page.goto(talk)
     listed = page.locator("#conversation-list a[href^='/chats/']")

@@ -1,4 +1,4 @@
-"""The Models page: every model with what can be done to it, and where the memory goes."""
+"""The Models page: each model with its actions, and the use of memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def models(page: Page, console: Console) -> Page:
 
 
 def test_a_model_is_loaded_restarted_and_unloaded(models: Page, console: Console) -> None:
-    """Each button does what it says, and the row follows; an unloaded model has no word of state."""
+    """Each button does what its label says, and the row shows the result; an unloaded model shows no state."""
     first = row(models, "first-plain")
     expect(first).to_contain_text("Holds 150 MB")
     expect(first.locator(".word")).to_have_count(0)
@@ -56,7 +56,7 @@ def test_a_model_is_loaded_restarted_and_unloaded(models: Page, console: Console
 
 
 def test_a_second_model_is_loaded_beside_or_switched_to(models: Page, console: Console) -> None:
-    """Keep loaded too leaves the active model active; Use makes the other one answer."""
+    """The text "Keep loaded too" leaves the active model active; Use makes the other model active."""
     console.switch("first-plain")
     models.reload()
     second = row(models, "second-plain")
@@ -69,7 +69,7 @@ def test_a_second_model_is_loaded_beside_or_switched_to(models: Page, console: C
 
 
 def test_the_memory_bar_names_every_segment(models: Page, console: Console) -> None:
-    """A segment and a table row each for what holds memory; the name inside or on hover; free is what is left."""
+    """Each holder of memory has a segment and a table row, named in the segment or on hover; the rest is free."""
     console.switch("first-plain")
     console.switch("second-plain", strategy="preserve_favorites")
     models.reload()
@@ -91,8 +91,8 @@ def test_the_memory_bar_names_every_segment(models: Page, console: Console) -> N
     expect(models.locator("#tip")).to_contain_text("second-plain")
 
 
-def test_a_load_under_way_reserves_its_memory(models: Page) -> None:
-    """The hatched part is what it will take; the row says that it loads and can cancel it."""
+def test_a_load_in_progress_reserves_its_memory(models: Page) -> None:
+    """A hatched segment shows the memory it will take; the model's row says that it loads and can cancel it."""
     row(models, "slow").get_by_role("button", name="Use slow").click()
     expect(models.locator(".membar .segment.reserved")).to_be_visible()
     slow = row(models, "slow")
@@ -104,7 +104,7 @@ def test_a_load_under_way_reserves_its_memory(models: Page) -> None:
 
 
 def test_a_model_that_does_not_fit_names_what_blocks_it(models: Page, console: Console) -> None:
-    """Preserved models stay: the dialog names them with the reason, and nothing is unloaded."""
+    """Preserved models stay loaded: the dialog names each with the reason, and nothing is unloaded."""
     console.switch("first-plain")
     console.switch("second-plain")
     models.reload()
@@ -119,7 +119,7 @@ def test_a_model_that_does_not_fit_names_what_blocks_it(models: Page, console: C
 
 
 def test_a_plan_has_an_address_of_its_own(models: Page, console: Console) -> None:
-    """As a page: what would be done, a button that does it, and the way back."""
+    """The plan's own page shows the steps, a button that performs them and a link back."""
     visit(models, console, "/models/plan?target=slow")
     expect(models.get_by_role("heading", name="Switch to slow?")).to_be_visible()
     models.get_by_role("link", name="Cancel").click()
@@ -132,8 +132,8 @@ def names(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("hold", ["pointer", "focus"])
-def test_rows_keep_their_place_while_somebody_is_at_one(models: Page, console: Console, hold: str) -> None:
-    """What was loaded belongs on top, and goes there once nobody can be aiming at a row any more."""
+def test_rows_keep_their_place_while_the_user_is_at_one(models: Page, console: Console, hold: str) -> None:
+    """A loaded model moves to the top only when neither the pointer nor the focus is in a row."""
     before = names(models)
     assert before == ["first-plain", "greedy", "second-plain", "slow", "talks-plain"]
     button = row(models, "slow").get_by_role("button", name="Use slow")
@@ -156,7 +156,7 @@ def test_rows_keep_their_place_while_somebody_is_at_one(models: Page, console: C
 
 
 def test_models_come_and_go_one_row_at_a_time(models: Page, console: Console) -> None:
-    """A file that joins the folder gets a row in its place, whose buttons work; the other rows are left alone."""
+    """A new file in the folder gets a row in its place with working buttons; the other rows are not replaced."""
     models.evaluate("document.querySelectorAll('.model-table tr').forEach((row) => { row.untouched = true; })")
     path = Path(console.environment["SWITCHYARD_MODELS_DIR"]) / "fresh.gguf"
     path.write_bytes(MINI.read_bytes())
@@ -172,8 +172,8 @@ def test_models_come_and_go_one_row_at_a_time(models: Page, console: Console) ->
     assert rows.evaluate_all("rows => rows.map((row) => row.untouched)") == [True] * 5
 
 
-def test_a_busy_model_finishes_its_answers_unless_it_has_to_go_now(models: Page, console: Console) -> None:
-    """The row says what the unload waits for and how long at most; "now" gives the answer up."""
+def test_a_busy_model_finishes_its_answers_unless_unloaded_now(models: Page, console: Console) -> None:
+    """The row says what the unload waits for and its time limit; "now" aborts the answer."""
     console.switch("talks-plain")
     busy = row(models, "talks-plain")
     with console.post(

@@ -1,4 +1,4 @@
-"""Names without a break, on a phone: no page scrolls sideways, and nothing sticks out of the window."""
+"""Long unbreakable names on a phone: no page scrolls sideways, and no element overflows the window."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SQUEEZED = """() => [...document.querySelectorAll(".banner > *, .panel > *, .pla
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[FakeHub]:
-    """A hub that has nothing."""
+    """An empty fake hub."""
     with FakeHub({}) as hub:
         yield hub
 
@@ -109,8 +109,8 @@ def assert_fits(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTH, page.url
 
 
-def test_models_that_rest_and_the_pages_about_one(console: Console, phone: Page) -> None:
-    """Models, plan, deletion, the API's page, and a page that isn't there."""
+def test_models_and_the_pages_of_one_fit(console: Console, phone: Page) -> None:
+    """The Models page, a plan, a deletion, the API's page and the not-found page fit a phone."""
     for path in (
         "/models",
         f"/models/plan?target={OTHER}",
@@ -124,8 +124,8 @@ def test_models_that_rest_and_the_pages_about_one(console: Console, phone: Page)
         assert_fits(phone)
 
 
-def test_an_open_chat_and_all_that_opens_on_it(console: Console, phone: Page, talk: str) -> None:
-    """The conversation, the list of all, the menu of models, the questions before a change."""
+def test_a_chat_and_its_menus_fit(console: Console, phone: Page, talk: str) -> None:
+    """The conversation, the list of conversations, the model menu and the confirmations fit a phone."""
     console.switch(LOADED)
     visit(phone, console, talk)
     expect(phone.locator(".message.assistant")).to_contain_text(WORD)
@@ -139,8 +139,8 @@ def test_an_open_chat_and_all_that_opens_on_it(console: Console, phone: Page, ta
     phone.keyboard.press("Escape")
 
 
-def test_a_switch_under_way_and_one_that_failed(console: Console, phone: Page, talk: str) -> None:
-    """On Chat and on Models, with the log open."""
+def test_a_switch_in_progress_and_a_failed_one_fit(console: Console, phone: Page, talk: str) -> None:
+    """Both fit a phone on Chat and on Models, with the log open."""
     for path in (talk, "/models"):
         console.post("/v1/models/switch", {"target_model": OTHER, "confirm": True})
         visit(phone, console, path)
@@ -153,8 +153,8 @@ def test_a_switch_under_way_and_one_that_failed(console: Console, phone: Page, t
         assert_fits(phone)
 
 
-def test_a_model_that_ended_by_itself(console: Console, phone: Page, talk: str) -> None:
-    """The banner, the answer that broke off, and the row."""
+def test_a_crashed_model_fits(console: Console, phone: Page, talk: str) -> None:
+    """The banner, the interrupted answer and the model's row fit a phone."""
     console.switch(FRAGILE)
     visit(phone, console, talk)
     say(phone, WORD)
@@ -164,8 +164,8 @@ def test_a_model_that_ended_by_itself(console: Console, phone: Page, talk: str) 
     assert_fits(phone)
 
 
-def test_dialogs_and_refusals(console: Console, phone: Page) -> None:
-    """A model that doesn't fit, a deletion, an impossible download, and one that failed."""
+def test_dialogs_and_refusals_fit(console: Console, phone: Page) -> None:
+    """The dialogs of a model that doesn't fit and of a deletion, and refused and failed downloads, fit a phone."""
     console.switch(LOADED)
     visit(phone, console)
     choose(phone, HUGE)

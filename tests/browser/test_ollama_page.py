@@ -52,7 +52,7 @@ def own_bench(tmp_path: Path) -> Iterator[Workbench]:
 
 
 def test_ollama_is_started_and_stopped_from_the_page(own_bench: Workbench, page: Page) -> None:
-    """Start shows its process and version, and its models appear; Stop ends it; both are read out."""
+    """Start shows the process, the version and the models; Stop ends it; both results are announced."""
     console = own_bench.start()
     visit(page, console, "/models")
     expect(card(page)).to_contain_text("Not running")
@@ -77,10 +77,10 @@ def test_ollama_is_started_and_stopped_from_the_page(own_bench: Workbench, page:
     assert not psutil.pid_exists(server.pid)
 
 
-def test_a_start_under_way_is_shown_and_can_be_cancelled(
+def test_a_start_in_progress_is_shown_and_can_be_cancelled(
     bench: Workbench, console: Console, open_page: OpenPage
 ) -> None:
-    """The page goes on while Ollama starts, says so in every tab, and Stop ends it."""
+    """The page stays usable while Ollama starts, every tab shows it, and Stop ends the start."""
     bench.ollama.set_fault("hang")
     first, second = open_page(tolerate=("status of 409", "status of 502", "status of 504")), open_page()
     for page in (first, second):
@@ -95,8 +95,8 @@ def test_a_start_under_way_is_shown_and_can_be_cancelled(
     assert bench.ollama.servers() == []
 
 
-def test_a_start_that_fails_says_why(bench: Workbench, console: Console, page: Page) -> None:
-    """The cause and its log stand on the card until they are put away."""
+def test_a_failed_start_says_why(bench: Workbench, console: Console, page: Page) -> None:
+    """The card shows the cause and the log until they are dismissed."""
     bench.ollama.set_fault("crash_on_start", "Error: no space for the cache")
     visit(page, console, "/models")
     card(page).get_by_role("button", name="Start").click()
@@ -106,8 +106,8 @@ def test_a_start_that_fails_says_why(bench: Workbench, console: Console, page: P
     expect(card(page)).to_contain_text("Not running")
 
 
-def test_an_ollama_that_somebody_else_started_is_left_to_them(bench: Workbench, console: Console, page: Page) -> None:
-    """Its process is named, and instead of a button stands why there is none."""
+def test_an_ollama_started_elsewhere_cannot_be_stopped(bench: Workbench, console: Console, page: Page) -> None:
+    """The card names the process, and shows the reason instead of a Stop button."""
     bench.ollama.start()
     visit(page, console, "/models")
     expect(card(page)).to_contain_text("Another program started it, so it is stopped there.")
@@ -117,7 +117,7 @@ def test_an_ollama_that_somebody_else_started_is_left_to_them(bench: Workbench, 
 
 
 def test_where_ollama_is_not_installed_the_card_is_small(own_bench: Workbench, page: Page) -> None:
-    """It is optional, and a link leads to it."""
+    """The card says that Ollama is optional and links to it."""
     console = own_bench.start(ollama_binary="/no/such/ollama", ollama_base_url=NO_OLLAMA)
     visit(page, console, "/models")
     expect(card(page)).to_contain_text("Not installed")
@@ -129,8 +129,8 @@ def test_where_ollama_is_not_installed_the_card_is_small(own_bench: Workbench, p
     expect(page.get_by_label("From")).to_have_value("huggingface")
 
 
-def test_a_model_that_another_program_unloads_is_no_failure(bench: Workbench, console: Console, page: Page) -> None:
-    """Its row says who did it, as a caution, and it can be loaded again."""
+def test_a_model_unloaded_by_another_program_is_no_failure(bench: Workbench, console: Console, page: Page) -> None:
+    """Its row shows a caution that names the cause, and the model can be loaded again."""
     bench.ollama.start()
     bench.await_ollama(console, "running")
     console.switch("tiny-a:latest")
@@ -144,7 +144,7 @@ def test_a_model_that_another_program_unloads_is_no_failure(bench: Workbench, co
 
 
 def test_ollamas_models_are_chosen_like_any_other(bench: Workbench, console: Console, page: Page) -> None:
-    """They are in the chat page's menu; one click loads one."""
+    """They are in the chat page's menu, and one click loads one."""
     bench.ollama.start()
     bench.await_ollama(console, "running")
     visit(page, console, "/")
@@ -154,7 +154,7 @@ def test_ollamas_models_are_chosen_like_any_other(bench: Workbench, console: Con
 
 
 def test_without_script_ollama_is_started_and_stopped(bench: Workbench, console: Console, open_page: OpenPage) -> None:
-    """Two forms, and back on the page at the card."""
+    """Two forms start and stop Ollama, and both return to the card on the page."""
     page = open_page(java_script_enabled=False)
     visit(page, console, "/models")
     card(page).get_by_role("button", name="Start").click()

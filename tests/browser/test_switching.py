@@ -1,4 +1,4 @@
-"""Switching as people see it: the banner, the plan, cancelling, failing, and the same story in every tab."""
+"""Switching in the pages: banner, plan, cancelling, failing, and the same state in every tab."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def with_good(page: Page, console: Console) -> Page:
     return page
 
 
-def test_the_banner_tells_what_how_far_and_what_can_be_done(page: Page, console: Console) -> None:
-    """Target, stage, percent and Cancel; the composer says why it is locked and until when; then ready, then gone."""
+def test_the_banner_shows_target_progress_and_cancel(page: Page, console: Console) -> None:
+    """The composer says why and until when it is locked; the banner then says ready and disappears."""
     visit(page, console)
     choose(page, "steady")
     expect(banner(page)).to_be_visible()
@@ -62,7 +62,7 @@ def test_the_banner_tells_what_how_far_and_what_can_be_done(page: Page, console:
 
 
 def test_every_place_shows_the_same_percentage(page: Page, console: Console) -> None:
-    """The banner, the header and the menu's button are made from one picture."""
+    """The banner, the header and the menu's button show one snapshot of the state."""
     console.post("/v1/models/switch", {"target_model": "slow"})
     visit(page, console)
     percent = banner(page).locator(".percent").inner_text()
@@ -71,7 +71,7 @@ def test_every_place_shows_the_same_percentage(page: Page, console: Console) -> 
 
 
 def test_two_tabs_show_the_same_switch(page: Page, console: Console) -> None:
-    """What one tab starts, another shows within one poll; what it cancels, too."""
+    """A switch started or cancelled in one tab is shown in the other within one poll."""
     other = page.context.new_page()
     visit(other, console, "/models")
     visit(page, console)
@@ -87,8 +87,8 @@ def test_two_tabs_show_the_same_switch(page: Page, console: Console) -> None:
     assert watch.waited < 2.5
 
 
-def test_a_switch_by_a_script_appears(page: Page, console: Console) -> None:
-    """An idle page notices within its poll of 5 s that somebody else switched."""
+def test_a_switch_by_another_client_appears(page: Page, console: Console) -> None:
+    """An idle page shows a switch by another client within its poll of 5 s."""
     visit(page, console)
     watch = Stopwatch()
     console.post("/v1/models/switch", {"target_model": "slow"})
@@ -97,8 +97,8 @@ def test_a_switch_by_a_script_appears(page: Page, console: Console) -> None:
     expect(note(page)).to_contain_text("Switching to slow")
 
 
-def test_typed_text_and_focus_survive_looks_and_a_switch(with_good: Page, console: Console) -> None:
-    """Polls, a locked composer and a model that came and went leave a draft and the caret where they were."""
+def test_draft_and_focus_survive_polls_and_a_switch(with_good: Page, console: Console) -> None:
+    """Polls, a locked composer and a switch leave the draft and the caret unchanged."""
     page = with_good
     composer(page).press_sequentially("Half a thought")
     composer(page).press("ArrowLeft")
@@ -115,8 +115,8 @@ def test_typed_text_and_focus_survive_looks_and_a_switch(with_good: Page, consol
     expect(composer(page)).to_have_value("Half a though!t")
 
 
-def test_one_click_switches_and_the_banner_names_what_goes(with_good: Page, console: Console) -> None:
-    """Nothing is asked, and nothing stands between the click and the switch."""
+def test_one_click_switches_and_the_banner_names_unloaded_models(with_good: Page, console: Console) -> None:
+    """The switch starts without a confirmation."""
     page = with_good
     choose(page, "slow")
     expect(banner(page)).to_contain_text("good-plain is unloaded for it: to make room for slow")
@@ -125,7 +125,7 @@ def test_one_click_switches_and_the_banner_names_what_goes(with_good: Page, cons
 
 
 def test_with_confirmation_the_plan_is_shown_first(open_page: OpenPage, start_console: StartConsole) -> None:
-    """`confirm_before_unload`: what goes, what that frees, what stays; Cancel leaves all as it was."""
+    """With `confirm_before_unload`, the plan shows what is unloaded, freed and kept; Cancel changes nothing."""
     mini = str(MINI)
     models = [fake_model(name, "hold:80", required_gb=0.6, source=mini) for name in ("good-plain", "other-plain")]
     console = start_console(
@@ -153,8 +153,8 @@ def test_with_confirmation_the_plan_is_shown_first(open_page: OpenPage, start_co
     assert console.states()["good-plain"] == "stopped"
 
 
-def test_a_cancelled_switch_brings_back_what_it_unloaded(with_good: Page) -> None:
-    """The banner says what is unloaded and why; Cancel ends it, and the earlier model answers again."""
+def test_a_cancelled_switch_restores_the_unloaded_model(with_good: Page) -> None:
+    """The banner says what is unloaded and why; after Cancel the earlier model answers again."""
     page = with_good
     choose(page, "slow")
     expect(banner(page)).to_contain_text("Switching from good-plain to slow")
@@ -164,8 +164,8 @@ def test_a_cancelled_switch_brings_back_what_it_unloaded(with_good: Page) -> Non
     expect_active(page, "good-plain")
 
 
-def test_a_switch_more_than_half_done_is_not_thrown_away_by_one_click(with_good: Page, console: Console) -> None:
-    """It asks, saying how far that one is; keeping it keeps it, insisting replaces it."""
+def test_replacing_a_switch_more_than_half_done_needs_confirmation(with_good: Page, console: Console) -> None:
+    """The dialog shows its progress; one button keeps that switch, the other replaces it."""
     page = with_good
     choose(page, "slow")
     console.wait_for(lambda s: s["switch"] and s["switch"]["progress"] > 50, "the switch to be more than half done")
@@ -180,7 +180,7 @@ def test_a_switch_more_than_half_done_is_not_thrown_away_by_one_click(with_good:
 
 
 def test_a_failure_says_why_what_runs_now_and_what_to_do(with_good: Page) -> None:
-    """The first cause, the model that was brought back, the log folded away; it stays until it is dismissed."""
+    """The banner shows the first cause, the restored model and the folded log until it is dismissed."""
     page = with_good
     choose(page, "bad")
     expect(banner(page)).to_contain_text("bad could not be loaded")
@@ -205,8 +205,8 @@ def test_a_failure_says_why_what_runs_now_and_what_to_do(with_good: Page) -> Non
     expect(banner(page)).to_be_hidden()
 
 
-def test_a_failed_switch_can_be_tried_again(page: Page, console: Console) -> None:
-    """With nothing loaded before, it says so; Try again does."""
+def test_a_failed_switch_can_be_retried(page: Page, console: Console) -> None:
+    """The banner says that no model is loaded; Try again starts the switch again."""
     visit(page, console)
     choose(page, "bad")
     expect(banner(page)).to_contain_text("No model is loaded now.")
@@ -218,7 +218,7 @@ def test_a_failed_switch_can_be_tried_again(page: Page, console: Console) -> Non
 
 
 def test_a_model_that_does_not_fit_is_explained(with_good: Page, console: Console) -> None:
-    """What it needs, what there is, and the largest models that would fit, as links into their plans."""
+    """The dialog shows the memory needed and present, and links the plans of the largest models that fit."""
     page = with_good
     choose(page, "huge")
     expect(dialog(page)).to_contain_text("huge does not fit")
@@ -231,8 +231,8 @@ def test_a_model_that_does_not_fit_is_explained(with_good: Page, console: Consol
     assert console.status()["active_model"] == "good-plain"
 
 
-def test_a_crash_in_mid_answer_is_told_with_its_cause(with_good: Page) -> None:
-    """On the page where it happened: what ended and why, and what answers now, until it is dismissed."""
+def test_a_crash_during_an_answer_is_shown_with_its_cause(with_good: Page) -> None:
+    """The page shows which model ended, why, and which one answers now, until it is dismissed."""
     page = with_good
     choose(page, "fragile")
     expect_active(page, "fragile")

@@ -1,4 +1,4 @@
-"""Talking: answers that stream, stop, are tried again, and survive reloads and the end of the app."""
+"""Chat: answers that stream, stop, are retried, and survive reloads and the end of the app."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.console import Console, fake_model, wait_until
 WHOLE = "I am a fake and answer in ten short words."
 GONE = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
 OFFLINE = (*GONE, "htmx:", "[object Event]")
-"""What Chromium, htmx and its event stream say of an app that is gone."""
+"""Errors that Chromium, htmx and its event stream log when the app is gone."""
 MODELS = fake_model("markdown", source=str(MINI)) + fake_model("slow-plain", "slow_tokens:0.2", source=str(MINI))
 MODELS += fake_model("slow-markdown", "slow_tokens:0.1", source=str(MINI))
 MODELS += fake_model("thinker-plain", "thinks:0.3", "slow_tokens:0.1", source=str(MINI))
@@ -36,7 +36,7 @@ def slow(page: Page, console: Console) -> Page:
 
 
 def test_markdown_is_rendered_safely(page: Page, console: Console) -> None:
-    """Bold, code, tables and lists become HTML; HTML and script links that a model writes stay text."""
+    """Bold, code, tables and lists become HTML; HTML and script links from a model stay text."""
     console.switch("markdown")
     visit(page, console)
     say(page, "Show me")
@@ -51,8 +51,8 @@ def test_markdown_is_rendered_safely(page: Page, console: Console) -> None:
     expect(answer.locator("a")).to_have_attribute("rel", "noopener noreferrer")
 
 
-def test_what_streams_in_is_there_once(page: Page, console: Console) -> None:
-    """Each finished block is appended to those before it, while the answer still grows."""
+def test_streamed_blocks_appear_once(page: Page, console: Console) -> None:
+    """Each finished block is appended once while the answer still grows."""
     console.switch("slow-markdown")
     visit(page, console)
     say(page, "Show me")
@@ -64,7 +64,7 @@ def test_what_streams_in_is_there_once(page: Page, console: Console) -> None:
 
 
 def test_code_can_be_copied(open_page: OpenPage, console: Console) -> None:
-    """The button puts the code, and nothing else, on the clipboard and says so."""
+    """The button copies only the code to the clipboard and confirms it."""
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     console.switch("markdown")
     visit(page, console)
@@ -85,7 +85,7 @@ def test_code_can_be_copied(open_page: OpenPage, console: Console) -> None:
 
 
 def test_an_answer_streams_in(slow: Page) -> None:
-    """Words appear while the rest is still to come, and the page says who is answering."""
+    """Words appear before the answer is complete, and the page names the model that answers."""
     say(slow, "Hello")
     expect(answers(slow).locator(".prose")).to_contain_text("I am")
     expect(answers(slow)).not_to_have_class(re.compile("complete"))
@@ -95,8 +95,8 @@ def test_an_answer_streams_in(slow: Page) -> None:
     expect(answers(slow).locator(".about")).to_contain_text(re.compile(r"slow-plain\W*[\d.]+ tokens/s\W*[\d.]+ s"))
 
 
-def test_a_reload_in_mid_answer_loses_and_repeats_nothing(slow: Page) -> None:
-    """The answer goes on where it stands, and is there once and whole."""
+def test_a_reload_during_an_answer_loses_and_repeats_nothing(slow: Page) -> None:
+    """The answer continues after the reload and is shown once and complete."""
     say(slow, "Hello")
     expect(answers(slow).locator(".prose")).to_contain_text("I am a")
     slow.reload()
@@ -106,8 +106,8 @@ def test_a_reload_in_mid_answer_loses_and_repeats_nothing(slow: Page) -> None:
     expect(messages(slow)).to_have_count(2)
 
 
-def test_another_tab_sees_the_answer_grow(slow: Page) -> None:
-    """Two tabs of one conversation: the question asked in one is answered in both."""
+def test_an_answer_streams_in_every_tab(slow: Page) -> None:
+    """A question asked in one tab is answered in both tabs of the conversation."""
     say(slow, "First")
     expect(slow.locator(".message.complete")).to_have_count(1)
     other = slow.context.new_page()
@@ -128,8 +128,8 @@ def show(page: Page, shown: bool) -> None:
     )
 
 
-def test_a_hidden_tab_gives_its_stream_up(slow: Page) -> None:
-    """Six hidden tabs would leave no connection to the seventh. Shown again, it has all that came meanwhile."""
+def test_a_hidden_tab_closes_its_stream(slow: Page) -> None:
+    """Six hidden tabs would otherwise use all connections of the browser. Shown again, the tab has the whole answer."""
     asked: list[str] = []
     slow.on("request", lambda request: asked.append(request.url))
     with slow.expect_event("requestfailed", lambda request: request.url.endswith("/stream")):
@@ -143,8 +143,8 @@ def test_a_hidden_tab_gives_its_stream_up(slow: Page) -> None:
     assert len([url for url in asked if url.endswith("/stream")]) == 2
 
 
-def test_what_streamed_in_outlasts_a_look_at_the_page(slow: Page) -> None:
-    """A look that set out before the latest words came, and shows the messages as they were, takes none away."""
+def test_a_late_poll_does_not_remove_streamed_words(slow: Page) -> None:
+    """A poll's answer that is older than the latest streamed words removes none of them."""
     say(slow, "Hello")
     words = answers(slow).locator(".prose")
     expect(words).to_contain_text("I am")
@@ -161,8 +161,8 @@ def test_what_streamed_in_outlasts_a_look_at_the_page(slow: Page) -> None:
     expect(words).to_have_text(WHOLE)
 
 
-def test_stop_keeps_what_came_and_retry_starts_over(slow: Page) -> None:
-    """A stopped answer says so; trying again gives a whole one, and the first can still be looked at, by keyboard."""
+def test_stop_keeps_the_partial_answer_and_retry_adds_a_version(slow: Page) -> None:
+    """A stopped answer is marked; the retry gives a complete one, and the first can still be shown by keyboard."""
     say(slow, "Hello")
     expect(answers(slow).locator(".prose")).to_contain_text("I am")
     slow.get_by_role("button", name="Stop").click()
@@ -190,8 +190,8 @@ def test_stop_keeps_what_came_and_retry_starts_over(slow: Page) -> None:
     expect(answers(slow).locator(".prose")).to_have_text(WHOLE)
 
 
-def test_thoughts_are_a_sign_of_life_and_stay_folded(page: Page, console: Console) -> None:
-    """They can be read while they come; what was unfolded stays so to the end, and the answer stands below."""
+def test_thoughts_stream_folded(page: Page, console: Console) -> None:
+    """Thoughts can be unfolded while they stream and stay unfolded; the answer stands below."""
     console.switch("thinker-plain")
     visit(page, console)
     say(page, "Hello")
@@ -209,8 +209,8 @@ def test_thoughts_are_a_sign_of_life_and_stay_folded(page: Page, console: Consol
     expect(thought.locator(".thoughts")).to_be_hidden()
 
 
-def test_stop_reaches_an_engine_that_has_said_nothing_yet(page: Page, console: Console) -> None:
-    """It may read a long prompt for minutes: the answer is over at once on the page, and so is its work."""
+def test_stop_ends_an_answer_before_its_first_word(page: Page, console: Console) -> None:
+    """Reading a long prompt can take minutes: Stop ends the answer on the page and the engine's work at once."""
     console.switch("silent-plain")
     visit(page, console)
     say(page, "Hello")
@@ -221,7 +221,7 @@ def test_stop_reaches_an_engine_that_has_said_nothing_yet(page: Page, console: C
     wait_until(lambda: console.model("silent-plain")["in_flight"] == 0, "the engine to be left alone")
 
 
-def test_the_keys_of_the_composer(slow: Page) -> None:
+def test_the_composer_handles_enter_shift_enter_and_escape(slow: Page) -> None:
     """Shift+Enter breaks the line, Enter sends, Esc stops, and an empty message is not sent."""
     composer(slow).press("Enter")
     composer(slow).press_sequentially("one")
@@ -237,7 +237,7 @@ def test_the_keys_of_the_composer(slow: Page) -> None:
 
 
 def test_a_draft_survives_a_reload(slow: Page) -> None:
-    """Half a message is still there; once sent it doesn't come back."""
+    """An unsent draft is restored after a reload; a sent one is not."""
     composer(slow).press_sequentially("Half a")
     slow.reload()
     expect(composer(slow)).to_have_value("Half a")
@@ -247,8 +247,8 @@ def test_a_draft_survives_a_reload(slow: Page) -> None:
     expect(composer(slow)).to_have_value("")
 
 
-def test_reading_above_is_not_disturbed_by_new_words(slow: Page) -> None:
-    """Who scrolled up stays there while an answer grows; who is at the end follows it."""
+def test_a_growing_answer_scrolls_only_a_view_at_the_end(slow: Page) -> None:
+    """A view scrolled up stays in place while an answer grows; a view at the end follows it."""
     slow.set_viewport_size({"width": 1280, "height": 400})
     for number in (1, 2):
         say(slow, f"Question {number}")
@@ -263,7 +263,7 @@ def test_reading_above_is_not_disturbed_by_new_words(slow: Page) -> None:
 
 
 def test_conversations_are_listed_renamed_and_deleted(slow: Page) -> None:
-    """The first words name a conversation; a new name shows at once; deleting asks first."""
+    """The first words name a conversation; a new name shows at once; deletion asks first."""
     say(slow, "A title of its own")
     listed = slow.locator("#conversation-list")
     expect(listed.get_by_text("A title of its own")).to_be_visible()
@@ -277,8 +277,8 @@ def test_conversations_are_listed_renamed_and_deleted(slow: Page) -> None:
     expect(listed.get_by_text("Renamed")).to_have_count(0)
 
 
-def test_conversations_outlive_a_restart(open_page: OpenPage, start_with_fakes) -> None:
-    """The page waits for the app and goes on by itself; the conversation is there and can be continued."""
+def test_conversations_survive_a_restart(open_page: OpenPage, start_with_fakes) -> None:
+    """The page waits for the app and reconnects; the conversation is there and can be continued."""
     console = start_with_fakes(fake_model("plain"))
     console.switch("plain")
     page = open_page(tolerate=OFFLINE)
@@ -303,10 +303,10 @@ def test_conversations_outlive_a_restart(open_page: OpenPage, start_with_fakes) 
         (signal.SIGTERM, "Stopped before it was complete."),
     ],
 )
-def test_an_answer_cut_by_the_end_of_the_app_is_shown_as_such(
+def test_an_answer_cut_off_by_the_end_of_the_app_is_marked(
     open_page: OpenPage, start_with_fakes, end: signal.Signals, words: str
 ) -> None:
-    """What came is kept, marked as cut, in the open page without a reload; it can be tried again."""
+    """The open page keeps the partial answer without a reload, marks it as cut off and offers a retry."""
     console = start_with_fakes(fake_model("slow", "slow_tokens:0.3"))
     console.switch("slow")
     page = open_page(tolerate=OFFLINE)
@@ -325,8 +325,8 @@ def test_an_answer_cut_by_the_end_of_the_app_is_shown_as_such(
     expect(messages(page)).to_have_count(2)
 
 
-def test_ages_grow_older_by_themselves(page: Page, console: Console) -> None:
-    """What was "just now" isn't five minutes later, though nobody asked the server for it again."""
+def test_ages_update_without_a_request(page: Page, console: Console) -> None:
+    """An age of "just now" grows after five minutes although the page does not ask the server for it again."""
     page.clock.install()
     console.switch("markdown")
     visit(page, console)

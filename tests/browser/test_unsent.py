@@ -1,4 +1,4 @@
-"""What was typed is never lost, whatever the answer to it was."""
+"""A typed message is never lost, whatever the response to it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def page(open_page: OpenPage, console: Console) -> Page:
 
 
 def unsent(page: Page) -> Locator:
-    """What is said beside the composer."""
+    """The error beside the composer."""
     return page.locator("#composer-error")
 
 
 def fail_posts(page: Page, how: dict[str, object]) -> None:
-    """From now on every form of the page meets this, and not the app."""
+    """Answer every POST of the page with this response, or with a network error if it is empty."""
 
     def meet(route: Route) -> None:
         if route.request.method != "POST":
@@ -59,8 +59,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_message_that_did_not_arrive_stays(page: Page, new: bool) -> None:
-    """Whatever came instead of an answer: the text, its draft, and words beside it; then it is sent, once."""
+def test_an_undelivered_message_stays_in_the_composer(page: Page, new: bool) -> None:
+    """Whatever the failure, the text, its draft and an error stay; the message is then sent once."""
     sent = 0
     if not new:
         say(page, "First")
@@ -87,8 +87,8 @@ def test_a_message_that_did_not_arrive_stays(page: Page, new: bool) -> None:
     expect(messages(page)).to_have_count(sent + 2)
 
 
-def test_a_message_whose_answer_got_lost_is_sent_once(page: Page) -> None:
-    """It had arrived all the same: sending it again leads to where it is."""
+def test_a_message_whose_response_was_lost_is_stored_once(page: Page) -> None:
+    """The message had arrived: sending it again leads to its conversation."""
 
     def lose(route: Route) -> None:
         if route.request.method == "POST":
@@ -106,8 +106,8 @@ def test_a_message_whose_answer_got_lost_is_sent_once(page: Page) -> None:
     expect(page.locator("#conversation-list a").filter(has_text="Only once")).to_have_count(1)
 
 
-def test_a_message_that_is_too_long_stays(page: Page) -> None:
-    """On a new chat, too: the reason stands beside the composer, in the words of the API."""
+def test_a_message_that_is_too_long_stays_in_the_composer(page: Page) -> None:
+    """Also on a new chat: the API's error text is shown beside the composer."""
     say(page, "word " * 7000)
     expect(page.get_by_role("alert").filter(has_text="Not sent.")).to_contain_text("34,999 characters; 32,000 is the")
     assert len(composer(page).input_value()) == 35_000
@@ -115,8 +115,8 @@ def test_a_message_that_is_too_long_stays(page: Page) -> None:
     assert len(composer(page).input_value()) == 35_000
 
 
-def test_a_second_tab_may_come_too_early(page: Page, console: Console) -> None:
-    """It does not know yet that the first one has sent something: its message stays, and can be sent afterwards."""
+def test_a_message_refused_in_a_second_tab_stays(page: Page, console: Console) -> None:
+    """A tab that does not know yet of the other tab's message keeps its own, which can be sent afterwards."""
     say(page, "First")
     expect(page.locator(".message.complete")).to_have_count(1)
     other = page.context.new_page()
@@ -137,7 +137,7 @@ def test_a_second_tab_may_come_too_early(page: Page, console: Console) -> None:
 
 
 def test_words_typed_while_a_message_is_sent_stay(page: Page) -> None:
-    """Only what was sent is taken out of the composer."""
+    """Only the sent text is removed from the composer."""
     say(page, "First")
     expect(page.locator(".message.complete")).to_have_count(1)
     held: list[Route] = []
@@ -151,7 +151,7 @@ def test_words_typed_while_a_message_is_sent_stay(page: Page) -> None:
 
 
 def test_a_conversation_deleted_elsewhere_keeps_its_draft(page: Page) -> None:
-    """The page says so, goes nowhere, also over a reload, and sends what was typed as a new chat."""
+    """The page reports the deletion, stays over a reload, and sends the draft as a new chat."""
     say(page, "First")
     expect(page.locator(".message.complete")).to_have_count(1)
     here = page.url
@@ -172,8 +172,8 @@ def test_a_conversation_deleted_elsewhere_keeps_its_draft(page: Page) -> None:
     expect(composer(page)).to_have_value("")
 
 
-def test_a_message_sent_to_a_conversation_just_deleted(page: Page, console: Console) -> None:
-    """Before the page could know: it says so, and sends it as a new chat at the next try."""
+def test_a_message_to_a_just_deleted_conversation_becomes_a_new_chat(page: Page, console: Console) -> None:
+    """The page reports the deletion, and the next try sends the message as a new chat."""
     say(page, "First")
     expect(page.locator(".message.complete")).to_have_count(1)
     here = page.url

@@ -1,4 +1,4 @@
-"""vLLM models that sleep, on the pages."""
+"""Sleeping vLLM models and Docker's status on the pages."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def console(shared: Console) -> Console:
     return shared
 
 
-def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, page: Page) -> None:
-    """In the menu with its word and the time to wake it; the plan says who sleeps for it in turn."""
+def test_choosing_a_sleeping_model_wakes_it(console: Console, page: Page) -> None:
+    """The menu shows the state and the time to wake; the plan says which model goes to sleep instead."""
     visit(page, console)
     page.locator("#model-button").click()
     expect(choice(page, FIRST).locator(".word")).to_have_text("Asleep")
@@ -56,8 +56,8 @@ def test_a_sleeping_model_says_so_and_is_woken_by_choosing_it(console: Console, 
     expect_active(page, FIRST)
 
 
-def test_the_docker_card_says_that_it_runs_and_where(console: Console, gpu_docker: DockerEngine, page: Page) -> None:
-    """With its version and socket; the top of the page leads there."""
+def test_the_docker_card_shows_version_and_socket(console: Console, gpu_docker: DockerEngine, page: Page) -> None:
+    """The status at the top of the page links to the card."""
     visit(page, console, "/models")
     page.get_by_role("navigation", name="On this page").get_by_role("link", name="Docker").click()
     card = page.locator("#docker-card")
@@ -67,8 +67,8 @@ def test_the_docker_card_says_that_it_runs_and_where(console: Console, gpu_docke
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
-def test_the_table_shows_what_it_keeps_and_lets_it_be_unloaded(console, open_page, scheme, width) -> None:
-    """A state by shape and word, its memory in the bar; Unload frees that as well; axe finds nothing."""
+def test_a_sleeping_model_shows_its_memory_and_can_be_unloaded(console, open_page, scheme, width) -> None:
+    """Shape and word show the state, the bar its memory; Unload frees it; axe finds no violation."""
     page = open_page(color_scheme=scheme, viewport={"width": width, "height": 900})
     visit(page, console, "/models")
     sleeper = row(page, FIRST)

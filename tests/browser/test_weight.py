@@ -1,4 +1,4 @@
-"""How much a first visit costs."""
+"""The size of a first visit, and caching."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def shared(start_shared: StartShared) -> Console:
     return start_shared("".join(fake_model(f"model-{number}", source=str(MINI)) for number in range(40)))
 
 
-def test_the_first_page_is_light(page: Page, console: Console) -> None:
-    """One page, one stylesheet, one script and an icon, under 60 KB compressed, with forty models in the menu."""
+def test_the_first_page_is_under_60_kb(page: Page, console: Console) -> None:
+    """One page, one stylesheet, one script and an icon, compressed, with forty models in the menu."""
     came: list[Response] = []
     page.on("response", lambda response: came.append(response))
     visit(page, console, "/")
@@ -31,8 +31,8 @@ def test_the_first_page_is_light(page: Page, console: Console) -> None:
     assert weight < LIMIT, f"{weight} bytes"
 
 
-def test_a_second_visit_asks_for_the_page_alone(page: Page, console: Console) -> None:
-    """The script and the stylesheet are kept by their hash for a year."""
+def test_a_second_visit_requests_only_the_page(page: Page, console: Console) -> None:
+    """The script and the stylesheet are cached for a year under the hash in their address."""
     visit(page, console, "/")
     for name in ("link[rel=stylesheet]", "script"):
         address = page.locator(f"head {name}").first.evaluate("e => e.href || e.src")

@@ -1,4 +1,4 @@
-"""No JavaScript at all: the pages are plain forms and links that do everything."""
+"""Without JavaScript, plain forms and links do everything."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def page(open_page: OpenPage) -> Page:
     return open_page(java_script_enabled=False)
 
 
-def test_a_whole_conversation(page: Page, console: Console) -> None:
-    """Choose a model, send, and see the answer complete: the page reloads itself while something moves."""
+def test_a_conversation_works_without_script(page: Page, console: Console) -> None:
+    """Choose a model, send, and get the whole answer: the page reloads itself while its state changes."""
     visit(page, console)
     choose(page, "quick-plain")
     expect(page.locator("#model-button .word")).to_have_text("Ready")
@@ -44,7 +44,7 @@ def test_a_whole_conversation(page: Page, console: Console) -> None:
 
 
 def test_a_refused_message_is_still_in_the_composer(open_page: OpenPage, console: Console) -> None:
-    """On a new chat, too: the page comes back with it and with the reason, and it can be sent when it is mended."""
+    """Also on a new chat: the page returns with the message and the reason, and the corrected message can be sent."""
     page = open_page(java_script_enabled=False, tolerate=("the server responded with a status of 422",))
     console.switch("quick-plain")
     visit(page, console)
@@ -57,8 +57,8 @@ def test_a_refused_message_is_still_in_the_composer(open_page: OpenPage, console
     expect(page.locator(".message.complete .prose")).to_have_text(WHOLE)
 
 
-def test_a_plan_is_a_page_and_models_are_managed(page: Page, console: Console) -> None:
-    """A switch that has to be confirmed asks on a page of its own; unloading and dismissing are forms."""
+def test_plans_and_model_actions_work_without_script(page: Page, console: Console) -> None:
+    """A switch that needs confirmation asks on a page; unloading and dismissing are forms."""
     console.switch("quick-plain")
     visit(page, console, "/models")
     row(page, "other-plain").get_by_role("button", name="Use other-plain").click()
