@@ -3,7 +3,7 @@
 Nearly all processor time of a relayed request went into gunicorn's parser, the WSGI environment and the response
 object. The lane answers only requests that need none of these. All others, errors included, go to gunicorn and the
 app with every byte already read, so that each rule is implemented once. The lane relays only to running models, so it
-never causes a switch. `docs/decisions/0024-hot-lane.md` says which requests it takes.
+never causes a switch. `docs/decisions/0008-hot-lane.md` says which requests it takes.
 """
 
 from __future__ import annotations
@@ -85,22 +85,21 @@ class HotLane:
             request = read_head(received)
             if request is None or request.body_length > self._longest:
                 return received
-            environ = _environ(request, address)
-            if self._guard.refusal(environ) is not None:
+            if self._guard.refusal(_environ(request, address)) is not None:
                 return received
             end = request.body_at + request.body_length
             if len(received) < end:
                 received = _with_body(client, received, end)
                 if len(received) < end:
                     return received
-            goes_on = self._answer(client, request, environ, received[request.body_at : end])
+            goes_on = self._answer(client, request, received[request.body_at : end])
             if goes_on is None:
                 return received
             if not goes_on:
                 return b""
             received = received[end:]
 
-    def _answer(self, client: ClientSocket, request: Request, environ: Mapping[str, str], body: bytes) -> bool | None:
+    def _answer(self, client: ClientSocket, request: Request, body: bytes) -> bool | None:
         """Relay a request; return whether the connection stays open afterwards, or None if the app has to answer."""
         named, model = _named_model(body)
         admission = self._services.router.try_admit(model) if named else None
@@ -109,7 +108,7 @@ class HotLane:
         self._on_request(client)
         try:
             peer = Client(client, may_probe=True)
-            passed = relay_request(self._services.relay, admission, peer, "POST", request.path, _headers(environ), body)
+            passed = relay_request(self._services.relay, admission, peer, "POST", request.path, _headers(request), body)
             return _send(client, passed, request.headers.get(b"connection", b"").lower() != b"close")
         except ClientGone:
             return False
@@ -162,7 +161,7 @@ class _Fields:
 
 
 def _environ(request: Request, address: str) -> dict[str, str]:
-    """Return the part of a WSGI environment that the guard reads and the relay's headers come from."""
+    """Return the part of a WSGI environment that the guard reads."""
     environ = {"REQUEST_METHOD": "POST", "PATH_INFO": request.path, "QUERY_STRING": "", "REMOTE_ADDR": address}
     for name, value in request.headers.items():
         environ[_key(name)] = value.decode("ascii")
@@ -176,17 +175,10 @@ def _key(name: bytes) -> str:
     return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
 
 
-def _headers(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    if "CONTENT_TYPE" in environ:
-        yield "Content-Type", environ["CONTENT_TYPE"]
-    for key, value in environ.items():
-        if key.startswith("HTTP_"):
-            yield _header_name(key), value
-
-
-@lru_cache(maxsize=256)
-def _header_name(key: str) -> str:
-    return key.removeprefix("HTTP_").replace("_", "-").title()
+def _headers(request: Request) -> Iterator[tuple[str, str]]:
+    """Yield a request's headers as text. Names stay in lower case, which says the same (RFC 9110 section 5.1)."""
+    for name, value in request.headers.items():
+        yield name.decode("ascii"), value.decode("ascii")
 
 
 def _with_body(client: ClientSocket, received: bytes, end: int) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from services.cancellation import CancelToken
 
@@ -17,6 +17,7 @@ Basis = Literal["measured", "learned", "declared", "estimated"]
 
 Stage = Literal["downloading", "loading_weights", "initializing_gpu", "warming_up"]
 """The stages of one load, in order."""
+STAGE_ORDER: tuple[Stage, ...] = get_args(Stage)
 
 HOST_DEVICE = "host"
 """Id of the device that stands for this machine's RAM."""

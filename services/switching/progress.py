@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from services.engines.port import Basis, Evidence, Stage
+from services.engines.port import STAGE_ORDER, Basis, Evidence, Stage
 
 STAGES: Mapping[Stage, tuple[int, int]] = {
     "downloading": (0, 20),
@@ -18,7 +18,6 @@ STAGES: Mapping[Stage, tuple[int, int]] = {
     "initializing_gpu": (80, 95),
     "warming_up": (95, 100),
 }
-ORDER: tuple[Stage, ...] = tuple(STAGES)
 MAX_FRACTION_BY_TIME = 0.95
 """Largest fraction of a stage that is reported by elapsed time alone."""
 MIN_FRACTION_TO_EXTRAPOLATE = 0.02
@@ -50,7 +49,7 @@ def learn(loads: Sequence[Mapping[Stage, float]]) -> History:
     recent = loads[-5:]
     if not recent:
         return History()
-    stages = {stage: median(load.get(stage, 0.0) for load in recent) for stage in ORDER}
+    stages = {stage: median(load.get(stage, 0.0) for load in recent) for stage in STAGE_ORDER}
     return History(median(sum(load.values()) for load in recent), stages)
 
 
@@ -113,7 +112,7 @@ class Progress:
     def _eta(self, fraction: float, basis: Basis | None) -> float | None:
         history, stage = self._history, self._evidence.stage
         stages = history.stage_seconds
-        later = sum(stages.get(s, 0.0) for s in ORDER[_order(self._evidence) + 1 :])
+        later = sum(stages.get(s, 0.0) for s in STAGE_ORDER[_order(self._evidence) + 1 :])
         left = self._left_by_pace(fraction) if basis == "measured" else None
         if stage == "downloading":  # past loads say nothing about the download
             return None if left is None else left + (later or history.total_seconds or 0.0)
@@ -134,4 +133,4 @@ class Progress:
 
 
 def _order(evidence: Evidence) -> int:
-    return ORDER.index(evidence.stage)
+    return STAGE_ORDER.index(evidence.stage)

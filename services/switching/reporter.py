@@ -60,16 +60,7 @@ class JobReporter:
             basis=estimate.basis,
             eta_seconds=estimate.eta_seconds,
         )
-        self._job.publish(
-            "progress",
-            stage="downloading",
-            phase=estimate.stage,
-            progress=self.view.percent,
-            model=self._job.target,
-            eta=_eta(estimate.eta_seconds),
-            detail=estimate.detail,
-            basis=estimate.basis,
-        )
+        self._publish_progress("downloading", self._job.target, load)
 
     def planned(self, plan: Plan) -> None:
         self._load_seconds = plan.estimated_seconds
@@ -121,12 +112,16 @@ class JobReporter:
         percent = self._load_from + int((100 - self._load_from) * self._share(load))
         stage = _LOAD_STAGES.get(load.stage, "loading")
         self._show(stage=stage, percent=percent, detail=load.detail, basis=load.basis, eta_seconds=load.eta_seconds)
+        self._publish_progress(stage, member.model.id, load)
+
+    def _publish_progress(self, stage: SwitchStage, model_id: str, load: LoadView) -> None:
+        """Publish how a load stands to those who follow the job, with the percentage of the switch as a whole."""
         self._job.publish(
             "progress",
             stage=stage,
             phase=load.stage,
             progress=self.view.percent,
-            model=member.model.id,
+            model=model_id,
             eta=_eta(load.eta_seconds),
             detail=load.detail,
             basis=load.basis,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.support.in_process import InProcess, in_process
-from tests.support.scripted_engine import Reply, ScriptedEngine, answer
+from tests.support.scripted_engine import Reply, answer
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 IMAGE_ELSEWHERE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
-
-Loaded = Callable[..., ScriptedEngine]
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +23,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 def console(shared: InProcess) -> InProcess:
     shared.reset()
     return shared
-
-
-@pytest.fixture
-def loaded(console: InProcess) -> Iterator[Loaded]:
-    """Load switchyard-mini on a scripted engine."""
-    started: list[ScriptedEngine] = []
-
-    def load(*replies: Reply) -> ScriptedEngine:
-        started.append(ScriptedEngine(*replies))
-        console.show(MINI, origin=started[-1].origin)
-        return started[-1]
-
-    yield load
-    for engine in started:
-        engine.close()
 
 
 def error(response) -> dict[str, object]:

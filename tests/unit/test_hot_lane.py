@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import gevent
 import pytest
@@ -19,7 +19,7 @@ from server.client_socket import ClientSocket
 from server.hot_lane import HotLane, read_head
 from services.gateway.router import GatewayError
 from tests.support.in_process import InProcess, in_process
-from tests.support.scripted_engine import DROP, Reply, ScriptedEngine, answer
+from tests.support.scripted_engine import DROP, Reply, answer
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 LINE = "POST /v1/chat/completions HTTP/1.1"
@@ -27,8 +27,6 @@ HOST = "Host: 127.0.0.1:8787"
 BODY = json.dumps({"model": MINI, "messages": []}).encode()
 PATIENCE = 10.0
 SSE = "Content-Type: text/event-stream"
-
-Load = Callable[..., ScriptedEngine]
 
 
 class Connection:
@@ -93,21 +91,6 @@ def console(shared: InProcess) -> InProcess:
 
 
 @pytest.fixture
-def load(console: InProcess) -> Iterator[Load]:
-    """Load switchyard-mini on a scripted engine."""
-    started: list[ScriptedEngine] = []
-
-    def start(*replies: Reply) -> ScriptedEngine:
-        started.append(ScriptedEngine(*replies))
-        console.show(MINI, origin=started[-1].origin)
-        return started[-1]
-
-    yield start
-    for engine in started:
-        engine.close()
-
-
-@pytest.fixture
 def connection(console: InProcess) -> Iterator[Connection]:
     connection = Connection(console)
     yield connection
@@ -130,9 +113,9 @@ def traffic(console: InProcess) -> int:
     return console.services.board.current.instances[MINI].traffic.in_flight
 
 
-def test_a_plain_request_is_relayed_with_its_body_and_response(console, load, connection):
+def test_a_plain_request_is_relayed_with_its_body_and_response(console, loaded, connection):
     """The engine gets the body unchanged; the response has the engine's headers and the server's own."""
-    engine = load(Reply(answer("200 OK", {"n": 1}, "X-Request-Id: 7", "Set-Cookie: a=b")))
+    engine = loaded(Reply(answer("200 OK", {"n": 1}, "X-Request-Id: 7", "Set-Cookie: a=b")))
     connection.client.sendall(request("Authorization: Bearer secret"))
     status, headers, body = head_of(connection.answers(b"200 OK"))
     assert (status, json.loads(body)) == (b"HTTP/1.1 200 OK", {"n": 1})
@@ -143,9 +126,9 @@ def test_a_plain_request_is_relayed_with_its_body_and_response(console, load, co
     assert (traffic(console), connection.under_way) == (0, 0)
 
 
-def test_pipelined_requests_are_answered_in_order(load, connection):
+def test_pipelined_requests_are_answered_in_order(loaded, connection):
     """Pipelined requests, the last one in two parts."""
-    load(Reply(answer("200 OK")), Reply(answer("400 Bad Request")), Reply(answer("201 Created")))
+    loaded(Reply(answer("200 OK")), Reply(answer("400 Bad Request")), Reply(answer("201 Created")))
     last = request()
     connection.client.sendall(request() + request() + last[:-10])
     connection.answers(b"200 OK", b"400 Bad Request")
@@ -153,8 +136,8 @@ def test_pipelined_requests_are_answered_in_order(load, connection):
     connection.answers(b"201 Created")
 
 
-def test_a_body_in_parts_is_read_completely(load, connection):
-    engine = load(Reply(answer("200 OK")))
+def test_a_body_in_parts_is_read_completely(loaded, connection):
+    engine = loaded(Reply(answer("200 OK")))
     big = json.dumps({"messages": ["x" * 300_000]}).encode()
     whole = request(body=big)
     for part in (whole[:150], whole[150:100_000], whole[100_000:]):
@@ -195,17 +178,17 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("sent", UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_requests_are_left_to_gunicorn_with_every_byte(load, connection, sent):
+def test_unusual_requests_are_left_to_gunicorn_with_every_byte(loaded, connection, sent):
     """The app has the rules for such requests; the engine is not called."""
-    engine = load()
+    engine = loaded()
     connection.client.sendall(sent)
     assert connection.left == sent
     assert engine.requests == []
 
 
-def test_a_body_that_ends_early_is_left_to_gunicorn(load, connection):
+def test_a_body_that_ends_early_is_left_to_gunicorn(loaded, connection):
     """An incomplete body is no request, even if it is valid JSON."""
-    engine = load()
+    engine = loaded()
     sent = request(length=len(BODY) + 1)
     connection.client.sendall(sent)
     connection.client.shutdown(socket.SHUT_WR)
@@ -213,18 +196,18 @@ def test_a_body_that_ends_early_is_left_to_gunicorn(load, connection):
     assert engine.requests == []
 
 
-def test_nothing_is_relayed_while_the_app_restarts(load, connection):
+def test_nothing_is_relayed_while_the_app_restarts(loaded, connection):
     """Such requests are for the next worker."""
-    engine = load()
+    engine = loaded()
     connection.open = False
     connection.client.sendall(request())
     assert connection.left == request()
     assert engine.requests == []
 
 
-def test_a_failing_engine_is_called_once_and_the_app_reports_the_error(console, load, connection):
+def test_a_failing_engine_is_called_once_and_the_app_reports_the_error(console, loaded, connection):
     """The whole request goes to the app, with the error."""
-    engine = load(DROP)
+    engine = loaded(DROP)
     connection.client.sendall(request())
     assert connection.left == request()
     assert isinstance(connection.server.failed, GatewayError)
@@ -236,9 +219,9 @@ def test_a_failing_engine_is_called_once_and_the_app_reports_the_error(console, 
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def test_an_interrupted_stream_ends_with_an_error_event(load, connection):
+def test_an_interrupted_stream_ends_with_an_error_event(loaded, connection):
     """Even in the middle of a chunk; the response is completed, so that clients read the event."""
-    load(Reply(CHUNKED + b"20\r\ndata: {}\n\n", close=True))
+    loaded(Reply(CHUNKED + b"20\r\ndata: {}\n\n", close=True))
     connection.client.sendall(request("Connection: close"))
     _, headers, body = head_of(connection.read_all())
     assert headers["Transfer-Encoding"] == "chunked"
@@ -247,18 +230,18 @@ def test_an_interrupted_stream_ends_with_an_error_event(load, connection):
     assert body.endswith(b"\r\n0\r\n\r\n")
 
 
-def test_an_interrupted_answer_of_known_length_closes_the_connection(console, load, connection):
+def test_an_interrupted_answer_of_known_length_closes_the_connection(console, loaded, connection):
     """Half an answer must not look complete."""
-    load(Reply(answer("200 OK", b"0123456789")[:-4], close=True))
+    loaded(Reply(answer("200 OK", b"0123456789")[:-4], close=True))
     connection.client.sendall(request())
     _, headers, body = head_of(connection.read_all())
     assert (headers["Content-Length"], body) == ("10", b"012345")
     assert traffic(console) == 0
 
 
-def test_an_answer_without_length_is_chunked(load, connection):
+def test_an_answer_without_length_is_chunked(loaded, connection):
     """So that the client's connection can be kept open."""
-    load(Reply(b"HTTP/1.1 200 OK\r\n\r\nto the end", close=True))
+    loaded(Reply(b"HTTP/1.1 200 OK\r\n\r\nto the end", close=True))
     connection.client.sendall(request())
     came = b""
     while not came.endswith(b"0\r\n\r\n"):
@@ -267,24 +250,24 @@ def test_an_answer_without_length_is_chunked(load, connection):
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
-def test_an_answer_without_a_body_is_not_framed(load, connection, status):
+def test_an_answer_without_a_body_is_not_framed(loaded, connection, status):
     """RFC 9110 section 8.6: a 204 has no Content-Length either."""
-    load(Reply(f"HTTP/1.1 {status}\r\n\r\n".encode()))
+    loaded(Reply(f"HTTP/1.1 {status}\r\n\r\n".encode()))
     connection.client.sendall(request("Connection: close"))
     got, headers, body = head_of(connection.read_all())
     assert (got, body) == (f"HTTP/1.1 {status}".encode(), b"")
     assert not {"Content-Length", "Transfer-Encoding"} & headers.keys()
 
 
-def test_a_client_that_asks_to_close_is_not_waited_for(load, connection):
-    load(Reply(answer("200 OK")))
+def test_a_client_that_asks_to_close_is_not_waited_for(loaded, connection):
+    loaded(Reply(answer("200 OK")))
     connection.client.sendall(request("Connection: close"))
     assert head_of(connection.read_all())[1]["Connection"] == "close"
 
 
-def test_a_client_that_disconnects_stops_the_engine(console, load, connection):
+def test_a_client_that_disconnects_stops_the_engine(console, loaded, connection):
     """The engine sees its connection closed, even before it has sent anything."""
-    engine = load(Reply())
+    engine = loaded(Reply())
     connection.client.sendall(request())
     with gevent.Timeout(PATIENCE):
         while not engine.requests:

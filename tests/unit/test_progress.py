@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engines.port import Evidence
-from services.switching.progress import ORDER, STAGES, History, Progress, learn
+from services.engines.port import STAGE_ORDER, Evidence
+from services.switching.progress import STAGES, History, Progress, learn
 
 evidence = st.none() | st.builds(
-    Evidence, stage=st.sampled_from(ORDER), fraction=st.none() | st.floats(-1, 2, allow_nan=False)
+    Evidence, stage=st.sampled_from(STAGE_ORDER), fraction=st.none() | st.floats(-1, 2, allow_nan=False)
 )
 histories = st.one_of(
     st.just(History()),
     st.floats(0.01, 1e4).map(lambda total: History(total, basis="declared")),
-    st.dictionaries(st.sampled_from(ORDER), st.floats(0, 1e3), min_size=1).map(lambda stages: learn([stages])),
+    st.dictionaries(st.sampled_from(STAGE_ORDER), st.floats(0, 1e3), min_size=1).map(lambda stages: learn([stages])),
 )
 
 
@@ -31,7 +31,7 @@ def test_percent_never_falls_and_is_below_100_until_ready(history, observations)
         before = estimate.percent
 
 
-@given(st.sampled_from(ORDER), st.floats(0, 1))
+@given(st.sampled_from(STAGE_ORDER), st.floats(0, 1))
 def test_percent_lies_in_the_stages_range(stage, fraction):
     """Measured percentages stay in seed 001's ranges."""
     low, high = STAGES[stage]

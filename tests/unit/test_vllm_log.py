@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engines.port import Evidence
+from services.engines.port import STAGE_ORDER, Evidence
 from services.engines.vllm.facts import Facts, footprint
 from services.engines.vllm.log import LONGEST_LINE, VllmLog, says_failure, says_progress
-from services.switching.progress import ORDER
 
 RECORDED = Path(__file__).parents[1] / "transcripts" / "vllm"
 GIB = 2**30
@@ -120,7 +119,7 @@ def read(text: bytes | str) -> VllmLog:
 
 def is_monotonic(evidence: list[Evidence]) -> bool:
     """Whether no evidence has an earlier stage, or a smaller fraction, than the one before."""
-    steps = [(ORDER.index(e.stage), e.fraction if e.fraction is not None else 0.0) for e in evidence]
+    steps = [(STAGE_ORDER.index(e.stage), e.fraction if e.fraction is not None else 0.0) for e in evidence]
     return all(a <= b for a, b in pairwise(steps))
 
 

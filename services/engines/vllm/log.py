@@ -12,13 +12,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from services.engines.port import Evidence
+from services.engines.port import STAGE_ORDER, Evidence
 from services.engines.vllm.facts import MARKS as FACT_MARKS
 from services.engines.vllm.facts import Facts, learn
 from services.engines.vllm.failures import MARKS as FAILURE_MARKS
 from services.engines.vllm.failures import Diagnosis, FailureLog
 from services.sizes import format_part, format_size
-from services.switching.progress import ORDER
 
 LONGEST_LINE = 16_384
 """Characters read per line; vLLM's longest line, its configuration, has about 4000."""
@@ -101,7 +100,7 @@ class VllmLog:
             return []
         last = self._last
         if last is not None:
-            if ORDER.index(evidence.stage) < ORDER.index(last.stage):
+            if STAGE_ORDER.index(evidence.stage) < STAGE_ORDER.index(last.stage):
                 return []
             if evidence.stage == last.stage and not _goes_on(last, evidence):
                 return []
