@@ -14,8 +14,17 @@ import pytest
 import requests
 
 from services.cancellation import CancelToken
-from services.engines.port import Endpoint, Engine, EngineError, Evidence, Exit, Instance, LoadFailed, Model
-from services.switching.progress import ORDER
+from services.engines.port import (
+    STAGE_ORDER,
+    Endpoint,
+    Engine,
+    EngineError,
+    Evidence,
+    Exit,
+    Instance,
+    LoadFailed,
+    Model,
+)
 from tests.support.console import wait_until
 
 LOAD_SECONDS = 60.0
@@ -100,7 +109,7 @@ class EngineConformance:
             assert (endpoint.model or case.good.id) in [m["id"] for m in listed["data"]]
         finally:
             instance.stop(GRACE)
-        stages = [ORDER.index(evidence.stage) for evidence in seen]
+        stages = [STAGE_ORDER.index(evidence.stage) for evidence in seen]
         assert stages == sorted(stages)
         assert all(evidence.fraction is None or 0 <= evidence.fraction <= 1 for evidence in seen)
 
