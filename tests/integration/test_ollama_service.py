@@ -356,11 +356,11 @@ def test_stopping_cancels_a_start(make_service: MakeService, ollama: FakeOllama)
 def test_every_change_is_reported(make_service: MakeService) -> None:
     """A page that shows the service is updated at each change, not once a second."""
     told: list[str] = []
-    service = make_service(on_change=lambda: told.append(service.status().state))
-    service.start()
-    service.stop()
+    made = make_service(on_change=lambda: told.append(made.status().state))
+    made.start()
+    made.stop()
     for _ in range(3):
-        service.refresh()
+        made.refresh()
     assert [state for state, before in zip(told, ["", *told], strict=False) if state != before] == [
         "starting",
         "running",

@@ -66,11 +66,11 @@ def _pack(tar: tarfile.TarFile) -> None:
     for name in ("python", "python3"):
         _add_link(tar, f"usr/local/bin/{name}", "python3.11")
     programs = {name: Path(program(name)) for name in PROGRAMS}
-    for name, path in programs.items():
-        tar.add(path, f"bin/{name}")
+    for name, found in programs.items():
+        tar.add(found, f"bin/{name}")
     extensions = [path for path in library.glob("lib-dynload/*.so") if "tkinter" not in path.name]
-    for path in {*libraries_of(python, *programs.values(), *extensions), *_files(*LIBRARIES)}:
-        tar.add(path, "usr/local/lib/" + path.name if path.is_relative_to(sys.base_prefix) else str(path))
+    for file in {*libraries_of(python, *programs.values(), *extensions), *_files(*LIBRARIES)}:
+        tar.add(file, "usr/local/lib/" + file.name if file.is_relative_to(sys.base_prefix) else str(file))
     _add(tar, "usr/bin/apt-get", APT_GET.encode(), 0o755)
     for name in PACKAGES:
         _add(tar, f"packages/{name}.tar", _package(name), 0o644)

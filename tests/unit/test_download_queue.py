@@ -612,9 +612,9 @@ def test_a_failing_listener_fails_no_download(rig: Rig) -> None:
 def test_a_complete_model_is_in_the_catalogue(rig: Rig) -> None:
     """The listener, which rescans the catalogue, is called before `complete` is reported."""
     stages: list[str] = []
-    downloads = rig.queue(on_complete=lambda download: stages.append(downloads.get(download.id).state))
-    a = ask(downloads, "a")
-    views = downloads.follow(a.id)
+    made = rig.queue(on_complete=lambda download: stages.append(made.get(download.id).state))
+    a = ask(made, "a")
+    views = made.follow(a.id)
     rig.fetcher.next("a").end()
     assert [view.state for view in views if view is not None][-1] == "complete"
     assert stages == ["verifying"]
@@ -727,15 +727,15 @@ def test_complete_is_reported_once_the_model_can_be_switched_to(rig: Rig) -> Non
     seen: list[str] = []
 
     def look(download: Download) -> bool:
-        seen.append(downloads.get(download.id).state)
+        seen.append(made.get(download.id).state)
         found = next(looks)
         if isinstance(found, Exception):
             raise found
         return found
 
-    downloads = rig.queue(on_complete=look)
-    a = ask(downloads, "a")
-    views = downloads.follow(a.id)
+    made = rig.queue(on_complete=look)
+    a = ask(made, "a")
+    views = made.follow(a.id)
     rig.fetcher.next("a").end()
     assert [view.state for view in views if view is not None][-1] == "complete"
     assert seen == ["verifying"] * 5

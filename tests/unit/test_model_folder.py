@@ -43,7 +43,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return scandir(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder_module.os, "scandir", slow)
+        patched.setattr(os, "scandir", slow)
         yield
         go_on.set()
 
@@ -156,7 +156,7 @@ def test_a_problem_is_logged_once(models: Path, monkeypatch: pytest.MonkeyPatch)
     def refused(_path: str) -> object:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(folder_module.os, "scandir", refused)
+    monkeypatch.setattr(os, "scandir", refused)
     folder = ModelFolder(models)
     with capture_logs() as said:
         folder.refresh()
@@ -204,7 +204,7 @@ def test_an_unreadable_folder_keeps_its_models(models: Path, monkeypatch: pytest
     def refused(_path: str) -> object:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(folder_module.os, "scandir", refused)
+    monkeypatch.setattr(os, "scandir", refused)
     folder.refresh()
     assert names(folder) == ["a.gguf", "b.gguf", "sub/c.gguf"]
     assert folder.notice == (
