@@ -1,6 +1,7 @@
 """`python -m bench`: measure every figure of the README's table, side by side in one run on this machine.
 
 --only NAME     run one group; may be repeated
+--short         do a twentieth of everything: whether it works, not how fast
 --models DIR    GGUF files to measure with (models/)
 --json FILE     also write the figures as JSON
 """
@@ -42,7 +43,7 @@ def main() -> None:
     if load > BUSY * (os.cpu_count() or 1):
         print(f"This machine is busy (load average {load:.1f}): expect noise.", file=sys.stderr)
     rows: list[Row] = []
-    with Rig(arguments.models) as rig:
+    with Rig(arguments.models, short=arguments.short) as rig:
         for name in arguments.only or GROUPS:
             print(f"measuring: {name}", file=sys.stderr)
             rows += GROUPS[name](rig)
@@ -57,6 +58,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the figures of the README's table.")
     parser.add_argument("--only", action="append", choices=GROUPS, metavar="NAME", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument(
+        "--short", action="store_true", help="a twentieth of everything: whether it works, not how fast"
+    )
     parser.add_argument("--models", type=Path, default=ROOT / "models", metavar="DIR", help="GGUF files (models/)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser.parse_args()

@@ -37,14 +37,15 @@ LONGEST = PARAGRAPH * (FORMAT_LIMIT // len(PARAGRAPH))
 def measure(rig: Rig) -> Iterator[Row]:
     console = rig.console()
     console.start()
+    conversations, messages = rig.times(CONVERSATIONS), rig.times(MESSAGES)
     with closing(open_store(Path(console.environment["SWITCHYARD_STATE_DIR"]) / "switchyard.db")) as store:
-        talk = put_conversations(store, CONVERSATIONS, (f"{number}. {ANSWER}" for number in range(MESSAGES)))[-1]
+        talk = put_conversations(store, conversations, (f"{number}. {ANSWER}" for number in range(messages)))[-1]
         with wire.Wire(console.port) as connection:
             _open(connection, "/chats/new")  # templates are compiled at their first use
             first = _open(connection, f"/chats/{talk}")
             again = [_open(connection, f"/chats/{talk}").seconds for _ in range(LOOKS)]
         yield Row(
-            f"page with {CONVERSATIONS:,} conversations and {MESSAGES:,} messages",
+            f"page with {conversations:,} conversations and {messages:,} messages",
             f"{first.seconds:.2f} s at first, {spread(again, '.3f')} s after that; {len(first.body) / 1000:.0f} KB",
             f"< {TARGET_SECONDS} s",
             first.seconds < TARGET_SECONDS,

@@ -22,7 +22,9 @@ from bench.rig import SLOW_MODEL, Rig
 from tests.support.console import Console
 
 LOADS = (6.0, 5.5, 6.4, 5.7, 6.2)
+SHORT_LOADS = (1.2, 1.2, 1.2)
 LEARNED_AFTER = 2
+FIGURE = "median error of the ETA after two loads"
 LEAST_LEFT_SECONDS = 0.5
 ROUNDING_SECONDS = 0.5
 TARGET = 0.20
@@ -41,16 +43,20 @@ class Forecast:
 
 def measure(rig: Rig) -> Iterator[Row]:
     console = rig.fake_engine_console
-    loads = [_load(rig, console, seconds) for seconds in LOADS]
+    durations = SHORT_LOADS if rig.short else LOADS
+    loads = [_load(rig, console, seconds) for seconds in durations]
     learned = [forecast for load in loads[LEARNED_AFTER:] for forecast in load]
+    if not learned:
+        yield Row(FIGURE, f"no forecast in {len(loads)} loads", f"< {TARGET:.0%}", met=False)
+        return
     error = median(forecast.error(ROUNDING_SECONDS) for forecast in learned)
     as_shown = median(forecast.error() for forecast in learned)
     first = [forecast.error(ROUNDING_SECONDS) for forecast in loads[0]]
     first_said = f"{median(first):.0%} in the first load" if first else "none in the first load"
     yield Row(
-        "median error of the ETA after two loads",
-        f"{error:.0%} ({len(learned)} forecasts in loads of about 6 s; {as_shown:.0%} with the rounding to whole "
-        f"seconds that people see; {first_said})",
+        FIGURE,
+        f"{error:.0%} ({len(learned)} forecasts in loads of about {median(durations):.0f} s; "
+        f"{as_shown:.0%} with the rounding to whole seconds that people see; {first_said})",
         f"< {TARGET:.0%}",
         error < TARGET,
         {"error": error, "error_as_shown": as_shown, "forecasts": len(learned)},

@@ -23,24 +23,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.wire import BLOCK, is_whole
+from bench.wire import BLOCK, connect, is_last, is_whole
 
 GRACE_SECONDS = 60.0
+LATE_SECONDS = 30.0
+LEAST_WAIT = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class RateJob:
-    """`clients` connections that each repeat `request` for `seconds`, `at_most` requests in all.
+    """`clients` connections that each repeat `request` for `seconds`, or send it once.
 
-    `expect` is how often `data: ` must occur in each response: a stream that lost a token counts as an error.
+    A server so slow that not even one answer per client has arrived by then gets `LATE_SECONDS` more: answers to
+    requests of the same moment arrive together, so a rate of fewer would be a matter of chance.
+    `expect` is how often `data: ` must occur in each response at least: a stream that lost a token counts as an error.
     """
 
     port: int
     request: str
     clients: int
     seconds: float
-    at_most: int = 1_000_000
     expect: int = 0
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +94,14 @@ def run_tabs(job: TabsJob) -> TabsResult:
 
 
 def _in_a_process(kind: str, job: dict[str, object], seconds: float) -> Any:
-    argv = [sys.executable, "-m", "bench.load", kind]
-    done = subprocess.run(
-        argv, input=json.dumps(job), capture_output=True, text=True, timeout=seconds + GRACE_SECONDS, check=False
-    )
+    """Raises RuntimeError if the generator fails, or has not ended long after `seconds`."""
+    argv, limit = [sys.executable, "-m", "bench.load", kind], seconds + GRACE_SECONDS
+    try:
+        done = subprocess.run(argv, input=json.dumps(job), capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the load generator did not end within {limit:.0f} s") from error
     if done.returncode:
-        raise RuntimeError(f"the load generator failed: {done.stderr.strip()[-800:]}")
+        raise RuntimeError("".join(done.stderr.splitlines()[-1:]) or "the load generator failed")
     return json.loads(done.stdout)
 
 
@@ -106,13 +112,25 @@ class _Connections:
         self._poll = select.epoll()
         self.sockets: dict[int, socket.socket] = {}
         self.heard: dict[int, bytearray] = {}
+        self._port = port
         for _ in range(count):
-            connection = socket.create_connection(("127.0.0.1", port), GRACE_SECONDS)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setblocking(True)
-            self.sockets[connection.fileno()] = connection
-            self.heard[connection.fileno()] = bytearray()
-            self._poll.register(connection.fileno(), select.EPOLLIN)
+            self._open()
+
+    def _open(self) -> int:
+        connection = connect(self._port, GRACE_SECONDS)
+        connection.setblocking(True)
+        number = connection.fileno()
+        self.sockets[number] = connection
+        self.heard[number] = bytearray()
+        self._poll.register(number, select.EPOLLIN)
+        return number
+
+    def _replace(self, number: int) -> int:
+        """Open another connection for one that the server closes after this answer."""
+        self._poll.unregister(number)
+        self.sockets.pop(number).close()
+        del self.heard[number]
+        return self._open()
 
     def answers(self, timeout: float) -> list[tuple[int, bytearray]]:
         """Complete responses within `timeout`, by connection. Raises ConnectionError if the server hangs up."""
@@ -124,8 +142,9 @@ class _Connections:
                 raise ConnectionError(f"the server hung up in mid-answer: {bytes(heard[-200:])!r}")
             heard += data
             if is_whole(heard):
-                whole.append((number, heard))
                 self.heard[number] = bytearray()
+                closes = is_last(heard[: heard.find(b"\r\n\r\n")])
+                whole.append((self._replace(number) if closes else number, heard))
         return whole
 
 
@@ -138,14 +157,18 @@ def _rate(job: RateJob) -> RateResult:
     deadline = began + job.seconds
     for client in connections.sockets.values():
         client.sendall(request)
-    while (now := time.perf_counter()) < deadline and completed + errors < job.at_most:
-        for number, answer in connections.answers(deadline - now):
-            if answer.startswith(b"HTTP/1.1 200") and answer.count(b"data: ") == job.expect:
+    latest = deadline + LATE_SECONDS
+    while (now := time.perf_counter()) < (deadline if completed + errors >= job.clients else latest):
+        if job.once and completed + errors == job.clients:
+            break
+        for number, answer in connections.answers(max(LEAST_WAIT, deadline - now)):
+            if answer.startswith(b"HTTP/1.1 200") and answer.count(b"data: ") >= job.expect:
                 completed += 1
             else:
                 errors += 1
                 first_error = first_error or answer[:300].decode("latin-1")
-            connections.sockets[number].sendall(request)
+            if not job.once:
+                connections.sockets[number].sendall(request)
     return RateResult(completed, errors, time.perf_counter() - began, _cpu_seconds(), first_error)
 
 

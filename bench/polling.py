@@ -30,17 +30,17 @@ TARGET_MB = 80.0
 
 def measure(rig: Rig) -> Iterator[Row]:
     console = rig.fake_engine_console
-    yield _status(console)
+    yield _status(console, rig.seconds(SECONDS))
     yield _memory(console)
 
 
-def _status(console: Console) -> Row:
+def _status(console: Console, seconds: float) -> Row:
     fragment = wire.get(_polled_path(console), HX_Request="true", Accept_Encoding="gzip").decode()
     status = wire.get("/v1/models/status").decode()
-    result = run_tabs(TabsJob(console.port, [fragment, status], TABS, EVERY_SECONDS, SECONDS))
+    result = run_tabs(TabsJob(console.port, [fragment, status], TABS, EVERY_SECONDS, seconds))
     if result.errors:
         raise RuntimeError(f"{result.errors} looks were answered late or wrongly")
-    fragments, statuses = ([1000 * seconds for seconds in taken] for taken in result.latencies)
+    fragments, statuses = ([1000 * latency for latency in taken] for taken in result.latencies)
     p50, p99 = median(statuses), percentile(statuses, 99)
     return Row(
         f"`/v1/models/status` p99, {TABS} tabs polling",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -16,23 +15,27 @@ from typing import Any
 
 import psutil
 
-from bench import wire
-from tests.support.console import ROOT, Console, free_port, wait_until
+from tests.support.console import ROOT, Console, wait_until
 
 UPSTREAM = Path(__file__).with_name("upstream.py")
 FAKE_MODEL = "bench-model"
 SLOW_MODEL = "bench-slow"
-LLAMA_SWAP_REQUESTS = 1000
-"""Requests that llama-swap relays to one model at a time; its default of ten answers the others with 429."""
+SHORT = 20
+LEAST_SECONDS = 0.3
+"""A short run does a twentieth, for as long as this at least."""
 SLOW_BYTES = 256_000_000
 """Much more than a Python process reads to start, so that reading this file is distinguishable from that."""
 
 
 class Rig:
-    """The run's temporary folder and everything started in it. A context manager."""
+    """The run's temporary folder and everything started in it. A context manager.
 
-    def __init__(self, models_dir: Path) -> None:
+    A `short` run does everything, but so little of it that its figures say nothing.
+    """
+
+    def __init__(self, models_dir: Path, *, short: bool = False) -> None:
         self.models_dir = models_dir
+        self.short = short
         self._exits = ExitStack()
 
     def __enter__(self) -> Rig:
@@ -42,6 +45,14 @@ class Rig:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._exits.close()
+
+    def times(self, usual: int) -> int:
+        """How often to repeat something that a whole run repeats `usual` times."""
+        return max(1, usual // SHORT) if self.short else usual
+
+    def seconds(self, usual: float) -> float:
+        """How long to do something that a whole run does for `usual` seconds."""
+        return max(LEAST_SECONDS, usual / SHORT) if self.short else usual
 
     @cached_property
     def model_file(self) -> Path:
@@ -84,27 +95,6 @@ class Rig:
         console = Console(folder, models_dir=models_dir or self.models_dir, toml=toml, log_level="warning", **settings)
         self._exits.callback(end, console)
         return console
-
-    def spawn(self, argv: list[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start another program, ended with the run."""
-        with log.open("ab") as out:
-            process = subprocess.Popen(argv, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-        self._exits.callback(_end_tree, process)
-        return process
-
-    @cached_property
-    def llama_swap_port(self) -> int | None:
-        """The port of a llama-swap in front of the same fake engine; None if it isn't installed."""
-        program = shutil.which("llama-swap")
-        if program is None:
-            return None
-        port, config = free_port(), self.folder / "llama-swap.yaml"
-        command = f"{self.fake_engine_program} --model {self.model_file} --alias {FAKE_MODEL} --port ${{PORT}}"
-        entry = {"cmd": command, "concurrencyLimit": LLAMA_SWAP_REQUESTS}
-        config.write_text(json.dumps({"models": {FAKE_MODEL: entry}}))  # JSON is YAML
-        self.spawn([program, "--config", str(config), "--listen", f"127.0.0.1:{port}"], self.folder / "llama-swap.log")
-        wait_until(lambda: _answers(port), "llama-swap to answer")
-        return port
 
     def _catalogue(self) -> str:
         """Entries of both fake models; the slow one's file is the real one, extended by a long hole."""
@@ -151,29 +141,4 @@ def _entry(model_id: str, source: Path, arguments: list[str]) -> str:
     )
 
 
-def _answers(port: int) -> bool:
-    body = {"model": FAKE_MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
-    try:
-        with wire.Wire(port) as connection:
-            return connection.ask(wire.post("/v1/chat/completions", body)).status == 200
-    except (OSError, wire.WireError):
-        return False
-
-
-def _end_tree(process: subprocess.Popen[bytes]) -> None:
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        children = []
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for child in children:
-        if child.is_running():
-            child.kill()
-
-
-__all__ = ["FAKE_MODEL", "ROOT", "SLOW_MODEL", "Rig", "end", "free_port", "upstream_port", "wait_until", "worker"]
+__all__ = ["FAKE_MODEL", "ROOT", "SLOW_MODEL", "Rig", "end", "upstream_port", "wait_until", "worker"]

@@ -10,6 +10,8 @@ Each token is a chunk of its own in llama.cpp's format (about 220 bytes), sent a
 asks for that. One thread and one epoll loop, standard library only: about 2,500 streams of 64 tokens a second
 on one core; the 66 `send` calls per stream are nearly all of that time.
 
+A router of llama-server that has started it (`LLAMA_SERVER_ROUTER_PORT` is set) is told on stdout when it is ready.
+
     --load-plan FILE    the file holds the seconds that loading takes: three quarters of them reading the model
                         evenly, the rest without visible progress, like an engine that prepares its device. Default: 0.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import os
 import select
 import socket
 import struct
@@ -33,6 +36,8 @@ READING_STEPS = 60
 BLOCK = 65_536
 SEND_SECONDS = 10
 
+ROUTER_READY = 'cmd_child_to_router:ready\ncmd_child_to_router:state:{"state": "ready", "payload": {}}'
+"""What a model says to llama-server's router: versions of 2025 read the first line, later ones the second."""
 STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nServer: stand-in\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
@@ -76,6 +81,8 @@ class Upstream:
                 time.sleep(seconds * READING_SHARE / READING_STEPS)
         time.sleep(seconds * (1 - READING_SHARE))
         self._ready = True
+        if "LLAMA_SERVER_ROUTER_PORT" in os.environ:
+            print(ROUTER_READY, flush=True)
 
     def serve(self) -> None:
         self._poll.register(self._listener.fileno(), select.EPOLLIN)

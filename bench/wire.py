@@ -12,6 +12,7 @@ from types import TracebackType
 TIMEOUT = 60.0
 BLOCK = 65_536
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
 class WireError(Exception):
@@ -33,11 +34,11 @@ class Answer:
 
 
 class Wire:
-    """One kept-alive connection to a local port, for one request at a time."""
+    """One kept-alive connection to a local port, for one request at a time; a new one if the server closes it."""
 
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, port: int, timeout: float = TIMEOUT) -> None:
+        self._port, self._timeout = port, timeout
+        self._socket = connect(port, timeout)
 
     def __enter__(self) -> Wire:
         return self
@@ -59,6 +60,9 @@ class Wire:
                 first = time.perf_counter() - began
         took = time.perf_counter() - began
         head, _, body = data.partition(b"\r\n\r\n")
+        if is_last(head):
+            self._socket.close()
+            self._socket = connect(self._port, self._timeout)
         return Answer(int(head[9:12]), head, body, first or took, took)
 
     def ask_well(self, request: bytes) -> Answer:
@@ -67,6 +71,18 @@ class Wire:
         if answer.status != 200:
             raise WireError(f"status {answer.status}: {answer.body[:300]!r}")
         return answer
+
+
+def connect(port: int, timeout: float = TIMEOUT) -> socket.socket:
+    """A connection to a local port."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def is_last(head: bytes | bytearray) -> bool:
+    """Whether an answer with this head is the last one on its connection."""
+    return _CLOSE.search(head) is not None
 
 
 def is_whole(data: bytes | bytearray) -> bool:
