@@ -56,6 +56,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
 def _limiter(app: Flask) -> RateLimiter:
     """What counts, for the guard. It limits no endpoint by itself: one tab asks thirty times a minute."""
     limiter = Limiter(key_func=get_remote_address, strategy="moving-window", storage_uri="memory://")
+    app.extensions["limiter"] = {limiter}  # or its hooks look for such limits, a third of a small answer's time
     limiter.init_app(app)
     strategy: RateLimiter = limiter.limiter
     return strategy

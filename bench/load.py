@@ -2,10 +2,12 @@
 
     python -m bench.load rate < JOB      as many requests as possible, from a number of concurrent clients
     python -m bench.load tabs < JOB      clients that each send requests at a steady pace, like open browser tabs
+    python -m bench.load listen < JOB    clients that follow a stream of events, and what it takes to reach them all
 
-JOB is a JSON document (`RateJob`, `TabsJob`), the result another on stdout. One thread, one epoll loop, raw sockets,
-standard library only. Its own cost is about 25 µs per plain request and 60 µs per stream of 64 tokens that arrives in
-few pieces, so one core generates some 30,000 and 10,000 a second; `cpu_seconds` of the result says what it used.
+JOB is a JSON document (`RateJob`, `TabsJob`, `ListenJob`), the result another on stdout. One thread, one epoll loop,
+raw sockets, no client library. Its own cost is about 25 µs per plain request and 60 µs per stream of 64 tokens that
+arrives in few pieces, so one core generates some 30,000 and 10,000 a second; `cpu_seconds` of the result says what it
+used.
 """
 
 from __future__ import annotations
@@ -13,21 +15,27 @@ from __future__ import annotations
 import heapq
 import json
 import random
+import re
 import resource
 import select
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.wire import BLOCK, connect, is_last, is_whole
+import psutil
+
+from bench.wire import BLOCK, Wire, connect, is_last, is_whole
 
 GRACE_SECONDS = 60.0
 LATE_SECONDS = 30.0
 LEAST_WAIT = 0.01
+PAUSE_SECONDS = 0.2
+"""Between two changes of state."""
+EVENT_NUMBER = re.compile(rb"^id: (\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,30 @@ class TabsResult:
     cpu_seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ListenJob:
+    """`clients` connections that follow the stream that `request` begins, then `events` changes of state, by `change`.
+
+    `process` is the server's pid, whose processor time is measured.
+    """
+
+    port: int
+    request: str
+    change: str
+    clients: int
+    events: int
+    process: int
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ListenResult:
+    """The seconds from sending each change to the last client's event; the processor seconds that the server took."""
+
+    seconds: list[float]
+    server_seconds: float
+
+
 def run_rate(job: RateJob) -> RateResult:
     """Run the job in a process of its own."""
     return RateResult(**_in_a_process("rate", asdict(job), job.seconds))
@@ -91,6 +123,11 @@ def run_rate(job: RateJob) -> RateResult:
 def run_tabs(job: TabsJob) -> TabsResult:
     """Run the job in a process of its own."""
     return TabsResult(**_in_a_process("tabs", asdict(job), job.seconds))
+
+
+def run_listen(job: ListenJob) -> ListenResult:
+    """Run the job in a process of its own."""
+    return ListenResult(**_in_a_process("listen", asdict(job), job.seconds))
 
 
 def _in_a_process(kind: str, job: dict[str, object], seconds: float) -> Any:
@@ -109,6 +146,8 @@ class _Connections:
     """Open connections, and the epoll set that reports which of them are readable."""
 
     def __init__(self, port: int, count: int) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the usual 1024 open files would not be enough
         self._poll = select.epoll()
         self.sockets: dict[int, socket.socket] = {}
         self.heard: dict[int, bytearray] = {}
@@ -146,6 +185,24 @@ class _Connections:
                 closes = is_last(heard[: heard.find(b"\r\n\r\n")])
                 whole.append((self._replace(number) if closes else number, heard))
         return whole
+
+    def numbered_events(self, above: int) -> int:
+        """Wait until each connection has an event numbered higher than `above`; return the highest number of any."""
+        highest, waiting = above, set(self.sockets)
+        while waiting:
+            events = self._poll.poll(GRACE_SECONDS)
+            if not events:
+                raise TimeoutError(f"{len(waiting)} listeners got no event above {above}")
+            for number, _ in events:
+                heard = self.heard[number]
+                heard += self.sockets[number].recv(BLOCK)
+                if heard.endswith(b"\n\n\r\n"):
+                    found = max((int(event[1]) for event in EVENT_NUMBER.finditer(heard)), default=0)
+                    heard.clear()
+                    highest = max(highest, found)
+                    if found > above:
+                        waiting.discard(number)
+        return highest
 
 
 def _rate(job: RateJob) -> RateResult:
@@ -201,6 +258,29 @@ def _tabs(job: TabsJob) -> TabsResult:
     return TabsResult(result, errors, _cpu_seconds())
 
 
+def _listen(job: ListenJob) -> ListenResult:
+    listeners, changing = _Connections(job.port, job.clients), Wire(job.port)
+    for listener in listeners.sockets.values():
+        listener.sendall(job.request.encode("latin-1"))
+    reached = listeners.numbered_events(0)
+    seconds = []
+    server = psutil.Process(job.process)
+    used_before = processor_seconds(server)
+    for _ in range(job.events):
+        time.sleep(PAUSE_SECONDS)
+        began = time.perf_counter()
+        changing.ask(job.change.encode("latin-1"))
+        reached = listeners.numbered_events(reached)
+        seconds.append(time.perf_counter() - began)
+    return ListenResult(seconds, processor_seconds(server) - used_before)
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """Return the processor time that a process has taken so far."""
+    used = process.cpu_times()
+    return float(used.user + used.system)
+
+
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
@@ -208,7 +288,12 @@ def _cpu_seconds() -> float:
 
 def main() -> None:
     job = json.load(sys.stdin)
-    result = _rate(RateJob(**job)) if sys.argv[1] == "rate" else _tabs(TabsJob(**job))
+    runs: Mapping[str, Callable[[], RateResult | TabsResult | ListenResult]] = {
+        "rate": lambda: _rate(RateJob(**job)),
+        "tabs": lambda: _tabs(TabsJob(**job)),
+        "listen": lambda: _listen(ListenJob(**job)),
+    }
+    result = runs[sys.argv[1]]()
     print(json.dumps(asdict(result)))
 
 

@@ -26,7 +26,7 @@ import psutil
 
 from bench import wire
 from bench.figures import Row, percentile, spread
-from bench.load import RateJob, run_rate
+from bench.load import RateJob, processor_seconds, run_rate
 from bench.peers import PEERS, PeerError
 from bench.rig import FAKE_MODEL, Rig, upstream_port, worker
 from bench.upstream import TOKENS
@@ -216,7 +216,7 @@ def _rates(rig: Rig, routes: Routes, *, stream: bool) -> Rates:
     request = wire.post("/v1/chat/completions", body).decode()
     expect = TOKENS + 1 if stream else 0
     per_second: dict[str, list[float]] = {route: [] for route in routes.ports}
-    used_before, relayed = _processor_seconds(routes.worker), 0
+    used_before, relayed = processor_seconds(routes.worker), 0
     for _ in range(rig.times(ROUNDS)):
         for route, port in list(routes.ports.items()):
             try:
@@ -230,10 +230,5 @@ def _rates(rig: Rig, routes: Routes, *, stream: bool) -> Rates:
                 routes.drop(route, f"no answer within {result.seconds:.0f} s")
             per_second[route].append(result.per_second)
             relayed += result.completed if route == GATEWAY else 0
-    cpu_us = 1e6 * (_processor_seconds(routes.worker) - used_before) / relayed
+    cpu_us = 1e6 * (processor_seconds(routes.worker) - used_before) / relayed
     return Rates({route: per_second[route] for route in routes.ports}, cpu_us)
-
-
-def _processor_seconds(process: psutil.Process) -> float:
-    used = process.cpu_times()
-    return float(used.user + used.system)

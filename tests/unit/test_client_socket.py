@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import gevent
 import pytest
+from gevent.socket import socket as GeventSocket
 
 from server import client_socket
 from server.client_socket import ClientSocket
@@ -81,6 +82,15 @@ def test_a_client_that_reads_nothing_is_disconnected(ends):
         server.sendall(b"x" * 50_000_000)
 
 
+def test_an_answer_larger_than_the_kernel_buffers_arrives_whole(ends):
+    """What does not fit at once is sent as the client takes it, from where the first part ended."""
+    server, client = ends
+    answer = bytes(range(256)) * 40_000
+    reading = gevent.spawn(_read_exactly, GeventSocket(fileno=client.detach()), len(answer))
+    server.sendall(answer)
+    assert reading.get() == answer
+
+
 def test_unread_bytes_are_read_first(ends):
     """For a connection that another worker has handed over with the request that it had read."""
     server, client = ends
@@ -95,6 +105,14 @@ def _read_all(server: ClientSocket) -> bytes:
     while piece := server.recv(100):
         came += piece
     return came
+
+
+def _read_exactly(client: GeventSocket, length: int) -> bytes:
+    came = bytearray()
+    with client:
+        while len(came) < length:
+            came += client.recv(length)
+    return bytes(came)
 
 
 def _dribble(client: socket.socket) -> None:
