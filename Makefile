@@ -39,8 +39,8 @@ format: $(DEV_READY) ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(DEV_READY) ## measure the hot paths; prints the README's table
-	@$(CACHING) -m bench
+bench: $(DEV_READY) ## measure the hot paths into bench/results.md, and print it; ARGS=--short only tries everything
+	@$(CACHING) -m bench $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(DEV_READY) ## fuzz the GGUF header reader: SECONDS=600

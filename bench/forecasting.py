@@ -22,7 +22,7 @@ from bench.rig import SLOW_MODEL, Rig
 from tests.support.console import Console
 
 LOADS = (6.0, 5.5, 6.4, 5.7, 6.2)
-SHORT_LOADS = (1.2, 1.2, 1.2)
+SHORT_LOADS = (0.8, 0.8, 0.8)
 LEARNED_AFTER = 2
 FIGURE = "median error of the ETA after two loads"
 LEAST_LEFT_SECONDS = 0.5

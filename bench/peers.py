@@ -37,6 +37,7 @@ LOOK_SECONDS = 0.1
 ANSWER_SECONDS = 10.0
 VERSION_SECONDS = 30.0
 END_SECONDS = 10.0
+VERSION_NUMBER = re.compile(r"\d[\w.]*")
 
 
 class PeerError(Exception):
@@ -79,7 +80,7 @@ class Peer:
         return None if path is None else Path(path)
 
     def version(self) -> str:
-        """The first line about a version that the program prints; empty if it prints none."""
+        """The version number that the program prints; empty if it prints none."""
         with suppress(OSError, subprocess.TimeoutExpired):
             asked = subprocess.run(
                 [str(self.found), "--version"],
@@ -90,8 +91,9 @@ class Peer:
                 timeout=VERSION_SECONDS,
                 check=False,
             )
-            lines = [line.strip() for line in f"{asked.stdout}\n{asked.stderr}".splitlines()]
-            return next((line for line in lines if "version" in line.lower() and re.search(r"\d", line)), "")
+            lines = f"{asked.stdout}\n{asked.stderr}".splitlines()
+            found = (VERSION_NUMBER.search(line) for line in lines if "version" in line.lower())
+            return next((number[0] for number in found if number), "")
         return ""
 
     @contextmanager

@@ -179,7 +179,7 @@ def _rate_over(peer: str, what: str, rates: Rates, target: float, targeted: bool
     ratio = rates.over(peer)
     return Row(
         f"over {peer}: {what}, {CLIENTS} at once",
-        f"{ratio:.2f} ({median(rates.per_second[GATEWAY]):.0f}/s against {spread(rates.per_second[peer])}/s)",
+        f"{ratio:.3g} ({median(rates.per_second[GATEWAY]):.0f}/s against {spread(rates.per_second[peer])}/s)",
         f">= {target}" if targeted else "–",
         ratio >= target if targeted else None,
         {"ratio": ratio},

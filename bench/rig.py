@@ -68,13 +68,18 @@ class Rig:
 
         Started twice: creating the state folder imports code, and so takes memory, that later starts don't need.
         """
-        console = self.console(
-            toml=self._catalogue(), models_dir=self._empty(), llamacpp_server=self.fake_engine_program
-        )
-        console.start().stop()
+        console = self.new_fake_engine_console()
+        if not self.short:
+            console.start().stop()
         console.start()
         console.switch(FAKE_MODEL)
         return console
+
+    def new_fake_engine_console(self) -> Console:
+        """A console, not started yet, with both fake models."""
+        return self.console(
+            toml=self._catalogue(), models_dir=self.empty_folder, llamacpp_server=self.fake_engine_program
+        )
 
     @cached_property
     def fake_engine_program(self) -> Path:
@@ -106,7 +111,9 @@ class Rig:
         quick = _entry(FAKE_MODEL, self.model_file, [])
         return quick + _entry(SLOW_MODEL, slow, ["--load-plan", str(self.load_plan)])
 
-    def _empty(self) -> Path:
+    @cached_property
+    def empty_folder(self) -> Path:
+        """A folder without models."""
         folder = self.folder / "no-models"
         folder.mkdir(exist_ok=True)
         return folder

@@ -17,10 +17,12 @@ and misbehaves according to `--fault NAME[:VALUE]` (may be repeated):
     hang_answering         never answers a chat; of a stream it sends the headers only
     thinks:SECONDS         sends thoughts before its answer, waiting that long before each word of them
     silent                 reads a streaming request and sends nothing, not even headers, until the client disconnects
+    gather:NUMBER          sends the words of streams only once so many of them are under way together
     hold:MB                allocates that much memory more than a small process
 
 A chat request with a `reply` in its body gets exactly these bytes (latin-1), with "ECHO" replaced by the request as
-received; with `hang_up` the connection is closed after them.
+received; with `hang_up` the connection is closed after them. A stream with a `flood` in its body consists of so many
+blocks of 64 kB.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 THOUGHTS = ["Let", "me", "see", "what", "a", "fake", "says."]
+BLOCK = "words " * 10_900
 ANSWER = ["I", "am", "a", "fake", "and", "answer", "in", "ten", "short", "words."]
 
 
@@ -56,7 +59,7 @@ def main() -> None:
 
 class FakeServer(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 1024
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.alias = arguments.alias
@@ -64,6 +67,7 @@ class FakeServer(ThreadingHTTPServer):
         self.key = os.environ.get("LLAMA_API_KEY", "")
         self.ready = threading.Event()
         self.ballast = b""
+        self.gathered = threading.Barrier(int(self.faults.get("gather", 1)))
         super().__init__((arguments.host, arguments.port), Handler)
 
     def load(self, path: Path) -> None:
@@ -109,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/completions" and "refuse_first" in self.server.faults:
             self._json(500, {"error": {"message": "the fake refuses", "type": "server_error", "code": 500}})
         elif body.get("stream"):
-            self._stream()
+            self._stream(body)
         elif self._hangs():
             time.sleep(1000)
         else:
@@ -136,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(float(self.server.faults.get("slow_tokens", 0)))
         return word
 
-    def _stream(self) -> None:
+    def _stream(self, body: dict[str, int]) -> None:
         if "silent" in self.server.faults:
             self.connection.recv(1)
             print("llama_server: the client went away", file=sys.stderr, flush=True)
@@ -148,6 +152,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self._hangs():
             time.sleep(1000)
+        self.server.gathered.wait()
+        for _ in range(body.get("flood", 0)):
+            self._delta(content=BLOCK)
         for word in THOUGHTS if "thinks" in self.server.faults else ():
             time.sleep(float(self.server.faults["thinks"]))
             self._delta(reasoning_content=f"{word} ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from bench.rig import Rig
 from tests.support.console import DEMO_MODELS, ROOT
 
 GATEWAYS = ROOT / "tests" / "fakes" / "gateways.py"
-LIMIT = 180
+LIMIT = 220
+"""Seconds. It takes 25 on two idle cores."""
 NOWHERE = 9
 """The discard port: these gateways never relay anything."""
 
@@ -58,6 +60,11 @@ def test_a_short_run_measures_everything_whatever_other_gateways_do(programs: Pa
             assert f"| over {name}: {what}" in done.stdout
     assert "| over LiteLLM | not measured: " in done.stdout
     assert "wrong answers, such as: HTTP/1.1 500 Broken" in done.stdout
+    assert re.search(r"^\| \d+ streams at once \| (\d+) complete", done.stdout, re.MULTILINE)
+    for engine in ("embedded", r"Ollama \(fake\)"):
+        assert re.search(rf"^\| {engine} \| .* \| \d+ \|$", done.stdout, re.MULTILINE)
+    assert "llama-swap 0, LiteLLM 0, llama-server's router 0;" in done.stdout
+    assert done.stdout.endswith("a short run: its figures say nothing.\n")
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(working) in command(process)]
 
 

@@ -12,21 +12,33 @@ from contextlib import suppress
 import pytest
 import requests
 
+from bench import wire
+from bench.load import RateJob, run_rate
+from bench.rig import worker
 from tests.support.console import FAKE_LLAMA_SERVER, TIMEOUT, Console, fake_model
 from tests.support.raw import Raw
+from tests.support.stopwatch import Stopwatch
 
 DRIBBLERS, IDLERS = 2_000, 1_100
+STREAMS = 1_000
+SIPPERS, BLOCKS, BLOCK_BYTES = 5, 500, 65_400
+WORDS = 10
+"""In an answer of the fake, which sends each as an event, and an end mark after them."""
 OPEN_FILES = 5_000
 
 
 @pytest.fixture(scope="module")
 def shared(start_shared) -> Iterator[Console]:
-    """A console whose model answers at once. This process needs a socket for each client."""
+    """A console with a model that answers at once, and one that waits for a thousand clients.
+
+    This process needs a socket for each client.
+    """
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before[1] != resource.RLIM_INFINITY and before[1] < OPEN_FILES:
         pytest.skip(f"{OPEN_FILES} open files are needed")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], OPEN_FILES), before[1]))
-    yield start_shared(toml=fake_model("plain"), llamacpp_server=FAKE_LLAMA_SERVER)
+    toml = fake_model("plain") + fake_model("gathering", f"gather:{STREAMS}")
+    yield start_shared(toml=toml, llamacpp_server=FAKE_LLAMA_SERVER)
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
@@ -95,12 +107,66 @@ def test_a_slow_body_gets_408_and_a_slow_head_is_disconnected(console):
             sender.join()
 
 
-def _connect(console: Console) -> socket.socket:
+def test_a_thousand_streams_at_once_complete(console):
+    """The engine sends no word of any before all of them are under way; each then gets every word."""
+    console.switch("gathering")
+    body = {"model": "gathering", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+    request = wire.post("/v1/chat/completions", body).decode()
+    job = RateJob(console.port, request, STREAMS, TIMEOUT, expect=WORDS + 1, once=True)
+    result = run_rate(job)
+    assert (result.completed, result.errors) == (STREAMS, 0), result.first_error
+    assert console.model("gathering")["in_flight"] == 0
+
+
+def test_clients_that_read_a_byte_a_second_cost_nobody_else_anything(console, crowd):
+    """Others are answered without delay, and what the slow ones don't take stays with the engine, not in memory."""
+    console.switch("plain")
+    assert console.ask("Hello", model="plain").status_code == 200
+    process = worker(console)
+    before = process.memory_info().rss
+    for _ in range(SIPPERS):
+        crowd.append(_connect(console, receives=4096))
+        body = b'{"model": "plain", "stream": true, "flood": %d, "messages": []}' % BLOCKS
+        _say(crowd[-1], f"Content-Length: {len(body)}", body)
+    console.wait_for(lambda status: status["models"]["plain"]["in_flight"] == SIPPERS, "the streams to be under way")
+    over = threading.Event()
+
+    def sip() -> None:
+        while not over.wait(1):
+            for client in crowd:
+                client.recv(1)
+
+    sipper = threading.Thread(target=sip)
+    sipper.start()
+    try:
+        waiting = Stopwatch()
+        for _ in range(50):
+            assert console.ask("Hello", model="plain").status_code == 200
+            assert console.get("/v1/models/status").status_code == 200
+        assert waiting.waited < 1
+        assert console.model("plain")["in_flight"] == SIPPERS
+        assert process.memory_info().rss - before < BLOCKS * BLOCK_BYTES, "not even one of the answers is in memory"
+    finally:
+        over.set()
+        sipper.join()
+    for client in crowd:
+        client.close()
+    console.wait_for(lambda status: status["models"]["plain"]["in_flight"] == 0, "the streams to be ended")
+
+
+def _connect(console: Console, receives: int | None = None) -> socket.socket:
+    """A connection; `receives` is the size of its buffer for what it receives."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
-            return socket.create_connection(("127.0.0.1", console.port), TIMEOUT)
+            client = socket.socket()
+            client.settimeout(TIMEOUT)
+            if receives is not None:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
+            client.connect(("127.0.0.1", console.port))
+            return client
         except OSError:
+            client.close()
             assert time.monotonic() < deadline
 
 
