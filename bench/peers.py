@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,9 @@ from bench.rig import FAKE_MODEL, Rig
 from tests.support.console import free_port
 
 REQUESTS_AT_ONCE = 1000
-"""llama-swap's default of ten answers the others with 429; a router of llama-server has a thread for each request."""
+"""To one model of llama-swap; its default of ten answers the others with 429."""
+ROUTER_THREADS = 64
+"""llama-server's router needs one for each connection, for as long as that is kept alive."""
 READY_SECONDS = 90.0
 """LiteLLM imports for ten seconds or more before it answers."""
 LOOK_SECONDS = 0.1
@@ -145,12 +148,13 @@ def _router(setup: Setup) -> Launch:
     program = setup.folder / "llama-server"
     shutil.copy2(original, program)
     replacement = setup.folder / "stand-in"
-    shutil.copy2(setup.engine, replacement)
+    replacement.write_text(f'#!/bin/sh\nunset LD_LIBRARY_PATH\nexec {shlex.quote(str(setup.engine))} "$@"\n')
+    replacement.chmod(0o755)
     preset = _written(setup.folder / "models.ini", f"version = 1\n\n[{FAKE_MODEL}]\nmodel = {setup.model_file}\n")
     libraries = os.pathsep.join(filter(None, (str(original.parent), os.environ.get("LD_LIBRARY_PATH"))))
     address = ("--host", "127.0.0.1", "--port", str(setup.port))
     return Launch(
-        [str(program), "--models-preset", preset, *address, "--threads-http", str(REQUESTS_AT_ONCE)],
+        [str(program), "--models-preset", preset, *address, "--threads-http", str(ROUTER_THREADS)],
         {"LD_LIBRARY_PATH": libraries, "LLAMA_CACHE": str(setup.folder)},  # an empty cache: no other models
         lambda: replacement.replace(program),
     )

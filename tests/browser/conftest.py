@@ -14,7 +14,7 @@ from tests.browser.steps import MINI
 from tests.support.console import Console
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-"""The shell has Chromium's pages without its windows, which took a third of the time: 64 s of processor instead of 23."""
+"""The shell has Chromium's pages without its windows, which took most of the time: 64 s of processor instead of 23."""
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-quic",
