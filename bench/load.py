@@ -12,6 +12,7 @@ used.
 
 from __future__ import annotations
 
+import gzip
 import heapq
 import json
 import random
@@ -35,6 +36,7 @@ LATE_SECONDS = 30.0
 LEAST_WAIT = 0.01
 PAUSE_SECONDS = 0.2
 """Between two changes of state."""
+MARK = re.compile(rb'<input type="hidden" class="shown"[^>]* name="(\w+)" value="([^"]*)"')
 EVENT_NUMBER = re.compile(rb"^id: (\d+)$", re.MULTILINE)
 
 
@@ -72,7 +74,8 @@ class RateResult:
 class TabsJob:
     """`clients` connections that each send `requests` one after the other every `every` seconds, for `seconds`.
 
-    Each starts at a random offset, because tabs are not opened in step.
+    Each starts at a random offset, because tabs are not opened in step. The first request is a page's poll: each sends
+    in it the marks of what it was sent last.
     """
 
     port: int
@@ -237,6 +240,7 @@ def _tabs(job: TabsJob) -> TabsResult:
     due = [(began + chance.random() * job.every, number) for number in connections.sockets]
     heapq.heapify(due)
     asked: dict[int, tuple[int, float]] = {}
+    polls: dict[int, bytes] = {}
     result: list[list[float]] = [[] for _ in requests]
     errors = 0
     while (now := time.perf_counter()) < began + job.seconds:
@@ -247,15 +251,27 @@ def _tabs(job: TabsJob) -> TabsResult:
                 errors += 1  # the request before has not been answered yet
                 continue
             asked[number] = (0, time.perf_counter())
-            connections.sockets[number].sendall(requests[0])
+            connections.sockets[number].sendall(polls.get(number, requests[0]))
         for number, answer in connections.answers(max(0.0, due[0][0] - time.perf_counter())):
             step, sent = asked.pop(number)
             result[step].append(time.perf_counter() - sent)
             errors += not answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 204"))  # 204: nothing has changed
+            if step == 0:
+                polls[number] = _marked(polls.get(number, requests[0]), answer)
             if step + 1 < len(requests):
                 asked[number] = (step + 1, time.perf_counter())
                 connections.sockets[number].sendall(requests[step + 1])
     return TabsResult(result, errors, _cpu_seconds())
+
+
+def _marked(poll: bytes, answer: bytes | bytearray) -> bytes:
+    """The poll with the marks in an answer to it."""
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    if b"Content-Encoding: gzip" in head:
+        body = gzip.decompress(body)
+    for name, mark in MARK.findall(body):
+        poll = re.sub(rb"(?<=[?&]%b=)[^& ]*" % name, mark, poll, count=1)
+    return poll
 
 
 def _listen(job: ListenJob) -> ListenResult:

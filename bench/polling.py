@@ -1,9 +1,9 @@
 """Latency with a hundred and a thousand open tabs, how fast events reach a thousand listeners, and the app's memory
 after all of the load.
 
-Each tab polls every 2 s, as the page does while something is in progress: first the page's fragment, at the URL that
-the page itself names, then `/v1/models/status`. Times are those of `/v1/models/status`, from sending the request to the
-end of the response, on a kept-alive connection; the tabs start at random offsets.
+Each tab shows a conversation and polls every 2 s, as the page does while something is in progress: first the page's
+fragment, at the URL that the page itself names, then `/v1/models/status`. Times are those of `/v1/models/status`, from
+sending the request to the end of the response, on a kept-alive connection; the tabs start at random offsets.
 
 Each listener follows `/v1/events`. An event's time is from sending the request that changes the state to the last
 listener's whole event.
@@ -23,7 +23,7 @@ from bench import wire
 from bench.figures import Row, percentile, spread
 from bench.load import ListenJob, TabsJob, processor_seconds, run_listen, run_tabs
 from bench.rig import Rig, worker
-from tests.support.console import Console
+from tests.support.console import Console, wait_until
 
 TABS = (100, 1000)
 EVERY_SECONDS = 2.0
@@ -40,6 +40,8 @@ TARGET_MB = 80.0
 def measure(rig: Rig) -> Iterator[Row]:
     console = rig.fake_engine_console
     console.post(DISMISS)  # so that no banner about the switch goes away while the tabs poll
+    console.http.post(f"{console.url}/chats", data={"text": "Hello"})
+    wait_until(lambda: "sse-connect" not in console.get("/").text, "the answer")
     for tabs in TABS:
         yield _status(console, tabs, rig.seconds(SECONDS))
     yield _memory(console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flask import Blueprint, Response, render_template, stream_with_context, url_for
@@ -14,7 +14,7 @@ from blueprints import answer_stream
 from blueprints.chat_extent import ConversationPage, Extent
 from blueprints.live import Live
 from blueprints.markdown.incremental import AnswerHtml
-from blueprints.model_menu import menu_lists, menu_pieces
+from blueprints.model_menu import drawn_menu, menu_lists, menu_pieces
 from blueprints.pages import live_now, see_other
 from blueprints.pieces import SINCE
 from blueprints.web import ApiError, handles_errors_of, services, sse
@@ -152,6 +152,27 @@ def status() -> Response:
     html = _news()
     answer: Response = make_response(html) if html.strip() else make_response("", 204)
     return answer
+
+
+def drawn_news(marks: Mapping[str, str]) -> str | None:
+    """Return what a page with these marks lacks, if that was drawn for other pages already; None if it was not.
+
+    Needs no request. Raises ConversationNotFound.
+    """
+    live, mark = live_now(), NOTHING
+    pieces, since = drawn_menu(live), marks.get(SINCE)
+    if pieces is None or since is None:
+        return None
+    if wanted := marks.get("conversation"):
+        extent = Extent.of(marks)
+        outline = services().chats.outline(wanted, extent.since or 0)
+        mark = _mark(outline.conversation, outline.states)
+        if extent.since is None or marks.get("seen") != mark:
+            return None
+    news = pieces.since(since)
+    if marks.get("around") != _surroundings(live, mark) or (news and not wanted):
+        return None
+    return news
 
 
 def _news() -> str:

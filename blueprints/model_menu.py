@@ -24,6 +24,12 @@ def menu_pieces(live: Live) -> Sheet:
     )
 
 
+def drawn_menu(live: Live) -> Sheet | None:
+    """Return the current pieces without drawing any; None if one has to be drawn."""
+    found = sheet("chat")
+    return found if found.is_drawn("parts", live.moment) else None
+
+
 def menu_lists(live: Live) -> Mapping[str, list[str]]:
     """Return the menu's two lists, by id: the names of their pieces, in order."""
     models = live.status.models

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flask import Blueprint, Response, render_template, url_for
@@ -11,7 +11,7 @@ from htmx_flask import make_response, request
 from blueprints.filters import ago, dom_id, size
 from blueprints.live import Live, Look
 from blueprints.pages import done, live_now, local_path, see_other, show_notice, wait_briefly
-from blueprints.pieces import Piece, Sheet, news, order, sheet
+from blueprints.pieces import SINCE, Piece, Sheet, news, order, sheet
 from blueprints.web import client_name, services
 from services.downloads.download import Download
 from services.downloads.library import Deletion, Recommended
@@ -73,6 +73,27 @@ class Row:
     cancels: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """Everything the page's pieces are made from: `updates` and `used` (when it was last used) are by model."""
+
+    live: Live
+    offers: list[_Offer]
+    updates: dict[str, _Update]
+    used: dict[str, str]
+    folder_notice: str | None
+
+    @property
+    def bases(self) -> Mapping[str, object]:
+        """What each group of pieces is made from."""
+        status = self.live.status
+        return {
+            "parts": (self.live.moment, self.offers),
+            "folder": self.folder_notice,
+            "rows": (status.models, status.switch, self.live.moving_looks, self.updates, self.used),
+        }
+
+
 @bp.get("/models")
 def page() -> str:
     return page_with(DownloadForm())
@@ -103,20 +124,39 @@ def fragment() -> Response:
     return news(_pieces(live_now()))
 
 
+def drawn_news(marks: Mapping[str, str]) -> str | None:
+    """Return what a page with these marks lacks, if that was drawn for other pages already; None if it was not.
+
+    Needs no request.
+    """
+    found = sheet("models")
+    drawn = all(found.is_drawn(group, basis) for group, basis in _shown(live_now()).bases.items())
+    return found.since(marks.get(SINCE, "")) if drawn else None
+
+
 def _pieces(live: Live) -> Sheet:
     """Return the current pieces of the Models page."""
+    shown = _shown(live)
+    bases = shown.bases
+    return (
+        sheet("models")
+        .draw("parts", bases["parts"], lambda: _parts(live, shown.offers))
+        .draw("folder", bases["folder"], lambda: [_folder(shown.folder_notice)])
+        .draw("rows", bases["rows"], lambda: _rows(live, shown.updates, shown.used))
+    )
+
+
+def _shown(live: Live) -> _Shown:
+    """Return what the page shows now."""
     found = services()
     known, outdated = found.catalog.models, found.library.outdated
     sources = {model_id: known[model_id].source for model_id in outdated if model_id in known}
-    updates = {model_id: _Update(name, live.download(name)) for model_id, name in sources.items()}
-    offers = [_Offer(r, live.download(r.name)) for r in found.library.recommendations()]
-    used = {model.id: ago(model.last_used, live.now) for model in live.status.models if model.last_used}
-    basis = (live.status.models, live.status.switch, live.moving_looks, updates, used)
-    return (
-        sheet("models")
-        .draw("parts", (live.moment, offers), lambda: _parts(live, offers))
-        .draw("folder", found.folder.notice, lambda: [_folder(found.folder.notice)])
-        .draw("rows", basis, lambda: _rows(live, updates, used))
+    return _Shown(
+        live,
+        offers=[_Offer(r, live.download(r.name)) for r in found.library.recommendations()],
+        updates={model_id: _Update(name, live.download(name)) for model_id, name in sources.items()},
+        used={model.id: ago(model.last_used, live.now) for model in live.status.models if model.last_used},
+        folder_notice=found.folder.notice,
     )
 
 

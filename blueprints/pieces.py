@@ -79,13 +79,17 @@ class Sheet:
         """Identifies the current state; a page with this mark has every piece."""
         return f"{self._edition}-{self._number}"
 
+    def is_drawn(self, group: str, basis: object) -> bool:
+        """Return whether `draw` would do nothing, which needs no request."""
+        return self._groups.get(group, _NOTHING).basis == basis
+
     def draw(self, group: str, basis: object, pieces: Callable[[], Iterable[Piece]]) -> Sheet:
         """Update a group of pieces, unless `basis`, everything they are made from, is unchanged.
 
         Pieces that are no longer returned are dropped.
         """
         kept = self._groups.get(group, _NOTHING)
-        if kept.basis == basis:
+        if self.is_drawn(group, basis):
             return self
         number = self._number + 1
         drawn = {piece.name: self._redraw(piece, kept.drawn.get(piece.name), number) for piece in pieces()}

@@ -1,9 +1,9 @@
-"""Fast path of the gateway: answers plain requests to running models at the socket, before gunicorn parses them.
+"""Fast path: answers plain requests to running models, and polls, at the socket, before gunicorn parses them.
 
-Nearly all processor time of a relayed request went into gunicorn's parser, the WSGI environment and the response
-object. The lane answers only requests that need none of these. All others, errors included, go to gunicorn and the
-app with every byte already read, so that each rule is implemented once. The lane relays only to running models, so it
-never causes a switch. `docs/decisions/0008-hot-lane.md` says which requests it takes.
+Nearly all processor time of such a request went into gunicorn's parser, the WSGI environment and the response object.
+The lane answers only requests that need none of these. All others, errors included, go to gunicorn and the app with
+every byte already read, so that each rule is implemented once. The lane relays only to running models, so it never
+causes a switch. `docs/decisions/0008-hot-lane.md` says which requests it takes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from werkzeug.exceptions import HTTPException
 
 from blueprints.api.relaying import Client, RelayedResponse, relay_request
 from blueprints.guard import Guard
+from blueprints.polls import PATHS as POLLED_PATHS
+from blueprints.polls import PollAnswer, Polls
 from blueprints.web import SECURITY_HEADERS
 from server.client_socket import BLOCK, ClientSocket
 from services.container import Services
 from services.gateway.router import ClientGone, GatewayError
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-REQUEST_LINES = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in PATHS)
+REQUEST_LINES = (
+    *(f"POST {path} HTTP/1.1\r\n".encode() for path in PATHS),
+    *(f"GET {path}{end}".encode() for path in POLLED_PATHS for end in (" HTTP/1.1\r\n", "?")),
+)
 LONGEST_HEAD = 8190
 """Limit of a head in bytes. It is gunicorn's limit of one line, so only the number of headers needs a check as well."""
 MOST_HEADERS = 100
@@ -42,16 +47,18 @@ _FIXED = b"".join(f"{name}: {value}\r\n".encode() for name, value in (("Server",
 
 
 class Request(NamedTuple):
-    """A request's head: its path, its headers by their names in lower case, and where in the bytes its body begins."""
+    """A request's head, its headers by their names in lower case, and where in the bytes its body begins."""
 
+    method: str
     path: str
+    query: str
     headers: Mapping[bytes, bytes]
     body_at: int
     body_length: int
 
 
 class HotLane:
-    """Answers the requests of a connection as long as they need only the relay.
+    """Answers the requests of a connection as long as they need only the relay, or what is known to `polls`.
 
     `is_open` returns whether requests may be taken. `on_request` is called with the client before the lane answers a
     request, `on_answered` with the client afterwards.
@@ -61,12 +68,14 @@ class HotLane:
         self,
         services: Services,
         guard: Guard,
+        polls: Polls,
         is_open: Callable[[], bool],
         on_request: Callable[[ClientSocket], None],
         on_answered: Callable[[ClientSocket], None],
     ) -> None:
         self._services = services
         self._guard = guard
+        self._polls = polls
         self._is_open = is_open
         self._on_request = on_request
         self._on_answered = on_answered
@@ -92,12 +101,31 @@ class HotLane:
                 received = _with_body(client, received, end)
                 if len(received) < end:
                     return received
-            goes_on = self._answer(client, request, received[request.body_at : end])
+            if request.method == "GET":
+                goes_on = self._answer_poll(client, request)
+            else:
+                goes_on = self._answer(client, request, received[request.body_at : end])
             if goes_on is None:
                 return received
             if not goes_on:
                 return b""
             received = received[end:]
+
+    def _answer_poll(self, client: ClientSocket, request: Request) -> bool | None:
+        """Answer a poll; return whether the connection stays open afterwards, or None if the app has to answer."""
+        accepted = request.headers.get(b"accept-encoding", b"").decode("ascii")
+        answer = self._polls.answer(request.path, request.query, accepted)
+        if answer is None:
+            return None
+        self._on_request(client)
+        try:
+            goes_on = _stays_open(request)
+            client.sendall(_head(answer, goes_on)[0] + answer.body)
+        except OSError:  # the client has left or does not read
+            return False
+        finally:
+            self._on_answered(client)
+        return goes_on
 
     def _answer(self, client: ClientSocket, request: Request, body: bytes) -> bool | None:
         """Relay a request; return whether the connection stays open afterwards, or None if the app has to answer."""
@@ -109,7 +137,7 @@ class HotLane:
         try:
             peer = Client(client, may_probe=True)
             passed = relay_request(self._services.relay, admission, peer, "POST", request.path, _headers(request), body)
-            return _send(client, passed, request.headers.get(b"connection", b"").lower() != b"close")
+            return _send(client, passed, _stays_open(request))
         except ClientGone:
             return False
         except (GatewayError, HTTPException) as error:
@@ -129,14 +157,19 @@ def read_head(received: bytes) -> Request | None:
     if body_at < 4 or not head.isascii():
         return None
     fields: list[tuple[bytes, bytes]] = []
+    parser = HttpRequestParser(_Fields(fields))
     try:
-        HttpRequestParser(_Fields(fields)).feed_data(head)
+        parser.feed_data(head)
     except (HttpParserError, HttpParserUpgrade):
         return None
     headers = {name.lower(): value for name, value in fields}
-    length = headers.get(b"content-length", b"")
+    method, _, rest = head.decode("ascii").partition(" ")
+    target = rest.partition(" ")[0]
+    length = headers.get(b"content-length", b"" if method == "POST" else b"0")
     if (
-        len(headers) != len(fields)
+        parser.get_http_version() != "1.1"
+        or "#" in target
+        or len(headers) != len(fields)
         or len(fields) > MOST_HEADERS
         or not length.isdigit()
         or b"host" not in headers
@@ -146,8 +179,8 @@ def read_head(received: bytes) -> Request | None:
         or any(b"_" in name for name in headers)
     ):
         return None
-    path = head[5 : head.index(b" ", 5)].decode("ascii")
-    return Request(path, headers, body_at, int(length))
+    path, _, query = target.partition("?")
+    return Request(method, path, query, headers, body_at, int(length))
 
 
 class _Fields:
@@ -162,7 +195,12 @@ class _Fields:
 
 def _environ(request: Request, address: str) -> dict[str, str]:
     """Return the part of a WSGI environment that the guard reads."""
-    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": request.path, "QUERY_STRING": "", "REMOTE_ADDR": address}
+    environ = {
+        "REQUEST_METHOD": request.method,
+        "PATH_INFO": request.path,
+        "QUERY_STRING": request.query,
+        "REMOTE_ADDR": address,
+    }
     for name, value in request.headers.items():
         environ[_key(name)] = value.decode("ascii")
     return environ
@@ -179,6 +217,11 @@ def _headers(request: Request) -> Iterator[tuple[str, str]]:
     """Yield a request's headers as text. Names stay in lower case, which says the same (RFC 9110 section 5.1)."""
     for name, value in request.headers.items():
         yield name.decode("ascii"), value.decode("ascii")
+
+
+def _stays_open(request: Request) -> bool:
+    """Return whether the client wants to use its connection again."""
+    return request.headers.get(b"connection", b"").lower() != b"close"
 
 
 def _with_body(client: ClientSocket, received: bytes, end: int) -> bytes:
@@ -232,7 +275,7 @@ def _send(client: ClientSocket, passed: RelayedResponse, goes_on: bool) -> bool:
         body.close()
 
 
-def _head(passed: RelayedResponse, goes_on: bool) -> tuple[bytes, bool]:
+def _head(passed: RelayedResponse | PollAnswer, goes_on: bool) -> tuple[bytes, bool]:
     """Return an answer's head, and whether its body is chunked."""
     status, fields = passed.status, passed.fields
     chunked = status not in (204, 304) and not any(name.lower() == b"content-length" for name, _ in fields)

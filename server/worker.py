@@ -90,6 +90,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super(GeventWorker, self).notify()
 
     def load_wsgi(self) -> None:
+        from blueprints.polls import Polls
         from server.hot_lane import HotLane  # the master, which imports this module as well, has not patched ssl
 
         super().load_wsgi()
@@ -97,8 +98,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._restart = self.services.restart
         self._longest = self.services.settings.max_body_bytes
         self.wsgi = self._answer
-        guard = self.app.callable.extensions["switchyard.guard"]
-        self._lane = HotLane(self.services, guard, self._begins_requests, self._begin, self._end)
+        app = self.app.callable
+        guard = app.extensions["switchyard.guard"]
+        self._lane = HotLane(self.services, guard, Polls(app), self._begins_requests, self._begin, self._end)
 
     def timeout_ctx(self) -> Any:
         """No limit around a request's head, which may be several requests of the hot lane: `ClientSocket` has it."""

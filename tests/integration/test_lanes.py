@@ -1,4 +1,4 @@
-"""The hot lane and the Flask app relay identically: clients and engines can't tell them apart."""
+"""The hot lane and the Flask app answer identically: clients and engines can't tell them apart."""
 
 from __future__ import annotations
 
@@ -106,3 +106,15 @@ def test_both_lanes_relay_identically(shared, path, headers, odd, model, content
             except AssertionError as broken_off:
                 outcomes.append(str(broken_off).partition(" ended ")[0])
     assert outcomes[0] == outcomes[1]
+
+
+def test_both_lanes_answer_a_poll_identically(shared):
+    """All headers; the length may differ, because the free memory does from one moment to the next."""
+    answers = []
+    for more in ((), (APP_ONLY,)):
+        with Raw(shared.port) as raw:
+            raw.send_head("GET /v1/models/status HTTP/1.1", "Host: 127.0.0.1", *more)
+            answers.append(raw.response())
+    lane, app = ({k: v for k, v in a.headers.items() if k not in ("date", "content-length")} for a in answers)
+    assert lane == app
+    assert [json.loads(answer.body)["models"][MODEL]["status"] for answer in answers] == ["running", "running"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -15,6 +17,7 @@ from gunicorn.http.parser import RequestParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from blueprints.polls import Polls
 from server.client_socket import ClientSocket
 from server.hot_lane import HotLane, read_head
 from services.gateway.router import GatewayError
@@ -26,6 +29,8 @@ LINE = "POST /v1/chat/completions HTTP/1.1"
 HOST = "Host: 127.0.0.1:8787"
 BODY = json.dumps({"model": MINI, "messages": []}).encode()
 PATIENCE = 10.0
+STATUS = "/v1/models/status"
+CHAT = "/fragments/chat-status"
 SSE = "Content-Type: text/event-stream"
 
 
@@ -38,8 +43,8 @@ class Connection:
         self.server = ClientSocket(ours.detach())
         self.open = True
         self.under_way = 0
-        guard = console.app.extensions["switchyard.guard"]
-        self._lane = HotLane(console.services, guard, lambda: self.open, self._begin, self._end)
+        guard, polls = console.app.extensions["switchyard.guard"], Polls(console.app)
+        self._lane = HotLane(console.services, guard, polls, lambda: self.open, self._begin, self._end)
         self._serving = gevent.spawn(self._lane.serve, self.server, "127.0.0.1", b"")
 
     def _begin(self, _client: ClientSocket) -> None:
@@ -174,6 +179,12 @@ UNUSUAL = {
     "a model that is none": request(body=b'{"model": 1}'),
     "a model that is not loaded": request(body=json.dumps({"model": SMALL}).encode()),
     "a body that is too long": request(length=1_000_001),
+    "a poll of a foreign host": request(line=f"GET {STATUS} HTTP/1.1", body=b"").replace(b"127.0.0.1", b"evil.example"),
+    "a poll of an old version": request(line=f"GET {CHAT}?since= HTTP/1.0", body=b""),
+    "a poll with a fragment": request(line=f"GET {CHAT}?since=#x HTTP/1.1", body=b""),
+    "a poll without a mark": request(line=f"GET {CHAT} HTTP/1.1", body=b""),
+    "a question about a poll": request(line=f"HEAD {STATUS} HTTP/1.1", body=b""),
+    "a path below a polled one": request(line=f"GET {STATUS}/x HTTP/1.1", body=b""),
 }
 
 
@@ -278,6 +289,29 @@ def test_a_client_that_disconnects_stops_the_engine(console, loaded, connection)
     assert (traffic(console), connection.under_way) == (0, 0)
 
 
+def test_a_poll_is_answered_without_a_body_when_nothing_has_changed(console, connection, monkeypatch):
+    """The connection serves the next request; each header of ours is there once."""
+    now = time.time()
+    monkeypatch.setattr("blueprints.pages.time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr(console.services.status, "_clock", lambda: 0.0)
+    (mark,) = re.findall(r'name="since" value="([^"]*)"', console.client.get("/models").text)
+    for _ in range(2):
+        connection.client.sendall(request(line=f"GET /fragments/models?since={mark} HTTP/1.1", body=b""))
+        came = connection.read()
+        status, headers, body = head_of(came)
+        assert (status, headers["Connection"], body) == (b"HTTP/1.1 204 No Content", "keep-alive", b"")
+        assert not {"Content-Length", "Transfer-Encoding"} & headers.keys()
+        assert came.count(b"Content-Security-Policy: ") == 1
+    assert connection.under_way == 0
+
+
+def test_a_poll_is_left_to_gunicorn_while_the_app_restarts(connection):
+    connection.open = False
+    sent = request(line=f"GET {STATUS} HTTP/1.1", body=b"")
+    connection.client.sendall(sent)
+    assert connection.left == sent
+
+
 VALUES = st.text('ab ,;=\t"_-:\x00\x1f\x7f\xe9\r\n', max_size=12)
 NAMES = st.sampled_from(
     ["Content-Length", "Host", "Connection", "X-A", "x-a", "X_A", "X A", "Expect", "Te", "Content-Type", ":", ""]
@@ -298,8 +332,12 @@ FIELDS = st.one_of(
         ]
     ),
 )
+LINES = st.sampled_from(
+    [LINE, LINE, f"GET {STATUS} HTTP/1.1", f"GET {CHAT}?a=%20b&c=?d HTTP/1.1", f"GET {CHAT}?#d HTTP/1.1"]
+)
 HEADS = st.builds(
-    lambda fields, ends: LINE + "\r\n" + "".join(f"{name}: {value}{ends}" for name, value in fields) + "\r\n",
+    lambda line, fields, ends: line + "\r\n" + "".join(f"{name}: {value}{ends}" for name, value in fields) + "\r\n",
+    LINES,
     st.lists(FIELDS, max_size=6),
     st.sampled_from(["\r\n", "\r\n", "\r\n", "\n", "\r"]),
 )
@@ -307,6 +345,7 @@ HEADS = st.builds(
 
 @given(HEADS)
 @example(f"{LINE}\r\n{HOST}\r\nContent-Length: 2\r\n\r\n")
+@example(f"GET {CHAT}?a=%20b&c=?d HTTP/1.1\r\n{HOST}\r\n\r\n")
 def test_the_lane_reads_a_head_as_gunicorn_does(text):
     """gunicorn accepts every head that the lane accepts, with the same headers and body."""
     sent = text.encode("latin-1") + b"{}"
@@ -319,7 +358,7 @@ def test_the_lane_reads_a_head_as_gunicorn_does(text):
         parsed = next(RequestParser(config, iter([sent]), ("127.0.0.1", 1)))
     except ParseException as error:
         raise AssertionError(f"gunicorn refuses what the lane takes: {error!r}") from error
-    assert (parsed.method, parsed.path, parsed.query) == ("POST", head.path, "")
+    assert (parsed.method, parsed.path, parsed.query) == (head.method, head.path, head.query)
     assert dict(parsed.headers) == {name.decode().upper(): value.decode() for name, value in head.headers.items()}
     assert parsed.body.read() == sent[head.body_at : head.body_at + head.body_length]
     assert parsed.should_close() == (head.headers.get(b"connection", b"").lower() == b"close")
