@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from bench.wire import BLOCK, Wire, connect, is_last, is_whole
+from bench.wire import BLOCK, connect, is_last, is_whole
 
 GRACE_SECONDS = 60.0
 LATE_SECONDS = 30.0
@@ -275,7 +275,7 @@ def _marked(poll: bytes, answer: bytes | bytearray) -> bytes:
 
 
 def _listen(job: ListenJob) -> ListenResult:
-    listeners, changing = _Connections(job.port, job.clients), Wire(job.port)
+    listeners, changing = _Connections(job.port, job.clients), connect(job.port, GRACE_SECONDS)
     for listener in listeners.sockets.values():
         listener.sendall(job.request.encode("latin-1"))
     reached = listeners.numbered_events(0)
@@ -285,9 +285,10 @@ def _listen(job: ListenJob) -> ListenResult:
     for _ in range(job.events):
         time.sleep(PAUSE_SECONDS)
         began = time.perf_counter()
-        changing.ask(job.change.encode("latin-1"))
+        changing.sendall(job.change.encode("latin-1"))
         reached = listeners.numbered_events(reached)
         seconds.append(time.perf_counter() - began)
+        changing.recv(BLOCK)  # its short answer, last: it may come after all events, which are read as they come
     return ListenResult(seconds, processor_seconds(server) - used_before)
 
 
