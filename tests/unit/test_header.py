@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
+from services.memory.ledger import Account
+from services.sizes import GB, MB
 from tests.support.in_process import InProcess, in_process
 
 MINI = "switchyard-mini"
@@ -57,3 +60,14 @@ def test_an_error_page_is_shown_without_the_state(console: InProcess, monkeypatc
 def test_a_rollback_is_shown_as_restoring_previous_models(console: InProcess) -> None:
     console.show_switch(MINI, stage="rolling_back", detail="other")
     assert header(console, "/").startswith("Restoring previous models")
+
+
+def test_the_meter_stays_as_it_is_while_the_memory_varies_less_than_it_shows(console: InProcess) -> None:
+    """Each change of it is sent to every tab, and the memory in use varies by some MB with every reading."""
+    account = Account("host", "RAM", "host", 64 * GB, (), 0, 32 * GB, 32 * GB, 64 * GB, 32 * GB)
+    macro = "{% from 'macros/memory.html' import meter %}{{ meter(devices) }}"
+    meters = {
+        console.app.jinja_env.from_string(macro).render(devices=[replace(account, available_bytes=32 * GB - more * MB)])
+        for more in range(0, 50, 7)
+    }
+    assert len(meters) == 1
