@@ -153,6 +153,8 @@ class DockerEngine:
 
     def _environment(self) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+        # Docker starts itself and its runtime anew for every step: without garbage collection, half the processor time.
+        environment |= {"GOGC": "off", "GOMEMLIMIT": "512MiB"}
         if self._gpus:
             environment["PATH"] = f"{self._folder / 'bin'}:{environment['PATH']}"
         return environment
