@@ -17,6 +17,7 @@ from blueprints.api.relaying import Client, relay_request
 from blueprints.api.spec import documented
 from blueprints.guard import SAFE_METHODS
 from blueprints.web import ApiError, guard, json_object, services
+from services.gateway.relay import forwarded
 from services.gateway.router import AUTO, Admission, ClientGone
 from services.restart import FAILED, UNBEGUN
 
@@ -156,9 +157,8 @@ def _relay(admit: Callable[[str | None, Client], Admission]) -> Response:
     client = Client.of(request.environ)
     try:
         admission = _place(admit, body, client)
-        relayed = relay_request(
-            services().relay, admission, client, request.method, _target(), request.headers.items(), body
-        )
+        headers = forwarded(request.headers.items())
+        relayed = relay_request(services().relay, admission, client, request.method, _target(), headers, body)
     except ClientGone as gone:
         return _not_passed(gone)
     response = Response(relayed.body, status=relayed.status, direct_passthrough=True)

@@ -7,7 +7,7 @@ import json
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -146,10 +146,12 @@ def relay_request(
     client: Client,
     method: str,
     target: str,
-    headers: Iterable[tuple[str, str]],
+    headers: bytes,
     body: bytes,
 ) -> RelayedResponse:
     """Send one request to the instance it was admitted to. The admission is released with the body, or on failure.
+
+    `headers` are the lines that `services.gateway.relay.forwarded` returns.
 
     A disconnect of the client cancels the request from here on. Raises GatewayError, ClientGone, and NotFound or
     MethodNotAllowed if the engine serves nothing at `target`.

@@ -17,7 +17,7 @@ from services.gateway.router import Admission, ClientGone, GatewayError, Router
 from services.store.records import Message
 from services.switching.events import InstanceView
 
-JSON_HEADERS = (("Content-Type", "application/json"), ("Accept", "text/event-stream"))
+JSON_HEADERS = b"Content-Type: application/json\r\nAccept: text/event-stream\r\n"
 MAX_ERROR_BYTES = 65_536
 """Longest error body that is read; an engine may send one without end."""
 MAX_EVENT_BYTES = 1_000_000

@@ -271,11 +271,12 @@ class Relay:
         endpoint: Endpoint,
         method: str,
         target: str,
-        headers: Iterable[tuple[str, str]],
+        headers: bytes,
         body: bytes,
         hangup: Hangup,
     ) -> EngineResponse:
-        """Send a request and return the response once its headers are here. `target` is the path with its query.
+        """Send a request and return the response once its headers are here. `target` is the path with its query,
+        `headers` what `forwarded` returns.
 
         When an engine has closed an idle connection before the first byte of a response, the request is sent once more
         over a new connection. After a new connection it is never sent again, because the engine may have generated the
@@ -427,10 +428,21 @@ def _describes(field: bytes) -> bool:
     return name in ANSWER_HEADERS or name.startswith(ANSWER_HEADER_FAMILIES)
 
 
-def _head(endpoint: Endpoint, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {urlsplit(endpoint.origin).netloc}"]
-    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in NOT_FORWARDED]
-    lines += [f"{name}: {value}" for name, value in endpoint.headers.items()]
+def forwarded(headers: Iterable[tuple[str, str]]) -> bytes:
+    """Return the lines of a request's headers that may be forwarded."""
+    lines = [f"{name}: {value}\r\n" for name, value in headers if name.lower() not in NOT_FORWARDED]
+    return "".join(lines).encode("latin-1")
+
+
+def _head(endpoint: Endpoint, method: str, target: str, headers: bytes, body: bytes) -> bytes:
+    first = f"{method} {target} HTTP/1.1\r\nHost: {_host(endpoint.origin)}\r\n"
+    for name, value in endpoint.headers.items():
+        first += f"{name}: {value}\r\n"
     if body or method in ("POST", "PUT", "PATCH"):
-        lines.append(f"Content-Length: {len(body)}")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        first += f"Content-Length: {len(body)}\r\n"
+    return first.encode("latin-1") + headers + b"\r\n"
+
+
+@lru_cache(maxsize=64)
+def _host(origin: str) -> str:
+    return urlsplit(origin).netloc

@@ -77,7 +77,7 @@ class ClientRequest(Client):
     def _ask(self, router: Router, relay: Relay) -> str:
         self.admission = admission = router.admit(self.model, self.disconnected)
         body = {"model": self.model, "number": self.number, "act": self.act, "seconds": self.seconds}
-        response = relay_request(relay, admission, self, "POST", PATH, (), json.dumps(body).encode())
+        response = relay_request(relay, admission, self, "POST", PATH, b"", json.dumps(body).encode())
         self.status = response.status
         return self._read(response)
 

@@ -52,7 +52,7 @@ def relay(start_relay: Callable[..., Relay]) -> Relay:
 
 def ask(relay: Relay, engine: ScriptedEngine, body: bytes = b"{}", hangup: Hangup | None = None) -> EngineResponse:
     endpoint = Endpoint(engine.origin)
-    return relay.send(endpoint, "POST", "/v1/chat/completions", (), body, hangup or Hangup())
+    return relay.send(endpoint, "POST", "/v1/chat/completions", b"", body, hangup or Hangup())
 
 
 def read_whole(answer: EngineResponse) -> bytes:
@@ -205,7 +205,7 @@ def test_the_port_follows_the_scheme(relay, origin, port, monkeypatch):
 
     monkeypatch.setattr("gevent.socket.getaddrinfo", refuse)
     with pytest.raises(GatewayError):
-        relay.send(Endpoint(origin), "GET", "/v1/x", (), b"", Hangup())
+        relay.send(Endpoint(origin), "GET", "/v1/x", b"", b"", Hangup())
     assert asked == [port]
 
 
