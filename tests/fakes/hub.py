@@ -125,6 +125,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # like the real one; else each answer waits 40 ms for an acknowledgement
     server: _Server
 
     def do_GET(self) -> None:

@@ -91,6 +91,7 @@ class FakeServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # like the real one; else each answer waits 40 ms for an acknowledgement
     server: FakeServer
 
     def do_GET(self) -> None:

@@ -38,6 +38,7 @@ class Exchange(BaseHTTPRequestHandler):
     """Reads requests and writes responses; subclasses implement `_route` and `settings`."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # like the real one; else each answer waits 40 ms for an acknowledgement
     body: bytes
     answered: int
 
