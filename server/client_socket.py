@@ -14,8 +14,9 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
-from gevent.socket import socket as GeventSocket
 from gevent.socket import wait_read
+
+from services.gateway.connections import PatientSocket
 
 HEAD_SECONDS = 10.0
 """From the first byte of a request to the end of its head."""
@@ -47,7 +48,7 @@ def refusal(status: int, code: str, message: str, *headers: str) -> bytes:
 FULL = refusal(503, "too_many_connections", "Too many connections. Try again later.", "Retry-After: 5")
 
 
-class ClientSocket(GeventSocket):  # type: ignore[misc]
+class ClientSocket(PatientSocket):
     """A client's connection. One that sends its head too slowly, or nothing for too long, reads as closed; one too slow
     in the middle of a body raises TimeoutError, so that it can be told.
 
@@ -83,6 +84,10 @@ class ClientSocket(GeventSocket):  # type: ignore[misc]
             return self._take_unread(args[0])
         self.timeout = self._patience()
         try:
+            if self._since is None:
+                self.wait_readable(self.timeout)
+            elif self.timeout <= 0:  # one who sends a byte now and then would otherwise always be in time
+                raise TimeoutError
             data: bytes = super().recv(*args)
         except TimeoutError:
             if self._body:
@@ -118,7 +123,7 @@ class ClientSocket(GeventSocket):  # type: ignore[misc]
         if self._since is None:
             return IDLE_SECONDS
         allowed = BODY_SECONDS + self._came / BODY_BYTES_PER_SECOND if self._body else HEAD_SECONDS
-        return max(0.01, self._since + allowed - self._clock())
+        return self._since + allowed - self._clock()
 
     def refuse(self) -> None:
         """Close it with an answer, which would be lost if the request lay unread when the connection is closed."""

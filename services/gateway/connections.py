@@ -169,8 +169,32 @@ class _ConnectionMixin:
         return False
 
 
-class PlainConnection(_ConnectionMixin, gevent_socket.socket):  # type: ignore[misc]
+class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
+    """A gevent socket that can wait for bytes by a timer of its own: gevent creates one for every read."""
+
+    _timer: Any = None
+    _timer_seconds = 0.0
+
+    def wait_readable(self, seconds: float) -> None:
+        """Block until there is something to read, or the end. Raises TimeoutError after `seconds`."""
+        hub = self.hub
+        if seconds != self._timer_seconds:
+            self._timer, self._timer_seconds = hub.loop.timer(seconds), seconds
+        self._timer.start(gevent.getcurrent().throw, TimeoutError("timed out"))
+        try:
+            hub.wait(self._read_event)
+        finally:
+            self._timer.stop()
+
+
+class PlainConnection(_ConnectionMixin, PatientSocket):
     """TCP connection."""
+
+    def recv(self, size: int) -> bytes:
+        """Let other greenlets run first: a fast stream can't keep them waiting, and more of it has arrived by then."""
+        self.wait_readable(self.timeout)
+        data: bytes = super().recv(size)
+        return data
 
 
 class TlsConnection(_ConnectionMixin, ssl.SSLSocket):  # type: ignore[misc]
