@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from typing import Any
 from urllib.parse import urlsplit
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -105,7 +106,8 @@ class EngineResponse:
         """Whether the connection can be used for another request."""
         self._chunks: list[bytes] = []
         self.on_body = self._chunks.append  # a builtin: the parser calls it once per chunk
-        self._parser = HttpResponseParser(self)
+        self._parser: Any = HttpResponseParser(self)
+        """None after the end: the two refer to each other, and would be left to the garbage collector."""
         try:
             self._read_head(connection)
         except BaseException:
@@ -228,6 +230,7 @@ class EngineResponse:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        self._parser = None
         if self._reusable:
             self._pool.put_idle(connection)
         else:
