@@ -1,7 +1,7 @@
 # Each target sets up .venv itself, and only when something has changed. `make help` explains them.
 
 PYTHON ?= python3
-JOBS ?= 4
+JOBS ?= 5
 BIN := .venv/bin
 # Tests and bench start hundreds of Python processes; without caching each would compile every module.
 CACHING := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python

@@ -121,7 +121,7 @@ def test_one_click_switches_and_the_banner_names_unloaded_models(with_good: Page
     choose(page, "slow")
     expect(banner(page)).to_contain_text("good-plain is unloaded for it: to make room for slow")
     expect(dialog(page)).to_be_hidden()
-    assert console.states()["good-plain"] == "stopped"
+    console.wait_for(lambda status: status["models"]["good-plain"]["status"] == "stopped", "it to be unloaded")
 
 
 def test_with_confirmation_the_plan_is_shown_first(open_page: OpenPage, start_console: StartConsole) -> None:
