@@ -9,10 +9,9 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from blueprints.markdown.html_cache import html_cache
-from blueprints.markdown.rendering import FORMAT_LIMIT, html_of
 
-__all__ = ["FORMAT_LIMIT", "PLAIN_EXCERPT", "render_markdown"]
-
+FORMAT_LIMIT = 256_000
+"""Characters. A longer text is shown unformatted: formatting 5 MB took 16 s."""
 PLAIN_EXCERPT = 64_000
 """Characters of an unformatted text that a page shows; the whole text has an address of its own."""
 
@@ -21,6 +20,8 @@ def render_markdown(text: str) -> Markup:
     """Return the HTML of `text`, cached because finished answers never change."""
     html = html_cache.get(text)
     if html is None:
+        from blueprints.markdown.rendering import html_of  # on demand: 5 MB, which who only uses the API never needs
+
         html = html_of(text)
         html_cache.put(text, html)
     return Markup(html)

@@ -7,9 +7,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from blueprints.markdown import FORMAT_LIMIT
 from blueprints.markdown.html_cache import html_cache
-from blueprints.markdown.rendering import FORMAT_LIMIT, Env, html_of, last_boundary
 
 PACE_SECONDS = 0.06
 """Minimum interval between two renderings of an answer."""
@@ -36,7 +37,7 @@ class IncrementalHtml:
     def __init__(self, pace: float = PACE_SECONDS, rest: float = REST_FACTOR) -> None:
         self._pace, self._rest = pace, rest
         self._lock = threading.Lock()
-        self._links: Env = {}
+        self._links: dict[str, Any] = {}
         self._seen = 0
         self._finished_to = 0
         self._html = AnswerHtml((), "")
@@ -57,6 +58,8 @@ class IncrementalHtml:
             return None if self._links.get("references") else "".join(self._html.finished) + self._html.tail
 
     def _render(self, text: str) -> None:
+        from blueprints.markdown.rendering import html_of, last_boundary  # on demand, as in `render_markdown`
+
         began = time.monotonic()
         self._seen = len(text)
         lines = text.replace("\r\n", "\n").replace("\r", "\n")

@@ -28,8 +28,6 @@ from services.text import fix_surrogates
 Env = MutableMapping[str, Any]
 """State shared by the parts of one text: the links it defines, and its yielder."""
 
-FORMAT_LIMIT = 256_000
-"""Characters. A longer text is shown unformatted: formatting 5 MB took 16 s."""
 INLINE_LIMIT = 20_000
 """Characters of one paragraph. A longer one is shown unformatted, because part of parsing it can't yield."""
 PART = 16_000

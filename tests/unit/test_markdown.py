@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from blueprints.markdown import incremental as incremental_module
 from blueprints.markdown import render_markdown
 from blueprints.markdown import yielding as breaks_module
 from blueprints.markdown.html_cache import HtmlCache
@@ -241,7 +240,7 @@ def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> N
         rendered.append(text)
         return html_of(text, links)
 
-    monkeypatch.setattr(incremental_module, "html_of", counted)
+    monkeypatch.setattr("blueprints.markdown.rendering.html_of", counted)
     incremental, text = IncrementalHtml(pace=0, rest=0), ""
     for number in range(200):
         text += f"Paragraph {number} with **bold** words.\n\n"
