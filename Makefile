@@ -17,7 +17,7 @@ help: ## explain the targets
 run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
 	@$(BIN)/gunicorn --config gunicorn.conf.py
 
-test: $(DEV_READY) browser docker ## set up and run every test, JOBS=4 files at a time
+test: $(DEV_READY) browser docker ## set up and run every test, JOBS=5 files at a time
 	@$(CACHING) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-ollama: $(DEV_READY) ## the Ollama tests with a real Ollama: OLLAMA=/path/to/ollama OLLAMA_TEST_MODEL=name
