@@ -177,7 +177,7 @@ class Oracle:
         def is_gone(engine: str, name: str) -> bool:
             return name not in shown(engine)
 
-        for engine, name in [(engine, name) for engine in ("llamacpp", "ollama") for name in shown(engine)]:
+        for engine, name in [(kind, name) for kind in ("llamacpp", "ollama") for name in shown(kind)]:
             answer = self._client.post("/v1/chat/completions", {"model": name, "messages": HELLO}, model=name)
             if answer.status_code != 200 and not self._await(partial(is_gone, engine, name), NOTICE_SECONDS):
                 self._violation(f"{name} is shown as running, but answers {answer.status_code} {answer.text[:200]}")
