@@ -22,7 +22,7 @@ def describe() -> str:
         datetime.now(UTC).strftime("%Y-%m-%d"),
         f"{os.cpu_count()} processors ({_processor()})",
         f"{psutil.virtual_memory().total / 1e9:.0f} GB",
-        f"{platform.system()} {platform.release()}",
+        f"{platform.system()} {platform.release().partition('-')[0]}",  # without what a build adds
         f"Python {platform.python_version()}",
         f"Switchyard {VERSION}",
         *peers,

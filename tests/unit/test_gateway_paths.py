@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support.in_process import InProcess, in_process
 from tests.support.scripted_engine import Reply, answer
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 IMAGE_ELSEWHERE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    with in_process(tmp_path_factory.mktemp("app")) as console:
-        yield console
-
-
-@pytest.fixture
-def console(shared: InProcess) -> InProcess:
-    shared.reset()
-    return shared
 
 
 def error(response) -> dict[str, object]:

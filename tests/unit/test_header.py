@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from services.memory.ledger import Account
 from services.sizes import GB, MB
-from tests.support.in_process import InProcess, in_process
+from tests.support.in_process import InProcess
 
 MINI = "switchyard-mini"
 FOR_PEOPLE = {"Accept": "text/html"}
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    with in_process(tmp_path_factory.mktemp("app")) as console:
-        yield console
-
-
-@pytest.fixture
-def console(shared: InProcess) -> InProcess:
-    shared.reset()
-    return shared
 
 
 def header(console: InProcess, path: str) -> str:

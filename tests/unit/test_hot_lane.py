@@ -91,12 +91,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 
 
 @pytest.fixture
-def console(shared: InProcess) -> InProcess:
-    shared.reset()
-    return shared
-
-
-@pytest.fixture
 def connection(console: InProcess) -> Iterator[Connection]:
     connection = Connection(console)
     yield connection

@@ -94,12 +94,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
         yield console
 
 
-@pytest.fixture
-def console(shared: InProcess) -> InProcess:
-    shared.reset()
-    return shared
-
-
 class Tab:
     """An open page that polls with the URL in its own markup."""
 

@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 from blueprints.polls import STATUS, PollAnswer, Polls
 from blueprints.web import SECURITY_HEADERS
 from services.store.records import Conversation, Message, new_id
-from tests.support.in_process import InProcess, in_process
+from tests.support.in_process import InProcess
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 PAGES = ["/chats/new", "/models"]
@@ -44,20 +44,13 @@ class Tab:
         return self._polls.answer(self.path, self.query, encoding)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    with in_process(tmp_path_factory.mktemp("app")) as console:
-        yield console
-
-
 @pytest.fixture
-def console(shared: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
+def console(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
     """The app at one moment, at which what it has drawn stays drawn."""
-    shared.reset()
     now = time.time()
     monkeypatch.setattr("blueprints.pages.time", SimpleNamespace(time=lambda: now))
-    monkeypatch.setattr(shared.services.status, "_clock", lambda: 0.0)
-    return shared
+    monkeypatch.setattr(console.services.status, "_clock", lambda: 0.0)
+    return console
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -11,23 +10,16 @@ import pytest
 
 from blueprints.filters import dom_id
 from services.switching.events import InstanceState, LoadView, Loss, Unloading
-from tests.support.in_process import InProcess, in_process
+from tests.support.in_process import InProcess
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
 NOW = 1_800_000_000.0
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    with in_process(tmp_path_factory.mktemp("app")) as console:
-        yield console
-
-
 @pytest.fixture
-def console(shared: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
-    shared.reset()
+def console(console: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
     monkeypatch.setattr("blueprints.pages.time.time", lambda: NOW)
-    return shared
+    return console
 
 
 class PageTexts:

@@ -24,12 +24,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
         yield console
 
 
-@pytest.fixture
-def console(shared: InProcess) -> InProcess:
-    shared.reset()
-    return shared
-
-
 def state(console: InProcess) -> dict[str, object]:
     return console.client.get("/api/model-loading-status").get_json()
 
