@@ -17,7 +17,10 @@ RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable
 COPY . /app
 # Compiled here, since the root folder may be read-only later; by content, because copies need not keep their times.
 # Readable for everybody, however strict the umask was where the files were checked out.
-RUN python -m compileall -q --invalidation-mode unchecked-hash /app && chmod -R a+rX /app
+WORKDIR /app
+RUN python -m compileall -q --invalidation-mode unchecked-hash . \
+    && SWITCHYARD_STATE_DIR=/tmp/state /opt/venv/bin/python -m blueprints.compiled_templates \
+    && chmod -R a+rX .
 
 FROM ${BASE}
 # libgomp1: the embedded engine needs it, and slim images leave it out.

@@ -10,7 +10,18 @@ from flask_limiter.util import get_remote_address
 from htmx_flask import Htmx
 from limits.strategies import RateLimiter
 
-from blueprints import assets, chat, downloads, filters, local_services, models, pages, set_aside, web
+from blueprints import (
+    assets,
+    chat,
+    compiled_templates,
+    downloads,
+    filters,
+    local_services,
+    models,
+    pages,
+    set_aside,
+    web,
+)
 from blueprints.api import openai, operations, providers, scripts, switching
 from blueprints.guard import Guard
 from services.config import Settings, load_settings
@@ -34,6 +45,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     app.extensions["switchyard.guard"] = Guard(services, _limiter(app))
     Htmx().init_app(app)
     web.init_app(app)
+    compiled_templates.init_app(app)
     for module in (
         filters,
         assets,

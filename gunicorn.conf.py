@@ -87,6 +87,8 @@ def post_worker_init(worker):
     """Start the services, and close them as soon as the worker is told to stop, so that streams don't delay it."""
     import gevent
 
+    from blueprints.compiled_templates import compile_changed
+
     gc.freeze()  # modules are never freed: collections need not visit them
     gc.enable()
     services = worker.app.callable.extensions["switchyard"]
@@ -107,6 +109,7 @@ def post_worker_init(worker):
         worker.hang_up()
 
     gevent.spawn(leave_in_time)
+    gevent.spawn(compile_changed, worker.app.callable)
     worker.take_over()
     with suppress(OSError):  # the terminal may be gone by the time of a restart
         print(f"Switchyard is at http://{bind}", flush=True)
