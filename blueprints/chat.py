@@ -279,7 +279,7 @@ def _always(shown: Conversation | None, mark: str) -> dict[str, Any]:
 def _surroundings(live: Live, mark: str) -> str:
     """Return a hash of everything the composer and the poll element show."""
     shown = live.subject
-    composer = (live.lock, shown and shown.id, live.active and live.active.id, bool(live.status.models))
+    composer = (live.lock, shown and shown.id, live.active and live.active.id, bool(live.text_models))
     seen = (mark, *composer, live.status.moving, live.poll_seconds, live.announcement)
     return f"{zlib.crc32(repr(seen).encode()):08x}"
 

@@ -128,7 +128,18 @@ class Live:
 
         A load that is being cancelled counts until it is undone.
         """
-        return next((m for m in self.status.models if m.state == "loading" or self._is_cancelled(m)), self.active)
+        return next((m for m in self.text_models if m.state == "loading" or self._is_cancelled(m)), self.active)
+
+    @property
+    def text_models(self) -> tuple[ModelStatus, ...]:
+        """The models to chat with."""
+        return tuple(model for model in self.status.models if model.kind == "text")
+
+    @property
+    def loads_aside(self) -> bool:
+        """Whether the switch under way is to a model of another kind, so that the active one stays active."""
+        target = self.status.model(self.status.switch.to_model) if self.status.switch else None
+        return target is not None and target.kind != "text"
 
     def look(self, model: ModelStatus) -> Look:
         """Return how a model's state is shown."""
@@ -290,15 +301,16 @@ class Live:
     def lock(self) -> str | None:
         """Why no message can be sent now, and until when; None if one can.
 
-        While the target of a switch is still being downloaded, the active model goes on answering.
+        While the target of a switch is still being downloaded, or is none to chat with, the active model goes on
+        answering.
         """
         switch = self.status.switch
         answers = self.active is not None and self.active.state == "running"
-        if switch is not None and not (answers and switch.stage == "downloading"):
+        if switch is not None and not (answers and (switch.stage == "downloading" or self.loads_aside)):
             what = self._switching(switch)
             return what if switch.eta_seconds is None else f"{what}, {about(switch.eta_seconds)}"
         if self.active is None:
-            return "Choose a model to start" if self.status.models else "Add a model to start"
+            return "Choose a model to start" if self.text_models else "Add a model to start"
         if self.active.drain_until is not None:
             return f"{self.active.id} is being unloaded"
         if self.active.state == "running":

@@ -20,7 +20,7 @@ def menu_pieces(live: Live) -> Sheet:
     return (
         sheet("chat")
         .draw("parts", live.moment, lambda: _parts(live))
-        .draw("menu", (live.status.models, live.status.switch, live.moving_looks), lambda: _choices(live))
+        .draw("menu", (live.text_models, live.status.switch, live.moving_looks), lambda: _choices(live))
     )
 
 
@@ -32,7 +32,7 @@ def drawn_menu(live: Live) -> Sheet | None:
 
 def menu_lists(live: Live) -> Mapping[str, list[str]]:
     """Return the menu's two lists, by id: the names of their pieces, in order."""
-    models = live.status.models
+    models = live.text_models
     return {
         "menu-loaded": [_item_id(model) for model in models if model.state not in OTHERS],
         "menu-others": [_item_id(model) for model in models if model.state in OTHERS],
@@ -48,10 +48,10 @@ def _parts(live: Live) -> Iterator[Piece]:
 
 
 def _choices(live: Live) -> Iterator[Piece]:
-    yield Piece("menu-filter", "fragments/menu_filter.html", {"many": len(live.status.models) > MANY})
+    yield Piece("menu-filter", "fragments/menu_filter.html", {"many": len(live.text_models) > MANY})
     for name, items in menu_lists(live).items():
         yield order(name, items)
-    for model in live.status.models:
+    for model in live.text_models:
         choice = {"model": model, "look": live.look(model)}
         yield Piece(_item_id(model), "fragments/model_choice.html", choice, alone=False)
 

@@ -42,6 +42,7 @@ SECURITY_HEADERS = (
 STATUS_OF_CODE: Mapping[str, int] = {
     "invalid_json": 400,
     "invalid_value": 422,
+    "wrong_kind": 422,
     "forbidden_host": 403,
     "cross_origin": 403,
     "not_found": 404,

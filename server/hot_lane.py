@@ -145,7 +145,7 @@ class HotLane:
     def _answer(self, client: ClientSocket, request: Request, body: bytes) -> bool | None:
         """Relay a request; return whether the connection stays open afterwards, or None if the app has to answer."""
         named, model = _named_model(body)
-        admission = self._services.router.try_admit(model) if named else None
+        admission = self._services.router.try_admit(model, "text") if named else None
         if admission is None:
             return None
         self._on_request(client)

@@ -129,6 +129,7 @@ def _model_of(entry: ModelEntry) -> Model:
         id=entry.id,
         engine=entry.engine,
         source=entry.source,
+        kind=entry.kind,
         description=entry.description,
         load_seconds=entry.load_time_seconds,
         tags=entry.tags,

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from services.engines.options import validate_options
+from services.engines.port import Kind
 
 PREFIX = "SWITCHYARD_"
 DEFAULT_FILE = "switchyard.toml"
@@ -45,6 +46,7 @@ class ModelEntry(BaseModel):
     id: Annotated[str, Field(pattern=MODEL_ID_PATTERN, max_length=MAX_MODEL_ID)]
     engine: Literal["llamacpp", "ollama", "vllm"] = "llamacpp"
     source: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=4096)]
+    kind: Kind = "text"
     description: str = ""
     size_gb: Annotated[float, Field(gt=0)] | None = None
     required_gb: Annotated[float, Field(gt=0)] | None = None

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import structlog
 
 from services.catalog import Catalog
-from services.engines.port import Basis, Model, Need, Usage
+from services.engines.port import Basis, Kind, Model, Need, Usage
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
 from services.switching.events import Board, Failure, InstanceView, LoadView, Loss, Snapshot, SwitchView
@@ -51,6 +51,7 @@ class ModelStatus:
     """Whether it runs but has shown no activity for too long although it has work."""
     drain_until: float | None = None
     """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
+    kind: Kind = "text"
 
     @property
     def moving(self) -> bool:
@@ -237,6 +238,7 @@ def _status_of(inputs: _StatusInputs) -> ModelStatus:
         log_tail=inputs.failure.log_tail if inputs.failure else "",
         unresponsive=view.unresponsive if view else False,
         drain_until=view.drain_until if view else None,
+        kind=model.kind,
     )
 
 

@@ -7,7 +7,7 @@ sent by an `<img>` on another site, and a mistyped path is no reason to unload a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 from flask import Blueprint, Response, current_app, jsonify, request
@@ -17,6 +17,7 @@ from blueprints.api.relaying import Client, relay_request
 from blueprints.api.spec import documented
 from blueprints.guard import SAFE_METHODS
 from blueprints.web import ApiError, guard, json_object, services
+from services.engines.port import Kind
 from services.gateway.relay import forwarded
 from services.gateway.router import AUTO, Admission, ClientGone
 from services.restart import FAILED, UNBEGUN
@@ -41,6 +42,12 @@ GENERATING = (
     "images/variations",
 )
 """Further POST paths that generate, in llama.cpp, vLLM, Ollama or OpenAI's own API. They switch too."""
+PATHS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
+    "image": ("images/",),
+    "vision": ("score", "describe"),
+    "embedding": ("embeddings", "rerank", "score"),
+}
+"""Beginnings of the POST paths under /v1 that models of other kinds than text serve."""
 OURS = frozenset({"models", "events", "recover", "preferences", "audit"})
 """First path segments under /v1 that are Switchyard's own; they are never relayed."""
 RELAYED_METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
@@ -125,12 +132,29 @@ def _may_be_an_engines(path: str) -> bool:
 
 def _admit(name: str | None, client: Client) -> Admission:
     """Admit a request, switching to its model first. Counts that against the client's switch limit."""
+    _check_kind(name)
     router = services().router
     admission = router.try_admit(name)
     if admission is None:
         guard().count_switch_to(name, request.environ)
         admission = router.admit(name, client.disconnected)
     return admission
+
+
+def _check_kind(name: str | None) -> None:
+    """Refuse a request that the model's kind can't serve, before anything is unloaded for it. Raises ApiError."""
+    catalog = services().catalog
+    model = catalog.models.get(catalog.id_of(name)) if name is not None else None
+    if model is None or model.kind == "text":
+        return
+    path = request.path.removeprefix("/v1/")
+    if not path.startswith(PATHS_OF_KIND[model.kind]):
+        raise ApiError(
+            "wrong_kind",
+            f"{model.id} is a model of the kind {model.kind}: it can't serve {request.path}. "
+            "GET /v1/models lists each model's kind.",
+            param="model",
+        )
 
 
 def _admit_loaded(name: str | None, _client: Client) -> Admission:
@@ -205,4 +229,4 @@ def _target() -> str:
 
 def _listed(model_id: str) -> dict[str, object]:
     model = services().catalog.get(model_id)
-    return {"id": model.id, "object": "model", "created": STARTED_AT, "owned_by": model.engine}
+    return {"id": model.id, "object": "model", "created": STARTED_AT, "owned_by": model.engine, "kind": model.kind}

@@ -19,6 +19,9 @@ Stage = Literal["downloading", "loading_weights", "initializing_gpu", "warming_u
 """The stages of one load, in order."""
 STAGE_ORDER: tuple[Stage, ...] = get_args(Stage)
 
+Kind = Literal["text", "image", "vision", "embedding"]
+"""What a model does: generate text, draw pictures, judge pictures, or make vectors of texts."""
+
 HOST_DEVICE = "host"
 """Id of the device that stands for this machine's RAM."""
 
@@ -32,7 +35,7 @@ class Model:
     version of the source. `held_as` identifies the weights in memory: models of one engine with the same value share
     one instance, accounted once; None if unknown or never shared. `files` are the paths of its files on this disk,
     links and their targets, `companions` files loaded with it; empty if the engine doesn't report them. `fetch_bytes`
-    have to be fetched before it can be loaded, 0 if none.
+    have to be fetched before it can be loaded, 0 if none. Only a model of the `kind` text can become the active one.
     """
 
     id: str
@@ -51,6 +54,7 @@ class Model:
     companions: tuple[str, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     fault: str | None = None
+    kind: Kind = "text"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from services.catalog import Catalog, UnknownModel
 from services.config import Settings
+from services.engines.port import Kind
 from services.scheduling import Scheduler, ThreadScheduler
 from services.switching.events import Board, InstanceView
 from services.switching.jobs import Job, SwitchError, SwitchOptions
@@ -98,11 +99,14 @@ class Router:
         with self._place_in_queue(model_id):
             return self._wait_for(model_id, client_left)
 
-    def try_admit(self, name: str | None) -> Admission | None:
-        """Admit a request if its model is running; None if that takes waiting or an error. Never blocks."""
+    def try_admit(self, name: str | None, kind: Kind | None = None) -> Admission | None:
+        """Admit a request if its model is running, and of `kind` if that is given.
+
+        None if that takes waiting or an error. Never blocks.
+        """
         if name is None or name == AUTO:
-            return self._try_enter(self._board.current.active_model or "")
-        return self._try_enter(self._catalog.id_of(name))
+            return self._try_enter(self._board.current.active_model or "", kind)
+        return self._try_enter(self._catalog.id_of(name), kind)
 
     def would_switch(self, name: str | None) -> bool:
         """Return whether a request for `name` (None or "auto": the active model) would cause a switch.
@@ -128,17 +132,21 @@ class Router:
         snapshot = self._board.current
         if snapshot.active_model is not None:
             return snapshot.active_model
-        if snapshot.switch is not None:
+        if snapshot.switch is not None and self._is_text(snapshot.switch.to_model):
             return snapshot.switch.to_model
         if self._settings.ollama_model is not None:
             return self._catalog.get(self._settings.ollama_model).id
         raise GatewayError("model_not_loaded", "No model is loaded. Name one, or switch to one first.")
 
-    def _try_enter(self, model_id: str) -> Admission | None:
+    def _is_text(self, model_id: str) -> bool:
+        model = self._catalog.models.get(model_id)
+        return model is not None and model.kind == "text"
+
+    def _try_enter(self, model_id: str, kind: Kind | None = None) -> Admission | None:
         instance = self._board.current.instances.get(model_id)
-        if instance is not None and instance.state == "running" and instance.traffic.enter():
-            return Admission(instance)
-        return None
+        if instance is None or instance.state != "running" or (kind is not None and instance.entry.kind != kind):
+            return None
+        return Admission(instance) if instance.traffic.enter() else None
 
     def _is_switch_target(self, model_id: str) -> bool:
         switch = self._board.current.switch

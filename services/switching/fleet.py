@@ -261,7 +261,9 @@ class Fleet:
     # The active model; notices and failures.
 
     def activate(self, model_id: str) -> None:
-        """Route requests that name no model to this one."""
+        """Route requests that name no model to this one. A model of another kind than text can't become active."""
+        if not self._may_be_active(model_id):
+            return
         self._previous_active = None
         self._set_active(model_id)
 
@@ -270,7 +272,7 @@ class Fleet:
 
         This is not remembered for the next run while the previous run's active model may still be adopted.
         """
-        if self.active is None:
+        if self.active is None and self._may_be_active(model_id):
             self._set_active(model_id)
 
     def set_notice(self, model_id: str, words: str) -> None:
@@ -366,9 +368,13 @@ class Fleet:
     def _deactivate(self, member: Member) -> None:
         """If `member` was active, activate the most recently used running model instead."""
         if self.active == member.model.id:
-            left = [m for m in self if m.state == "running"]
+            left = [m for m in self if m.state == "running" and m.model.kind == "text"]
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
             self._set_active(left[-1].model.id if left else None)
+
+    def _may_be_active(self, model_id: str) -> bool:
+        member = self._members.get(model_id)
+        return member is None or member.model.kind == "text"
 
     def _apply(self, member: Member, reading: Measurement) -> None:
         noticeable = member.differs(reading)

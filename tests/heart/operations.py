@@ -216,6 +216,8 @@ class Operations:
         assert self.violations == [], self.violations
         for device in (HOST_DEVICE, GPU):
             assert heart.machine.ours(device) <= 10 * GB, f"over budget on {device}: {heart.machine.held}"
+        active = heart.now.instances.get(heart.now.active_model or "")
+        assert active is None or active.entry.kind == "text", f"{active.model} can't answer requests that name no model"
         waiting = tuple(job.target for job in heart.switcher._queue.waiting)
         assert heart.now.queued == waiting, "the queue equals what waits"
         check_relay(heart, EXPECTED_ERRORS)

@@ -36,6 +36,7 @@ MODELS = (
     model("beta", "shared", 5),
     model("dozer", "sleepy", 6),
     model("snorer", "sleepy", 7),
+    model("painter", "solo", 5, kind="image"),
 )
 """Ten gigabytes on each device: `large` displaces all others on the host, the two that can sleep each other."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from services.gateway.router import GatewayError
 from services.switching.jobs import SwitchError
 from tests.heart.rig import Heart
 
@@ -15,6 +16,26 @@ def heart():
     yield heart
     heart.close()
     assert heart.scheduler.failures == []
+
+
+def test_an_image_model_that_is_loaded_never_becomes_the_active_one(heart):
+    """Neither as the only one, nor when the active one is unloaded, nor after a restart of the app."""
+    heart.ready("painter")
+    assert (heart.states(), heart.now.active_model) == ({"painter": "running"}, None)
+    assert heart.router.try_admit("painter", "text") is None
+    heart.ready("small")
+    heart.ready("painter")
+    assert (heart.states(), heart.now.active_model) == ({"painter": "running", "small": "running"}, "small")
+    heart.done(heart.switcher.stop("small", requested_by="test"))
+    assert (heart.states(), heart.now.active_model) == ({"painter": "running"}, None)
+    heart.restart()
+    assert (heart.states(), heart.now.active_model) == ({"painter": "running"}, None)
+
+
+def test_a_request_that_names_no_model_does_not_wait_for_an_image_model(heart):
+    heart.switch("painter")
+    with pytest.raises(GatewayError, match="No model is loaded"):
+        heart.router.admit("auto")
 
 
 def test_a_switch_loads_its_target_and_makes_it_the_active_one(heart):

@@ -281,3 +281,12 @@ def test_a_model_that_exited_is_shown_until_dismissed_or_outdated() -> None:
     assert banner is not None
     assert banner.tone == "failed"
     assert live(loss=loss, last_switch=replace(after, stage="ready")).banner is None
+
+
+def test_loading_an_image_model_leaves_the_chat_as_it_is():
+    """The composer goes on with the active model, and neither names the other one nor offers it."""
+    painter = replace(MODEL, id="painter", kind="image", state="loading")
+    page = live(models=(RUNNING, painter), active_model="large", switch=switch(to_model="painter", stage="loading"))
+    assert (page.lock, page.subject, page.text_models) == (None, RUNNING, (RUNNING,))
+    alone = live(models=(painter,), switch=None)
+    assert (alone.lock, alone.subject) == ("Add a model to start", None)
