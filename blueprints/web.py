@@ -292,19 +292,19 @@ def handles_errors_of(*endpoints: str) -> Callable[[ErrorHandler], ErrorHandler]
 
 
 def _answer_error(error: ApiError) -> Response:
-    response = _error_page(error) if _for_people() else jsonify(error_document(error))
+    response = _error_page(error) if _for_people() else jsonify(error_document(error, request.path))
     response.status_code = error.status
     response.headers.update(error.headers)
     response.headers[ERROR_HEADER] = error.code
     return response
 
 
-def error_document(error: ApiError) -> dict[str, object]:
-    """Return the error in the contract's shape: OpenAI's under /v1, the flat one elsewhere.
+def error_document(error: ApiError, path: str) -> dict[str, object]:
+    """Return the error of a request to `path` in the contract's shape: OpenAI's under /v1, the flat one elsewhere.
 
     Refusals of the switcher are flat under /v1 too, figures included.
     """
-    if error.figures is not None or not request.path.startswith(OPENAI_SHAPED):
+    if error.figures is not None or not path.startswith(OPENAI_SHAPED):
         return {"status": "error", "error": error.code, "message": error.message, **(error.figures or {})}
     kind = "rate_limit_error" if error.status == 429 else "server_error"
     if error.status < 500 and error.status != 429:

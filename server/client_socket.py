@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -32,9 +32,9 @@ REFUSED_SECONDS = 1.0
 BLOCK = 65_536
 
 
-def refusal(status: int, code: str, message: str, *headers: str) -> bytes:
-    """A whole answer in the contract's shape that ends its connection, for requests that never reach the app."""
-    body = json.dumps({"status": "error", "error": code, "message": message}).encode() + b"\n"
+def refusal(status: int, document: Mapping[str, object], *headers: str) -> bytes:
+    """A whole answer that ends its connection, for requests that never reach the app."""
+    body = json.dumps(document).encode() + b"\n"
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
         "Content-Type: application/json",
@@ -45,7 +45,11 @@ def refusal(status: int, code: str, message: str, *headers: str) -> bytes:
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
-FULL = refusal(503, "too_many_connections", "Too many connections. Try again later.", "Retry-After: 5")
+FULL = refusal(
+    503,
+    {"status": "error", "error": "too_many_connections", "message": "Too many connections. Try again later."},
+    "Retry-After: 5",
+)
 
 
 class ClientSocket(PatientSocket):
@@ -67,6 +71,8 @@ class ClientSocket(PatientSocket):
         self.timeout = SEND_SECONDS
         self.lane: Any = None
         """The hot lane (`server.hot_lane.HotLane`), which sees each request before gunicorn's parser."""
+        self.path = ""
+        """Of the request that gunicorn reads next, which it may refuse before the app sees it."""
         self.failed: Exception | None = None
         """Why the hot lane could not pass on the request that it leaves to gunicorn."""
 

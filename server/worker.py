@@ -264,15 +264,28 @@ class Requests(RequestParser):  # type: ignore[misc]
         if not received:
             raise StopIteration
         self.unreader.unread(received)
+        self._client.path = _path(received)
         return super().__next__()
 
     next = __next__
 
 
-def write_error(client: socket.socket, status: int, _reason: str, message: str) -> None:
+def _path(received: bytes) -> str:
+    """Return the path in a request's first line; empty if there is none."""
+    _method, _, target = received.partition(b"\r\n")[0].partition(b" ")
+    return target.partition(b" ")[0].partition(b"?")[0].decode("latin-1")
+
+
+_CODES = {500: "internal_error", 501: "not_implemented"}
+
+
+def write_error(client: ClientSocket, status: int, _reason: str, message: str) -> None:
     """Refuse a request whose head can't be read, in the contract's shape: gunicorn answers with a page of its own."""
-    code = "bad_request" if status < 500 else "internal_error"
-    gunicorn.util.write_nonblock(client, refusal(status, code, message or "Switchyard hit a problem of its own."))
+    from blueprints.web import ApiError, error_document  # later than the master, which must not import ssl
+
+    message = message or "Switchyard hit a problem of its own."
+    error = ApiError(_CODES.get(status, "bad_request"), message, status=status)
+    gunicorn.util.write_nonblock(client, refusal(status, error_document(error, client.path)))
 
 
 gunicorn.util.write_error = write_error  # gunicorn does these things by these names
