@@ -11,21 +11,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
+import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import psutil
 import structlog
 
 from services.engines import out_of_memory
 from services.engines.child_logs import ChildLogs, open_log, tail
+from services.engines.spawn import exit_code, spawn
 from services.state_folder import PRIVATE_FILE, PRIVATE_FOLDER
 
 log = structlog.get_logger(__name__)
@@ -257,9 +257,9 @@ class GroupLeader:
 class ChildProcess(GroupLeader):
     """A program started by this app.
 
-    stderr goes to `log_path`, so that it outlives both processes. With `talk`, stdin and stdout are text pipes
-    (`stdin`, `stdout`); else stdout joins the log, or is discarded with `mute`. `on_exit(code)` is called from a
-    watcher thread. With `service`, it is recorded as a service. Raises OSError if it can't be started.
+    stderr goes to `log_path`, so that it outlives both processes. With `talk`, stdin and stdout are a socket
+    (`send_line`, `lines`); else stdout joins the log, or is discarded with `discard_stdout`. `on_exit(code)` is called
+    from a watcher thread. With `service`, it is recorded as a service. Raises OSError if it can't be started.
     """
 
     def __init__(
@@ -269,30 +269,23 @@ class ChildProcess(GroupLeader):
         log_path: Path,
         on_exit: Callable[[int], None],
         environment: Mapping[str, str] | None = None,
-        pipes: bool = False,
+        talk: bool = False,
         discard_stdout: bool = False,
         service: Service | None = None,
     ) -> None:
         self._registry = registry
         self._on_exit = on_exit
         mark = {MARK_VARIABLE: uuid.uuid4().hex}
+        self._exit_code: int | None = None
+        self._talk: socket.socket | None = None
         registry.announce(mark[MARK_VARIABLE])
         try:
-            with open_log(log_path) as log_file:
-                self._process = subprocess.Popen(
-                    list(argv),
-                    stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if pipes else subprocess.DEVNULL if discard_stdout else log_file,
-                    stderr=log_file,
-                    env={**os.environ, **(environment or {}), **mark},
-                    start_new_session=True,
-                    text=True,
-                )
+            pid = self._spawn(argv, {**os.environ, **(environment or {}), **mark}, log_path, talk, discard_stdout)
         except BaseException:
             registry.retract(mark[MARK_VARIABLE])
             raise
-        out_of_memory.raise_score(self._process.pid)
-        super().__init__(self._process.pid, time.time(), log_path)
+        out_of_memory.raise_score(pid)
+        super().__init__(pid, time.time(), log_path)
         record = ProcessRecord(
             self.pid, _start_time(self.pid), Path(argv[0]).name, mark=mark[MARK_VARIABLE], log=str(log_path)
         )
@@ -308,39 +301,57 @@ class ChildProcess(GroupLeader):
             registry.add(record)
         except OSError:  # not recorded, so no later run would find it: a full disk left engines running for ever
             signal_group(self.pid, signal.SIGKILL)
-            self._process.wait()
-            self._close_pipes()
+            exit_code(self.pid)
+            self._hang_up()
             registry.retract(record.mark)
             raise
         threading.Thread(target=self._watch, name=f"watch-{self.pid}", daemon=True).start()
 
     @property
-    def stdin(self) -> IO[str]:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    @property
-    def stdout(self) -> IO[str]:
-        assert self._process.stdout is not None
-        return self._process.stdout
-
-    @property
     def exit_code(self) -> int | None:
-        return self._process.returncode
+        return self._exit_code
+
+    def send_line(self, line: str) -> None:
+        """Write a line to its stdin. Raises OSError if it has ended."""
+        assert self._talk is not None, "it was not started to talk"
+        self._talk.sendall(f"{line}\n".encode())
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines that it writes to stdout, until it ends. Raises OSError if it has ended before."""
+        assert self._talk is not None, "it was not started to talk"
+        with self._talk.makefile("r", encoding="utf-8", errors="replace") as stdout:
+            yield from stdout
+
+    def _spawn(
+        self, argv: Sequence[str], environment: Mapping[str, str], log_path: Path, talk: bool, discard_stdout: bool
+    ) -> int:
+        with open_log(log_path) as log_file, open(os.devnull, "r+b") as nothing:
+            stderr = log_file.fileno()
+            if not talk:
+                stdout = nothing.fileno() if discard_stdout else stderr
+                return spawn(argv, environment, nothing.fileno(), stdout, stderr)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    pid = spawn(argv, environment, theirs.fileno(), theirs.fileno(), stderr)
+                except BaseException:
+                    ours.close()
+                    raise
+            self._talk = ours
+            return pid
 
     def _watch(self) -> None:
-        code = self._process.wait()
+        code = self._exit_code = exit_code(self.pid)
         signal_group(self.pid, signal.SIGKILL)  # processes that it started and left behind
         self._registry.remove(self.pid)
         self._exited.set()
-        self._close_pipes()
+        self._hang_up()
         self._on_exit(code)
 
-    def _close_pipes(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+    def _hang_up(self) -> None:
+        """Close our end of the socket, once whoever reads `lines` has read the last one."""
+        if self._talk is not None:
+            self._talk.close()
 
 
 class AdoptedProcess(GroupLeader):

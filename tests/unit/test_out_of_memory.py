@@ -43,10 +43,9 @@ def test_an_engine_is_killed_before_the_console(tmp_path: Path) -> None:
     registry = ProcessRegistry(tmp_path)
     ended = Event()
     argv = [sys.executable, "-c", PARENT]
-    child = ChildProcess(argv, registry, registry.new_log("engine"), lambda _code: ended.set(), pipes=True)
-    child.stdin.write("begin\n")
-    child.stdin.flush()
-    runner = int(child.stdout.readline())
+    child = ChildProcess(argv, registry, registry.new_log("engine"), lambda _code: ended.set(), talk=True)
+    child.send_line("begin")
+    runner = int(next(child.lines()))
     mine = score_of("self")
     assert [score_of(pid) - mine for pid in (child.pid, runner)] == [ADDED_SCORE, ADDED_SCORE]
     child.stop(5)

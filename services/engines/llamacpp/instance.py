@@ -77,7 +77,7 @@ class LlamaCppInstance(NoSleepMixin):
             if evidence != seen:
                 report(evidence)
                 seen = evidence
-            self._server.process.wait(POLL_SECONDS)
+            self._server.wait(POLL_SECONDS)
         assert self._endpoint is not None
         return self._endpoint
 
@@ -139,10 +139,10 @@ class LlamaCppInstance(NoSleepMixin):
             raise LoadFailed(ended if process.killed else first_cause(tail) or f"{ended} while loading", tail)
 
     def _is_ready(self) -> bool:
-        """Return whether the server reports itself as ready."""
+        """Return whether it serves the model: the embedded server says so itself, a native one has to be asked."""
         origin = self._server.origin()
         endpoint = endpoint_of(origin, self._key) if origin is not None else None
-        if endpoint is not None and is_ready(endpoint, PROBE_TIMEOUT):
+        if endpoint is not None and (self._server.announced or is_ready(endpoint, PROBE_TIMEOUT)):
             self._endpoint = endpoint
         return self._endpoint is not None
 

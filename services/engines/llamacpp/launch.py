@@ -51,6 +51,7 @@ class ServerHandle:
     def __init__(self, process: GroupLeader, origin: str | None = None) -> None:
         self.process = process
         self._origin = origin
+        self._announced = threading.Event()
         self._before: tuple[int, int] | None = None if origin is None else (0, 0)
         self._read = 0
 
@@ -58,8 +59,19 @@ class ServerHandle:
         """Return the origin where it answers or will answer; None while unknown."""
         return self._origin
 
+    @property
+    def announced(self) -> bool:
+        """Whether the process itself has said that it serves the model."""
+        return self._announced.is_set()
+
     def announce(self, origin: str) -> None:
+        """Note that the process says that it serves the model at `origin`."""
         self._origin = origin
+        self._announced.set()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until it is announced or `timeout` seconds have passed. The end of the process is not waited for."""
+        self._announced.wait(timeout)
 
     def count_from_here(self) -> None:
         """Start counting the bytes of the model."""
@@ -170,20 +182,19 @@ class _EmbeddedServer:
     def __init__(self, registry: ProcessRegistry) -> None:
         self._on_end: OnEnd | None = None
         argv = [sys.executable, "-I", "-S", str(PROGRAM), sysconfig.get_paths()["platlib"]]
-        self.process = ChildProcess(argv, registry, registry.new_log("llamacpp"), self._ended, pipes=True)
+        self.process = ChildProcess(argv, registry, registry.new_log("llamacpp"), self._ended, talk=True)
 
     def begin(self, request: LoadRequest, key: str, on_end: OnEnd, then: Callable[[], None]) -> ServerHandle:
         self._on_end = on_end
         server = ServerHandle(self.process)
         with suppress(OSError):  # the process has ended; its watcher reports that
-            self.process.stdin.write(json.dumps({**asdict(request), "key": key}) + "\n")
-            self.process.stdin.flush()
+            self.process.send_line(json.dumps({**asdict(request), "key": key}))
         threading.Thread(target=self._listen, args=(server, then), name="llamacpp-events", daemon=True).start()
         return server
 
     def _listen(self, server: ServerHandle, then: Callable[[], None]) -> None:
-        with suppress(OSError, ValueError):  # the pipe ends with the process
-            for line in self.process.stdout:
+        with suppress(OSError, ValueError):  # the socket is closed when the process has ended
+            for line in self.process.lines():
                 event = json.loads(line)
                 if event["event"] == "loading":
                     server.count_from_here()
