@@ -14,10 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from services.engines.options import validate_options
 from services.engines.port import Kind
+from services.providers.ports import IMAGE_ALIASES, VISION_ALIASES, ImageName, TextName, VisionName
+from services.redaction import is_secret, shown, without_credentials
 
 PREFIX = "SWITCHYARD_"
 DEFAULT_FILE = "switchyard.toml"
@@ -28,6 +39,8 @@ It sets no length: as `{0,199}`, which repeats the tables of all scripts 199 tim
 """
 MAX_MODEL_ID = 200
 
+KEY = re.compile(r"[!-~]{1,1000}")
+URL_PATH = re.compile(r"(/[A-Za-z0-9._~%+-]+)*")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?(:\d{1,5})?")
 
 Strategy = Literal["largest_first", "oldest_first", "preserve_favorites", "cheapest_reload"]
@@ -176,6 +189,25 @@ class Settings(BaseModel):
     )
     env_key: str = Field("MODEL_ID", pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$", description="the variable for it there")
 
+    llm_provider: TextName = Field("openai", description="who writes text for the Studio; local: the active model")
+    image_provider: ImageName = Field("openai", description="who draws pictures for the Studio")
+    vision_provider: VisionName = Field("openai", description="who judges pictures for the Studio")
+    remember_providers: bool = Field(False, description="whether a choice of providers outlasts a restart")
+    openai_api_key: SecretStr | None = Field(None, description="the key for OpenAI, or for what answers in its place")
+    openai_base_url: str = Field("https://api.openai.com/v1", description="where OpenAI's API answers")
+    flux_api_url: str = Field("http://127.0.0.1:8001", description="where the Flux service answers")
+    flux_model: str = Field(
+        "flux-schnell",
+        pattern=r"^[^\x00-\x1f-][^\x00-\x1f]*$",
+        max_length=500,
+        description="the model that the Flux service draws with: a name at Hugging Face, or a folder",
+    )
+    local_vision_api_url: str = Field("http://127.0.0.1:8002", description="where the vision service answers")
+    studio_at_once: int = Field(4, ge=1, le=64, description="calls that a Studio run makes to one provider at once")
+    environment: Literal["local", "production"] | None = Field(
+        None, description="whether pages manage models; default: local where they are asked from this machine"
+    )
+
     update_check_hours: float = Field(
         24, ge=0, le=8760, description="how often to ask the registry for newer versions of Ollama models; 0: never"
     )
@@ -201,24 +233,50 @@ class Settings(BaseModel):
             raise ValueError("must be a loopback address: anyone who reaches another one could switch models")
         return value
 
-    @field_validator("ollama_base_url", "ollama_registry_url")
+    @field_validator("image_provider", mode="before")
     @classmethod
-    def _an_origin(cls, value: str) -> str:
+    def _image_alias(cls, value: object) -> object:
+        return IMAGE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("vision_provider", mode="before")
+    @classmethod
+    def _vision_alias(cls, value: object) -> object:
+        return VISION_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("openai_api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        key = value.get_secret_value().strip()
+        if not KEY.fullmatch(key):
+            raise ValueError("must be 1 to 1000 ASCII characters without spaces")
+        return SecretStr(key)
+
+    @field_validator(
+        "ollama_base_url", "ollama_registry_url", "openai_base_url", "flux_api_url", "local_vision_api_url"
+    )
+    @classmethod
+    def _an_address(cls, value: str, info: ValidationInfo) -> str:
+        """Only OpenAI's address may have a path."""
         parts = urlsplit(value if "://" in value else f"http://{value}")
         try:
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
         except ValueError:
             usable = False
-        if not usable or parts.path.strip("/") or parts.query or parts.username:
-            raise ValueError("must be an address such as http://127.0.0.1:11434")
-        return f"{parts.scheme}://{parts.netloc}"
+        path = parts.path.rstrip("/")
+        unwanted = parts.query or parts.fragment or "@" in parts.netloc or not URL_PATH.fullmatch(path)
+        if not usable or unwanted or (path and info.field_name != "openai_base_url"):
+            example = cls.model_fields[info.field_name or ""].default
+            raise ValueError(f"must be an address such as {example}, without user, password or query")
+        return f"{parts.scheme}://{parts.netloc}{path}"
 
     @field_validator("download_hosts")
     @classmethod
     def _hosts(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
             if not HOST.fullmatch(value):
-                raise ValueError(f"{value!r} is not a host, such as hf.co or registry.lan:5000")
+                raise ValueError(f"{without_credentials(value)} is not a host, such as hf.co or registry.lan:5000")
         return values
 
     @model_validator(mode="after")
@@ -251,7 +309,22 @@ class Settings(BaseModel):
 
 LIST_KEYS = {"allowed_hosts", "preserve_models", "download_hosts"}
 FILE_ONLY = {"models", "recommended"}
-UNPREFIXED = {"OLLAMA_BASE_URL": "ollama_base_url", "OLLAMA_MODEL": "ollama_model", "DOCKER_HOST": "docker_host"}
+UNPREFIXED = {
+    name: name.lower()
+    for name in (
+        "OLLAMA_BASE_URL",
+        "OLLAMA_MODEL",
+        "DOCKER_HOST",
+        "LLM_PROVIDER",
+        "IMAGE_PROVIDER",
+        "VISION_PROVIDER",
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+        "FLUX_API_URL",
+        "FLUX_MODEL",
+        "LOCAL_VISION_API_URL",
+    )
+}
 """Variables that other programs read too; the prefixed ones win."""
 
 
@@ -322,6 +395,4 @@ def _describe(problem: Any, location: list[str]) -> str:
         known = tables.get(location[0], Settings)
         return f"there is no such setting. Allowed: {', '.join(sorted(known.model_fields))}."
     message = str(problem["msg"]).removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = "" if isinstance(given, (dict, list, tuple, Settings)) else f" (it is {given!r})"
-    return f"{message[0].lower()}{message[1:]}{shown}."
+    return f"{message[0].lower()}{message[1:]}{shown(problem.get('input'), secret=is_secret(Settings, location))}."

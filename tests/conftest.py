@@ -15,7 +15,14 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from tests.support.console import DEMO_MODELS, FAKE_LLAMA_SERVER, NO_OLLAMA, Console, put_empty_database
+from tests.support.console import (
+    DEMO_MODELS,
+    FAKE_LLAMA_SERVER,
+    NO_OLLAMA,
+    Console,
+    is_a_setting,
+    put_empty_database,
+)
 from tests.support.docker import DockerEngine, docker_engine
 
 StartConsole = Callable[..., Console]
@@ -34,7 +41,7 @@ def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     """Make an app like `app`; keyword arguments are settings."""
     from app import create_app  # imported here: it takes half a second, which runs without this fixture save
 
-    for name in [name for name in os.environ if name.startswith(("SWITCHYARD_", "OLLAMA_", "HF_", "DOCKER_"))]:
+    for name in [name for name in os.environ if is_a_setting(name)]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)  # so that no settings file of the developer is read
     with ExitStack() as made:

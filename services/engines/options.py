@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from services.redaction import is_secret, shown
+
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 """A process argument or environment value: it can't contain NUL."""
 Argument = Text | int | float
@@ -51,6 +53,9 @@ class VllmOptions(BaseModel):
 
 OPTIONS: Mapping[str, type[BaseModel]] = {"llamacpp": LlamaCppOptions, "ollama": OllamaOptions, "vllm": VllmOptions}
 
+OFTEN_SECRET = {"arguments", "environment"}
+"""Options that pass keys and tokens on to an engine: errors name them without their values."""
+
 
 def validate_options(engine: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given options with their types. Raises ValueError naming what is wrong and what is allowed."""
@@ -69,4 +74,5 @@ def _describe(problem: Any, engine: str, known: type[BaseModel]) -> str:
         return f"there is no option {name!r} for {engine} models, only {', '.join(sorted(known.model_fields))}"
     entry = f" {within[0]}" if within else ""
     message = str(problem["msg"])
-    return f"the option {name}{entry}: {message[0].lower()}{message[1:]} (it is {problem['input']!r})"
+    secret = name in OFTEN_SECRET or is_secret(known, [name])
+    return f"the option {name}{entry}: {message[0].lower()}{message[1:]}{shown(problem['input'], secret=secret)}"

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, Protocol, TypedDict, get_args
 
 from services.cancellation import CancelToken
 
 Capability = Literal["llm", "image", "vision"]
+TextName = Literal["openai", "ollama", "vllm", "llamacpp", "local"]
+ImageName = Literal["openai", "flux"]
+VisionName = Literal["openai", "local"]
+PROVIDERS: Mapping[Capability, tuple[str, ...]] = {
+    "llm": get_args(TextName),
+    "image": get_args(ImageName),
+    "vision": get_args(VisionName),
+}
+IMAGE_ALIASES: Mapping[str, ImageName] = {"dalle": "openai"}
+VISION_ALIASES: Mapping[str, VisionName] = {"gpt-vision": "openai"}
+ALIASES: Mapping[Capability, Mapping[str, str]] = {"llm": {}, "image": IMAGE_ALIASES, "vision": VISION_ALIASES}
+"""Other names of providers, accepted in the settings and by a switch."""
 
 
 class ChatMessage(TypedDict):

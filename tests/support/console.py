@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import requests
 
+from services.config import UNPREFIXED
 from services.engines.processes import MARK_VARIABLE
 from services.store.repository import open_store
 
@@ -32,6 +33,11 @@ PORTS = random.SystemRandom()
 PRODUCTION = ROOT / "tests" / "support" / "production"
 NO_OLLAMA = "http://127.0.0.1:9"
 """The discard port, where nothing listens: a test uses only the Ollama that it starts itself, never this machine's."""
+
+
+def is_a_setting(variable: str) -> bool:
+    """Whether a variable of this machine's environment would change what a console does."""
+    return variable in UNPREFIXED or variable.startswith(("SWITCHYARD_", "OLLAMA_", "HF_", "DOCKER_"))
 
 
 class Console:
@@ -91,12 +97,7 @@ class Console:
             self.process = subprocess.Popen(
                 [*self._limits, sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
                 cwd=ROOT,
-                env={
-                    k: v
-                    for k, v in os.environ.items()
-                    if not k.startswith(("SWITCHYARD_", "OLLAMA_", "HF_", "DOCKER_"))
-                }
-                | self.environment,
+                env={k: v for k, v in os.environ.items() if not is_a_setting(k)} | self.environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -110,3 +110,82 @@ def test_options_are_kept_unchanged(tmp_path, engine, options, expected):
     """No defaults are added, because learned figures are looked up by a model's options."""
     text = f'[[models]]\nid = "a"\nsource = "x"\nengine = "{engine}"\n[models.options]\n{options}\n'
     assert load_settings(write(tmp_path, text)).models[0].options == expected
+
+
+SECRET = "s3cr3t-hunter2"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"OPENAI_API_KEY": f"{SECRET} with spaces"},
+        {"SWITCHYARD_OPENAI_API_KEY": f"{SECRET}\nX-Injected: yes"},
+        {"SWITCHYARD_OPENAI_API_KEY": f"{SECRET}-ключ"},
+        {"OLLAMA_BASE_URL": f"http://user:{SECRET}@ollama.lan:11434"},
+        {"OLLAMA_BASE_URL": f"user:{SECRET}@ollama.lan:11434"},
+        {"OLLAMA_BASE_URL": f"http://user:{SECRET}/with/slashes@ollama.lan"},
+        {"FLUX_API_URL": f"http://{SECRET}@flux.lan:8001"},
+        {"OPENAI_BASE_URL": f"https://user:{SECRET}@api.lan/v1"},
+        {"OPENAI_BASE_URL": f"https://api.lan/v1?api_key={SECRET}"},
+        {"SWITCHYARD_DOWNLOAD_HOSTS": f"user:{SECRET}@registry.lan"},
+    ],
+)
+def test_a_rejected_secret_is_not_printed(environ):
+    """Keys, and the user, password and query of an address, end up in logs otherwise: the error is printed there."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ)
+    assert SECRET not in str(caught.value)
+    (name,) = environ
+    assert name.lower().removeprefix("switchyard_") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'openai_api_key = ["{SECRET}"]',
+        f'openai_api_key = {{ key = "{SECRET}" }}',
+        f'openai_api_ky = "{SECRET}"',
+        '[[models]]\nid = "a"\nsource = "x"\nengine = "vllm"\n[models.options.environment]\n'
+        f'HF_TOKEN = "{SECRET}\\u0000"',
+        f'[[models]]\nid = "a"\nsource = "x"\n[models.options]\narguments = ["--api-key={SECRET}\\u0000"]',
+        f'[[models]]\nid = "a"\nsource = "x"\n[models.options]\napi_key = "{SECRET}"',
+        f'[[models]]\nid = "a"\nsource = "https://user:{SECRET}@host/\\u0000"',
+    ],
+)
+def test_a_rejected_secret_of_the_file_is_not_printed(tmp_path, text):
+    """Also in tables and lists, in misspelt keys, and in what is passed on to engines."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(write(tmp_path, text))
+    assert SECRET not in str(caught.value)
+
+
+def test_a_key_is_never_shown_again():
+    """Neither by the settings as text nor by their values."""
+    settings = load_settings({"OPENAI_API_KEY": f" {SECRET}\n"})
+    assert settings.openai_api_key.get_secret_value() == SECRET
+    assert SECRET not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
+
+
+def test_providers_are_set_with_the_names_of_other_programs():
+    """The variables that such a stack sets anyway, their aliases, and the prefixed ones, which win."""
+    environ = {
+        "LLM_PROVIDER": "ollama",
+        "IMAGE_PROVIDER": "dalle",
+        "VISION_PROVIDER": "gpt-vision",
+        "SWITCHYARD_VISION_PROVIDER": "local",
+        "OPENAI_BASE_URL": "https://proxy.lan/openai/v1/",
+        "FLUX_API_URL": "http://gpu.lan:8001/",
+        "FLUX_MODEL": "flux-dev",
+        "LOCAL_VISION_API_URL": "http://127.0.0.1:9002",
+    }
+    settings = load_settings(environ)
+    assert (settings.llm_provider, settings.image_provider, settings.vision_provider) == ("ollama", "openai", "local")
+    assert (settings.openai_base_url, settings.flux_api_url) == ("https://proxy.lan/openai/v1", "http://gpu.lan:8001")
+    assert (settings.flux_model, settings.local_vision_api_url) == ("flux-dev", "http://127.0.0.1:9002")
+
+
+@pytest.mark.parametrize("name", ["LLM_PROVIDER", "IMAGE_PROVIDER", "VISION_PROVIDER"])
+def test_an_unknown_provider_stops_the_start(name):
+    """The message names the variable and the providers there are."""
+    with pytest.raises(ConfigError, match=f"{name}.*'openai'.*'midjourney'"):
+        load_settings({name: "midjourney"})
