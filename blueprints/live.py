@@ -11,9 +11,9 @@ from typing import Literal
 
 from blueprints.filters import about, duration
 from services.downloads.download import Download
+from services.engines.supervisor import ServiceStatus
+from services.engines.supervisor import State as ServiceState
 from services.providers.docker_service import UNUSED, DockerStatus
-from services.providers.local_services import ServiceStatus
-from services.providers.local_services import State as ServiceState
 from services.status import CACHE_SECONDS, ModelState, ModelStatus, Status
 from services.switching.events import Loss, SwitchStage, SwitchView
 from services.text import running_again

@@ -6,7 +6,7 @@ from flask import Blueprint, Response
 
 from blueprints.pages import done
 from blueprints.web import services
-from services.providers.local_services import ServiceError
+from services.engines.supervisor import ServiceError
 
 bp = Blueprint("local_services", __name__, url_prefix="/services/ollama")
 

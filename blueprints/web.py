@@ -20,9 +20,9 @@ from services.container import Services
 from services.downloads.download import DownloadNotFound
 from services.downloads.fetcher import DownloadError
 from services.engines.port import EngineError
+from services.engines.supervisor import ServiceError
 from services.gateway.router import GatewayError
 from services.native_threads import compute_in_thread
-from services.providers.local_services import ServiceError
 from services.sizes import format_size
 from services.store.errors import StoreError, StoreLocked
 from services.switching.jobs import SwitchError

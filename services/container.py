@@ -41,7 +41,7 @@ from services.memory.devices import DeviceMonitor
 from services.native_threads import run_in_thread
 from services.periodic import Periodic
 from services.providers.docker_service import DockerService
-from services.providers.local_services import OllamaService, find_ollama
+from services.providers.ollama_service import OllamaService, find_ollama
 from services.restart import Restart
 from services.scheduling import ThreadScheduler
 from services.state_folder import DATABASE, StateError, check_writable, owner, prepare

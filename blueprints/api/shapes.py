@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 from services.downloads.download import Download
 from services.downloads.library import Recommended
+from services.engines.supervisor import ServiceStatus
 from services.memory.ledger import Account
-from services.providers.local_services import ServiceStatus
 from services.sizes import gigabytes
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchView

@@ -21,8 +21,9 @@ import pytest
 from services.engines.ollama.health import ask_health
 from services.engines.ollama.watch import OllamaWatch
 from services.engines.processes import ProcessRegistry
-from services.providers.local_services import OllamaService, ServiceError, ServiceStatus, find_ollama
-from services.providers.ollama_address import Address
+from services.engines.server_address import Address
+from services.engines.supervisor import ServiceError, ServiceStatus
+from services.providers.ollama_service import OllamaService, find_ollama
 from tests.support.console import wait_until
 from tests.support.ollama import TINY_A, FakeOllama
 from tests.support.stopwatch import Stopwatch

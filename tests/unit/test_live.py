@@ -9,7 +9,7 @@ import pytest
 
 from blueprints.live import Live
 from services.downloads.download import Download
-from services.providers.local_services import ServiceStatus
+from services.engines.supervisor import ServiceStatus
 from services.status import ModelStatus, Status
 from services.switching.events import LoadView, Loss, SwitchView
 

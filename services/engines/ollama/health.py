@@ -6,33 +6,11 @@ Format of Ollama 0.24.0: `GET /api/version` answers `{"version": "0.24.0"}`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
+from services.engines.supervisor import Health
 from services.http import ConnectionBroken, ConnectionRefused, FetchError, TooSlow, Unreachable, fetch
 
 HEALTH_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """Result of one check: `version` if Ollama answered, `error` for people, or neither if nothing listens.
-
-    `at` is when the check began (monotonic seconds). `refused`: the host refused the connection, so no Ollama can be
-    running there.
-    """
-
-    at: float
-    version: str | None = None
-    error: str | None = None
-    refused: bool = False
-
-    @property
-    def is_listening(self) -> bool:
-        """Whether something listens at the address."""
-        return self.version is not None or self.error is not None
-
-
-NOT_ASKED = Health(float("-inf"))
 
 
 def ask_health(url: str) -> Health:
@@ -52,5 +30,5 @@ def ask_health(url: str) -> Health:
     except (FetchError, ValueError):
         pass
     if isinstance(version, str):
-        return Health(at, version)
+        return Health(at, version, answers=True)
     return Health(at, error=f"What answers at {url} is not Ollama. Check the setting ollama_base_url.")

@@ -15,9 +15,10 @@ from types import MappingProxyType
 import structlog
 
 from services.engines.ollama.api import OllamaApi, OllamaUnreachable, Running
-from services.engines.ollama.health import NOT_ASKED, Health, ask_health
+from services.engines.ollama.health import ask_health
 from services.engines.ollama.inventory import Inventory
 from services.engines.port import EngineError
+from services.engines.supervisor import NOT_ASKED, Health
 from services.periodic import Periodic
 
 log = structlog.get_logger(__name__)

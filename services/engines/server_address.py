@@ -1,4 +1,4 @@
-"""Ollama's address, and the program that listens there on this machine."""
+"""A local server's address, and the program that listens there on this machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from services.native_threads import run_in_thread
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where Ollama answers: its URL, and host:port as in `OLLAMA_HOST`.
+    """Where a server answers: its URL, and host:port.
 
-    `local`: on this machine and without TLS, which `ollama serve` does not support.
+    `local`: on this machine and without TLS, which none of the servers that we start supports.
     """
 
     url: str
