@@ -17,6 +17,8 @@ log = structlog.get_logger(__name__)
 MAX_WAITING = 1000
 """Limit of queued writes while the database can't be written; the oldest are dropped."""
 PAUSE_SECONDS = 1.0
+DELAY_SECONDS = 0.1
+"""Delay of a write after a quiet time: written at once, the record of a load came before the model's first token."""
 
 
 class DeferredWrites:
@@ -79,7 +81,9 @@ class DeferredWrites:
 
     def _next(self) -> Callable[[], object] | None:
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+            if not self._waiting:
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+                self._changed.wait_for(lambda: self._closed, DELAY_SECONDS)
             return self._waiting.popleft() if self._waiting else None
 
 
