@@ -16,7 +16,7 @@ from pathlib import Path
 PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
 DATABASE = "switchyard.db"
-OWN_FOLDERS = ("logs", "processes")
+OWN_FOLDERS = ("logs", "processes", "studio-pictures")
 OWN_FILES = ("switchyard*.db*", "lock", "owner")
 """With OWN_FOLDERS, everything the app keeps. Nothing else is changed, because the folder may have been set by mistake.
 """

@@ -17,7 +17,7 @@ from services.state_folder import private_opener
 from services.store import checkpoints, damage
 from services.store.errors import StoreError, is_locked, locked, store_error
 
-HEAD = "0004"
+HEAD = "0005"
 """The newest revision in `migrations/`. A database at this revision needs no Alembic, whose import takes 0.2 s."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")

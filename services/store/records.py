@@ -124,3 +124,67 @@ class LoadRecord:
     device: str
     at: float
     id: str = field(default_factory=new_id)
+
+
+RunState = Literal["running", "complete", "failed", "cancelled", "interrupted"]
+CandidateState = Literal["written", "drawn", "scored", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class StudioRun:
+    """One beam search. `candidates` is the number of new ones in each of `iterations`, the best `beam_width` are kept.
+
+    `providers` maps llm, image and vision to the names of provider and model. `error` is a code, `message` the same for
+    people. `notes` are sentences about what did not go as it should. `switching_seconds` is what loading the providers'
+    models took, by capability. `calls` counts the calls made, by phase. `origin_run` and `origin_number` name the
+    candidate that the run goes on from.
+    """
+
+    id: str
+    prompt: str
+    beam_width: int
+    iterations: int
+    candidates: int
+    seed: int
+    state: RunState
+    providers: Mapping[str, Mapping[str, str | None]]
+    created_at: float
+    finished_at: float | None = None
+    error: str | None = None
+    message: str | None = None
+    notes: tuple[str, ...] = ()
+    switching_seconds: Mapping[str, float] = field(default_factory=dict)
+    calls: Mapping[str, int] = field(default_factory=dict)
+    origin_run: str | None = None
+    origin_number: int | None = None
+
+    @property
+    def final(self) -> bool:
+        return self.state != "running"
+
+
+@dataclass(frozen=True, slots=True)
+class StudioCandidate:
+    """One candidate of a run, numbered from 1: its prompt on two axes, its picture and its score.
+
+    `parent` is the number of the candidate that it refines. `by_rules`: not written by a model. `picture` is the
+    SHA-256 of the picture's file. `reason` says why it was dropped. `rank` is its place in the final ranking, from 1;
+    None before the end and for what has no score.
+    """
+
+    run_id: str
+    number: int
+    iteration: int
+    parent: int | None
+    what: str
+    how: str
+    by_rules: bool
+    seed: int
+    state: CandidateState = "written"
+    picture: str | None = None
+    alignment: float | None = None
+    aesthetic: float | None = None
+    total: float | None = None
+    comment: str = ""
+    reason: str | None = None
+    rank: int | None = None

@@ -1,8 +1,8 @@
-"""Repositories: conversations, messages, downloads, notes and loads, returned as immutable values."""
+"""Repositories: conversations, messages, downloads, studio runs, notes and loads, returned as immutable values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -22,9 +22,26 @@ from sqlalchemy import (
 
 from services.store.database import Store, open_store
 from services.store.errors import StoreError
-from services.store.records import Conversation, DownloadRecord, LoadRecord, Message, MessageState, Place
+from services.store.records import (
+    Conversation,
+    DownloadRecord,
+    LoadRecord,
+    Message,
+    MessageState,
+    Place,
+    StudioCandidate,
+    StudioRun,
+)
 from services.store.rows import to_record, to_row
-from services.store.tables import CONVERSATIONS, DOWNLOADS, LOADS, MESSAGES, NOTES
+from services.store.tables import (
+    CONVERSATIONS,
+    DOWNLOADS,
+    LOADS,
+    MESSAGES,
+    NOTES,
+    STUDIO_CANDIDATES,
+    STUDIO_RUNS,
+)
 
 __all__ = [
     "ConversationRepository",
@@ -34,6 +51,7 @@ __all__ = [
     "NoteRepository",
     "Store",
     "StoreError",
+    "StudioRepository",
     "open_store",
 ]
 
@@ -211,6 +229,66 @@ class DownloadRepository:
             return _delete(connection, DOWNLOADS, download_id)
 
 
+class StudioRepository:
+    """The Studio's runs and their candidates."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def save(self, run: StudioRun, candidates: Iterable[StudioCandidate] = ()) -> None:
+        """Insert a run and candidates of it, or replace their older states."""
+        row = to_row(run, STUDIO_RUNS, notes=list(run.notes))
+        rows = [to_row(candidate, STUDIO_CANDIDATES) for candidate in candidates]
+        with self._store.writing() as connection:
+            _put(connection, STUDIO_RUNS, row)
+            for one in rows:
+                _put(connection, STUDIO_CANDIDATES, one)
+
+    def newest_first(self, limit: int | None = None, older_than: Place | None = None) -> list[StudioRun]:
+        """Return runs, the one begun last first: all, or `limit` after a place (time of its beginning, id)."""
+        at, row_id = STUDIO_RUNS.c.created_at, STUDIO_RUNS.c.id
+        query = select(STUDIO_RUNS).order_by(at.desc(), row_id).limit(limit)
+        if older_than is not None:
+            query = query.where(or_(at < older_than[0], and_(at == older_than[0], row_id > older_than[1])))
+        with self._store.reading() as connection:
+            return [_studio_run(row) for row in connection.execute(query).mappings()]
+
+    def get(self, run_id: str) -> tuple[StudioRun, list[StudioCandidate]] | None:
+        """Return a run and its candidates in the order of their numbers."""
+        theirs = select(STUDIO_CANDIDATES).where(STUDIO_CANDIDATES.c.run_id == run_id)
+        with self._store.reading() as connection:
+            row = _row(connection, STUDIO_RUNS, run_id)
+            rows = connection.execute(theirs.order_by(STUDIO_CANDIDATES.c.number)).mappings().all()
+        if row is None:
+            return None
+        return _studio_run(row), [to_record(StudioCandidate, candidate) for candidate in rows]
+
+    def best(self, run_ids: Sequence[str]) -> dict[str, StudioCandidate]:
+        """Return the best candidate of each run that has one with a rank."""
+        columns = STUDIO_CANDIDATES.c
+        query = select(STUDIO_CANDIDATES).where(columns.run_id.in_(run_ids), columns.rank == 1)
+        with self._store.reading() as connection:
+            found = [to_record(StudioCandidate, row) for row in connection.execute(query).mappings()]
+        return {candidate.run_id: candidate for candidate in found}
+
+    def delete(self, run_id: str) -> set[str] | None:
+        """Delete a run; return the pictures that no other run has, None if there was no such run."""
+        columns = STUDIO_CANDIDATES.c
+        theirs = select(columns.picture).where(columns.run_id == run_id, columns.picture.is_not(None))
+        with self._store.writing() as connection:
+            had = set(connection.scalars(theirs))
+            if not _delete(connection, STUDIO_RUNS, run_id):
+                return None
+            shared = set(connection.scalars(select(columns.picture).where(columns.picture.in_(had)).distinct()))
+        return had - shared
+
+    def mark_interrupted(self, at: float) -> int:
+        """Mark every run left `running` by an ended process as interrupted; return their number."""
+        running = update(STUDIO_RUNS).where(STUDIO_RUNS.c.state == "running")
+        with self._store.writing() as connection:
+            return connection.execute(running.values(state="interrupted", finished_at=at)).rowcount
+
+
 class NoteRepository:
     """Key-value notes that the app keeps across restarts."""
 
@@ -264,8 +342,8 @@ def _delete(connection: Connection, table: Table, row_id: str) -> bool:
 
 def _put(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
     """Insert a row, or replace the one with its primary key."""
-    (key,) = table.primary_key
-    if connection.execute(update(table).where(key == row[key.name]).values(row)).rowcount == 0:
+    same = and_(*(key == row[key.name] for key in table.primary_key))
+    if connection.execute(update(table).where(same).values(row)).rowcount == 0:
         connection.execute(insert(table), row)
 
 
@@ -277,6 +355,10 @@ def _insert(connection: Connection, messages: Sequence[Message], position: int, 
     ]
     if rows:  # an empty list would insert one row of defaults
         connection.execute(insert(MESSAGES), rows)
+
+
+def _studio_run(row: RowMapping) -> StudioRun:
+    return to_record(StudioRun, row, notes=tuple(row["notes"]))
 
 
 def _touch(connection: Connection, conversation_id: str, at: float) -> bool:

@@ -7,15 +7,18 @@ from typing import Any, TypeVar
 
 from sqlalchemy import RowMapping, Table
 
-from services.store.records import Conversation, DownloadRecord, LoadRecord, Message
+from services.store.records import Conversation, DownloadRecord, LoadRecord, Message, StudioCandidate, StudioRun
 
-Record = TypeVar("Record", Conversation, DownloadRecord, LoadRecord, Message)
+Record = TypeVar("Record", Conversation, DownloadRecord, LoadRecord, Message, StudioCandidate, StudioRun)
 
 
 def to_record(kind: type[Record], row: RowMapping, **others: Any) -> Record:
-    """Return the record in a row. `others` are fields that have no column; without them they keep their defaults."""
+    """Return the record in a row. `others` are fields that have no column, or one that holds them differently.
+
+    Without them, fields that have no column keep their defaults.
+    """
     held = {field.name: row[field.name] for field in fields(kind) if field.name in row}
-    return kind(**held, **others)
+    return kind(**{**held, **others})
 
 
 def to_row(record: Record, table: Table, **others: Any) -> dict[str, Any]:

@@ -88,6 +88,54 @@ NOTES = Table(
     Column("value", Text, nullable=False),
 )
 
+STUDIO_RUNS = Table(
+    "studio_runs",
+    METADATA,
+    Column("id", ID, primary_key=True),
+    Column("prompt", Text, nullable=False),
+    Column("beam_width", Integer, nullable=False),
+    Column("iterations", Integer, nullable=False),
+    Column("candidates", Integer, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("providers", JSON, nullable=False),
+    Column("created_at", Double, nullable=False, index=True),
+    Column("finished_at", Double),
+    Column("error", String(64)),
+    Column("message", Text),
+    Column("notes", JSON, nullable=False),
+    Column("switching_seconds", JSON, nullable=False),
+    Column("calls", JSON, nullable=False),
+    Column("origin_run", ID),
+    Column("origin_number", Integer),
+)
+
+STUDIO_CANDIDATES = Table(
+    "studio_candidates",
+    METADATA,
+    Column(
+        "run_id",
+        ID,
+        ForeignKey("studio_runs.id", ondelete="CASCADE", name="fk_studio_candidates_run"),
+        primary_key=True,
+    ),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("iteration", Integer, nullable=False),
+    Column("parent", Integer),
+    Column("what", Text, nullable=False),
+    Column("how", Text, nullable=False),
+    Column("by_rules", Boolean, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("picture", String(64), index=True),
+    Column("alignment", Double),
+    Column("aesthetic", Double),
+    Column("total", Double),
+    Column("comment", Text, nullable=False),
+    Column("reason", Text),
+    Column("rank", Integer),
+)
+
 LOADS = Table(
     "loads",
     METADATA,
