@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from functools import lru_cache, partial
 from typing import Any, TypeVar, cast
 
@@ -23,6 +24,7 @@ from services.engines.port import EngineError
 from services.engines.supervisor import ServiceError
 from services.gateway.router import GatewayError
 from services.native_threads import compute_in_thread
+from services.providers.selection import ProviderUnavailable, UnknownProvider
 from services.sizes import format_size
 from services.store.errors import StoreError, StoreLocked
 from services.switching.jobs import SwitchError
@@ -63,6 +65,8 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "queue_timeout": 504,
     "invalid_name": 422,
     "registry_not_allowed": 422,
+    "unknown_provider": 422,
+    "provider_unavailable": 503,
     "ollama_not_found": 503,
     "service_unavailable": 503,
     "service_failed": 502,
@@ -206,6 +210,8 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(GatewayError, lambda e: _answer_error(_with_retry(e)))
     for refusal in (ServiceError, DownloadError):
         app.register_error_handler(refusal, lambda e: _answer_error(ApiError(e.code, e.message)))
+    app.register_error_handler(UnknownProvider, lambda e: _answer_error(ApiError("unknown_provider", str(e))))
+    app.register_error_handler(ProviderUnavailable, lambda e: _answer_error(provider_error(e)))
     app.register_error_handler(DownloadNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(ConversationNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(MessageNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
@@ -228,6 +234,17 @@ def switch_error(error: SwitchError) -> ApiError:
     if error.code == "confirmation_required" and isinstance(plan, Plan):
         figures["plan"] = plan_document(plan)
     return ApiError(error.code, error.message, figures=figures)
+
+
+def provider_error(error: ProviderUnavailable) -> ApiError:
+    """Convert the refusal of a choice, with what to do about each provider that can't serve."""
+    first = error.problems[0]
+    figures = {
+        "guidance": " ".join(problem.guidance for problem in error.problems),
+        "service": first.service,
+        "problems": [asdict(problem) for problem in error.problems],
+    }
+    return ApiError("provider_unavailable", str(error), figures=figures)
 
 
 def _store_error(error: StoreError) -> ApiError:

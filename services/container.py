@@ -40,8 +40,13 @@ from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
 from services.native_threads import run_in_thread
 from services.periodic import Periodic
+from services.providers.availability import Availability
 from services.providers.docker_service import DockerService
+from services.providers.health import HealthChecks
 from services.providers.ollama_service import OllamaService, find_ollama
+from services.providers.openai_key import OpenAIKey
+from services.providers.ports import Choice
+from services.providers.selection import Selection
 from services.restart import Restart
 from services.scheduling import ThreadScheduler
 from services.state_folder import DATABASE, StateError, check_writable, owner, prepare
@@ -96,6 +101,9 @@ class Services:
     updates: UpdateCheck
     ollama_service: OllamaService
     docker_service: DockerService
+    selection: Selection
+    health: HealthChecks
+    openai_key: OpenAIKey
     engines: dict[str, Engine]
     folder: ModelFolder
     devices: DeviceMonitor
@@ -206,6 +214,18 @@ def build_services(settings: Settings) -> Services:
         every_seconds=settings.update_check_hours * 3600,
     )
     router = Router(settings, board, catalog, switcher)
+    docker_service = DockerService(
+        lambda: _docker(settings.docker_host),
+        used=any(entry.engine == "vllm" for entry in settings.models),
+        on_change=board.touch,
+    )
+    health = HealthChecks(
+        watch,
+        lambda: [model.name for model in ollama.installed()],
+        settings.flux_api_url,
+        settings.local_vision_api_url,
+    )
+    openai_key = OpenAIKey(settings.openai_base_url, settings.openai_api_key)
     relay = Relay(settings.upstream_timeout_seconds, serving=lambda: board.current.origins)
     return Services(
         settings=settings,
@@ -220,11 +240,15 @@ def build_services(settings: Settings) -> Services:
         library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
         updates=updates,
         ollama_service=service,
-        docker_service=DockerService(
-            lambda: _docker(settings.docker_host),
-            used=any(entry.engine == "vllm" for entry in settings.models),
+        docker_service=docker_service,
+        selection=Selection(
+            Choice(settings.llm_provider, settings.image_provider, settings.vision_provider),
+            Availability(health, openai_key, lambda: catalog.models, docker_service.check).problem,
+            notes=notes if settings.remember_providers else None,
             on_change=board.touch,
         ),
+        health=health,
+        openai_key=openai_key,
         engines=engines,
         folder=folder,
         devices=devices,

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, SecretStr
 
 HIDDEN = "…"
+SHARED = 8
 _CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
 _QUERY = re.compile(r"\?.*", re.DOTALL)
 
@@ -29,6 +30,20 @@ def shown(value: object, *, secret: bool = False) -> str:
 def without_credentials(text: str) -> str:
     """Return a text in quotes, without what may be an address's user, password and query."""
     return repr(_QUERY.sub(f"?{HIDDEN}", _CREDENTIALS.sub(rf"\1{HIDDEN}@", text)))
+
+
+def without_key(text: str, key: str) -> str:
+    """Return what another program says, without the key that it was given.
+
+    Programs quote a refused key, whole or with asterisks in its middle: whatever shares SHARED characters in a row with
+    the key goes, and every word with asterisks in it.
+    """
+    pieces = {key[at : at + SHARED] for at in range(max(1, len(key) - SHARED + 1))}
+
+    def clean(word: re.Match[str]) -> str:
+        return HIDDEN if "**" in word[0] or any(piece in word[0] for piece in pieces) else word[0]
+
+    return re.sub(r"[^\s\"',;()<>]+", clean, text)
 
 
 def is_secret(table: type[BaseModel] | None, location: Sequence[str]) -> bool:

@@ -10,6 +10,8 @@ from services.downloads.download import Download
 from services.downloads.library import Recommended
 from services.engines.supervisor import ServiceStatus
 from services.memory.ledger import Account
+from services.providers.health import ServiceHealth
+from services.providers.openai_key import OpenAIKey
 from services.sizes import gigabytes
 from services.status import ModelStatus, Status
 from services.switching.events import SwitchView
@@ -254,6 +256,29 @@ def progress_document(download: Download) -> Json:
 
 
 _DOWNLOAD_WORDS = {"complete": "complete", "failed": "error", "paused": "paused", "cancelled": "cancelled"}
+
+
+def health_document(health: ServiceHealth) -> Json:
+    """Whether a local service answers. `loading`: it does, and its model is still being loaded."""
+    return {
+        "available": health.available,
+        "latency_ms": health.latency_ms,
+        "models": list(health.models),
+        "error": health.error,
+        "loading": health.loading,
+    }
+
+
+def key_document(openai: OpenAIKey) -> Json:
+    """The key for OpenAI, never its text: whether it is set, and what OpenAI last said of it."""
+    check = openai.latest
+    return {
+        "key_set": openai.is_set,
+        "base_url": openai.base_url,
+        "checked": check.answer if check is not None else None,
+        "checked_at": iso_time(check.at) if check is not None else None,
+        "error": check.error if check is not None else None,
+    }
 
 
 def service_document(status: ServiceStatus) -> Json:

@@ -55,7 +55,8 @@ class Health:
 
     `answers`: it is the right server, and ready. `preparing`: it is the right server and will be ready; `preparation`
     says how far it is, if it tells. `error` is for people: why what listens is not usable. `at` is when the check began
-    (monotonic seconds). `refused`: the host refused the connection, so no server can be running there.
+    (monotonic seconds), `seconds` how long the answer took. `refused`: the host refused the connection, so no server
+    can be running there.
     """
 
     at: float
@@ -65,6 +66,7 @@ class Health:
     answers: bool = False
     preparing: bool = False
     preparation: Preparation | None = None
+    seconds: float | None = None
 
     @property
     def is_listening(self) -> bool:

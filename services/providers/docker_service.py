@@ -85,6 +85,10 @@ class DockerService:
             self._on_change()
         return self._status
 
+    def check(self) -> DockerStatus:
+        """Return whether Docker runs, polled now unless it did a moment ago. Blocks as `refresh` does."""
+        return self._status if self._status.state == "running" else self.refresh()
+
     def start_watching(self) -> None:
         """Poll until `close`. Does nothing if Docker is not used."""
         if self._used:

@@ -15,10 +15,10 @@ class PlainServer:
     A connection is closed when `answer` returns, or when the server is closed.
     """
 
-    def __init__(self, answer: Callable[[socket.socket, bytes], None]) -> None:
+    def __init__(self, answer: Callable[[socket.socket, bytes], None], port: int = 0) -> None:
         self._answer = answer
         self._links: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._run, daemon=True).start()
 
