@@ -18,7 +18,7 @@ from services.providers.selection import as_document
 bp = Blueprint("provider_choice", __name__, url_prefix="/api/providers")
 
 
-class SwitchBody(BaseModel):
+class ProvidersBody(BaseModel):
     """The providers to choose; what is left out stays."""
 
     model_config = ConfigDict(extra="forbid")
@@ -58,7 +58,7 @@ def status() -> Response:
 
 
 @bp.post("/switch")
-@documented(body=SwitchBody, errors=(503,))
+@documented(body=ProvidersBody, errors=(503,))
 def switch() -> Response:
     """Choose providers: all of those that are named, or none if one of them can't serve now.
 
