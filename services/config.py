@@ -57,7 +57,7 @@ class ModelEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(pattern=MODEL_ID_PATTERN, max_length=MAX_MODEL_ID)]
-    engine: Literal["llamacpp", "ollama", "vllm"] = "llamacpp"
+    engine: Literal["llamacpp", "ollama", "vllm", "flux", "vision"] = "llamacpp"
     source: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=4096)]
     kind: Kind = "text"
     description: str = ""
@@ -201,6 +201,12 @@ class Settings(BaseModel):
         pattern=r"^[^\x00-\x1f-][^\x00-\x1f]*$",
         max_length=500,
         description="the model that the Flux service draws with: a name at Hugging Face, or a folder",
+    )
+    local_servers_dir: Path | None = Field(
+        None, description="folder of the Flux and vision services' programs; default: the app's own"
+    )
+    local_servers_env: Path | None = Field(
+        None, description="their virtual environment; default: local-servers-env in the state folder"
     )
     local_vision_api_url: str = Field("http://127.0.0.1:8002", description="where the vision service answers")
     studio_at_once: int = Field(4, ge=1, le=64, description="calls that a Studio run makes to one provider at once")

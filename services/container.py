@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -30,6 +31,9 @@ from services.engines.ollama.instance import ServerProcess
 from services.engines.ollama.watch import OllamaWatch
 from services.engines.port import Engine, GpuBytes
 from services.engines.processes import ProcessRegistry
+from services.engines.python_server.about import FLUX, VISION, About
+from services.engines.python_server.engine import Machine, PythonServerEngine
+from services.engines.python_server.packages import Packages
 from services.engines.vllm.engine import Vllm
 from services.engines.vllm.instance import GpuHeld
 from services.engines.vllm.spec import VllmSettings
@@ -76,6 +80,10 @@ FIRST_PASS_WAIT_SECONDS = 2.0
 """How long the start waits for the first pass over the engines."""
 CATALOG_SECONDS = 2.0
 """Interval between scans for new, changed and removed models."""
+SERVERS_DIR = Path(__file__).parent / "local_servers"
+SERVERS_ENV = "local-servers-env"
+"""Folder below the state folder: the virtual environment of the local servers."""
+VISION_MODEL = "clip-aesthetic"
 PRUNE_SECONDS = 60.0
 """Interval between prunes of engines' logs."""
 
@@ -195,10 +203,28 @@ def build_services(settings: Settings) -> Services:
         on_change=board.touch,
     )
     ollama = _ollama(settings, watch, service, devices)
+    packages = Packages(
+        settings.local_servers_dir or SERVERS_DIR, settings.local_servers_env or settings.state_dir / SERVERS_ENV
+    )
+    machine = Machine(lambda: devices.readings, _gpu_bytes(devices), lambda device: _loaded_on(board, device))
+    servers = {
+        about.name: PythonServerEngine(
+            about,
+            url,
+            model,
+            registry,
+            packages,
+            machine=machine,
+            on_change=board.touch,
+            start_timeout=settings.load_timeout_seconds,
+        )
+        for about, url, model in _servers(settings)
+    }
     engines: dict[str, Engine] = {
         "llamacpp": _llamacpp(settings, folder, registry, devices),
         "ollama": ollama,
         "vllm": _vllm(settings, devices, hub, owner(settings.state_dir, lambda: notes.get("owner") or new_id()[:12])),
+        **servers,
     }
     catalog = Catalog(settings.models, engines, DeletedModels(notes))
     catalog.on_change(board.publish)
@@ -268,6 +294,17 @@ def build_services(settings: Settings) -> Services:
         ),
         compose=ComposeChoice(EnvFile(settings.env_file, settings.env_key) if settings.env_file else None),
     )
+
+
+def _servers(settings: Settings) -> tuple[tuple[About, str, str], ...]:
+    """Return each Python server with its address and its model."""
+    return (FLUX, settings.flux_api_url, settings.flux_model), (VISION, settings.local_vision_api_url, VISION_MODEL)
+
+
+def _loaded_on(board: Board, device: str) -> list[str]:
+    """Return the models that are loaded on a device and could be unloaded."""
+    here = board.current.instances.values()
+    return [v.model for v in here if v.device == device and v.shares is None and not v.entry.started_elsewhere]
 
 
 def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devices: DeviceMonitor) -> Ollama:

@@ -18,7 +18,7 @@ from flask.testing import FlaskClient
 from tests.support.console import (
     DEMO_MODELS,
     FAKE_LLAMA_SERVER,
-    NO_OLLAMA,
+    NOTHING_LOCAL,
     Console,
     is_a_setting,
     put_empty_database,
@@ -49,7 +49,7 @@ def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         def make(**settings: object) -> Flask:
             state = tmp_path / "app-state"
             put_empty_database(state)
-            values = {"state_dir": state, "models_dir": DEMO_MODELS, "ollama_base_url": NO_OLLAMA, **settings}
+            values = {"state_dir": state, "models_dir": DEMO_MODELS, **NOTHING_LOCAL, **settings}
             app = create_app(**values)
             services = made.enter_context(closing(app.extensions["switchyard"]))
             services.catalog.refresh()

@@ -51,7 +51,21 @@ class VllmOptions(BaseModel):
     sleep: bool | None = None
 
 
-OPTIONS: Mapping[str, type[BaseModel]] = {"llamacpp": LlamaCppOptions, "ollama": OllamaOptions, "vllm": VllmOptions}
+class PythonServerOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    device: Text | None = None
+    arguments: list[Argument] = []
+    environment: dict[VariableName, Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")] | int | float | bool] = {}
+
+
+OPTIONS: Mapping[str, type[BaseModel]] = {
+    "llamacpp": LlamaCppOptions,
+    "ollama": OllamaOptions,
+    "vllm": VllmOptions,
+    "flux": PythonServerOptions,
+    "vision": PythonServerOptions,
+}
 
 OFTEN_SECRET = {"arguments", "environment"}
 """Options that pass keys and tokens on to an engine: errors name them without their values."""

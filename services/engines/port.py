@@ -36,6 +36,7 @@ class Model:
     one instance, accounted once; None if unknown or never shared. `files` are the paths of its files on this disk,
     links and their targets, `companions` files loaded with it; empty if the engine doesn't report them. `fetch_bytes`
     have to be fetched before it can be loaded, 0 if none. Only a model of the `kind` text can become the active one.
+    `started_elsewhere`: it is loaded on a server that another program started, so that it can't be unloaded from here.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Model:
     options: Mapping[str, object] = field(default_factory=dict)
     fault: str | None = None
     kind: Kind = "text"
+    started_elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,10 +258,10 @@ class Supervisor:
             threading.Thread(target=self._run, args=(start,), name=f"start-{self._program.name}", daemon=True).start()
         return start
 
-    def stop(self) -> ServiceStatus:
+    def stop(self, grace: float | None = None) -> ServiceStatus:
         """Stop the server that we started, and its children; cancel a start in progress. Raises ServiceError.
 
-        Does nothing if nothing runs.
+        It is killed after `grace` seconds (None: as configured). Does nothing if nothing runs.
         """
         if not self._address.local:
             raise self._remote("stopped")
@@ -271,7 +271,7 @@ class Supervisor:
         with self._operating:
             process = self.process
             if process is not None:
-                return self._take_down(process)
+                return self._take_down(process, self._stop_grace if grace is None else grace)
         status = self.refresh()
         if self._health.is_listening:
             raise ServiceError("not_ours", f"This {self._program.title} was started by another program; stop it there.")
@@ -300,13 +300,17 @@ class Supervisor:
     def _run(self, start: Start) -> None:
         """Bring the server up on behalf of all callers of one start."""
         try:
-            with self._operating:
-                self._bring_up(start)
+            with self._operating:  # released only once the start is over, so that a `stop` that cancelled it waits
+                try:
+                    self._bring_up(start)
+                except BaseException as error:
+                    self._end_start(error if isinstance(error, ServiceError) else None)
+                    raise
+                status = self._end_start(None)
         except BaseException as error:
-            self._end_start(error if isinstance(error, ServiceError) else None)
             start.end(error)
         else:
-            start.end(self._end_start(None))
+            start.end(status)
 
     def _bring_up(self, start: Start) -> None:
         """Return once the server answers; stop a process that was started in vain. Raises ServiceError."""
@@ -392,12 +396,12 @@ class Supervisor:
             process.log_tail(),
         )
 
-    def _take_down(self, process: GroupLeader) -> ServiceStatus:
+    def _take_down(self, process: GroupLeader, grace: float) -> ServiceStatus:
         with self._lock:
             self._stopping = True
         self._publish()
         try:
-            process.stop(self._stop_grace)
+            process.stop(grace)
         finally:
             with self._lock:
                 self._stopping = False

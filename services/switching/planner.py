@@ -174,6 +174,8 @@ class Planner:
         names = {view.model, *(v.model for v in snapshot.instances.values() if v.shares == view.model)}
         if kept := sorted(names.intersection(self._settings.preserve_models)):
             return f"{kept[0]} is one of preserve_models" if kept[0] != view.model else "it is one of preserve_models"
+        if view.entry.started_elsewhere:
+            return "another program started its server"
         movable = view.state in ("running", "asleep") or preempt_loads
         return None if movable else f"it is {view.state} right now"
 

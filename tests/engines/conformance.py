@@ -1,6 +1,7 @@
 """What every engine adapter has to do, on the real engine or a fake: the engine port's contract as tests.
 
-An engine's tests subclass `EngineConformance` and define the fixture `case`.
+An engine's tests subclass `EngineConformance`, or `PortConformance` if its models generate no text, and define the
+fixture `case`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ GRACE = 5.0
 
 @dataclass
 class EngineCase:
-    """One engine with two models that load and one that can't.
+    """One engine with two models that load and one that can't; `other` is None if it holds only one at a time.
 
     `end` ends a loaded model without the engine's involvement; `serves` tells whether an endpoint still has its model.
     `load_seconds` is the time limit of a load and of a first answer. `twin` is another model that shares the good
@@ -42,7 +43,7 @@ class EngineCase:
 
     engine: Engine
     good: Model
-    other: Model
+    other: Model | None
     damaged: Model
     end: Callable[[Instance], object]
     serves: Callable[[Endpoint], bool]
@@ -67,8 +68,8 @@ class EngineCase:
             instance.stop(GRACE)
 
 
-class EngineConformance:
-    """The contract of `services.engines.port`."""
+class PortConformance:
+    """The contract of `services.engines.port`, whatever the models do."""
 
     def test_a_model_is_described_with_its_size_and_an_estimate(self, case: EngineCase):
         """Before any load, the model's size and its memory need are known; the need is marked as estimated."""
@@ -99,27 +100,17 @@ class EngineConformance:
             assert not instance.asleep
             assert case.serves(endpoint)
 
-    def test_a_load_reports_stages_in_order_and_ends_at_an_endpoint_that_lists_the_model(self, case: EngineCase):
-        """The endpoint lists the model once it is ready; fractions stay between 0 and 1, and stages never go back."""
+    def test_a_load_reports_stages_in_order_and_ends_at_an_endpoint(self, case: EngineCase):
+        """Fractions stay between 0 and 1, and stages never go back."""
         seen: list[Evidence] = []
         instance = case.launch()
         try:
-            endpoint = instance.wait_ready(seen.append, case.load_seconds)
-            listed = requests.get(f"{endpoint.origin}/v1/models", headers=dict(endpoint.headers), timeout=5).json()
-            assert (endpoint.model or case.good.id) in [m["id"] for m in listed["data"]]
+            assert case.serves(instance.wait_ready(seen.append, case.load_seconds))
         finally:
             instance.stop(GRACE)
         stages = [STAGE_ORDER.index(evidence.stage) for evidence in seen]
         assert stages == sorted(stages)
         assert all(evidence.fraction is None or 0 <= evidence.fraction <= 1 for evidence in seen)
-
-    def test_a_warm_model_answers_with_and_without_streaming(self, case: EngineCase):
-        """Chat completions have OpenAI's format, streamed and not."""
-        with case.ready() as (_, endpoint):
-            whole = _ask(endpoint, stream=False).json()
-            assert whole["choices"][0]["message"]["content"]
-            lines = _ask(endpoint, stream=True).text.split("\n\n")
-            assert "data: [DONE]" in lines
 
     def test_the_memory_of_a_loaded_model_is_measured_on_its_device(self, case: EngineCase):
         """The measurement is for the same device as the estimate."""
@@ -164,6 +155,28 @@ class EngineConformance:
             _load(case, case.damaged)
         assert len(str(caught.value)) > 20
 
+
+class EngineConformance(PortConformance):
+    """The contract of an engine whose models generate text and can be loaded side by side."""
+
+    def test_the_endpoint_of_a_ready_model_lists_it(self, case: EngineCase):
+        """The endpoint lists the model as soon as it is ready."""
+        instance = case.launch()
+        try:
+            endpoint = instance.wait_ready(lambda _: None, case.load_seconds)
+            listed = requests.get(f"{endpoint.origin}/v1/models", headers=dict(endpoint.headers), timeout=5).json()
+            assert (endpoint.model or case.good.id) in [m["id"] for m in listed["data"]]
+        finally:
+            instance.stop(GRACE)
+
+    def test_a_warm_model_answers_with_and_without_streaming(self, case: EngineCase):
+        """Chat completions have OpenAI's format, streamed and not."""
+        with case.ready() as (_, endpoint):
+            whole = _ask(endpoint, stream=False).json()
+            assert whole["choices"][0]["message"]["content"]
+            lines = _ask(endpoint, stream=True).text.split("\n\n")
+            assert "data: [DONE]" in lines
+
     def test_two_models_can_be_loaded_at_once(self, case: EngineCase):
         """Each model answers at its own endpoint."""
         with case.ready() as (_, first), case.ready(case.other) as (_, second):
@@ -186,6 +199,7 @@ class SharingConformance:
         good, twin = twins
         assert good.held_as is not None
         assert good.held_as == twin.held_as
+        assert case.other is not None
         assert case.engine.describe(case.other).held_as != good.held_as
 
     def test_a_twin_of_a_loaded_model_is_ready_and_answers_under_its_own_name(self, case: EngineCase):

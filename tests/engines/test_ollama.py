@@ -178,7 +178,9 @@ class TestShared:
     def test_a_model_loaded_by_another_client_is_found_and_adopted(self, case: EngineCase, server: FakeOllama):
         """The adopted model is ready at once, answers, and can be stopped."""
         server.load("tiny-b")
-        wait_until(lambda: case.other in case.engine.loaded([case.other]), "the look that finds it")
+        assert case.other is not None
+        other = case.other
+        wait_until(lambda: other in case.engine.loaded([other]), "the look that finds it")
         adopted = case.engine.adopt(case.engine.describe(case.other), case.exits.append)
         assert adopted is not None
         endpoint = adopted.wait_ready(lambda _: None, 0)

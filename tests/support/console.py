@@ -33,6 +33,10 @@ PORTS = random.SystemRandom()
 PRODUCTION = ROOT / "tests" / "support" / "production"
 NO_OLLAMA = "http://127.0.0.1:9"
 """The discard port, where nothing listens: a test uses only the Ollama that it starts itself, never this machine's."""
+NO_SERVER = NO_OLLAMA
+"""Likewise for the Flux and vision services."""
+NOTHING_LOCAL = {"ollama_base_url": NO_OLLAMA, "flux_api_url": NO_SERVER, "local_vision_api_url": NO_SERVER}
+"""Settings of an app that finds no server on this machine."""
 
 
 def is_a_setting(variable: str) -> bool:
@@ -71,6 +75,8 @@ class Console:
             "SWITCHYARD_STATE_DIR": str(folder / "state"),
             "SWITCHYARD_MODELS_DIR": str(models_dir),
             "SWITCHYARD_OLLAMA_BASE_URL": NO_OLLAMA,
+            "SWITCHYARD_FLUX_API_URL": NO_SERVER,
+            "SWITCHYARD_LOCAL_VISION_API_URL": NO_SERVER,
             **(environment or {}),
             **{f"SWITCHYARD_{name.upper()}": str(value) for name, value in settings.items()},
         }

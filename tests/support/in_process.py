@@ -18,7 +18,7 @@ from services.engines.port import Endpoint, Model
 from services.switching.events import InstanceState, InstanceView, LoadView, SwitchView
 from services.switching.jobs import SwitchError
 from services.switching.traffic import Traffic
-from tests.support.console import DEMO_MODELS, NO_OLLAMA
+from tests.support.console import DEMO_MODELS, NOTHING_LOCAL
 
 
 class InProcess:
@@ -86,7 +86,7 @@ def in_process(folder: Path, **settings: object) -> Iterator[InProcess]:
         values: dict[str, Any] = {
             "state_dir": folder / "state",
             "models_dir": DEMO_MODELS,
-            "ollama_base_url": NO_OLLAMA,
+            **NOTHING_LOCAL,
             **settings,
         }
         console = InProcess(create_app(**values))
