@@ -65,6 +65,9 @@ def test_print_prints_the_conversation(page: Page, talk: str) -> None:
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(20, 24, 31)"
     assert page.locator("#messages").evaluate("e => e.scrollHeight - e.clientHeight") == 0
     assert len(re.findall(rb"/Type /Page\b", page.pdf())) > 1
+    first = page.locator(".about time").first
+    printed = first.evaluate("e => [getComputedStyle(e).fontSize, getComputedStyle(e, '::before').content]")
+    assert printed == ["0px", f'"{first.get_attribute("title")}"'], "on paper, 3 min ago is of no use"
 
 
 def test_the_printout_says_how_many_messages_are_missing(page: Page, talk: str) -> None:
@@ -75,10 +78,9 @@ def test_the_printout_says_how_many_messages_are_missing(page: Page, talk: str) 
     expect(page.locator("#earlier")).to_contain_text(f"{MESSAGES - PAGE_MESSAGES} earlier messages are left out")
 
 
-def test_forced_colours_show_the_current_page_and_conversation(page: Page, talk: str) -> None:
-    """A line, not a background, marks the current page and the current conversation."""
+def test_forced_colours_show_the_current_page_and_conversation(page: Page, shared: Console, talk: str) -> None:
+    """A line, not a background, marks the current page and conversation; the memory's legend keeps its colours."""
     page.emulate_media(forced_colors="active")
-    page.goto(talk)
 
     def line(of: str, side: str) -> tuple[str, str]:
         color, width = page.locator(of).first.evaluate(
@@ -86,6 +88,10 @@ def test_forced_colours_show_the_current_page_and_conversation(page: Page, talk:
         )
         return color, width
 
+    page.goto(f"{shared.url}/models")
+    swatch, background = page.locator(".swatch.free").first, "e => getComputedStyle(e).boxShadow"
+    assert swatch.evaluate(background) != "none", "the legend has the colours of the bar"
+    page.goto(talk)
     for places, side in ((".pages a", "Bottom"), (".conversation-list a", "InlineStart")):
         assert line(f"{places}[aria-current]", side) != line(f"{places}:not([aria-current])", side)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -137,6 +138,17 @@ def test_a_chat_and_its_menus_fit(console: Console, phone: Page, talk: str) -> N
     phone.locator("#model-button").click()
     assert_fits(phone)
     phone.keyboard.press("Escape")
+
+
+def test_a_long_title_leaves_room_for_the_models_name(console: Console, chromium: Browser, talk: str) -> None:
+    """On a wide page too, the button that says which model answers is not squeezed by the conversation's title."""
+    console.switch(LOADED)
+    with closing(chromium.new_context(viewport={"width": 1200, "height": 800})) as context:
+        page = context.new_page()
+        visit(page, console, talk)
+        name = page.locator("#model-button .name")
+        expect(name).to_have_text(LOADED)
+        assert name.evaluate("e => e.clientWidth") > 200
 
 
 def test_a_switch_in_progress_and_a_failed_one_fit(console: Console, phone: Page, talk: str) -> None:
