@@ -106,7 +106,7 @@ def post_worker_init(worker):
                 worker.alive = False  # the arbiter starts a new worker
             gevent.sleep(0.1)
         services.close()
-        worker.hang_up()
+        worker.close_connections()
 
     gevent.spawn(leave_in_time)
     gevent.spawn(compile_changed, worker.app.callable)

@@ -52,9 +52,9 @@ class ConversationPage:
     def of(cls, chats: Chats, extent: Extent) -> ConversationPage:
         found = chats.conversations(extent.listed + 1, extent.older)
         shown = tuple(found[: extent.listed])
-        rest = len(found) > len(shown)
-        more = 2 * extent.listed if rest and extent.listed < LISTED_MOST else None
-        return cls(shown, extent, more, _words(shown[-1].place) if rest else None)
+        has_more = len(found) > len(shown)
+        more = 2 * extent.listed if has_more and extent.listed < LISTED_MOST else None
+        return cls(shown, extent, more, _words(shown[-1].place) if has_more else None)
 
     @property
     def behind(self) -> str | None:

@@ -1,7 +1,7 @@
-"""A client's connection, with limits on how slowly it may send its requests and take its answers.
+"""A client's connection, with limits on how slowly it may send requests and read responses.
 
 gunicorn waits 75 s for a request's head and for ever for its body: two thousand slow or idle connections, from one
-machine, kept everybody else out.
+machine, locked out all other clients.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from gevent.socket import wait_read
 from services.gateway.connections import PatientSocket
 
 HEAD_SECONDS = 10.0
-"""From the first byte of a request to the end of its head."""
+"""Limit from the first byte of a request to the end of its head."""
 BODY_BYTES_PER_SECOND = 1000
 BODY_SECONDS = 10.0
-"""What a body may take besides, for a client that thinks before it sends."""
+"""Allowance on top of that speed, for a client that pauses before it sends."""
 SEND_SECONDS = 60.0
-"""For which a client may take nothing of its answer."""
+"""Limit for a client that reads nothing of its response."""
 IDLE_SECONDS = 75.0
-"""Between two requests; browsers and proxies keep a connection for about a minute."""
+"""Limit between two requests; browsers and proxies keep a connection for about a minute."""
 REFUSED_SECONDS = 1.0
-"""For which a client that is refused may go on sending."""
+"""How long a refused client's request is waited for."""
 BLOCK = 65_536
 
 
 def refusal(status: int, document: Mapping[str, object], *headers: str) -> bytes:
-    """A whole answer that ends its connection, for requests that never reach the app."""
+    """Return a whole response that ends its connection, for requests that never reach the app."""
     body = json.dumps(document).encode() + b"\n"
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
@@ -53,10 +53,10 @@ FULL = refusal(
 
 
 class ClientSocket(PatientSocket):
-    """A client's connection. One that sends its head too slowly, or nothing for too long, reads as closed; one too slow
-    in the middle of a body raises TimeoutError, so that it can be told.
+    """A client's connection.
 
-    `unread` are bytes that were read from it already, and are read again first.
+    Reading returns end of file if a head comes too slowly or nothing comes for too long; if a body comes too slowly it
+    raises TimeoutError, so that the client gets a response. `unread` are bytes already received, which are read first.
     """
 
     def __init__(self, descriptor: int, unread: bytes = b"", clock: Callable[[], float] = time.monotonic) -> None:
@@ -66,22 +66,22 @@ class ClientSocket(PatientSocket):
         self._unread_from = 0
         self._body = False
         self._since: float | None = None
-        """When the head or body that is being read began; None while nothing of a head has come."""
+        """When the head or body being read began; None before the first byte of a head."""
         self._came = 0
         self.timeout = SEND_SECONDS
         self.lane: Any = None
-        """The hot lane (`server.hot_lane.HotLane`), which sees each request before gunicorn's parser."""
+        """The hot lane (`server.hot_lane.HotLane`), which gets each request before gunicorn's parser."""
         self.path = ""
-        """Of the request that gunicorn reads next, which it may refuse before the app sees it."""
+        """Path of the request that gunicorn parses next: it may refuse that before the app gets it."""
         self.failed: Exception | None = None
-        """Why the hot lane could not pass on the request that it leaves to gunicorn."""
+        """Why the hot lane could not relay the request that it leaves to gunicorn."""
 
     def expect_head(self) -> None:
-        """The next request is waited for."""
+        """Apply the limits for a head from here on: the next request is awaited."""
         self._body, self._since = False, None
 
     def expect_body(self) -> None:
-        """What comes is the body of the request that was read."""
+        """Apply the limits for a body from here on: the head has been read."""
         if not self._body:
             self._body, self._since, self._came = True, self._clock(), 0
 
@@ -92,7 +92,7 @@ class ClientSocket(PatientSocket):
         try:
             if self._since is None:
                 self.wait_readable(self.timeout)
-            elif self.timeout <= 0:  # one who sends a byte now and then would otherwise always be in time
+            elif self.timeout <= 0:  # or a client that sends a byte now and then would never time out
                 raise TimeoutError
             data: bytes = super().recv(*args)
         except TimeoutError:
@@ -107,7 +107,7 @@ class ClientSocket(PatientSocket):
         return data
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """As gevent's, which asks for the buffer's size and the time first: most answers fit as they are."""
+        """Send all data, most of it at once: gevent first queries the buffer's size and the time."""
         try:
             sent = self._sock.send(data, flags)
         except BlockingIOError:
@@ -116,7 +116,7 @@ class ClientSocket(PatientSocket):
             super().sendall(memoryview(data)[sent:], flags)
 
     def _take_unread(self, size: int) -> bytes:
-        """By an offset: cutting the bytes each time would copy 8 MB a thousand times."""
+        """Return the next unread bytes. By an offset: slicing each time would copy 8 MB a thousand times."""
         begin, end = self._unread_from, self._unread_from + size
         taken = self._unread[begin:end]
         self._unread_from = end
@@ -125,14 +125,14 @@ class ClientSocket(PatientSocket):
         return taken
 
     def _patience(self) -> float:
-        """Seconds for which the next bytes may be waited for."""
+        """Return the seconds to wait for the next bytes at most."""
         if self._since is None:
             return IDLE_SECONDS
         allowed = BODY_SECONDS + self._came / BODY_BYTES_PER_SECOND if self._body else HEAD_SECONDS
         return self._since + allowed - self._clock()
 
     def refuse(self) -> None:
-        """Close it with an answer, which would be lost if the request lay unread when the connection is closed."""
+        """Close it with a response. The request is read first: closing with unread bytes would reset the connection."""
         with suppress(OSError):
             self._sock.send(FULL, socket.MSG_DONTWAIT)
             self._sock.shutdown(socket.SHUT_WR)
@@ -140,7 +140,7 @@ class ClientSocket(PatientSocket):
             self._sock.recv(BLOCK, socket.MSG_DONTWAIT)
         self.close()
 
-    def hang_up(self) -> None:
-        """End it, from any greenlet: whoever reads from it finds it closed."""
+    def disconnect(self) -> None:
+        """Disconnect the client, from any greenlet: a read under way returns end of file."""
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)

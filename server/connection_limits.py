@@ -10,7 +10,7 @@ SHARE = 0.75
 
 
 class ConnectionLimits:
-    """Allows `most` connections, and a share of them per address. A client is any object with `hang_up`.
+    """Allows `most` connections, and a share of them per address. A client is any object with `disconnect`.
 
     Without room for a new client, the one that has been idle or sending its request for longest is closed. A client
     that is being answered is never closed.
@@ -71,5 +71,5 @@ class ConnectionLimits:
         if client is None:
             return False
         self.remove(client)
-        client.hang_up()
+        client.disconnect()
         return True

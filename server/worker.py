@@ -1,11 +1,11 @@
-"""gunicorn's gevent worker, with a hot lane for the gateway, and other ways to end.
+"""gunicorn's gevent worker, with a hot lane for the gateway, limits for clients, and its own shutdown and restart.
 
 - Plain requests to running models are answered by the hot lane, the others by gunicorn and the app.
-- Told to stop, it hangs up on idle connections: browsers and API clients keep them open for minutes, and gunicorn 27
+- On shutdown it closes idle connections: browsers and API clients keep them open for minutes, and gunicorn 27
   waits for each until `graceful_timeout`.
-- Asked to restart, it begins no request any more but leaves them to the next worker, with their connections.
-- Clients that are slow, or too many, keep nobody else out.
-- Without its master, or given up by it, it ends as for a restart: the models stay loaded.
+- On restart it starts no new request, but passes them to the next worker, with their connections.
+- Slow clients, and too many connections, don't lock out other clients.
+- When its master has died or aborts it, it ends as for a restart: the models stay loaded.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from services.restart import FAILED, UNBEGUN, RestartRefused
 Environ = dict[str, Any]
 
 SPARE_PART = 20
-"""One of so many places that gunicorn has is kept free: a client that comes when all others are taken has to be let in,
-or refused, rather than be left standing."""
+"""One in so many of gunicorn's connections is kept free: gunicorn accepts none beyond its limit, so that a further client
+would wait in the kernel's queue, and could not even be refused."""
 
 
 class Worker(GeventWorker):  # type: ignore[misc]
-    """Knows its open connections, and what becomes of them."""
+    """Tracks its open connections: to limit and close them, and to pass them to the next worker."""
 
     handover = Handover()
-    """The master's, as this module is; every worker inherits it."""
+    """Created in the master, which imports this module, so that every worker inherits it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,7 +62,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     @property
     def orphaned(self) -> bool:
-        """Whether the master is gone."""
+        """Whether the master has died."""
         return bool(self.ppid != os.getppid())
 
     def init_signals(self) -> None:
@@ -73,20 +73,20 @@ class Worker(GeventWorker):  # type: ignore[misc]
             signal.signal(number, signal.SIG_IGN)
 
     def handle_hup(self, _number: int, _frame: object) -> None:
-        gevent.spawn(self._hang_up_signalled)
+        gevent.spawn(self._restart_or_redirect)
 
     def handle_exit(self, number: int, frame: object) -> None:
         drop_dead_streams()
         super().handle_exit(number, frame)
 
     def handle_abort(self, number: int, frame: object) -> None:
-        """The master gave up on it, and starts another one."""
+        """On SIGABRT: the master got no heartbeat from this worker, and replaces it."""
         with suppress(AttributeError):  # it had not begun to serve
             self.services.restart.abandon()
         super().handle_abort(number, frame)
 
     def notify(self) -> None:
-        """Tell the master that it is alive. gunicorn's would end the process at once when the master is gone."""
+        """Send the master a heartbeat. gunicorn's method would end the process at once when the master has died."""
         super(GeventWorker, self).notify()
 
     def load_wsgi(self) -> None:
@@ -103,11 +103,11 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._lane = HotLane(self.services, guard, Polls(app), self._begins_requests, self._begin, self._end)
 
     def timeout_ctx(self) -> Any:
-        """No limit around a request's head, which may be several requests of the hot lane: `ClientSocket` has it."""
+        """No limit here: the hot lane answers several requests within this context. `ClientSocket` has the limits."""
         return nullcontext()
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        """As gunicorn's, which would have the client wait, and be waited for, without a limit."""
+        """Handle a connection as gunicorn does, but with limits on the number of connections and on waiting."""
         if not isinstance(client, ClientSocket):
             client = ClientSocket(client.detach())
         if not self._limits.admit(client, addr[0]):
@@ -126,25 +126,25 @@ class Worker(GeventWorker):  # type: ignore[misc]
         sock.expect_body()
         try:
             super().handle_request(listener_name, req, sock, addr)
-        except TimeoutError:  # it takes nothing of its answer
+        except TimeoutError:  # the client does not read its response
             raise StopIteration from None
         finally:
             self._end(sock)
         if sock not in self._clients:
-            raise StopIteration  # what comes next on it is for the next worker
+            raise StopIteration  # it was passed on: the next worker reads what follows
 
     def take_over(self) -> None:
-        """Answer, from now on, what the worker before has left."""
+        """Start answering the requests that the previous worker passed on."""
         self._taker = gevent.spawn(self._take)
 
     def await_answers(self, seconds: float) -> None:
-        """Block until no request is under way, at most `seconds`."""
+        """Block until no request is under way, for at most `seconds`."""
         deadline = time.monotonic() + seconds
         while self._busy and time.monotonic() < deadline:
             gevent.sleep(0.02)
 
-    def hang_up(self) -> None:
-        """End every connection once the answer under way on it is written."""
+    def close_connections(self) -> None:
+        """Close every connection once the response under way on it is written."""
         for client in list(self._clients):
             with suppress(OSError):
                 client._sock.shutdown(socket.SHUT_RD)  # type: ignore[attr-defined]  # gevent's own fails the reader
@@ -153,7 +153,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         return self.alive and not self._restart.requested
 
     def _begin(self, client: ClientSocket) -> None:
-        """A request's answer is under way, outside gunicorn."""
+        """Count a request that the hot lane answers."""
         self._busy += 1
         self._limits.answer(client)
 
@@ -162,9 +162,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
         client.expect_head()
         self._limits.wait_for(client)
 
-    def _hang_up_signalled(self) -> None:
+    def _restart_or_redirect(self) -> None:
         if terminal.says(gevent.sleep) != "restart":
-            drop_dead_streams()  # where the terminal is gone the master ends this process
+            drop_dead_streams()  # if the terminal is gone, the master ends this process
             return
         try:
             self.services.restart.request()
@@ -174,7 +174,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self.log.warning("SIGHUP restarts nothing: the app is only just starting.")
 
     def _answer(self, environ: Environ, start_response: Callable[..., Any]) -> Any:
-        """The WSGI app as gunicorn calls it."""
+        """What gunicorn calls: pass the request to the app, with its whole body, or to the next worker on a restart."""
         client = environ["gunicorn.socket"]
         environ["wsgi.input"] = RequestBody(environ, self._longest, lambda: self._limits.answer(client))
         if client.failed is not None:
@@ -188,7 +188,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         return ALREADY_HANDLED
 
     def _read(self, environ: Environ) -> bytes | None:
-        """The body of a request; None when it is longer than may be, or not all there, which the app will say."""
+        """Return the body of a request; None if it is too long, malformed or incomplete, which the app then reports."""
         try:
             body: bytes = environ["wsgi.input"].read()
         except (OSError, HTTPException):
@@ -197,11 +197,11 @@ class Worker(GeventWorker):  # type: ignore[misc]
         return body
 
     def _leave(self, environ: Environ, body: bytes | None) -> bool:
-        """Leave a request that has not begun to the next worker, with its connection. Whether that was possible."""
+        """Pass a request that was not started to the next worker, with its connection; return whether that worked."""
         if body is None:
             return False
         if self._taker is not None:
-            self._taker.kill()  # or it would take what is given here
+            self._taker.kill()  # or this worker would take back what it gives
         client = environ["gunicorn.socket"]
         if not self.handover.give(client, request_bytes(environ, body)):
             return False
@@ -222,7 +222,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 
 class Response(wsgi.Response):  # type: ignore[misc]
-    """An answer whose head is sent together with the first piece of its body: gunicorn's takes two system calls."""
+    """A response whose head is sent together with the first part of its body: gunicorn needs two system calls."""
 
     def write(self, arg: bytes) -> None:
         if self.headers_sent:
@@ -238,7 +238,7 @@ class Response(wsgi.Response):  # type: ignore[misc]
 
 
 class _Gathered:
-    """What would have been sent."""
+    """Stands in for the socket, and collects what is sent."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
@@ -288,6 +288,6 @@ def write_error(client: ClientSocket, status: int, _reason: str, message: str) -
     gunicorn.util.write_nonblock(client, refusal(status, error_document(error, client.path)))
 
 
-gunicorn.util.write_error = write_error  # gunicorn does these things by these names
+gunicorn.util.write_error = write_error  # gunicorn looks these up by name, and has no setting for them
 wsgi.Response = Response
 gunicorn.http.get_parser = Requests

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
 
 from services.engines.port import Model
+from services.notes import Notes
 
 NOTE = "deleted_models"
 MAX_ENTRIES = 500
 """Limit of remembered models; the oldest are forgotten."""
-
-
-class Notes(Protocol):
-    """Key-value store that outlives the app."""
-
-    def get(self, key: str) -> str | None: ...
-
-    def put(self, key: str, value: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

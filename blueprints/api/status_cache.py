@@ -11,14 +11,16 @@ from services.container import Services
 from services.status import Status
 
 
-class _CachedStatus(NamedTuple):
+class _Serialised(NamedTuple):
+    """The document of a status and of the number of requests that wait for each model, and its event."""
+
     status: Status
     waiting: dict[str, int]
     document: bytes
     event: bytes
 
 
-_cached: _CachedStatus | None = None
+_cached: _Serialised | None = None
 
 
 def status_document(found: Services) -> bytes:
@@ -32,10 +34,10 @@ def status_event(found: Services) -> tuple[int, bytes]:
     return cached.status.version, cached.event
 
 
-def _current(found: Services) -> _CachedStatus:
+def _current(found: Services) -> _Serialised:
     global _cached
     status, waiting = found.status.current(), dict(found.router.waiting)
     if _cached is None or _cached.status is not status or _cached.waiting != waiting:
         text = json.dumps(shapes.status_document(status, waiting), separators=(",", ":"))
-        _cached = _CachedStatus(status, waiting, text.encode(), sse_event("status", text, status.version))
+        _cached = _Serialised(status, waiting, text.encode(), sse_event("status", text, status.version))
     return _cached

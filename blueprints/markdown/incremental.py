@@ -14,7 +14,7 @@ from blueprints.markdown.html_cache import html_cache
 
 PACE_SECONDS = 0.06
 """Minimum interval between two renderings of an answer."""
-REST_FACTOR = 4
+PAUSE_FACTOR = 4
 """Pause after a rendering, as a multiple of its duration: a long tail must not starve other greenlets."""
 MAX_ANSWERS = 16
 """Number of answers that are remembered; the least recently read one is dropped, and rendered anew when read again."""
@@ -34,8 +34,8 @@ class IncrementalHtml:
     A link definition further down may change them then.
     """
 
-    def __init__(self, pace: float = PACE_SECONDS, rest: float = REST_FACTOR) -> None:
-        self._pace, self._rest = pace, rest
+    def __init__(self, pace: float = PACE_SECONDS, pause_factor: float = PAUSE_FACTOR) -> None:
+        self._pace, self._pause_factor = pace, pause_factor
         self._lock = threading.Lock()
         self._links: dict[str, Any] = {}
         self._seen = 0
@@ -70,7 +70,7 @@ class IncrementalHtml:
         self._html = AnswerHtml(finished, html_of(lines[boundary:], self._links))
         self._finished_to = boundary
         ended = time.monotonic()
-        self._due = ended + max(self._pace, self._rest * (ended - began))
+        self._due = ended + max(self._pace, self._pause_factor * (ended - began))
 
 
 class IncrementalHtmlCache:

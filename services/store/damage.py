@@ -10,8 +10,8 @@ import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
 
+from services.notes import Notes
 from services.store.errors import StoreError, is_damage, store_error
 
 START_LOCK_TIMEOUT = 20.0
@@ -42,14 +42,6 @@ def latest(path: Path) -> Path | None:
     """Return the database set aside last, None if there is none."""
     aside = path.parent.glob(f"{path.stem}-damaged-*{path.suffix}")
     return max(aside, key=lambda found: found.name, default=None)
-
-
-class Notes(Protocol):
-    """Key-value store that outlives the app."""
-
-    def get(self, key: str) -> str | None: ...
-
-    def put(self, key: str, value: str) -> None: ...
 
 
 class Damaged:

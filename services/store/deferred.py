@@ -8,6 +8,7 @@ from typing import Protocol
 
 import structlog
 
+from services.notes import Notes
 from services.scheduling import Scheduler, ThreadScheduler
 from services.store.errors import StoreError
 from services.store.records import LoadRecord
@@ -87,16 +88,10 @@ class DeferredWrites:
             return self._waiting.popleft() if self._waiting else None
 
 
-class _Notes(Protocol):
-    def get(self, key: str) -> str | None: ...
-
-    def put(self, key: str, value: str) -> None: ...
-
-
 class DeferredNotes:
     """Notes, read directly and written through DeferredWrites."""
 
-    def __init__(self, notes: _Notes, writes: DeferredWrites) -> None:
+    def __init__(self, notes: Notes, writes: DeferredWrites) -> None:
         self._notes = notes
         self._writes = writes
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from services.engines.port import Endpoint, Engine, Exit, Instance, LoadFailed, Model, Usage
 from services.memory.ledger import Holding, holdings_of
+from services.notes import Notes
 from services.scheduling import Scheduler
 from services.switching.events import Failure, InstanceState, LoadView, Loss, SwitchView
 from services.switching.member import Measurement, Member, MemberState
@@ -24,17 +25,12 @@ RESTORE_ACTIVE_SECONDS = 30.0
 later was loaded by another client."""
 
 
-class Notes(Protocol):
-    """Key-value store that outlives the app. `put` must not wait for the disk."""
-
-    def get(self, key: str) -> str | None: ...
-
-    def put(self, key: str, value: str) -> None: ...
-
-
 @dataclass(eq=False)
 class Fleet:
-    """The state. Each method does one message's work: short, no I/O. `changed` is set when a new snapshot is due."""
+    """The state. Each method does one message's work: short, no I/O. `changed` is set when a new snapshot is due.
+
+    `notes.put` must not wait for the disk.
+    """
 
     scheduler: Scheduler
     notes: Notes

@@ -23,8 +23,8 @@ class Loaded:
     """A loaded model as a candidate for unloading.
 
     `keep_reason` says why it must stay (pinned, being loaded), None if it may be unloaded. `spilled_bytes` is the part
-    of it in host RAM because it did not fit on its GPU. `rest` is what it would hold asleep, None if it can't sleep or
-    already does. `drain_seconds` is how long its requests in flight are expected to take.
+    of it in host RAM because it did not fit on its GPU. `sleep_footprint` is what it would hold asleep, None if it
+    can't sleep or already does. `drain_seconds` is how long its requests in flight are expected to take.
     """
 
     model: str

@@ -15,8 +15,9 @@ import structlog
 from services.catalog import UnknownModel
 from services.config import Strategy
 from services.engines.port import Exit, Instance
+from services.notes import Notes
 from services.switching.context import SwitchingContext
-from services.switching.fleet import Fleet, Notes
+from services.switching.fleet import Fleet
 from services.switching.job_queue import FetchingJob, JobQueue
 from services.switching.jobs import SWITCH_DEFAULTS, Job, JobResult, Replace, Request, SwitchError, SwitchOptions
 from services.switching.learning import Learned

@@ -17,7 +17,7 @@ class Visitor:
         self.address = address
         self.sent_off = False
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         assert not self.sent_off
         self.sent_off = True
 

@@ -214,7 +214,7 @@ def test_the_cache_of_rendered_texts_is_limited() -> None:
 @example([("a\r", True), ("\nb\r\n\r\nc", True), ("d", True)])
 def test_an_answer_that_grew_renders_like_the_whole(pieces: list[tuple[str, bool]]) -> None:
     """Finished blocks never change, and with the rest they are the HTML of the whole text, however it was split."""
-    incremental, text, finished = IncrementalHtml(pace=0, rest=0), "", ()
+    incremental, text, finished = IncrementalHtml(pace=0, pause_factor=0), "", ()
     for piece, looked_at in pieces:
         text += piece
         if looked_at:
@@ -241,7 +241,7 @@ def test_finished_blocks_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> N
         return html_of(text, links)
 
     monkeypatch.setattr("blueprints.markdown.rendering.html_of", counted)
-    incremental, text = IncrementalHtml(pace=0, rest=0), ""
+    incremental, text = IncrementalHtml(pace=0, pause_factor=0), ""
     for number in range(200):
         text += f"Paragraph {number} with **bold** words.\n\n"
         for _tab in range(4):

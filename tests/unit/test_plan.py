@@ -101,10 +101,10 @@ def test_sleep_never_takes_memory_that_the_target_needs(need, available, loaded,
     assert plan.feasible == stopped.feasible
     by_id = {m.model: m for m in loaded}
     asleep = [by_id[u.model].sleep_footprint for u in plan.unload if u.sleeps]
-    assert sum(rest.host_bytes for rest in asleep) <= host
+    assert sum(kept.host_bytes for kept in asleep) <= host
     for unload in plan.unload:
-        rest = by_id[unload.model].sleep_footprint if unload.sleeps else None
-        assert unload.frees_bytes == by_id[unload.model].bytes - (rest.device_bytes if rest else 0) >= 0
+        kept = by_id[unload.model].sleep_footprint if unload.sleeps else None
+        assert unload.frees_bytes == by_id[unload.model].bytes - (kept.device_bytes if kept else 0) >= 0
     if plan.feasible:
         assert available + plan.freed_bytes >= need
 
