@@ -39,8 +39,8 @@ from services.restart import FAILED, UNBEGUN, RestartRefused
 Environ = dict[str, Any]
 
 SPARE_PART = 20
-"""One in so many of gunicorn's connections is kept free: gunicorn accepts none beyond its limit, so that a further client
-would wait in the kernel's queue, and could not even be refused."""
+"""One in so many of gunicorn's connections is kept free: it accepts none beyond its limit, so that a further client would
+wait in the kernel's queue, and could not even be refused."""
 
 
 class Worker(GeventWorker):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 Children outlive a worker that restarts or is killed, so each is recorded in `<state_dir>/processes/` before it is used.
 The next start ends the engines that an earlier run left behind (`ProcessRegistry.end_leftovers`), except those that
-answered already and can be taken over (`ProcessRegistry.engines`); a service goes on and is adopted
+answered already and can be adopted (`ProcessRegistry.engines`); a service goes on and is adopted
 (`ProcessRegistry.adopt`).
 """
 
@@ -136,7 +136,7 @@ class ProcessRegistry:
         return _is_alive(engine)
 
     def end(self, engine: ProcessRecord) -> None:
-        """Kill one of `engines` that is not taken over."""
+        """Kill one of `engines` that is not adopted."""
         log.warning("ending an engine that an earlier run left behind", pid=engine.pid, model=engine.name)
         signal_group(engine.pid, signal.SIGKILL)
         self.remove(engine.pid)

@@ -61,7 +61,7 @@ REMOVE_SECONDS = 30.0
 
 @dataclass(slots=True)
 class Orphan:
-    """A process with a loaded model that an earlier run left, until it is taken over or ended."""
+    """A process with a loaded model that an earlier run left, until it is adopted or ended."""
 
     record: ProcessRecord
     silent_since: float | None = None
@@ -252,7 +252,7 @@ class LlamaCpp:
             self._registry.end(record)
 
     def _end_orphan(self, model_id: str) -> None:
-        """End the process that an earlier run left for a model, if any, because it is not taken over."""
+        """End the process that an earlier run left for a model, if any, because it is not adopted."""
         orphan = self._orphans.pop(model_id, None)
         if orphan is not None and self._registry.is_alive(orphan.record):
             self._registry.end(orphan.record)
