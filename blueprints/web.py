@@ -54,6 +54,7 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "internal_error": 500,
     "load_failed": 502,
     "engine_error": 502,
+    "key_refused": 502,
     "engine_unreachable": 502,
     "queue_full": 503,
     "starting": 503,

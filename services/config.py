@@ -57,7 +57,7 @@ class ModelEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(pattern=MODEL_ID_PATTERN, max_length=MAX_MODEL_ID)]
-    engine: Literal["llamacpp", "ollama", "vllm", "flux", "vision"] = "llamacpp"
+    engine: Literal["llamacpp", "ollama", "vllm", "flux", "vision", "openai"] = "llamacpp"
     source: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=4096)]
     kind: Kind = "text"
     description: str = ""
@@ -73,6 +73,13 @@ class ModelEntry(BaseModel):
         if ".." in value or "//" in value:
             raise ValueError("a model id can't hold '..' or '//'")
         return value
+
+    @model_validator(mode="after")
+    def _no_memory_elsewhere(self) -> ModelEntry:
+        sizes = (self.size_gb, self.required_gb, self.load_time_seconds)
+        if self.engine == "openai" and any(size is not None for size in sizes):
+            raise ValueError("an openai model is not loaded here: leave out size_gb, required_gb and load_time_seconds")
+        return self
 
     @field_validator("options")
     @classmethod

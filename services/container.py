@@ -29,6 +29,8 @@ from services.engines.llamacpp.folder import ModelFolder
 from services.engines.ollama.engine import Ollama
 from services.engines.ollama.instance import ServerProcess
 from services.engines.ollama.watch import OllamaWatch
+from services.engines.openai.account import Account
+from services.engines.openai.engine import OpenAI
 from services.engines.port import Engine, GpuBytes
 from services.engines.processes import ProcessRegistry
 from services.engines.python_server.about import FLUX, VISION, About
@@ -144,7 +146,7 @@ class Services:
     def _preload(self, model_id: str) -> None:
         """Load the model that the setting `preload` names, unless a model is loaded."""
         self.switcher.wait_first_pass(FIRST_PASS_SECONDS)
-        if self.board.current.instances:
+        if any(not view.entry.remote for view in self.board.current.instances.values()):
             return
         try:
             options = SwitchOptions(auto_unload=False, activate=False)
@@ -225,6 +227,7 @@ def build_services(settings: Settings) -> Services:
         "ollama": ollama,
         "vllm": _vllm(settings, devices, hub, owner(settings.state_dir, lambda: notes.get("owner") or new_id()[:12])),
         **servers,
+        "openai": OpenAI(_openai_account(settings)),
     }
     catalog = Catalog(settings.models, engines, DeletedModels(notes))
     catalog.on_change(board.publish)
@@ -304,7 +307,11 @@ def _servers(settings: Settings) -> tuple[tuple[About, str, str], ...]:
 def _loaded_on(board: Board, device: str) -> list[str]:
     """Return the models that are loaded on a device and could be unloaded."""
     here = board.current.instances.values()
-    return [v.model for v in here if v.device == device and v.shares is None and not v.entry.started_elsewhere]
+    return [
+        v.model
+        for v in here
+        if v.device == device and v.shares is None and not (v.entry.started_elsewhere or v.entry.remote)
+    ]
 
 
 def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devices: DeviceMonitor) -> Ollama:
@@ -325,6 +332,11 @@ def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devi
         gpu_bytes=_gpu_bytes(devices),
         context_length=settings.ollama_context_length,
     )
+
+
+def _openai_account(settings: Settings) -> Account:
+    key = settings.openai_api_key
+    return Account(settings.openai_base_url, None if key is None else key.get_secret_value())
 
 
 def _check_state(settings: Settings) -> None:

@@ -52,6 +52,7 @@ class ModelStatus:
     drain_until: float | None = None
     """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
     kind: Kind = "text"
+    remote: bool = False
 
     @property
     def moving(self) -> bool:
@@ -153,7 +154,7 @@ class StatusService:
 
     def _build(self) -> Status:
         snapshot = self._board.current
-        views = [v for v in snapshot.instances.values() if v.shares is None]
+        views = [v for v in snapshot.instances.values() if v.shares is None and not v.entry.remote]
         holdings = [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
         catalogue = self._catalog.models.values()
         self._forecasts = forecasts = {model.id: self._forecast(model, snapshot) for model in catalogue}
@@ -228,9 +229,9 @@ def _status_of(inputs: _StatusInputs) -> ModelStatus:
         used_bytes=held,
         required_bytes=(need.bytes or None) if need else None,
         memory_basis="measured" if held else need.basis if need and need.bytes else None,
-        estimated_load_seconds=inputs.forecast.seconds,
+        estimated_load_seconds=None if model.remote else inputs.forecast.seconds,
         load=view.load if view else inputs.arriving,
-        device=view.device if view else None,
+        device=view.device if view and not model.remote else None,
         in_flight=inputs.in_flight,
         last_used=inputs.last_used,
         error=error,
@@ -239,6 +240,7 @@ def _status_of(inputs: _StatusInputs) -> ModelStatus:
         unresponsive=view.unresponsive if view else False,
         drain_until=view.drain_until if view else None,
         kind=model.kind,
+        remote=model.remote,
     )
 
 

@@ -158,10 +158,16 @@ def _check_kind(name: str | None) -> None:
 
 
 def _admit_loaded(name: str | None, _client: Client) -> Admission:
-    """Admit a request to a running model. Raises NotFound if none is named and none is active, else ApiError."""
+    """Admit a request to a running model. Raises NotFound if none is named and none is active, else ApiError.
+
+    A remote service has an account behind it, whose files and settings are under /v1 too: nobody reaches those here.
+    """
     found = services()
     admission = found.router.try_admit(name)
     if admission is not None:
+        if admission.instance.entry.remote:
+            admission.release()
+            raise NotFound(f"{admission.instance.model} is remote: only requests that generate are passed on to it.")
         return admission
     named = name if name not in (None, AUTO) else found.board.current.active_model
     if named is None:

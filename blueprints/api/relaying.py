@@ -16,8 +16,10 @@ import gevent
 from gevent.monkey import get_original
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
+from services.gateway.refusals import refusal_of
 from services.gateway.relay import Body, EngineResponse, Hangup, Relay, answer_fields
 from services.gateway.router import Admission, GatewayError
+from services.switching.events import InstanceView
 
 _poll = get_original("select", "poll")
 
@@ -178,8 +180,8 @@ def relay_request(
     try:
         addressed = body if endpoint.model is None else _addressed(body, endpoint.model)
         answer = relay.send(endpoint, method, target, headers, addressed, hangup)
-        if answer.status_code in (404, 405):
-            _check_served(answer, admission.instance.model)
+        if answer.status_code >= 400:
+            _check_refusal(answer, admission.instance)
     except BaseException:
         finish()
         raise
@@ -191,13 +193,22 @@ def relay_request(
     return RelayedResponse(answer.status_code, answer_fields(answer), relayed)
 
 
-def _check_served(answer: EngineResponse, model: str) -> None:
-    """Replace an engine's own response for an unknown path or method by ours, because each engine has another one."""
+def _check_refusal(answer: EngineResponse, instance: InstanceView) -> None:
+    """Raise our own error instead of an engine's where its words must not be passed on, or differ by engine."""
     try:
-        said = answer.peek(MAX_ERROR_BYTES)
+        refusal = refusal_of(answer, instance)
+        if refusal is not None:
+            raise refusal
+        if answer.status_code in (404, 405):
+            _check_served(answer, instance.model)
     except BaseException:
         answer.close()
         raise
+
+
+def _check_served(answer: EngineResponse, model: str) -> None:
+    """Replace an engine's own response for an unknown path or method by ours, because each engine has another one."""
+    said = answer.peek(MAX_ERROR_BYTES)
     if len(said) == MAX_ERROR_BYTES or not _names_no_route(said):
         return
     if answer.status_code == 405:

@@ -54,6 +54,7 @@ def model_document(model: ModelStatus) -> Json:
         "health": "unhealthy" if model.unresponsive else _HEALTH.get(model.state),
         "engine": model.engine,
         "kind": model.kind,
+        "remote": model.remote,
         "description": model.description,
         "size_gb": gb(model.size_bytes),
         "gpu_memory_used_gb": gb(model.used_bytes),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from services.redaction import is_secret, shown
 
@@ -17,6 +18,22 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r
 Argument = Text | int | float
 Tokens = Annotated[int, Field(ge=128, le=16_777_216)]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
+BASE_URL = r"^https?://[A-Za-z0-9._\-\[\]:]+(/[A-Za-z0-9._~%+-]+)*/?$"
+
+
+def _base_url(value: str) -> str:
+    """Return an API's address without a slash at its end. Raises ValueError."""
+    try:
+        usable = bool(urlsplit(value).hostname) and (urlsplit(value).port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an address such as https://host/v1")
+    return value.rstrip("/")
+
+
+BaseUrl = Annotated[str, StringConstraints(pattern=BASE_URL, max_length=2000), AfterValidator(_base_url)]
+"""An address without user, password and query: pages show it."""
 FolderPath = Annotated[str, StringConstraints(pattern=r"^/[^\x00]*$", max_length=4096)]
 
 
@@ -59,12 +76,20 @@ class PythonServerOptions(BaseModel):
     environment: dict[VariableName, Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")] | int | float | bool] = {}
 
 
+class OpenAIOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    base_url: BaseUrl | None = None
+    key_env: VariableName | None = None
+
+
 OPTIONS: Mapping[str, type[BaseModel]] = {
     "llamacpp": LlamaCppOptions,
     "ollama": OllamaOptions,
     "vllm": VllmOptions,
     "flux": PythonServerOptions,
     "vision": PythonServerOptions,
+    "openai": OpenAIOptions,
 }
 
 OFTEN_SECRET = {"arguments", "environment"}

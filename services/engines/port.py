@@ -37,6 +37,7 @@ class Model:
     links and their targets, `companions` files loaded with it; empty if the engine doesn't report them. `fetch_bytes`
     have to be fetched before it can be loaded, 0 if none. Only a model of the `kind` text can become the active one.
     `started_elsewhere`: it is loaded on a server that another program started, so that it can't be unloaded from here.
+    A `remote` model runs on another service: it takes no memory here, and becomes active only when someone chooses it.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Model:
     fault: str | None = None
     kind: Kind = "text"
     started_elsewhere: bool = False
+    remote: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +111,14 @@ class Evidence:
 class Endpoint:
     """Address of a ready instance: an origin such as `http://127.0.0.1:40123`, and headers to add to requests.
 
-    `model` is the name that the engine expects in a request; None if any will do.
+    `model` is the name that the engine expects in a request; None if any will do. `base_path` is the path in whose
+    place requests have `/v1`.
     """
 
     origin: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     model: str | None = None
+    base_path: str = "/v1"
 
 
 @dataclass(frozen=True, slots=True)

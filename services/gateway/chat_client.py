@@ -12,6 +12,7 @@ from services.cancellation import Cancelled, CancelToken
 from services.catalog import UnknownModel
 from services.gateway.context import ContextOverflow, drop_oldest, first_included, parse_overflow
 from services.gateway.deltas import finish_reason, join_surrogates, parse_chunk, split_thoughts
+from services.gateway.refusals import refusal_of
 from services.gateway.relay import BrokenResponse, EngineResponse, Hangup, Relay
 from services.gateway.router import Admission, ClientGone, GatewayError, Router
 from services.store.records import Message
@@ -97,7 +98,7 @@ class ChatClient:
                     if answer.status_code == 200:
                         yield ChatStream(instance.model, answer, token, told_from, instance.traffic.note_activity)
                         return
-                    refusal = _read_overflow(answer)
+                    refusal = _read_overflow(answer, instance)
                 finally:
                     answer.close()
                 told_from = drop_oldest(prompt.messages, told_from, refusal)
@@ -153,10 +154,13 @@ def _chunk(data: str) -> Mapping[str, Any]:
     return chunk
 
 
-def _read_overflow(answer: EngineResponse) -> ContextOverflow:
+def _read_overflow(answer: EngineResponse, instance: InstanceView) -> ContextOverflow:
     """Return what an engine's refusal says about the context. Raises GenerationError for any other refusal."""
     with _as_generation_error():
+        refused = refusal_of(answer, instance)
         said = answer.peek(MAX_ERROR_BYTES)
+    if refused is not None:
+        raise GenerationError(refused.message)
     try:
         document = json.loads(said)
     except (ValueError, RecursionError):

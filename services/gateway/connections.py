@@ -6,6 +6,7 @@ The relay reaches the network through the port `Network`, so that tests can use 
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import time
 from collections import deque
@@ -18,6 +19,8 @@ import certifi
 import gevent
 from gevent import socket as gevent_socket
 from gevent import ssl
+
+from services.host_lookup import look_up
 
 CONNECT_SECONDS = 5.0
 CONNECTIONS_PER_ENGINE = 2048
@@ -245,8 +248,8 @@ class Sockets:
 def _connect(host: str, port: int) -> Any:
     """Connect to the first address of `host` that accepts. Raises the first address's OSError if none does."""
     first: OSError | None = None
-    for family, kind, protocol, _, address in gevent_socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
-        connection = PlainConnection(family, kind, protocol)
+    for family, address in _addresses(host, port):
+        connection = PlainConnection(family, socket.SOCK_STREAM)
         try:
             connection.settimeout(CONNECT_SECONDS)
             connection.connect(address)
@@ -258,3 +261,16 @@ def _connect(host: str, port: int) -> Any:
                 raise
             first = first or error
     raise first or ConnectionError(f"{host} has no address")
+
+
+def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
+    """Families and addresses of a host. Raises OSError within CONNECT_SECONDS, however long the resolver takes."""
+    with suppress(ValueError):  # an address already: no resolver is asked
+        version = ipaddress.ip_address(host).version
+        return [(socket.AF_INET if version == 4 else socket.AF_INET6, (host, port))]
+    lookup = look_up(host, port)
+    if not lookup.over.wait(CONNECT_SECONDS):
+        raise TimeoutError
+    if lookup.error is not None:
+        raise lookup.error
+    return lookup.addresses

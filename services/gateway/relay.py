@@ -25,6 +25,8 @@ TRUNCATED = "the engine closed the connection in mid-answer"
 PRUNE_SECONDS = 5.0
 """Interval between checks of idle connections, which engines close."""
 
+API_PATH = "/v1"
+"""Where this API is in the paths of requests; `Endpoint.base_path` is where it is at the engine."""
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -43,6 +45,14 @@ NOT_FORWARDED = HOP_BY_HOP | {
     "content-length",
     "authorization",
     "x-api-key",
+    "api-key",
+    "x-goog-api-key",
+    "openai-organization",  # of the client's own account, not of the one whose key the endpoint has
+    "openai-project",
+    "forwarded",  # who asked is nobody's business elsewhere
+    "x-forwarded-for",
+    "x-real-ip",
+    "referer",
     "cookie",
     "accept-encoding",
     "origin",  # Ollama answers 403 to the ones it doesn't know; ours was checked at the door
@@ -438,6 +448,8 @@ def forwarded(headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def _head(endpoint: Endpoint, method: str, target: str, headers: bytes, body: bytes) -> bytes:
+    if endpoint.base_path != API_PATH and target.startswith(f"{API_PATH}/"):
+        target = endpoint.base_path + target.removeprefix(API_PATH)
     first = f"{method} {target} HTTP/1.1\r\nHost: {_host(endpoint.origin)}\r\n"
     for name, value in endpoint.headers.items():
         first += f"{name}: {value}\r\n"

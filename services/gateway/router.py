@@ -132,15 +132,16 @@ class Router:
         snapshot = self._board.current
         if snapshot.active_model is not None:
             return snapshot.active_model
-        if snapshot.switch is not None and self._is_text(snapshot.switch.to_model):
+        if snapshot.switch is not None and self._becomes_active(snapshot.switch.to_model):
             return snapshot.switch.to_model
         if self._settings.ollama_model is not None:
             return self._catalog.get(self._settings.ollama_model).id
         raise GatewayError("model_not_loaded", "No model is loaded. Name one, or switch to one first.")
 
-    def _is_text(self, model_id: str) -> bool:
+    def _becomes_active(self, model_id: str) -> bool:
+        """Whether a model becomes the active one if there is none, once it is loaded."""
         model = self._catalog.models.get(model_id)
-        return model is not None and model.kind == "text"
+        return model is not None and model.kind == "text" and not model.remote
 
     def _try_enter(self, model_id: str, kind: Kind | None = None) -> Admission | None:
         instance = self._board.current.instances.get(model_id)

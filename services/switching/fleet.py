@@ -70,7 +70,7 @@ class Fleet:
         return member if member is not None and member.is_loaded else None
 
     def holdings(self) -> list[Holding]:
-        own = (m for m in self if m.shares is None)
+        own = (m for m in self if m.shares is None and not m.model.remote)
         return [part for m in own for part in holdings_of(m.model.id, m.device, m.usage, m.reserved_bytes)]
 
     def snapshot(self) -> dict[str, Any]:
@@ -264,11 +264,11 @@ class Fleet:
         self._set_active(model_id)
 
     def activate_if_none(self, model_id: str) -> None:
-        """Make a model active only if none is.
+        """Make a model active only if none is, and never a remote one, whose answers cost money.
 
         This is not remembered for the next run while the previous run's active model may still be adopted.
         """
-        if self.active is None and self._may_be_active(model_id):
+        if self.active is None and self._may_be_active(model_id, unasked=True):
             self._set_active(model_id)
 
     def set_notice(self, model_id: str, words: str) -> None:
@@ -364,13 +364,14 @@ class Fleet:
     def _deactivate(self, member: Member) -> None:
         """If `member` was active, activate the most recently used running model instead."""
         if self.active == member.model.id:
-            left = [m for m in self if m.state == "running" and m.model.kind == "text"]
+            left = [m for m in self if m.state == "running" and self._may_be_active(m.model.id, unasked=True)]
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
             self._set_active(left[-1].model.id if left else None)
 
-    def _may_be_active(self, model_id: str) -> bool:
+    def _may_be_active(self, model_id: str, *, unasked: bool = False) -> bool:
+        """Return whether a model can become active; `unasked`: without anybody having chosen it."""
         member = self._members.get(model_id)
-        return member is None or member.model.kind == "text"
+        return member is None or (member.model.kind == "text" and not (unasked and member.model.remote))
 
     def _apply(self, member: Member, reading: Measurement) -> None:
         noticeable = member.differs(reading)

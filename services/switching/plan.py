@@ -188,7 +188,7 @@ def make_plan(
     unloadable = [m for m in candidates if _keep_reason(m, rules.auto_unload) is None]
     unloadable.sort(key=lambda m: (m.in_flight > 0, not m.asleep, *_RANKS[rules.strategy](m), m.model))
     freeable = sum(m.held_on(device) for m in unloadable)
-    short = need.bytes - memory.available_bytes
+    short = need.bytes - memory.available_bytes if need.bytes else 0
     feasible = short <= freeable
     named = [m for m in loaded if m.model == rules.instead_of != target and m.keep_reason is None]
     remaining = [m for m in unloadable if m not in named]

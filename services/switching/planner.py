@@ -71,12 +71,12 @@ class Planner:
         ledger = self.account(need.device, holdings)
         auto = self._settings.auto_unload if auto_unload is None else auto_unload
         already = snapshot.holder(model)
-        others = [view for view in snapshot.instances.values() if view.shares is None and view is not already]
+        held_here = [view for view in snapshot.instances.values() if view.shares is None and not view.entry.remote]
         plan = make_plan(
             model.id,
             need if already is None else _remaining_need(need, already),
             Room(ledger, self._account(HOST_DEVICE, holdings).available_bytes),
-            [self._loaded(view, snapshot, preempt_loads) for view in others],
+            [self._loaded(view, snapshot, preempt_loads) for view in held_here if view is not already],
             UnloadRules(strategy or self._settings.strategy, auto, instead_of),
             load_seconds=self.load_seconds(model) if already is None or already.state == "asleep" else 0.0,
             others=list(self._alternatives(snapshot)),
@@ -114,7 +114,7 @@ class Planner:
         """
         for model in self._catalog.models.values():
             holder = snapshot.holder(model)
-            if not model.fault and (holder is None or holder.state == "asleep"):
+            if not model.fault and not model.remote and (holder is None or holder.state == "asleep"):
                 try:
                     yield Alternative(model.id, self.need(model))
                 except Exception as error:
@@ -194,5 +194,5 @@ def _remaining_need(need: Need, view: InstanceView) -> Need:
 
 
 def _holdings(views: Iterable[InstanceView]) -> list[Holding]:
-    own = (v for v in views if v.shares is None)
+    own = (v for v in views if v.shares is None and not v.entry.remote)
     return [part for v in own for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]

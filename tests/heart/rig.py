@@ -9,7 +9,9 @@ from typing import Any
 
 from services.catalog import Catalog
 from services.config import Settings
-from services.engines.port import HOST_DEVICE, Model
+from services.engines.openai.account import Account
+from services.engines.openai.engine import OpenAI
+from services.engines.port import HOST_DEVICE, Engine, Model
 from services.gateway.relay import Relay
 from services.gateway.router import Router
 from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
@@ -41,10 +43,23 @@ MODELS = (
 """Ten gigabytes on each device: `large` displaces all others on the host, the two that can sleep each other."""
 
 
+class Remote(OpenAI):
+    """The real engine of remote models, which does no I/O; its models are discovered instead of listed."""
+
+    def __init__(self, models: Iterable[Model]) -> None:
+        super().__init__(Account("http://remote.test/v1", "key"), {})
+        self._models = tuple(models)
+
+    def discover(self) -> list[Model]:
+        return [self.describe(model) for model in self._models]
+
+
 class Heart:
     """One app at a time on the same machine; `crash` and `restart` replace it by the next."""
 
-    def __init__(self, seed: int = 0, models: Iterable[Model] = MODELS, **settings: Any) -> None:
+    def __init__(
+        self, seed: int = 0, models: Iterable[Model] = MODELS, remote: Iterable[Model] = (), **settings: Any
+    ) -> None:
         self.scheduler = VirtualScheduler(seed)
         self.machine = Machine(self.scheduler, {GPU: 10 * GB, HOST_DEVICE: 10 * GB})
         self.store = StubStore()
@@ -71,6 +86,7 @@ class Heart:
             "shared": engine("shared", shared=True),
             "sleepy": engine("sleepy", device=GPU, sleeps=True),
         }
+        self.remote = tuple(remote)
         self.state_error: str | None = None
         self._numbers = itertools.count(1)
         self._start()
@@ -84,11 +100,12 @@ class Heart:
         """Create the app's parts again, without starting them."""
         self.board = Board()
         self.writes = DeferredWrites(self.scheduler)
-        self.catalog = Catalog((), self.engines)
+        engines: dict[str, Engine] = {**self.engines, **({"openai": Remote(self.remote)} if self.remote else {})}
+        self.catalog = Catalog((), engines)
         self.catalog.keep_listed(lambda: [v.entry for v in self.board.current.instances.values()])
         learned = Learned(DeferredLoads(self.store, self.writes))
         notes = DeferredNotes(self.store, self.writes)
-        context = SwitchingContext(self.settings, self.board, self.catalog, self.engines, self.scheduler)
+        context = SwitchingContext(self.settings, self.board, self.catalog, engines, self.scheduler)
         self.planner = Planner(context, self.machine, learned)
         self.switcher = Switcher(context, self.planner, learned, notes, self._check_state)
         self.router = Router(self.settings, self.board, self.catalog, self.switcher, self.scheduler)

@@ -81,6 +81,11 @@ def test_a_wrong_variable_is_named(name, value, expected):
         ("llamacpp", 'arguments = ["a\\u0000b"]', ("arguments 0",)),
         ("llamacpp", "shm_gb = 1", ("no option 'shm_gb' for llamacpp models", "context_length")),
         ("ollama", "context_length = 1.5", ("context_length", "valid integer")),
+        ("openai", 'key = "sk-1"', ("no option 'key' for openai models", "base_url, key_env")),
+        ("openai", 'key_env = "MY KEY"', ("key_env",)),
+        ("openai", 'base_url = "https://user:secret@host/v1"', ("base_url",)),
+        ("openai", 'base_url = "ftp://host"', ("base_url", "ftp://host")),
+        ("openai", 'base_url = "https://host:port/v1"', ("base_url", "must be an address such as https://host/v1")),
         ("ollama", "parallel = 2", ("no option 'parallel' for ollama models", "context_length")),
     ],
 )
@@ -99,6 +104,7 @@ def test_a_wrong_option_of_a_model_stops_the_start(tmp_path, engine, options, ex
         ("llamacpp", 'arguments = ["--seed", 7]\nparallel = 2', {"arguments": ["--seed", 7], "parallel": 2}),
         ("llamacpp", 'context_length = "8192"', {"context_length": 8192}),
         ("ollama", 'device = "GPU-1"', {"device": "GPU-1"}),
+        ("openai", 'base_url = "https://host/v1/"', {"base_url": "https://host/v1"}),
         (
             "vllm",
             'environment = { A = "b", C = 1 }\nmounts = [["/data", "/models"]]\nshm_gb = 0.5\nsleep = false',
@@ -189,3 +195,10 @@ def test_an_unknown_provider_stops_the_start(name):
     """The message names the variable and the providers there are."""
     with pytest.raises(ConfigError, match=f"{name}.*'openai'.*'midjourney'"):
         load_settings({name: "midjourney"})
+
+
+def test_a_remote_model_has_no_size(tmp_path):
+    """It takes no memory here, so a figure would keep other models out for nothing."""
+    text = '[[models]]\nid = "a"\nsource = "gpt-5"\nengine = "openai"\nrequired_gb = 4\n'
+    with pytest.raises(ConfigError, match="an openai model is not loaded here"):
+        load_settings(write(tmp_path, text))

@@ -199,14 +199,37 @@ def test_the_port_follows_the_scheme(relay, origin, port, monkeypatch):
     """The default port is 443 for https, 80 for http."""
     asked: list[int] = []
 
-    def refuse(_host: str, number: int, *_more: object) -> None:
+    def refuse(_host: str, number: int) -> None:
         asked.append(number)
         raise OSError("nobody there")
 
-    monkeypatch.setattr("gevent.socket.getaddrinfo", refuse)
+    monkeypatch.setattr("services.gateway.connections.look_up", refuse)
     with pytest.raises(GatewayError):
         relay.send(Endpoint(origin), "GET", "/v1/x", b"", b"", Hangup())
     assert asked == [port]
+
+
+def test_a_resolver_that_hangs_delays_a_request_for_a_bounded_time(relay, monkeypatch):
+    """It can't be interrupted and may take half a minute; the models of other hosts don't wait for it."""
+    monkeypatch.setattr("services.gateway.connections.CONNECT_SECONDS", 0.05)
+    asked = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_args, **_options: asked.wait(30) and [])
+    with pytest.raises(GatewayError, match="took no connection"):
+        relay.send(Endpoint("http://slow.test"), "GET", "/v1/x", b"", b"", Hangup())
+    asked.set()
+
+
+def test_the_path_of_an_api_elsewhere_takes_the_place_of_v1(relay, engine):
+    """Of paths under /v1 alone: the local image and vision servers have paths beside it."""
+    upstream = engine(OK)
+    endpoint = Endpoint(upstream.origin, base_path="/api/openai/v1")
+    for target in ("/v1/chat/completions?a=/v1/b", "/v1x", "/score"):
+        relay.send(endpoint, "POST", target, b"", b"{}", Hangup()).close()
+    assert [line.split(" ")[1] for line in upstream.lines] == [
+        "/api/openai/v1/chat/completions?a=/v1/b",
+        "/v1x",
+        "/score",
+    ]
 
 
 def test_a_failed_connection_frees_its_place(relay, engine):

@@ -1,0 +1,1 @@
+"""Engine `openai`: models behind an OpenAI-compatible API elsewhere."""
