@@ -39,7 +39,7 @@ from services.restart import FAILED, UNBEGUN, RestartRefused
 Environ = dict[str, Any]
 
 SPARE_PART = 20
-"""One in so many of gunicorn's connections is kept free: it accepts none beyond its limit, so that a further client would
+"""One in so many of gunicorn's connections is kept free: it accepts none beyond its limit, so a further client would
 wait in the kernel's queue, and could not even be refused."""
 
 

@@ -42,6 +42,8 @@ PAGE_CHARACTERS = 200_000
 """Limit of a page's first part; 2,000 messages at once made a page of 4.9 MB."""
 CLOSE_SECONDS = 5.0
 
+BUSY = "An answer is being written in this conversation. Stop it, or wait until it is complete."
+
 
 class ChatError(Exception):
     """A chat request was refused. The text is for people."""
@@ -198,7 +200,7 @@ class Chats:
             conversation = self._idle(self.message(message_id).conversation_id)
             *before, last = conversation.messages
             if message_id not in (last.id, *last.versions):
-                raise NotTheLast("Only the last answer can be written anew.")
+                raise NotTheLast("Only the last answer can be retried.")
             answer = self._message(conversation.id, "assistant", "", model)
             if last.role == "user":
                 prompt = prompt_of(conversation)
@@ -216,7 +218,7 @@ class Chats:
             message = self.message(message_id)
             running = self._writing_in(message.conversation_id)
             if running is not None and message_id in running.answer.message.versions:
-                raise ChatBusy("Another answer is being written here. Stop it or wait until it is there.")
+                raise ChatBusy(BUSY)
             if not self._repository.show(message_id):
                 raise MessageNotFound("This message does not exist any more.")
             return message
@@ -262,7 +264,7 @@ class Chats:
     def _idle(self, conversation_id: str) -> Conversation:
         """Return the conversation. Raises ChatBusy if an answer is being written in it."""
         if self._writing_in(conversation_id) is not None:
-            raise ChatBusy("An answer is being written in this conversation. Stop it or wait until it is there.")
+            raise ChatBusy(BUSY)
         return self.get(conversation_id)
 
     def _writing_in(self, conversation_id: str) -> _Running | None:

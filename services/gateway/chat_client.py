@@ -58,7 +58,7 @@ class ChatStream:
         while chunk := self._chunk():
             *lines, rest = (rest + chunk).split(b"\n")
             if len(rest) > MAX_EVENT_BYTES:
-                raise GenerationError("The engine sent something that is no answer. What came so far is kept.")
+                raise GenerationError("The engine sent an invalid response. The text so far is kept.")
             for line in lines:
                 if line.startswith(b"data:"):
                     yield line[5:].strip().decode("utf-8", "replace")
@@ -71,7 +71,7 @@ class ChatStream:
         except (OSError, BrokenResponse) as error:
             self._token.check()
             why = "the engine closed the connection" if isinstance(error, BrokenResponse) else str(error).rstrip(".")
-            raise GenerationError(f"The answer broke off: {why}. What came so far is kept; try again.") from None
+            raise GenerationError(f"The answer broke off: {why}. The text so far is kept; try again.") from None
 
 
 class ChatClient:

@@ -215,7 +215,7 @@ class Sockets:
         try:
             return self._dial(urlsplit(origin))
         except TimeoutError:  # told apart from the read timeout of an engine that has accepted the request
-            raise ConnectionError(f"it took no connection within {CONNECT_SECONDS:.0f} s") from None
+            raise ConnectionError(f"it accepted no connection within {CONNECT_SECONDS:.0f} s") from None
 
     def now(self) -> float:
         return time.monotonic()

@@ -307,7 +307,7 @@ class Relay:
                         raise
             return _exchange(pool, pool.dial(), request, method, hangup)
         except TimeoutError:
-            raise GatewayError("engine_timeout", f"The engine said nothing for {self._timeout:.0f} s.") from None
+            raise GatewayError("engine_timeout", f"The engine sent nothing for {self._timeout:.0f} s.") from None
         except PoolExhausted:
             raise GatewayError(
                 "queue_full", f"The engine answers {CONNECTIONS_PER_ENGINE} requests already. Try again later.", 5
@@ -316,7 +316,9 @@ class Relay:
             if hangup.called:
                 raise ClientGone from None
             if self._closed:
-                raise GatewayError("stopping", "Switchyard stops, and broke the answer off. Ask again.", 2) from None
+                raise GatewayError(
+                    "stopping", "Switchyard is stopping and aborted the answer. Send the request again.", 2
+                ) from None
             raise GatewayError("engine_unreachable", f"The engine did not answer: {error}.") from None
 
     def close(self) -> None:

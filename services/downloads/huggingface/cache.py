@@ -113,7 +113,7 @@ class CacheLayout:
 
     def finish(self, commit: str | None, digests: Mapping[str, str]) -> None:
         if commit is None or not _COMMIT.fullmatch(commit):
-            raise DownloadError("hub_error", "The hub does not tell the commit of what it lists. Check HF_ENDPOINT.")
+            raise DownloadError("hub_error", "The hub's listing of the repository has no commit. Check HF_ENDPOINT.")
         snapshot = self._model.folder / "snapshots" / commit
         for path, digest in digests.items():
             _link(snapshot / path, self.destination(path, digest))

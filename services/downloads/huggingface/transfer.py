@@ -178,7 +178,9 @@ class Transfer:
             sha256 = sibling.lfs.sha256 if sibling.lfs else None
             digest = sha256 or sibling.blob_id
             if not isinstance(sibling.size, int) or sibling.size < 0 or not DIGEST.fullmatch(str(digest)):
-                raise DownloadError("hub_error", f"The hub does not tell size and digest of {path}. Try again later.")
+                raise DownloadError(
+                    "hub_error", f"The hub does not report the size and digest of {path}. Try again later."
+                )
             destination = self._layout.destination(path, str(digest))
             files.append(HubFile(path, sibling.size, str(digest), sha256, destination))
         return info.sha or self._name.revision, files

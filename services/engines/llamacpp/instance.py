@@ -89,7 +89,7 @@ class LlamaCppInstance(NoSleepMixin):
             answer = fetch("POST", url, body=question, headers=self._endpoint.headers, timeout=timeout)
         except FetchError as error:
             self._fail_if_gone()
-            raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
+            raise LoadFailed(f"It did not answer its first request: {error}.", self.log_tail()) from None
         if answer.status != 200:
             raise LoadFailed(f"Its first answer was an error: {answer.text[:300]}", self.log_tail())
         self._on_warm(self._server.process, self._endpoint)

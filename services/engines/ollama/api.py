@@ -165,7 +165,7 @@ class OllamaApi:
         """
         listed = self.answer(HttpRequest("GET", self.base_url + path, timeout=timeout)).get("models")
         if not isinstance(listed, list | None):
-            raise OllamaError(f"a list that can't be read: {reprlib.repr(listed)}", 200)
+            raise OllamaError(f"an invalid list: {reprlib.repr(listed)}", 200)
         found: list[T] = []
         odd: list[str] = []
         for entry in listed or []:
@@ -204,7 +204,7 @@ def understand(status: int, content: bytes) -> dict[str, Any]:
     if status >= 400 or error:
         raise OllamaError(str(error or content[:300].decode("utf-8", "replace") or f"HTTP status {status}"), status)
     if not isinstance(document, dict):
-        raise OllamaError(f"an answer that can't be read: {content[:100]!r}", status)
+        raise OllamaError(f"an invalid response: {content[:100]!r}", status)
     return document
 
 

@@ -134,7 +134,7 @@ class OllamaInstance(NoSleepMixin):
             path, body = "/v1/chat/completions", {"model": self.name, "messages": [hello], "max_tokens": 1}
         else:
             path, body = "/v1/embeddings", {"model": self.name, "input": "Hello"}
-        self._ask(self._server.api.request(path, body, timeout), "It did not answer its first question")
+        self._ask(self._server.api.request(path, body, timeout), "It did not answer its first request")
         self._server.watch.refresh()
 
     def responds(self, _timeout: float) -> bool | None:

@@ -149,7 +149,7 @@ class VllmInstance:
             refusal = self._server.first_token(timeout)
         except FetchError as error:
             self._fail_if_stopped()
-            raise LoadFailed(f"It did not answer its first question: {error}.", self.log_tail()) from None
+            raise LoadFailed(f"It did not answer its first request: {error}.", self.log_tail()) from None
         if refusal is not None:
             raise LoadFailed(f"Its first answer was an error: {refusal}", self.log_tail())
 
