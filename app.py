@@ -22,7 +22,7 @@ from blueprints import (
     set_aside,
     web,
 )
-from blueprints.api import openai, operations, provider_choice, providers, scripts, switching
+from blueprints.api import openai, operations, preferences, provider_choice, providers, scripts, switching
 from blueprints.guard import Guard
 from services.config import Settings, load_settings
 from services.container import build_services
@@ -57,6 +57,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
         set_aside,
         operations,
         switching,
+        preferences,
         scripts,
         providers,
         provider_choice,

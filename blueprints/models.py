@@ -215,7 +215,7 @@ def switch() -> Response:
     live = live_now()
     if request.form.get("confirm") != "yes":
         preview = _look_ahead(live, target)
-        wary = services().settings.confirm_before_unload and bool(preview.unload)
+        wary = services().preferences.current.confirm_before_unload and bool(preview.unload)
         if preview.abandons or wary or not preview.plan.feasible:
             return _ask(preview, activate)
     options = SwitchOptions(confirm=True, activate=activate == "yes")

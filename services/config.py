@@ -51,12 +51,16 @@ class ConfigError(Exception):
     """The settings are invalid. The text lists every problem, one per line."""
 
 
+ModelId = Annotated[str, Field(pattern=MODEL_ID_PATTERN, max_length=MAX_MODEL_ID)]
+ModelIds = Annotated[tuple[ModelId, ...], Field(max_length=1000)]
+
+
 class ModelEntry(BaseModel):
     """One `[[models]]` table of the settings file."""
 
     model_config = ConfigDict(extra="forbid")
 
-    id: Annotated[str, Field(pattern=MODEL_ID_PATTERN, max_length=MAX_MODEL_ID)]
+    id: ModelId
     engine: Literal["llamacpp", "ollama", "vllm", "flux", "vision", "openai"] = "llamacpp"
     source: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=4096)]
     kind: Kind = "text"
@@ -113,7 +117,37 @@ SEED_RECOMMENDATIONS = (
 """Used without `[[recommended]]` tables."""
 
 
-class Settings(BaseModel):
+class Preferences(BaseModel):
+    """What people may change while the app runs; the settings give the defaults. Times are seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: Strategy = Field("largest_first", description="which models a switch unloads first")
+    auto_unload: bool = Field(True, description="whether a switch may unload other models to make room")
+    confirm_before_unload: bool = Field(False, description="whether a switch that unloads must be confirmed")
+    preserve_models: ModelIds = Field((), description="models that no switch ever unloads, whatever the strategy")
+    favorites: ModelIds = Field((), description="models listed first, and kept by the strategy preserve_favorites")
+    switch_on_request: bool = Field(True, description="whether asking a model that is not loaded switches to it")
+    preload: ModelIds = Field((), description="models to load when the app starts, as far as they fit")
+    last_used: bool = Field(False, description="whether to load the last active model when the app starts")
+    idle_unload_seconds: Seconds | None = Field(
+        None, description="how long a model may be unused before it is unloaded"
+    )
+    idle_unload_models: Mapping[ModelId, Annotated[float, Field(ge=0, le=86_400)]] = Field(
+        {}, description="idle_unload_seconds for single models; 0: never"
+    )
+    keep_at_least_one: bool = Field(True, description="whether the last loaded model stays, however long it is unused")
+    home_model: ModelId | None = Field(None, description="model to go back to when the active one is unused")
+    home_after_seconds: Seconds = Field(300, description="how long the active model must be unused for that")
+
+    @field_validator("preserve_models", "favorites", "preload", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        """A single id is a list of one: `preload` was one model once."""
+        return (value,) if isinstance(value, str) else value
+
+
+class Settings(Preferences):
     """All settings with defaults and bounds. Times are seconds, `_gb` figures decimal gigabytes."""
 
     model_config = ConfigDict(extra="forbid")
@@ -125,13 +159,6 @@ class Settings(BaseModel):
     models_dir: Path = Field(Path("models"), description="folder whose GGUF files join the catalogue by themselves")
     memory_budget_gb: float | None = Field(None, gt=0, description="caps the system memory that models may use")
 
-    strategy: Strategy = Field("largest_first", description="which models a switch unloads first")
-    auto_unload: bool = Field(True, description="whether a switch may unload other models to make room")
-    confirm_before_unload: bool = Field(False, description="whether a switch that unloads must be confirmed")
-    preserve_models: tuple[str, ...] = Field(
-        (), description="models that no switch ever unloads, whatever the strategy"
-    )
-    preload: str | None = Field(None, description="model to load when the app starts")
     drain_timeout_seconds: Seconds = Field(30, description="how long requests in flight may finish before an unload")
     unload_timeout_seconds: Seconds = Field(15, description="how long an engine may take to stop before it is killed")
     sleep_timeout_seconds: Seconds = Field(120, description="how long a model may take to fall asleep")
@@ -139,7 +166,6 @@ class Settings(BaseModel):
     load_timeout_seconds: Seconds = Field(1800, description="how long a load may take")
     warm_up_timeout_seconds: Seconds = Field(120, description="how long the first token may take")
 
-    switch_on_request: bool = Field(True, description="whether asking a model that is not loaded switches to it")
     queue_limit: int = Field(64, ge=0, le=10_000, description="requests that may wait for a model at once")
     queue_timeout_seconds: Seconds = Field(600, description="how long a request waits for its model")
     upstream_timeout_seconds: Seconds = Field(600, description="how long an engine may be silent in an answer")
@@ -301,6 +327,11 @@ class Settings(BaseModel):
         return self
 
     @property
+    def preferences(self) -> Preferences:
+        """The defaults of what can be changed at run time."""
+        return Preferences.model_validate({name: getattr(self, name) for name in Preferences.model_fields})
+
+    @property
     def memory_budget_bytes(self) -> int | None:
         return None if self.memory_budget_gb is None else int(self.memory_budget_gb * 1e9)
 
@@ -320,7 +351,7 @@ class Settings(BaseModel):
         return int(self.max_body_mb * 1e6)
 
 
-LIST_KEYS = {"allowed_hosts", "preserve_models", "download_hosts"}
+LIST_KEYS = {"allowed_hosts", "preserve_models", "favorites", "preload", "download_hosts"}
 FILE_ONLY = {"models", "recommended"}
 UNPREFIXED = {
     name: name.lower()

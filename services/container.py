@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from services.catalog import Catalog, UnknownModel
+from services.catalog import Catalog
 from services.chats import Chats
 from services.config import Settings
 from services.deleted_models import DeletedModels
@@ -46,6 +46,7 @@ from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
 from services.native_threads import run_in_thread
 from services.periodic import Periodic
+from services.preferences import PreferenceStore
 from services.providers.availability import Availability
 from services.providers.docker_service import DockerService
 from services.providers.health import HealthChecks
@@ -70,10 +71,12 @@ from services.store.repository import (
 )
 from services.switching.context import SwitchingContext
 from services.switching.events import Board
-from services.switching.jobs import SwitchError, SwitchOptions
+from services.switching.first_loads import FirstLoads
+from services.switching.fleet import ACTIVE_KEY
+from services.switching.idle import IdleWatch
+from services.switching.jobs import SwitchError
 from services.switching.learning import Learned
 from services.switching.planner import Planner
-from services.switching.reconciler import FIRST_PASS_SECONDS
 from services.switching.switcher import Switcher
 
 log = structlog.get_logger(__name__)
@@ -82,6 +85,8 @@ FIRST_PASS_WAIT_SECONDS = 2.0
 """How long the start waits for the first pass over the engines."""
 CATALOG_SECONDS = 2.0
 """Interval between scans for new, changed and removed models."""
+IDLE_SECONDS = 1.0
+"""Interval between looks for unused models."""
 SERVERS_DIR = Path(__file__).parent / "local_servers"
 SERVERS_ENV = "local-servers-env"
 """Folder below the state folder: the virtual environment of the local servers."""
@@ -99,6 +104,7 @@ class Services:
     """Every service that a view may call. `start` before the first request, `close` after the last."""
 
     settings: Settings
+    preferences: PreferenceStore
     board: Board
     catalog: Catalog
     switcher: Switcher
@@ -118,6 +124,7 @@ class Services:
     folder: ModelFolder
     devices: DeviceMonitor
     background: tuple[Periodic, ...]
+    first_loads: FirstLoads
     store: Store
     damaged: Damaged
     writes: DeferredWrites
@@ -139,20 +146,8 @@ class Services:
         self.switcher.start()
         self.downloads.start()
         self.updates.start()
-        if self.settings.preload is not None:
-            ThreadScheduler().spawn("preload", lambda: self._preload(str(self.settings.preload)))
+        ThreadScheduler().spawn("first-loads", self.first_loads.run)
         self.switcher.wait_first_pass(FIRST_PASS_WAIT_SECONDS)
-
-    def _preload(self, model_id: str) -> None:
-        """Load the model that the setting `preload` names, unless a model is loaded."""
-        self.switcher.wait_first_pass(FIRST_PASS_SECONDS)
-        if any(not view.entry.remote for view in self.board.current.instances.values()):
-            return
-        try:
-            options = SwitchOptions(auto_unload=False, activate=False)
-            self.switcher.switch(model_id, requested_by="preload", options=options)
-        except (UnknownModel, SwitchError) as error:
-            log.warning("the model to preload can't be loaded", model=model_id, reason=str(error))
 
     def close(self) -> None:
         """Stop answers, downloads, models and engines, in this order.
@@ -188,13 +183,15 @@ def build_services(settings: Settings) -> Services:
     registry.prune_logs()
     store = open_store(settings.state_dir / DATABASE)
     writes = DeferredWrites()
-    notes = DeferredNotes(NoteRepository(store), writes)
+    stored_notes = NoteRepository(store)
+    notes = DeferredNotes(stored_notes, writes)
     damaged = Damaged(settings.state_dir / DATABASE, notes)
     if damaged.current is not None:
         log.error("the database was damaged and set aside; a new one was created", file=str(damaged.current))
     devices = DeviceMonitor(settings.memory_budget_bytes)
     hub = HubProcess(registry, hosts=settings.download_hosts)
     board = Board()
+    preferences = PreferenceStore(settings.preferences, stored_notes, board.touch)
     folder = ModelFolder(settings.models_dir, on_change=board.touch)
     watch = OllamaWatch(settings.ollama_base_url)
     service = OllamaService(
@@ -233,7 +230,7 @@ def build_services(settings: Settings) -> Services:
     catalog.on_change(board.publish)
     catalog.keep_listed(lambda: [view.entry for view in board.current.instances.values()])
     learned = Learned(DeferredLoads(LoadRepository(store), writes))
-    context = SwitchingContext(settings, board, catalog, engines, ThreadScheduler())
+    context = SwitchingContext(settings, preferences, board, catalog, engines, ThreadScheduler())
     planner = Planner(context, devices, learned)
     switcher = Switcher(context, planner, learned, notes, check_state=lambda: _check_state(settings))
     downloads = _downloads(settings, store, registry, hub, ollama, catalog)
@@ -242,7 +239,7 @@ def build_services(settings: Settings) -> Services:
         _registries(settings),
         every_seconds=settings.update_check_hours * 3600,
     )
-    router = Router(settings, board, catalog, switcher)
+    router = Router(settings, preferences, board, catalog, switcher)
     docker_service = DockerService(
         lambda: _docker(settings.docker_host),
         used=any(entry.engine == "vllm" for entry in settings.models),
@@ -258,6 +255,7 @@ def build_services(settings: Settings) -> Services:
     relay = Relay(settings.upstream_timeout_seconds, serving=lambda: board.current.origins)
     return Services(
         settings=settings,
+        preferences=preferences,
         board=board,
         catalog=catalog,
         switcher=switcher,
@@ -283,10 +281,12 @@ def build_services(settings: Settings) -> Services:
         devices=devices,
         background=(
             Periodic("look-for-models", catalog.refresh, CATALOG_SECONDS, first_seconds=CATALOG_SECONDS),
+            Periodic("idle", IdleWatch(context, switcher).check, IDLE_SECONDS, first_seconds=IDLE_SECONDS),
             Periodic(
                 "prune-logs", lambda: run_in_thread(registry.prune_logs), PRUNE_SECONDS, first_seconds=PRUNE_SECONDS
             ),
         ),
+        first_loads=FirstLoads(context, switcher, notes.get(ACTIVE_KEY)),
         store=store,
         damaged=damaged,
         writes=writes,

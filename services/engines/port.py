@@ -239,6 +239,10 @@ class Engine(Protocol):
     def outlives_app(self) -> bool:
         """Whether its instances stay loaded when the app ends, to be adopted by the next run."""
 
+    @property
+    def adopts_from_others(self) -> bool:
+        """Whether an instance that it adopts may have been loaded by another program, which may be using it."""
+
     def discover(self) -> Sequence[Model]:
         """Return the models that exist without being listed in the settings."""
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from services.catalog import Catalog, UnknownModel
 from services.config import Settings
 from services.engines.port import Kind
+from services.preferences import CurrentPreferences
 from services.scheduling import Scheduler, ThreadScheduler
 from services.switching.events import Board, InstanceView
 from services.switching.jobs import Job, SwitchError, SwitchOptions
@@ -58,12 +59,14 @@ class Router:
     def __init__(
         self,
         settings: Settings,
+        preferences: CurrentPreferences,
         board: Board,
         catalog: Catalog,
         switcher: Switcher,
         scheduler: Scheduler | None = None,
     ) -> None:
         self._settings = settings
+        self._preferences = preferences
         self._board = board
         self._catalog = catalog
         self._switcher = switcher
@@ -90,7 +93,7 @@ class Router:
         admission = self._try_enter(model_id)
         if admission is not None:
             return admission
-        if not self._settings.switch_on_request and not self._is_switch_target(model_id):
+        if not self._preferences.current.switch_on_request and not self._is_switch_target(model_id):
             raise GatewayError(
                 "model_not_loaded",
                 f"{model_id} is not loaded, and switching on request is switched off. "
@@ -113,7 +116,7 @@ class Router:
 
         A model that runs or is already being switched to causes none.
         """
-        if not self._settings.switch_on_request:
+        if not self._preferences.current.switch_on_request:
             return False
         try:
             model_id = self._resolve(name)

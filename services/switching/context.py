@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from services.catalog import Catalog
 from services.config import Settings
 from services.engines.port import Engine
+from services.preferences import CurrentPreferences
 from services.scheduling import Scheduler
 from services.switching.events import Board
 
 
 @dataclass(frozen=True, slots=True)
 class SwitchingContext:
-    """Settings, catalogue, engines by name, the board to publish on, and the scheduler to wait and spawn with."""
+    """Settings, preferences, catalogue, engines by name, the board to publish on, and the scheduler to wait with."""
 
     settings: Settings
+    preferences: CurrentPreferences
     board: Board
     catalog: Catalog
     engines: Mapping[str, Engine]

@@ -78,6 +78,8 @@ class InstanceView:
     """Whether it has shown no activity for too long although it has work."""
     drain_until: float | None = None
     """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
+    adopted: bool = False
+    """Whether it was found loaded, not loaded by this run of the app."""
 
 
 @dataclass(frozen=True, slots=True)

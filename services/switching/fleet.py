@@ -230,7 +230,7 @@ class Fleet:
         if model.id in self._members:
             return False
         self.clear_failure(model.id)
-        member = self._add(Member(reading.model, engine, instance, device, 0, self._new_traffic()))
+        member = self._add(Member(reading.model, engine, instance, device, 0, self._new_traffic(), adopted=True))
         member.endpoint, member.loaded_at = endpoint, self.scheduler.time()
         member.state = "asleep" if endpoint is None else "running"
         if endpoint is None:

@@ -71,6 +71,8 @@ class Member:
     """How it ended unasked while a job was busy with it; that job decides what it means."""
     log_tail: str = ""
     """Last lines of its log, set once it has ended."""
+    adopted: bool = False
+    """Whether it was found loaded, not loaded by this run of the app."""
     shares: Member | None = None
     unresponsive: bool = False
     """Whether it has shown no activity for a while although it has work."""
@@ -102,6 +104,7 @@ class Member:
             shares=self.shares.model.id if self.shares is not None else None,
             unresponsive=unresponsive,
             drain_until=self.drain_until,
+            adopted=self.adopted,
         )
 
     def differs(self, reading: Measurement) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
-from services.config import Strategy
+from services.config import Preferences, Strategy
 from services.engines.port import HOST_DEVICE, EngineError, Model, Need
 from services.memory.ledger import Account, Holding, Reading, account, holdings_of
 from services.memory.programs import Program
@@ -44,6 +44,7 @@ class Planner:
 
     def __init__(self, context: SwitchingContext, devices: Devices, learned: Learned) -> None:
         self._settings = context.settings
+        self._preferences = context.preferences
         self._board = context.board
         self._catalog = context.catalog
         self._engines = context.engines
@@ -69,15 +70,18 @@ class Planner:
         need = self.need(model)
         holdings = _holdings(snapshot.instances.values())
         ledger = self.account(need.device, holdings)
-        auto = self._settings.auto_unload if auto_unload is None else auto_unload
+        preferences = self._preferences.current
+        auto = preferences.auto_unload if auto_unload is None else auto_unload
+        order = strategy or preferences.strategy
+        kept = _Kept.by(preferences, order)
         already = snapshot.holder(model)
         held_here = [view for view in snapshot.instances.values() if view.shares is None and not view.entry.remote]
         plan = make_plan(
             model.id,
             need if already is None else _remaining_need(need, already),
             Room(ledger, self._account(HOST_DEVICE, holdings).available_bytes),
-            [self._loaded(view, snapshot, preempt_loads) for view in held_here if view is not already],
-            UnloadRules(strategy or self._settings.strategy, auto, instead_of),
+            [self._loaded(view, snapshot, kept, preempt_loads) for view in held_here if view is not already],
+            UnloadRules(order, auto, instead_of),
             load_seconds=self.load_seconds(model) if already is None or already.state == "asleep" else 0.0,
             others=list(self._alternatives(snapshot)),
         )
@@ -148,7 +152,7 @@ class Planner:
     def _history(self, model: Model, *, waking: bool) -> History:
         return self._learned.history(model, self._engines[model.engine], waking=waking)
 
-    def _loaded(self, view: InstanceView, snapshot: Snapshot, preempt_loads: bool) -> Loaded:
+    def _loaded(self, view: InstanceView, snapshot: Snapshot, kept: _Kept, preempt_loads: bool) -> Loaded:
         model, traffic = view.entry, view.traffic
         last_used = traffic.last_used or view.loaded_at
         held = view.usage.bytes if view.usage else 0
@@ -162,22 +166,12 @@ class Planner:
             in_flight=traffic.in_flight,
             reload_seconds=self._history(model, waking=False).total_seconds,
             drain_seconds=self._drain_seconds(traffic),
-            keep_reason=self._keep_reason(view, snapshot, preempt_loads),
+            keep_reason=_keep_reason(view, snapshot, kept, preempt_loads),
             spilled_bytes=view.usage.spilled_bytes if view.usage else 0,
             asleep=view.state == "asleep",
             sleep_footprint=view.sleep_footprint,
             wake_seconds=self._history(model, waking=True).total_seconds,
         )
-
-    def _keep_reason(self, view: InstanceView, snapshot: Snapshot, preempt_loads: bool) -> str | None:
-        """Return why an instance must stay whatever the strategy: a setting, or a change under way; else None."""
-        names = {view.model, *(v.model for v in snapshot.instances.values() if v.shares == view.model)}
-        if kept := sorted(names.intersection(self._settings.preserve_models)):
-            return f"{kept[0]} is one of preserve_models" if kept[0] != view.model else "it is one of preserve_models"
-        if view.entry.started_elsewhere:
-            return "another program started its server"
-        movable = view.state in ("running", "asleep") or preempt_loads
-        return None if movable else f"it is {view.state} right now"
 
     def _drain_seconds(self, traffic: Traffic) -> float:
         """Estimate how long the requests in flight take: the mean of past requests, at most the drain timeout."""
@@ -185,6 +179,31 @@ class Planner:
             return 0.0
         longest = self._settings.drain_timeout_seconds
         return longest if traffic.mean_seconds is None else min(longest, traffic.mean_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Models that no plan unloads: those in `preserve_models`, and favourites where the strategy preserves them."""
+
+    preserved: frozenset[str]
+    favorites: frozenset[str]
+
+    @classmethod
+    def by(cls, preferences: Preferences, strategy: Strategy) -> _Kept:
+        favorites = preferences.favorites if strategy == "preserve_favorites" else ()
+        return cls(frozenset(preferences.preserve_models), frozenset(favorites))
+
+
+def _keep_reason(view: InstanceView, snapshot: Snapshot, kept: _Kept, preempt_loads: bool) -> str | None:
+    """Return why an instance must stay whatever the strategy: a preference, or a change under way; else None."""
+    names = {view.model, *(v.model for v in snapshot.instances.values() if v.shares == view.model)}
+    for group, words in ((kept.preserved, "one of preserve_models"), (kept.favorites, "a favourite")):
+        if found := sorted(names & group):
+            return f"{found[0]} is {words}" if found[0] != view.model else f"it is {words}"
+    if view.entry.started_elsewhere:
+        return "another program started its server"
+    movable = view.state in ("running", "asleep") or preempt_loads
+    return None if movable else f"it is {view.state} right now"
 
 
 def _remaining_need(need: Need, view: InstanceView) -> Need:

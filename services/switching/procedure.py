@@ -50,6 +50,7 @@ class Procedure:
         check_state: Callable[[], None],
     ) -> None:
         self._settings = context.settings
+        self._preferences = context.preferences
         self._scheduler = context.scheduler
         self._mailbox = mailbox
         self._fleet = fleet
@@ -204,7 +205,7 @@ class Procedure:
     def _plan_error(self, job: Job, plan: Plan) -> SwitchError | None:
         if not plan.feasible:
             return SwitchError("insufficient_memory", refusal(plan), plan=plan)
-        if plan.unload and self._settings.confirm_before_unload and not job.request.options.confirm:
+        if plan.unload and self._preferences.current.confirm_before_unload and not job.request.options.confirm:
             names = ", ".join(u.model for u in plan.unload)
             words = f"Loading {plan.target} would unload {names}. Confirm it."
             return SwitchError("confirmation_required", words, plan=plan)

@@ -34,6 +34,11 @@ class Traffic:
         return self._in_flight
 
     @property
+    def answered(self) -> int:
+        """Number of requests that have ended."""
+        return self._answered
+
+    @property
     def last_used(self) -> float | None:
         """Unix time when the last request ended, now if one is in flight, None if there was none."""
         return self._clock() if self._in_flight else self._last_used

@@ -14,9 +14,11 @@ from services.engines.openai.engine import OpenAI
 from services.engines.port import HOST_DEVICE, Engine, Model
 from services.gateway.relay import Relay
 from services.gateway.router import Router
+from services.preferences import PreferenceStore
 from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
 from services.switching.context import SwitchingContext
 from services.switching.events import Board, Snapshot
+from services.switching.idle import IdleWatch
 from services.switching.jobs import Job, Replace, SwitchError, SwitchOptions
 from services.switching.learning import Learned
 from services.switching.planner import Planner
@@ -105,10 +107,12 @@ class Heart:
         self.catalog.keep_listed(lambda: [v.entry for v in self.board.current.instances.values()])
         learned = Learned(DeferredLoads(self.store, self.writes))
         notes = DeferredNotes(self.store, self.writes)
-        context = SwitchingContext(self.settings, self.board, self.catalog, engines, self.scheduler)
+        self.preferences = PreferenceStore(self.settings.preferences, self.store)
+        context = SwitchingContext(self.settings, self.preferences, self.board, self.catalog, engines, self.scheduler)
         self.planner = Planner(context, self.machine, learned)
         self.switcher = Switcher(context, self.planner, learned, notes, self._check_state)
-        self.router = Router(self.settings, self.board, self.catalog, self.switcher, self.scheduler)
+        self.idle = IdleWatch(context, self.switcher)
+        self.router = Router(self.settings, self.preferences, self.board, self.catalog, self.switcher, self.scheduler)
         self.wire = Wire(self.scheduler, self.settings.upstream_timeout_seconds, self._listens)
         self.relay = Relay(self.wire.read_timeout, self.wire, lambda: self.board.current.origins)
 
@@ -196,6 +200,13 @@ class Heart:
 
     def until(self, condition: Callable[[], bool], what: str = "") -> None:
         assert self.scheduler.run_until(condition, TIMEOUT), f"waited in vain for {what}"
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass, with a look for unused models each second, as the app has."""
+        for _ in range(int(seconds)):
+            self.scheduler.run_until(lambda: False, 1.0)
+            self.idle.check()
+        self.scheduler.settle()
 
     def stage(self, stage: str) -> None:
         """Let time pass until the current switch is at a stage."""

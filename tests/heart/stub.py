@@ -271,6 +271,7 @@ class StubEngine:
         self.device = device
         self.sleeps = sleeps
         self.outlives_app = shared or sleeps
+        self.adopts_from_others = shared
         self.load_seconds = load_seconds
         self.on_stop = on_stop
         self.on_end = on_end

@@ -80,6 +80,7 @@ class LlamaCpp:
 
     name = "llamacpp"
     outlives_app = False
+    adopts_from_others = False
 
     def __init__(
         self,

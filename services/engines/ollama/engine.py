@@ -40,6 +40,7 @@ class Ollama:
 
     name = "ollama"
     outlives_app = True
+    adopts_from_others = True
 
     def __init__(
         self,

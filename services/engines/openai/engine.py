@@ -34,6 +34,7 @@ class OpenAI:
 
     name = "openai"
     outlives_app = True
+    adopts_from_others = False
 
     def __init__(self, account: Account, environ: Mapping[str, str] = os.environ) -> None:
         self._account = account

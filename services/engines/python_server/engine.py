@@ -68,6 +68,7 @@ class PythonServerEngine:
     """
 
     outlives_app = True
+    adopts_from_others = False
 
     def __init__(
         self,

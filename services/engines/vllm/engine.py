@@ -99,6 +99,7 @@ class Vllm:
 
     name = "vllm"
     outlives_app = True
+    adopts_from_others = False
 
     def __init__(
         self,
