@@ -101,6 +101,7 @@ class ApiError(Exception):
     """A request failed or was refused. `code` determines the status.
 
     `figures` are added to the JSON. If given, even empty, the error has the flat shape wherever the request came in.
+    `beside` is added to it in either shape.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class ApiError(Exception):
         status: int | None = None,
         headers: Mapping[str, str] | None = None,
         figures: Mapping[str, object] | None = None,
+        beside: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -121,6 +123,7 @@ class ApiError(Exception):
         again = {"Retry-After": str(RETRY_SECONDS[code])} if code in RETRY_SECONDS else {}
         self.headers = {**again, **(headers or {})}
         self.figures = figures
+        self.beside = dict(beside or {})
 
 
 ErrorHandler = Callable[[ApiError], Response | None]
@@ -255,7 +258,9 @@ def _store_error(error: StoreError) -> ApiError:
 
 def _with_retry(error: GatewayError | Refused) -> ApiError:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return ApiError(error.code, error.message, headers=headers)
+    plan = error.plan if isinstance(error, GatewayError) else None
+    beside = {} if plan is None else {"plan": plan_document(plan)}
+    return ApiError(error.code, error.message, headers=headers, beside=beside)
 
 
 def _secure(response: Response) -> Response:
@@ -323,11 +328,17 @@ def error_document(error: ApiError, path: str) -> dict[str, object]:
     Refusals of the switcher are flat under /v1 too, figures included.
     """
     if error.figures is not None or not path.startswith(OPENAI_SHAPED):
-        return {"status": "error", "error": error.code, "message": error.message, **(error.figures or {})}
+        return {
+            "status": "error",
+            "error": error.code,
+            "message": error.message,
+            **(error.figures or {}),
+            **error.beside,
+        }
     kind = "rate_limit_error" if error.status == 429 else "server_error"
     if error.status < 500 and error.status != 429:
         kind = "invalid_request_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}, **error.beside}
 
 
 def _for_people() -> bool:

@@ -14,6 +14,7 @@ from services.preferences import CurrentPreferences
 from services.scheduling import Scheduler, ThreadScheduler
 from services.switching.events import Board, InstanceView
 from services.switching.jobs import Job, SwitchError, SwitchOptions
+from services.switching.plan import Plan
 from services.switching.switcher import Switcher
 
 AUTO = "auto"
@@ -26,14 +27,16 @@ CLIENT_POLL_SECONDS = 0.5
 class GatewayError(Exception):
     """A request can't be relayed.
 
-    `code` is an error code of the contract; `retry_after` is seconds, None if a retry won't help.
+    `code` is an error code of the contract; `retry_after` is seconds, None if a retry won't help. `plan` is what has to
+    be confirmed first.
     """
 
-    def __init__(self, code: str, message: str, retry_after: int | None = None) -> None:
+    def __init__(self, code: str, message: str, retry_after: int | None = None, plan: Plan | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry_after = retry_after
+        self.plan = plan
 
 
 class ClientGone(Exception):
@@ -183,7 +186,7 @@ class Router:
             finally:  # a switch that only disconnected clients waited for is cancelled
                 self._switcher.withdraw(job)
             if isinstance(job.error, SwitchError):
-                raise GatewayError(job.error.code, job.error.message, 2 if job.error.code == "stopping" else None)
+                raise _refused(job.error)
             admission = self._try_enter(model_id)
             if admission is not None:
                 return admission
@@ -200,3 +203,9 @@ class Router:
                 raise ClientGone
             if self._scheduler.now() > deadline:
                 return
+
+
+def _refused(error: SwitchError) -> GatewayError:
+    plan = error.details.get("plan") if error.code == "confirmation_required" else None
+    retry_after = 2 if error.code == "stopping" else None
+    return GatewayError(error.code, error.message, retry_after, plan if isinstance(plan, Plan) else None)

@@ -129,6 +129,7 @@ class Console:
         """
         if self.process is None or self.process.poll() is not None:
             self.start()
+        self.delete("/v1/preferences")
         self.delete("/v1/models/switch")
         for model_id, state in self.states().items():
             if state != "stopped":
@@ -196,6 +197,9 @@ class Console:
         if body is not None:
             options["json"] = body
         return self.http.post(self.url + path, timeout=TIMEOUT, **options)
+
+    def put(self, path: str, body: object) -> requests.Response:
+        return self.http.put(self.url + path, json=body, timeout=TIMEOUT)
 
     def delete(self, path: str) -> requests.Response:
         return self.http.delete(self.url + path, timeout=TIMEOUT)
