@@ -31,6 +31,8 @@ SWITCHING = frozenset(
         "scripts.switch_ollama_model",
         "models.switch",
         "models.restart",
+        "local_services.start",
+        "providers.start_service",
     }
 )
 """Endpoints whose purpose is to switch: each call counts."""

@@ -211,7 +211,11 @@ def switch() -> Response:
     Asks for confirmation if this would abandon a switch that is more than half done, if the settings require it before
     an unload, and if the switch is infeasible.
     """
-    target, activate = request.form.get("target_model", ""), request.form.get("activate", "yes")
+    return switch_or_ask(request.form.get("target_model", ""), request.form.get("activate", "yes"))
+
+
+def switch_or_ask(target: str, activate: str) -> Response:
+    """Switch to a model because of a form, or respond with the plan to confirm; the form's `confirm` says yes."""
     live = live_now()
     if request.form.get("confirm") != "yes":
         preview = _look_ahead(live, target)

@@ -70,6 +70,7 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "provider_unavailable": 503,
     "ollama_not_found": 503,
     "service_unavailable": 503,
+    "not_installable": 422,
     "service_failed": 502,
     "stop_failed": 502,
     "service_timeout": 504,

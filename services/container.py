@@ -50,6 +50,8 @@ from services.preferences import PreferenceStore
 from services.providers.availability import Availability
 from services.providers.docker_service import DockerService
 from services.providers.health import HealthChecks
+from services.providers.installation import Installer
+from services.providers.local_services import LocalServices
 from services.providers.ollama_service import OllamaService, find_ollama
 from services.providers.openai_key import OpenAIKey
 from services.providers.ports import Choice
@@ -116,6 +118,7 @@ class Services:
     library: Library
     updates: UpdateCheck
     ollama_service: OllamaService
+    local_services: LocalServices
     docker_service: DockerService
     selection: Selection
     health: HealthChecks
@@ -165,6 +168,7 @@ class Services:
         self.relay.close()
         for engine in self.engines.values():
             engine.close()
+        self.local_services.close()
         self.ollama_service.close()
         self.docker_service.close()
         self.devices.stop()
@@ -205,6 +209,7 @@ def build_services(settings: Settings) -> Services:
     packages = Packages(
         settings.local_servers_dir or SERVERS_DIR, settings.local_servers_env or settings.state_dir / SERVERS_ENV
     )
+    installer = Installer(packages, registry, margin_bytes=settings.disk_margin_bytes, on_change=board.touch)
     machine = Machine(lambda: devices.readings, _gpu_bytes(devices), lambda device: _loaded_on(board, device))
     servers = {
         about.name: PythonServerEngine(
@@ -267,6 +272,7 @@ def build_services(settings: Settings) -> Services:
         library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
         updates=updates,
         ollama_service=service,
+        local_services=LocalServices(service, servers, switcher, board, installer),
         docker_service=docker_service,
         selection=Selection(
             Choice(settings.llm_provider, settings.image_provider, settings.vision_provider),

@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blueprints.api import shapes
 from blueprints.api.spec import documented
-from blueprints.web import SSE_HEARTBEAT, ApiError, client_name, parse_body, services, sse, sse_event
+from blueprints.web import SSE_HEARTBEAT, ApiError, client_name, parse_body, services, sse, sse_event, switch_error
 from services.downloads.download import Download
+from services.providers.installation import Installation
+from services.providers.local_services import ServiceName
+from services.switching.jobs import SwitchError
 
 bp = Blueprint("providers", __name__, url_prefix="/api/providers")
 
@@ -27,11 +30,18 @@ class DownloadBody(BaseModel):
 
 
 class ServiceBody(BaseModel):
-    """The local service to start or stop."""
+    """The local service."""
 
     model_config = ConfigDict(extra="forbid")
 
-    service: Literal["ollama", "flux", "vision"]
+    service: ServiceName
+
+
+class StartServiceBody(ServiceBody):
+    """The local service to start."""
+
+    confirm: bool | None = Field(None, description="unload other models for it, where the settings require a yes")
+    wait: bool = Field(True, description="respond once it answers, not once its load has begun")
 
 
 @bp.get("/models/status")
@@ -144,32 +154,81 @@ def delete(model_id: str) -> Response:
 @bp.get("/services/status")
 @documented()
 def services_status() -> Response:
-    """List the local services: whether they run, since when, and the end of their log."""
-    return jsonify({"services": {"ollama": shapes.service_document(services().ollama_service.status())}})
+    """List the local services: whether they run, since when, what they lack, and the end of their log."""
+    return jsonify({"services": {s.name: shapes.service_document(s) for s in services().local_services.all()}})
 
 
 @bp.post("/services/start")
-@documented(body=ServiceBody, errors=(409, 502, 503, 504))
+@documented(body=StartServiceBody, errors=(409, 502, 503, 504))
 def start_service() -> Response:
-    """Start a local service; respond once it answers."""
-    _only_ollama(parse_body(ServiceBody))
-    status = services().ollama_service.start()
-    words = "ollama service started successfully" if status.ours else "ollama runs already, started by another program"
-    return jsonify({"status": "started", **shapes.service_document(status), "message": words})
+    """Start a local service; respond once it answers.
+
+    Starting flux or vision is a switch to its model, which does not become the active one: it may unload other models,
+    and restores them if it fails. With `wait` false the response comes once the load has begun.
+    """
+    body = parse_body(StartServiceBody)
+    found = services()
+    try:
+        service, unloaded = found.local_services.start(
+            body.service,
+            requested_by=client_name(),
+            confirm=body.confirm,
+            wait=body.wait,
+            wait_seconds=found.settings.longest_switch_seconds,
+        )
+    except SwitchError as error:
+        raise switch_error(error) from None
+    words = f"{service.name} service started successfully"
+    if service.state == "starting":
+        words = f"{service.name} service is starting"
+    elif not service.status.ours:
+        words = f"{service.name} runs already, started by another program"
+    if unloaded:
+        words += f"; unloaded to make room: {', '.join(unloaded)}"
+    document = {**shapes.service_document(service), "unloaded_models": list(unloaded)}
+    return jsonify({"status": "started", **document, "message": words})
 
 
 @bp.post("/services/stop")
 @documented(body=ServiceBody, errors=(409, 502))
 def stop_service() -> Response:
-    """Stop a local service that was started from here."""
-    _only_ollama(parse_body(ServiceBody))
-    status = services().ollama_service.stop()
-    return jsonify({"status": "stopped", **shapes.service_document(status), "message": "ollama service stopped"})
+    """Stop a local service that was started from here; its requests in flight finish first."""
+    body = parse_body(ServiceBody)
+    found = services()
+    longest = found.settings.longest_switch_seconds
+    try:
+        service = found.local_services.stop(body.service, requested_by=client_name(), wait_seconds=longest)
+    except SwitchError as error:
+        raise switch_error(error) from None
+    words = f"{service.name} service stopped"
+    return jsonify({"status": "stopped", **shapes.service_document(service), "message": words})
 
 
-def _only_ollama(body: ServiceBody) -> None:
-    if body.service != "ollama":
-        raise ApiError("service_unavailable", f"This version has no {body.service} service. There is: ollama.")
+@bp.post("/services/install")
+@documented(body=ServiceBody, errors=(409, 502))
+def install_packages() -> Response:
+    """Install the Python packages that flux and vision need; `GET /api/providers/services/status` follows it.
+
+    The job belongs to the server: disconnecting does not stop it.
+    """
+    job = services().local_services.install(parse_body(ServiceBody).service)
+    answer = jsonify({"status": "installing" if job.state == "running" else job.state, **_installation(job)})
+    answer.status_code = 202 if job.state == "running" else 200
+    return answer
+
+
+@bp.post("/services/install/cancel")
+@documented(body=ServiceBody, errors=(409,))
+def cancel_installation() -> Response:
+    """Cancel the installation under way; nothing of it remains."""
+    job = services().local_services.cancel_installation(parse_body(ServiceBody).service)
+    if job is None:
+        raise ApiError("no_installation", "No installation is under way.")
+    return jsonify({"status": job.state, **_installation(job)})
+
+
+def _installation(job: Installation) -> shapes.Json:
+    return {"message": job.message, "installation": shapes.installation_document(job)}
 
 
 def _progress(views: Iterator[Download | None]) -> Iterator[bytes]:

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 
 from services.downloads.download import Download
 from services.downloads.library import Recommended
-from services.engines.supervisor import ServiceStatus
 from services.memory.ledger import Account
 from services.providers.health import ServiceHealth
+from services.providers.installation import Installation
+from services.providers.local_services import LocalService
 from services.providers.openai_key import OpenAIKey
 from services.sizes import gigabytes
 from services.status import ModelStatus, Status
@@ -282,10 +283,16 @@ def key_document(openai: OpenAIKey) -> Json:
     }
 
 
-def service_document(status: ServiceStatus) -> Json:
-    """A local service. `ours`: it was started from here, so it can be stopped from here."""
+def service_document(service: LocalService) -> Json:
+    """A local service. `ours`: it was started from here, so it can be stopped from here.
+
+    `model` is the model that a start loads, `missing` the Python packages that it lacks.
+    """
+    status = service.status
     return {
-        "service": status.service,
+        "service": service.name,
+        "title": service.title,
+        "address": service.address,
         "state": status.state,
         "running": status.state == "running",
         "ours": status.ours,
@@ -296,6 +303,39 @@ def service_document(status: ServiceStatus) -> Json:
         "version": status.version,
         "can_start": status.can_start,
         "can_stop": status.can_stop,
+        "can_install": service.can_install,
+        "model": service.model,
+        "loaded": service.loaded,
+        "missing": list(service.missing),
+        "progress": _preparation_document(service),
+        "installation": installation_document(service.installation) if service.installation else None,
         "error": status.error,
         "log_tail": status.log_tail,
+    }
+
+
+def _preparation_document(service: LocalService) -> Json | None:
+    seen = service.preparation
+    if seen is None:
+        return None
+    return {
+        "stage": seen.stage,
+        "completed_bytes": seen.completed_bytes,
+        "total_bytes": seen.total_bytes,
+        "percent": service.percent,
+        "message": service.progress_words,
+    }
+
+
+def installation_document(installation: Installation) -> Json:
+    """The installation of Python packages. `state` is running, complete, failed or cancelled."""
+    return {
+        "state": installation.state,
+        "message": installation.message,
+        "percent": installation.percent,
+        "completed_bytes": installation.completed_bytes,
+        "error": installation.error,
+        "log_tail": installation.log_tail,
+        "started_at": iso_time(installation.started_at),
+        "finished_at": iso_time(installation.finished_at),
     }

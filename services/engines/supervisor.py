@@ -198,8 +198,8 @@ class Supervisor:
         start_timeout: float = 15.0,
         stop_grace: float = STOP_GRACE_SECONDS,
     ) -> None:
+        self.address = address
         self._program = program
-        self._address = address
         self._registry = registry
         self._on_change = on_change
         self._start_timeout = start_timeout
@@ -249,7 +249,7 @@ class Supervisor:
 
     def begin(self) -> Start:
         """Begin to start the server, or join a start in progress; return at once. Raises ServiceError."""
-        if not self._address.local:
+        if not self.address.local:
             raise self._remote("started")
         with self._lock:
             start, first = self._start or Start(self._start_timeout), self._start is None
@@ -263,7 +263,7 @@ class Supervisor:
 
         It is killed after `grace` seconds (None: as configured). Does nothing if nothing runs.
         """
-        if not self._address.local:
+        if not self.address.local:
             raise self._remote("stopped")
         with self._lock:
             if self._start is not None:
@@ -286,10 +286,10 @@ class Supervisor:
     def note(self, health: Health) -> None:
         """Take in the result of a health check."""
         listener = self._listener
-        if not health.is_listening or health.error or not self._address.local or self.process is not None:
+        if not health.is_listening or health.error or not self.address.local or self.process is not None:
             listener = None
         elif listener is None:
-            listener = listener_on(self._address.port)
+            listener = listener_on(self.address.port)
         with self._lock:
             if health.at > self._changed_at:
                 self._health, self._listener = health, listener
@@ -370,7 +370,7 @@ class Supervisor:
             if time.monotonic() > moved_at + start.timeout:
                 raise ServiceError(
                     "service_timeout",
-                    f"{self._program.title} (process {process.pid}) did not answer at {self._address.url} within "
+                    f"{self._program.title} (process {process.pid}) did not answer at {self.address.url} within "
                     f"{start.timeout:.0f} s. {advice}",
                     process.log_tail(),
                 )
@@ -385,7 +385,7 @@ class Supervisor:
         if PORT_TAKEN in said.lower():
             return ServiceError(
                 "port_in_use",
-                f"{title} can't use port {self._address.port}: {listener_on(self._address.port)} listens there "
+                f"{title} can't use port {self.address.port}: {listener_on(self.address.port)} listens there "
                 f"already. Stop that program, or give {title} another port in the setting "
                 f"{self._program.address_setting}.",
                 process.log_tail(),
@@ -450,7 +450,7 @@ class Supervisor:
     def _remote(self, done: str) -> ServiceError:
         return ServiceError(
             "remote_service",
-            f"The {self._program.title} at {self._address.url} is not on this machine, so it can't be {done} from "
+            f"The {self._program.title} at {self.address.url} is not on this machine, so it can't be {done} from "
             f"here. It has to be {done} where it runs.",
         )
 
@@ -469,11 +469,11 @@ class Supervisor:
         process = self.process
         listener = self._listener or Listener()
         failed_log = self._failure.log_tail if self._failure is not None else ""
-        local = self._address.local
+        local = self.address.local
         return ServiceStatus(
             state=state,
             local=local,
-            port=self._address.port,
+            port=self.address.port,
             service=self._program.name,
             ours=process is not None,
             pid=listener.pid if process is None else process.pid,
@@ -494,14 +494,14 @@ class Supervisor:
             return "running", None
         if self._start is not None or self._health.preparing:
             return "starting", None
-        title, url = self._program.title, self._address.url
+        title, url = self._program.title, self.address.url
         if self.process is not None:
             return "unreachable", self._health.error or f"{title} runs, but nothing answers at {url}."
         if self._failure is not None:
             return "failed", self._failure.message
         if self._health.error is not None:
             return "unreachable", self._health.error
-        if not self._address.local:
+        if not self.address.local:
             return "unreachable", f"Nothing answers at {url}. Check that {title} runs there."
         return "stopped", None
 

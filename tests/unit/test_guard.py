@@ -172,7 +172,8 @@ def test_each_client_has_its_own_limit(console):
 def test_every_endpoint_that_switches_is_listed(console):
     """Each view that calls the switcher to load something is on the guard's list; the list has only real endpoints."""
     sources = {name: inspect.getsource(view) for name, view in console.app.view_functions.items()}
-    assert {n for n, source in sources.items() if re.search(r"switcher\.(switch|restart)\(", source)} == SWITCHING
+    switches = r"(switcher\.(switch|restart)|switch_or_ask|local_services\.start)\("
+    assert {n for n, source in sources.items() if re.search(switches, source)} == SWITCHING
     assert {n for n, source in sources.items() if re.search(r"chats\.(start|send|retry)\(", source)} == ANSWERING
 
 

@@ -105,6 +105,16 @@ class PythonServerEngine:
         )
         self._watch = Periodic(f"{about.name}-watch", self.supervisor.refresh, POLL_SECONDS)
 
+    @property
+    def model_ids(self) -> Collection[str]:
+        """The ids of its models that are, or were, in the catalogue."""
+        return list(self._known)
+
+    @property
+    def model_id(self) -> str:
+        """The id of the model that the settings name."""
+        return next((id for id, source in list(self._known.items()) if source == self._default), self._default_id)
+
     def discover(self) -> Sequence[Model]:
         status = self.supervisor.status()
         if not self.local or not (status.binary or status.state in ("running", "starting") or status.ours):
@@ -127,10 +137,11 @@ class PythonServerEngine:
         )
 
     def estimate(self, model: Model) -> Need:
+        """Estimate a model without a declared need, from the sizes of its files and what fits the device."""
         device = self._device(model)
         sizes = self.about.sizes.get(model.source)
-        if sizes is None:
-            return Need(device, model.size_bytes or 0, "estimated")
+        if model.required_bytes or sizes is None:
+            return Need(device, 0 if model.required_bytes else model.size_bytes or 0, "estimated")
         total = next((r.total_bytes for r in self._readings() if r.id == device), 0)
         return Need(device, sizes.needed_on(device, total), "estimated")
 
@@ -163,7 +174,7 @@ class PythonServerEngine:
                 start = self.supervisor.begin()
             except ServiceError as error:
                 raise EngineError(error.message) from None
-            needed = self.estimate(model).bytes
+            needed = model.required_bytes or self.estimate(model).bytes
             self._current = ServerInstance(self._context, model, device, needed, on_exit, start)
             return self._current
 
@@ -217,11 +228,10 @@ class PythonServerEngine:
             current.note(self.supervisor.status())
         self._on_change()
 
-    def _held(self) -> str | None:
+    def _held(self) -> str:
         """Return the id of the model that the server holds; one that is not in the catalogue counts as the default."""
         model = self.program.report.model
-        known = list(self._known.items())
-        return next((id for id, source in known if source == model), None) or self._default_id
+        return next((id for id, source in list(self._known.items()) if source == model), self.model_id)
 
     def _await_silent(self, model: Model, error: str) -> None:
         """Stop our silent server once ADOPT_TIMEOUT has passed. Raises NotResponding before that."""

@@ -214,9 +214,10 @@ class ServerInstance(NoSleepMixin):
                 raise LoadFailed(self._with_advice(error.message), error.log_tail) from None
 
     def _evidence(self) -> Evidence | None:
+        """Return what the server says that it does; None until it says so, because stages never go back."""
         seen = self._context.supervisor.status().preparation
         if seen is None:
-            return Evidence("loading_weights", None, f"starting {self._context.about.title}") if self.pid else None
+            return None
         done, total = seen.completed_bytes, seen.total_bytes
         stage: Stage = "downloading" if seen.stage == "downloading" else "loading_weights"
         if done is None or not total:
