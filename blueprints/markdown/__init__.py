@@ -20,7 +20,7 @@ def render_markdown(text: str) -> Markup:
     """Return the HTML of `text`, cached because finished answers never change."""
     html = html_cache.get(text)
     if html is None:
-        from blueprints.markdown.rendering import html_of  # on demand: 5 MB, which who only uses the API never needs
+        from blueprints.markdown.rendering import html_of  # on demand: 5 MB that users of the API alone never need
 
         html = html_of(text)
         html_cache.put(text, html)

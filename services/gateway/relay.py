@@ -49,13 +49,13 @@ NOT_FORWARDED = HOP_BY_HOP | {
     "x-goog-api-key",
     "openai-organization",  # of the client's own account, not of the one whose key the endpoint has
     "openai-project",
-    "forwarded",  # who asked is nobody's business elsewhere
+    "forwarded",  # the client's address and cookies concern Switchyard only
     "x-forwarded-for",
     "x-real-ip",
     "referer",
     "cookie",
     "accept-encoding",
-    "origin",  # Ollama answers 403 to the ones it doesn't know; ours was checked at the door
+    "origin",  # Ollama answers 403 to the ones it doesn't know; the guard has checked ours
     "expect",
 }
 

@@ -214,7 +214,7 @@ def test_a_resolver_that_hangs_delays_a_request_for_a_bounded_time(relay, monkey
     monkeypatch.setattr("services.gateway.connections.CONNECT_SECONDS", 0.05)
     asked = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *_args, **_options: asked.wait(30) and [])
-    with pytest.raises(GatewayError, match="took no connection"):
+    with pytest.raises(GatewayError, match="accepted no connection"):
         relay.send(Endpoint("http://slow.test"), "GET", "/v1/x", b"", b"", Hangup())
     asked.set()
 
