@@ -20,9 +20,19 @@ from blueprints import (
     models,
     pages,
     set_aside,
+    studio,
     web,
 )
-from blueprints.api import openai, operations, preferences, provider_choice, providers, scripts, switching
+from blueprints.api import (
+    beam_search,
+    openai,
+    operations,
+    preferences,
+    provider_choice,
+    providers,
+    scripts,
+    switching,
+)
 from blueprints.guard import Guard
 from services.config import Settings, load_settings
 from services.container import build_services
@@ -61,6 +71,8 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
         scripts,
         providers,
         provider_choice,
+        beam_search,
+        studio,
         openai,
     ):
         app.register_blueprint(module.bp)

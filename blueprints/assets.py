@@ -22,6 +22,7 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "rows.js",
         "focus.js",
         "ages.js",
+        "studio.js",
     ),
     "switchyard.css": (
         "css/tokens.css",
@@ -34,6 +35,7 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "css/prose.css",
         "css/models.css",
         "css/downloads.css",
+        "css/studio.css",
         "css/docs.css",
         "css/print.css",
     ),

@@ -33,6 +33,8 @@ SWITCHING = frozenset(
         "models.restart",
         "local_services.start",
         "providers.start_service",
+        "beam_search.start",
+        "studio.start",
     }
 )
 """Endpoints whose purpose is to switch: each call counts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -24,9 +25,12 @@ from services.engines.port import EngineError
 from services.engines.supervisor import ServiceError
 from services.gateway.router import GatewayError
 from services.native_threads import compute_in_thread
+from services.providers.ports import ProviderError
 from services.providers.selection import ProviderUnavailable, UnknownProvider
 from services.sizes import format_size
 from services.store.errors import StoreError, StoreLocked
+from services.studio.request import InvalidRequest
+from services.studio.studio import RunNotFound, StudioError
 from services.switching.jobs import SwitchError
 from services.switching.plan import Plan
 from services.switching.reporter import memory_figures
@@ -71,6 +75,8 @@ STATUS_OF_CODE: Mapping[str, int] = {
     "ollama_not_found": 503,
     "service_unavailable": 503,
     "not_installable": 422,
+    "provider_refused": 502,
+    "bad_answer": 502,
     "service_failed": 502,
     "stop_failed": 502,
     "service_timeout": 504,
@@ -217,6 +223,12 @@ def init_app(app: Flask) -> None:
         app.register_error_handler(refusal, lambda e: _answer_error(ApiError(e.code, e.message)))
     app.register_error_handler(UnknownProvider, lambda e: _answer_error(ApiError("unknown_provider", str(e))))
     app.register_error_handler(ProviderUnavailable, lambda e: _answer_error(provider_error(e)))
+    app.register_error_handler(StudioError, lambda e: _answer_error(ApiError(e.code, e.message)))
+    app.register_error_handler(
+        InvalidRequest, lambda e: _answer_error(ApiError("invalid_value", e.message, param=e.field))
+    )
+    app.register_error_handler(ProviderError, lambda e: _answer_error(_provider_error(e)))
+    app.register_error_handler(RunNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(DownloadNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(ConversationNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
     app.register_error_handler(MessageNotFound, lambda e: _answer_error(ApiError("not_found", str(e))))
@@ -255,6 +267,11 @@ def provider_error(error: ProviderUnavailable) -> ApiError:
 def _store_error(error: StoreError) -> ApiError:
     code = "database_locked" if isinstance(error, StoreLocked) else "database_unavailable"
     return ApiError(code, str(error))
+
+
+def _provider_error(error: ProviderError) -> ApiError:
+    again = {} if error.retry_after is None else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    return ApiError(error.code, error.message, headers=again)
 
 
 def _with_retry(error: GatewayError | Refused) -> ApiError:

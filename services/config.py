@@ -243,6 +243,9 @@ class Settings(Preferences):
     )
     local_vision_api_url: str = Field("http://127.0.0.1:8002", description="where the vision service answers")
     studio_at_once: int = Field(4, ge=1, le=64, description="calls that a Studio run makes to one provider at once")
+    studio_pictures_gb: float = Field(
+        2, gt=0, le=10_000, description="disk space for the Studio's pictures; the oldest are removed first"
+    )
     environment: Literal["local", "production"] | None = Field(
         None, description="whether pages manage models; default: local where they are asked from this machine"
     )
@@ -338,6 +341,10 @@ class Settings(Preferences):
     @property
     def disk_margin_bytes(self) -> int:
         return int(self.disk_margin_gb * 1e9)
+
+    @property
+    def studio_pictures_bytes(self) -> int:
+        return int(self.studio_pictures_gb * 1e9)
 
     @property
     def longest_switch_seconds(self) -> float:

@@ -54,7 +54,7 @@ from services.providers.installation import Installer
 from services.providers.local_services import LocalServices
 from services.providers.ollama_service import OllamaService, find_ollama
 from services.providers.openai_key import OpenAIKey
-from services.providers.ports import Choice
+from services.providers.ports import Choice, JobProviders, ProviderError
 from services.providers.selection import Selection
 from services.restart import Restart
 from services.scheduling import ThreadScheduler
@@ -69,8 +69,11 @@ from services.store.repository import (
     DownloadRepository,
     LoadRepository,
     NoteRepository,
+    StudioRepository,
     open_store,
 )
+from services.studio.pictures import Pictures
+from services.studio.studio import Studio
 from services.switching.context import SwitchingContext
 from services.switching.events import Board
 from services.switching.first_loads import FirstLoads
@@ -114,6 +117,7 @@ class Services:
     router: Router
     relay: Relay
     chats: Chats
+    studio: Studio
     downloads: DownloadQueue
     library: Library
     updates: UpdateCheck
@@ -160,6 +164,7 @@ class Services:
         """
         self.board.close()
         self.chats.close()
+        self.studio.close()
         self.updates.stop()
         for periodic in self.background:
             periodic.stop()
@@ -268,6 +273,7 @@ def build_services(settings: Settings) -> Services:
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),
+        studio=_studio(settings, store, writes),
         downloads=downloads,
         library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
         updates=updates,
@@ -318,6 +324,14 @@ def _loaded_on(board: Board, device: str) -> list[str]:
         for v in here
         if v.device == device and v.shares is None and not (v.entry.started_elsewhere or v.entry.remote)
     ]
+
+
+def _studio(settings: Settings, store: Store, writes: DeferredWrites) -> Studio:
+    def providers() -> JobProviders:
+        raise ProviderError("provider_unavailable", "This version has no provider for the Studio.")
+
+    pictures = Pictures(settings.state_dir / "studio-pictures", settings.studio_pictures_bytes)
+    return Studio(StudioRepository(store), pictures, providers, writes, at_once=settings.studio_at_once)
 
 
 def _ollama(settings: Settings, watch: OllamaWatch, service: OllamaService, devices: DeviceMonitor) -> Ollama:

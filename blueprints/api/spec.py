@@ -56,6 +56,7 @@ class Doc:
     answer: type[BaseModel] | None = None
     errors: tuple[int, ...] = ()
     media_type: str = "application/json"
+    status: int = 200
 
 
 def documented(
@@ -64,14 +65,15 @@ def documented(
     answer: type[BaseModel] | None = None,
     errors: tuple[int, ...] = (),
     media_type: str = "application/json",
+    status: int = 200,
 ) -> Callable[[View], View]:
     """Decorator: include a view in `/openapi.json`.
 
-    `errors` are statuses beyond those that every endpoint may return.
+    `status` is that of success; `errors` are statuses beyond those that every endpoint may return.
     """
 
     def mark(view: View) -> View:
-        view.documentation = Doc(body, query, answer, errors, media_type)  # type: ignore[attr-defined]
+        view.documentation = Doc(body, query, answer, errors, media_type, status)  # type: ignore[attr-defined]
         return view
 
     return mark
@@ -140,7 +142,7 @@ def _responses(rule: Rule, doc: Doc) -> Schema:
     flat = not rule.rule.startswith(("/v1/", "/chat/completions"))
     error: Schema = _ref(ErrorAnswer) if flat else {"anyOf": [_ref(OpenAIErrorAnswer), _ref(ErrorAnswer)]}
     good: Schema = {"schema": _ref(doc.answer)} if doc.answer else {}
-    responses: Schema = {"200": {"description": "Done", "content": {doc.media_type: good}}}
+    responses: Schema = {str(doc.status): {"description": "Done", "content": {doc.media_type: good}}}
     for status in sorted({*_ERRORS_OF_ALL, *doc.errors}):
         responses[str(status)] = {"description": "Error", "content": {"application/json": {"schema": error}}}
     return responses

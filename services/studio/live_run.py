@@ -93,8 +93,7 @@ class LiveRun:
         self._changed = scheduler.condition()
         self._candidates: dict[int, StudioCandidate] = {}
         self._view = RunView(run, (), version=1)
-        self._events: list[RunEvent] = []
-        self._append("providers", self._view)
+        self._events: list[RunEvent] = [RunEvent(1, "providers", self._view)]
 
     @property
     def view(self) -> RunView:

@@ -148,7 +148,8 @@ class Search:
             written[asked.index] = self._ask(iteration, asked)
 
         self._phase("texts", iteration, lists, work)
-        fresh = []
+        fresh: list[StudioCandidate] = []
+        given: list[tuple[_List, int]] = []
         number = len(self._live.view.candidates)
         for asked in lists:
             wordings = written.get(asked.index)
@@ -171,7 +172,8 @@ class Search:
                         seed=derived_seed(self._request.seed, "picture", number),
                     )
                 )
-            self._note_shortage(asked, 0 if by_rules else len(wordings))
+            given.append((asked, 0 if by_rules else len(wordings)))
+        self._note_shortage(iteration, given)
         self._live.put(*fresh)
         return fresh
 
@@ -212,18 +214,21 @@ class Search:
         what = self._request.prompt if asked.wording is None else asked.wording.what
         return wording.by_rules(what, asked.count, (iteration - 1) * self._request.candidates + asked.start)
 
-    def _note_shortage(self, asked: _List, given: int) -> None:
-        """Say when the model gave fewer candidates than asked for."""
-        about = "" if asked.parent is None else f" for refining number {asked.parent}"
-        if not given:
+    def _note_shortage(self, iteration: int, given: Sequence[tuple[_List, int]]) -> None:
+        """Say when the model gave fewer candidates than asked for: `given` is how many of each list."""
+        none = sum(asked.count for asked, count in given if not count)
+        wanted = sum(asked.count for asked, _ in given)
+        if none:
             self._live.note(
-                f"The language model was asked twice{about} and gave no list that can be read. What stands in "
-                "for it was written by rules: the same content in different looks."
+                f"Iteration {iteration}: the language model was asked twice and gave no list that can be read for "
+                f"{none} of {wanted} candidates. What stands in for them was written by rules: the same content in "
+                "different looks."
             )
-        elif given < asked.count:
+        missing = sum(asked.count - count for asked, count in given if count)
+        if missing:
             self._live.note(
-                f"The language model was asked twice{about} and gave {given} of {asked.count} candidates; the run goes "
-                "on with these."
+                f"Iteration {iteration}: the language model was asked twice and gave {missing} fewer candidates than "
+                f"the {wanted} asked for; the run goes on with the rest."
             )
 
     def _draw(self, iteration: int, candidates: Sequence[StudioCandidate]) -> None:

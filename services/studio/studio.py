@@ -101,7 +101,10 @@ class _Running:
     def delete(self) -> set[str] | None:
         """Delete the run from the database for good; return what `StudioRepository.delete` does."""
         with self._lock:
-            orphans = self._repository.delete(self.live.view.run.id)
+            view = self.live.view
+            if self._queued:  # the database is to tell which of its pictures no other run has
+                self._repository.save(view.run, view.candidates)
+            orphans = self._repository.delete(view.run.id)
             self._deleted = True
             return orphans
 

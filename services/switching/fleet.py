@@ -45,7 +45,7 @@ class Fleet:
     _last_used: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._previous_active = self._noted_active = self.notes.get(ACTIVE_KEY)
+        self._previous_active = self.notes.get(ACTIVE_KEY)
         self._restore_until = self.scheduler.now() + RESTORE_ACTIVE_SECONDS
 
     # Queries.
@@ -382,6 +382,5 @@ class Fleet:
     def _set_active(self, model_id: str | None) -> None:
         self.active = model_id
         self.changed = True
-        if model_id is not None and self._previous_active is None and model_id != self._noted_active:
-            self._noted_active = model_id
+        if model_id is not None and self._previous_active is None:
             self.notes.put(ACTIVE_KEY, model_id)

@@ -170,9 +170,9 @@ def test_each_client_has_its_own_limit(console):
 
 
 def test_every_endpoint_that_switches_is_listed(console):
-    """Each view that calls the switcher to load something is on the guard's list; the list has only real endpoints."""
+    """Each view that loads something or starts a run of the Studio is on the guard's list, and no other."""
     sources = {name: inspect.getsource(view) for name, view in console.app.view_functions.items()}
-    switches = r"(switcher\.(switch|restart)|switch_or_ask|local_services\.start)\("
+    switches = r"(switcher\.(switch|restart)|switch_or_ask|local_services\.start|studio\.start)\("
     assert {n for n, source in sources.items() if re.search(switches, source)} == SWITCHING
     assert {n for n, source in sources.items() if re.search(r"chats\.(start|send|retry)\(", source)} == ANSWERING
 

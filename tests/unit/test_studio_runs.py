@@ -190,8 +190,11 @@ def test_a_deleted_run_is_gone_for_good(desk: Desk):
     with pytest.raises(StudioError) as refused:
         desk.studio.delete(run_id)
     assert refused.value.code == "not_possible"
-    desk.studio.cancel(run_id)
+    desk.part(2.5)
+    view = desk.studio.cancel(run_id)
+    assert all(desk.pictures.has(c.picture) for c in view.candidates)
     desk.studio.delete(run_id)
+    assert not any(desk.pictures.has(c.picture) for c in view.candidates)
     desk.part(10)
     for call in (desk.studio.get, desk.studio.delete, desk.studio.cancel, desk.studio.follow):
         with pytest.raises(RunNotFound):
@@ -209,6 +212,17 @@ def test_runs_come_newest_first_in_pages_with_their_best_candidate(desk: Desk):
     assert all(each.best.rank == 1 for each in listed)
     last = listed[-1].run
     assert [each.run.id for each in desk.studio.listed(3, (last.created_at, last.id))] == [ids[0]]
+
+
+def test_a_run_deleted_at_once_leaves_no_picture_behind(desk: Desk):
+    """It is deleted before anything of it was saved."""
+    desk.options = {}
+    run_id = desk.studio.start(ASKED).run.id
+    assert desk.clock.run_until(lambda: desk.studio.get(run_id).run.final, LONG)
+    view = desk.studio.get(run_id)
+    assert view.candidates
+    desk.studio.delete(run_id)
+    assert not any(desk.pictures.has(c.picture) for c in view.candidates)
 
 
 def test_a_locked_database_delays_nothing_and_loses_nothing(desk: Desk):
@@ -239,7 +253,10 @@ def test_events_are_replayed_from_the_database_and_their_ids_are_honoured(desk: 
 
 def test_few_runs_that_are_over_stay_in_memory(desk: Desk):
     desk.options = {}
-    ids = [desk.run() for _ in range(FINISHED_IN_MEMORY + 3)]
+    ids = []
+    for _ in range(FINISHED_IN_MEMORY + 3):
+        ids.append(desk.run())
+        desk.part(1.0)  # in which it is saved
     assert len(desk.studio._runs) <= FINISHED_IN_MEMORY + 1
     assert all(desk.studio.get(run_id).run.state == "complete" for run_id in ids)
 

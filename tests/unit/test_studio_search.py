@@ -206,14 +206,17 @@ def test_a_model_that_gives_no_list_is_stood_in_for_by_rules_and_that_is_said():
     assert view.run.state == "complete"
     assert all(c.by_rules for c in view.candidates)
     assert len({c.how for c in view.candidates}) == 8
-    assert "was asked twice and gave no list" in view.run.notes[0]
+    assert [note[:50] for note in view.run.notes] == [
+        f"Iteration {n}: the language model was asked twice and"[:50] for n in (1, 2)
+    ]
+    assert "for 4 of 4 candidates" in view.run.notes[0]
     assert job.providers.llm.calls == most_calls(REQUEST).texts
 
 
 def test_a_short_list_goes_on_with_what_it_holds_and_that_is_said():
     view = Job(RunRequest("a fox", 1, 1, 4, 7), llm={"answer": lambda _count, _seed: listing(3)}).finish()
     assert len(view.candidates) == 3
-    assert "gave 3 of 4 candidates" in view.run.notes[0]
+    assert "gave 1 fewer candidates than the 4" in view.run.notes[0]
     assert view.run.state == "complete"
 
 

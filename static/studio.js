@@ -1,0 +1,18 @@
+// The Studio's form: what was typed survives reloads and refusals, until a run was started with it.
+"use strict";
+(() => {
+  const sent = document.querySelector("[data-sent-draft]");
+  if (sent) {
+    const key = `draft of ${sent.dataset.sentDraft}`;
+    const same = (text) => text?.replaceAll("\r\n", "\n").trim() === sent.dataset.sent;
+    if (same(sessionStorage.getItem(key))) sessionStorage.removeItem(key);
+  }
+  for (const field of document.querySelectorAll("[data-draft-of]")) {
+    const key = `draft of ${field.dataset.draftOf}`;
+    field.value ||= sessionStorage.getItem(key) ?? "";
+    field.addEventListener("input", () => {
+      if (field.value) sessionStorage.setItem(key, field.value);
+      else sessionStorage.removeItem(key);
+    });
+  }
+})();
