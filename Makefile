@@ -9,10 +9,10 @@ RUN_READY := .venv/.ready-run
 DEV_READY := .venv/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-ollama test-vllm simulate lint format bench demo-models lock clean
+.PHONY: help run test test-ollama test-vllm test-local-services simulate lint format bench demo-models lock clean
 
 help: ## explain the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
 
 run: $(RUN_READY) ## set up and serve at http://127.0.0.1:8787
 	@$(BIN)/gunicorn --config gunicorn.conf.py
@@ -26,6 +26,10 @@ test-ollama: $(DEV_READY) ## the Ollama tests with a real Ollama: OLLAMA=/path/t
 test-vllm: $(DEV_READY) docker ## the vLLM tests with a real vLLM: its CPU build in .venv-vllm (4 GB), in real containers
 	@PYTHON="$(PYTHON)" tools/ensure_vllm.sh
 	@$(BIN)/python -m pytest tests/vllm_real --timeout 1200 $(ARGS)
+
+test-local-services: $(DEV_READY) ## the image and vision servers with tiny models, on torch's CPU build in .venv-local-services (1.3 GB)
+	@PYTHON="$(PYTHON)" tools/ensure_local_services.sh
+	@$(CACHING) -m pytest tests/local_services $(ARGS)
 
 simulate: $(DEV_READY) ## random operations on the in-memory heart (switcher, router, relay): STEPS=1000000 SEED=1
 	@$(CACHING) -m tests.heart.simulate $(or $(STEPS),100000) $(or $(SEED),1)
@@ -61,7 +65,7 @@ lock: $(DEV_READY) ## pin the requirements of requirements*.in
 	@$(BIN)/pip-compile --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --upgrade requirements-dev.in
 
 clean: ## remove the environment and caches (the state folder stays)
-	@rm -rf .venv .venv-train .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .venv-train .venv-vllm .venv-local-services .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .PHONY: browser docker
 browser:

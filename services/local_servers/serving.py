@@ -42,6 +42,7 @@ POLL_SECONDS = 0.05
 """How often a waiting connection is checked for a client that has disconnected."""
 KEEP_ALIVE_SECONDS = 15.0
 LINGER_SECONDS = 2.0
+"""Time given to a client to take a refusal before it has sent its whole body."""
 FAILED_SECONDS = 2.0
 """How long /health tells why a load failed before the process exits."""
 STOP_SECONDS = 1.0
@@ -244,16 +245,23 @@ class Server(ThreadingHTTPServer):
             self._connections += not full
         if full:
             self.shutdown_request(request)
-        else:
+            return
+        try:
             super().process_request(request, client_address)
+        except RuntimeError:  # no thread could be started
+            self._count_ended()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._ended:
-                self._connections -= 1
-                self._ended.notify_all()
+            self._count_ended()
+
+    def _count_ended(self) -> None:
+        with self._ended:
+            self._connections -= 1
+            self._ended.notify_all()
 
     def stop(self, timeout: float) -> None:
         """Cancel all work, and wait until every client has its answer, at most `timeout` seconds."""
@@ -372,12 +380,14 @@ class Handler(BaseHTTPRequestHandler):
         return "switchyard-local-server"
 
     def _answer(self, answer: Callable[[str], None]) -> None:
+        self._unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         try:
             self._require_local()
             answer(urlsplit(self.path).path)
         except RequestError as error:
             self.fail(error)
-            self._linger()
+            if self._unread:
+                self._linger()
         except TimeoutError:
             self.fail(RequestError(408, "timeout", f"The request did not arrive within {READ_SECONDS:.0f} s."))
 
@@ -414,6 +424,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(length) > 15 or int(length) > limit:
             raise RequestError(413, "too_large", f"The request is larger than {limit / 1e6:.1f} MB.")
         raw = self.rfile.read(int(length))
+        self._unread = False
         if len(raw) < int(length):
             raise RequestError(400, "invalid_request", "The request ended early.")
         try:
@@ -549,7 +560,9 @@ def leave(code: int) -> None:
 
 def arguments(description: str, port: int, model: str) -> argparse.ArgumentParser:
     """Return the parser of the arguments that both servers take, and set up logging to stderr."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # The libraries' warnings only: on INFO, the client of the hub logs signed addresses.
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1", type=_loopback_host, help="a loopback address (127.0.0.1)")
     parser.add_argument("--port", default=port, type=int, help=f"the port to listen on ({port})")

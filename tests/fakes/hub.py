@@ -1,7 +1,8 @@
 """A fake Hugging Face hub, with its CDN on another port, and with configurable faults.
 
-It answers the requests that huggingface_hub 2.4 sends to list a repository (`GET /api/models/…?blobs=true`) and to
-download files (`GET /…/resolve/…`, with a redirect to the CDN for LFS files), in the hub's shapes, and records them.
+It answers the requests that huggingface_hub 2.4 sends to list a repository (`GET /api/models/…?blobs=true` and
+`…/tree/COMMIT`) and to download files (`HEAD` and `GET /…/resolve/…`, with a redirect to the CDN for LFS files), in the
+hub's shapes, and records them.
 """
 
 from __future__ import annotations
@@ -128,10 +129,13 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # like the real one; else each answer waits 40 ms for an acknowledgement
     server: _Server
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         hub.requests.append(
-            Request(self.server.name, "GET", path, self.headers["Range"], self.headers["Authorization"])
+            Request(self.server.name, self.command, path, self.headers["Range"], self.headers["Authorization"])
         )
         if hub.faults.statuses:
             self._refuse(hub.faults.statuses.pop(0), "ServerError", "the fake was told to refuse")
@@ -147,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(307, b"", {"Location": hub.faults.moved})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._list(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._tree(match[1], match[2])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3])
         else:
@@ -165,6 +171,19 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(entry)
         body = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
         self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, repo_id: str, revision: str) -> None:
+        repo = self._repo(repo_id, revision)
+        if repo is None:
+            return
+        entries = []
+        for path, content in repo.files.items():
+            size = repo.sizes.get(path, len(content))
+            entry: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": git_id(content)}
+            if repo.lfs:
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 135}
+            entries.append(entry)
+        self._answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, repo_id: str, revision: str, path: str) -> None:
         repo = self._repo(repo_id, revision)
@@ -219,8 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {**headers, "Content-Length": str(len(content) - start)}.items():
             self.send_header(key, value)
         self.end_headers()
-        rest = content[start:]
-        if faults.flip:
+        rest = content[start:] if self.command == "GET" else b""
+        if faults.flip and rest:
             rest = bytes([rest[0] ^ 0xFF]) + rest[1:]
         sent = 0
         for piece in self._paced(rest):
@@ -252,7 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing."""
