@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +48,9 @@ DISK_SECONDS = 30.0
 LOG_BYTES = 65_536
 RAW_PROGRESS_SINCE = (24, 1)
 """pip's first version with `--progress-bar=raw`, which writes lines such as `Progress 1024 of 899800000`."""
+
+INSTALLS_ELSEWHERE_SINCE = (22, 3)
+"""pip's first version with `--python`."""
 
 COLLECTING = re.compile(r"^Collecting (\S+)")
 FETCHING = re.compile(r"^\s*(Downloading|Using cached|Processing) (\S+?)(?: \(([\d.]+) (bytes|[kMG]B)\))?\s*$")
@@ -125,6 +129,8 @@ class PipProgress:
 
 class Installer:
     """Runs one installation at a time, as a job that goes on when a page closes.
+
+    An environment that lacks a package is replaced as a whole, so no server may run from it meanwhile.
 
     `margin_bytes` of the disk stay free. `on_change` is called from any thread when the installation has changed.
     """
@@ -212,18 +218,21 @@ class Installer:
 
     def _run(self, token: CancelToken) -> None:
         draft = self._packages.env.with_name(f"{self._packages.env.name}.new")
+        failed = "The packages could not be installed"
         try:
-            self._install(draft, token)
-            self._end("complete", "The packages are installed", percent=100)
+            try:
+                self._install(draft, token)
+            finally:
+                self._remove(draft)
         except Cancelled:
             self._end("cancelled", "The installation was cancelled")
         except ServiceError as error:
-            self._end("failed", "The packages could not be installed", error)
+            self._end("failed", failed, error)
         except Exception as error:
             log.exception("an installation failed unexpectedly")
-            self._end("failed", "The packages could not be installed", ServiceError("internal_error", str(error)))
-        finally:
-            self._remove(draft)
+            self._end("failed", failed, ServiceError("internal_error", str(error)))
+        else:
+            self._end("complete", "The packages are installed", percent=100)
 
     def _install(self, draft: Path, token: CancelToken) -> None:
         """Build the environment in `draft`, check that it is complete, and rename it.
@@ -233,14 +242,17 @@ class Installer:
         env = self._packages.env
         self._remove(draft)
         env.parent.mkdir(parents=True, exist_ok=True)
-        self._call([sys.executable, "-m", "venv", str(draft)], token, "The virtual environment could not be made")
+        own_pip = _own_pip()
+        make = [sys.executable, "-m", "venv", *(["--without-pip"] if own_pip else []), str(draft)]
+        self._call(make, token, "The virtual environment could not be made")
         python = str(python_in(draft))
+        pip = [sys.executable, "-m", "pip", "--python", python] if own_pip else [python, "-m", "pip"]
         expected = int(DOWNLOADED_SHARE * sum(_installed_bytes(name) for name in self._names()))
         progress = PipProgress(expected)
         arguments = ["install", "--no-input", "--disable-pip-version-check", "--no-color"]
-        arguments += ["--progress-bar", "raw" if _pip_version(draft) >= RAW_PROGRESS_SINCE else "off"]
+        arguments += ["--progress-bar", "raw" if own_pip >= RAW_PROGRESS_SINCE else "off"]
         arguments += ["--requirement", str(self._packages.requirements)]
-        self._call([python, "-m", "pip", *arguments], token, "pip could not install the packages", progress)
+        self._call([*pip, *arguments], token, "pip could not install the packages", progress)
         if missing := Packages(self._packages.servers_dir, draft).missing():
             raise ServiceError(
                 "service_failed", f"pip has finished, but these are still missing: {', '.join(missing)}."
@@ -249,8 +261,9 @@ class Installer:
         old = env.with_name(f"{env.name}.old")
         self._remove(old)
         if env.exists():
-            env.rename(old)  # a server that runs from it goes on
+            env.rename(old)
         draft.rename(env)
+        self._remove(old)
 
     def _call(self, argv: Sequence[str], token: CancelToken, trouble: str, progress: PipProgress | None = None) -> None:
         """Run a program to its end, following its log. Raises ServiceError with the cause, and Cancelled."""
@@ -266,7 +279,8 @@ class Installer:
         finally:
             process.stop(STOP_SECONDS)
         if process.exit_code != 0:
-            raise ServiceError("service_failed", _explain(process, trouble), process.log_tail())
+            cause = cause_of_failure(tail(process.log_path, LOG_BYTES), process.describe_end())
+            raise ServiceError("service_failed", f"{trouble}: {cause}", process.log_tail())
 
     def _follow(self, process: GroupLeader, token: CancelToken, trouble: str, progress: PipProgress | None) -> None:
         spoke_at, position, rest = time.monotonic(), 0, b""
@@ -321,12 +335,16 @@ def _installed_bytes(name: str) -> int:
     return INSTALLED_BYTES.get(name.lower().replace("_", "-"), OTHER_BYTES)
 
 
-def _pip_version(env: Path) -> tuple[int, ...]:
-    """Return the version of the pip in a virtual environment; (0,) if unknown."""
-    for found in env.glob("lib/python3*/site-packages/pip-*.dist-info"):
-        numbers = re.findall(r"\d+", found.name.removeprefix("pip-"))
-        return tuple(int(number) for number in numbers[:2])
-    return (0,)
+def _own_pip() -> tuple[int, ...]:
+    """Return the version of the pip beside the app if it can install for another interpreter, else an empty tuple.
+
+    It is used because an environment with a pip of its own takes some seconds to make.
+    """
+    try:
+        found = tuple(int(number) for number in re.findall(r"\d+", version("pip"))[:2])
+    except PackageNotFoundError:
+        return ()
+    return found if found >= INSTALLS_ELSEWHERE_SINCE else ()
 
 
 def _read_on(path: Path, position: int) -> tuple[bytes, int]:
@@ -342,17 +360,18 @@ def _read_on(path: Path, position: int) -> tuple[bytes, int]:
     return data, position + len(data)
 
 
-def _explain(process: GroupLeader, trouble: str) -> str:
-    """Return why a program failed, from its log: pip's first error, or a connection that could not be made."""
-    said = tail(process.log_path, LOG_BYTES)
-    errors = ERROR.findall(said)
+def cause_of_failure(said: str, ended: str) -> str:
+    """Return why a program failed, from its log: pip's first error, or a connection that could not be made.
+
+    `ended` says how its process ended. The text follows a colon and ends the sentence.
+    """
     if "No space left on device" in said:
-        return f"{trouble}: the disk is full. Delete a model or other files, then try again."
+        return "the disk is full. Delete a model or other files, then try again."
     if "ensurepip is not" in said or "No module named venv" in said:
-        return f"{trouble}: this machine's Python lacks the module venv. Install it (on Debian: python3-venv)."
+        return "this machine's Python lacks the module venv. Install it (on Debian: python3-venv)."
     if OFFLINE.search(said):
-        return f"{trouble}: the package index can't be reached. Check the network, or pip's configuration."
-    if errors:
-        return f"{trouble}: {errors[0].strip().rstrip('.')}."
+        return "the package index can't be reached. Check the network, or pip's configuration."
+    if errors := ERROR.findall(said):
+        return f"{errors[0].strip().rstrip('.')}."
     last = said.rpartition("\n")[2].strip()
-    return f"{trouble}: it {process.describe_end()}{f' ({last[:300]})' if last else ''}."
+    return f"it {ended}{f' ({last[:300]})' if last else ''}."

@@ -198,6 +198,10 @@ class LocalServices:
     def install(self, name: ServiceName) -> Installation:
         """Begin to install the packages that a service lacks; return at once. Raises ServiceError."""
         self._check_installable(name)
+        running = [s.about.title for s in self._servers.values() if s.supervisor.process is not None]
+        if running and self._servers[name].program.packages.missing():
+            words = f"Stop {' and '.join(running)} first: what runs now would lose the packages that are replaced."
+            raise ServiceError("services_running", words)
         return self._installer.start()
 
     def cancel_installation(self, name: ServiceName) -> Installation | None:
