@@ -91,9 +91,10 @@ def drain(console: InProcess, model: str) -> None:
 
 
 def test_a_busy_model_that_is_being_unloaded(console: InProcess) -> None:
-    """It shows what it waits for, how long at most, and a button to unload now."""
+    """It shows what it waits for, how long at most, and a button to unload now; it doesn't claim to take messages."""
     drain(console, MINI)
     models = PageTexts(console, "/models")
+    assert "answers now" not in models[row(MINI)]
     assert "Finishing 1 answer, at most 24 s more" in models[row(MINI)]
     assert "Unload now" in models[row(MINI)]
     assert "finishing" in models["top-status"]
