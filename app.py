@@ -23,6 +23,7 @@ from blueprints import (
     studio,
     web,
 )
+from blueprints import preferences as preferences_page
 from blueprints.api import (
     beam_search,
     openai,
@@ -63,6 +64,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
         chat,
         models,
         downloads,
+        preferences_page,
         local_services,
         set_aside,
         operations,

@@ -36,6 +36,7 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "css/models.css",
         "css/downloads.css",
         "css/studio.css",
+        "css/preferences.css",
         "css/docs.css",
         "css/print.css",
     ),

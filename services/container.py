@@ -269,7 +269,7 @@ def build_services(settings: Settings) -> Services:
         board=board,
         catalog=catalog,
         switcher=switcher,
-        status=StatusService(board, catalog, devices, planner),
+        status=StatusService(board, catalog, devices, planner, preferences),
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),

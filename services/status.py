@@ -13,6 +13,7 @@ from services.catalog import Catalog
 from services.engines.port import Basis, Kind, Model, Need, Usage
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
+from services.preferences import CurrentPreferences
 from services.switching.events import Board, Failure, InstanceView, LoadView, Loss, Snapshot, SwitchView
 from services.switching.planner import Planner
 
@@ -53,6 +54,7 @@ class ModelStatus:
     """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
     kind: Kind = "text"
     remote: bool = False
+    favorite: bool = False
 
     @property
     def moving(self) -> bool:
@@ -82,6 +84,7 @@ class _StatusInputs(NamedTuple):
     forecast: _Forecast
     in_flight: int
     last_used: float | None
+    favorite: bool
 
 
 class _CachedStatus(NamedTuple):
@@ -95,7 +98,7 @@ class _CachedStatus(NamedTuple):
 class Status:
     """Everything at one version.
 
-    `models` are in menu order: running first, then by name. `devices` has one account each.
+    `models` are in menu order: running first, then favourites, then by name. `devices` has one account each.
     """
 
     version: int
@@ -128,12 +131,14 @@ class StatusService:
         catalog: Catalog,
         devices: DeviceMonitor,
         planner: Planner,
+        preferences: CurrentPreferences,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._board = board
         self._catalog = catalog
         self._devices = devices
         self._planner = planner
+        self._preferences = preferences
         self._clock = clock
         self._latest: Status | None = None
         self._fresh_until = 0.0
@@ -158,9 +163,11 @@ class StatusService:
         holdings = [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
         catalogue = self._catalog.models.values()
         self._forecasts = forecasts = {model.id: self._forecast(model, snapshot) for model in catalogue}
-        self._cached = cached = {m.id: self._status(_inputs_of(m, snapshot, forecasts[m.id])) for m in catalogue}
+        favorites = self._preferences.current.favorites
+        inputs = [_inputs_of(m, snapshot, forecasts[m.id], m.id in favorites) for m in catalogue]
+        self._cached = cached = {one.model.id: self._status(one) for one in inputs}
         models = [one.status for one in cached.values()]
-        models.sort(key=lambda m: (_MENU_ORDER[m.state], m.id.casefold()))
+        models.sort(key=lambda m: (_MENU_ORDER[m.state], not m.favorite, m.id.casefold()))
         return Status(
             version=snapshot.version,
             models=tuple(models),
@@ -198,7 +205,7 @@ class StatusService:
         return kept if kept is not None and kept.inputs == inputs else _CachedStatus(inputs, _status_of(inputs))
 
 
-def _inputs_of(model: Model, snapshot: Snapshot, forecast: _Forecast) -> _StatusInputs:
+def _inputs_of(model: Model, snapshot: Snapshot, forecast: _Forecast, favorite: bool) -> _StatusInputs:
     view = snapshot.instances.get(model.id)
     return _StatusInputs(
         model=model,
@@ -210,6 +217,7 @@ def _inputs_of(model: Model, snapshot: Snapshot, forecast: _Forecast) -> _Status
         forecast=forecast,
         in_flight=view.traffic.in_flight if view else 0,
         last_used=(view.traffic.last_used if view else None) or snapshot.last_used.get(model.id),
+        favorite=favorite,
     )
 
 
@@ -241,6 +249,7 @@ def _status_of(inputs: _StatusInputs) -> ModelStatus:
         drain_until=view.drain_until if view else None,
         kind=model.kind,
         remote=model.remote,
+        favorite=inputs.favorite,
     )
 
 

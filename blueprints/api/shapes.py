@@ -69,6 +69,7 @@ def model_document(model: ModelStatus) -> Json:
         "device": model.device,
         "in_flight": model.in_flight,
         "pinned": False,
+        "favorite": model.favorite,
         "last_used": iso_time(model.last_used),
         "tags": list(model.tags),
         "warning": model.warning,

@@ -331,7 +331,7 @@ def test_an_invalid_download_name_is_accessible(windows: Windows, busy: Console)
     windows.check(look)
 
 
-@pytest.mark.parametrize("path", ["/no-such-page", "/chats/no-such-conversation", "/docs"])
+@pytest.mark.parametrize("path", ["/no-such-page", "/chats/no-such-conversation", "/docs", "/preferences"])
 def test_other_pages_are_accessible(windows: Windows, console: Console, path: str) -> None:
     """Check the error pages and the description of the API."""
 

@@ -118,6 +118,7 @@ def test_models_and_the_pages_of_one_fit(console: Console, phone: Page) -> None:
         f"/models/plan?target={HUGE}",
         f"/models/delete?model={LOADED}",
         "/docs",
+        "/preferences",
         f"/chats/{WORD}",
         f"/models/plan?target=unknown-{WORD}",
     ):

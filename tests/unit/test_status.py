@@ -34,7 +34,12 @@ class CountingStatus:
 
         patch.setattr(services.switcher._planner, "need", counted)
         self.status = StatusService(
-            services.board, services.catalog, services.devices, services.switcher._planner, lambda: self.now
+            services.board,
+            services.catalog,
+            services.devices,
+            services.switcher._planner,
+            services.preferences,
+            lambda: self.now,
         )
 
     def look(self, seconds: float = CACHE_SECONDS) -> Counter[str]:
