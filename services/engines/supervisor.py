@@ -185,7 +185,7 @@ class Supervisor:
     """A server at an address: its status and, if it is on this machine, its start and stop.
 
     Whoever polls the server passes each health check to `note`. `on_change` is called from any thread when anything but
-    the log's tail has changed. Times are seconds.
+    the log's tail and the bytes of a preparation have changed. Times are seconds.
     """
 
     def __init__(
@@ -460,7 +460,7 @@ class Supervisor:
             self._note_crash()
             before = self._status
             after = self._status = self._describe(found)
-        if replace(before, log_tail="") != replace(after, log_tail=""):
+        if _without_figures(before) != _without_figures(after):
             self._on_change()
         return after
 
@@ -509,3 +509,9 @@ class Supervisor:
         """Return the cause in a log, to follow a main clause; ends the sentence either way."""
         cause = self._program.cause_in(log_text)
         return "." if cause is None else f": {cause.strip().rstrip('.')}."
+
+
+def _without_figures(status: ServiceStatus) -> ServiceStatus:
+    """Return a status without what changes all the time: every page would be rendered again for each of them."""
+    seen = status.preparation
+    return replace(status, log_tail="", preparation=None if seen is None else Preparation(seen.stage))

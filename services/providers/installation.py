@@ -41,6 +41,8 @@ DOWNLOADED_SHARE = 0.45
 WHILE_DOWNLOADING, WHILE_INSTALLING = 90, 95
 """Highest percentages of the two stages."""
 POLL_SECONDS = 0.2
+SHOW_SECONDS = 1.0
+"""Shortest time between two changes of the figures that are announced to pages."""
 SILENCE_SECONDS = 1800.0
 """How long pip may say nothing: it unpacks gigabytes without a word."""
 STOP_SECONDS = 2.0
@@ -154,6 +156,7 @@ class Installer:
         self._token = CancelToken()
         self._thread: threading.Thread | None = None
         self._current: Installation | None = None
+        self._shown_at = float("-inf")
 
     @property
     def current(self) -> Installation | None:
@@ -310,7 +313,9 @@ class Installer:
             completed_bytes=progress.completed_bytes,
             log_tail=log_tail,
         )
-        self._on_change()
+        if time.monotonic() > self._shown_at + SHOW_SECONDS:
+            self._shown_at = time.monotonic()
+            self._on_change()
 
     def _end(self, state: State, message: str, error: ServiceError | None = None, percent: int | None = None) -> None:
         assert self._current is not None

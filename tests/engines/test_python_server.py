@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -242,6 +244,28 @@ def test_a_server_started_by_hand_is_used_and_never_stopped(
     by_hand.terminate()
     wait_until(lambda: bool(exits), "its end to be noticed")
     assert exits[0].released
+
+
+def test_a_port_that_another_program_uses_is_explained(flux: PythonServerEngine, port: int) -> None:
+    """With the program's name; the server could not listen."""
+    taken = closing(socket.create_server(("127.0.0.1", port)))
+    with taken, pytest.raises(LoadFailed, match=f"process {os.getpid()}") as caught:
+        load(flux)
+    assert f"port {port}" in caught.value.cause
+    assert "flux_api_url" in caught.value.cause
+
+
+def test_a_load_of_another_model_under_way_is_not_taken_for_the_own(make_engine: MakeEngine) -> None:
+    """It was begun by an earlier run of the app."""
+    first = make_engine()
+    slow = Model("slow", "flux", "org/slow", options={"environment": {"FAKE_FLUX_FAULT": "slow-load:60"}})
+    first.launch(first.describe(slow), lambda _: None)
+    wait_until(lambda: first.supervisor.status().preparation is not None, "the load")
+    first.close()
+    second = make_engine()
+    wait_until(lambda: second.supervisor.status().preparation is not None, "the load")
+    with pytest.raises(EngineError, match="still loading org/slow"):
+        load(second)
 
 
 def test_one_server_holds_one_model(flux: PythonServerEngine) -> None:

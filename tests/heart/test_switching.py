@@ -8,6 +8,7 @@ from services.gateway.router import GatewayError
 from services.switching.fleet import ACTIVE_KEY
 from services.switching.jobs import SwitchError
 from tests.heart.rig import Heart
+from tests.heart.stub import model
 
 
 @pytest.fixture
@@ -31,6 +32,16 @@ def test_an_image_model_that_is_loaded_never_becomes_the_active_one(heart):
     assert (heart.states(), heart.now.active_model) == ({"painter": "running"}, None)
     heart.restart()
     assert (heart.states(), heart.now.active_model) == ({"painter": "running"}, None)
+
+
+def test_a_model_on_another_programs_server_is_never_evicted():
+    """The plan says why it stays."""
+    heart = Heart(models=(model("theirs", "solo", 5, started_elsewhere=True), model("large", "solo", 9)))
+    heart.ready("theirs")
+    failed = heart.done(heart.switch("large"))
+    assert (failed.error.code, heart.states()) == ("insufficient_memory", {"theirs": "running"})
+    assert [blocked.reason for blocked in failed.plan.blocked_by] == ["another program started its server"]
+    heart.close()
 
 
 def test_a_request_that_names_no_model_does_not_wait_for_an_image_model(heart):

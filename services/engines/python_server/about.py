@@ -73,10 +73,10 @@ FLUX = About(
     body={"prompt": "A grey square", "width": 64, "height": 64, "steps": 1, "seed": 0},
     names={"flux-schnell": FLUX_SCHNELL},
     sizes={
-        # The files of the repository in bf16: transformer 23.8 GB, T5 9.5 GB, CLIP 0.25 GB, VAE 0.17 GB; with 1 to 2 GB
-        # for the latents and the VAE's work on 1024 x 1024 pixels. Offloaded by model, the transformer alone is on the
-        # GPU; offloaded layer by layer, a few GB are.
-        FLUX_SCHNELL: Sizes(int(33.7 * GB), 36 * GB, 35 * GB, (26 * GB, 4 * GB)),
+        # The files of the repository in 16 bits: transformer 23.8 GB, T5 9.5 GB, CLIP 0.25 GB, VAE 0.17 GB; and 3 GB to
+        # work with, as the server itself reckons (`services/local_servers/memory.py`). With whole components offloaded,
+        # the transformer alone is on the GPU; with single layers, 1 GB of weights is.
+        FLUX_SCHNELL: Sizes(int(33.7 * GB), 37 * GB, 37 * GB, (27 * GB, 4 * GB)),
     },
 )
 VISION = About(

@@ -161,6 +161,7 @@ class PythonServerEngine:
                 raise EngineError(
                     f"{self.about.title} serves one model at a time, and holds {current.model.id} now. Unload it first."
                 )
+            self._check_not_loading_another(model)
             try:
                 if self.supervisor.process is None:
                     self.program.check_packages()
@@ -177,6 +178,14 @@ class PythonServerEngine:
             needed = model.required_bytes or self.estimate(model).bytes
             self._current = ServerInstance(self._context, model, device, needed, on_exit, start)
             return self._current
+
+    def _check_not_loading_another(self, model: Model) -> None:
+        """Raise EngineError if the server is still loading another model since an earlier run of the app."""
+        starting = self.supervisor.status().state == "starting"
+        loading = self.program.report.model if starting else None
+        if loading is not None and self.about.source_of(loading) != model.source:
+            title = self.about.title
+            raise EngineError(f"{title} is still loading {loading}. Wait until it is ready, or stop {title} first.")
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
         """Return the model that the server holds, or is loading since an earlier run."""
@@ -230,7 +239,7 @@ class PythonServerEngine:
 
     def _held(self) -> str:
         """Return the id of the model that the server holds; one that is not in the catalogue counts as the default."""
-        model = self.program.report.model
+        model = self.about.source_of(self.program.report.model or "")
         return next((id for id, source in list(self._known.items()) if source == model), self.model_id)
 
     def _await_silent(self, model: Model, error: str) -> None:

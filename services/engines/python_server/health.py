@@ -16,7 +16,8 @@ STATES = ("loading", "ready", "failed")
 class Report:
     """What a server says of itself, and the health that follows from it; bytes, None where it doesn't say.
 
-    `device` is PyTorch's name, such as `cuda:0` or `cpu`. `needed_bytes` is what the model takes.
+    `device` is PyTorch's name, such as `cuda:0` or `cpu`. `needed_bytes` is what the model takes. `aesthetic_error`
+    says why the vision server scores without aesthetics.
     """
 
     health: Health
@@ -25,6 +26,7 @@ class Report:
     memory_bytes: int | None = None
     needed_bytes: int | None = None
     error: str | None = None
+    aesthetic_error: str | None = None
 
 
 NO_REPORT = Report(NOT_ASKED)
@@ -63,6 +65,7 @@ def ask_health(url: str, title: str, setting: str) -> Report:
         memory_bytes=_size(said.get("memory_bytes")),
         needed_bytes=_size(said.get("needed_bytes")),
         error=error,
+        aesthetic_error=_text(said.get("aesthetic_error")),
     )
 
 

@@ -170,10 +170,14 @@ class ServerInstance(NoSleepMixin):
     def warning(self) -> str | None:
         status, report = self._context.supervisor.status(), self._context.program.report
         words = []
-        if self._ready and status.state == "unreachable" and status.error:
+        if not self._ready:
+            return None
+        if status.state == "unreachable" and status.error:
             words.append(status.error)
-        if report.model is not None and report.model != self.model.source:
+        if report.model is not None and self._context.about.source_of(report.model) != self.model.source:
             words.append(f"It was started with another model, {report.model}.")
+        if report.aesthetic_error is not None:
+            words.append(f"It scores without aesthetics: {report.aesthetic_error}")
         if self._device != HOST_DEVICE and report.device == "cpu":
             words.append("It runs on the processor, which is slower: its Python packages don't know the GPU.")
         if self.model.started_elsewhere:

@@ -13,7 +13,7 @@ from services.engines.python_server.packages import Packages
 from services.engines.server_address import Address
 from services.engines.supervisor import Command, Health, ServiceError
 
-CHECK_SECONDS = 0.1
+CHECK_SECONDS = 0.2
 LAST_ERROR = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)|SystemExit): (.+)", re.MULTILINE)
 """The line that ends a traceback: the exception's type and text."""
 
@@ -59,7 +59,7 @@ class PythonServer:
         argv = (
             *(self.packages.python, str(self._script)),
             *("--host", "127.0.0.1" if host == "localhost" else host, "--port", str(self._address.port)),
-            *("--model", order.model, *order.arguments),
+            *(f"--model={order.model}", *order.arguments),
         )
         # Its choice of a device follows ours, which the memory is planned for.
         visible = {"CUDA_VISIBLE_DEVICES": "" if order.device == HOST_DEVICE else order.device}
