@@ -315,7 +315,8 @@ class Live:
         """
         switch = self.status.switch
         answers = self.active is not None and self.active.state == "running"
-        if switch is not None and not (answers and (switch.stage == "downloading" or self.loads_aside)):
+        goes_on = self.loads_aside or (answers and switch is not None and switch.stage == "downloading")
+        if switch is not None and not goes_on:
             what = self._switching(switch)
             return what if switch.eta_seconds is None else f"{what}, {about(switch.eta_seconds)}"
         if self.active is None:
