@@ -37,7 +37,6 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "css/downloads.css",
         "css/studio.css",
         "css/preferences.css",
-        "css/providers.css",
         "css/docs.css",
         "css/print.css",
     ),

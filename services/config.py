@@ -228,6 +228,15 @@ class Settings(Preferences):
     remember_providers: bool = Field(False, description="whether a choice of providers outlasts a restart")
     openai_api_key: SecretStr | None = Field(None, description="the key for OpenAI, or for what answers in its place")
     openai_base_url: str = Field("https://api.openai.com/v1", description="where OpenAI's API answers")
+    openai_text_model: str = Field(
+        "gpt-5", min_length=1, max_length=200, description="OpenAI's model that writes text for the Studio"
+    )
+    openai_image_model: str = Field(
+        "gpt-image-1", min_length=1, max_length=200, description="OpenAI's model that draws pictures for the Studio"
+    )
+    openai_vision_model: str = Field(
+        "gpt-5", min_length=1, max_length=200, description="OpenAI's model that judges pictures for the Studio"
+    )
     flux_api_url: str = Field("http://127.0.0.1:8001", description="where the Flux service answers")
     flux_model: str = Field(
         "flux-schnell",

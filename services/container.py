@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,14 +47,16 @@ from services.memory.devices import DeviceMonitor
 from services.native_threads import run_in_thread
 from services.periodic import Periodic
 from services.preferences import PreferenceStore
+from services.providers.adapters.upstream import Gateway
 from services.providers.availability import Availability
 from services.providers.docker_service import DockerService
+from services.providers.factory import VISION_MODEL, ProviderFactory
 from services.providers.health import HealthChecks
 from services.providers.installation import Installer
 from services.providers.local_services import LocalServices
 from services.providers.ollama_service import OllamaService, find_ollama
 from services.providers.openai_key import OpenAIKey
-from services.providers.ports import Choice, JobProviders, ProviderError
+from services.providers.ports import Choice, JobProviders
 from services.providers.selection import Selection
 from services.restart import Restart
 from services.scheduling import ThreadScheduler
@@ -95,7 +97,6 @@ IDLE_SECONDS = 1.0
 SERVERS_DIR = Path(__file__).parent / "local_servers"
 SERVERS_ENV = "local-servers-env"
 """Folder below the state folder: the virtual environment of the local servers."""
-VISION_MODEL = "clip-aesthetic"
 PRUNE_SECONDS = 60.0
 """Interval between prunes of engines' logs."""
 
@@ -229,12 +230,13 @@ def build_services(settings: Settings) -> Services:
         )
         for about, url, model in _servers(settings)
     }
+    account = _openai_account(settings)
     engines: dict[str, Engine] = {
         "llamacpp": _llamacpp(settings, folder, registry, devices),
         "ollama": ollama,
         "vllm": _vllm(settings, devices, hub, owner(settings.state_dir, lambda: notes.get("owner") or new_id()[:12])),
         **servers,
-        "openai": OpenAI(_openai_account(settings)),
+        "openai": OpenAI(account),
     }
     catalog = Catalog(settings.models, engines, DeletedModels(notes))
     catalog.on_change(board.publish)
@@ -263,6 +265,14 @@ def build_services(settings: Settings) -> Services:
     )
     openai_key = OpenAIKey(settings.openai_base_url, settings.openai_api_key)
     relay = Relay(settings.upstream_timeout_seconds, serving=lambda: board.current.origins)
+    selection = Selection(
+        Choice(settings.llm_provider, settings.image_provider, settings.vision_provider),
+        Availability(health, openai_key, lambda: catalog.models, docker_service.check).problem,
+        notes=notes if settings.remember_providers else None,
+        on_change=board.touch,
+    )
+    gateway = Gateway(board, catalog, switcher, router, relay)
+    factory = ProviderFactory(settings, account, gateway)
     return Services(
         settings=settings,
         preferences=preferences,
@@ -273,19 +283,14 @@ def build_services(settings: Settings) -> Services:
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),
-        studio=_studio(settings, store, writes),
+        studio=_studio(settings, store, writes, lambda: factory.for_job(selection.current)),
         downloads=downloads,
         library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
         updates=updates,
         ollama_service=service,
         local_services=LocalServices(service, servers, switcher, board, installer),
         docker_service=docker_service,
-        selection=Selection(
-            Choice(settings.llm_provider, settings.image_provider, settings.vision_provider),
-            Availability(health, openai_key, lambda: catalog.models, docker_service.check).problem,
-            notes=notes if settings.remember_providers else None,
-            on_change=board.touch,
-        ),
+        selection=selection,
         health=health,
         openai_key=openai_key,
         engines=engines,
@@ -326,10 +331,7 @@ def _loaded_on(board: Board, device: str) -> list[str]:
     ]
 
 
-def _studio(settings: Settings, store: Store, writes: DeferredWrites) -> Studio:
-    def providers() -> JobProviders:
-        raise ProviderError("provider_unavailable", "This version has no provider for the Studio.")
-
+def _studio(settings: Settings, store: Store, writes: DeferredWrites, providers: Callable[[], JobProviders]) -> Studio:
     pictures = Pictures(settings.state_dir / "studio-pictures", settings.studio_pictures_bytes)
     return Studio(StudioRepository(store), pictures, providers, writes, at_once=settings.studio_at_once)
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any, Protocol, cast
@@ -62,10 +62,11 @@ class ConnectionBroken(FetchError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole reply, whatever its status."""
+    """A whole reply, whatever its status. The names of `headers` are in lower case."""
 
     status: int
     content: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -86,7 +87,7 @@ class HttpRequest:
     """One request, to be sent once. `cancel` may be called from any thread.
 
     `timeout` is seconds for all of it, from the look-up of the host's name to the last byte of the reply; of a stream,
-    up to the connection. `body` is sent as JSON.
+    up to the connection. `body` is sent as JSON, bytes as they are.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class HttpRequest:
         self._method = method
         self._url = url
         self._timeout = timeout
-        self._body = None if body is None else json.dumps(body).encode()
+        self._body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         self._headers = dict(headers or {})
         self._most_bytes = most_bytes
         self._lock = threading.Lock()
@@ -215,7 +216,7 @@ class HttpRequest:
         connection.sock = cast("socket.socket", _Link(self._link, limit))
         headers = {"Host": parts.netloc.rpartition("@")[2], "Connection": "close", **self._headers}
         if self._body is not None:
-            headers["Content-Type"] = "application/json"
+            headers.setdefault("Content-Type", "application/json")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request(self._method, target, self._body, headers)
         return connection.getresponse()
@@ -230,7 +231,7 @@ class HttpRequest:
                 raise ConnectionBroken("the answer ended too soon")
             if response.status in REDIRECTS:
                 self.redirect = response.getheader("Location")
-            return Reply(response.status, content)
+            return Reply(response.status, content, {name.lower(): value for name, value in response.getheaders()})
 
 
 class HttpStream:

@@ -75,7 +75,7 @@ class Fault:
 
 
 class OpenAIServer(ThreadingHTTPServer):
-    """The server, as a context manager. `reply` may replace what a chat answers, given the request's document."""
+    """The server, as a context manager. `reply` returns what a chat answers, given the request; None: the usual."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -85,7 +85,7 @@ class OpenAIServer(ThreadingHTTPServer):
         self.key = key
         self.prefix = prefix
         self.url = f"http://127.0.0.1:{self.server_address[1]}{prefix}"
-        self.reply: Callable[[Document], str] | None = None
+        self.reply: Callable[[Document], str | None] = lambda _document: None
         self.calls: list[Call] = []
         self.in_flight = 0
         self.most_in_flight = 0
@@ -114,7 +114,7 @@ class OpenAIServer(ThreadingHTTPServer):
         with self._lock:
             self._faults.clear()
             self.calls.clear()
-            self.most_in_flight, self.disconnects, self.reply = self.in_flight, 0, None
+            self.most_in_flight, self.disconnects, self.reply = self.in_flight, 0, lambda _document: None
 
     def asked(self, path: str) -> list[Document]:
         """Return the bodies of the requests whose path ends with `path`."""
@@ -255,8 +255,9 @@ class Handler(BaseHTTPRequestHandler):
         self._json(200, {**head, "choices": [choice], "usage": usage})
 
     def _text(self, document: Document) -> str:
-        if self.server.reply is not None:
-            return self.server.reply(document)
+        scripted = self.server.reply(document)
+        if scripted is not None:
+            return scripted
         picture = _picture_of(document)
         if picture is None:
             return " ".join(ANSWER)

@@ -18,6 +18,8 @@ AVOIDED = {
     "docker": "needed only with a vLLM model",
     "requests": "docker imports it",
     "huggingface_hub": "its child process imports it",
+    "openai": "needed only to call OpenAI for the Studio",
+    "httpx2": "openai imports it",
     "markdown_it": "needed only to show a conversation",
     "nh3": "needed only to show a conversation",
 }
