@@ -37,6 +37,7 @@ BUNDLES: dict[str, tuple[str, ...]] = {
         "css/downloads.css",
         "css/studio.css",
         "css/preferences.css",
+        "css/providers.css",
         "css/docs.css",
         "css/print.css",
     ),

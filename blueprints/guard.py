@@ -32,6 +32,7 @@ SWITCHING = frozenset(
         "models.switch",
         "models.restart",
         "local_services.start",
+        "provider_page.start",
         "providers.start_service",
         "beam_search.start",
         "studio.start",

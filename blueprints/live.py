@@ -230,6 +230,15 @@ class Live:
         return self.status.moving or (self.service is not None and self.service.state in ("starting", "stopping"))
 
     @property
+    def no_pulls(self) -> str | None:
+        """Why nothing can be downloaded from Ollama now; None if it can."""
+        if self.service is None or self.service.state == "running":
+            return None
+        why = {"unreachable": "can't be reached", "starting": "is starting"}.get(self.service.state)
+        why = why or ("is not running" if self.service.binary else "is not installed")
+        return f"These come from Ollama, which {why}."
+
+    @property
     def jobs(self) -> list[Download]:
         """The downloads to list: those under way in order, then the latest finished ones.
 
@@ -306,7 +315,8 @@ class Live:
         """
         switch = self.status.switch
         answers = self.active is not None and self.active.state == "running"
-        if switch is not None and not (answers and (switch.stage == "downloading" or self.loads_aside)):
+        goes_on = self.loads_aside or (answers and switch is not None and switch.stage == "downloading")
+        if switch is not None and not goes_on:
             what = self._switching(switch)
             return what if switch.eta_seconds is None else f"{what}, {about(switch.eta_seconds)}"
         if self.active is None:

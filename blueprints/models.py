@@ -44,7 +44,7 @@ class DownloadForm:
 
 
 @dataclass(frozen=True, slots=True)
-class _Offer:
+class Offer:
     """A recommended model, and its download if one is under way."""
 
     model: Recommended
@@ -78,7 +78,7 @@ class _Shown:
     """Everything the page's pieces are made from: `updates` and `used` (when it was last used) are by model."""
 
     live: Live
-    offers: list[_Offer]
+    offers: list[Offer]
     updates: dict[str, _Update]
     used: dict[str, str]
     folder_notice: str | None
@@ -153,14 +153,19 @@ def _shown(live: Live) -> _Shown:
     sources = {model_id: known[model_id].source for model_id in outdated if model_id in known}
     return _Shown(
         live,
-        offers=[_Offer(r, live.download(r.name)) for r in found.library.recommendations()],
+        offers=offers(live),
         updates={model_id: _Update(name, live.download(name)) for model_id, name in sources.items()},
         used={model.id: ago(model.last_used, live.now) for model in live.status.models if model.last_used},
         folder_notice=found.folder.notice,
     )
 
 
-def _parts(live: Live, offers: list[_Offer]) -> Iterator[Piece]:
+def offers(live: Live) -> list[Offer]:
+    """Return the recommended models."""
+    return [Offer(recommended, live.download(recommended.name)) for recommended in services().library.recommendations()]
+
+
+def _parts(live: Live, offers: list[Offer]) -> Iterator[Piece]:
     words = {"live": live, "back": "/models"}
     under_way = sum(not job.final for job in live.jobs)
     yield Piece("top-status", "fragments/top_status.html", {"live": live})

@@ -65,11 +65,13 @@ _NOTHING = _Group(object(), {})
 class Sheet:
     """The current pieces of one kind of page, each with the number of its last change.
 
-    Used by one greenlet at a time: no method blocks.
+    Used by one greenlet at a time: no method blocks. `mark_id` is the id of the hidden field that sends the mark; what
+    is shown above a page needs one of its own.
     """
 
-    def __init__(self, render: Callable[..., str] = render_template) -> None:
+    def __init__(self, render: Callable[..., str] = render_template, mark_id: str = SINCE) -> None:
         self._render = render
+        self._mark_id = mark_id
         self._edition = secrets.token_hex(4)  # tells marks of this run from those of an earlier one
         self._number = 0
         self._groups: dict[str, _Group] = {}
@@ -119,22 +121,26 @@ class Sheet:
         news = [one for one in drawn if one.changed > number]
         if not news:
             return Markup()
-        return Markup("".join([*map(_for_htmx, news), _input(self.mark, ' hx-swap-oob="true"')]))
+        return Markup("".join([*map(_for_htmx, news), self._input(' hx-swap-oob="true"')]))
 
     @property
     def seen(self) -> Markup:
         """The hidden field that sends the mark with each poll."""
-        return _input(self.mark)
+        return self._input()
+
+    def _input(self, more: str = "") -> Markup:
+        polled = ' class="shown"' if self._mark_id == SINCE else ""
+        return Markup(f'<input type="hidden"{polled} id="{self._mark_id}" name="{SINCE}" value="{self.mark}"{more}>')
 
     def _number_of(self, mark: str) -> int:
         edition, _, number = mark.partition("-")
         return int(number) if edition == self._edition and number.isdecimal() else 0
 
 
-def sheet(kind: str) -> Sheet:
+def sheet(kind: str, mark_id: str = SINCE) -> Sheet:
     """Return the running app's sheet for one kind of page."""
-    made: Sheet = current_app.extensions.setdefault("switchyard.sheets", {}).setdefault(kind, Sheet())
-    return made
+    sheets: dict[str, Sheet] = current_app.extensions.setdefault("switchyard.sheets", {})
+    return sheets.setdefault(kind, Sheet(mark_id=mark_id))
 
 
 def news(found: Sheet) -> Response:
@@ -148,7 +154,3 @@ def _for_htmx(drawn: _Drawn) -> str:
     piece = drawn.piece
     html = drawn.html.replace(f'id="{piece.name}"', f'id="{piece.name}" hx-swap-oob="{piece.swap}"', 1)
     return html if piece.alone else f"<template>{html}</template>"
-
-
-def _input(mark: str, more: str = "") -> Markup:
-    return Markup(f'<input type="hidden" class="shown" id="since" name="{SINCE}" value="{mark}"{more}>')

@@ -27,7 +27,7 @@
   const nearest = () => {
     for (const [number, { at, id, next, before }] of trail.entries()) {
       const now = at.isConnected ? at : (id && document.getElementById(id)) || at;
-      if (!number && usable(now)) return now;
+      if (usable(now) && (!number || now.matches(CONTROLS))) return now; // what opened a dialog is in its trail
       if (now.popover !== null && !usable(now)) {
         const invoker = document.querySelector(`[popovertarget="${CSS.escape(id)}"]`);
         if (usable(invoker)) return invoker;

@@ -65,15 +65,15 @@
   // A form that a poll has morphed posts to its new address; htmx itself notices the new attribute only later.
   on("htmx:configRequest", ({ detail }) => { detail.path = detail.elt.getAttribute("hx-post") ?? detail.path; });
 
-  // Polling: not in a hidden tab, at once in one that is shown again.
-  const poll = () => $("#poll") && htmx.trigger("#poll", "refresh");
+  // Polling: not in a hidden tab, at once in one that is shown again. The dialog of the providers polls while it is open.
+  const poll = () => document.querySelectorAll("#poll, #providers-poll").forEach((it) => htmx.trigger(it, "refresh"));
   // A refresh requested during a poll is done after it, because that poll may have begun before the change.
   let polling = false;
   let again = false;
   on("htmx:beforeRequest", (event) => {
-    if (event.detail.elt.id !== "poll") return;
+    if (!event.detail.elt.matches("#poll, #providers-poll")) return;
     if (document.hidden) event.preventDefault();
-    else polling = true;
+    else if (event.detail.elt.id === "poll") polling = true;
   });
   const polled = ({ detail }) => {
     if (detail.elt.id !== "poll") return;
@@ -96,6 +96,11 @@
 
   // A proxy may answer in Switchyard's place. Its error page is not shown as ours.
   const foreign = (xhr) => xhr.status >= 400 && !xhr.getResponseHeader("Switchyard-Error");
+  // What is reported about an action in the dialog of the providers is shown there, because it covers the page.
+  const notice = (it) => (it?.closest("#providers-dialog") && $("#providers-notice")) ?? $("#notice");
+  on("htmx:beforeSwap", ({ detail }) => {
+    if (detail.target?.id === "notice") detail.target = notice(detail.requestConfig?.elt);
+  });
   const instead = ({ status }) =>
     !status ? "Switchyard could not be reached."
     : status === 413 ? "It is larger than something between this page and Switchyard takes (413)."
@@ -104,7 +109,7 @@
     if (!foreign(detail.xhr)) return;
     detail.shouldSwap = false;
     if (detail.requestConfig.verb !== "post" || detail.requestConfig.elt.id === "composer-form") return;
-    const strip = $("#notice").appendChild(document.createElement("div"));
+    const strip = notice(detail.requestConfig.elt).appendChild(document.createElement("div"));
     strip.className = "strip failed";
     strip.append(`That was not done. ${instead(detail.xhr)} Try again.`);
   });
@@ -125,17 +130,25 @@
 
   // The notice about the last action disappears when the next one begins.
   on("htmx:beforeRequest", ({ detail }) => {
-    if (detail.requestConfig.verb === "post") $("#notice").replaceChildren();
+    if (detail.requestConfig.verb === "post") notice(detail.requestConfig.elt).replaceChildren();
   });
 
   // Menus and dialogs close once the request of the chosen action was sent.
   on("htmx:afterRequest", ({ detail }) => {
     if (detail.requestConfig?.verb !== "post") return;
     detail.elt.closest("[popover]")?.hidePopover();
-    detail.elt.closest("dialog")?.close();
+    detail.elt.closest("#dialog")?.close();
   });
   on("htmx:afterSwap", ({ detail }) => {
-    if (detail.target?.id === "dialog" && !detail.target.open) detail.target.showModal();
+    if (detail.target?.matches("dialog:not([open])")) detail.target.showModal();
+  });
+
+  // The providers open over any page but their own.
+  $("#providers-dialog").addEventListener("close", ({ target }) => target.replaceChildren()); // which ends its polling
+  on("htmx:beforeRequest", (event) => {
+    if (event.detail.elt.id !== "providers-button" || !$("main #providers-form")) return;
+    event.preventDefault();
+    $("#main").focus();
   });
 
   // The composer: Enter sends, Shift+Enter breaks the line, Esc stops. A draft survives reloads, refusals, and a
@@ -245,7 +258,7 @@
     const button = within(event, "[data-copy]");
     if (button) copy(button);
     const clear = within(event, "[data-clear]");
-    if (clear) $(clear.dataset.clear).replaceChildren();
+    if (clear) notice(clear).replaceChildren();
   });
 
   // Tooltip for the hovered or focused segment of a memory bar.

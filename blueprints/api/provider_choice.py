@@ -12,7 +12,8 @@ from blueprints.api import shapes
 from blueprints.api.spec import documented
 from blueprints.environment import environment
 from blueprints.web import json_object, services, validate
-from services.providers.health import ServiceHealth, ServiceName
+from services.providers.health import ServiceHealth
+from services.providers.local_services import ServiceName
 from services.providers.selection import as_document
 
 bp = Blueprint("provider_choice", __name__, url_prefix="/api/providers")

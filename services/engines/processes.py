@@ -331,6 +331,7 @@ class ChildProcess(GroupLeader):
                 stdout = nothing.fileno() if discard_stdout else stderr
                 return spawn(argv, environment, nothing.fileno(), stdout, stderr)
             ours, theirs = socket.socketpair()
+            os.set_blocking(theirs.fileno(), True)  # gevent's are not: the child would read the end before a first line
             with theirs:
                 try:
                     pid = spawn(argv, environment, theirs.fileno(), theirs.fileno(), stderr)

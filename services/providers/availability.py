@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from services.engines.port import Model
 from services.providers.docker_service import DockerStatus
-from services.providers.health import HealthChecks, ServiceName
+from services.providers.health import HealthChecks
+from services.providers.local_services import ServiceName
 from services.providers.openai_key import OpenAIKey
 from services.providers.ports import Capability
 from services.providers.selection import Problem

@@ -9,18 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from services.engines.ollama.watch import OllamaWatch
 from services.engines.supervisor import NOT_ASKED
 from services.http import ConnectionBroken, ConnectionRefused, FetchError, TooSlow, fetch
+from services.providers.local_services import ServiceName
 from services.providers.probe import Probe
-
-ServiceName = Literal["ollama", "flux", "vision"]
 
 CHECK_SECONDS = 1.5
 """Limit of one check; all of them together answer within two seconds."""
 FRESH_SECONDS = 1.0
+PATIENCE_SECONDS = 0.1
 MOST_BYTES = 100_000
 
 
@@ -60,6 +59,21 @@ class HealthChecks:
         """Return the health of each, at most about a second old."""
         begun = {name: probe.begin() for name, probe in self._probes.items()}
         return {"ollama": self._ollama(), **{name: outcome.result() for name, outcome in begun.items()}}
+
+    def soon(self) -> Mapping[ServiceName, ServiceHealth | None]:
+        """Return what is known within PATIENCE_SECONDS, so that pages don't wait for what hangs.
+
+        That is the health now or, for a service that takes longer, as last found; None before its first answer.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        found: dict[ServiceName, ServiceHealth | None] = {"ollama": self._ollama()}
+        for name, outcome in [(name, probe.begin()) for name, probe in self._probes.items()]:
+            try:
+                found[name] = outcome.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                latest = self._probes[name].latest
+                found[name] = latest.result() if latest is not None else None
+        return found
 
     def check(self, name: ServiceName) -> ServiceHealth:
         """Check one service now."""

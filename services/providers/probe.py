@@ -40,6 +40,11 @@ class Probe(Generic[R]):
         threading.Thread(target=self._run, args=(outcome,), name="probe", daemon=True).start()
         return outcome
 
+    @property
+    def latest(self) -> Future[R] | None:
+        """The last check that has ended, however long ago; None before the first."""
+        return self._latest
+
     def _run(self, outcome: Future[R]) -> None:
         result: R | None = None
         failure: BaseException | None = None

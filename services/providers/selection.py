@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 import structlog
 
-from services.providers.health import ServiceName
+from services.providers.local_services import ServiceName
 from services.providers.ports import ALIASES, PROVIDERS, Capability, Choice
 
 log = structlog.get_logger(__name__)

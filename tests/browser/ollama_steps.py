@@ -74,9 +74,9 @@ class Workbench:
 
         def seen() -> bool:
             service = console.get("/api/providers/services/status").json()["services"]["ollama"]
-            return service["state"] in states and (
-                service["state"] != "running" or set(console.states()) == set(self.ollama.tags())
-            )
+            models = console.get("/v1/models/status").json()["models"]
+            found = {name for name, model in models.items() if model["engine"] == "ollama"}
+            return service["state"] in states and (service["state"] != "running" or found == set(self.ollama.tags()))
 
         wait_until(seen, f"Ollama to be {' or '.join(states)}")
 

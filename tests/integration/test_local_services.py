@@ -130,6 +130,21 @@ def test_flux_evicts_the_language_model_by_plan_and_says_so(console: Console) ->
     assert (states[LLM], states[FLUX]) == ("stopped", "running")
 
 
+def test_the_form_that_starts_flux_asks_with_the_plan(console: Console) -> None:
+    """As the form of any other switch; the answer starts it."""
+    console.switch(LLM)
+    asked = console.post("/services/flux/start", data={"back": "/models"})
+    assert asked.status_code == 200
+    assert LLM in asked.text
+    assert 'name="confirm"' in asked.text
+    assert console.model(LLM)["status"] == "running"
+    answered = console.post("/services/flux/start", data={"confirm": "yes"}, allow_redirects=False)
+    assert answered.status_code == 303
+    console.wait_for(lambda s: s["models"][FLUX]["status"] == "running", "Flux")
+    assert console.post("/services/flux/stop", allow_redirects=False).status_code == 303
+    console.wait_for(lambda s: s["models"][FLUX]["status"] == "stopped", "the stop of Flux")
+
+
 def test_flux_out_of_memory_restores_what_was_loaded(console: Console) -> None:
     """The error says what was free and what is needed."""
     console.switch(LLM)

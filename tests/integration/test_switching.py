@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -256,3 +258,11 @@ def test_sigint_stops_as_cleanly_as_sigterm(own_console):
     assert own_console.stop(signal.SIGINT) == 0
     _, alive = psutil.wait_procs(children, timeout=TIMEOUT)
     assert not alive
+
+
+def test_the_standby_process_blocks_until_its_first_line_comes(own_console):
+    """gevent's sockets don't block: it read an end where nothing had come yet, and ended, in a switch at the worst."""
+    wait_until(own_console.engines, "the standby process")
+    (standby,) = own_console.engines()
+    fields = Path(f"/proc/{standby.pid}/fdinfo/0").read_text().split()
+    assert not int(fields[fields.index("flags:") + 1], 8) & os.O_NONBLOCK

@@ -288,5 +288,6 @@ def test_loading_an_image_model_leaves_the_chat_as_it_is():
     painter = replace(MODEL, id="painter", kind="image", state="loading")
     page = live(models=(RUNNING, painter), active_model="large", switch=switch(to_model="painter", stage="loading"))
     assert (page.lock, page.subject, page.text_models) == (None, RUNNING, (RUNNING,))
-    alone = live(models=(painter,), switch=None)
-    assert (alone.lock, alone.subject) == ("Add a model to start", None)
+    alone = live(models=(MODEL, painter), switch=switch(to_model="painter", stage="loading"))
+    assert (alone.lock, alone.subject) == ("Choose a model to start", None), "waiting for it would be in vain"
+    assert live(models=(painter,)).lock == "Add a model to start"
