@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from blueprints.pieces import SINCE, Piece, Sheet, news, order, sheet
 from blueprints.web import client_name, services
 from services.downloads.download import Download
 from services.downloads.library import Deletion, Recommended
+from services.pins import Pin
 from services.status import ModelStatus
 from services.switching.events import SwitchView
 from services.switching.jobs import SwitchOptions
@@ -263,6 +265,37 @@ def restart(model_id: str) -> Response:
     version = services().status.current().version
     wait_briefly(services().switcher.restart(model_id, requested_by=client_name()))
     return done(version)
+
+
+PIN_HOURS = {"": None, "1": 1.0, "4": 4.0, "24": 24.0, "168": 168.0}
+"""Choices of how long to pin, in hours."""
+
+
+@bp.get("/models/pin")
+def ask_to_pin() -> str:
+    """Show the form that pins `model`, or its pin: a dialog for htmx, else a page."""
+    found = services()
+    model = found.catalog.get(request.args.get("model", ""))
+    template = "fragments/pin.html" if request.htmx else "pages/pin.html"
+    return render_template(template, live=live_now(), model=model, pin=found.pins.current.get(model.id))
+
+
+@bp.post("/models/<path:model_id>/pin")
+def pin(model_id: str) -> Response:
+    """Pin a model for `hours`, for ever without; `reason` says why."""
+    found = services()
+    hours = PIN_HOURS.get(request.form.get("hours", ""))
+    until = None if hours is None else time.time() + hours * 3600
+    reason = request.form.get("reason", "").strip()[:200]
+    found.pins.pin(Pin(found.catalog.get(model_id).id, client_name(), reason, until))
+    return done(found.board.current.version - 1)
+
+
+@bp.post("/models/<path:model_id>/unpin")
+def unpin(model_id: str) -> Response:
+    """Remove a model's pin; does nothing if it has ended."""
+    services().pins.unpin(services().catalog.get(model_id).id)
+    return done()
 
 
 @bp.get("/models/delete")

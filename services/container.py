@@ -46,6 +46,7 @@ from services.gateway.router import Router
 from services.memory.devices import DeviceMonitor
 from services.native_threads import run_in_thread
 from services.periodic import Periodic
+from services.pins import Pins
 from services.preferences import PreferenceStore
 from services.providers.adapters.upstream import Gateway
 from services.providers.availability import Availability
@@ -111,6 +112,7 @@ class Services:
 
     settings: Settings
     preferences: PreferenceStore
+    pins: Pins
     board: Board
     catalog: Catalog
     switcher: Switcher
@@ -202,6 +204,7 @@ def build_services(settings: Settings) -> Services:
     hub = HubProcess(registry, hosts=settings.download_hosts)
     board = Board()
     preferences = PreferenceStore(settings.preferences, stored_notes, board.touch)
+    pins = Pins(stored_notes, board.touch)
     folder = ModelFolder(settings.models_dir, on_change=board.touch)
     watch = OllamaWatch(settings.ollama_base_url)
     service = OllamaService(
@@ -242,7 +245,7 @@ def build_services(settings: Settings) -> Services:
     catalog.on_change(board.publish)
     catalog.keep_listed(lambda: [view.entry for view in board.current.instances.values()])
     learned = Learned(DeferredLoads(LoadRepository(store), writes))
-    context = SwitchingContext(settings, preferences, board, catalog, engines, ThreadScheduler())
+    context = SwitchingContext(settings, preferences, pins, board, catalog, engines, ThreadScheduler())
     planner = Planner(context, devices, learned)
     switcher = Switcher(context, planner, learned, notes, check_state=lambda: _check_state(settings))
     downloads = _downloads(settings, store, registry, hub, ollama, catalog)
@@ -276,10 +279,11 @@ def build_services(settings: Settings) -> Services:
     return Services(
         settings=settings,
         preferences=preferences,
+        pins=pins,
         board=board,
         catalog=catalog,
         switcher=switcher,
-        status=StatusService(board, catalog, devices, planner, preferences),
+        status=StatusService(context, devices, planner),
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),
@@ -298,6 +302,7 @@ def build_services(settings: Settings) -> Services:
         devices=devices,
         background=(
             Periodic("look-for-models", catalog.refresh, CATALOG_SECONDS, first_seconds=CATALOG_SECONDS),
+            Periodic("expire-leases", pins.expire, IDLE_SECONDS, first_seconds=IDLE_SECONDS),
             Periodic("idle", IdleWatch(context, switcher).check, IDLE_SECONDS, first_seconds=IDLE_SECONDS),
             Periodic(
                 "prune-logs", lambda: run_in_thread(registry.prune_logs), PRUNE_SECONDS, first_seconds=PRUNE_SECONDS

@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 
 import structlog
 
-from services.catalog import Catalog
 from services.engines.port import Basis, Kind, Model, Need, Usage
 from services.memory.devices import DeviceMonitor
 from services.memory.ledger import Account, account, holdings_of
-from services.preferences import CurrentPreferences
-from services.switching.events import Board, Failure, InstanceView, LoadView, Loss, Snapshot, SwitchView
+from services.pins import Pin
+from services.switching.context import SwitchingContext
+from services.switching.events import Failure, InstanceView, LoadView, Loss, Snapshot, SwitchView
 from services.switching.planner import Planner
 
 log = structlog.get_logger(__name__)
@@ -55,6 +55,7 @@ class ModelStatus:
     kind: Kind = "text"
     remote: bool = False
     favorite: bool = False
+    pin: Pin | None = None
 
     @property
     def moving(self) -> bool:
@@ -84,7 +85,8 @@ class _StatusInputs(NamedTuple):
     forecast: _Forecast
     in_flight: int
     last_used: float | None
-    favorite: bool
+    favorite: bool = False
+    pin: Pin | None = None
 
 
 class _CachedStatus(NamedTuple):
@@ -127,18 +129,17 @@ class StatusService:
 
     def __init__(
         self,
-        board: Board,
-        catalog: Catalog,
+        context: SwitchingContext,
         devices: DeviceMonitor,
         planner: Planner,
-        preferences: CurrentPreferences,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._board = board
-        self._catalog = catalog
+        self._board = context.board
+        self._catalog = context.catalog
         self._devices = devices
         self._planner = planner
-        self._preferences = preferences
+        self._preferences = context.preferences
+        self._pins = context.pins
         self._clock = clock
         self._latest: Status | None = None
         self._fresh_until = 0.0
@@ -163,8 +164,11 @@ class StatusService:
         holdings = [part for v in views for part in holdings_of(v.model, v.device, v.usage, v.reserved_bytes)]
         catalogue = self._catalog.models.values()
         self._forecasts = forecasts = {model.id: self._forecast(model, snapshot) for model in catalogue}
-        favorites = self._preferences.current.favorites
-        inputs = [_inputs_of(m, snapshot, forecasts[m.id], m.id in favorites) for m in catalogue]
+        favorites, pins = self._preferences.current.favorites, self._pins.current
+        inputs = [
+            _inputs_of(m, snapshot, forecasts[m.id])._replace(favorite=m.id in favorites, pin=pins.get(m.id))
+            for m in catalogue
+        ]
         self._cached = cached = {one.model.id: self._status(one) for one in inputs}
         models = [one.status for one in cached.values()]
         models.sort(key=lambda m: (_MENU_ORDER[m.state], not m.favorite, m.id.casefold()))
@@ -205,7 +209,7 @@ class StatusService:
         return kept if kept is not None and kept.inputs == inputs else _CachedStatus(inputs, _status_of(inputs))
 
 
-def _inputs_of(model: Model, snapshot: Snapshot, forecast: _Forecast, favorite: bool) -> _StatusInputs:
+def _inputs_of(model: Model, snapshot: Snapshot, forecast: _Forecast) -> _StatusInputs:
     view = snapshot.instances.get(model.id)
     return _StatusInputs(
         model=model,
@@ -217,7 +221,6 @@ def _inputs_of(model: Model, snapshot: Snapshot, forecast: _Forecast, favorite: 
         forecast=forecast,
         in_flight=view.traffic.in_flight if view else 0,
         last_used=(view.traffic.last_used if view else None) or snapshot.last_used.get(model.id),
-        favorite=favorite,
     )
 
 
@@ -250,6 +253,7 @@ def _status_of(inputs: _StatusInputs) -> ModelStatus:
         kind=model.kind,
         remote=model.remote,
         favorite=inputs.favorite,
+        pin=inputs.pin,
     )
 
 

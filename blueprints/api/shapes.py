@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from services.downloads.download import Download
 from services.downloads.library import Recommended
 from services.memory.ledger import Account
+from services.pins import Pin
 from services.providers.health import ServiceHealth
 from services.providers.installation import Installation
 from services.providers.local_services import LocalService
@@ -68,13 +69,19 @@ def model_document(model: ModelStatus) -> Json:
         "estimated_time_remaining_seconds": whole_seconds(load.eta_seconds) if load else None,
         "device": model.device,
         "in_flight": model.in_flight,
-        "pinned": False,
+        "pinned": model.pin is not None,
+        "pin": None if model.pin is None else pin_document(model.pin),
         "favorite": model.favorite,
         "last_used": iso_time(model.last_used),
         "tags": list(model.tags),
         "warning": model.warning,
         "error": model.error,
     }
+
+
+def pin_document(pin: Pin) -> Json:
+    """A pin: by whom, until when (None: for ever) and why."""
+    return {"owner": pin.owner, "until": iso_time(pin.until), "reason": pin.reason}
 
 
 _HEALTH = {

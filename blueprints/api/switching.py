@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Literal, TypeVar
 
 from flask import Blueprint, Response, jsonify, request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from blueprints.api import shapes
 from blueprints.api.spec import documented
@@ -26,6 +28,7 @@ from blueprints.web import (
     wants_event_stream,
 )
 from services.config import Strategy
+from services.pins import Pin
 from services.switching.jobs import Job, Replace, SwitchOptions
 
 bp = Blueprint("switching", __name__, url_prefix="/v1/models")
@@ -54,6 +57,34 @@ class PlanBody(BaseModel):
 
     target_model: str = Field(min_length=1, max_length=500)
     strategy: Strategy | None = None
+
+
+class PinBody(BaseModel):
+    """How long to keep a model loaded, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    until: datetime | None = Field(None, description="time with its zone at which the pin ends; default: never")
+    reason: str = Field("", max_length=200)
+
+    @field_validator("until")
+    @classmethod
+    def _with_zone(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError("the time needs its zone, such as 2026-12-31T18:00:00Z")
+        if value is not None and value.timestamp() <= time.time():
+            raise ValueError("the time has to be in the future")
+        return value
+
+
+class PinAnswer(BaseModel):
+    """A pin: by whom, until when and why."""
+
+    status: Literal["pinned", "unpinned"]
+    model: str
+    owner: str
+    until: datetime | None
+    reason: str
 
 
 class ActionAnswer(BaseModel):
@@ -150,6 +181,33 @@ def stop(model_id: str) -> Response:
 def restart(model_id: str) -> Response:
     """Unload a model and load it again."""
     return _action(services().switcher.restart(model_id, requested_by=client_name()))
+
+
+@bp.post("/<path:model_id>/pin")
+@documented(body=PinBody, answer=PinAnswer, errors=(503,))
+def pin(model_id: str) -> Response:
+    """Keep a model loaded once it is: nothing unloads it until the pin ends or is removed. Replaces an earlier pin."""
+    found = services()
+    body = parse_body(PinBody, optional=True)
+    until = body.until.timestamp() if body.until is not None else None
+    made = Pin(found.catalog.get(model_id).id, client_name(), body.reason.strip(), until)
+    found.pins.pin(made)
+    return _pin_answer("pinned", made)
+
+
+@bp.delete("/<path:model_id>/pin")
+@documented(answer=PinAnswer, errors=(503,))
+def unpin(model_id: str) -> Response:
+    """Remove a model's pin."""
+    found = services()
+    removed = found.pins.unpin(found.catalog.models[model_id].id if model_id in found.catalog.models else model_id)
+    if removed is None:
+        raise ApiError("not_found", f"{model_id} is not pinned.")
+    return _pin_answer("unpinned", removed)
+
+
+def _pin_answer(status: str, made: Pin) -> Response:
+    return jsonify({"status": status, "model": made.model, **shapes.pin_document(made)})
 
 
 def _from_query_or_body(shape: type[B]) -> B:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from services.catalog import Catalog
 from services.config import Settings
 from services.engines.port import Engine
+from services.pins import CurrentPins
 from services.preferences import CurrentPreferences
 from services.scheduling import Scheduler
 from services.switching.events import Board
@@ -15,10 +16,11 @@ from services.switching.events import Board
 
 @dataclass(frozen=True, slots=True)
 class SwitchingContext:
-    """Settings, preferences, catalogue, engines by name, the board to publish on, and the scheduler to wait with."""
+    """Settings, preferences, pins, catalogue, engines by name, the board to publish on, the scheduler to wait with."""
 
     settings: Settings
     preferences: CurrentPreferences
+    pins: CurrentPins
     board: Board
     catalog: Catalog
     engines: Mapping[str, Engine]

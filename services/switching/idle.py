@@ -67,6 +67,7 @@ class IdleWatch:
     def __init__(self, context: SwitchingContext, switcher: Switcher) -> None:
         self._scheduler = context.scheduler
         self._preferences = context.preferences
+        self._pins = context.pins
         self._board = context.board
         self._engines: Mapping[str, Engine] = context.engines
         self._switcher = switcher
@@ -100,7 +101,8 @@ class IdleWatch:
                 use = _Use(traffic.answered, now)
             self._uses[traffic] = use
             names = {view.model, *(v.model for v in snapshot.instances.values() if v.shares == view.model)}
-            kept = bool(names.intersection(preferences.preserve_models)) or self._serves_others(view)
+            held = names.intersection(preferences.preserve_models) or names & self._pins.current.keys()
+            kept = bool(held) or self._serves_others(view)
             unused.append(Unused(view.model, now - use.since, kept))
         return unused
 

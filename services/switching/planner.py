@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from services.config import Preferences, Strategy
 from services.engines.port import HOST_DEVICE, EngineError, Model, Need
 from services.memory.ledger import Account, Holding, Reading, account, holdings_of
 from services.memory.programs import Program
+from services.pins import Pin
 from services.switching.context import SwitchingContext
 from services.switching.events import InstanceView, Snapshot
 from services.switching.learning import Learned
@@ -45,6 +46,7 @@ class Planner:
     def __init__(self, context: SwitchingContext, devices: Devices, learned: Learned) -> None:
         self._settings = context.settings
         self._preferences = context.preferences
+        self._pins = context.pins
         self._board = context.board
         self._catalog = context.catalog
         self._engines = context.engines
@@ -73,7 +75,7 @@ class Planner:
         preferences = self._preferences.current
         auto = preferences.auto_unload if auto_unload is None else auto_unload
         order = strategy or preferences.strategy
-        kept = _Kept.by(preferences, order)
+        kept = _Kept.by(preferences, order, self._pins.current)
         already = snapshot.holder(model)
         held_here = [view for view in snapshot.instances.values() if view.shares is None and not view.entry.remote]
         plan = make_plan(
@@ -183,23 +185,26 @@ class Planner:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """Models that no plan unloads: those in `preserve_models`, and favourites where the strategy preserves them."""
+    """Models that no plan unloads: preserved ones, pinned ones, and favourites where the strategy preserves those."""
 
     preserved: frozenset[str]
+    pins: Mapping[str, Pin]
     favorites: frozenset[str]
 
     @classmethod
-    def by(cls, preferences: Preferences, strategy: Strategy) -> _Kept:
+    def by(cls, preferences: Preferences, strategy: Strategy, pins: Mapping[str, Pin]) -> _Kept:
         favorites = preferences.favorites if strategy == "preserve_favorites" else ()
-        return cls(frozenset(preferences.preserve_models), frozenset(favorites))
+        return cls(frozenset(preferences.preserve_models), pins, frozenset(favorites))
 
 
 def _keep_reason(view: InstanceView, snapshot: Snapshot, kept: _Kept, preempt_loads: bool) -> str | None:
     """Return why an instance must stay whatever the strategy: a preference, or a change under way; else None."""
     names = {view.model, *(v.model for v in snapshot.instances.values() if v.shares == view.model)}
-    for group, words in ((kept.preserved, "one of preserve_models"), (kept.favorites, "a favourite")):
-        if found := sorted(names & group):
-            return f"{found[0]} is {words}" if found[0] != view.model else f"it is {words}"
+    reasons = [(name, kept.pins[name].words) for name in sorted(names & kept.pins.keys())]
+    reasons += [(name, "one of preserve_models") for name in sorted(names & kept.preserved)]
+    reasons += [(name, "a favourite") for name in sorted(names & kept.favorites)]
+    for name, words in reasons:
+        return f"{name} is {words}" if name != view.model else f"it is {words}"
     if view.entry.started_elsewhere:
         return "another program started its server"
     movable = view.state in ("running", "asleep") or preempt_loads

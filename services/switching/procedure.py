@@ -51,6 +51,7 @@ class Procedure:
     ) -> None:
         self._settings = context.settings
         self._preferences = context.preferences
+        self._pins = context.pins
         self._scheduler = context.scheduler
         self._mailbox = mailbox
         self._fleet = fleet
@@ -283,7 +284,15 @@ class Procedure:
 
     # Other kinds of jobs.
 
+    def _refuse_pinned(self, model_id: str) -> None:
+        """Raise SwitchError if a model is pinned, or another one that would go with it."""
+        for name in self._names_of(model_id):
+            pin = self._pins.current.get(name)
+            if pin is not None:
+                raise SwitchError("model_pinned", f"{name} is {pin.words}. Unpin it first.")
+
     def _stop(self, job: Job) -> JobResult:
+        self._refuse_pinned(job.target)
         self._mailbox.call(self._fleet.clear_failure, job.target)
         if self._lifecycle.unload(job.target, job.token, on_drained=lambda: None):
             job.unloaded.append(job.target)
@@ -297,6 +306,7 @@ class Procedure:
         """
         self._catalog.refresh()  # know which models share its files now
         model = self._catalog.get(job.target)
+        self._refuse_pinned(model.id)
         self._mailbox.call(self._fleet.clear_failure, model.id)
         if self._lifecycle.unload(model.id, job.token, on_drained=lambda: None):
             job.unloaded.append(model.id)

@@ -14,6 +14,7 @@ from services.engines.openai.engine import OpenAI
 from services.engines.port import HOST_DEVICE, Engine, Model
 from services.gateway.relay import Relay
 from services.gateway.router import Router
+from services.pins import Pins
 from services.preferences import PreferenceStore
 from services.store.deferred import DeferredLoads, DeferredNotes, DeferredWrites
 from services.switching.context import SwitchingContext
@@ -108,7 +109,10 @@ class Heart:
         learned = Learned(DeferredLoads(self.store, self.writes))
         notes = DeferredNotes(self.store, self.writes)
         self.preferences = PreferenceStore(self.settings.preferences, self.store)
-        context = SwitchingContext(self.settings, self.preferences, self.board, self.catalog, engines, self.scheduler)
+        self.pins = Pins(self.store, scheduler=self.scheduler)
+        context = SwitchingContext(
+            self.settings, self.preferences, self.pins, self.board, self.catalog, engines, self.scheduler
+        )
         self.planner = Planner(context, self.machine, learned)
         self.switcher = Switcher(context, self.planner, learned, notes, self._check_state)
         self.idle = IdleWatch(context, self.switcher)
@@ -205,6 +209,7 @@ class Heart:
         """Let time pass, with a look for unused models each second, as the app has."""
         for _ in range(int(seconds)):
             self.scheduler.run_until(lambda: False, 1.0)
+            self.pins.expire()
             self.idle.check()
         self.scheduler.settle()
 

@@ -39,7 +39,7 @@ def test_calls_listed_as_not_implemented_are_refused(client):
     """Each call in the section about missing parts of the contract is refused: one that works has to leave the list."""
     text = (ROOT / "docs" / "api.md").read_text()
     calls = re.findall(r"`(GET|POST|PUT|DELETE) (/\S+)`", text.partition("## In the contract, not implemented yet")[2])
-    assert len(calls) > 3
+    assert calls
     for method, path in calls:
         answer = client.open(path.replace("{model_id}", "switchyard-mini"), method=method)
         assert answer.status_code in (404, 405), f"{method} {path} is implemented"

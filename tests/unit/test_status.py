@@ -12,8 +12,10 @@ import pytest
 
 from blueprints.api import shapes
 from services.engines.port import Model, Need
+from services.scheduling import ThreadScheduler
 from services.status import CACHE_SECONDS, FORECAST_CACHE_SECONDS, Status, StatusService
 from services.store.records import LoadRecord
+from services.switching.context import SwitchingContext
 from tests.support.in_process import InProcess, in_process
 
 MINI, SMALL = "switchyard-mini", "switchyard-small"
@@ -33,14 +35,16 @@ class CountingStatus:
             return need(model)
 
         patch.setattr(services.switcher._planner, "need", counted)
-        self.status = StatusService(
+        context = SwitchingContext(
+            services.settings,
+            services.preferences,
+            services.pins,
             services.board,
             services.catalog,
-            services.devices,
-            services.switcher._planner,
-            services.preferences,
-            lambda: self.now,
+            services.engines,
+            ThreadScheduler(),
         )
+        self.status = StatusService(context, services.devices, services.switcher._planner, lambda: self.now)
 
     def look(self, seconds: float = CACHE_SECONDS) -> Counter[str]:
         """The computations caused by reading the status this many seconds after the last time."""
