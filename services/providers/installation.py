@@ -166,12 +166,15 @@ class Installer:
     def start(self) -> Installation:
         """Begin to install what is missing, or join the installation under way; return at once.
 
-        Raises ServiceError `disk_full`.
+        Raises ServiceError `disk_full`, and `packages_missing` if what is to be installed is not written anywhere.
         """
         with self._lock:
             if self._current is not None and self._current.state == "running":
                 return self._current
             missing = self._packages.missing()
+            if not self._packages.requirements.is_file():
+                words = f"The file {self._packages.requirements} is missing. Check the setting local_servers_dir."
+                raise ServiceError("packages_missing", words)
             if not missing:
                 now = time.time()
                 words = "Every package is installed"

@@ -35,7 +35,14 @@ NO_OLLAMA = "http://127.0.0.1:9"
 """The discard port, where nothing listens: a test uses only the Ollama that it starts itself, never this machine's."""
 NO_SERVER = NO_OLLAMA
 """Likewise for the Flux and vision services."""
-NOTHING_LOCAL = {"ollama_base_url": NO_OLLAMA, "flux_api_url": NO_SERVER, "local_vision_api_url": NO_SERVER}
+NO_PROGRAMS = "/no/local/servers"
+"""A folder without the programs of these services: no test starts one, or installs PyTorch for it, by chance."""
+NOTHING_LOCAL = {
+    "ollama_base_url": NO_OLLAMA,
+    "flux_api_url": NO_SERVER,
+    "local_vision_api_url": NO_SERVER,
+    "local_servers_dir": NO_PROGRAMS,
+}
 """Settings of an app that finds no server on this machine."""
 
 
@@ -77,6 +84,7 @@ class Console:
             "SWITCHYARD_OLLAMA_BASE_URL": NO_OLLAMA,
             "SWITCHYARD_FLUX_API_URL": NO_SERVER,
             "SWITCHYARD_LOCAL_VISION_API_URL": NO_SERVER,
+            "SWITCHYARD_LOCAL_SERVERS_DIR": NO_PROGRAMS,
             **(environment or {}),
             **{f"SWITCHYARD_{name.upper()}": str(value) for name, value in settings.items()},
         }

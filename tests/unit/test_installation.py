@@ -171,6 +171,12 @@ def test_the_disk_space_is_checked_first(make_installer: Callable[..., Installer
     assert installer.current is None
 
 
+def test_without_the_list_of_packages_nothing_is_installed(make_app: Callable[..., Flask]) -> None:
+    answer = make_app().test_client().post("/api/providers/services/install", json={"service": "flux"})
+    assert (answer.status_code, answer.get_json()["error"]) == (409, "packages_missing")
+    assert "local_servers_dir" in answer.get_json()["message"]
+
+
 def test_ollama_is_not_installed_this_way(make_app: Callable[..., Flask]) -> None:
     answer = make_app().test_client().post("/api/providers/services/install", json={"service": "ollama"})
     assert (answer.status_code, answer.get_json()["error"]) == (422, "not_installable")
