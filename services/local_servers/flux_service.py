@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from image_api import MAX_BODY_BYTES, ImageRequest, image_routes
-from memory import Offload, Placement, attempted_bytes, free_bytes, free_ram, held_bytes, is_out_of_memory, place
+from memory import (
+    BYTES_PER_PARAMETER,
+    Offload,
+    Placement,
+    attempted_bytes,
+    free_bytes,
+    free_ram,
+    held_bytes,
+    is_out_of_memory,
+    place,
+)
 from serving import Job, OutOfMemoryError, Progress, RequestError, arguments, leave, serve
 from weights import LoadError, Report, fetch, parameters, quiet, require_packages
 
@@ -99,18 +109,17 @@ class Flux:
             return tensors
 
         try:
-            with torch.inference_mode():
-                return pipeline(
-                    request.prompt,
-                    width=request.width,
-                    height=request.height,
-                    num_inference_steps=request.steps,
-                    guidance_scale=3.5 if knows_guidance else 0.0,
-                    generator=torch.Generator("cpu").manual_seed(request.seed),  # the same picture on every device
-                    max_sequence_length=PROMPT_TOKENS,
-                    callback_on_step_end=after_step,
-                    output_type="pt",
-                ).images[0]
+            return pipeline(
+                request.prompt,
+                width=request.width,
+                height=request.height,
+                num_inference_steps=request.steps,
+                guidance_scale=3.5 if knows_guidance else 0.0,
+                generator=torch.Generator("cpu").manual_seed(request.seed),  # the same picture on every device
+                max_sequence_length=PROMPT_TOKENS,
+                callback_on_step_end=after_step,
+                output_type="pt",
+            ).images[0]
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -134,15 +143,14 @@ class Flux:
         classes = dict(
             zip(COMPONENTS, (CLIPTextModel, T5EncoderModel, FluxTransformer2DModel, AutoencoderKL), strict=True)
         )
-        dtype = torch.float32 if placement.bytes_per_parameter == 4 else torch.bfloat16
-        total = placement.bytes_per_parameter * sum(sizes.values())
+        total = BYTES_PER_PARAMETER * sum(sizes.values())
         done = 0
         report(Progress("loading", done, total))
         loaded = {}
         for component, kind in classes.items():
-            part = kind.from_pretrained(folder, subfolder=component, dtype=dtype, use_safetensors=True)
+            part = kind.from_pretrained(folder, subfolder=component, dtype=torch.bfloat16, use_safetensors=True)
             loaded[component] = part.to(placement.device) if placement.offload == "none" else part
-            done += placement.bytes_per_parameter * sizes[component]
+            done += BYTES_PER_PARAMETER * sizes[component]
             report(Progress("loading", done, total))
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),

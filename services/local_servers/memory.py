@@ -10,7 +10,9 @@ from typing import Literal
 from serving import OutOfMemoryError, resident_bytes
 
 Offload = Literal["none", "model", "sequential"]
-WORKING_BYTES = 3_000_000_000
+BYTES_PER_PARAMETER = 2
+"""bfloat16, in which FLUX is published; in 32 bits, which some CPUs compute faster, it would take 67 GB."""
+WORKING_BYTES = 2_000_000_000
 """An estimate of what a picture of 1024x1024 needs beside the weights.
 
 Most of it decodes the picture: the last blocks of FLUX' autoencoder hold 128 to 256 channels per pixel in 16 bits, 0.3
@@ -38,7 +40,6 @@ class Placement:
 
     device: Literal["cuda:0", "cpu"]
     offload: Offload
-    bytes_per_parameter: int
     needed_bytes: int
 
 
@@ -48,11 +49,13 @@ def place(
     """Choose the fastest placement that fits; `wanted` insists on one of those with a GPU.
 
     `parameters` are counts by component; the memory is in bytes, None if there is no GPU or the figure is unknown.
-    Raises OutOfMemoryError, for RAM too: a process that takes more is killed by the kernel, without a word.
+    Raises OutOfMemoryError, for RAM too: the kernel kills a process that takes more, without a word.
     """
+    total, largest = BYTES_PER_PARAMETER * sum(parameters.values()), BYTES_PER_PARAMETER * max(parameters.values())
     if gpu_free is None:
-        return _in_ram(parameters, ram_free)
-    total, largest = 2 * sum(parameters.values()), 2 * max(parameters.values())
+        if ram_free is not None and total + WORKING_BYTES > ram_free:
+            raise OutOfMemoryError("the CPU", ram_free, total + WORKING_BYTES)
+        return Placement("cpu", "none", total + WORKING_BYTES)
     needs: dict[Offload, int] = {
         "none": total + WORKING_BYTES,
         "model": largest + WORKING_BYTES,
@@ -66,16 +69,7 @@ def place(
     in_ram = largest if offload == "none" else total
     if ram_free is not None and in_ram > ram_free:
         raise OutOfMemoryError("the CPU, through which the weights are loaded", ram_free, in_ram)
-    return Placement("cuda:0", offload, 2, needs[offload])
-
-
-def _in_ram(parameters: Mapping[str, int], ram_free: int | None) -> Placement:
-    """Choose 32 bits where they fit, since many CPUs compute faster with them than with 16, else 16 bits."""
-    needs = {size: size * sum(parameters.values()) + WORKING_BYTES for size in (4, 2)}
-    for size, need in needs.items():
-        if ram_free is None or need <= ram_free:
-            return Placement("cpu", "none", size, need)
-    raise OutOfMemoryError("the CPU", ram_free, needs[2])
+    return Placement("cuda:0", offload, needs[offload])
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

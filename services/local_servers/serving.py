@@ -338,6 +338,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self._begun = False
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, READ_SECONDS))
 
     def handle(self) -> None:
@@ -369,6 +370,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of an answer."""
+        self._begun = True
         self.connection.settimeout(WRITE_SECONDS)
         self.send_response(status)
         fixed = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Connection": "close"}
@@ -383,13 +385,19 @@ class Handler(BaseHTTPRequestHandler):
         self._unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         try:
             self._require_local()
-            answer(urlsplit(self.path).path)
+            answer(self.path.partition("?")[0])
         except RequestError as error:
             self.fail(error)
             if self._unread:
                 self._linger()
-        except TimeoutError:
+        except OSError as error:
+            if self._begun or not isinstance(error, TimeoutError):
+                raise  # the client has disconnected, or takes no answer
             self.fail(RequestError(408, "timeout", f"The request did not arrive within {READ_SECONDS:.0f} s."))
+        except Exception as error:
+            log.exception("A request failed")
+            if not self._begun:
+                self.fail(_as_request_error(error))
 
     def _require_local(self) -> None:
         """Refuse what a page in a browser may have sent, from another site or by rebinding a name to loopback."""
@@ -600,13 +608,11 @@ def invalid(message: str) -> RequestError:
 
 def is_loopback(host: str) -> bool:
     """Return whether the value of a Host header, with or without a port, names this machine's loopback."""
-    name = urlsplit(f"//{host}").hostname if "/" not in host and "@" not in host else None
-    if name is None:
+    if "/" in host or "@" in host:
         return False
-    if name == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
