@@ -13,6 +13,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,8 +38,20 @@ COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
 FILES += [f"{component}/*.{ending}" for component in COMPONENTS for ending in ("json", "safetensors")]
 """Not all: the repository holds the weights a second time, in one file."""
-PROMPT_TOKENS = 256
-"""Limit of FLUX.1-schnell; text beyond it is ignored."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kind of FLUX was trained for. Text beyond its tokens is ignored."""
+
+    steps: int
+    guidance: float
+    tokens: int
+
+
+SCHNELL = Variant(steps=4, guidance=0.0, tokens=256)
+DEV = Variant(steps=28, guidance=3.5, tokens=512)
+"""Their model cards' values; only FLUX.1-dev has an input for guidance."""
 
 log = logging.getLogger("local-servers")
 
@@ -54,6 +67,11 @@ class Flux:
         self._wanted = offload
         self._placement: Placement | None = None
         self._pipeline: Any = None
+        self._variant = SCHNELL
+
+    @property
+    def default_steps(self) -> int:
+        return self._variant.steps
 
     def load(self, report: Report) -> None:
         require_packages(("torch", "diffusers", "transformers", "accelerate", "safetensors", "PIL"))
@@ -66,6 +84,7 @@ class Flux:
         self._placement = place(sizes, gpu_free, free_ram(), self._wanted)
         log.info("%s goes to %s, offload: %s", self.model, self._placement.device, self._placement.offload)
         self._pipeline = self._assemble(folder, sizes, self._placement, report)
+        self._variant = DEV if self._pipeline.transformer.config.guidance_embeds else SCHNELL
 
     def health(self) -> Mapping[str, object]:
         placement = self._placement
@@ -102,7 +121,6 @@ class Flux:
 
         placement = cast(Placement, self._placement)
         pipeline = self._pipeline
-        knows_guidance = pipeline.transformer.config.guidance_embeds  # FLUX.1-dev; schnell was trained to do without
 
         def after_step(_: object, index: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
             job.step(index + 1, request.steps)
@@ -114,9 +132,9 @@ class Flux:
                 width=request.width,
                 height=request.height,
                 num_inference_steps=request.steps,
-                guidance_scale=3.5 if knows_guidance else 0.0,
+                guidance_scale=self._variant.guidance,
                 generator=torch.Generator("cpu").manual_seed(request.seed),  # the same picture on every device
-                max_sequence_length=PROMPT_TOKENS,
+                max_sequence_length=self._variant.tokens,
                 callback_on_step_end=after_step,
                 output_type="pt",
             ).images[0]

@@ -35,6 +35,10 @@ class ImageRequest:
 class Painter(Protocol):
     """What generates pictures."""
 
+    @property
+    def default_steps(self) -> int:
+        """Return how many steps a picture takes if the request doesn't say."""
+
     def paint(self, request: ImageRequest, job: Job) -> bytes:
         """Return a PNG, calling `job.step` after each step, which ends cancelled work. May raise RequestError."""
 
@@ -53,7 +57,7 @@ def image_routes(painter: Painter) -> dict[str, Callable[[dict[str, Any], Exchan
             prompt=text(body, "prompt", PROMPT_CHARACTERS),
             width=_side(integer(body, "width", 1024, SMALLEST, LARGEST), "width"),
             height=_side(integer(body, "height", 1024, SMALLEST, LARGEST), "height"),
-            steps=integer(body, "steps", 4, 1, MOST_STEPS) or 1,
+            steps=integer(body, "steps", None, 1, MOST_STEPS) or painter.default_steps,
             seed=_seed(body),
         )
         label = _label(request)
@@ -79,7 +83,8 @@ def image_routes(painter: Painter) -> dict[str, Callable[[dict[str, Any], Exchan
             raise invalid("response_format must be b64_json: nothing is kept here that a URL could name.")
         count = integer(body, "n", 1, 1, MOST_IMAGES) or 1
         width, height = _size(body.get("size"))
-        first = ImageRequest(text(body, "prompt", PROMPT_CHARACTERS), width, height, 4, _seed(body))
+        prompt = text(body, "prompt", PROMPT_CHARACTERS)
+        first = ImageRequest(prompt, width, height, painter.default_steps, _seed(body))
 
         def work(job: Job) -> list[bytes]:
             return [painter.paint(replace(first, seed=(first.seed + n) % SEEDS), job) for n in range(count)]

@@ -121,7 +121,7 @@ class TestFluxLoad:
         needed = sum(map(len, files.values()))
         environment = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         with FakeHub({"someone/tiny-flux": Repo({**files, **unneeded})}) as hub:
-            hub.faults.bytes_per_second = 300_000
+            hub.faults.bytes_per_second = 100_000
             online = {**environment, "HF_ENDPOINT": hub.url}
             with flux(tmp_path / "log", model="someone/tiny-flux", environment=online) as server:
                 seen = []
@@ -135,7 +135,7 @@ class TestFluxLoad:
         assert {progress["total_bytes"] for progress in downloading} == {needed}
         counts = [progress["completed_bytes"] for progress in downloading]
         assert counts == sorted(counts)
-        assert len(set(counts)) > 3
+        assert any(0 < count < needed for count in counts)
         assert counts[-1] <= needed
         assert not [path for path in fetched if path.endswith(("README.md", "flux1-schnell.safetensors"))]
         with flux(tmp_path / "log", model="someone/tiny-flux", environment=environment) as server:  # the hub is gone

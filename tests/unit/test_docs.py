@@ -48,6 +48,7 @@ def test_calls_listed_as_not_implemented_are_refused(client):
 def test_relative_links_lead_to_files():
     """Every relative link of a documentation page leads to a file that exists."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/README.md", ROOT / "tools/README.md"]
+    pages.append(ROOT / "services/local_servers/README.md")
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
     assert len(links) > 30
     assert [link for page, link in links if "://" not in link and not (page.parent / link).exists()] == []

@@ -22,6 +22,7 @@ class FakeFlux(FakeModel):
     """Paints stripes."""
 
     max_body_bytes = MAX_BODY_BYTES
+    default_steps = 4
 
     def __init__(self, model: str, faults: Faults) -> None:
         super().__init__(model, faults, 12_000_000_000)
