@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from services.engines.port import Model
 from services.gateway.router import GatewayError
@@ -85,3 +87,37 @@ def test_a_failed_switch_makes_the_chosen_remote_model_active_again(heart):
     heart.faults("small").crash_loading = True
     assert heart.done(heart.switch("small")).error is not None
     assert heart.now.active_model == "cloud"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["switch", "beside", "stop", "crash", "name", "restart"]),
+            st.sampled_from(["cloud", "small", "medium", "large"]),
+        ),
+        max_size=12,
+    )
+)
+def test_a_remote_model_is_active_exactly_while_it_is_the_last_one_chosen(operations):
+    """Whatever is loaded, unloaded, crashes or is asked for by name meanwhile, and over restarts of the app."""
+    heart, chosen = Heart(remote=[Model("cloud", "openai", "gpt-5")]), False
+    for operation, model_id in operations:
+        if operation == "switch":
+            heart.ready(model_id)
+            chosen = model_id == "cloud"
+        elif operation == "beside":
+            heart.done(heart.switch(model_id, activate=False, auto_unload=False))
+        elif operation == "stop":
+            heart.done(heart.switcher.stop(model_id, requested_by="test"))
+            chosen = chosen and model_id != "cloud"
+        elif operation == "crash" and model_id != "cloud":
+            heart.engines["solo"].crash(heart.model(model_id))
+        elif operation == "name":
+            heart.router.admit(model_id).release()
+        elif operation == "restart":
+            heart.scheduler.pause(1.0)
+            heart.restart()
+        heart.scheduler.pause(2.0)
+        assert (heart.now.active_model == "cloud") == chosen
+    heart.close()
