@@ -49,6 +49,7 @@ from services.engines.port import (
     Report,
 )
 from services.engines.processes import GroupLeader, ProcessRecord, ProcessRegistry
+from services.model_ids import may_be_in_id
 from services.native_threads import NativeThreadPool
 
 REPACKED_SHARE = 0.1
@@ -290,13 +291,8 @@ def id_of(path: Path) -> str:
     is left out.
     """
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.with_suffix("").as_posix())
-    kept = "".join(c if _may_be_in_id(c) else " " for c in unicodedata.normalize("NFC", stem))
+    kept = "".join(c if may_be_in_id(c) else " " for c in unicodedata.normalize("NFC", stem))
     return re.sub(" +", "-", kept).strip("-./:@+") or "model"
-
-
-def _may_be_in_id(character: str) -> bool:
-    """Whether MODEL_ID_PATTERN allows a character: letters and their marks, digits, and a few signs."""
-    return character in "._:/@+-" or unicodedata.category(character)[0] in "LMN"
 
 
 def _delete(path: Path, folder: Path, keep: Collection[str]) -> bool:
