@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from blueprints.filters import duration, span
 from services.store.records import RunState, StudioRun
 from services.studio.live_run import Activity, RunView
-from services.studio.request import Calls, Phase, RunRequest, most_calls
+from services.studio.request import TRIES_PER_LIST, TRIES_PER_SCORE, Calls, Phase, RunRequest, most_calls
 from services.text import join_names
 
 _WORK: dict[Phase, str] = {
@@ -144,7 +144,7 @@ def request_of(run: StudioRun) -> RunRequest:
 
 
 def calls_in_words(calls: Calls) -> str:
-    """Say how many calls a run makes at most."""
-    total = "1 call" if calls.total == 1 else f"{calls.total} calls"
+    """Say how many calls a run makes at most, and how many when no answer has to be asked for again."""
+    usual = calls.texts // TRIES_PER_LIST + calls.images + calls.scores // TRIES_PER_SCORE
     parts = f"{calls.texts} for text, {calls.images} for pictures, {calls.scores} for scores"
-    return f"This run makes at most {total}: {parts}."
+    return f"This run makes at most {calls.total} calls: {parts}. {usual} if every list and score can be read at once."

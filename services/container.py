@@ -49,7 +49,7 @@ from services.periodic import Periodic
 from services.pins import Pins
 from services.preferences import PreferenceStore
 from services.providers.adapters.upstream import Gateway
-from services.providers.availability import Availability
+from services.providers.availability import SERVICES, Availability
 from services.providers.docker_service import DockerService
 from services.providers.factory import VISION_MODEL, ProviderFactory
 from services.providers.health import HealthChecks
@@ -57,7 +57,7 @@ from services.providers.installation import Installer
 from services.providers.local_services import LocalServices
 from services.providers.ollama_service import OllamaService, find_ollama
 from services.providers.openai_key import OpenAIKey
-from services.providers.ports import Choice, JobProviders
+from services.providers.ports import Capability, Choice, JobProviders
 from services.providers.selection import Selection
 from services.restart import Restart
 from services.scheduling import ThreadScheduler
@@ -287,7 +287,7 @@ def build_services(settings: Settings) -> Services:
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),
-        studio=_studio(settings, store, writes, lambda: factory.for_job(selection.current)),
+        studio=_studio(settings, store, writes, lambda: factory.for_job(selection.check(_loads_by_switch(catalog)))),
         downloads=downloads,
         library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
         updates=updates,
@@ -334,6 +334,16 @@ def _loaded_on(board: Board, device: str) -> list[str]:
         for v in here
         if v.device == device and v.shares is None and not (v.entry.started_elsewhere or v.entry.remote)
     ]
+
+
+def _loads_by_switch(catalog: Catalog) -> Callable[[Capability, str], bool]:
+    """Return whether a run loads a provider's model itself, so that it need not be loaded when the run starts."""
+
+    def loads(capability: Capability, provider: str) -> bool:
+        service = SERVICES.get((capability, provider))
+        return any(m.engine == service and m.kind != "text" for m in catalog.models.values())
+
+    return loads
 
 
 def _studio(settings: Settings, store: Store, writes: DeferredWrites, providers: Callable[[], JobProviders]) -> Studio:

@@ -102,6 +102,18 @@ class Selection:
         self._on_change()
         return current
 
+    def check(self, skip: Callable[[Capability, str], bool]) -> Choice:
+        """Return what a job would run with now. Raises ProviderUnavailable if one of them can't serve.
+
+        A provider that `skip` accepts is not asked: a job loads its model itself.
+        """
+        current = self.current
+        asked = {c: getattr(current, c) for c in PROVIDERS if not skip(c, getattr(current, c))}
+        problems = self._problems(asked)
+        if problems:
+            raise ProviderUnavailable(problems)
+        return current
+
     def _problems(self, chosen: Mapping[Capability, str]) -> list[Problem]:
         """Check all side by side, so that two services that hang take no longer than one."""
         outcomes = [self._begin(capability, provider) for capability, provider in chosen.items()]

@@ -20,6 +20,8 @@ MOST_ITERATIONS = 8
 LARGEST_SEED = 2**31 - 1
 TRIES_PER_LIST = 2
 """Calls for one list of candidates: a garbled list is asked for once more."""
+TRIES_PER_SCORE = 2
+"""Calls for one score: a language model that judges a picture is asked once more for a score that can't be read."""
 
 
 class InvalidRequest(Exception):
@@ -113,7 +115,7 @@ def most_calls(request: RunRequest) -> Calls:
     """Return an upper bound of the calls that a run makes. A call repeated after a rate limit counts once."""
     later = min(request.beam_width, request.candidates) * (request.iterations - 1)
     pictures = request.candidates * request.iterations
-    return Calls(TRIES_PER_LIST * (1 + later), pictures, pictures)
+    return Calls(TRIES_PER_LIST * (1 + later), pictures, TRIES_PER_SCORE * pictures)
 
 
 def shares(candidates: int, parents: int) -> Sequence[int]:

@@ -38,6 +38,7 @@ LONGEST_WAIT = 600.0
 """Seconds that a run waits for one call in all, when a provider asks it to."""
 FOR_GOOD = frozenset({"provider_unavailable", "out_of_memory"})
 """Error codes after which the next call would fail too."""
+NOUNS: Mapping[Phase, str] = {"texts": "writing", "images": "drawing", "scores": "scoring"}
 CAPABILITIES: Mapping[Phase, Capability] = {"texts": "llm", "images": "image", "scores": "vision"}
 
 
@@ -107,6 +108,7 @@ class Search:
             if self._cancelled_as is not None:
                 self._live.finish(self._cancelled_as)
             elif isinstance(error, ProviderError):
+                self._note_failure()
                 self._live.finish("failed", error.code, error.message)
         except PicturesUnwritable as error:
             self._live.finish("failed", "state_unwritable", str(error))
@@ -364,6 +366,13 @@ class Search:
     def _provider(self, phase: Phase) -> Provider:
         providers = self._providers
         return {"texts": providers.llm, "images": providers.image, "scores": providers.vision}[phase]
+
+    def _note_failure(self) -> None:
+        """Say who failed: the words of its error may not."""
+        activity = self._live.view.activity
+        if activity is not None:
+            who = activity.model or activity.provider
+            self._live.note(f"Iteration {activity.iteration}: {who} failed at {NOUNS[activity.phase]}.")
 
     def _now(self, candidates: Sequence[StudioCandidate]) -> list[StudioCandidate]:
         """Return the candidates' current states, in the same order."""

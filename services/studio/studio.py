@@ -195,10 +195,9 @@ class Studio:
         """Return runs, the one begun last first, at most `limit`, from a place on (time of the beginning, id)."""
         stored = {run.id: run for run in self._repository.newest_first(limit, older_than)}
         ranked = self._repository.best(list(stored))
-        if older_than is None:
-            live = {r.live.view.run.id: r.live.view.run for r in list(self._runs.values())}
-            stored = {**stored, **live}
-        runs = sorted(stored.values(), key=lambda run: (-run.created_at, run.id))[:limit]
+        live = (r.live.view.run for r in list(self._runs.values()))
+        stored |= {run.id: run for run in live if older_than is None or _key(run) > (-older_than[0], older_than[1])}
+        runs = sorted(stored.values(), key=_key)[:limit]
         return [Listed(self._shown(run), self._best(run.id) or ranked.get(run.id)) for run in runs]
 
     def follow(self, run_id: str, last_event: str = "") -> Iterator[tuple[str, RunEvent] | None]:
@@ -323,3 +322,8 @@ class Studio:
         running = self._runs.get(run_id)
         ranking = running.live.view.ranking if running is not None else ()
         return ranking[0] if ranking else None
+
+
+def _key(run: StudioRun) -> tuple[float, str]:
+    """Return the sort key of the list of runs: the one begun last first."""
+    return -run.created_at, run.id

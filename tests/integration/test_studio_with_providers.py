@@ -114,12 +114,21 @@ def test_a_rate_limit_is_waited_out(studio: Console, openai: OpenAIServer):
 
 
 def test_a_refused_key_ends_the_run_in_openais_words_without_the_key(studio: Console, openai: OpenAIServer):
-    openai.fault("unauthorized")
+    openai.fault("unauthorized", on="/chat/completions")
     run = ended(studio, begin(studio))
     assert run["status"] == "failed"
     assert "OpenAI refuses the key: Incorrect API key provided: …" in json.dumps(run, ensure_ascii=False)
     assert KEY[:8] not in json.dumps(run) + studio.output()
-    assert len(openai.calls) == 1
+    assert len(openai.asked("/chat/completions")) == 1
+
+
+def test_a_key_that_is_refused_when_a_run_starts_is_503_before_anything_is_spent(studio: Console, openai: OpenAIServer):
+    openai.fault("unauthorized")
+    refused = studio.post("/api/beam-search", {"prompt": "A harbour"})
+    assert (refused.status_code, refused.json()["error"]) == (503, "provider_unavailable")
+    assert "openai_api_key" in refused.json()["guidance"]
+    assert KEY[:8] not in refused.text
+    assert openai.asked("/chat/completions") == []
 
 
 def test_one_picture_and_one_score_that_are_none_are_left_out(studio: Console, openai: OpenAIServer):

@@ -73,7 +73,7 @@ def test_a_start_answers_at_once_with_addresses_and_the_number_of_calls(client):
     started = client.post(PATH, json=BODY)
     assert started.status_code == 202
     assert started.json["status"] == "running"
-    assert started.json["calls"]["most"] == {"texts": 6, "images": 6, "scores": 6, "total": 18}
+    assert started.json["calls"]["most"] == {"texts": 6, "images": 6, "scores": 12, "total": 24}
     assert set(started.json["urls"]) == {"self", "events", "page"}
     assert {c: p["provider"] for c, p in started.json["providers"].items()} == {
         "llm": "words", "image": "brush", "vision": "eye",

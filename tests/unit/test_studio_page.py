@@ -55,14 +55,15 @@ def finish(client: FlaskClient, **typed: str) -> str:
 
 
 def test_the_form_says_how_many_calls_a_run_makes_before_it_starts(client):
-    assert "This run makes at most 22 calls: 6 for text, 8 for pictures, 8 for scores." in text(client, "/studio")
+    assert "at most 30 calls: 6 for text, 8 for pictures, 16 for scores. 19 if" in text(client, "/studio")
     path = "/studio?prompt=kept&beam_width=1&iterations=3&candidates=2"
     page = client.get(path).text
-    assert "at most 18 calls" in page
+    assert "at most 24 calls" in page
     assert "kept</textarea>" in page
     shape = "beam_width=2&iterations=1&candidates=4&seed="
     assert client.get(f"/fragments/studio-calls?{shape}").text == (
-        "This run makes at most 10 calls: 2 for text, 4 for pictures, 4 for scores."
+        "This run makes at most 14 calls: 2 for text, 4 for pictures, 8 for scores. "
+        "9 if every list and score can be read at once."
     )
     assert "whole number" in client.get("/fragments/studio-calls?candidates=x").text
     assert "can be 1 to 16" in client.get("/fragments/studio-calls?candidates=99").text
@@ -72,7 +73,7 @@ def test_a_run_is_followed_on_its_page_and_ends_with_the_ranking(client):
     page = text(client, finish(client))
     assert "Complete" in page
     assert "a <fox> in snow" in page
-    for shown in ("Rank 1", "Rank 2", "brush-model", "Seed 7", "5 of at most 6", "thing", "look 0"):
+    for shown in ("Rank 1", "Rank 2", "brush-model", "Seed 7", "5 of at most 8", "thing", "look 0"):
         assert shown in page, shown
 
 

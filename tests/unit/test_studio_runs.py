@@ -212,6 +212,11 @@ def test_runs_come_newest_first_in_pages_with_their_best_candidate(desk: Desk):
     assert all(each.best.rank == 1 for each in listed)
     last = listed[-1].run
     assert [each.run.id for each in desk.studio.listed(3, (last.created_at, last.id))] == [ids[0]]
+    desk.options = {}
+    unsaved = {desk.run(), desk.run()}
+    first, second, *saved = (each.run for each in desk.studio.listed(9))
+    assert {first.id, second.id} == unsaved
+    assert [each.run for each in desk.studio.listed(9, (first.created_at, first.id))] == [second, *saved]
 
 
 def test_a_run_deleted_at_once_leaves_no_picture_behind(desk: Desk):

@@ -254,7 +254,10 @@ def test_a_provider_that_fails_for_good_ends_the_run_in_its_words_and_keeps_what
     """The first iteration is ranked; calls that overlap with the failing one end."""
     job = Job(image={"trouble": refusing(code, "Needs 12 GB, 3 GB are free.", calls=range(5, 99)), "seconds": 1.0})
     view = job.finish()
-    assert (view.run.state, view.run.error, view.run.message) == ("failed", code, "Needs 12 GB, 3 GB are free.")
+    assert (view.run.state, view.run.error, view.run.message) == (
+        "failed", code, "Needs 12 GB, 3 GB are free.",
+    )  # fmt: skip
+    assert view.run.notes == ("Iteration 2: brush-model failed at drawing.",)
     assert [c.rank for c in view.ranking] == [1, 2, 3, 4]
     assert job.events()[-1] == "result"
 
