@@ -308,7 +308,7 @@ def build_services(settings: Settings) -> Services:
                 "prune-logs", lambda: run_in_thread(registry.prune_logs), PRUNE_SECONDS, first_seconds=PRUNE_SECONDS
             ),
         ),
-        first_loads=FirstLoads(context, switcher, notes.get(ACTIVE_KEY)),
+        first_loads=FirstLoads(context, switcher, notes.get(ACTIVE_KEY) or None),
         store=store,
         damaged=damaged,
         writes=writes,

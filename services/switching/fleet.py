@@ -45,7 +45,7 @@ class Fleet:
     _last_used: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._previous_active = self.notes.get(ACTIVE_KEY)
+        self._previous_active = self.notes.get(ACTIVE_KEY) or None
         self._restore_until = self.scheduler.now() + RESTORE_ACTIVE_SECONDS
 
     # Queries.
@@ -367,6 +367,8 @@ class Fleet:
             left = [m for m in self if m.state == "running" and self._may_be_active(m.model.id, unasked=True)]
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
             self._set_active(left[-1].model.id if left else None)
+            if not left and member.model.remote:  # it would be found loaded, and active again, after the next start
+                self.notes.put(ACTIVE_KEY, "")
 
     def _may_be_active(self, model_id: str, *, unasked: bool = False) -> bool:
         """Return whether a model can become active; `unasked`: without anybody having chosen it."""

@@ -89,6 +89,16 @@ def test_a_failed_switch_makes_the_chosen_remote_model_active_again(heart):
     assert heart.now.active_model == "cloud"
 
 
+def test_a_remote_model_that_nobody_uses_any_more_is_not_active_after_a_restart(heart):
+    """It is found loaded again, and was the last active one: without more than that, it became active."""
+    heart.ready("cloud")
+    heart.done(heart.switcher.stop("cloud", requested_by="test"))
+    heart.scheduler.pause(1.0)
+    heart.restart()
+    heart.scheduler.pause(2.0)
+    assert (heart.states(), heart.now.active_model) == ({"cloud": "running"}, None)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
