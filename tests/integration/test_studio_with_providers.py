@@ -18,7 +18,7 @@ engine = "flux"
 source = "flux-schnell"
 required_gb = 0.35
 [models.options.environment]
-FAKE_FLUX_FAULT = "hold:300"
+FAKE_FLUX_FAULT = "hold:300,oom@huge"
 
 [[models]]
 id = "clip-aesthetic"
@@ -164,6 +164,22 @@ def test_local_providers_take_turns_in_memory_and_the_cost_is_measured(console: 
     assert openai.calls == []
     again = ended(console, begin(console, beam_width=1, iterations=2, seed=7))
     assert _ranking(again) == _ranking(run)
+
+
+def test_flux_without_memory_says_so_with_figures_and_what_ran_before_is_back(console: Console, openai: OpenAIServer):
+    """It loads, and finds too little memory when it draws: the run ends, and the language model is loaded again."""
+    openai.reset()
+    choice = {"llm": "openai", "image": "flux", "vision": "openai"}
+    assert console.post("/api/providers/services/start", {"service": "flux"}).status_code == 200
+    wait_until(lambda: _answers(console, "flux"), "flux to answer")
+    assert console.post("/api/providers/switch", choice).status_code == 200
+    console.switch("writer")
+    assert console.states()["flux-schnell"] == "stopped"
+    run = ended(console, begin(console, prompt="A huge harbour"))
+    assert (run["status"], run["error"]) == ("failed", "out_of_memory")
+    assert "2.0 GB was free, and it needs 12.0 GB" in run["message"]
+    assert run["message"].endswith("writer is running again.")
+    assert (console.states()["writer"], console.status()["active_model"]) == ("running", "writer")
 
 
 def _answers(console: Console, service: str) -> bool:

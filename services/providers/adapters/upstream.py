@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
+
 from services.cancellation import Cancelled, CancelToken
 from services.catalog import Catalog, UnknownModel
 from services.gateway.refusals import refusal_of
@@ -23,8 +25,11 @@ from services.providers.ports import ProviderError
 from services.scheduling import Scheduler, ThreadScheduler
 from services.sizes import format_size
 from services.switching.events import Board, InstanceView
-from services.switching.jobs import SwitchError, SwitchOptions
+from services.switching.jobs import Job, SwitchError, SwitchOptions
 from services.switching.switcher import Switcher
+from services.text import running_again
+
+log = structlog.get_logger(__name__)
 
 SWITCH_POLL_SECONDS = 0.1
 ANSWER_SECONDS = 1800.0
@@ -66,6 +71,8 @@ class CatalogModel:
     def __init__(self, gateway: Gateway, model_id: str) -> None:
         self._gateway = gateway
         self.model_id = model_id
+        self._displaced: tuple[str, ...] = ()
+        """The models that were unloaded for it, the active one first."""
 
     @property
     def title(self) -> str:
@@ -77,20 +84,9 @@ class CatalogModel:
         if view is not None and view.state == "running":
             return 0.0
         began = self._gateway.scheduler.now()
-        options = SwitchOptions(activate=False, lasting=False)
-        try:
-            job = self._gateway.switcher.switch(self.model_id, requested_by="studio", replace="queue", options=options)
-            try:
-                while not job.wait_done(SWITCH_POLL_SECONDS):
-                    token.check()
-            finally:  # a load that nobody waits for any more, and that has changed nothing, is cancelled
-                self._gateway.switcher.withdraw(job)
-        except UnknownModel as error:
-            raise ProviderError("provider_unavailable", str(error)) from None
-        except SwitchError as error:
-            raise _switch_refused(error) from None
-        if job.error is not None:
-            raise _switch_refused(job.error)
+        active = self._gateway.board.current.active_model
+        job = self._switch(self.model_id, SwitchOptions(activate=False, lasting=False), token)
+        self._displaced = tuple(sorted(job.unloaded, key=lambda model: model != active))
         return self._gateway.scheduler.now() - began
 
     def post(self, path: str, body: Mapping[str, object], token: CancelToken, most_bytes: int) -> Reply:
@@ -109,7 +105,48 @@ class CatalogModel:
             reply = self._ask(view, path, body, token, most_bytes)
         finally:
             admission.release()
-        return checked(reply, self.title, self._others_beside(view))
+        beside = self._others_beside(view)
+        try:
+            return checked(reply, self.title, beside)
+        except ProviderError as error:
+            if error.code != "out_of_memory":
+                raise
+            back = running_again(self._bring_back(token))
+            raise ProviderError(error.code, f"{error.message} {back}".strip()) from None
+
+    def _switch(self, model_id: str, options: SwitchOptions, token: CancelToken) -> Job:
+        """Switch to a model and wait for the end. Raises ProviderError and Cancelled."""
+        switcher = self._gateway.switcher
+        try:
+            job = switcher.switch(model_id, requested_by="studio", replace="queue", options=options)
+            try:
+                while not job.wait_done(SWITCH_POLL_SECONDS):
+                    token.check()
+            finally:  # a load that nobody waits for any more, and that has changed nothing, is cancelled
+                if not options.lasting:
+                    switcher.withdraw(job)
+        except UnknownModel as error:
+            raise ProviderError("provider_unavailable", str(error)) from None
+        except SwitchError as error:
+            raise _switch_refused(error) from None
+        if job.error is not None:
+            raise _switch_refused(job.error)
+        return job
+
+    def _bring_back(self, token: CancelToken) -> list[str]:
+        """Load again what was unloaded for this model, which has too little memory to work; return what is back.
+
+        The first one becomes the active model again if there is none.
+        """
+        displaced, self._displaced = self._displaced, ()
+        back = []
+        for model_id in displaced:
+            try:
+                self._switch(model_id, SwitchOptions(activate=False), token)
+                back.append(model_id)
+            except ProviderError as error:
+                log.warning("a model is not loaded again after a lack of memory", model=model_id, reason=error.message)
+        return back
 
     def _ask(
         self, view: InstanceView, path: str, body: Mapping[str, object], token: CancelToken, most_bytes: int
@@ -215,7 +252,8 @@ def _whole(answer: EngineResponse, view: InstanceView, most_bytes: int, title: s
 
 
 def _switch_refused(error: SwitchError) -> ProviderError:
-    code = "out_of_memory" if error.code in ("insufficient_memory", "memory_not_freed") else "provider_unavailable"
+    short = error.code in ("insufficient_memory", "memory_not_freed") or "out of memory" in error.message.lower()
+    code = "out_of_memory" if short else "provider_unavailable"
     advice = ""
     if error.code == "confirmation_required":
         advice = " The setting confirm_before_unload keeps a run from unloading models by itself."
