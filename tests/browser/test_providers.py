@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -16,6 +17,7 @@ from tests.support.health_servers import hanging_url, json_server
 
 StartConsole = Callable[..., Console]
 LONG_NAME = "a-model-whose-name-has-as-many-as-sixty-letters-in-it-all:7b"
+FAKE_SERVERS = Path(__file__).parents[1] / "fakes" / "local_servers"
 REFUSED = "the server responded with a status of 503"
 KEY = "sk-test-abcdefghijkl"
 SAYS = {"error": {"message": f"Incorrect API key provided: {KEY}. You can find yours at https://platform.openai.com."}}
@@ -116,6 +118,7 @@ def test_what_answers_is_shown_while_something_hangs(page: Page, console: Consol
     opened(page)
     expect(service(page, "ollama")).to_contain_text("Running")
     expect(service(page, "ollama")).to_contain_text(LONG_NAME)
+    expect(service(page, "ollama")).to_contain_text("answers in")
     expect(service(page, "flux")).to_contain_text("flux-schnell")
     expect(service(page, "vision")).to_contain_text("hangs")
     expect(dialog(page).locator("#providers-key")).to_contain_text("Key set")
@@ -168,6 +171,27 @@ def test_a_service_is_started_and_stopped_in_the_dialog(page: Page, bench: Workb
     service(page, "ollama").get_by_role("button", name="Stop Ollama").click()
     expect(service(page, "ollama").locator(".word")).to_have_text("Not running")
     expect(dialog(page)).to_be_visible()
+
+
+def test_a_choice_that_needs_a_model_succeeds_after_its_load(open_page: OpenPage, start_console: StartConsole) -> None:
+    """The vision service is started by a switch to its model, which does not become the active one."""
+    console = start_console(
+        local_vision_api_url=f"http://127.0.0.1:{free_port()}",
+        local_servers_dir=FAKE_SERVERS,
+    )
+    page = open_page(tolerate=(REFUSED,))
+    visit(page, console, "/docs")
+    opened(page)
+    page.get_by_label("Vision", exact=True).select_option("local")
+    page.locator("#providers-apply").click()
+    dialog(page).get_by_role("alert").get_by_role("button", name="Start Local vision").click()
+    expect(dialog(page).get_by_role("status")).to_contain_text("Apply the choice")
+    expect(service(page, "vision").locator(".word")).to_have_text("Running")
+    page.locator("#providers-apply").click()
+    expect(dialog(page).get_by_role("status")).to_contain_text("Applied")
+    assert console.status()["active_model"] is None
+    service(page, "vision").get_by_role("button", name="Stop Local vision").click()
+    expect(service(page, "vision").locator(".word")).to_have_text("Not running")
 
 
 def test_a_choice_that_is_not_applied_survives_polls(page: Page, console: Console) -> None:

@@ -30,5 +30,5 @@ def ask_health(url: str) -> Health:
     except (FetchError, ValueError):
         pass
     if isinstance(version, str):
-        return Health(at, version, answers=True)
+        return Health(at, version, answers=True, seconds=time.monotonic() - at)
     return Health(at, error=f"What answers at {url} is not Ollama. Check the setting ollama_base_url.")
