@@ -94,7 +94,7 @@ class Recommendation(BaseModel):
 
 SEED_RECOMMENDATIONS = (
     Recommendation(
-        model="capybarahermes-2.5-mistral-7b",
+        model="hf.co/TheBloke/CapybaraHermes-2.5-Mistral-7B-GGUF:Q4_0",
         description="Fast 7B model, good for prompt refinement",
         size_gb=4.1,
         recommended=True,

@@ -225,6 +225,7 @@ def installed_document(model: ModelStatus, outdated: Collection[str]) -> Json:
 def recommendation_document(recommended: Recommended) -> Json:
     return {
         "model": recommended.model,
+        "aliases": list(recommended.aliases),
         "source": recommended.source,
         "description": recommended.description,
         "size_gb": gb(recommended.size_bytes),

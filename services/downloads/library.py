@@ -11,7 +11,7 @@ from services.config import Recommendation
 from services.downloads.fetcher import DownloadError, Source
 from services.downloads.huggingface import names as hub_names
 from services.downloads.ollama.updates import UpdateCheck
-from services.engines.ollama.names import full_name
+from services.engines.ollama.names import full_name, other_names
 from services.engines.port import Model
 from services.sizes import GB
 from services.switching.jobs import SwitchError
@@ -22,11 +22,13 @@ from services.switching.switcher import Switcher
 class Recommended:
     """A recommended model. `installed` is its id in the catalogue, None if it is not installed.
 
-    `model` is the name in the settings, `name` the source's, under which its download is listed.
+    `model` is the name in the settings, `name` the source's, under which its download is listed; `aliases` are other
+    names that people use for it.
     """
 
     model: str
     name: str
+    aliases: tuple[str, ...]
     source: Source
     description: str
     size_bytes: int | None
@@ -90,6 +92,7 @@ class Library:
             Recommended(
                 model=r.model,
                 name=_name_of(r),
+                aliases=other_names(_name_of(r)),
                 source=r.source,
                 description=r.description,
                 size_bytes=None if r.size_gb is None else int(r.size_gb * GB),
@@ -126,7 +129,9 @@ class Library:
     def _find(self, wanted: Recommendation) -> str | None:
         """Return the id of a recommended model if it is installed."""
         name = _name_of(wanted)
-        return next((m.id for m in self._catalog.models.values() if _is(m, wanted.source, name)), None)
+        names = (name, *map(full_name, other_names(name)))
+        models = self._catalog.models.values()
+        return next((m.id for name in names for m in models if _is(m, wanted.source, name)), None)
 
 
 def refresh_and_find(catalog: Catalog, source: Source, name: str) -> bool:

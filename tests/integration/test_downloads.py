@@ -18,6 +18,7 @@ from tests.support.ollama import FakeOllama, FakeRegistry
 from tests.support.stopwatch import Stopwatch
 
 SIZE = 40_000_000
+CAPYBARA = "hf.co/TheBloke/CapybaraHermes-2.5-Mistral-7B-GGUF:Q4_0"
 REGISTRY = {"llama3.2:latest": {"size": SIZE}, "mistral:latest": {"size": SIZE}, "phi:latest": {"size": SIZE}}
 BASE = "/api/providers/models"
 
@@ -197,7 +198,7 @@ def test_installed_recommended_and_deleted_models(start_console, ollama):
     console = start_console(ollama_base_url=ollama.url, ollama_binary=ollama.binary, disk_margin_gb=0)
     listed = console.get(f"{BASE}/recommendations").json()["recommendations"]
     assert [(r["model"], r["recommended"], r["installed"]) for r in listed] == [
-        ("capybarahermes-2.5-mistral-7b", True, False),
+        (CAPYBARA, True, False),
         ("llama3.2", False, False),
         ("mistral", False, False),
     ]
@@ -217,6 +218,19 @@ def test_installed_recommended_and_deleted_models(start_console, ollama):
     assert "llama3.2:latest" not in ollama.tags()
     assert "llama3.2:latest" not in console.states()
     assert console.delete(f"{BASE}/llama3.2").status_code == 404
+
+
+def test_a_recommended_model_may_be_called_by_the_name_that_people_use(start_console, tmp_path):
+    """Ollama's library lacks `capybarahermes-2.5-mistral-7b`: it is downloaded from where it is, and used by either."""
+    other = "capybarahermes-2.5-mistral-7b"
+    with FakeOllama(tmp_path / "o", models={CAPYBARA: {}}) as fake:
+        console = start_console(ollama_base_url=fake.url, ollama_binary=fake.binary, ollama_model=other)
+        console.wait_for(lambda s: CAPYBARA in s["models"], "the model")
+        recommended = console.get(f"{BASE}/recommendations").json()["recommendations"][0]
+        assert (recommended["model"], recommended["aliases"], recommended["model_id"]) == (CAPYBARA, [other], CAPYBARA)
+        assert console.switch(other)["model"] == CAPYBARA
+        headers = {"Accept": "application/json"}
+        assert console.post(f"{BASE}/download", {"model": other}, headers=headers).json()["model"] == CAPYBARA
 
 
 def test_a_newer_version_in_the_registry_is_shown_and_downloaded(start_console, tmp_path):

@@ -22,6 +22,7 @@ HOSTS = ("hf.co", "registry.lan:5000")
 FETCHER = OllamaFetcher(
     "http://127.0.0.1:9", find_binary=lambda: None, registries=Registries("https://registry.ollama.ai", HOSTS)
 )
+MIRROR = OllamaFetcher("http://127.0.0.1:9", find_binary=lambda: None, registries=Registries("https://mirror.lan"))
 SETTINGS = {"SWITCHYARD_CONFIG": "/dev/null"}
 
 
@@ -140,3 +141,11 @@ def test_the_setting_lists_hosts() -> None:
     assert told.download_hosts == ("registry.lan:5000", "hf.co")
     with pytest.raises(ConfigError, match=re.escape("'https://hf.co' is not a host, such as hf.co")):
         load_settings(SETTINGS, download_hosts=("https://hf.co",))
+
+
+@pytest.mark.parametrize("name", ["capybarahermes-2.5-mistral-7b", "capybarahermes-2.5-mistral-7b:latest"])
+def test_what_ollamas_library_lacks_is_downloaded_from_where_it_is(name):
+    """Another registry may have it under that name."""
+    assert FETCHER.check_name(name) == "hf.co/TheBloke/CapybaraHermes-2.5-Mistral-7B-GGUF:Q4_0"
+    assert MIRROR.check_name(name) == "capybarahermes-2.5-mistral-7b:latest"
+    assert FETCHER.check_name(f"{name.partition(':')[0]}:q8") == "capybarahermes-2.5-mistral-7b:q8"

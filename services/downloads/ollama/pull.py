@@ -25,7 +25,7 @@ from services.downloads.ollama.output import (
 from services.downloads.ollama.registry import Manifest, Registries, fetch_manifest
 from services.downloads.ollama.rounding import Unrounding
 from services.downloads.ollama.stream import pull_by_stream
-from services.engines.ollama.names import OllamaName
+from services.engines.ollama.names import OllamaName, library_name
 from services.engines.processes import ProcessRegistry
 from services.http import is_loopback
 
@@ -89,9 +89,12 @@ class OllamaFetcher:
         """Do nothing: Ollama has no request for it, and deletes partial files itself (at a start an hour later)."""
 
     def _parse(self, name: str) -> OllamaName:
-        """Parse a name. Only registries allowed by the settings pass, because Ollama contacts any host in a name."""
+        """Parse a name. Only registries allowed by the settings pass, because Ollama contacts any host in a name.
+
+        Another registry than Ollama's own may have what Ollama's library lacks.
+        """
         try:
-            model = OllamaName.parse(name)
+            model = OllamaName.parse(library_name(name) if self._registries.is_ollamas else name)
         except ValueError as error:
             raise DownloadError("invalid_name", str(error)) from None
         self._registries.origin(model)

@@ -61,6 +61,11 @@ class Registries:
         plain = self.insecure or is_loopback(name.host.partition(":")[0])
         return f"{'http' if plain else 'https'}://{name.host}"
 
+    @property
+    def is_ollamas(self) -> bool:
+        """Whether names without a host are looked up in Ollama's own library."""
+        return host_key_of(self.default_url) == DEFAULT_HOST
+
     def may_send_to(self, url: str) -> bool:
         """Return whether a registry may redirect to this URL."""
         return url.startswith("https:") and host_key_of(url) in map(host_key, self.hosts)

@@ -19,7 +19,7 @@ from services.engines.llamacpp.gguf import GGUFError, estimate_bytes, read_heade
 from services.engines.ollama.api import Installed, OllamaError, Running, unreachable
 from services.engines.ollama.instance import OllamaInstance, Server, ServerProcess
 from services.engines.ollama.inventory import DERIVED_PREFIX, LIST_TIMEOUT, derived_name
-from services.engines.ollama.names import full_name
+from services.engines.ollama.names import full_name, other_names
 from services.engines.ollama.runners import models_folder_of
 from services.engines.ollama.watch import Listing, OllamaWatch
 from services.engines.port import HOST_DEVICE, EngineError, GpuBytes, Model, Need, OnExit, Report
@@ -250,7 +250,8 @@ class Ollama:
 
 def _aliases(model_id: str, source: str) -> tuple[str, ...]:
     short = source.removesuffix(":latest")
-    return (short,) if short != source and short != model_id else ()
+    names = (short, *other_names(source))
+    return tuple(name for name in names if name not in (source, model_id))
 
 
 def _estimate_of_file(blob: Path, context: int) -> int:

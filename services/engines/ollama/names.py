@@ -6,12 +6,20 @@ Only parsed names are put into command arguments and URLs.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
 MAX_LENGTH = 300
+OTHER_NAMES: Mapping[str, str] = {
+    "capybarahermes-2.5-mistral-7b": "hf.co/TheBloke/CapybaraHermes-2.5-Mistral-7B-GGUF:Q4_0",
+}
+"""Names that people use although Ollama's library has no such model, and where that model is.
+
+docs/decisions/0034-recommended-names.md says where that was looked up.
+"""
 
 _NAME = re.compile(
     r"""
@@ -81,3 +89,13 @@ def full_name(text: str) -> str:
         return OllamaName.parse(text).full
     except ValueError:
         return text
+
+
+def library_name(text: str) -> str:
+    """Return where a model is that people know by another name; other names stay unchanged."""
+    return OTHER_NAMES.get(text.removesuffix(f":{DEFAULT_TAG}"), text)
+
+
+def other_names(full: str) -> tuple[str, ...]:
+    """Return the other names that people use for a model."""
+    return tuple(name for name, known in OTHER_NAMES.items() if known == full)
