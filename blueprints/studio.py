@@ -14,7 +14,8 @@ from htmx_flask import request
 from blueprints.live import Live
 from blueprints.pages import live_now, see_other
 from blueprints.pieces import Piece, Sheet, news, order, sheet
-from blueprints.studio_words import CAPABILITIES, RunWords, calls_in_words
+from blueprints.provider_looks import CAPABILITIES
+from blueprints.studio_words import RunWords, calls_in_words, served_in_words
 from blueprints.web import ApiError, handles_errors_of, services
 from services.store.records import StudioCandidate
 from services.studio.live_run import RunView
@@ -52,7 +53,7 @@ _NUMBER = re.compile(r"\s*[0-9]{1,12}\s*")
 
 @dataclass(frozen=True, slots=True)
 class RunForm:
-    """The values of the form as they were typed, and what is wrong with the one called `field`."""
+    """The values of the form as they were typed; why no run was started (`error`, of `code`), and by which `field`."""
 
     prompt: str = ""
     beam_width: str = "2"
@@ -61,6 +62,7 @@ class RunForm:
     seed: str = ""
     origin: str = ""
     error: str | None = None
+    code: str | None = None
     field: str | None = None
 
     @classmethod
@@ -119,7 +121,7 @@ def start() -> Response:
 @handles_errors_of("studio.start")
 def show_refusal(error: ApiError) -> Response:
     """Respond to a run that was not started: everything that was typed stays, with the reason."""
-    return Response(_page(replace(RunForm.of(request.form), error=error.message, field=error.param)))
+    return Response(_page(replace(RunForm.of(request.form), error=error.message, code=error.code, field=error.param)))
 
 
 @bp.get("/studio/runs")
@@ -244,9 +246,11 @@ def _origin(form: RunForm) -> dict[str, Any] | None:
 def _list_pieces(live: Live) -> Sheet:
     """Return the current pieces of the Studio's first page."""
     runs = [_row(each, live.now) for each in services().studio.listed(LISTED)]
+    served = served_in_words(services().selection.current)
     return (
         sheet("studio")
         .draw("parts", live.moment, lambda: _parts(live, url_for("studio.fragment"), live.announcement))
+        .draw("served", served, lambda: [Piece("studio-served", "fragments/studio_served.html", {"served": served})])
         .draw("runs", runs, lambda: [Piece("studio-runs", "fragments/studio_runs.html", {"runs": runs})])
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blueprints.filters import duration, span
+from blueprints.provider_looks import CAPABILITIES, NAMES
+from services.providers.ports import Capability, Choice
 from services.store.records import RunState, StudioRun
 from services.studio.live_run import Activity, RunView
 from services.studio.request import TRIES_PER_LIST, TRIES_PER_SCORE, Calls, Phase, RunRequest, most_calls
@@ -27,7 +29,9 @@ _STATES: dict[RunState, tuple[str, str]] = {
     "cancelled": ("Cancelled", "queued"),
     "interrupted": ("Interrupted", "queued"),
 }
-CAPABILITIES = {"llm": "Text", "image": "Pictures", "vision": "Scores"}
+
+_TITLES: dict[str, str] = {str(capability): title for capability, title in CAPABILITIES.items()}
+"""The names of capabilities, by what a stored run calls them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +85,7 @@ class RunWords:
     @property
     def switching(self) -> str | None:
         """What loading the providers' models took; None if nothing."""
-        spent = {
-            CAPABILITIES.get(c, c): seconds for c, seconds in self.run.switching_seconds.items() if seconds >= 0.05
-        }
+        spent = {_TITLES.get(c, c): seconds for c, seconds in self.run.switching_seconds.items() if seconds >= 0.05}
         if not spent:
             return None
         parts = join_names([f"{name.lower()} {duration(seconds)}" for name, seconds in spent.items()])
@@ -148,3 +150,9 @@ def calls_in_words(calls: Calls) -> str:
     usual = calls.texts // TRIES_PER_LIST + calls.images + calls.scores // TRIES_PER_SCORE
     parts = f"{calls.texts} for text, {calls.images} for pictures, {calls.scores} for scores"
     return f"This run makes at most {calls.total} calls: {parts}. {usual} if every list and score can be read at once."
+
+
+def served_in_words(choice: Choice) -> str:
+    """Say who serves each capability."""
+    named: list[tuple[Capability, str]] = [("llm", choice.llm), ("image", choice.image), ("vision", choice.vision)]
+    return " · ".join(f"{CAPABILITIES[c]}: {NAMES[c].get(provider, provider)}" for c, provider in named)

@@ -13,8 +13,8 @@ from services.providers.ports import ChatMessage
 from services.studio.request import Wording
 from services.text import fix_surrogates
 
-LONGEST_WHAT = 1000
-"""Characters. With LONGEST_HOW a whole prompt stays below the 4,000 that the image server takes."""
+LONGEST_WHAT = 2000
+"""Characters, as in a typed prompt. With LONGEST_HOW a whole prompt stays below the 4,000 of the image server."""
 LONGEST_HOW = 600
 LONGEST_ANSWER = 50_000
 """Characters of an answer that are read."""

@@ -141,7 +141,7 @@ def test_a_hostile_answer_is_read_in_no_time(hostile):
 
 def test_long_axes_are_cut_so_that_the_prompt_fits():
     [found] = wording.parse_candidates(json.dumps([{"what": "fox " * 900, "how": "ink " * 900}]), 1)
-    assert len(found.prompt) < 1700
+    assert len(found.prompt) < 2700
     assert found.what.endswith("fox")
 
 
@@ -193,3 +193,8 @@ def test_the_ranking_does_not_depend_on_the_order_of_arrival(scores, random):
     random.shuffle(shuffled)
     assert ranked(shuffled) == ranked(candidates)
     assert all((a.total or 0) >= (b.total or 0) for a, b in itertools.pairwise(ranked(candidates)))
+
+
+def test_wording_by_rules_holds_the_longest_prompt():
+    prompt = "fox " * (LONGEST_PROMPT // 4 - 1) + "end"
+    assert wording.by_rules(prompt, 1, 0)[0].what == prompt
