@@ -45,6 +45,8 @@ LINGER_SECONDS = 2.0
 """Time given to a client to take a refusal before it has sent its whole body."""
 FAILED_SECONDS = 2.0
 """How long /health tells why a load failed before the process exits."""
+SIGNAL_SECONDS = 0.2
+"""Longest time until a signal is noticed."""
 STOP_SECONDS = 1.0
 """Time given to the running job after SIGTERM."""
 
@@ -551,7 +553,10 @@ def serve(
             ending.put(1)
 
     threading.Thread(target=load, name="load", daemon=True).start()
-    code = ending.get()
+    code = None
+    while code is None:  # a signal that the kernel gives to another thread doesn't end the wait of this one
+        with suppress(Empty):
+            code = ending.get(timeout=SIGNAL_SECONDS)
     server.stop(STOP_SECONDS)
     log.info("Ending with code %d", code)
     return code

@@ -22,7 +22,8 @@ import structlog
 
 from services.cancellation import Cancelled, CancelToken
 from services.engines.child_logs import tail
-from services.engines.processes import ChildProcess, GroupLeader, ProcessRegistry
+from services.engines.child_runs import STOP_SECONDS, Silent, run_child
+from services.engines.processes import ProcessRegistry
 from services.engines.python_server.packages import Packages, python_in, read_requirements
 from services.engines.supervisor import ServiceError
 from services.native_threads import NativeThreadPool
@@ -40,12 +41,10 @@ DOWNLOADED_SHARE = 0.45
 """A wheel's size as a share of what it takes unpacked, for the forecast of a download."""
 WHILE_DOWNLOADING, WHILE_INSTALLING = 90, 95
 """Highest percentages of the two stages."""
-POLL_SECONDS = 0.2
 SHOW_SECONDS = 1.0
 """Shortest time between two changes of the figures that are announced to pages."""
 SILENCE_SECONDS = 1800.0
 """How long pip may say nothing: it unpacks gigabytes without a word."""
-STOP_SECONDS = 2.0
 DISK_SECONDS = 30.0
 LOG_BYTES = 65_536
 RAW_PROGRESS_SINCE = (24, 1)
@@ -272,49 +271,31 @@ class Installer:
         self._remove(old)
 
     def _call(self, argv: Sequence[str], token: CancelToken, trouble: str, progress: PipProgress | None = None) -> None:
-        """Run a program to its end, following its log. Raises ServiceError with the cause, and Cancelled."""
-        token.check()
+        """Run a program to its end. Raises ServiceError with the cause, and Cancelled."""
+
+        def on_line(line: str) -> None:
+            if progress is not None:
+                progress.feed(line)
+                self._show(progress)
+
         try:
-            process = ChildProcess(
-                argv, self._registry, self._registry.new_log("install"), lambda _: None, {"PYTHONUNBUFFERED": "1"}
-            )
+            process = run_child(argv, self._registry, "install", on_line, token, silence_seconds=SILENCE_SECONDS)
         except OSError as error:
             raise ServiceError("service_failed", f"{trouble}: {error.strerror or error}.") from None
-        try:
-            self._follow(process, token, trouble, progress)
-        finally:
-            process.stop(STOP_SECONDS)
+        except Silent as silent:
+            words = f"{trouble}: it has written nothing for {SILENCE_SECONDS / 60:.0f} minutes."
+            raise ServiceError("service_timeout", words, silent.process.log_tail()) from None
         if process.exit_code != 0:
             cause = cause_of_failure(tail(process.log_path, LOG_BYTES), process.describe_end())
             raise ServiceError("service_failed", f"{trouble}: {cause}", process.log_tail())
 
-    def _follow(self, process: GroupLeader, token: CancelToken, trouble: str, progress: PipProgress | None) -> None:
-        spoke_at, position, rest = time.monotonic(), 0, b""
-        while True:
-            ended = process.wait(POLL_SECONDS)
-            data, position = _read_on(process.log_path, position)
-            *lines, rest = (rest + data)[-LOG_BYTES:].split(b"\n")
-            if data:
-                spoke_at = time.monotonic()
-            if progress is not None and lines:
-                for line in lines:
-                    progress.feed(line.decode("utf-8", "replace"))
-                self._show(progress, process.log_tail())
-            if ended:
-                return
-            token.check()
-            if time.monotonic() > spoke_at + SILENCE_SECONDS:
-                words = f"{trouble}: it has said nothing for {SILENCE_SECONDS / 60:.0f} minutes."
-                raise ServiceError("service_timeout", words, process.log_tail())
-
-    def _show(self, progress: PipProgress, log_tail: str) -> None:
+    def _show(self, progress: PipProgress) -> None:
         assert self._current is not None
         self._current = replace(
             self._current,
             message=progress.message,
             percent=progress.percent,
             completed_bytes=progress.completed_bytes,
-            log_tail=log_tail,
         )
         if time.monotonic() > self._shown_at + SHOW_SECONDS:
             self._shown_at = time.monotonic()
@@ -353,19 +334,6 @@ def _own_pip() -> tuple[int, ...]:
     except PackageNotFoundError:
         return ()
     return found if found >= INSTALLS_ELSEWHERE_SINCE else ()
-
-
-def _read_on(path: Path, position: int) -> tuple[bytes, int]:
-    """Return what a log has grown by since `position`, at most LOG_BYTES, and the new position."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, 2)
-            position = max(min(position, end), end - LOG_BYTES)
-            file.seek(position)
-            data = file.read(LOG_BYTES)
-    except OSError:
-        return b"", position
-    return data, position + len(data)
 
 
 def cause_of_failure(said: str, ended: str) -> str:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 
+from services.cancellation import Cancelled, CancelToken
 from services.engines.port import Endpoint, EngineError, Evidence, Exit, Instance, LoadFailed, Model, NotResponding
 from services.engines.processes import ProcessRegistry
 from services.engines.python_server.about import FLUX, VISION, About
@@ -123,6 +124,35 @@ def test_the_download_of_a_first_start_is_reported_in_bytes(flux: PythonServerEn
     assert fractions == sorted(fractions)
     instance.warm_up(LOAD_SECONDS)
     assert serves(endpoint)
+
+
+def test_what_is_missing_is_downloaded_before_the_server_is_started(flux: PythonServerEngine) -> None:
+    """So that the switch has freed no memory yet. It is asked for once in a run of the app."""
+    seen: list[Evidence] = []
+    entry = flux.describe(model(FLUX, FAKE_FLUX_FAULT="fetch:12000000000,slow-load:1"))
+    flux.fetch(entry, seen.append, CancelToken())
+    assert {evidence.stage for evidence in seen} == {"downloading"}
+    assert seen[-1].fraction == 0.95
+    assert seen[-1].detail == "11.4 of 12.0 GB downloaded"
+    assert flux.supervisor.process is None
+    again: list[Evidence] = []
+    flux.fetch(entry, again.append, CancelToken())
+    assert again == []
+
+
+def test_a_download_that_fails_has_its_cause(flux: PythonServerEngine) -> None:
+    entry = flux.describe(model(FLUX, FAKE_FLUX_FAULT="fetch-fails"))
+    with pytest.raises(EngineError, match="What Flux loads could not be downloaded: The Hugging Face hub can't be"):
+        flux.fetch(entry, lambda _: None, CancelToken())
+
+
+def test_a_download_can_be_cancelled(flux: PythonServerEngine, tmp_path: Path) -> None:
+    """Within a second; its process is gone."""
+    entry = flux.describe(model(FLUX, FAKE_FLUX_FAULT="fetch:12000000000,slow-load:600"))
+    token = CancelToken()
+    with pytest.raises(Cancelled):
+        flux.fetch(entry, lambda _: token.cancel(), token)
+    assert list((tmp_path / "state" / "processes").iterdir()) == []
 
 
 def test_a_start_that_makes_progress_is_not_given_up(flux: PythonServerEngine) -> None:

@@ -43,6 +43,22 @@ required_gb = 0.58
 FAKE_FLUX_FAULT = "download:12000000000,slow-load:60"
 
 [[models]]
+id = "flux-far"
+engine = "flux"
+source = "org/far"
+required_gb = 0.58
+[models.options.environment]
+FAKE_FLUX_FAULT = "fetch:12000000000,slow-load:60"
+
+[[models]]
+id = "flux-unknown"
+engine = "flux"
+source = "org/unknown"
+required_gb = 0.58
+[models.options.environment]
+FAKE_FLUX_FAULT = "fetch-fails"
+
+[[models]]
 id = "clip-aesthetic"
 engine = "vision"
 source = "clip-aesthetic"
@@ -213,6 +229,28 @@ def test_a_start_shows_its_download_and_can_be_cancelled(console: Console) -> No
     assert "of 12.0 GB downloaded" in status["models"][SLOW]["detail"]
     assert console.post(f"{SERVICES}/stop", {"service": "flux"}).json()["state"] == "stopped"
     console.wait_for(lambda s: s["switch"] is None and s["active_model"] == LLM, "the language model to be restored")
+
+
+def test_nothing_is_unloaded_while_the_weights_are_downloaded(console: Console) -> None:
+    """The first start of Flux downloads tens of GB; the language model answers meanwhile."""
+    console.switch(LLM)
+    console.post("/v1/models/switch", {"target_model": "flux-far", "confirm": True, "wait": False})
+    seen = console.wait_for(lambda s: (s["switch"] or {}).get("stage") == "downloading", "the download")
+    assert "of 12.0 GB downloaded" in seen["switch"]["detail"]
+    assert (seen["models"][LLM]["status"], seen["active_model"]) == ("running", LLM)
+    assert console.ask("Hello").status_code == 200
+    assert service(console, "flux")["state"] == "starting"
+    console.post(f"{SERVICES}/stop", {"service": "flux"})
+    console.wait_for(lambda s: s["switch"] is None, "the end of the switch")
+    assert service(console, "flux")["state"] == "stopped"
+
+
+def test_a_download_that_fails_costs_nothing(console: Console) -> None:
+    console.switch(LLM)
+    failed = console.post("/v1/models/switch", {"target_model": "flux-unknown", "confirm": True, "wait": True})
+    assert (failed.status_code, failed.json()["error"]) == (502, "engine_error")
+    assert "The Hugging Face hub can't be reached" in failed.json()["message"]
+    assert console.status()["active_model"] == LLM
 
 
 def test_an_unknown_service_is_refused_with_those_there_are(console: Console) -> None:

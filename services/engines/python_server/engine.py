@@ -31,6 +31,7 @@ from services.engines.python_server.about import About
 from services.engines.python_server.instance import InstanceContext, ServerInstance
 from services.engines.python_server.packages import Packages
 from services.engines.python_server.program import Order, PythonServer
+from services.engines.python_server.weights import Weights
 from services.engines.server_address import Address
 from services.engines.supervisor import Health, ServiceError, Supervisor
 from services.memory.ledger import Reading
@@ -95,6 +96,7 @@ class PythonServerEngine:
         self._lock = threading.Lock()
         self._current: ServerInstance | None = None
         self._silent_since: float | None = None
+        self._weights = Weights(about, packages, registry)
         self.program = PythonServer(about, address, packages)
         self.supervisor = Supervisor(
             self.program, address, registry, on_change=self._changed, start_timeout=start_timeout
@@ -149,8 +151,14 @@ class PythonServerEngine:
         options = sorted((key, str(value)) for key, value in model.options.items())
         return f"{model.source} {self._device(model)} {options}"
 
-    def fetch(self, _model: Model, _report: Report, _token: CancelToken, /) -> None:
-        """Do nothing: the server downloads what it loads, and reports that as part of the load."""
+    def fetch(self, model: Model, report: Report, token: CancelToken, /) -> None:
+        if not self.local or self.supervisor.status().state in ("running", "starting"):
+            return  # a server that is there downloads by itself
+        try:
+            self.program.check_packages()
+        except ServiceError as error:
+            raise EngineError(error.message) from None
+        self._weights.fetch(self._order(model), report, token)
 
     def launch(self, model: Model, on_exit: OnExit) -> ServerInstance:
         if not self.local:
@@ -165,18 +173,12 @@ class PythonServerEngine:
             try:
                 if self.supervisor.process is None:
                     self.program.check_packages()
-                device = self._device(model)
-                self.program.order = Order(
-                    model.source,
-                    device,
-                    tuple(str(argument) for argument in _list(model.options.get("arguments"))),
-                    {key: str(value) for key, value in _dict(model.options.get("environment")).items()},
-                )
+                self.program.order = order = self._order(model)
                 start = self.supervisor.begin()
             except ServiceError as error:
                 raise EngineError(error.message) from None
             needed = model.required_bytes or self.estimate(model).bytes
-            self._current = ServerInstance(self._context, model, device, needed, on_exit, start)
+            self._current = ServerInstance(self._context, model, order.device, needed, on_exit, start)
             return self._current
 
     def _check_not_loading_another(self, model: Model) -> None:
@@ -266,6 +268,11 @@ class PythonServerEngine:
         except ServiceError as error:
             return error.message
         return None
+
+    def _order(self, model: Model) -> Order:
+        arguments = tuple(str(argument) for argument in _list(model.options.get("arguments")))
+        environment = {key: str(value) for key, value in _dict(model.options.get("environment")).items()}
+        return Order(model.source, self._device(model), arguments, tuple(environment.items()))
 
     def _free(self, device: str) -> int | None:
         return next((reading.free_bytes for reading in self._readings() if reading.id == device), None)

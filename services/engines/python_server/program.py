@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from services.engines.port import HOST_DEVICE
 from services.engines.python_server.about import About
@@ -25,7 +25,7 @@ class Order:
     model: str
     device: str = HOST_DEVICE
     arguments: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class PythonServer:
@@ -63,7 +63,7 @@ class PythonServer:
         )
         # Its choice of a device follows ours, which the memory is planned for.
         visible = {"CUDA_VISIBLE_DEVICES": "" if order.device == HOST_DEVICE else order.device}
-        return Command(argv, {"PYTHONUNBUFFERED": "1", **visible, **order.environment})
+        return Command(argv, {"PYTHONUNBUFFERED": "1", **visible, **dict(order.environment)})
 
     def check_packages(self) -> None:
         """Raise ServiceError `packages_missing` if the server can't be started for lack of something."""
