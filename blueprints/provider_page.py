@@ -37,7 +37,8 @@ PREFIX = "providers-"
 class ChoiceForm:
     """The form of the choice: what its fields show (`chosen`), and what was chosen when it was shown (`before`).
 
-    `problems` say why the choice was refused, `error` why a service did not start, `told` what was done.
+    `problems` say why the choice was refused, `error` why a service did not start, `told` what was done; `again`: the
+    same choice can be applied now.
     """
 
     chosen: dict[str, str]
@@ -45,6 +46,7 @@ class ChoiceForm:
     problems: tuple[Problem, ...] = ()
     error: str | None = None
     told: str | None = None
+    again: bool = False
 
 
 @bp.app_template_global()
@@ -137,7 +139,7 @@ def _as_sent(problems: tuple[Problem, ...] = (), error: str | None = None, told:
     sent = _sent()
     before = {name: request.form.get(f"was_{name}", provider) for name, provider in current.items()}
     chosen: dict[str, str] = {**current, **(parse_choice(sent) if sent else {})}  # type: ignore[dict-item]
-    return ChoiceForm(chosen, before, problems, error, told)
+    return ChoiceForm(chosen, before, problems, error, told, again=told is not None)
 
 
 def _answer(form: ChoiceForm, code: str | None = None) -> Response:

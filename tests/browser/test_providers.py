@@ -143,6 +143,7 @@ def test_a_refused_choice_succeeds_by_the_same_click_after_the_start(
     assert console.get("/api/providers/status").json()["current"]["llm"] != "ollama"
     alert.get_by_role("button", name="Start Ollama").click()
     expect(dialog(page).get_by_role("status")).to_contain_text("Ollama is running. Apply the choice now.")
+    expect(page.locator("#providers-apply")).to_be_focused()
     expect(service(page, "ollama")).to_contain_text("Running")
     page.locator("#providers-apply").click()
     expect(dialog(page).get_by_role("status")).to_contain_text("Applied")
@@ -192,6 +193,45 @@ def test_a_choice_that_needs_a_model_succeeds_after_its_load(open_page: OpenPage
     assert console.status()["active_model"] is None
     service(page, "vision").get_by_role("button", name="Stop Local vision").click()
     expect(service(page, "vision").locator(".word")).to_have_text("Not running")
+
+
+def test_an_error_is_shown_in_the_dialog(open_page: OpenPage, console: Console) -> None:
+    """The strip of the page is covered; dismissed, it is gone."""
+    page = open_page(tolerate=("status of 409",))
+    page.route(
+        "**/providers/check-key",
+        lambda route: route.fulfill(
+            status=409,
+            headers={"Switchyard-Error": "conflict"},
+            body='<div class="strip failed"><p>Not now.</p><button data-clear>Dismiss</button></div>',
+        ),
+    )
+    visit(page, console, "/models")
+    opened(page)
+    dialog(page).get_by_role("button", name="Check the key for OpenAI").click()
+    expect(dialog(page).locator("#providers-notice")).to_contain_text("Not now.")
+    dialog(page).get_by_role("button", name="Dismiss").click()
+    expect(dialog(page).locator("#providers-notice")).to_be_empty()
+    expect(page.locator("#notice")).to_be_empty()
+
+
+def test_a_model_that_does_not_fit_is_explained_above_the_dialog(page: Page, start_console: StartConsole) -> None:
+    """A start of Flux is a switch: its plan opens above the dialog, which is still there afterwards."""
+    console = start_console(
+        flux_api_url=f"http://127.0.0.1:{free_port()}",
+        local_servers_dir=FAKE_SERVERS,
+        memory_budget_gb=4,
+    )
+    visit(page, console, "/docs")
+    opened(page)
+    start = service(page, "flux").get_by_role("button", name="Start Flux")
+    start.click()
+    expect(page.locator("#dialog")).to_contain_text("does not fit")
+    assert page.evaluate(TWICE) == []
+    page.keyboard.press("Escape")
+    expect(page.locator("#dialog")).to_be_hidden()
+    expect(dialog(page)).to_be_visible()
+    expect(start).to_be_focused()
 
 
 def test_a_choice_that_is_not_applied_survives_polls(page: Page, console: Console) -> None:

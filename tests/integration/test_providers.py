@@ -7,7 +7,7 @@ from tests.support.stopwatch import Stopwatch
 
 
 def test_the_status_is_answered_in_time_whatever_hangs(start_console):
-    """Flux, vision and Ollama accept connections and never answer: neither status nor health waits for them."""
+    """Flux, vision and Ollama accept connections and never answer: no answer waits for them, and the pages least."""
     with hanging_url() as flux, hanging_url() as vision, hanging_url() as ollama:
         console = start_console(flux_api_url=flux, local_vision_api_url=vision, ollama_base_url=ollama)
         for path in ("/api/providers/status", "/api/providers/health"):
@@ -18,3 +18,7 @@ def test_the_status_is_answered_in_time_whatever_hangs(start_console):
                 ("ollama", "flux", "vision"), False
             )
             assert all("hangs" in said[name]["error"] for name in ("flux", "vision"))
+        for path in ("/providers", "/fragments/providers"):
+            watch = Stopwatch()
+            assert "What answers" in console.get(path).text
+            assert watch.waited < 1
