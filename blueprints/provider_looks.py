@@ -122,7 +122,7 @@ def service_look(service: LocalService, health: ServiceHealth | None) -> Service
         note=_note(service, running=running),
         can_start=status.can_start and not running,
         can_stop=status.can_stop,
-        can_dismiss=status.state == "failed",
+        can_dismiss=status.state == "failed" or (job is not None and job.state == "failed" and bool(service.missing)),
         can_install=service.can_install,
         starting=state == "starting",
         installing=service.installing,

@@ -195,6 +195,14 @@ class Installer:
             thread.join(4 * STOP_SECONDS)
         return self._current
 
+    def dismiss(self) -> None:
+        """Forget an installation that has ended, because somebody has read how."""
+        with self._lock:
+            if self._current is None or self._current.state == "running":
+                return
+            self._current = None
+        self._on_change()
+
     def close(self) -> None:
         """End the installation under way: what it has made is removed by the next one."""
         self.cancel()

@@ -191,9 +191,12 @@ class LocalServices:
         return self.get(name)
 
     def dismiss(self, name: ServiceName) -> None:
-        """Clear the message about a service's last failure."""
-        supervisor = self._ollama if name == "ollama" else self._servers[name].supervisor
-        supervisor.dismiss()
+        """Clear the message about a service's last failure, and about a failed installation."""
+        if name == "ollama":
+            self._ollama.dismiss()
+            return
+        self._servers[name].supervisor.dismiss()
+        self._installer.dismiss()
 
     def install(self, name: ServiceName) -> Installation:
         """Begin to install the packages that a service lacks; return at once. Raises ServiceError."""

@@ -131,6 +131,8 @@ def test_a_failure_has_pips_own_cause_and_leaves_what_was_there(
     assert "ERROR" in job.log_tail
     assert (before / "mark").exists()
     assert leftovers(tmp_path) == []
+    installer.dismiss()
+    assert installer.current is None
 
 
 def test_an_installation_can_be_cancelled_and_is_found_after_a_crash(
