@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flask import Blueprint, Response, current_app, render_template, url_for
-from htmx_flask import request
+from htmx_flask import make_response, request
 
 from blueprints.live import Live
 from blueprints.pages import live_now, see_other
@@ -37,6 +37,8 @@ LISTED = 30
 BEST_COMPARED = 4
 """Pictures of each run when two are compared."""
 RUN_POLL_SECONDS = 1
+STOP_POLLING = 286
+"""Status on which htmx polls no more."""
 SHEETS = 8
 """Runs whose drawn pieces are kept."""
 YEAR = 365 * 24 * 3600
@@ -125,9 +127,13 @@ def show_refusal(error: ApiError) -> Response:
 
 
 @bp.get("/studio/runs")
-def listed() -> Response:
-    """Redirect browsers that load the form's address by GET."""
-    return see_other(url_for("studio.page"))
+def earlier() -> Response | str:
+    """Show the runs begun before the one that the query names (`before`); without it, redirect to the form."""
+    if "before" not in request.args:
+        return see_other(url_for("studio.page"))
+    run, live = services().studio.get(request.args["before"]).run, live_now()
+    runs = [_row(each, live.now) for each in services().studio.listed(LISTED, (run.created_at, run.id))]
+    return render_template("pages/studio_runs.html", live=live, runs=runs, full=len(runs) == LISTED)
 
 
 @bp.get("/fragments/studio-calls")
@@ -159,8 +165,13 @@ def run(run_id: str) -> str:
 
 @bp.get("/fragments/studio/<run_id>")
 def run_fragment(run_id: str) -> Response:
-    """Return what has changed on a run's page since its last poll."""
-    return news(_run_pieces(services().studio.get(run_id), live_now()))
+    """Return what has changed on a run's page since its last poll. One that was deleted is told once."""
+    try:
+        return news(_run_pieces(services().studio.get(run_id), live_now()))
+    except RunNotFound as error:
+        html = render_template("fragments/told.html", title="Deleted", message=str(error))
+        answer: Response = make_response(html, STOP_POLLING, retarget="#notice", reswap="innerHTML")
+        return answer
 
 
 @bp.post("/studio/runs/<run_id>/cancel")
@@ -251,8 +262,12 @@ def _list_pieces(live: Live) -> Sheet:
         sheet("studio")
         .draw("parts", live.moment, lambda: _parts(live, url_for("studio.fragment"), live.announcement))
         .draw("served", served, lambda: [Piece("studio-served", "fragments/studio_served.html", {"served": served})])
-        .draw("runs", runs, lambda: [Piece("studio-runs", "fragments/studio_runs.html", {"runs": runs})])
+        .draw("runs", runs, lambda: [_list(runs)])
     )
+
+
+def _list(runs: list[dict[str, Any]]) -> Piece:
+    return Piece("studio-runs", "fragments/studio_runs.html", {"runs": runs, "full": len(runs) == LISTED})
 
 
 def _row(listed: Listed, now: float) -> dict[str, Any]:

@@ -160,7 +160,8 @@ def test_a_failed_run_says_why_and_what_was_typed_is_never_lost(open_page: OpenP
     expect(state(page).get_by_role("alert")).to_contain_text("needs")
 
 
-def test_runs_are_listed_continued_compared_and_deleted(page: Page, console: Console) -> None:
+def test_runs_are_listed_continued_compared_and_deleted(page: Page, open_page: OpenPage, console: Console) -> None:
+    """A tab that shows the deleted run says so, once."""
     start(page, console)
     expect(state(page)).to_contain_text("Complete")
     page.get_by_role("link", name=re.compile("Go on from this one, number")).first.click()
@@ -174,9 +175,12 @@ def test_runs_are_listed_continued_compared_and_deleted(page: Page, console: Con
     page.get_by_role("button", name="Compare the two chosen").click()
     expect(page.locator(".studio-compare > section")).to_have_count(2)
     page.get_by_role("link", name="a fox in snow").first.click()
+    other = open_page()
+    other.goto(page.url)
     page.get_by_role("button", name="Delete this run").click()
     page.locator("#delete-run").get_by_role("button", name="Delete").click()
     expect(page.locator(".studio-row")).to_have_count(1)
+    expect(other.locator("#notice")).to_contain_text("was deleted")
 
 
 def test_it_works_without_script(open_page: OpenPage, console: Console) -> None:

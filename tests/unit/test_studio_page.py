@@ -154,7 +154,9 @@ def test_a_poll_gets_what_changed_and_204_when_nothing_did(console, client):
     assert 'id="studio-now" hx-swap-oob="morph"' in news
     assert news.count("<template><li") == 2
     assert "2 pictures are ranked" in re.search(r'data-announce="([^"]*)"', news)[1]
-    assert client.get("/fragments/studio/nobody").status_code == 404
+    gone = client.get("/fragments/studio/nobody")
+    assert gone.status_code == 286, "htmx stops polling"
+    assert "was deleted" in gone.text
 
 
 def test_a_failed_run_shows_the_providers_words_and_a_rate_limit_how_long_it_takes(console, client):
@@ -206,3 +208,16 @@ def test_every_page_links_to_the_studio(client, path):
 def test_forms_of_other_sites_are_refused(client):
     for path in ("/studio/runs", "/studio/runs/x/cancel", "/studio/runs/x/delete"):
         assert client.post(path, data=TYPED, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+
+
+def test_the_list_has_pages(client, monkeypatch):
+    monkeypatch.setattr("blueprints.studio.LISTED", 2)
+    paths = [finish(client, seed=str(number)) for number in range(5)]
+    page = client.get("/studio").text
+    for _ in range(2):
+        onward = re.search(r'href="(/studio/runs\?before=[^"]+)"', page)[1]
+        page = client.get(onward).text
+    assert paths[0] in page
+    assert page.count('class="studio-row"') == 1
+    assert "Earlier runs</a>" not in page
+    assert client.get("/studio/runs").status_code == 303
