@@ -36,12 +36,13 @@ def without_key(text: str, key: str) -> str:
     """Return what another program says, without the key that it was given.
 
     Programs quote a refused key, whole or with asterisks in its middle: whatever shares SHARED characters in a row with
-    the key goes, and every word with asterisks in it.
+    the key goes, every word with asterisks in it, and a shorter key as a word.
     """
-    pieces = {key[at : at + SHARED] for at in range(max(1, len(key) - SHARED + 1))}
+    pieces = {key[at : at + SHARED] for at in range(len(key) - SHARED + 1)}
 
     def clean(word: re.Match[str]) -> str:
-        return HIDDEN if "**" in word[0] or any(piece in word[0] for piece in pieces) else word[0]
+        quoted = word[0] == key or "**" in word[0] or any(piece in word[0] for piece in pieces)
+        return HIDDEN if quoted else word[0]
 
     return re.sub(r"[^\s\"',;()<>]+", clean, text)
 

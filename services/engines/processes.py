@@ -36,6 +36,8 @@ POLL_SECONDS = 0.1
 """Interval at which a process that isn't our child is polled: only a parent is notified of the end."""
 MARK_VARIABLE = "STARTED_BY_SWITCHYARD"
 """Environment variable that holds a unique mark, inherited by all processes that the child starts."""
+FOR_US_ALONE = frozenset({"OPENAI_API_KEY", "SWITCHYARD_OPENAI_API_KEY"})
+"""Environment variables that no child inherits."""
 
 
 OnExit = Callable[[int | None], None]
@@ -254,6 +256,11 @@ class GroupLeader:
         return tail(self.log_path)
 
 
+def _inherited() -> dict[str, str]:
+    """Return our environment without what is for us alone: programs print theirs when they start or crash."""
+    return {name: value for name, value in os.environ.items() if name not in FOR_US_ALONE}
+
+
 class ChildProcess(GroupLeader):
     """A program started by this app.
 
@@ -280,7 +287,7 @@ class ChildProcess(GroupLeader):
         self._talk: socket.socket | None = None
         registry.announce(mark[MARK_VARIABLE])
         try:
-            pid = self._spawn(argv, {**os.environ, **(environment or {}), **mark}, log_path, talk, discard_stdout)
+            pid = self._spawn(argv, {**_inherited(), **(environment or {}), **mark}, log_path, talk, discard_stdout)
         except BaseException:
             registry.retract(mark[MARK_VARIABLE])
             raise

@@ -392,3 +392,16 @@ def _alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_children_do_not_inherit_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many programs print their environment when they crash; what the caller adds is passed on."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-inherited")
+    monkeypatch.setenv("SWITCHYARD_OPENAI_API_KEY", "sk-inherited")
+    monkeypatch.setenv("ANYTHING_ELSE", "kept")
+    run = Run(tmp_path)
+    child = run.start(f"import os; print(sorted(os.environ.values()), flush=True); {SLEEPER}")
+    said = child.log_tail()
+    child.stop(GRACE)
+    assert "sk-inherited" not in said
+    assert "'kept'" in said
