@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import struct
 import threading
 from collections import OrderedDict
 from contextlib import suppress
@@ -17,14 +16,13 @@ from pathlib import Path
 import structlog
 
 from services.native_threads import compute_in_thread, run_in_thread
+from services.providers.adapters.pictures import MAX_PICTURE_BYTES, media_type_of
 from services.providers.ports import Picture
 from services.sizes import format_size
 from services.state_folder import PRIVATE_FOLDER, private_opener
 
 log = structlog.get_logger(__name__)
 
-LARGEST_PICTURE = 32_000_000
-"""Bytes. A PNG of 2048 by 2048 pixels, the largest that is asked for anywhere, has 17 MB at most."""
 PICTURE_ID = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = ".part"
 
@@ -39,13 +37,13 @@ class PicturesUnwritable(Exception):
 
 def media_type(data: bytes) -> str | None:
     """Return the media type of a whole PNG, JPEG or WebP file by its content; None for all else, cut ones included."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png" if data[12:16] == b"IHDR" and b"IEND" in data[-16:] else None
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg" if b"\xff\xd9" in data[-1024:] else None  # some encoders append padding
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "image/webp" if len(data) >= struct.unpack("<I", data[4:8])[0] + 8 else None
-    return None
+    kind = media_type_of(data)
+    whole = {
+        "image/png": data[12:16] == b"IHDR" and b"IEND" in data[-16:],
+        "image/jpeg": b"\xff\xd9" in data[-1024:],  # some encoders append padding
+        "image/webp": len(data) >= int.from_bytes(data[4:8], "little") + 8,
+    }
+    return kind if kind is not None and whole[kind] else None
 
 
 def _digest(data: bytes) -> str:
@@ -69,8 +67,8 @@ class Pictures:
     def keep(self, picture: Picture) -> str:
         """Store a picture; return its id. Raises NotAPicture and PicturesUnwritable."""
         size = len(picture.data)
-        if size > LARGEST_PICTURE:
-            raise NotAPicture(f"The picture has {format_size(size)}; {format_size(LARGEST_PICTURE)} is the limit.")
+        if size > MAX_PICTURE_BYTES:
+            raise NotAPicture(f"The picture has {format_size(size)}; {format_size(MAX_PICTURE_BYTES)} is the limit.")
         if size > self._most_bytes:
             raise NotAPicture(
                 f"The picture has {format_size(size)}, and all pictures together may have "

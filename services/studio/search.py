@@ -38,6 +38,7 @@ LONGEST_WAIT = 600.0
 """Seconds that a run waits for one call in all, when a provider asks it to."""
 FOR_GOOD = frozenset({"provider_unavailable", "out_of_memory"})
 """Error codes after which the next call would fail too."""
+CUT_OFF = ("provider_unavailable", "The call was cut off, although nobody had cancelled the run.")
 NOUNS: Mapping[Phase, str] = {"texts": "writing", "images": "drawing", "scores": "scoring"}
 CAPABILITIES: Mapping[Phase, Capability] = {"texts": "llm", "images": "image", "scores": "vision"}
 
@@ -107,9 +108,10 @@ class Search:
         except (Cancelled, ProviderError) as error:
             if self._cancelled_as is not None:
                 self._live.finish(self._cancelled_as)
-            elif isinstance(error, ProviderError):
+            else:
                 self._note_failure()
-                self._live.finish("failed", error.code, error.message)
+                code, message = (error.code, error.message) if isinstance(error, ProviderError) else CUT_OFF
+                self._live.finish("failed", code, message)
         except PicturesUnwritable as error:
             self._live.finish("failed", "state_unwritable", str(error))
         except Exception as error:
@@ -149,7 +151,7 @@ class Search:
         def work(asked: _List) -> None:
             written[asked.index] = self._ask(iteration, asked)
 
-        self._phase("texts", iteration, lists, work)
+        refusals = self._phase("texts", iteration, lists, work)
         fresh: list[StudioCandidate] = []
         given: list[tuple[_List, int]] = []
         number = len(self._live.view.candidates)
@@ -176,6 +178,8 @@ class Search:
                 )
             given.append((asked, 0 if by_rules else len(wordings)))
         self._note_shortage(iteration, given)
+        for refusal in dict.fromkeys(error.message for error in refusals):
+            self._live.note(f"Iteration {iteration}: a list of candidates is missing. {refusal}")
         self._live.put(*fresh)
         return fresh
 
@@ -292,11 +296,13 @@ class Search:
 
         return checked
 
-    def _phase(self, phase: Phase, iteration: int, items: Sequence[R], work: Callable[[R], None]) -> None:
+    def _phase(
+        self, phase: Phase, iteration: int, items: Sequence[R], work: Callable[[R], None]
+    ) -> list[ProviderError]:
         """Make the provider ready, then do the work for all items.
 
         An item whose call fails is left out, unless the provider has failed for good or all of them fail: that raises
-        the provider's error. Raises Cancelled.
+        the provider's error. Return the errors of those left out. Raises Cancelled.
         """
         provider = self._provider(phase)
         self._live.begin(Activity(phase, iteration, provider.name, provider.model, True, 0, len(items)))
@@ -322,6 +328,7 @@ class Search:
         run_side_by_side(self._scheduler, f"studio-{phase}", works, at_once, self._tokens.cancel)
         if failures and len(failures) == len(items):
             raise failures[min(failures)]
+        return [failures[index] for index in sorted(failures)]
 
     def _call(self, phase: Phase, function: Callable[[CancelToken], R]) -> R:
         """Make one call, which is counted."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from services.providers.adapters.pictures import MAX_PICTURE_BYTES
 from services.providers.ports import Picture
-from services.studio.pictures import LARGEST_PICTURE, NotAPicture, Pictures, PicturesUnwritable, media_type
+from services.studio.pictures import NotAPicture, Pictures, PicturesUnwritable, media_type
 from tests.support.faults import full_disk, small_disk
 from tests.support.studio_providers import png
 
@@ -50,9 +51,9 @@ def test_what_is_no_whole_picture_is_refused(pictures, folder, data):
 
 
 def test_a_picture_beyond_the_limits_is_refused(folder):
-    huge = Picture(png(1)[:-16] + b"\0" * LARGEST_PICTURE + png(1)[-16:], "image/png")
+    huge = Picture(png(1)[:-16] + b"\0" * MAX_PICTURE_BYTES + png(1)[-16:], "image/png")
     with pytest.raises(NotAPicture, match="limit"):
-        Pictures(folder, 2 * LARGEST_PICTURE).keep(huge)
+        Pictures(folder, 2 * MAX_PICTURE_BYTES).keep(huge)
     with pytest.raises(NotAPicture, match="studio_pictures_gb"):
         Pictures(folder, 10).keep(picture())
 

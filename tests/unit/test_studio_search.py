@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.cancellation import Cancelled
 from services.providers.ports import JobProviders, Picture, ProviderError, Score
 from services.store.records import StudioRun
 from services.studio.live_run import LiveRun, RunView
@@ -341,6 +342,25 @@ def test_an_error_that_a_cancel_provokes_counts_as_the_cancel():
 
     job = Job(image={"trouble": cut})
     assert job.finish().run.state == "cancelled"
+
+
+def test_a_call_that_is_cut_off_uncancelled_ends_the_run():
+    """It must never stay under way without a job."""
+
+    def cut(_number, _token):
+        raise Cancelled
+
+    view = Job(image={"trouble": cut}).finish()
+    assert (view.run.state, view.run.error) == ("failed", "provider_unavailable")
+
+
+def test_a_refused_list_is_said_and_the_others_go_on():
+    """The second iteration asks for two lists."""
+    trouble = refusing("provider_refused", "Too rude.", calls=range(1, 2))
+    view = Job(llm={"trouble": trouble}).finish()
+    assert view.run.state == "complete"
+    assert view.run.notes == ("Iteration 2: a list of candidates is missing. Too rude.",)
+    assert len(view.candidates) == 4 + 2
 
 
 def test_a_disk_that_takes_no_picture_ends_the_run():
