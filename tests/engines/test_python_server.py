@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,18 @@ import pytest
 import requests
 
 from services.cancellation import Cancelled, CancelToken
-from services.engines.port import Endpoint, EngineError, Evidence, Exit, Instance, LoadFailed, Model, NotResponding
+from services.engines.port import (
+    Endpoint,
+    EngineError,
+    Evidence,
+    Exit,
+    Instance,
+    LoadFailed,
+    Model,
+    Need,
+    NotResponding,
+    Usage,
+)
 from services.engines.processes import ProcessRegistry
 from services.engines.python_server.about import FLUX, VISION, About
 from services.engines.python_server.engine import Machine, PythonServerEngine
@@ -317,18 +329,40 @@ def test_a_server_that_hangs_is_noticed(flux: PythonServerEngine) -> None:
         os.kill(instance.pid, signal.SIGCONT)
 
 
-def test_memory_on_a_gpu_is_that_of_its_process(make_engine: MakeEngine) -> None:
-    """NVML's figure by the process, and nothing on the GPU if PyTorch runs on the processor."""
-    machine = Machine(lambda: [HOST, GPU], lambda _device, _pid: 7_000_000_000, lambda _device: [])
-    engine = make_engine(machine=machine)
-    need = engine.estimate(engine.describe(model(FLUX)))
-    assert (need.device, need.bytes) == ("GPU-1", 4_000_000_000), "what fits: most of it stays in RAM"
+@pytest.mark.parametrize(("by_driver", "on_gpu"), [(7_000_000_000, 7_000_000_000), (None, 6_000_000_000)])
+def test_memory_on_a_gpu_is_the_drivers_figure_or_else_the_servers(
+    make_engine: MakeEngine, by_driver: int | None, on_gpu: int
+) -> None:
+    """The server may use that GPU only."""
+    engine = make_engine(polled=False, machine=Machine(lambda: [HOST, GPU], lambda *_: by_driver, lambda _: []))
     instance = load(engine)
-    usage = instance.usage()
+    engine.program.report = replace(engine.program.report, device="cuda:0", memory_bytes=6_000_000_000)
+    assert instance.usage() == Usage("GPU-1", on_gpu)
+    assert instance.warning() is None
+    assert psutil.Process(instance.pid).environ()["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+
+
+def test_a_server_that_does_not_use_the_gpu_holds_ram(make_engine: MakeEngine) -> None:
+    """Packages for the processor alone: nothing is on the GPU that the plan had in mind, and the page says so."""
+    engine = make_engine(machine=Machine(lambda: [HOST, GPU], lambda *_: 7_000_000_000, lambda _: []))
+    usage = load(engine).usage()
     assert usage is not None
-    assert (usage.device, usage.bytes) == ("GPU-1", 0), "the fake says that it runs on the processor"
+    assert (usage.device, usage.bytes) == ("GPU-1", 0)
     assert usage.spilled_bytes > 1_000_000
-    assert "processor" in (instance.warning() or "")
+    assert engine._current is not None
+    assert "processor" in (engine._current.warning() or "")
+
+
+@pytest.mark.parametrize(
+    ("total", "needed"), [(80 * 10**9, 37 * 10**9), (32 * 10**9, 27 * 10**9), (24 * 10**9, 4 * 10**9)]
+)
+def test_what_flux_needs_follows_the_size_of_the_gpu(make_engine: MakeEngine, total: int, needed: int) -> None:
+    """What its server leaves there when it keeps the rest in RAM; a listed entry's own figure replaces that."""
+    gpu = replace(GPU, total_bytes=total)
+    engine = make_engine(polled=False, machine=Machine(lambda: [HOST, gpu], lambda *_: None, lambda _: []))
+    entry = engine.describe(model(FLUX))
+    assert engine.estimate(entry) == Need("GPU-1", needed, "estimated")
+    assert engine.estimate(replace(entry, required_bytes=1)).bytes == 0
 
 
 def test_without_its_packages_it_is_not_offered_and_they_are_named(tmp_path: Path, port: int) -> None:

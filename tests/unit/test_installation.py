@@ -179,6 +179,17 @@ def test_without_the_list_of_packages_nothing_is_installed(make_app: Callable[..
     assert "local_servers_dir" in answer.get_json()["message"]
 
 
+@pytest.mark.parametrize("action", ["start", "stop", "install"])
+def test_a_service_on_another_machine_is_left_to_it(make_app: Callable[..., Flask], action: str) -> None:
+    """`.invalid` never resolves, so no request reaches another server."""
+    client = make_app(flux_api_url="http://flux.invalid:8001").test_client()
+    answer = client.post(f"/api/providers/services/{action}", json={"service": "flux"})
+    assert (answer.status_code, answer.get_json()["error"]) == (409, "remote_service")
+    flux = client.get("/api/providers/services/status").get_json()["services"]["flux"]
+    assert (flux["local"], flux["can_start"], flux["can_install"], flux["missing"]) == (False, False, False, [])
+    assert "flux-schnell" not in client.get("/v1/models/status").get_json()["models"]
+
+
 def test_ollama_is_not_installed_this_way(make_app: Callable[..., Flask]) -> None:
     answer = make_app().test_client().post("/api/providers/services/install", json={"service": "ollama"})
     assert (answer.status_code, answer.get_json()["error"]) == (422, "not_installable")
