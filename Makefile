@@ -29,7 +29,7 @@ test-vllm: $(DEV_READY) docker ## the vLLM tests with a real vLLM: its CPU build
 
 test-local-services: $(DEV_READY) ## the image and vision servers with tiny models, on torch's CPU build in .venv-local-services (1.3 GB)
 	@PYTHON="$(PYTHON)" tools/ensure_local_services.sh
-	@$(CACHING) -m pytest tests/local_services $(ARGS)
+	@$(CACHING) -m pytest tests/local_services -n 2 --dist loadscope $(ARGS)
 
 simulate: $(DEV_READY) ## random operations on the in-memory heart (switcher, router, relay): STEPS=1000000 SEED=1
 	@$(CACHING) -m tests.heart.simulate $(or $(STEPS),100000) $(or $(SEED),1)

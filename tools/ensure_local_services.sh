@@ -16,7 +16,7 @@ rm -rf "$stamp" "$venv/models"
 test -d "$venv" || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 # "+cpu" is never the build for CUDA, which takes several GB. PyTorch's index has it; pip may also know a file of it.
-pip install --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
+pip install --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
 pip install --requirement "$requirements"
 TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 "$venv/bin/python" tests/local_services/tiny_models.py "$venv/models"
 echo "$wanted" >"$stamp"

@@ -20,6 +20,7 @@ from typing import Any, cast
 from image_api import MAX_BODY_BYTES, ImageRequest, image_routes
 from memory import (
     BYTES_PER_PARAMETER,
+    WORKING_BYTES,
     Offload,
     Placement,
     attempted_bytes,
@@ -107,15 +108,16 @@ class Flux:
             raise RequestError(
                 500, "bad_image", "The model's result is not a number in places, so there is no picture."
             )
-        rows = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        rows = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         file = io.BytesIO()
         Image.fromarray(rows).save(file, "PNG")
         return file.getvalue()
 
     def _pixels(self, request: ImageRequest, job: Job) -> Any:
-        """Return the picture as a tensor of colour, row and column. Raises OutOfMemoryError and Cancelled.
+        """Return the picture as a tensor of colour, row and column, in RAM. Raises OutOfMemoryError and Cancelled.
 
-        The error's figures are what the attempt found free, and what it had taken and asked for when it failed.
+        The error's figures: what the attempt found free, and what it had taken and asked for when it failed, or what
+        is estimated if that is more.
         """
         import torch
 
@@ -127,7 +129,7 @@ class Flux:
             return tensors
 
         try:
-            return pipeline(
+            made = pipeline(
                 request.prompt,
                 width=request.width,
                 height=request.height,
@@ -137,10 +139,12 @@ class Flux:
                 max_sequence_length=self._variant.tokens,
                 callback_on_step_end=after_step,
                 output_type="pt",
-            ).images[0]
+            )
+            return made.images[0].cpu()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            log.warning("Out of memory: %s", error)
             left, attempted = free_bytes(placement.device), attempted_bytes(error)
         finally:
             # What was interrupted left a component on the GPU, where the next picture would find no room.
@@ -150,7 +154,8 @@ class Flux:
         if placement.device != "cpu":
             torch.cuda.empty_cache()
         free = free_bytes(placement.device)
-        needed = None if free is None or left is None else max(free - left, 0) + attempted
+        taken = max(free - left, 0) if free is not None and left is not None else 0
+        needed = max(taken + attempted, WORKING_BYTES * (request.width * request.height // 1024**2))
         raise OutOfMemoryError(placement.device, free, needed)
 
     def _assemble(self, folder: Path, sizes: Mapping[str, int], placement: Placement, report: Report) -> Any:
