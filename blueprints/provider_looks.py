@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,10 +21,10 @@ NAMES: Mapping[Capability, Mapping[str, str]] = {
         "ollama": "Ollama",
         "vllm": "vLLM",
         "llamacpp": "Embedded engine",
-        "local": "The active model",
+        "local": "Active model",
     },
-    "image": {"openai": "OpenAI", "flux": "Flux, on this machine"},
-    "vision": {"openai": "OpenAI", "local": "CLIP, on this machine"},
+    "image": {"openai": "OpenAI", "flux": "Flux (local)"},
+    "vision": {"openai": "OpenAI", "local": "CLIP (local)"},
 }
 """The providers of each capability, in words."""
 
@@ -43,6 +44,7 @@ _MARKS = {
     "failed": "failed",
     "unreachable": "failed",
 }
+_VERSION = re.compile(r"[^\w.-].*")
 _LATENCIES = ((10, "under 10 ms"), (50, "under 50 ms"), (200, "under 0.2 s"), (1000, "under 1 s"))
 
 
@@ -137,7 +139,9 @@ def _note(service: LocalService, *, running: bool) -> str | None:
     if running and not service.status.ours:
         return "Another program started it, so it is stopped there."
     if service.missing and not running and not service.installing:
-        return f"It needs Python packages: {join_names(service.missing)}."
+        return f"It needs Python packages: {join_names([_VERSION.sub('', package) for package in service.missing])}."
+    if service.status.state == "stopped" and service.status.binary is None and not service.missing:
+        return "“Setting up” below says how to install it."
     return None
 
 

@@ -81,7 +81,7 @@ def test_a_start_shows_its_progress():
 def test_missing_packages_are_named_and_can_be_installed():
     """While they are being installed: the progress instead."""
     status = ServiceStatus("stopped", True, 1)
-    look = service_look(local(status, "flux", missing=("torch", "diffusers")), DOWN)
+    look = service_look(local(status, "flux", missing=("torch==2.13.0", "diffusers[x]>=1")), DOWN)
     assert (look.word, look.can_install, look.can_start) == ("Not installed", True, False)
     assert "torch and diffusers" in look.note
     job = Installation("running", "Downloading torch", percent=30)

@@ -118,7 +118,7 @@ def test_without_htmx_a_choice_ends_on_the_page(make_client):
     assert (answer.status_code, answer.headers["Location"]) == (303, "/providers?applied=yes")
     page = client.get(answer.headers["Location"], headers=PEOPLE)
     assert "Applied" in page.text
-    assert "(by default OpenAI)" in page.text
+    assert "(default: OpenAI)" in page.text
     assert client.get("/providers/start").headers["Location"] == "/providers"
 
 
