@@ -254,6 +254,20 @@ def test_a_load_under_way_since_an_earlier_run_can_be_joined(make_engine: MakeEn
     assert load(make_engine()).pid == pid
 
 
+def test_a_server_of_an_earlier_run_that_never_answers_is_stopped_with_its_load(make_engine: MakeEngine) -> None:
+    """Its memory was still taken after the load had failed, and nothing would have freed it."""
+    first = make_engine(polled=False)
+    first.launch(first.describe(model(FLUX, FAKE_FLUX_FAULT="hang-health")), lambda _: None)
+    wait_until(lambda: first.supervisor.process is not None, "the server")
+    first.close()
+    second = make_engine(polled=False)
+    instance = second.launch(second.describe(model(FLUX)), lambda _: None)
+    with pytest.raises(LoadFailed, match="did not answer"):
+        instance.wait_ready(lambda _: None, 0.1)
+    instance.stop(GRACE)
+    assert second.supervisor.process is None
+
+
 @pytest.fixture
 def by_hand(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """The server as somebody starts it in a terminal, ready."""

@@ -212,7 +212,8 @@ class ServerInstance(NoSleepMixin):
                     report(evidence)
                     seen = evidence
             except ServiceError as error:
-                self._end()
+                if self._context.supervisor.process is None:  # else `stop` has to end it: an earlier run started it
+                    self._end()
                 if self._stopping:
                     raise LoadFailed("It was stopped while loading.", error.log_tail) from None
                 raise LoadFailed(self._with_advice(error.message), error.log_tail) from None
