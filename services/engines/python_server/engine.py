@@ -33,7 +33,7 @@ from services.engines.python_server.packages import Packages
 from services.engines.python_server.program import Order, PythonServer
 from services.engines.python_server.weights import Weights
 from services.engines.server_address import Address
-from services.engines.supervisor import Health, ServiceError, Supervisor
+from services.engines.supervisor import ServiceError, Supervisor
 from services.memory.ledger import Reading
 from services.periodic import Periodic
 
@@ -101,7 +101,7 @@ class PythonServerEngine:
         self.supervisor = Supervisor(
             self.program, address, registry, on_change=self._changed, start_timeout=start_timeout
         )
-        self.program.on_health = self._note
+        self.program.on_health = self.supervisor.note
         self._context = InstanceContext(
             about, self.program, self.supervisor, address.url, machine.gpu_bytes, self._free, machine.beside
         )
@@ -191,14 +191,14 @@ class PythonServerEngine:
 
     def loaded(self, models: Sequence[Model], /) -> Collection[Model]:
         """Return the model that the server holds, or is loading since an earlier run."""
-        if not self.local or (self._current is not None and not self._current.ended):
-            current = self._current
-            return [m for m in models if current is not None and m.id == current.model.id]
-        status = self.supervisor.status()
-        if status.state not in ("running", "starting") and not (status.ours and status.state == "unreachable"):
+        current, status = self._current, self.supervisor.status()
+        if current is not None and not current.ended:
+            held = current.model.id
+        elif status.state in ("running", "starting") or (status.ours and status.state == "unreachable"):
+            held = self._held()
+        else:
             return ()
-        held = self._held()
-        return [model for model in models if model.id == held]
+        return [model for model in models if self.local and model.id == held]
 
     def adopt(self, model: Model, on_exit: OnExit, /) -> ServerInstance | None:
         with self._lock:
@@ -229,9 +229,6 @@ class PythonServerEngine:
     def close(self) -> None:
         self._watch.stop(STOP_SECONDS)
         self.supervisor.close()
-
-    def _note(self, health: Health) -> None:
-        self.supervisor.note(health)
 
     def _changed(self) -> None:
         current = self._current
