@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ from services.engines.openai.account import Account
 from services.engines.openai.engine import OpenAI
 from services.engines.port import Engine, GpuBytes
 from services.engines.processes import ProcessRegistry
-from services.engines.python_server.about import FLUX, VISION, About
+from services.engines.python_server.about import FLUX, VISION, VISION_MODEL, About
 from services.engines.python_server.engine import Machine, PythonServerEngine
 from services.engines.python_server.packages import Packages
 from services.engines.vllm.engine import Vllm
@@ -48,10 +49,8 @@ from services.native_threads import run_in_thread
 from services.periodic import Periodic
 from services.pins import Pins
 from services.preferences import PreferenceStore
-from services.providers.adapters.upstream import Gateway
 from services.providers.availability import SERVICES, Availability
 from services.providers.docker_service import DockerService
-from services.providers.factory import VISION_MODEL, ProviderFactory
 from services.providers.health import HealthChecks
 from services.providers.installation import Installer
 from services.providers.local_services import LocalServices
@@ -104,6 +103,7 @@ PRUNE_SECONDS = 60.0
 
 if TYPE_CHECKING:
     from services.engines.containers.docker_runtime import DockerRuntime
+    from services.providers.factory import ProviderFactory
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,14 @@ def build_services(settings: Settings) -> Services:
         notes=notes if settings.remember_providers else None,
         on_change=board.touch,
     )
-    gateway = Gateway(board, catalog, switcher, router, relay)
-    factory = ProviderFactory(settings, account, gateway)
+
+    @cache
+    def factory() -> ProviderFactory:
+        from services.providers.adapters.upstream import Gateway  # on demand: the adapters take half a megabyte
+        from services.providers.factory import ProviderFactory
+
+        return ProviderFactory(settings, account, Gateway(board, catalog, switcher, router, relay))
+
     return Services(
         settings=settings,
         preferences=preferences,
@@ -287,7 +293,7 @@ def build_services(settings: Settings) -> Services:
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),
-        studio=_studio(settings, store, writes, lambda: factory.for_job(selection.check(_loads_by_switch(catalog)))),
+        studio=_studio(settings, store, writes, lambda: factory().for_job(selection.check(_loads_by_switch(catalog)))),
         downloads=downloads,
         library=Library(catalog, switcher, updates, settings.recommended, settings.longest_switch_seconds),
         updates=updates,

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from flask import Flask
 from pydantic import BaseModel, Field
-from pydantic.json_schema import models_json_schema
 from werkzeug.routing import Rule
 
 View = TypeVar("View", bound=Callable[..., Any])
@@ -81,6 +80,8 @@ def documented(
 
 def openapi(app: Flask, version: str) -> Schema:
     """Return the OpenAPI 3.1 document of all documented routes."""
+    from pydantic.json_schema import models_json_schema  # on demand: half a megabyte
+
     paths: dict[str, Schema] = {}
     models: set[type[BaseModel]] = {OpenAIErrorAnswer, ErrorAnswer}
     for rule, method, summary, doc in _operations(app):

@@ -8,7 +8,7 @@ from typing import TypeVar
 from services.config import Settings
 from services.engines.openai.account import Account
 from services.engines.port import Model
-from services.engines.python_server.about import FLUX, VISION, About
+from services.engines.python_server.about import FLUX, VISION, VISION_MODEL, About
 from services.engines.server_address import Address
 from services.providers.adapters.local import FluxImage, LocalText, LocalVision
 from services.providers.adapters.openai import OpenAIImage, OpenAIText, OpenAIVision
@@ -26,7 +26,6 @@ from services.switching.events import Snapshot
 
 P = TypeVar("P")
 
-VISION_MODEL = "clip-aesthetic"
 TITLES = {"ollama": "Ollama", "vllm": "vLLM", "llamacpp": "The embedded engine", "local": "This machine"}
 
 

@@ -9,7 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -22,7 +22,9 @@ from services.studio.live_run import LiveRun, RunEvent, RunView, replayed
 from services.studio.pictures import Pictures
 from services.studio.ranking import with_ranks
 from services.studio.request import LARGEST_SEED, InvalidRequest, Origin, RunRequest, Wording, check_shape, clean_prompt
-from services.studio.search import Search, told
+
+if TYPE_CHECKING:
+    from services.studio.search import Search
 
 log = structlog.get_logger(__name__)
 
@@ -261,6 +263,8 @@ class Studio:
         candidate = self.get(run_id).candidate(number)
         if candidate is None:
             raise InvalidRequest("continue_from", f"That run has no candidate {number}.")
+        from services.studio.search import told  # on demand: few start a run
+
         said = told(candidate) if candidate.state == "scored" else ""
         return Origin(run_id, number, Wording(candidate.what, candidate.how), said)
 
@@ -288,6 +292,8 @@ class Studio:
             origin_run=request.origin.run if request.origin else None,
             origin_number=request.origin.number if request.origin else None,
         )
+        from services.studio.search import Search  # on demand: few start a run
+
         running = _Running(run, self._repository, self._writes, self._scheduler)
         search = Search(running.live, request, providers, self.pictures, self._scheduler, self._at_once)
         running.search = search

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.gpu import fake_driver
+
 FAKES = Path(__file__).resolve().parents[1] / "fakes"
 NOBODY = 65_534
 """User and group ids of `nobody`, who owns no file."""
@@ -184,7 +186,7 @@ class Faults:
         self.disk = folder / "disk"
         self.state = self.disk / "state"
         self.environment = {
-            "PYTHONPATH": os.pathsep.join(str(FAKES / name) for name in ("standing", "gpu")),
+            **fake_driver(FAKES / "standing"),
             "STANDING_FAULTS": str(folder),
             "FAKE_GPU_HANG": str(self._driver),
             "DOCKER_HOST": f"unix://{self._docker}",

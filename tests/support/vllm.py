@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from tests.fakes.gpu.pynvml import TOTAL_BYTES
-from tests.support.console import ROOT
 from tests.support.docker import FAKE_VLLM_IMAGE, DockerEngine
+from tests.support.gpu import fake_driver
 from tests.support.hub import TINY_MODEL, fill_cache
 
 GPU_NAME = f"of_run_{os.getpid()}"
@@ -36,7 +36,7 @@ def on_gpu(docker: DockerEngine, folder: Path, *models: str) -> dict[str, object
         "hub_cache_dir": folder / "hub",
         "vllm_cache_dir": folder / "compiled",
         "environment": {
-            "PYTHONPATH": str(ROOT / "tests" / "fakes" / "gpu"),
+            **fake_driver(),
             "FAKE_GPU": GPU_NAME,
             "HF_HUB_OFFLINE": "1",
         },

@@ -79,6 +79,7 @@ FLUX = About(
         FLUX_SCHNELL: Sizes(int(33.7 * GB), 37 * GB, 37 * GB, (27 * GB, 4 * GB)),
     },
 )
+VISION_MODEL = "clip-aesthetic"
 VISION = About(
     name="vision",
     title="Vision",
