@@ -16,6 +16,7 @@ from tests.support.health_servers import json_server
 HTMX = {"HX-Request": "true"}
 PEOPLE = {"Accept": "text/html"}
 OPENAI = {"was_llm": "openai", "was_image": "openai", "was_vision": "openai"}
+PAGES = ("/", "/models", "/docs", "/studio", "/preferences")
 SAME = {"llm": "openai", "image": "openai", "vision": "openai"}
 
 
@@ -35,7 +36,7 @@ def chosen(html):
     return dict(re.findall(r'<select id="providers-(\w+)".*?<option value="(\w+)" selected>', html, re.DOTALL))
 
 
-@pytest.mark.parametrize("path", ["/", "/models", "/docs", "/no-such-page", "/providers", "/models/plan?target=x"])
+@pytest.mark.parametrize("path", [*PAGES, "/no-such-page", "/providers", "/models/plan?target=x"])
 def test_every_page_has_the_button(make_client, path):
     """Error and documentation pages too; without script it leads to the page."""
     html = make_client().get(path, headers=PEOPLE).text
@@ -65,7 +66,17 @@ def test_the_button_turns_orange_with_what_is_local(make_client):
     assert "Partly local" in html
 
 
-@pytest.mark.parametrize("page", ["/models", "/", "/docs"])
+@pytest.mark.parametrize(("page", "fragment"), [("/", "/fragments/chat-status"), ("/models", "/fragments/models")])
+def test_pages_that_poll_are_told_of_a_switch(make_client, page, fragment):
+    """A script's, or another tab's: the button says what is in use."""
+    client = make_client()
+    html = client.get(page, headers=PEOPLE).text
+    marks = dict(re.findall(r'class="shown" id="\w+" name="(\w+)" value="([^"]*)"', html))
+    client.post("/api/providers/switch", json={"llm": "llamacpp"})
+    assert "Partly local" in client.get(fragment, query_string=marks, headers=HTMX).text
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_dialog_shares_no_id_with_the_page_below_it(make_client, page):
     """The same lists of downloads and models are on the Models page."""
     client = make_client()
