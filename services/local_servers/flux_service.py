@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from errors import OutOfMemoryError, RequestError
 from image_api import MAX_BODY_BYTES, ImageRequest, image_routes
 from memory import (
     BYTES_PER_PARAMETER,
@@ -30,8 +31,10 @@ from memory import (
     is_out_of_memory,
     place,
 )
-from serving import Job, OutOfMemoryError, Progress, RequestError, arguments, leave, serve
+from program import arguments, leave, serve
+from serving import Progress
 from weights import LoadError, Report, fetch, parameters, quiet, require_packages
+from work import Job
 
 MODELS = {"flux-schnell": "black-forest-labs/FLUX.1-schnell"}
 """Short names of models."""

@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from serving import Exchange, Job, integer, invalid, text
+from checks import integer, text
+from errors import invalid
+from serving import Exchange
+from work import Job
 
 MAX_BODY_BYTES = 64_000
 PROMPT_CHARACTERS = 4_000

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from serving import OutOfMemoryError, resident_bytes
+from errors import OutOfMemoryError
 
 Offload = Literal["none", "model", "sequential"]
 BYTES_PER_PARAMETER = 2
@@ -103,6 +104,15 @@ def held_bytes(device: str | None) -> int | None:
     import torch
 
     return int(torch.cuda.memory_reserved(0))
+
+
+def resident_bytes() -> int | None:
+    """Return the process's resident memory in bytes; None where /proc is missing."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
 
 
 def free_ram() -> int | None:

@@ -1,39 +1,35 @@
-"""What the two servers have in common: HTTP, the queue of work, health, and the life of the process.
+"""HTTP, as both servers speak it: requests and answers in JSON, events, health, and what is refused.
 
 Only the standard library is needed here, so that a server answers `/health` before the heavy packages are imported,
 and can say which of them is missing.
 
-One thread does the work, one job at a time; a thread per connection reads the request, waits for the job, and cancels
-it when the client disconnects. Every connection, body, queue and wait is bounded.
+A thread per connection reads the request, waits for its job, and cancels that when the client disconnects. Every
+connection, body and wait is bounded.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import ipaddress
 import json
 import logging
-import math
-import os
 import select
-import signal
 import socket
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from queue import Empty, SimpleQueue
+from queue import Empty
 from socketserver import TCPServer
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-WAITING_LIMIT = 8
-"""Jobs that may wait for the one that runs."""
+from errors import Cancelled, RequestError
+from work import Job, Step, WorkQueue
+
 CONNECTION_LIMIT = 64
 READ_SECONDS = 10.0
 """Time in which a whole request must have arrived."""
@@ -43,43 +39,8 @@ POLL_SECONDS = 0.05
 KEEP_ALIVE_SECONDS = 15.0
 LINGER_SECONDS = 2.0
 """Time given to a client to take a refusal before it has sent its whole body."""
-FAILED_SECONDS = 2.0
-"""How long /health tells why a load failed before the process exits."""
-SIGNAL_SECONDS = 0.2
-"""Longest time until a signal is noticed."""
-STOP_SECONDS = 1.0
-"""Time given to the running job after SIGTERM."""
 
 log = logging.getLogger("local-servers")
-
-
-class RequestError(Exception):
-    """A request that is answered with an error. `figures` are added to the error object."""
-
-    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None, **figures: object) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.retry_after = retry_after
-        self.figures = figures
-
-    def body(self) -> dict[str, object]:
-        return {"error": {"code": self.code, "message": self.message, **self.figures}}
-
-
-class OutOfMemoryError(RequestError):
-    """The work needs more memory than is free. Both figures are bytes; None if unknown."""
-
-    def __init__(self, device: str, free_bytes: int | None, needed_bytes: int | None) -> None:
-        said = [f"{_gigabytes(free_bytes)} were free"] if free_bytes is not None else []
-        said += [f"about {_gigabytes(needed_bytes)} are needed"] if needed_bytes is not None else []
-        message = f"Out of memory on {device}" + (f": {', '.join(said)}." if said else ".")
-        super().__init__(507, "out_of_memory", message, free_bytes=free_bytes, needed_bytes=needed_bytes)
-
-
-class Cancelled(Exception):
-    """The work is no longer wanted. The text says why."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +50,6 @@ class Progress:
     stage: Literal["downloading", "loading"]
     completed_bytes: int | None = None
     total_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a job is done."""
-
-    step: int
-    steps: int
 
 
 class Service(Protocol):
@@ -114,109 +67,6 @@ class Service(Protocol):
 
     def health(self) -> Mapping[str, object]:
         """Return at once what /health adds: `device`, `memory_bytes`, `needed_bytes`, and more."""
-
-
-class Job:
-    """A piece of work. Its events are steps, and at the end its result or exception."""
-
-    def __init__(self, label: str, work: Callable[[Job], Any]) -> None:
-        self.label = label
-        self.events: SimpleQueue[Step | tuple[Any, Exception | None]] = SimpleQueue()
-        self._work = work
-        self._cancelled: str | None = None
-
-    def step(self, done: int, total: int) -> None:
-        """Report that a step is done. Raises Cancelled if the work is no longer wanted."""
-        self.check()
-        self.events.put(Step(done, total))
-
-    def check(self) -> None:
-        """Raise Cancelled if the work is no longer wanted."""
-        if self._cancelled is not None:
-            raise Cancelled(self._cancelled)
-
-    def cancel(self, reason: str) -> None:
-        self._cancelled = self._cancelled or reason
-
-    def run(self) -> None:
-        started = time.monotonic()
-        log.info("%s started", self.label)
-        result, error = None, None
-        try:
-            self.check()
-            result = self._work(self)
-        except Exception as raised:
-            error = raised
-        took = time.monotonic() - started
-        if isinstance(error, Cancelled):
-            log.info("%s cancelled after %.2f s: %s", self.label, took, error)
-        elif isinstance(error, RequestError):
-            log.warning("%s failed after %.2f s: %s", self.label, took, error)
-        elif error is not None:
-            log.error("%s failed after %.2f s", self.label, took, exc_info=error)
-        else:
-            log.info("%s finished in %.2f s", self.label, took)
-        self.events.put((result, error))
-
-
-class WorkQueue:
-    """Runs jobs one at a time, in the order in which they came."""
-
-    def __init__(self, limit: int = WAITING_LIMIT) -> None:
-        self.limit = limit
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
-        self._changed = threading.Condition()
-        self._last_seconds = 1.0
-        self._closed: str | None = None
-        threading.Thread(target=self._run, name="work", daemon=True).start()
-
-    def figures(self) -> dict[str, int]:
-        with self._changed:
-            return {"running": int(self._running is not None), "waiting": len(self._waiting), "limit": self.limit}
-
-    def submit(self, job: Job) -> None:
-        """Put the job last. Raises RequestError if too many wait already or the server is stopping."""
-        with self._changed:
-            if self._closed:
-                raise RequestError(503, "stopping", "The server is stopping.")
-            if len(self._waiting) >= self.limit:
-                wait = max(1, math.ceil(self._last_seconds))
-                raise RequestError(429, "queue_full", f"{self.limit} requests are waiting already.", retry_after=wait)
-            self._waiting.append(job)
-            self._changed.notify_all()
-
-    def cancel(self, job: Job, reason: str) -> None:
-        """Remove a waiting job; a running one ends at its next step."""
-        job.cancel(reason)
-        with self._changed, suppress(ValueError):
-            self._waiting.remove(job)
-            log.info("%s cancelled while it waited: %s", job.label, reason)
-
-    def close(self, timeout: float) -> None:
-        """Take no more jobs, cancel all there are, and wait at most `timeout` seconds for the running one."""
-        with self._changed:
-            self._closed = "the server is stopping"
-            waiting, running = list(self._waiting), self._running
-        for job in waiting:
-            self.cancel(job, self._closed)
-            job.events.put((None, RequestError(503, "stopping", "The server is stopping.")))
-        if running is not None:
-            running.cancel(self._closed)
-        with self._changed:
-            self._changed.wait_for(lambda: self._running is None, timeout)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
-                self._running = job = self._waiting.popleft()
-            started = time.monotonic()
-            job.run()
-            with self._changed:
-                self._running = None
-                self._last_seconds = time.monotonic() - started
-                self._changed.notify_all()
 
 
 class Server(ThreadingHTTPServer):
@@ -285,7 +135,7 @@ class Server(ThreadingHTTPServer):
 
         try:
             self.service.load(report)
-        except Exception as error:
+        except BaseException as error:  # also SystemExit of a library: the load is over either way
             self.error = str(error) or type(error).__name__
             self.state, self.progress = "failed", None
             log.exception("Loading %s failed", self.service.model)
@@ -295,11 +145,12 @@ class Server(ThreadingHTTPServer):
         return True
 
     def health(self) -> dict[str, object]:
+        progress = self.progress  # read once: the load ends in another thread
         return {
             "status": self.state,
             "model": self.service.model,
             "device": None,
-            "progress": asdict(self.progress) if self.progress else None,
+            "progress": asdict(progress) if progress else None,
             "memory_bytes": None,
             "needed_bytes": None,
             "queue": self.queue.figures(),
@@ -529,88 +380,6 @@ class Exchange:
             return
 
 
-def serve(
-    service: Service, host: str, port: int, stop_signals: Collection[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
-) -> int:
-    """Listen at once, load in the background, and serve until a signal or a failed load; return the exit code.
-
-    Call `leave` with it. `host` must be a loopback address.
-    """
-    ending: SimpleQueue[int] = SimpleQueue()
-    for number in stop_signals:
-        signal.signal(number, lambda *_: ending.put(0))
-    try:
-        server = Server(service, host, port)
-    except OSError as error:
-        log.error("Can't listen on %s port %d: %s", host, port, error.strerror or error)
-        return 1
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    log.info("Listening at http://%s:%d", f"[{host}]" if ":" in host else host, server.server_port)
-
-    def load() -> None:
-        if not server.load():
-            time.sleep(FAILED_SECONDS)
-            ending.put(1)
-
-    threading.Thread(target=load, name="load", daemon=True).start()
-    code = None
-    while code is None:  # a signal that the kernel gives to another thread doesn't end the wait of this one
-        with suppress(Empty):
-            code = ending.get(timeout=SIGNAL_SECONDS)
-    server.stop(STOP_SECONDS)
-    log.info("Ending with code %d", code)
-    return code
-
-
-def leave(code: int) -> None:
-    """End the process at once, whatever its threads do: native code that computes can't be interrupted."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code)
-
-
-def arguments(description: str, port: int, model: str) -> argparse.ArgumentParser:
-    """Return the parser of the arguments that both servers take, and set up logging to stderr."""
-    # The libraries' warnings only: on INFO, the client of the hub logs signed addresses.
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(logging.INFO)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--host", default="127.0.0.1", type=_loopback_host, help="a loopback address (127.0.0.1)")
-    parser.add_argument("--port", default=port, type=int, help=f"the port to listen on ({port})")
-    parser.add_argument("--model", default=model, help=f"a name on the Hugging Face hub, or a folder ({model})")
-    return parser
-
-
-def text(body: Mapping[str, Any], name: str, limit: int) -> str:
-    """Return a text of the body, which must be there, not blank, and at most `limit` characters long."""
-    value = body.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise invalid(f"{name} must be a text that is not empty.")
-    if len(value) > limit:
-        raise invalid(f"{name} may have {limit} characters; this one has {len(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise invalid(f"{name} contains half of a surrogate pair.") from error
-    return value
-
-
-def integer(body: Mapping[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
-    """Return an integer of the body from `low` to `high`, or the default if it is missing or null."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or not low <= value <= high:
-        raise invalid(f"{name} must be a whole number from {low} to {high}.")
-    return value
-
-
-def invalid(message: str) -> RequestError:
-    return RequestError(422, "invalid_request", message)
-
-
 def is_loopback(host: str) -> bool:
     """Return whether the value of a Host header, with or without a port, names this machine's loopback."""
     if "/" in host or "@" in host:
@@ -638,15 +407,6 @@ def has_disconnected(link: socket.socket) -> bool:
         return True
 
 
-def resident_bytes() -> int | None:
-    """Return the process's resident memory in bytes; None where /proc is missing."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
 def _as_request_error(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
@@ -662,15 +422,3 @@ def _json(value: Mapping[str, object]) -> bytes:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _loopback_host(host: str) -> str:
-    if not is_loopback(f"[{host}]" if ":" in host else host):
-        raise argparse.ArgumentTypeError(
-            "must be a loopback address: there are no keys here that would keep others out"
-        )
-    return host
-
-
-def _gigabytes(value: int | None) -> str:
-    return f"{cast(int, value) / 1e9:.1f} GB"

@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serving import Exchange, Job, RequestError, invalid, text
+from checks import text
+from errors import RequestError, invalid
+from serving import Exchange
+from work import Job
 
 MAX_IMAGE_BYTES = 20_000_000
 MAX_BODY_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 64_000

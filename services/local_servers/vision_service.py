@@ -16,19 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from errors import OutOfMemoryError, RequestError, invalid
 from memory import attempted_bytes, free_bytes, free_ram, held_bytes, is_out_of_memory
-from serving import (
-    Job,
-    OutOfMemoryError,
-    Progress,
-    RequestError,
-    arguments,
-    invalid,
-    leave,
-    serve,
-)
+from program import arguments, leave, serve
+from serving import Progress
 from vision_api import MAX_BODY_BYTES, Judgement, vision_routes
 from weights import LoadError, Report, fetch, fetch_file, parameters, quiet, require_packages
+from work import Job
 
 CLIP = "openai/clip-vit-large-patch14"
 AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"

@@ -174,8 +174,8 @@ def _remove_stale(blobs: Path) -> None:
             log.warning("Can't remove %s: %s", path, error.strerror)
 
 
-def _explained(model: str, error: Exception) -> Exception:
-    """Return the error of a download in words; one that isn't understood as it is."""
+def _explained(model: str, error: Exception) -> LoadError:
+    """Return the error of a download in words."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -191,4 +191,4 @@ def _explained(model: str, error: Exception) -> Exception:
         return LoadError(f"The files of {model} are not all in the cache, and the Hugging Face hub can't be reached.")
     if isinstance(error, HfHubHTTPError):
         return LoadError(f"The Hugging Face hub refused {model}: {str(error).splitlines()[0]}")
-    return error
+    return LoadError(f"{model} can't be downloaded: {type(error).__name__}: {error}")

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from errors import OutOfMemoryError
 from memory import place
-from serving import OutOfMemoryError
 from weights import LoadError, _remove_stale, parameters, require_disk_space
 
 FLUX = {"text_encoder": 123_000_000, "text_encoder_2": 4_762_000_000, "transformer": 11_901_000_000, "vae": 84_000_000}

@@ -38,7 +38,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "services" / "local_servers"))
 
-from serving import Job, OutOfMemoryError, Progress, RequestError, resident_bytes
+from errors import OutOfMemoryError, RequestError
+from memory import resident_bytes
+from serving import Progress
+from work import Job
 
 MB = 1_000_000
 FOREVER = 10**6

@@ -12,8 +12,11 @@ import struct
 import zlib
 
 from faults import FakeModel, Faults  # first: it makes the servers' own modules importable
+
+# isort: split
 from image_api import MAX_BODY_BYTES, ImageRequest, image_routes
-from serving import Job, arguments, leave, serve
+from program import arguments, leave, serve
+from work import Job
 
 STRIPES = 8
 

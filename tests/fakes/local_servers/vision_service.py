@@ -12,8 +12,13 @@ import signal
 from typing import Any
 
 from faults import FakeModel, Faults  # first: it makes the servers' own modules importable
-from serving import Exchange, Job, RequestError, arguments, leave, serve
+
+# isort: split
+from errors import RequestError
+from program import arguments, leave, serve
+from serving import Exchange
 from vision_api import MAX_BODY_BYTES, Judgement, vision_routes
+from work import Job
 
 NAN = float("nan")
 
