@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from services.preferences import Notes
+from services.notes import Notes
 from services.scheduling import Scheduler, ThreadScheduler
 
 log = structlog.get_logger(__name__)

@@ -14,6 +14,7 @@ import structlog
 from pydantic import ValidationError
 
 from services.config import Preferences
+from services.notes import Notes
 
 log = structlog.get_logger(__name__)
 
@@ -26,14 +27,6 @@ class CurrentPreferences(Protocol):
     @property
     def current(self) -> Preferences:
         """The preferences at this moment; no I/O."""
-
-
-class Notes(Protocol):
-    """Where changes are kept. Both methods raise StoreError."""
-
-    def get(self, key: str) -> str | None: ...
-
-    def put(self, key: str, value: str) -> None: ...
 
 
 class PreferenceStore:

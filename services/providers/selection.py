@@ -11,10 +11,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 import structlog
 
+from services.notes import Notes
 from services.providers.local_services import ServiceName
 from services.providers.ports import ALIASES, PROVIDERS, Capability, Choice
 
@@ -48,14 +49,6 @@ class ProviderUnavailable(Exception):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__(" ".join(f"{p.message}. {p.guidance}" for p in problems))
         self.problems = tuple(problems)
-
-
-class Notes(Protocol):
-    """Where a choice is stored."""
-
-    def get(self, key: str) -> str | None: ...
-
-    def put(self, key: str, value: str) -> None: ...
 
 
 class Selection:
@@ -95,9 +88,10 @@ class Selection:
         if problems:
             raise ProviderUnavailable(problems)
         with self._lock:
-            self._chosen = {**self._chosen, **chosen}
+            both = {**self._chosen, **chosen}
             if self._notes is not None:
-                self._notes.put(NOTE, json.dumps(self._chosen))
+                self._notes.put(NOTE, json.dumps(both))
+            self._chosen = both
             current = self.current
         self._on_change()
         return current

@@ -98,7 +98,8 @@ def test_a_known_path_with_another_method_is_405(console, loaded, method, path, 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize(
-    "path", ["/v1", "/v1/", "/v1/models/", "/v1/events/more", "/v1/preferences/x", "/v1/x/../../api/delete", "/v1/./x"]
+    "path",
+    ["/v1", "/v1/", "/v1/models/", "/v1/events/more", "/v1/preferences/x/y", "/v1/x/../../api/delete", "/v1/./x"],
 )
 def test_our_own_and_unsafe_paths_are_not_relayed(console, loaded, method, path):
     """Outside /v1, engines have endpoints that unload, delete and shut down."""
