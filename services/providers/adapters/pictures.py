@@ -6,6 +6,7 @@ import base64
 import binascii
 
 from services.providers.ports import Picture, ProviderError
+from services.sizes import format_size
 
 MAX_PICTURE_BYTES = 16_000_000
 """A PNG of 1536 x 1024 pixels takes up to 4 MB."""
@@ -17,7 +18,7 @@ def picture_of(data: bytes, whose: str) -> Picture:
     if media_type is None:
         raise ProviderError("bad_answer", f"{whose} sent something that is no picture.")
     if len(data) > MAX_PICTURE_BYTES:
-        raise ProviderError("bad_answer", f"{whose} sent a picture of more than {MAX_PICTURE_BYTES // 10**6} MB.")
+        raise ProviderError("bad_answer", f"{whose} sent a picture of more than {format_size(MAX_PICTURE_BYTES)}.")
     return Picture(data, media_type)
 
 
