@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
@@ -146,6 +147,7 @@ def _meter(report: Report, total: int | None) -> type:
     from tqdm import tqdm
 
     said = 0
+    one_at_a_time = threading.Lock()  # each file has a thread
 
     class Meter(tqdm):  # type: ignore[misc]  # mypy doesn't see tqdm
         def __init__(self, *args: object, **options: object) -> None:
@@ -155,10 +157,11 @@ def _meter(report: Report, total: int | None) -> type:
 
         def update(self, n: float | None = 1) -> bool | None:
             nonlocal said
-            self.n += n or 0  # a disabled bar doesn't count
-            if self._counts and self.n > said:
-                said = int(self.n)
-                report(Progress("downloading", said, total))
+            with one_at_a_time:
+                self.n += n or 0  # a disabled bar doesn't count
+                if self._counts and self.n > said:
+                    said = int(self.n)
+                    report(Progress("downloading", said, total))
             return None
 
     return Meter

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, ClassVar
 
+import openai
 import pytest
 import requests
 
@@ -191,6 +192,14 @@ class ImageServerCases(ServerCases):
         assert [size_of(picture) for picture in pictures] == [(64, 80)] * 2
         assert pictures[0] != pictures[1]
         assert isinstance(response.json()["created"], int)
+
+    def test_openai_s_official_client_gets_pictures(self, server: LocalServer):
+        """Other programs can use the server as they use OpenAI."""
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0) as client:
+            made = client.images.generate(model="gpt-image-1", prompt="a red fox", n=1, size="64x64")
+            assert size_of(base64.b64decode(made.data[0].b64_json)) == (64, 64)
+            with pytest.raises(openai.UnprocessableEntityError, match="n must be"):
+                client.images.generate(model="gpt-image-1", prompt="a red fox", n=9)
 
     @pytest.mark.parametrize(
         ("change", "named"),

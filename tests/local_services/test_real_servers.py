@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import resource
 import shutil
 import struct
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -59,6 +61,17 @@ def offline(environment: dict[str, str] | None = None) -> dict[str, str]:
     """
     fixed = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     return {**fixed, **(environment or {})}
+
+
+def download(server: str, model: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the program that downloads what a server loads, to its end."""
+    return subprocess.run(
+        [PYTHON, str(REAL / "download.py"), server, "--model", model],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **offline(environment)},
+    )
 
 
 def png(width: int, height: int, colour: bytes = b"\xc0\x30\x30") -> bytes:
@@ -148,6 +161,25 @@ class TestFluxLoad:
         assert not [path for path in fetched if path.endswith(("README.md", "flux1-schnell.safetensors"))]
         with flux(tmp_path / "log", model="someone/tiny-flux", environment=environment) as server:  # the hub is gone
             assert server.wait_ready().post("/generate", TestFlux.WORK).status_code == 200
+
+    def test_the_program_that_only_downloads_tells_bytes_and_leaves_nothing_for_the_server_to_do(self, tmp_path: Path):
+        """Lines of JSON on stdout; a second run finds everything there and says nothing, without a network."""
+        files = {str(path.relative_to(FLUX)): path.read_bytes() for path in FLUX.rglob("*") if path.is_file()}
+        home = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+        with FakeHub({"someone/tiny-flux": Repo(files)}) as hub:
+            fetched = download("flux", "someone/tiny-flux", {**home, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url})
+        total = sum(map(len, files.values()))
+        assert fetched.returncode == 0, fetched.stderr
+        lines = [json.loads(line) for line in fetched.stdout.splitlines()]
+        assert {line["total_bytes"] for line in lines} == {total}
+        assert lines[-1]["completed_bytes"] == total
+        again = download("flux", "someone/tiny-flux", home)
+        assert (again.returncode, again.stdout) == (0, ""), again.stderr
+
+    def test_the_program_that_only_downloads_explains_what_it_lacks(self, tmp_path: Path):
+        failed = download("vision", "someone/unknown", {"HF_HOME": str(tmp_path)})
+        assert failed.returncode == 1
+        assert "can't be reached" in json.loads(failed.stdout)["error"]
 
     def test_a_gated_model_is_explained(self, tmp_path: Path):
         files = {"model_index.json": b"{}", "vae/config.json": b"{}"}
