@@ -399,3 +399,12 @@ def test_without_its_packages_it_is_not_offered_and_they_are_named(tmp_path: Pat
     (tmp_path / "requirements.txt").write_text("")
     os.utime(tmp_path / "requirements.txt", (before, before + 5))
     assert engine.describe(model(FLUX)).fault is None
+
+
+def test_an_entry_that_lists_the_default_model_under_another_id_is_the_one_to_start(flux: PythonServerEngine) -> None:
+    """The catalogue has that entry alone: the start by the services' API named one that it had dropped."""
+    assert flux.model_id == "flux-schnell"
+    flux.discover()
+    flux.describe(Model(id="painter", engine="flux", source="flux-schnell"))
+    flux.discover()
+    assert flux.model_id == "painter"

@@ -114,8 +114,12 @@ class PythonServerEngine:
 
     @property
     def model_id(self) -> str:
-        """The id of the model that the settings name."""
-        return next((id for id, source in list(self._known.items()) if source == self._default), self._default_id)
+        """The id of the model that the settings name: that of the entry that lists it, where one does.
+
+        The catalogue then drops the discovered entry with the same source.
+        """
+        ids = (id for id, source in list(self._known.items()) if source == self._default and id != self._default_id)
+        return next(ids, self._default_id)
 
     def discover(self) -> Sequence[Model]:
         status = self.supervisor.status()
@@ -239,7 +243,8 @@ class PythonServerEngine:
     def _held(self) -> str:
         """Return the id of the model that the server holds; one that is not in the catalogue counts as the default."""
         model = self.about.source_of(self.program.report.model or "")
-        return next((id for id, source in list(self._known.items()) if source == model), self.model_id)
+        others = (id for id, source in list(self._known.items()) if source == model != self._default)
+        return next(others, self.model_id)
 
     def _await_silent(self, model: Model, error: str) -> None:
         """Stop our silent server once ADOPT_TIMEOUT has passed. Raises NotResponding before that."""
