@@ -286,6 +286,7 @@ def test_a_server_started_by_hand_is_used_and_never_stopped(
     engine = make_engine()
     entry = engine.describe(model(FLUX))
     exits: list[Exit] = []
+    wait_until(lambda: bool(engine.loaded([entry])), "the first poll of the server")
     adopted = engine.adopt(entry, exits.append)
     assert adopted is not None
     assert adopted.pid == by_hand.pid
