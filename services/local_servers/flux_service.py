@@ -63,6 +63,7 @@ log = logging.getLogger("local-servers")
 class Flux:
     """A FLUX pipeline, as a service and as its painter."""
 
+    name = "flux"
     max_body_bytes = MAX_BODY_BYTES
 
     def __init__(self, model: str, offload: Offload | None) -> None:

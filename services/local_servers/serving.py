@@ -53,8 +53,12 @@ class Progress:
 
 
 class Service(Protocol):
-    """What a server serves. `load` runs once, in its own thread; the routes' work runs in the work thread."""
+    """What a server serves. `load` runs once, in its own thread; the routes' work runs in the work thread.
 
+    `name` tells it from other services that answer at the same paths.
+    """
+
+    name: str
     model: str
     max_body_bytes: int
 
@@ -147,6 +151,7 @@ class Server(ThreadingHTTPServer):
     def health(self) -> dict[str, object]:
         progress = self.progress  # read once: the load ends in another thread
         return {
+            "service": self.service.name,
             "status": self.state,
             "model": self.service.model,
             "device": None,

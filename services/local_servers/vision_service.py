@@ -42,6 +42,7 @@ log = logging.getLogger("local-servers")
 class Vision:
     """CLIP, the aesthetic head and maybe a captioner, as a service and as its judge."""
 
+    name = "vision"
     max_body_bytes = MAX_BODY_BYTES
 
     def __init__(self, model: str, head: str, captioner: str | None) -> None:

@@ -1,7 +1,8 @@
 """Health of the services that providers run on: Ollama, Flux and vision, checked side by side.
 
 Format of the local servers' `GET /health` (services/local_servers): `{"status": "loading" | "ready" | "failed",
-"model", "error"}`. Any JSON object with status 200 counts as an answer, so that a server with less to say works too.
+"model", "error", "service"}`. Any JSON object with status 200 counts as an answer, so that a server with less to say
+works too, unless it says that it is another service.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from services.engines.ollama.watch import OllamaWatch
+from services.engines.python_server.health import other_service
 from services.engines.supervisor import NOT_ASKED
 from services.http import ConnectionBroken, ConnectionRefused, FetchError, TooSlow, fetch
 from services.providers.local_services import ServiceName
@@ -51,8 +53,8 @@ class HealthChecks:
         self._watch = watch
         self._installed = installed
         self._probes: Mapping[ServiceName, Probe[ServiceHealth]] = {
-            "flux": Probe(lambda: ask_server("Flux", flux_url), FRESH_SECONDS),
-            "vision": Probe(lambda: ask_server("The vision service", vision_url), FRESH_SECONDS),
+            "flux": Probe(lambda: ask_server("flux", "Flux", flux_url), FRESH_SECONDS),
+            "vision": Probe(lambda: ask_server("vision", "The vision service", vision_url), FRESH_SECONDS),
         }
 
     def all(self) -> Mapping[ServiceName, ServiceHealth]:
@@ -93,8 +95,8 @@ class HealthChecks:
         return ServiceHealth(True, _milliseconds(found.seconds), tuple(sorted(self._installed())))
 
 
-def ask_server(name: str, url: str) -> ServiceHealth:
-    """Ask a local server how it is; takes at most CHECK_SECONDS. Never raises."""
+def ask_server(service: ServiceName, title: str, url: str) -> ServiceHealth:
+    """Ask a local server, called `title` in messages, how it is; takes at most CHECK_SECONDS. Never raises."""
     began = time.monotonic()
     try:
         answer = fetch("GET", f"{url}/health", timeout=CHECK_SECONDS, most_bytes=MOST_BYTES)
@@ -103,21 +105,24 @@ def ask_server(name: str, url: str) -> ServiceHealth:
         return ServiceHealth(False, error=f"Nothing answers at {url}.", refused=True)
     except TooSlow:
         return ServiceHealth(
-            False, error=f"{name} at {url} hangs or is overloaded: no answer within {CHECK_SECONDS:g} s."
+            False, error=f"{title} at {url} hangs or is overloaded: no answer within {CHECK_SECONDS:g} s."
         )
     except ConnectionBroken:
         return ServiceHealth(False, error=f"The connection to {url} was cut before an answer came.")
     except FetchError as error:
-        return ServiceHealth(False, error=f"{name} at {url} can't be asked: {error}.")
+        return ServiceHealth(False, error=f"{title} at {url} can't be asked: {error}.")
     except ValueError:
         said = None
     latency = _milliseconds(time.monotonic() - began)
     if said is None:
         return ServiceHealth(False, latency, error=f"What answers at {url} is not the service for it: {answer.status}.")
+    other = other_service(said, service)
+    if other is not None:
+        return ServiceHealth(False, latency, error=f"What answers at {url} is not {title}: it says that it is {other}.")
     if said.get("status") == "failed":
         cause = said.get("error")
         why = f"{cause}" if isinstance(cause, str) and cause else "it gives no reason"
-        return ServiceHealth(False, latency, error=f"{name} could not load its model: {why}")
+        return ServiceHealth(False, latency, error=f"{title} could not load its model: {why}")
     model = said.get("model")
     loading = said.get("status") == "loading"
     return ServiceHealth(True, latency, (model,) if isinstance(model, str) and not loading else (), loading=loading)

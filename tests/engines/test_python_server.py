@@ -268,10 +268,10 @@ def test_a_server_of_an_earlier_run_that_never_answers_is_stopped_with_its_load(
     assert second.supervisor.process is None
 
 
-@pytest.fixture
-def by_hand(port: int) -> Iterator[subprocess.Popen[bytes]]:
+@pytest.fixture(params=[FLUX], ids=lambda about: about.name)
+def by_hand(request: pytest.FixtureRequest, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """The server as somebody starts it in a terminal, ready."""
-    script = FAKES / "flux_service.py"
+    script = FAKES / request.param.script
     server = subprocess.Popen([sys.executable, str(script), "--port", str(port)], stderr=subprocess.DEVNULL)
     endpoint = Endpoint(f"http://127.0.0.1:{port}")
     wait_until(lambda: serves(endpoint), "the server", LOAD_SECONDS)
@@ -301,6 +301,18 @@ def test_a_server_started_by_hand_is_used_and_never_stopped(
     by_hand.terminate()
     wait_until(lambda: bool(exits), "its end to be noticed")
     assert exits[0].released
+
+
+@pytest.mark.parametrize("by_hand", [VISION], ids=["vision"], indirect=True)
+@pytest.mark.usefixtures("by_hand")
+def test_the_vision_server_at_its_address_is_not_taken_for_flux(make_engine: MakeEngine) -> None:
+    """Both tell their health in the same form; where two settings are mixed up, no pictures come from it."""
+    engine = make_engine()
+    status = engine.supervisor.refresh()
+    assert status.state == "unreachable"
+    assert "is not Flux: it says that it is vision" in (status.error or "")
+    assert "flux_api_url" in (status.error or "")
+    assert not engine.loaded([engine.describe(model(FLUX))])
 
 
 def test_a_port_that_another_program_uses_is_explained(flux: PythonServerEngine, port: int) -> None:

@@ -30,12 +30,14 @@ KEY = "sk-proj-abcdefghijklmnop0123456789"
         ({"status": "failed"}, 200, (False, (), False, "no reason")),
         ({"detail": "no"}, 404, (False, (), False, "404")),
         (["no object"], 200, (False, (), False, "not the service")),
+        ({"service": "flux", "status": "ready", "model": "m"}, 200, (True, ("m",), False, None)),
+        ({"service": "vision", "status": "ready", "model": "m"}, 200, (False, (), False, "vision")),
     ],
 )
 def test_what_a_server_says_of_itself(document, status, expected):
     available, models, loading, words = expected
     with json_server(document, status) as server:
-        found = ask_server("Flux", server.url)
+        found = ask_server("flux", "Flux", server.url)
     assert (found.available, found.models, found.loading) == (available, models, loading)
     assert (words in found.error) if words else found.error is None
     assert found.latency_ms is not None
@@ -44,12 +46,12 @@ def test_what_a_server_says_of_itself(document, status, expected):
 def test_nothing_listening_and_broken_answers_are_told_apart():
     """Only where nothing listens can a start help."""
     url = f"http://127.0.0.1:{free_port()}"
-    assert ask_server("Flux", url).refused
+    assert ask_server("flux", "Flux", url).refused
     cut = PlainServer(lambda link, _request: link.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"))
     endless = PlainServer(lambda link, _request: _send_endlessly(link))
     nonsense = PlainServer(lambda link, _request: link.sendall(b"SSH-2.0-OpenSSH\r\n"))
     for server in (cut, endless, nonsense):
-        found = ask_server("Flux", server.url)
+        found = ask_server("flux", "Flux", server.url)
         assert (found.available, found.refused) == (False, False)
         assert found.error
         server.close()
@@ -78,7 +80,7 @@ def test_the_services_are_checked_side_by_side():
 
 def test_a_service_that_hangs_is_given_up():
     with hanging_url() as url:
-        found = ask_server("Flux", url)
+        found = ask_server("flux", "Flux", url)
     assert (found.available, found.refused) == (False, False)
     assert f"Flux at {url} hangs" in found.error
 

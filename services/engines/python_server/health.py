@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.engines.supervisor import NOT_ASKED, Health, Preparation
@@ -32,8 +33,14 @@ class Report:
 NO_REPORT = Report(NOT_ASKED)
 
 
-def ask_health(url: str, title: str, setting: str) -> Report:
-    """Ask the server at `url`; takes at most HEALTH_SECONDS. Never raises."""
+def other_service(said: Mapping[str, object], name: str) -> str | None:
+    """Return what a server says that it is, if that is not `name`; None for one that doesn't say it."""
+    service = said.get("service", name)
+    return None if service == name else str(service)[:100]
+
+
+def ask_health(url: str, name: str, title: str, setting: str) -> Report:
+    """Ask the server at `url`, which has to be the service `name`; takes at most HEALTH_SECONDS. Never raises."""
     at = time.monotonic()
     try:
         answer = fetch("GET", f"{url}/health", timeout=HEALTH_SECONDS)
@@ -48,8 +55,10 @@ def ask_health(url: str, title: str, setting: str) -> Report:
     except (FetchError, ValueError):
         said = {}
     state, model = said.get("status"), said.get("model")
-    if state not in STATES or not isinstance(model, str):
-        return Report(Health(at, error=f"What answers at {url} is not {title}. Check the setting {setting}."))
+    other = other_service(said, name)
+    if other is not None or state not in STATES or not isinstance(model, str):
+        why = "" if other is None else f": it says that it is {other}"
+        return Report(Health(at, error=f"What answers at {url} is not {title}{why}. Check the setting {setting}."))
     error = _text(said.get("error")) if state == "failed" else None
     health = Health(
         at,

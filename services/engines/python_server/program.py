@@ -83,7 +83,7 @@ class PythonServer:
         return f"The program {program} can't be started: {reason}. Check the setting local_servers_env."
 
     def check(self) -> None:
-        report = ask_health(self._address.url, self.title, self.address_setting)
+        report = ask_health(self._address.url, self.name, self.title, self.address_setting)
         if report.health.at >= self.report.health.at:
             self.report = report
         self._last_words = report.error or self._last_words

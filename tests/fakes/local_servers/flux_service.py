@@ -24,6 +24,7 @@ STRIPES = 8
 class FakeFlux(FakeModel):
     """Paints stripes."""
 
+    name = "flux"
     max_body_bytes = MAX_BODY_BYTES
     default_steps = 4
 

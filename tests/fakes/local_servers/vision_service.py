@@ -26,6 +26,7 @@ NAN = float("nan")
 class FakeVision(FakeModel):
     """Judges by hash."""
 
+    name = "vision"
     max_body_bytes = MAX_BODY_BYTES
 
     def __init__(self, model: str, captioner: str | None, faults: Faults) -> None:
