@@ -22,6 +22,7 @@ class Echo:
     """A service that returns its body's `value`, after `gate` has opened."""
 
     model = "echo"
+    name = "echo"
     max_body_bytes = 1_000
 
     def __init__(self) -> None:
