@@ -19,7 +19,7 @@ MAX_WAITING = 1000
 """Limit of queued writes while the database can't be written; the oldest are dropped."""
 PAUSE_SECONDS = 1.0
 DELAY_SECONDS = 0.1
-"""Delay of a write after a quiet time: written at once, the record of a load came before the model's first token."""
+"""Delay of writes that are not urgent: written at once, the record of a load came before the model's first token."""
 
 
 class DeferredWrites:
@@ -34,14 +34,16 @@ class DeferredWrites:
         self._pause = pause
         self._changed = self._scheduler.condition()
         self._waiting: deque[Callable[[], object]] = deque(maxlen=MAX_WAITING)
+        self._urgent = False
         self._closed = False
         self._ended = False
         self._scheduler.spawn("deferred-writes", self._run)
 
-    def put(self, write: Callable[[], object]) -> None:
-        """Queue a write. Never blocks."""
+    def put(self, write: Callable[[], object], *, urgent: bool = True) -> None:
+        """Queue a write. Never blocks. One that is not urgent may begin DELAY_SECONDS later."""
         with self._changed:
             self._waiting.append(write)
+            self._urgent = self._urgent or urgent
             self._changed.notify_all()
 
     def close(self, timeout: float = 5.0) -> None:
@@ -83,8 +85,9 @@ class DeferredWrites:
     def _next(self) -> Callable[[], object] | None:
         with self._changed:
             if not self._waiting:
+                self._urgent = False
                 self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
-                self._changed.wait_for(lambda: self._closed, DELAY_SECONDS)
+                self._changed.wait_for(lambda: self._urgent or self._closed, DELAY_SECONDS)
             return self._waiting.popleft() if self._waiting else None
 
 
@@ -116,7 +119,7 @@ class DeferredLoads:
         self._writes = writes
 
     def add(self, record: LoadRecord) -> None:
-        self._writes.put(lambda: self._loads.add(record))
+        self._writes.put(lambda: self._loads.add(record), urgent=False)
 
     def recent_all(self, limit: int) -> list[LoadRecord]:
         return self._loads.recent_all(limit)

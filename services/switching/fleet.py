@@ -45,7 +45,7 @@ class Fleet:
     _last_used: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._previous_active = self.notes.get(ACTIVE_KEY) or None
+        self._previous_active = self._noted_active = self.notes.get(ACTIVE_KEY) or None
         self._restore_until = self.scheduler.now() + RESTORE_ACTIVE_SECONDS
 
     # Queries.
@@ -368,6 +368,7 @@ class Fleet:
             left.sort(key=lambda m: m.traffic.last_used or m.loaded_at or 0.0)
             self._set_active(left[-1].model.id if left else None)
             if not left and member.model.remote:  # it would be found loaded, and active again, after the next start
+                self._noted_active = None
                 self.notes.put(ACTIVE_KEY, "")
 
     def _may_be_active(self, model_id: str, *, unasked: bool = False) -> bool:
@@ -384,5 +385,6 @@ class Fleet:
     def _set_active(self, model_id: str | None) -> None:
         self.active = model_id
         self.changed = True
-        if model_id is not None and self._previous_active is None:
+        if model_id is not None and self._previous_active is None and model_id != self._noted_active:
+            self._noted_active = model_id
             self.notes.put(ACTIVE_KEY, model_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from services.gateway.router import GatewayError
-from services.switching.fleet import ACTIVE_KEY
 from services.switching.jobs import SwitchError
 from tests.heart.rig import Heart
 from tests.heart.stub import model
@@ -576,10 +575,9 @@ def test_a_switch_can_be_refused_while_one_runs(heart):
 
 
 def test_after_a_crash_loaded_models_are_adopted_and_half_loaded_ones_are_gone(heart):
-    """The active model stays the active one, once that is noted: a tenth of a second after the switch."""
+    """The active model stays the active one."""
     heart.ready("medium")
     heart.ready("beta")
-    heart.until(lambda: heart.store.get(ACTIVE_KEY) == "beta", "the active model to be noted")
     heart.switch("snorer")
     heart.stage("loading")
     heart.crash()
