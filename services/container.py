@@ -85,6 +85,7 @@ from services.switching.jobs import SwitchError
 from services.switching.learning import Learned
 from services.switching.planner import Planner
 from services.switching.switcher import Switcher
+from version import VERSION
 
 log = structlog.get_logger(__name__)
 
@@ -103,6 +104,7 @@ PRUNE_SECONDS = 60.0
 
 if TYPE_CHECKING:
     from services.engines.containers.docker_runtime import DockerRuntime
+    from services.metrics import Metrics
     from services.providers.factory import ProviderFactory
 
 
@@ -117,6 +119,7 @@ class Services:
     catalog: Catalog
     switcher: Switcher
     status: StatusService
+    metrics: Callable[[], Metrics]
     router: Router
     relay: Relay
     chats: Chats
@@ -275,6 +278,15 @@ def build_services(settings: Settings) -> Services:
         on_change=board.touch,
     )
 
+    status = StatusService(context, devices, planner)
+
+    @cache
+    def metrics() -> Metrics:
+        from services.metrics import Metrics, Sources  # on demand: most consoles are never scraped
+
+        sources = Sources(status.current, lambda: board.current, switcher.tally, lambda: router.waiting, downloads.all)
+        return Metrics(sources, VERSION)
+
     @cache
     def factory() -> ProviderFactory:
         from services.providers.adapters.upstream import Gateway  # on demand: the adapters take half a megabyte
@@ -289,7 +301,8 @@ def build_services(settings: Settings) -> Services:
         board=board,
         catalog=catalog,
         switcher=switcher,
-        status=StatusService(context, devices, planner),
+        status=status,
+        metrics=metrics,
         router=router,
         relay=relay,
         chats=Chats(ConversationRepository(store), ChatClient(router, relay)),

@@ -37,6 +37,14 @@ def readyz() -> Response:
     return answer
 
 
+@bp.get("/metrics")
+@documented(media_type="text/plain")
+def metrics() -> Response:
+    """Return figures for Prometheus, in its text format."""
+    found = services().metrics()
+    return Response(found.text(), content_type=found.content_type)
+
+
 @bp.get("/openapi.json")
 @documented()
 def openapi_document() -> Response:

@@ -159,6 +159,8 @@ class Snapshot:
     loss: Loss | None = None
     queued: tuple[str, ...] = ()
     last_used: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    answered: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Number of requests that instances which are gone had answered, by model."""
 
     @property
     def origins(self) -> frozenset[str]:

@@ -6,6 +6,7 @@ here blocks or calls an engine: what was measured arrives as an argument.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -43,6 +44,7 @@ class Fleet:
     _failures: dict[str, Failure] = field(default_factory=dict)
     _notices: dict[str, str] = field(default_factory=dict)
     _last_used: dict[str, float] = field(default_factory=dict)
+    _answered: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._previous_active = self._noted_active = self.notes.get(ACTIVE_KEY) or None
@@ -80,6 +82,7 @@ class Fleet:
             "failures": MappingProxyType(dict(self._failures)),
             "notices": MappingProxyType(dict(self._notices)),
             "last_used": MappingProxyType(dict(self._last_used)),
+            "answered": MappingProxyType(dict(self._answered)),
             "active_model": self.active,
             "switch": self.switch,
             "last_switch": self.last_switch,
@@ -356,6 +359,7 @@ class Fleet:
         used = member.traffic.last_used
         if used is not None:
             self._last_used[member.model.id] = used
+            self._answered[member.model.id] += member.traffic.answered
         if self._members.get(member.model.id) is member:
             del self._members[member.model.id]
         self._deactivate(member)

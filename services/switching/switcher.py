@@ -28,6 +28,7 @@ from services.switching.planner import Planner
 from services.switching.procedure import Procedure, as_switch_error
 from services.switching.reconciler import Reconciler
 from services.switching.reporter import cancelling, memory_figures, requested
+from services.switching.tally import Tally
 from services.switching.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -55,6 +56,7 @@ class Switcher:
         self._mailbox = Mailbox(self._scheduler, self._after_each)
         self._queue = JobQueue()
         self._ended: list[tuple[Job, JobResult]] = []
+        self.tally = Tally()
         self._closing = False
         self._started = False
         self._idle = self._scheduler.condition()
@@ -299,6 +301,7 @@ class Switcher:
         if result.error is not None and result.view is None:
             job.publish("error", error=result.error.code, message=result.error.message, **memory_figures(result.error))
         self._ended.append((job, result))
+        self.tally.note(job, result)
 
     def _note_exit(self, instance: Instance, exit: Exit, log_tail: str) -> None:
         lost = self._fleet.record_exit(instance, exit, log_tail)
