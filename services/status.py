@@ -54,6 +54,7 @@ class ModelStatus:
     """Deadline for the requests in flight while an unload waits for them (Unix seconds)."""
     kind: Kind = "text"
     remote: bool = False
+    removable: bool = True
     favorite: bool = False
     pin: Pin | None = None
 
@@ -252,6 +253,7 @@ def _status_of(inputs: _StatusInputs) -> ModelStatus:
         drain_until=view.drain_until if view else None,
         kind=model.kind,
         remote=model.remote,
+        removable=model.removable,
         favorite=inputs.favorite,
         pin=inputs.pin,
     )

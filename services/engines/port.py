@@ -37,6 +37,7 @@ class Model:
     links and their targets, `companions` files loaded with it; empty if the engine doesn't report them. `fetch_bytes`
     have to be fetched before it can be loaded, 0 if none. Only a model of the `kind` text can become the active one.
     `started_elsewhere`: it is loaded on a server that another program started, so that it can't be unloaded from here.
+    Files of one that is not `removable` are shared with other programs, and not deleted from here.
     A `remote` model runs on another service: it takes no memory here, and becomes active only when someone chooses it.
     """
 
@@ -59,6 +60,7 @@ class Model:
     kind: Kind = "text"
     started_elsewhere: bool = False
     remote: bool = False
+    removable: bool = True
 
 
 @dataclass(frozen=True, slots=True)

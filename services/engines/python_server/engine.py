@@ -140,6 +140,7 @@ class PythonServerEngine:
             size_bytes=model.size_bytes or (sizes.download_bytes if sizes else None),
             aliases=tuple(name for name in (source,) if name != model.id and _may_be_alias(name)),
             fault=self._fault(),
+            removable=False,
         )
 
     def estimate(self, model: Model) -> Need:
