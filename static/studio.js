@@ -1,4 +1,5 @@
-// The Studio's form: what was typed survives reloads and refusals, until a run was started with it.
+// The Studio's form: what was typed survives reloads and refusals, until a run was started with it; a double click
+// starts one run.
 "use strict";
 (() => {
   const sent = document.querySelector("[data-sent-draft]");
@@ -15,4 +16,11 @@
       else sessionStorage.removeItem(key);
     });
   }
+  const form = document.getElementById("studio-form");
+  if (!form) return;
+  form.addEventListener("submit", (event) => {
+    if (form.ariaBusy) event.preventDefault(); // until the answer to the first comes
+    form.ariaBusy = "true";
+  });
+  addEventListener("pageshow", () => { form.ariaBusy = null; }); // the browser's "Back" shows the form as it was left
 })();

@@ -116,6 +116,20 @@ def test_the_same_seed_is_offered_again_and_gives_the_same_ranking(page: Page, c
     assert cards(page).all_inner_texts() == first
 
 
+def test_a_second_click_on_start_sends_nothing(page: Page, console: Console) -> None:
+    """The second start would be refused because of the first, and the page would show that in place of the run."""
+    visit(page, console, "/studio")
+    page.evaluate(
+        """() => addEventListener("submit", (event) => {
+            if (!event.defaultPrevented) document.body.dataset.sent = 1 + Number(document.body.dataset.sent || 0);
+            event.preventDefault();  // the page stays, as it does until an answer comes
+        })"""
+    )
+    page.get_by_label("What the pictures are to show").fill("linger")
+    page.get_by_role("button", name="Start").dblclick()
+    expect(page.locator("body")).to_have_attribute("data-sent", "1")
+
+
 def test_a_cancel_in_the_middle_leaves_no_request_running_upstream(page: Page, console: Console) -> None:
     """The button is pressed by keyboard; what was written stays on the page."""
     flux = console.environment["SWITCHYARD_FLUX_API_URL"]
