@@ -246,7 +246,8 @@ class Studio:
 
     def close(self) -> None:
         """Cancel the run under way, which counts as interrupted, and wait a few seconds for its end."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         for running in list(self._runs.values()):
             if running.search is not None and not running.live.view.run.final:
                 running.search.cancel("interrupted")
@@ -270,13 +271,16 @@ class Studio:
 
     def _check_free(self) -> None:
         """Raise StudioError if no run can be started now."""
-        if self._closed:
-            raise StudioError("stopping", "Switchyard is stopping. Start the run once it is running again.")
+        self._check_open()
         if self._starting or self.under_way is not None:
             raise StudioError(
                 "run_in_progress",
                 "Another run is under way, and the Studio makes one at a time. Wait for its end, or cancel it.",
             )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StudioError("stopping", "Switchyard is stopping. Start the run once it is running again.")
 
     def _begin(self, request: RunRequest, providers: JobProviders) -> _Running:
         run = StudioRun(
@@ -298,6 +302,7 @@ class Studio:
         search = Search(running.live, request, providers, self.pictures, self._scheduler, self._at_once)
         running.search = search
         with self._lock:
+            self._check_open()  # again: the providers were checked meanwhile, and `close` ends what is listed here
             self._forget_old()
             self._runs[run.id] = running
         running.save()

@@ -115,6 +115,21 @@ def test_a_close_ends_every_call_upstream(desk: Desk):
     assert refused.value.code == "stopping"
 
 
+def test_a_run_whose_providers_are_checked_while_the_app_stops_does_not_begin(desk: Desk, monkeypatch):
+    """The check takes seconds; a run begun after it would have nobody to cancel it."""
+    checked = desk.providers
+
+    def stopped_meanwhile() -> JobProviders:
+        desk.studio.close()
+        return checked()
+
+    monkeypatch.setattr(desk.studio, "_providers", stopped_meanwhile)
+    with pytest.raises(StudioError) as refused:
+        desk.studio.start(ASKED)
+    assert refused.value.code == "stopping"
+    assert desk.studio.listed(10) == []
+
+
 def test_one_run_at_a_time(desk: Desk):
     """A second one is refused before a provider is asked for; it can be started when the first is over."""
     first = desk.studio.start(ASKED).run.id
