@@ -59,6 +59,7 @@ class ServerCases:
     def test_health_tells_the_model_its_device_memory_and_queue(self, server: LocalServer):
         """All keys are there when the model is ready; nothing is wrong, and nothing is under way."""
         health = server.health()
+        assert health["service"] == {"/generate": "flux", "/score": "vision"}[self.POST]
         assert health["status"] == "ready"
         assert health["device"] == "cpu"
         assert health["memory_bytes"] > 1_000_000
