@@ -173,21 +173,55 @@ class _ConnectionMixin:
 
 
 class PatientSocket(gevent_socket.socket):  # type: ignore[misc]
-    """A gevent socket that can wait for bytes by a timer of its own: gevent creates one for every read."""
+    """A gevent socket whose reads share one timer: gevent creates and starts one for every read.
+
+    Nearly every wait ends before its timeout. So a wait only notes until when it lasts; the timer goes on, and when it
+    ends before the wait, it is started again for the rest.
+    """
 
     _timer: Any = None
-    _timer_seconds = 0.0
+    _timer_ends: float | None = None
+    """Monotonic time at which the timer ends; None while it does not run."""
+    _reader: Any = None
+    """The greenlet that waits, if one does."""
+    _waits_until = 0.0
 
     def wait_readable(self, seconds: float) -> None:
         """Block until there is something to read, or the end. Raises TimeoutError after `seconds`."""
-        hub = self.hub
-        if seconds != self._timer_seconds:
-            self._timer, self._timer_seconds = hub.loop.timer(seconds), seconds
-        self._timer.start(gevent.getcurrent().throw, TimeoutError("timed out"))
+        self._waits_until = until = time.monotonic() + seconds
+        if self._timer_ends is None or until < self._timer_ends:
+            self._start_timer(seconds)
+        self._reader = gevent.getcurrent()
         try:
-            hub.wait(self._read_event)
+            self.hub.wait(self._read_event)
         finally:
-            self._timer.stop()
+            self._reader = None
+
+    def close(self) -> None:
+        self._stop_timer()  # it refers to this socket
+        super().close()
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer_ends = time.monotonic() + seconds
+        self._timer = self.hub.loop.timer(seconds, ref=False)
+        self._timer.start(self._on_timer)
+
+    def _stop_timer(self) -> None:
+        timer, self._timer, self._timer_ends = self._timer, None, None
+        if timer is not None:
+            timer.stop()
+            timer.close()
+
+    def _on_timer(self) -> None:
+        self._stop_timer()
+        if self._reader is None:
+            return
+        left = self._waits_until - time.monotonic()
+        if left > 0:
+            self._start_timer(left)
+        else:
+            self._reader.throw(TimeoutError("timed out"))
 
 
 class PlainConnection(_ConnectionMixin, PatientSocket):
@@ -196,7 +230,10 @@ class PlainConnection(_ConnectionMixin, PatientSocket):
     def recv(self, size: int) -> bytes:
         """Let other greenlets run first: a fast stream can't keep them waiting, and more of it has arrived by then."""
         self.wait_readable(self.timeout)
-        data: bytes = super().recv(size)
+        try:
+            data: bytes = self._sock.recv(size)
+        except BlockingIOError:  # nothing has come after all
+            data = super().recv(size)
         return data
 
 

@@ -139,8 +139,8 @@ class EngineResponse:
         Raises OSError and BrokenResponse.
         """
         chunks = self._chunks
-        while not chunks and self._connection is not None:
-            self._receive(self._connection)
+        while not chunks and (connection := self._connection) is not None:
+            self._receive(connection)
         chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
         return chunk
@@ -384,8 +384,8 @@ def _send(connection: Connection, request: bytes) -> None:
 class Body:
     """The body of a relayed response, as an iterable for a WSGI server.
 
-    `on_begin` is called before the first chunk is yielded, `on_chunk` with every chunk, `on_close` on close. A class
-    and not a generator, because `close` has to run even if nothing was iterated.
+    `on_begin` is called before the first chunk is yielded, `on_chunk` with every chunk, `on_close` on close. Not a
+    generator itself, because `close` has to run even if nothing was iterated. To be iterated once.
     """
 
     def __init__(
@@ -404,23 +404,20 @@ class Body:
         self._over = False
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._over:
-            raise StopIteration
-        try:
-            chunk = self._answer.read_available()
-        except (OSError, BrokenResponse) as error:
-            self._over = True
-            chunk = self._error_tail(str(error))
-        if self._on_begin is not None:
-            self._on_begin()
-            self._on_begin = None
-        if not chunk:
-            raise StopIteration
-        self._on_chunk()
-        return chunk
+        read, note_chunk = self._answer.read_available, self._on_chunk
+        while not self._over:
+            try:
+                chunk = read()
+            except (OSError, BrokenResponse) as error:
+                self._over = True
+                chunk = self._error_tail(str(error))
+            if self._on_begin is not None:
+                self._on_begin()
+                self._on_begin = None
+            if not chunk:
+                return
+            note_chunk()
+            yield chunk
 
     def close(self) -> None:
         """Release the connection, however much was iterated."""
